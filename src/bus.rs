@@ -1,0 +1,256 @@
+//! What a bus is: it gives every event its id, keeps history, and hands each channel's events to the shards
+//! in id order. One runs in the control thread: [`local`] alone on this node, [`redis`] across nodes.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use tokio::sync::{mpsc, oneshot};
+
+use crate::config::Settings;
+use crate::event::{ChannelName, Entry, EventId};
+use crate::metrics::{BusNumbers, Readiness};
+
+pub mod local;
+pub mod redis;
+
+/// How many ids one page of history spans. A page's number is id / PAGE, so that all who need a part of it
+/// share one read.
+pub const PAGE: u64 = 256;
+
+/// Which shard of this node.
+pub type ShardId = usize;
+
+/// A connection of this node: its shard's slot, and the generation that tells it from the slot's earlier owners.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct ConnectionId {
+    /// Its shard.
+    pub shard: ShardId,
+    /// Its slot in the shard's slab.
+    pub slot: u32,
+    /// Counts the owners of the slot.
+    pub generation: u32,
+}
+
+/// What shards and the admin listener ask of the bus. Requests are taken in the order sent.
+#[derive(Debug)]
+pub enum Request {
+    /// The shard's first client of a channel has come. Answered once by [`ToShard::Followed`] or
+    /// [`ToShard::NotFollowed`]; after `Followed` the shard gets every entry of the channel, in order.
+    Follow {
+        /// The channel.
+        channel: ChannelName,
+        /// Who follows.
+        shard: ShardId,
+    },
+    /// The shard has nobody left there. Not answered. Entries already under way may still arrive.
+    Unfollow {
+        /// The channel.
+        channel: ChannelName,
+        /// Who lets go.
+        shard: ShardId,
+    },
+    /// An event to be given an id.
+    Publish(Publish),
+    /// One page of history. Answered once by [`ToShard::Page`].
+    Read {
+        /// The channel; the shard follows it.
+        channel: ChannelName,
+        /// Ids from `page * PAGE` up to the next page's first.
+        page: u64,
+        /// Who asks.
+        shard: ShardId,
+    },
+    /// A client claims an id ahead of the node: look at the bus once, hand out what is new, then answer with
+    /// [`ToShard::Looked`]. All who ask meanwhile share it.
+    Look {
+        /// The channel; the shard follows it.
+        channel: ChannelName,
+        /// Who asks.
+        shard: ShardId,
+    },
+}
+
+/// An event on its way in.
+#[derive(Debug)]
+pub struct Publish {
+    /// Its channel; need not be followed by anyone here.
+    pub channel: ChannelName,
+    /// The only user it is for; `event` shows it as `to` already.
+    pub to: Option<Arc<str>>,
+    /// A JSON object without `id`, on one line, beginning with `{` and ending with `}`.
+    pub event: Bytes,
+    /// Who wants to know what became of it.
+    pub answer: Answer,
+}
+
+/// Where the outcome of a publish goes.
+#[derive(Debug)]
+pub enum Answer {
+    /// To a connection, by [`ToShard::Published`]. The reference is the client's own, as JSON text.
+    Connection(ConnectionId, Option<Box<str>>),
+    /// To whoever waits, as the admin listener does.
+    Waiter(oneshot::Sender<Result<EventId, PublishError>>),
+}
+
+/// Why an event was not published.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PublishError {
+    /// The bus has certainly not taken it: it is away, or refuses (the text says why). Trying again is safe.
+    #[error("not published: {0}")]
+    Refused(Arc<str>),
+    /// It was sent and no answer can be had: it may or may not have been taken.
+    #[error("it may or may not have been published: the bus did not answer in time")]
+    Unknown,
+}
+
+/// Why a channel can't be followed, or a page not read.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum BusError {
+    /// The bus can't be asked now.
+    #[error("the bus is away: {0}")]
+    Away(Arc<str>),
+    /// The node follows `--max-channels` channels already.
+    #[error("this node follows as many channels as --max-channels allows")]
+    TooManyChannels,
+}
+
+/// A page of history, all from one moment.
+#[derive(Clone, Debug)]
+pub struct Page {
+    /// The last anchor: no position before it is continuous with what follows.
+    pub base: EventId,
+    /// The last id given.
+    pub head: EventId,
+    /// The oldest id that history holds; `head + 1` when it holds none.
+    pub oldest: EventId,
+    /// The page's events that history holds, in order, private ones among them. They are consecutive, and
+    /// unless trimming has taken the front, or the head is inside, they fill the page.
+    pub entries: Vec<Entry>,
+}
+
+/// What the bus tells a shard. Taken in the order sent.
+#[derive(Debug)]
+pub enum ToShard {
+    /// A new socket, to be served by this shard.
+    Socket(mio::net::TcpStream),
+    /// The channel is followed from here on.
+    Followed {
+        /// The channel.
+        channel: ChannelName,
+        /// Its last anchor.
+        base: EventId,
+        /// The id after which the shard's entries begin.
+        position: EventId,
+    },
+    /// The channel can't be followed now; the shard may ask again.
+    NotFollowed {
+        /// The channel.
+        channel: ChannelName,
+        /// Why.
+        why: BusError,
+    },
+    /// The channel's next entry.
+    Entry {
+        /// The channel.
+        channel: ChannelName,
+        /// Framed events, or a reset mark.
+        entry: Entry,
+    },
+    /// The answer to [`Request::Read`].
+    Page {
+        /// The channel.
+        channel: ChannelName,
+        /// The page's number.
+        page: u64,
+        /// What history holds of it.
+        result: Result<Arc<Page>, BusError>,
+    },
+    /// The answer to [`Request::Look`]; entries found by it came before.
+    Looked {
+        /// The channel.
+        channel: ChannelName,
+        /// An error when the bus could not be asked.
+        result: Result<(), BusError>,
+    },
+    /// The outcome of a connection's publish.
+    Published {
+        /// Whose publish.
+        connection: ConnectionId,
+        /// The client's own reference, as JSON text.
+        reference: Option<Box<str>>,
+        /// The event's id, or why there is none.
+        result: Result<EventId, PublishError>,
+    },
+    /// The node is stopping: end every connection, spread over this time.
+    Drain(std::time::Duration),
+}
+
+/// The shards' inboxes. Cloned freely; sending never waits, since a shard empties its inbox at every turn.
+#[derive(Clone, Debug)]
+pub struct Shards(Arc<[mpsc::UnboundedSender<ToShard>]>);
+
+impl Shards {
+    /// One inbox a shard, by [`ShardId`].
+    pub fn new(inboxes: Vec<mpsc::UnboundedSender<ToShard>>) -> Shards {
+        Shards(inboxes.into())
+    }
+
+    /// How many shards there are.
+    pub fn count(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Tells one shard. A shard that has ended has nobody left to tell, so that is not an error.
+    pub fn tell(&self, shard: ShardId, message: ToShard) {
+        let _ = self.0[shard].send(message);
+    }
+
+    /// Tells whoever asked what became of a publish.
+    pub fn answer(&self, answer: Answer, result: Result<EventId, PublishError>) {
+        match answer {
+            Answer::Connection(connection, reference) => {
+                self.tell(connection.shard, ToShard::Published { connection, reference, result });
+            }
+            Answer::Waiter(waiter) => {
+                let _ = waiter.send(result); // nobody waits any more
+            }
+        }
+    }
+}
+
+/// The way to the bus: cloned by every shard and the admin listener.
+pub type Requests = mpsc::UnboundedSender<Request>;
+
+/// Whether position `at` is proven continuous with what follows: nothing after it is missing.
+pub fn is_proven(at: EventId, base: EventId, head: EventId, oldest: EventId) -> bool {
+    base <= at && at <= head && (at == head || oldest <= at.next())
+}
+
+/// What a bus works with.
+#[derive(Debug)]
+pub struct Wiring {
+    /// What it is asked.
+    pub requests: mpsc::UnboundedReceiver<Request>,
+    /// Whom it tells.
+    pub shards: Shards,
+    /// What it counts.
+    pub numbers: Arc<BusNumbers>,
+    /// Where it says whether it works.
+    pub readiness: Arc<Readiness>,
+}
+
+/// A bus that can't go on at all, however long one waits.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct Unusable(pub String);
+
+/// Runs the bus that the settings name until every sender of requests is gone.
+pub async fn run(settings: &Settings, wiring: Wiring) -> Result<(), Unusable> {
+    match &settings.redis {
+        None => {
+            local::run(settings, wiring).await;
+            Ok(())
+        }
+        Some(url) => redis::run(settings, url, wiring).await,
+    }
+}

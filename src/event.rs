@@ -1,0 +1,235 @@
+//! What travels: event ids, names, and entries — events framed once for every socket of the node.
+
+use std::fmt;
+use std::sync::Arc;
+
+use bytes::{BufMut, Bytes, BytesMut};
+
+/// Longest user id and channel name, in bytes. They are part of every key, log line and event.
+pub const NAME_MAX: usize = 128;
+
+/// The channel of a socket that names none.
+pub const DEFAULT_CHANNEL: &str = "ws_broadcast";
+
+/// A place in a channel's one sequence. Below 2^53, so that JavaScript holds it exactly.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct EventId(pub u64);
+
+impl EventId {
+    /// No id reaches this: JavaScript's `Number.MAX_SAFE_INTEGER` + 1.
+    pub const LIMIT: u64 = 1 << 53;
+
+    /// The id that follows.
+    pub fn next(self) -> EventId {
+        EventId(self.0 + 1)
+    }
+
+    /// The id before this one.
+    pub fn previous(self) -> EventId {
+        EventId(self.0.saturating_sub(1))
+    }
+
+    /// Reads what a client gave as `lastEventId`: decimal digits below [`EventId::LIMIT`], else `None`.
+    pub fn parse(text: &[u8]) -> Option<EventId> {
+        if text.is_empty() || text.len() > 16 || !text.iter().all(u8::is_ascii_digit) {
+            return None;
+        }
+        let id = text.iter().fold(0, |id, digit| id * 10 + u64::from(digit - b'0'));
+        (id < Self::LIMIT).then_some(EventId(id))
+    }
+}
+
+impl fmt::Display for EventId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// The name of a channel: `[A-Za-z0-9_.:-]{1,128}`.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ChannelName(Arc<str>);
+
+impl ChannelName {
+    /// Checks the name; `None` for one that is empty, too long or has other characters.
+    pub fn parse(name: &str) -> Option<ChannelName> {
+        let allowed = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'.' | b':' | b'-');
+        let valid = (1..=NAME_MAX).contains(&name.len()) && name.bytes().all(allowed);
+        valid.then(|| ChannelName(name.into()))
+    }
+
+    /// The name as text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl std::borrow::Borrow<str> for ChannelName {
+    fn borrow(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for ChannelName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// Whether `name` can be a user id: 1 to 128 bytes, no control characters.
+pub fn is_user_id(name: &str) -> bool {
+    (1..=NAME_MAX).contains(&name.len()) && !name.chars().any(char::is_control)
+}
+
+/// Whom an entry is for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// One or more consecutive events for everybody in the channel.
+    Events,
+    /// One event for one user's connections alone.
+    Private(Arc<str>),
+    /// An event without id, from the bare channel: live only, never replayed.
+    Raw,
+    /// Not an event: positions before this mark are not continuous with what follows.
+    Reset,
+}
+
+/// Some consecutive events of one channel, serialized and framed: the same bytes go to every socket.
+#[derive(Clone, Debug)]
+pub struct Entry {
+    /// Whom it is for.
+    pub kind: Kind,
+    /// The position of a client that has all of this entry.
+    pub last: EventId,
+    /// Whole WebSocket text frames (RFC 6455 section 5.2), unmasked.
+    pub bytes: Bytes,
+    /// Where each frame ends in `bytes`; `None` for a single frame.
+    ends: Option<Arc<[u32]>>,
+}
+
+impl Entry {
+    /// Consecutive events for everybody, the first with the id `first`; each is a JSON text that already
+    /// carries its id. There is at least one.
+    pub fn events<'a>(first: EventId, texts: impl Iterator<Item = &'a [u8]> + Clone) -> Entry {
+        let size = texts.clone().map(|text| text.len() + FRAME_HEAD_MAX).sum();
+        let mut bytes = BytesMut::with_capacity(size);
+        let mut ends = Vec::new();
+        for text in texts {
+            put_text_frame(&mut bytes, text);
+            ends.push(u32::try_from(bytes.len()).expect("an entry is far below 4 GiB"));
+        }
+        let last = EventId(first.0 + ends.len() as u64 - 1);
+        let ends = (ends.len() > 1).then(|| ends.into());
+        Entry { kind: Kind::Events, last, bytes: bytes.freeze(), ends }
+    }
+
+    /// One event for one user.
+    pub fn private(id: EventId, user: Arc<str>, text: &[u8]) -> Entry {
+        Entry { kind: Kind::Private(user), last: id, bytes: text_frame(text), ends: None }
+    }
+
+    /// An event without id that came when the channel stood at `position`.
+    pub fn raw(position: EventId, text: &[u8]) -> Entry {
+        Entry { kind: Kind::Raw, last: position, bytes: text_frame(text), ends: None }
+    }
+
+    /// The mark that tells clients to refetch and go on from `position`.
+    pub fn reset(position: EventId) -> Entry {
+        let text = format!(r#"{{"type":"reset","lastEventId":{position}}}"#);
+        Entry { kind: Kind::Reset, last: position, bytes: text_frame(text.as_bytes()), ends: None }
+    }
+
+    /// How many frames it holds.
+    pub fn frames(&self) -> usize {
+        self.ends.as_ref().map_or(1, |ends| ends.len())
+    }
+
+    /// How many ids it takes in the sequence.
+    pub fn ids(&self) -> u64 {
+        match self.kind {
+            Kind::Events | Kind::Private(_) => self.frames() as u64,
+            Kind::Raw | Kind::Reset => 0,
+        }
+    }
+
+    /// The position of a client that has everything before this entry.
+    pub fn before(&self) -> EventId {
+        match self.kind {
+            Kind::Reset => self.last.previous(),
+            _ => EventId(self.last.0 - self.ids()),
+        }
+    }
+
+    /// Where the frame ends that holds byte `offset`.
+    pub fn frame_end(&self, offset: u32) -> u32 {
+        match &self.ends {
+            None => self.bytes.len() as u32,
+            Some(ends) => ends[ends.partition_point(|end| *end <= offset)],
+        }
+    }
+
+    /// How many whole frames end at or before byte `offset`.
+    pub fn frames_until(&self, offset: u32) -> usize {
+        match &self.ends {
+            None => usize::from(offset as usize >= self.bytes.len()),
+            Some(ends) => ends.partition_point(|end| *end <= offset),
+        }
+    }
+
+    /// The byte at which the event after `position` begins, for a position inside this entry.
+    pub fn offset_after(&self, position: EventId) -> u32 {
+        let known = position.0.saturating_sub(self.before().0) as usize;
+        match &self.ends {
+            Some(ends) if known > 0 => ends[known - 1],
+            _ => 0,
+        }
+    }
+
+    /// What of this entry comes after `position`; `None` when nothing does.
+    pub fn after(&self, position: EventId) -> Option<Entry> {
+        if self.last <= position {
+            return None;
+        }
+        let offset = self.offset_after(position);
+        if offset == 0 {
+            return Some(self.clone());
+        }
+        let ends = self.ends.as_ref().expect("only an entry of several frames has an offset inside");
+        let rest: Arc<[u32]> = ends.iter().filter(|end| **end > offset).map(|end| end - offset).collect();
+        let ends = (rest.len() > 1).then_some(rest);
+        Some(Entry {
+            kind: self.kind.clone(),
+            last: self.last,
+            bytes: self.bytes.slice(offset as usize..),
+            ends,
+        })
+    }
+}
+
+/// The longest head of a server's frame: opcode, 127, eight bytes of length (RFC 6455 section 5.2).
+pub const FRAME_HEAD_MAX: usize = 10;
+
+const TEXT: u8 = 0x81;
+
+/// Appends `text` as one unfragmented, unmasked text frame (RFC 6455 section 5.2).
+pub fn put_text_frame(out: &mut BytesMut, text: &[u8]) {
+    out.put_u8(TEXT);
+    match text.len() {
+        len @ 0..=125 => out.put_u8(len as u8),
+        len @ 126..=0xFFFF => {
+            out.put_u8(126);
+            out.put_u16(len as u16);
+        }
+        len => {
+            out.put_u8(127);
+            out.put_u64(len as u64);
+        }
+    }
+    out.put_slice(text);
+}
+
+/// `text` as one frame of its own.
+pub fn text_frame(text: &[u8]) -> Bytes {
+    let mut bytes = BytesMut::with_capacity(text.len() + FRAME_HEAD_MAX);
+    put_text_frame(&mut bytes, text);
+    bytes.freeze()
+}

@@ -1,0 +1,1 @@
+//! Requests read from a byte buffer, and responses written to one.
