@@ -49,6 +49,31 @@ pub struct BusNumbers {
     pub canary_seconds: Number,
 }
 
+/// What a shard counts.
+#[derive(Debug, Default)]
+pub struct ShardNumbers {
+    /// Connections, in whatever state (gauge).
+    pub connections: Number,
+    /// Clients that joined.
+    pub joins: Number,
+    /// Requests that got an HTTP answer instead of an upgrade.
+    pub refused: Number,
+    /// Connections that ended, by [`crate::close::Reason`].
+    pub ends: [Number; crate::close::REASONS],
+    /// Messages that clients sent.
+    pub messages: Number,
+    /// Events handed to sockets.
+    pub deliveries: Number,
+    /// Bytes handed to sockets.
+    pub bytes: Number,
+    /// Reset frames sent.
+    pub resets: Number,
+    /// Passes over a channel's members.
+    pub passes: Number,
+    /// Memory of feeds, in bytes (gauge).
+    pub feed_bytes: Number,
+}
+
 /// Whether this node can take clients.
 #[derive(Debug, Default)]
 pub struct Readiness {
