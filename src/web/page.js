@@ -9,7 +9,7 @@ const query = new URLSearchParams(location.search);
 const channel = document.querySelector("#channel");
 channel.value = query.get("channel") || "ws_broadcast";
 
-const WORDS = { connecting: "connecting", live: "live", waiting: "offline", closed: "closed", cut: "cut" };
+const WORDS = { connecting: "connecting", live: "live", waiting: "lost", closed: "closed", cut: "cut" };
 
 class Pane {
   #fanfare = null;
@@ -88,7 +88,7 @@ class Pane {
     clearInterval(this.#ticking);
     const tick = () => {
       const rest = Math.max(0, Math.ceil((this.#until - Date.now()) / 1000));
-      this.part(".countdown").textContent = this.#until ? `, ${state === "cut" ? "back" : "next try"} in ${rest} s` : "";
+      this.part(".countdown").textContent = this.#until ? `, ${state === "cut" ? "back" : "retry"} in ${rest} s` : "";
       if (state === "cut" && rest === 0) this.#back();
     };
     if (delay) this.#ticking = setInterval(tick, 250);
