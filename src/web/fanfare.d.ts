@@ -57,6 +57,7 @@ export type FanfareState =
  * published) or what the server says; the close code when it is about a connection.
  */
 export interface FanfareError extends Error {
+  name: "FanfareError";
   code: string | number;
 }
 

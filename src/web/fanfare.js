@@ -17,7 +17,7 @@ const PROBE = '{"ref":"probe"}';
 const FATAL = new Set([1002, 1003, 1007, 1008, 4003]);
 const BUSY = new Set([1013, 4029]); // the server wants fewer attempts, or fewer messages
 
-const failure = (code, message) => Object.assign(new Error(`fanfare: ${message || code}`), { code });
+const failure = (code, message) => Object.assign(new Error(message || code), { name: "FanfareError", code });
 
 export class Fanfare {
   #url;

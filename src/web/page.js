@@ -13,6 +13,7 @@ const WORDS = { connecting: "connecting", live: "live", waiting: "lost", closed:
 
 class Pane {
   #fanfare = null;
+  #position = null; // its last id, which outlives it
   #resumed = null; // the notice that counts what was recovered
   #until = 0; // when the countdown ends
   #ticking;
@@ -39,6 +40,7 @@ class Pane {
   /** A new connection, from where another one stopped or from now on. */
   connect(lastEventId = null) {
     this.#fanfare?.close();
+    this.#position = lastEventId;
     this.#resumed = null;
     const scheme = location.protocol === "https:" ? "wss" : "ws";
     const url = `${scheme}://${this.part(".node").value}/ws/${encodeURIComponent(this.user)}`;
@@ -52,8 +54,10 @@ class Pane {
       return this.#notice(`No connection can be made to ${url}`, "bad");
     }
     const hear = (name, handler) => fanfare.on(name, (...values) => {
-      if (fanfare === this.#fanfare) handler(...values); // what an older connection says is past
-      this.part(".position").textContent = this.#fanfare?.lastEventId ?? "none yet";
+      if (fanfare !== this.#fanfare) return; // what an older connection says is past
+      this.#position = fanfare.lastEventId;
+      this.part(".position").textContent = this.#position ?? "none yet";
+      handler(...values);
     });
     hear("state", (change) => this.#changed(change));
     hear("message", (event, { recovered }) => this.#event(event, recovered));
@@ -68,8 +72,9 @@ class Pane {
   }
 
   #changed({ state, delay, code, reason }) {
+    const before = this.section.dataset.state;
     this.#show(state, delay);
-    if (state === "waiting") this.#notice(`Connection lost (${code}${reason ? `, ${reason}` : ""})`);
+    if (state === "waiting" && before === "live") this.#notice(`Connection lost (${code}${reason ? `, ${reason}` : ""})`);
     if (state === "live" && !this.part(".events").children.length) this.#notice(`Connected as ${this.user}`);
   }
 
@@ -83,7 +88,7 @@ class Pane {
     clearInterval(this.#ticking);
     const tick = () => {
       const rest = Math.max(0, Math.ceil((this.#until - Date.now()) / 1000));
-      this.part(".countdown").textContent = this.#until ? `, back in ${rest} s` : "";
+      this.part(".countdown").textContent = this.#until ? `, ${state === "cut" ? "back" : "retry"} in ${rest} s` : "";
       if (state === "cut" && rest === 0) this.#back();
     };
     if (delay) this.#ticking = setInterval(tick, 250);
@@ -95,12 +100,11 @@ class Pane {
     const fanfare = this.#fanfare;
     this.#fanfare = null;
     fanfare?.close();
-    this.position = fanfare?.lastEventId;
     this.#notice("Cut. Write something in the other pane.");
     this.#show("cut", CUT * 1000);
   }
 
-  #back() { this.connect(this.position); }
+  #back() { this.connect(this.#position); }
 
   #event(event, recovered) {
     const row = document.createElement("li");
@@ -111,7 +115,7 @@ class Pane {
       row.append(part, " ");
     };
     row.className = "event";
-    row.classList.toggle("own", event.sender === this.user);
+    if (event.sender === this.user) row.classList.add("own");
     add("sender", event.sender ?? "backend");
     if (event.to !== undefined) add("chip private", event.to === this.user ? "only you" : `only ${event.to}`);
     if (recovered) add("chip recovered", "recovered");
@@ -152,11 +156,11 @@ class Pane {
     text.value = "";
     text.focus();
     try {
-      await this.#fanfare.send(message);
-      // Only `to` itself sees a message to one user, so the sender's own pane notes what left.
-      if (message.to && message.to !== this.user) this.#notice(`To ${message.to} alone: ${message.text}`);
+      const id = await this.#fanfare.send(message);
+      // A message to one user never comes here, so the sender's own pane notes what left.
+      if (message.to && message.to !== this.user) this.#event({ sender: this.user, ...message, id }, false);
     } catch (error) {
-      this.#notice(`${error.message}: ${message.text}`, "bad");
+      this.#notice(`“${message.text}”: ${error.message}`, "bad");
     }
   }
 }
