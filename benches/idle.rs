@@ -8,7 +8,7 @@ mod support;
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use support::args::Args;
 use support::crowd::Crowd;
 use support::process::{Cores, Memory, Server, allow_files};
@@ -57,9 +57,9 @@ fn main() -> Result<()> {
             &[("MIMALLOC_PURGE_DELAY", "0")], // memory given back shows at once
         )?,
     };
-    let ours = measure(&server, connections, time)?;
+    let ours = measure(&server, connections, time).with_context(|| server.process.name.clone())?;
     drop(server);
-    let floor = measure(&Server::floor(&cores, false, beat)?, connections, time)?;
+    let floor = measure(&Server::floor(&cores, false, beat)?, connections, time).context("the floor")?;
     let binary = std::fs::metadata(if binary == "floor" { "/proc/self/exe" } else { binary })?.len();
 
     println!(
@@ -93,7 +93,7 @@ fn main() -> Result<()> {
         row("heartbeats in that time".into(), ours.pings.to_string(), floor.pings.to_string()),
         row("binary".into(), mib(binary), "–".into()),
     ];
-    report::table(&["what", "fanfare", "floor"], &rows);
+    report::table(&["what", args.text("server").unwrap_or("fanfare"), "floor"], &rows);
     println!("\nMIMALLOC_PURGE_DELAY=0, so that memory given back shows at once.");
     eprintln!("\n{:.0} s in all", started.elapsed().as_secs_f64());
     Ok(())
