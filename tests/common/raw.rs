@@ -121,11 +121,17 @@ impl Raw {
         }
     }
 
-    /// Fails unless the connection ends with nothing more to read.
-    pub async fn expect_end(&mut self) {
+    /// Everything that comes until the end of the connection.
+    pub async fn rest(&mut self) -> Vec<u8> {
         let mut rest = Vec::new();
         // A reset is an end too: the server may leave with bytes of ours unread.
         let _ = within("the connection's end", self.socket.read_to_end(&mut rest)).await;
+        rest
+    }
+
+    /// Fails unless the connection ends with nothing more to read.
+    pub async fn expect_end(&mut self) {
+        let rest = self.rest().await;
         assert!(rest.is_empty(), "more came: {rest:?}");
     }
 }
