@@ -13,9 +13,14 @@ use crate::metrics::{BusNumbers, Readiness};
 pub mod local;
 pub mod redis;
 
-/// How many ids one page of history spans. A page's number is id / PAGE, so that all who need a part of it
-/// share one read.
+/// How many ids one page of history spans; pages begin at multiples of it.
 pub const PAGE: u64 = 256;
+
+/// The position before the page that holds the event after `position`.
+pub fn page_begin(position: EventId) -> EventId {
+    let first = position.next().0;
+    EventId(first - first % PAGE).previous()
+}
 
 /// Which shard of this node.
 pub type ShardId = usize;
@@ -51,12 +56,14 @@ pub enum Request {
     },
     /// An event to be given an id.
     Publish(Publish),
-    /// One page of history. Answered once by [`ToShard::Page`].
+    /// The events after a position, up to the end of the page that holds the first of them. Answered once by
+    /// [`ToShard::Page`].
     Read {
         /// The channel; the shard follows it.
         channel: ChannelName,
-        /// Ids from `page * PAGE` up to the next page's first.
-        page: u64,
+        /// The position. Shards ask from the page's begin, so that all who need a part of it share one read;
+        /// only where an answer was too large and came in parts do they ask from inside.
+        after: EventId,
         /// Who asks.
         shard: ShardId,
     },
@@ -123,8 +130,9 @@ pub struct Page {
     pub head: EventId,
     /// The oldest id that history holds; `head + 1` when it holds none.
     pub oldest: EventId,
-    /// The page's events that history holds, in order, private ones among them. They are consecutive, and
-    /// unless trimming has taken the front, or the head is inside, they fill the page.
+    /// The page's events that history holds, in order and consecutive, private ones among them. The front is
+    /// missing where history was trimmed; the end where the head stands inside the page, or where an answer
+    /// grew too large: then it holds at least one event.
     pub entries: Vec<Entry>,
 }
 
@@ -160,8 +168,8 @@ pub enum ToShard {
     Page {
         /// The channel.
         channel: ChannelName,
-        /// The page's number.
-        page: u64,
+        /// The position that was asked for.
+        after: EventId,
         /// What history holds of it.
         result: Result<Arc<Page>, BusError>,
     },

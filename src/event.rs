@@ -175,6 +175,12 @@ impl Entry {
         }
     }
 
+    /// Whether byte `offset` is where a frame begins or the last one ends.
+    pub fn is_boundary(&self, offset: u32) -> bool {
+        let inside = || self.ends.as_ref().is_some_and(|ends| ends.binary_search(&offset).is_ok());
+        offset == 0 || offset as usize == self.bytes.len() || inside()
+    }
+
     /// The byte at which the event after `position` begins, for a position inside this entry.
     pub fn offset_after(&self, position: EventId) -> u32 {
         let known = position.0.saturating_sub(self.before().0) as usize;

@@ -1,11 +1,15 @@
 //! One event in, every socket out.
 
+pub mod close;
 pub mod config;
 pub mod event;
+pub mod frame;
+pub mod http;
+pub mod input;
 
 pub mod bus;
+pub mod feed;
 pub mod metrics;
 pub mod sequence;
 
 pub mod admin;
-pub mod http;
