@@ -38,8 +38,12 @@ async fn public_paths_answer() {
 #[tokio::test]
 async fn wrong_paths_and_methods_are_refused() {
     let node = Node::start(&[]).await;
-    for path in ["/nothing", "/ws", "/ws/a/b", "/metrics", "/stats", "/publish", "/healthz/", "//"] {
+    for path in ["/nothing", "/wsx/a", "/metrics", "/stats", "/publish", "/healthz/", "//"] {
         node.get(path).await.expect_refusal(404);
+    }
+    for path in ["/ws", "/ws/", "/ws/a/b"] {
+        let mut raw = Raw::connect(node.public).await;
+        raw.upgrade(path, &[]).await.expect_refusal(400);
     }
     for (method, path) in [("POST", "/"), ("POST", "/ws/a"), ("DELETE", "/healthz"), ("PUT", "/fanfare.js")] {
         let response = http::request(node.public, method, path, &[], b"").await;
