@@ -400,13 +400,7 @@ async fn a_redis_that_hangs_for_a_while_loses_nothing() {
 #[tokio::test]
 async fn a_replica_that_takes_over_is_announced() {
     let primary = Redis::start(&[]).await;
-    let port = primary.port().to_string();
-    let replica = Redis::start(&["--replicaof", &format!("127.0.0.1 {port}")]).await;
-    until("the replica to be in sync", || async {
-        let info = replica.client().await.call(&["INFO", "replication"]).await;
-        info.text().contains("master_link_status:up").then_some(())
-    })
-    .await;
+    let replica = Redis::replica_of(&primary).await;
     let proxy = Proxy::to(primary.port()).await;
     let url = proxy.url();
     let flags = ["--redis", &url];
@@ -424,6 +418,31 @@ async fn a_replica_that_takes_over_is_announced() {
     for watcher in &watchers {
         assert!(watcher.resets() >= 1);
     }
+}
+
+#[tokio::test]
+async fn a_failover_by_sentinel_is_announced_and_ids_go_on() {
+    let mut primary = Redis::start(&[]).await;
+    let replica = Redis::replica_of(&primary).await;
+    let sentinel = Redis::sentinel_for(&primary).await;
+    let url = format!("redis-sentinel://127.0.0.1:{}?sentinelServiceName=main", sentinel.port());
+    let flags = ["--redis", &url];
+    let (a, b) = tokio::join!(Node::start(&flags), Node::start(&flags));
+    let (_, watchers) = stream_through(&a, &b, async {
+        flowing(&b, 30).await;
+        primary.kill();
+        a.unready().await;
+        a.ready().await;
+        b.ready().await;
+        flowing(&a, 30).await;
+        flowing(&b, 1).await;
+    })
+    .await;
+    for watcher in &watchers {
+        assert!(watcher.resets() >= 1);
+    }
+    let info = replica.client().await.call(&["INFO", "replication"]).await;
+    assert!(info.text().contains("role:master"), "{}", info.text());
 }
 
 #[tokio::test]
