@@ -138,19 +138,19 @@ pub struct Connection {
     pub recovers: bool,
     /// It speaks `fanfare.v1`.
     pub json: bool,
-    /// A sign of life came since the last heartbeat.
-    pub alive: bool,
+    /// When the last sign of life came, in ticks of the shard.
+    pub heard: u32,
     /// Our end is closed.
     finished: bool,
     /// Publishes without an answer yet.
     pub unanswered: u32,
-    /// When the last heartbeat was due, in ticks of the shard.
+    /// When the last heartbeat was sent, in ticks of the shard.
     pub heartbeat: u32,
 }
 
 impl Connection {
     /// A socket that has sent nothing yet.
-    pub fn new(stream: TcpStream, generation: u32, heartbeat: u32) -> Connection {
+    pub fn new(stream: TcpStream, generation: u32, tick: u32) -> Connection {
         Connection {
             stream,
             generation,
@@ -169,10 +169,10 @@ impl Connection {
             paused: false,
             recovers: false,
             json: false,
-            alive: true,
+            heard: tick,
             finished: false,
             unanswered: 0,
-            heartbeat,
+            heartbeat: tick,
         }
     }
 
@@ -190,10 +190,7 @@ impl Connection {
     pub fn read(&mut self, buffer: &mut [u8]) -> io::Result<Option<usize>> {
         loop {
             match self.stream.read(buffer) {
-                Ok(length) => {
-                    self.alive = true;
-                    return Ok(Some(length));
-                }
+                Ok(length) => return Ok(Some(length)),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error),
@@ -213,7 +210,7 @@ impl Connection {
         self.queue.as_ref().map_or(0, |queue| queue.bytes)
     }
 
-    /// Makes it a member that stands at `cursor`, having everything up to `position`.
+    /// Has it stand at `cursor`, with everything up to `position`.
     pub fn go_live(&mut self, feed: &Feed, cursor: Cursor, position: EventId) {
         self.state = State::Live;
         self.cursor = cursor;
@@ -222,9 +219,10 @@ impl Connection {
         self.current = false;
     }
 
-    /// Makes it a member that reads what follows `position` from history.
+    /// Has it read what follows `position` from history.
     pub fn go_back(&mut self, feed: &Feed, position: EventId) {
         self.state = State::History;
+        self.cursor = Cursor::default();
         self.position = position;
         self.live_from = feed.end();
         self.current = false;
@@ -270,8 +268,11 @@ impl Connection {
         queue.frames.push_front(rest);
         self.position = EventId(entry.before().0 + entry.frames_until(end) as u64).min(entry.last);
         let whole = end as usize == entry.bytes.len();
-        self.cursor =
-            if whole { Cursor { entry: self.cursor.entry + 1, offset: 0 } } else { Cursor { offset: end, ..self.cursor } };
+        self.cursor = if whole {
+            Cursor { entry: self.cursor.entry + 1, offset: 0 }
+        } else {
+            Cursor { offset: end, ..self.cursor }
+        };
     }
 
     /// Writes what its channel has for it, from its cursor to the feed's end, and what waits for it alone.
@@ -313,6 +314,7 @@ impl Connection {
             }
             _ => {}
         }
+        self.cursor = Cursor::default(); // it was the page's
         flushed
     }
 
@@ -355,7 +357,8 @@ impl Connection {
                     break;
                 }
                 let begin = if number == self.cursor.entry { self.cursor.offset as usize } else { 0 };
-                let end = if inside { entry.frame_end(self.cursor.offset) as usize } else { entry.bytes.len() };
+                let end =
+                    if inside { entry.frame_end(self.cursor.offset) as usize } else { entry.bytes.len() };
                 slices[queued + count] = IoSlice::new(&entry.bytes[begin..end]);
                 numbers[count] = number;
                 size += end - begin;
@@ -453,22 +456,22 @@ impl Connection {
         self.state = State::Closing;
     }
 
-    /// Writes its last words and closes our end. `true`: they are out.
-    pub fn finish(&mut self, feed: Option<&Feed>, tally: &mut Tally) -> Result<bool, ()> {
+    /// Writes its last words, and closes our end once they are out. `false`: the socket is dead.
+    pub fn finish(&mut self, feed: Option<&Feed>, tally: &mut Tally) -> bool {
         if let Some(feed) = feed.filter(|feed| self.is_inside_frame(feed)) {
-            let entry = feed.get(self.cursor.entry).expect("a cursor inside a frame is inside an entry").clone();
+            let entry =
+                feed.get(self.cursor.entry).expect("a cursor inside a frame is inside an entry").clone();
             self.keep_rest(&entry);
         }
         match self.flush_queue(tally) {
-            Flushed::All => {}
-            Flushed::Dead => return Err(()),
-            _ => return Ok(false),
+            Flushed::All if self.finished => true,
+            Flushed::All => {
+                self.finished = true;
+                self.stream.shutdown(std::net::Shutdown::Write).is_ok()
+            }
+            Flushed::Dead => false,
+            _ => true,
         }
-        if !self.finished {
-            self.finished = true;
-            self.stream.shutdown(std::net::Shutdown::Write).map_err(|_| ())?;
-        }
-        Ok(true)
     }
 
     /// A message that was begun and not ended since before `then`.

@@ -190,6 +190,18 @@ impl Entry {
         }
     }
 
+    /// What of this entry a client at `position` has; `None` when nothing.
+    pub fn until(self, position: EventId) -> Option<Entry> {
+        if self.last <= position {
+            return Some(self);
+        }
+        let Some(ends) = self.ends.as_ref().filter(|_| self.before() < position) else { return None };
+        let known = (position.0 - self.before().0) as usize;
+        let kept: Arc<[u32]> = ends[..known].into();
+        let bytes = self.bytes.slice(..kept[known - 1] as usize);
+        Some(Entry { kind: self.kind, last: position, bytes, ends: (known > 1).then_some(kept) })
+    }
+
     /// What of this entry comes after `position`; `None` when nothing does.
     pub fn after(&self, position: EventId) -> Option<Entry> {
         if self.last <= position {

@@ -32,6 +32,17 @@ pub fn chat_event(sender: &str, text: &str) -> Bytes {
     Event::by(sender, None).with_text(text)
 }
 
+/// An event as clients see it: `event` is a JSON object, and `id` becomes its last member.
+pub fn with_id(event: &[u8], id: EventId) -> Vec<u8> {
+    let open = event.strip_suffix(b"}").expect("an event is a JSON object");
+    let mut text = Vec::with_capacity(event.len() + 24);
+    text.extend_from_slice(open);
+    text.extend_from_slice(if open == b"{" { br#""id":"# } else { br#","id":"# });
+    text.extend_from_slice(id.to_string().as_bytes());
+    text.push(b'}');
+    text
+}
+
 /// An event that grows member by member.
 struct Event(Vec<u8>);
 

@@ -6,10 +6,14 @@ pub mod event;
 pub mod frame;
 pub mod http;
 pub mod input;
+pub mod web;
 
 pub mod bus;
+pub mod connection;
 pub mod feed;
+pub mod handshake;
 pub mod metrics;
 pub mod sequence;
+pub mod shard;
 
 pub mod admin;
