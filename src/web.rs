@@ -10,12 +10,22 @@ pub struct File {
     content: &'static str,
 }
 
-/// Nothing from elsewhere, nothing inline but what the page itself brings; the page talks to any node one names.
-const POLICY: &str = "default-src 'none'; script-src 'self' 'unsafe-inline'; style-src 'unsafe-inline'; \
-    connect-src *; img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
+/// Nothing from elsewhere and nothing inline; the page talks to any node one names. Its icon is a data URL.
+const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src *; img-src data:; \
+    base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 
-const FILES: [File; 3] = [
+const FILES: [File; 5] = [
     File { path: "/", content_type: "text/html; charset=utf-8", content: include_str!("web/index.html") },
+    File {
+        path: "/page.js",
+        content_type: "text/javascript; charset=utf-8",
+        content: include_str!("web/page.js"),
+    },
+    File {
+        path: "/page.css",
+        content_type: "text/css; charset=utf-8",
+        content: include_str!("web/page.css"),
+    },
     File {
         path: "/fanfare.js",
         content_type: "text/javascript; charset=utf-8",

@@ -290,7 +290,8 @@ const tests = {
     const { last, live, state } = client();
     await live();
     await pass(1_000);
-    for (const [target, name] of [[window, "online"], [window, "pageshow"], [document, "visibilitychange"]]) {
+    const moments = [[window, "online"], [window, "offline"], [window, "pageshow"], [document, "visibilitychange"]];
+    for (const [target, name] of moments) {
       target.dispatchEvent(new Event(name, { bubbles: true }));
       equal(last().sent.pop(), { ref: "probe" });
       await pass(1_000);
