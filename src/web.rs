@@ -10,27 +10,21 @@ pub struct File {
     content: &'static str,
 }
 
-/// Nothing from elsewhere and nothing inline; the page talks to any node one names. Its icon is a data URL.
-const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src *; img-src data:; \
+/// Nothing from elsewhere and nothing inline; but the page talks to any node one names.
+const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src *; img-src 'self' data:; \
     base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
+
+const JAVASCRIPT: &str = "text/javascript; charset=utf-8";
 
 const FILES: [File; 5] = [
     File { path: "/", content_type: "text/html; charset=utf-8", content: include_str!("web/index.html") },
-    File {
-        path: "/page.js",
-        content_type: "text/javascript; charset=utf-8",
-        content: include_str!("web/page.js"),
-    },
     File {
         path: "/page.css",
         content_type: "text/css; charset=utf-8",
         content: include_str!("web/page.css"),
     },
-    File {
-        path: "/fanfare.js",
-        content_type: "text/javascript; charset=utf-8",
-        content: include_str!("web/fanfare.js"),
-    },
+    File { path: "/page.js", content_type: JAVASCRIPT, content: include_str!("web/page.js") },
+    File { path: "/fanfare.js", content_type: JAVASCRIPT, content: include_str!("web/fanfare.js") },
     File {
         path: "/fanfare.d.ts",
         content_type: "text/plain; charset=utf-8",

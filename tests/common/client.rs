@@ -69,6 +69,11 @@ impl Client {
         (client, welcome)
     }
 
+    /// Joins in plain mode with nothing but the path, and so the default channel.
+    pub async fn simple(node: &Node, user: &str) -> Client {
+        Client::open(node, user, "", None).await
+    }
+
     /// Joins where it must work.
     pub async fn open(node: &Node, user: &str, query: &str, subprotocol: Option<&'static str>) -> Client {
         let options = Options { query: query.into(), subprotocol };
@@ -79,7 +84,8 @@ impl Client {
     /// Joins, or says what the server answered. `user` goes into the path as it is.
     pub async fn try_open(to: SocketAddr, user: &str, options: &Options) -> Result<Client, Error> {
         within(&format!("{user}'s handshake"), async {
-            let mut request = format!("ws://{to}/ws/{user}?{}", options.query).into_client_request()?;
+            let mark = if options.query.is_empty() { "" } else { "?" };
+            let mut request = format!("ws://{to}/ws/{user}{mark}{}", options.query).into_client_request()?;
             if let Some(subprotocol) = options.subprotocol {
                 let value = HeaderValue::from_static(subprotocol);
                 request.headers_mut().insert("Sec-WebSocket-Protocol", value);
@@ -186,6 +192,33 @@ impl Client {
         assert!(last <= head, "{welcome}");
         assert!(recovered || last == head, "nothing can follow what is not recovered: {welcome}");
         welcome
+    }
+
+    /// The next frame, which must be a negative answer to the frame with this `ref`: its code.
+    pub async fn expect_error(&mut self, reference: Option<Value>) -> String {
+        let error = self.next_control("error").await;
+        assert_eq!(error.get("ref"), reference.as_ref(), "{error}");
+        assert!(error["message"].as_str().is_some_and(|message| !message.is_empty()), "{error}");
+        error["code"].as_str().unwrap_or_else(|| panic!("no code: {error}")).into()
+    }
+
+    /// Sends a frame in JSON mode and reads on to its answer. Events that come first are given too.
+    pub async fn send_for_ack(&mut self, mut message: Value) -> (Result<u64, Value>, Vec<Value>) {
+        let reference = json!(format!("ref {}", self.seen.len()));
+        message["ref"] = reference.clone();
+        self.send(message.to_string()).await;
+        let mut before = Vec::new();
+        loop {
+            let value = self.next_json().await;
+            match value["type"].as_str() {
+                Some("ack") if value.get("id").is_some() => {
+                    assert_eq!(value["ref"], reference);
+                    return (Ok(position(&value["id"])), before);
+                }
+                Some("error") => return (Err(value), before),
+                _ => before.push(value),
+            }
+        }
     }
 
     /// Reads on to the close frame, which must be the next but for pings, and then to the end of the connection.

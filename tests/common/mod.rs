@@ -9,6 +9,7 @@ pub mod client;
 pub mod http;
 pub mod node;
 pub mod process;
+pub mod proxy;
 pub mod raw;
 pub mod redis;
 
@@ -17,6 +18,7 @@ use std::time::Duration;
 pub use client::{Client, Frame, Options};
 pub use http::Response;
 pub use node::Node;
+pub use proxy::Proxy;
 pub use raw::Raw;
 pub use redis::{Redis, Resp, Value};
 

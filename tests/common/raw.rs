@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt, BufReader};
-use tokio::net::TcpStream;
+use tokio::net::{TcpSocket, TcpStream};
 
 use super::http::{self, Response};
 use super::within;
@@ -29,6 +29,14 @@ impl Raw {
     pub async fn connect(to: SocketAddr) -> Raw {
         let socket = within("a connection", TcpStream::connect(to)).await.expect("the listener accepts");
         socket.set_nodelay(true).expect("a TCP socket");
+        Raw { to, socket: BufReader::new(socket) }
+    }
+
+    /// Connects with receive buffers so small that the server soon feels that nobody reads.
+    pub async fn connect_with_small_buffers(to: SocketAddr) -> Raw {
+        let socket = TcpSocket::new_v4().expect("a socket");
+        socket.set_recv_buffer_size(4096).expect("a TCP socket");
+        let socket = within("a connection", socket.connect(to)).await.expect("the listener accepts");
         Raw { to, socket: BufReader::new(socket) }
     }
 
@@ -121,11 +129,17 @@ impl Raw {
         }
     }
 
-    /// Fails unless the connection ends with nothing more to read.
-    pub async fn expect_end(&mut self) {
+    /// Everything that comes until the end of the connection.
+    pub async fn rest(&mut self) -> Vec<u8> {
         let mut rest = Vec::new();
         // A reset is an end too: the server may leave with bytes of ours unread.
         let _ = within("the connection's end", self.socket.read_to_end(&mut rest)).await;
+        rest
+    }
+
+    /// Fails unless the connection ends with nothing more to read.
+    pub async fn expect_end(&mut self) {
+        let rest = self.rest().await;
         assert!(rest.is_empty(), "more came: {rest:?}");
     }
 }

@@ -14,6 +14,7 @@ use super::{until, within};
 pub struct Redis {
     port: u16,
     directory: Directory,
+    first: Vec<String>,
     flags: Vec<String>,
     process: Option<Process>,
 }
@@ -26,20 +27,58 @@ impl Redis {
         redis
     }
 
+    /// Starts a replica of another, and waits until it has all that the other has.
+    pub async fn replica_of(primary: &Redis) -> Redis {
+        let replica = Redis::start(&["--replicaof", &format!("127.0.0.1 {}", primary.port)]).await;
+        until("the replica to be in sync", || async {
+            let info = replica.client().await.call(&["INFO", "replication"]).await;
+            info.text().contains("master_link_status:up").then_some(())
+        })
+        .await;
+        replica
+    }
+
+    /// Starts a Sentinel that watches this primary as `main`, and waits until it knows one replica of it. It
+    /// takes the primary for dead after a second.
+    pub async fn sentinel_for(primary: &Redis) -> Redis {
+        let mut sentinel = Redis::away(&[]);
+        let port = primary.port;
+        let settings = format!(
+            "sentinel monitor main 127.0.0.1 {port} 1\nsentinel down-after-milliseconds main 1000\n\
+             sentinel failover-timeout main 10000\n"
+        );
+        // A Sentinel keeps what it learns in its settings, so it needs a file.
+        let path = sentinel.directory.path().join("sentinel.conf");
+        std::fs::write(&path, settings).expect("the directory is ours");
+        sentinel.first = vec![path.display().to_string(), "--sentinel".into()];
+        sentinel.up().await;
+        until("a Sentinel that knows the replica", || async {
+            let replicas = sentinel.client().await.call(&["SENTINEL", "REPLICAS", "main"]).await;
+            (!replicas.list().is_empty()).then_some(())
+        })
+        .await;
+        sentinel
+    }
+
     /// One that has a port but does not run yet.
     pub fn away(flags: &[&str]) -> Redis {
         let flags = flags.iter().map(|flag| flag.to_string()).collect();
-        Redis { port: free_port(), directory: Directory::new(), flags, process: None }
+        Redis { port: free_port(), directory: Directory::new(), first: Vec::new(), flags, process: None }
     }
 
     /// Starts it, or starts it again, and waits until it answers.
     pub async fn up(&mut self) {
         assert!(self.process.is_none(), "it runs");
         let mut command = Command::new("redis-server");
-        command.args(["--bind", "127.0.0.1", "--save", "", "--dir"]).arg(self.directory.path());
-        command.arg("--port").arg(self.port.to_string()).args(&self.flags);
+        command.args(&self.first).args(["--bind", "127.0.0.1"]).arg("--port").arg(self.port.to_string());
+        command.arg("--dir").arg(self.directory.path());
+        if self.first.is_empty() {
+            command.args(["--save", ""]); // a Sentinel takes no such setting
+        }
+        command.args(&self.flags);
         let process = Process::start("redis-server", &mut command);
-        let ready = |line: &str| line.contains("Ready to accept connections").then_some(());
+        let words = ["Ready to accept connections", "+monitor master"];
+        let ready = |line: &str| words.iter().any(|word| line.contains(word)).then_some(());
         process.line("a Redis that is ready", ready).await.unwrap_or_else(|ended| panic!("{ended}"));
         self.process = Some(process);
     }
