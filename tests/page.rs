@@ -9,6 +9,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use common::process::{Directory, Process};
+use common::redis::free_port;
 use common::{Node, Redis, http, until};
 use serde_json::{Value, json};
 
@@ -23,11 +24,11 @@ struct Browser {
 impl Browser {
     /// Starts chromedriver and through it Chromium, with a profile of its own that is new and empty.
     async fn start() -> Browser {
-        let driver = Process::start("chromedriver", Command::new("chromedriver").arg("--port=0"));
-        let port =
-            |line: &str| line.split_once("successfully on port ")?.1.trim_end_matches('.').parse().ok();
-        let port: u16 =
-            driver.line("chromedriver's port", port).await.unwrap_or_else(|ended| panic!("{ended}"));
+        let port = free_port(); // by itself it takes one that only one of IPv4 and IPv6 need have free
+        let driver =
+            Process::start("chromedriver", Command::new("chromedriver").arg(format!("--port={port}")));
+        let ready = |line: &str| line.contains("started successfully").then_some(());
+        driver.line("a chromedriver that is ready", ready).await.unwrap_or_else(|ended| panic!("{ended}"));
         let address = SocketAddr::from(([127, 0, 0, 1], port));
         let profile = Directory::new();
         let flags = [
