@@ -164,9 +164,10 @@ pub fn run(wiring: Wiring) -> io::Result<()> {
     while !shard.has_ended() {
         let busy = more || shard.has_work();
         let wait = if busy { Duration::ZERO } else { next_tick.saturating_duration_since(Instant::now()) };
-        let slept = bell.sleep(|| wait.is_zero() || !inbox.is_empty(), |nap| {
-            poll.poll(&mut events, Some(if nap { wait } else { Duration::ZERO }))
-        });
+        let slept = bell.sleep(
+            || wait.is_zero() || !inbox.is_empty(),
+            |nap| poll.poll(&mut events, Some(if nap { wait } else { Duration::ZERO })),
+        );
         match slept {
             Err(error) if error.kind() != io::ErrorKind::Interrupted => return Err(error),
             _ => {}

@@ -34,7 +34,7 @@ async fn read_numbers(raw: &mut Raw, numbers: std::ops::Range<u64>, ids: &[u64])
     }
 }
 
-/// Publishes on several connections of the admin listener... in order, as one publisher does.
+/// Publishes these numbers, with padding.
 async fn publish(node: &Node, numbers: std::ops::Range<u64>, ids: &mut Vec<u64>) {
     for n in numbers {
         ids.push(node.publish("room", &json!({"n": n, "padding": padding()})).await);
@@ -92,8 +92,8 @@ async fn stalled_readers_cost_no_memory_and_miss_nothing_on_redis() {
 
 #[tokio::test]
 async fn stalled_readers_cost_no_memory_and_miss_nothing_on_the_local_bus() {
-    // Its history is in memory: 1000 events are 4 MB.
-    let node = Node::start(&["--history", "2000", "--feed-memory", "1MiB"]).await;
+    // Its history is what is in memory, so half of the events must fit.
+    let node = Node::start(&["--history", "2000", "--feed-memory", "16MiB"]).await;
     stalled_readers_cost_nothing_and_miss_nothing(&node).await;
 }
 
@@ -144,8 +144,7 @@ async fn a_reader_that_stalls_for_longer_than_history_lasts_is_told() {
 
 #[tokio::test]
 async fn a_slow_reader_that_reads_on_stays_though_its_pongs_are_late() {
-    let flags = ["--heartbeat", "1s", "--heartbeat-timeout", "1s", "--feed-memory", "1MiB"];
-    let node = Node::start(&flags).await;
+    let node = Node::start(&["--heartbeat", "1s", "--heartbeat-timeout", "1s"]).await;
     let mut raw = stalled(&node, "").await;
     let mut ids = Vec::new();
     publish(&node, 0..1000, &mut ids).await;

@@ -198,7 +198,10 @@ impl Local {
 
     fn trim(&mut self) {
         let holds = |channels: &HashMap<ChannelName, Channel>, name: &ChannelName, last: EventId| {
-            channels.get(name).and_then(|channel| channel.history.front()).is_some_and(|first| first.last <= last)
+            channels
+                .get(name)
+                .and_then(|channel| channel.history.front())
+                .is_some_and(|first| first.last <= last)
         };
         while self.memory > self.memory_max {
             let Some((name, last)) = self.ages.pop_front() else { return };
