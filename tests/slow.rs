@@ -147,9 +147,10 @@ async fn a_slow_reader_that_reads_on_stays_though_its_pongs_are_late() {
     let node = Node::start(&["--heartbeat", "1s", "--heartbeat-timeout", "1s"]).await;
     let mut raw = stalled(&node, "").await;
     let mut ids = Vec::new();
-    publish(&node, 0..1000, &mut ids).await;
-    // It answers no ping, but takes some events every now and then for longer than heartbeat and timeout.
-    for part in 0..10 {
+    publish(&node, 0..EVENTS, &mut ids).await;
+    // It answers no ping, but takes some events every now and then, for much longer than heartbeat and timeout. It
+    // stops while there is more than the kernel holds (4 MB): then the server can't see any more that it reads.
+    for part in 0..18 {
         read_numbers(&mut raw, part * 100..(part + 1) * 100, &ids).await;
         tokio::time::sleep(Duration::from_millis(400)).await; // slowness itself is what is tested
     }
