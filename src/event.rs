@@ -195,7 +195,7 @@ impl Entry {
         if self.last <= position {
             return Some(self);
         }
-        let Some(ends) = self.ends.as_ref().filter(|_| self.before() < position) else { return None };
+        let ends = self.ends.as_ref().filter(|_| self.before() < position)?;
         let known = (position.0 - self.before().0) as usize;
         let kept: Arc<[u32]> = ends[..known].into();
         let bytes = self.bytes.slice(..kept[known - 1] as usize);

@@ -16,4 +16,7 @@ pub mod metrics;
 pub mod sequence;
 pub mod shard;
 
+pub mod accept;
+pub mod server;
+
 pub mod admin;

@@ -59,8 +59,10 @@ pub struct BusNumbers {
 #[derive(Debug, Default)]
 #[repr(align(128))]
 pub struct ShardNumbers {
-    /// Open connections (gauge).
-    pub connections: Number,
+    /// Sockets given to it. Only the accept loop writes this one.
+    pub accepted: Number,
+    /// Sockets of those that are closed again.
+    pub closed: Number,
     /// Connections upgraded.
     pub joins: Number,
     /// Connections ended, by [`crate::close::Reason`].
@@ -83,11 +85,22 @@ pub struct ShardNumbers {
     pub feed_bytes: Number,
 }
 
+impl ShardNumbers {
+    /// Its connections, with those that are on their way to it.
+    pub fn load(&self) -> u64 {
+        // A socket may be closed between the two reads.
+        let closed = self.closed.get();
+        self.accepted.get().saturating_sub(closed)
+    }
+}
+
 /// Everything the admin listener shows.
 #[derive(Debug)]
 pub struct Metrics {
     /// By [`crate::bus::ShardId`].
     pub shards: Box<[ShardNumbers]>,
+    /// Connections that could not be accepted, for want of descriptors or memory.
+    pub accept_failures: Number,
     /// What the bus counts.
     pub bus: Arc<BusNumbers>,
     /// Whether the node takes clients.
@@ -103,6 +116,7 @@ impl Metrics {
     pub fn new(shards: usize, bus: Arc<BusNumbers>, readiness: Arc<Readiness>) -> Metrics {
         Metrics {
             shards: (0..shards).map(|_| ShardNumbers::default()).collect(),
+            accept_failures: Number::default(),
             bus,
             readiness,
             started: Instant::now(),

@@ -22,7 +22,7 @@ use crate::event::ChannelName;
 use crate::feed::Feed;
 use crate::handshake;
 use crate::input;
-use crate::metrics::{Readiness, ShardNumbers};
+use crate::metrics::{Metrics, ShardNumbers};
 
 mod channel;
 mod deliver;
@@ -64,10 +64,8 @@ pub struct Wiring {
     pub inbox: mpsc::UnboundedReceiver<ToShard>,
     /// Rings when there is something in the inbox.
     pub bell: Arc<Bell>,
-    /// What it counts.
-    pub numbers: Arc<ShardNumbers>,
-    /// Whether the node is ready, for those who ask on the public listener.
-    pub readiness: Arc<Readiness>,
+    /// What the node counts; it writes its own part.
+    pub metrics: Arc<Metrics>,
 }
 
 /// One shard.
@@ -76,8 +74,7 @@ pub struct Shard {
     id: ShardId,
     settings: Arc<Settings>,
     requests: Requests,
-    numbers: Arc<ShardNumbers>,
-    readiness: Arc<Readiness>,
+    metrics: Arc<Metrics>,
     registry: Registry,
     connections: Slab<Connection>,
     generation: u32,
@@ -131,8 +128,7 @@ pub fn run(wiring: Wiring) -> io::Result<()> {
         id: wiring.id,
         settings: wiring.settings,
         requests: wiring.requests,
-        numbers: wiring.numbers,
-        readiness: wiring.readiness,
+        metrics: wiring.metrics,
         registry,
         connections: Slab::new(),
         generation: 0,
@@ -202,6 +198,10 @@ pub fn run(wiring: Wiring) -> io::Result<()> {
 }
 
 impl Shard {
+    fn numbers(&self) -> &ShardNumbers {
+        &self.metrics.shards[self.id]
+    }
+
     fn has_work(&self) -> bool {
         !self.passes.is_empty() || !self.unflushed.is_empty() || !self.unread.is_empty()
     }
@@ -240,17 +240,15 @@ impl Shard {
 
     fn on_socket(&mut self, stream: mio::net::TcpStream) {
         if self.drain.is_some() {
-            return;
+            return self.numbers().closed.add(1);
         }
         self.generation = self.generation.wrapping_add(1);
         let slot = self.connections.insert(Connection::new(stream, self.generation, self.tick)) as u32;
         let token = Token((self.generation as usize) << 32 | slot as usize);
         let stream = self.connections[slot as usize].stream();
         if self.registry.register(stream, token, Interest::READABLE | Interest::WRITABLE).is_err() {
-            self.connections.remove(slot as usize); // out of kernel memory, or of fs.epoll.max_user_watches
-            return;
+            return self.remove(slot); // out of kernel memory, or of fs.epoll.max_user_watches
         }
-        self.numbers.connections.set(self.connections.len() as u64);
         self.handshakes.push_back((Instant::now() + REQUEST_TIME, self.id_of(slot)));
     }
 
@@ -283,7 +281,7 @@ impl Shard {
         if matches!(connection.state, State::Closing) {
             return;
         }
-        self.numbers.ends[reason as usize].add(1);
+        self.metrics.shards[self.id].ends[reason as usize].add(1);
         tracing::debug!(user = ?connection.user, reason = reason.label(), "connection ends");
         connection.close(reason);
         if reason == Reason::PeerGone {
@@ -299,7 +297,7 @@ impl Shard {
 
     /// Sends an HTTP answer and ends.
     fn answer(&mut self, slot: u32, answer: bytes::Bytes, reason: Reason) {
-        self.numbers.refused.add(1);
+        self.numbers().refused.add(1);
         self.connections[slot as usize].enqueue(answer);
         self.end(slot, reason);
     }
@@ -317,7 +315,7 @@ impl Shard {
 
     fn remove(&mut self, slot: u32) {
         self.connections.remove(slot as usize);
-        self.numbers.connections.set(self.connections.len() as u64);
+        self.numbers().closed.add(1);
     }
 
     /// The key of a channel, which the bus is asked to follow if it is new.
@@ -364,11 +362,11 @@ impl Shard {
     fn report(&mut self) {
         let tally = std::mem::take(&mut self.tally);
         if tally.bytes > 0 {
-            self.numbers.deliveries.add(tally.deliveries);
-            self.numbers.bytes.add(tally.bytes);
-            self.numbers.resets.add(tally.resets);
+            self.numbers().delivered.add(tally.deliveries);
+            self.numbers().bytes_sent.add(tally.bytes);
+            self.numbers().resets.add(tally.resets);
         }
-        self.numbers.feed_bytes.set(self.feed_bytes as u64);
+        self.numbers().feed_bytes.set(self.feed_bytes as u64);
     }
 
     fn refuse_join(&mut self, id: ConnectionId, why: &str) {

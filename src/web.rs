@@ -10,17 +10,21 @@ pub struct File {
     content: &'static str,
 }
 
-/// Nothing from elsewhere, nothing inline but what the page itself brings; the page talks to any node one names.
-const POLICY: &str = "default-src 'none'; script-src 'self' 'unsafe-inline'; style-src 'unsafe-inline'; \
-    connect-src *; img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
+/// Nothing from elsewhere and nothing inline; but the page talks to any node one names.
+const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src *; img-src 'self' data:; \
+    base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 
-const FILES: [File; 3] = [
+const JAVASCRIPT: &str = "text/javascript; charset=utf-8";
+
+const FILES: [File; 5] = [
     File { path: "/", content_type: "text/html; charset=utf-8", content: include_str!("web/index.html") },
     File {
-        path: "/fanfare.js",
-        content_type: "text/javascript; charset=utf-8",
-        content: include_str!("web/fanfare.js"),
+        path: "/page.css",
+        content_type: "text/css; charset=utf-8",
+        content: include_str!("web/page.css"),
     },
+    File { path: "/page.js", content_type: JAVASCRIPT, content: include_str!("web/page.js") },
+    File { path: "/fanfare.js", content_type: JAVASCRIPT, content: include_str!("web/fanfare.js") },
     File {
         path: "/fanfare.d.ts",
         content_type: "text/plain; charset=utf-8",

@@ -32,7 +32,7 @@ const fn series<T>(name: &'static str, kind: Kind, help: &'static str, read: fn(
 }
 
 static SHARD: [Series<ShardNumbers>; 10] = [
-    series("connections", Gauge, "Open WebSocket connections.", |shard| shard.connections.get()),
+    series("connections", Gauge, "Open WebSocket connections.", |shard| shard.load()),
     series("joins", Counter, "Connections upgraded.", |shard| shard.joins.get()),
     series("delivered", Counter, "Events written to sockets.", |shard| shard.delivered.get()),
     series("sent_bytes", Counter, "Bytes written to sockets.", |shard| shard.bytes_sent.get()),
@@ -160,7 +160,7 @@ impl Metrics {
             "uptime_seconds": self.started.elapsed().as_secs(),
             "ready": trouble.is_none(),
             "trouble": trouble,
-            "connections": total(|shard| shard.connections.get()),
+            "connections": total(|shard| shard.load()),
             "delivered": total(|shard| shard.delivered.get()),
             "bus": object(BUS.iter().map(bus).collect()),
             "ends": object(self.ends().map(|(reason, count)| (reason, count.into())).collect()),
@@ -192,8 +192,8 @@ mod tests {
 
     fn metrics() -> Metrics {
         let metrics = Metrics::new(2, Arc::default(), Arc::new(Readiness::waiting_for_bus()));
-        metrics.shards[0].connections.set(3);
-        metrics.shards[1].connections.set(4);
+        metrics.shards[0].accepted.set(3);
+        metrics.shards[1].accepted.set(4);
         metrics.shards[0].ends[1].add(5);
         metrics.shards[1].ends[1].add(6);
         metrics.bus.round_trip_micros.set(1500);

@@ -41,7 +41,7 @@ impl Shard {
 
     /// Lets the oldest entries of all feeds go until the rest fits.
     fn trim(&mut self) {
-        let limit = self.settings.feed_memory / self.settings.shards;
+        let limit = self.settings.feed_memory / self.settings.shards.get();
         while self.feed_bytes > limit {
             let Some((key, serial)) = self.ages.pop_front() else { return };
             let Some(channel) =
@@ -86,7 +86,7 @@ impl Shard {
                 channel.pass = None;
                 self.passes.pop_front();
             }
-            self.numbers.passes.add(1);
+            self.numbers().passes.add(1);
         }
     }
 

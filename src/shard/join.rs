@@ -90,7 +90,7 @@ impl Shard {
         connection.heard = self.tick;
         connection.heartbeat = self.tick;
         self.channels[key as usize].add(slot, &mut self.connections, &self.hasher);
-        self.numbers.joins.add(1);
+        self.numbers().joins.add(1);
         self.flush(slot);
     }
 

@@ -75,10 +75,10 @@ impl Shard {
         let connection = &mut self.connections[slot as usize];
         let State::Request(kept) = &mut connection.state else { return };
         let verdict = match kept {
-            None => handshake::decide(bytes, &self.readiness),
+            None => handshake::decide(bytes, &self.metrics.readiness),
             Some(kept) => {
                 kept.extend_from_slice(bytes);
-                handshake::decide(kept, &self.readiness)
+                handshake::decide(kept, &self.metrics.readiness)
             }
         };
         match verdict {
@@ -135,7 +135,7 @@ impl Shard {
     }
 
     fn publish(&mut self, slot: u32, text: &str) {
-        self.numbers.messages.add(1);
+        self.numbers().messages.add(1);
         let id = self.id_of(slot);
         let connection = &mut self.connections[slot as usize];
         let (event, to, reference) = if connection.json {
