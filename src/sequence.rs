@@ -201,12 +201,7 @@ mod tests {
             let last = self.head.min(first + limit - 1);
             let entries =
                 (first..=last).map(|id| entry(self.run, id, 1, self.private[&id])).collect::<Vec<_>>();
-            Page {
-                base: EventId(self.base),
-                head: EventId(self.head),
-                oldest: EventId(self.oldest),
-                entries,
-            }
+            Page { base: EventId(self.base), head: EventId(self.head), oldest: EventId(self.oldest), entries }
         }
     }
 

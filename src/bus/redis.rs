@@ -124,8 +124,8 @@ struct Bus {
 
 /// Runs until every sender of requests is gone.
 pub async fn run(settings: &Settings, url: &RedisUrl, wiring: Wiring) -> Result<(), Unusable> {
-    let config = Config::from_url(&url.0)
-        .map_err(|error| Unusable(format!("--redis {url}: {}", error.details())))?;
+    let config =
+        Config::from_url(&url.0).map_err(|error| Unusable(format!("--redis {url}: {}", error.details())))?;
     if config.server.is_clustered() {
         return Err(Unusable(format!("--redis {url}: a cluster is not supported yet")));
     }

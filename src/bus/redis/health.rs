@@ -114,11 +114,15 @@ impl Bus {
         if self.link.session.is_none() {
             return;
         }
-        let silence = self.canaries.heard.map_or(Duration::ZERO, |heard| now.saturating_duration_since(heard));
+        let silence =
+            self.canaries.heard.map_or(Duration::ZERO, |heard| now.saturating_duration_since(heard));
         if silence > CANARY_LOST {
             self.session_over(&format!("Redis has been silent for {} s", silence.as_secs()));
         } else if silence > CANARY_LATE {
-            self.set_trouble(Some(Trouble::Away(format!("Redis has been silent for {} s", silence.as_secs()))));
+            self.set_trouble(Some(Trouble::Away(format!(
+                "Redis has been silent for {} s",
+                silence.as_secs()
+            ))));
         }
         if self.link.pending.is_none() && self.canaries.next.is_some_and(|at| at <= now) {
             self.canaries.next = Some(now + CANARY_EVERY);

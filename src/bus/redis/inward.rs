@@ -111,7 +111,9 @@ impl Bus {
     }
 
     fn refuse_join(&mut self, name: &ChannelName, why: &str) {
-        let Some(follow) = self.channels.get_mut(name).and_then(|channel| channel.follow.as_mut()) else { return };
+        let Some(follow) = self.channels.get_mut(name).and_then(|channel| channel.follow.as_mut()) else {
+            return;
+        };
         for shard in std::mem::take(&mut follow.joining) {
             let why = BusError::Away(why.into());
             self.shards.tell(shard, ToShard::NotFollowed { channel: name.clone(), why });
@@ -184,7 +186,9 @@ impl Bus {
         if let Some(sequence) = &follow.sequence {
             channel.known.learn(sequence.base(), sequence.position());
         }
-        if self.link.session().is_some() && let Some(asked) = follow.ask() {
+        if self.link.session().is_some()
+            && let Some(asked) = follow.ask()
+        {
             self.read(name, Purpose::Fill(asked));
         }
     }
@@ -243,7 +247,9 @@ impl Bus {
         let mut out = Vec::new();
         match (purpose, &mut channel.follow) {
             (Purpose::Learn, _) => self.touched.push(name.clone()),
-            (Purpose::Start(ticket), Some(follow)) if follow.ticket == ticket && follow.sequence.is_none() => {
+            (Purpose::Start(ticket), Some(follow))
+                if follow.ticket == ticket && follow.sequence.is_none() =>
+            {
                 for shard in follow.start(page.base, page.head, &mut out) {
                     let (base, position) = (page.base, page.head);
                     self.shards.tell(shard, ToShard::Followed { channel: name.clone(), base, position });
@@ -269,7 +275,9 @@ impl Bus {
         let text = error.text();
         let follow = self.channels.get_mut(name).and_then(|channel| channel.follow.as_mut());
         match (purpose, follow) {
-            (Purpose::Start(ticket), Some(follow)) if follow.ticket == ticket => self.refuse_join(name, &text),
+            (Purpose::Start(ticket), Some(follow)) if follow.ticket == ticket => {
+                self.refuse_join(name, &text)
+            }
             (Purpose::Fill(_), Some(follow)) => {
                 for shard in follow.failed() {
                     let result = Err(BusError::Away(text.clone()));
@@ -314,7 +322,8 @@ impl Bus {
         if let (Ok(page), Some(channel)) = (&result, self.channels.get_mut(&name)) {
             channel.known.learn(page.base, page.head);
         }
-        let answer = result.as_ref().map(|page| Arc::new(page.clone())).map_err(|error| BusError::Away(error.text()));
+        let answer =
+            result.as_ref().map(|page| Arc::new(page.clone())).map_err(|error| BusError::Away(error.text()));
         for shard in waiting {
             let result = answer.clone();
             self.shards.tell(shard, ToShard::Page { channel: name.clone(), page, result });
@@ -355,11 +364,13 @@ async fn whole_page(
     for _ in 0..PAGE_ATTEMPTS {
         let mut whole: Option<Page> = None;
         loop {
-            let from = whole.as_ref().and_then(|page| page.entries.last()).map_or(first, |entry| entry.last.next());
+            let from =
+                whole.as_ref().and_then(|page| page.entries.last()).map_or(first, |entry| entry.last.next());
             count();
             let args = scripts::read_args(terms, known, from, last, PAGE, READ_BYTES);
             let (part, events) = read(caller, &key, args).await?;
-            let end = events == 0 || part.entries.last().is_none_or(|entry| entry.last >= last.min(part.head));
+            let end =
+                events == 0 || part.entries.last().is_none_or(|entry| entry.last >= last.min(part.head));
             match &mut whole {
                 None => whole = Some(part),
                 Some(page) => {

@@ -155,7 +155,12 @@ impl std::fmt::Debug for Caller {
 
 impl Caller {
     /// Runs a script with these keys. A script that Redis has forgotten is sent again whole.
-    pub async fn call(&self, script: Script, keys: &[&str], args: Vec<Value>) -> Result<Resp3Frame, CallError> {
+    pub async fn call(
+        &self,
+        script: Script,
+        keys: &[&str],
+        args: Vec<Value>,
+    ) -> Result<Resp3Frame, CallError> {
         let hash = self.hashes[script as usize].clone();
         let result = self.command("EVALSHA", script_args(hash, keys, args.clone())).await;
         match result {
@@ -293,9 +298,8 @@ pub fn is_passing(error: &str) -> bool {
 async fn check_server(client: &Client) -> Result<(), ConnectError> {
     let info = bytes(&setup(client, "INFO", Vec::new()).await?).unwrap_or_default();
     let info = String::from_utf8_lossy(&info);
-    let field = |name: &str| {
-        info.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).map(str::trim)
-    };
+    let field =
+        |name: &str| info.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).map(str::trim);
     let version = field("redis_version").unwrap_or_default();
     let major = version.split('.').next().and_then(|major| major.parse::<u32>().ok());
     if major.is_some_and(|major| major < OLDEST_REDIS) {

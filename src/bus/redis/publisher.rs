@@ -171,7 +171,9 @@ impl Publisher {
     /// stays, so that the next waits for its end.
     fn drop_answered(&mut self) {
         let answered = |batch: &Batch| batch.answers.iter().all(|(answer, _)| answer.is_none());
-        if !self.calling && let Some(batch) = self.batch.take_if(|batch| answered(batch)) {
+        if !self.calling
+            && let Some(batch) = self.batch.take_if(|batch| answered(batch))
+        {
             self.bytes -= batch.bytes();
         }
     }

@@ -67,12 +67,7 @@ fn number(value: u64) -> Value {
 }
 
 fn opening(terms: &Terms, known: Known) -> Vec<Value> {
-    vec![
-        number(u64::from(terms.durable)),
-        number(terms.ttl_ms),
-        number(known.seen.0),
-        number(known.base.0),
-    ]
+    vec![number(u64::from(terms.durable)), number(terms.ttl_ms), number(known.seen.0), number(known.base.0)]
 }
 
 /// The arguments of [`PUBLISH`], but for the events.
