@@ -29,10 +29,10 @@ fn utf8(text: &[u8]) -> Cow<'_, [u8]> {
 /// The entry for a message of consecutive events, one a line. `None` for what is no such message.
 pub fn broadcast(message: &[u8]) -> Option<Entry> {
     let message = utf8(message);
-    let lines = message.split(|byte| *byte == b'\n');
+    let mut lines = message.split(|byte| *byte == b'\n');
     let first = id_of(lines.clone().next()?)?;
     let entry = Entry::events(first, lines.clone());
-    let last = if entry.frames() == 1 { first } else { id_of(lines.last()?)? };
+    let last = if entry.frames() == 1 { first } else { id_of(lines.next_back()?)? };
     (entry.last == last).then_some(entry)
 }
 
