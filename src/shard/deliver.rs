@@ -90,16 +90,20 @@ impl Shard {
         }
     }
 
-    /// A full socket has room again, so the peer has taken something.
-    pub(super) fn on_writable(&mut self, slot: u32) {
+    /// Writes to a socket that was full. If it takes anything, its peer has taken something: a sign of life.
+    pub(super) fn try_again(&mut self, slot: u32) {
+        let id = self.id_of(slot);
         let connection = &mut self.connections[slot as usize];
         connection.blocked = false;
-        connection.heard = self.tick;
         if connection.is_open() {
             let begun = (connection.cursor.entry, slot);
             self.channels[connection.channel as usize].begun.remove(&begun);
         }
+        let before = self.tally.bytes;
         self.flush(slot);
+        if self.tally.bytes > before && self.find(id).is_some() {
+            self.connections[slot as usize].heard = self.tick;
+        }
     }
 
     /// Writes what there is for a connection.
