@@ -106,10 +106,13 @@ fn head_length(bytes: &[u8]) -> Result<Option<usize>, Refusal> {
         let line_length = bytes[line_start..].iter().position(|byte| *byte == b'\n').map(|at| at + 1);
         let end = line_length.map_or(bytes.len(), |length| line_start + length);
         if lines == 0 && end > REQUEST_LINE_MAX {
-            return Err(Refusal::new(414, "the request line is too long: at most 8192 bytes"));
+            return Err(Refusal::new(
+                414,
+                format!("the request line is too long: at most {REQUEST_LINE_MAX} bytes"),
+            ));
         }
         if lines > 0 && end - headers_start > HEADERS_MAX {
-            return Err(Refusal::new(431, "the headers are too long: at most 16384 bytes"));
+            return Err(Refusal::new(431, format!("the headers are too long: at most {HEADERS_MAX} bytes")));
         }
         if line_length.is_none() {
             return Ok(None);
@@ -126,7 +129,7 @@ fn head_length(bytes: &[u8]) -> Result<Option<usize>, Refusal> {
         } else if text.is_empty() {
             return Ok(Some(end));
         } else if lines > HEADER_COUNT_MAX {
-            return Err(Refusal::new(431, "too many headers: at most 64"));
+            return Err(Refusal::new(431, format!("too many headers: at most {HEADER_COUNT_MAX}")));
         }
         lines += 1;
         line_start = end;
@@ -142,7 +145,9 @@ fn syntax(error: httparse::Error, head: &[u8]) -> Refusal {
         httparse::Error::Version if line.windows(6).any(|word| word == b" HTTP/") => {
             Refusal::new(505, "only HTTP/1.1 and HTTP/1.0 are spoken here")
         }
-        httparse::Error::TooManyHeaders => Refusal::new(431, "too many headers: at most 64"),
+        httparse::Error::TooManyHeaders => {
+            Refusal::new(431, format!("too many headers: at most {HEADER_COUNT_MAX}"))
+        }
         httparse::Error::HeaderName | httparse::Error::HeaderValue => {
             Refusal::new(400, "a header line is malformed")
         }
