@@ -203,7 +203,7 @@ async fn what_is_no_known_id_is_not_recovered() {
 
 #[tokio::test]
 async fn past_the_end_of_history_nothing_is_recovered() {
-    let node = Node::start(&["--history", "1000", "--feed-memory", "64KiB"]).await;
+    let node = Node::start(&["--history", "1000"]).await;
     let ids = node.publish_numbers("room", 0..1100).await;
     let (mut client, welcome) = Client::resume(&node, "a", "room", ids[0]).await;
     assert_eq!((&welcome["recovered"], &welcome["lastEventId"]), (&json!(false), &json!(ids[1099])));
@@ -273,6 +273,8 @@ async fn json_mode_says_what_is_wrong_with_a_frame_and_stays() {
         json!({"ref": 4, "text": ["a"]}),
         json!({"ref": 5, "text": "a", "to": 7}),
         json!({"ref": 6, "text": "a", "to": ""}),
+        json!({"ref": 9, "text": "a", "to": null}), // must not go to everybody
+        json!({"ref": 10, "text": "a", "data": 1}),
         json!({"ref": 7, "text": "a", "to": "x".repeat(129)}),
         json!({"ref": 8, "text": "a", "to": "line\nbreak"}),
     ] {

@@ -41,13 +41,12 @@ trap 'exit 130' INT
 trap 'exit 143' TERM
 
 say "Building"
-cargo test --all-targets --no-run "$@" &
+cargo test --no-run "$@" &
 tests=$!
 wait "$tests"
 
 say "Testing"
-# --tests: benches are built above and are not run here.
-cargo test --lib --bins --tests "$@" &
+cargo test "$@" &
 tests=$!
 wait "$tests"
 say "All tests passed"

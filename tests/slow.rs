@@ -34,7 +34,7 @@ async fn read_numbers(raw: &mut Raw, numbers: std::ops::Range<u64>, ids: &[u64])
     }
 }
 
-/// Publishes on several connections of the admin listener... in order, as one publisher does.
+/// Publishes these numbers, with padding.
 async fn publish(node: &Node, numbers: std::ops::Range<u64>, ids: &mut Vec<u64>) {
     for n in numbers {
         ids.push(node.publish("room", &json!({"n": n, "padding": padding()})).await);
@@ -92,8 +92,8 @@ async fn stalled_readers_cost_no_memory_and_miss_nothing_on_redis() {
 
 #[tokio::test]
 async fn stalled_readers_cost_no_memory_and_miss_nothing_on_the_local_bus() {
-    // Its history is in memory: 1000 events are 4 MB.
-    let node = Node::start(&["--history", "2000", "--feed-memory", "1MiB"]).await;
+    // Its history is what is in memory, so half of the events must fit.
+    let node = Node::start(&["--history", "2000", "--feed-memory", "16MiB"]).await;
     stalled_readers_cost_nothing_and_miss_nothing(&node).await;
 }
 
@@ -144,13 +144,13 @@ async fn a_reader_that_stalls_for_longer_than_history_lasts_is_told() {
 
 #[tokio::test]
 async fn a_slow_reader_that_reads_on_stays_though_its_pongs_are_late() {
-    let flags = ["--heartbeat", "1s", "--heartbeat-timeout", "1s", "--feed-memory", "1MiB"];
-    let node = Node::start(&flags).await;
+    let node = Node::start(&["--heartbeat", "1s", "--heartbeat-timeout", "1s"]).await;
     let mut raw = stalled(&node, "").await;
     let mut ids = Vec::new();
-    publish(&node, 0..1000, &mut ids).await;
-    // It answers no ping, but takes some events every now and then for longer than heartbeat and timeout.
-    for part in 0..10 {
+    publish(&node, 0..EVENTS, &mut ids).await;
+    // It answers no ping, but takes some events every now and then, for much longer than heartbeat and timeout. It
+    // stops while there is more than the kernel holds (4 MB): then the server can't see any more that it reads.
+    for part in 0..18 {
         read_numbers(&mut raw, part * 100..(part + 1) * 100, &ids).await;
         tokio::time::sleep(Duration::from_millis(400)).await; // slowness itself is what is tested
     }
