@@ -107,7 +107,7 @@ class Pane {
   #back() { this.connect(this.#position); }
 
   #event(event, recovered) {
-    const row = document.createElement("li");
+    const row = document.createElement("div");
     const add = (kind, text) => {
       const part = document.createElement("span");
       part.className = kind;
@@ -134,7 +134,7 @@ class Pane {
   }
 
   #notice(text, kind = "plain") {
-    const row = document.createElement("li");
+    const row = document.createElement("div");
     row.className = `notice ${kind}`;
     row.textContent = text;
     this.#append(row);
