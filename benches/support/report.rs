@@ -22,6 +22,16 @@ pub fn percentile(values: &[Duration], share: f64) -> Duration {
     sorted.get(at.saturating_sub(1)).copied().unwrap_or_default()
 }
 
+/// The slope of the line that fits the points best (least squares).
+pub fn slope(points: &[(f64, f64)]) -> f64 {
+    let count = points.len() as f64;
+    let x_mean = points.iter().map(|(x, _)| x).sum::<f64>() / count;
+    let y_mean = points.iter().map(|(_, y)| y).sum::<f64>() / count;
+    let both: f64 = points.iter().map(|(x, y)| (x - x_mean) * (y - y_mean)).sum();
+    let square: f64 = points.iter().map(|(x, _)| (x - x_mean).powi(2)).sum();
+    both / square
+}
+
 /// Three digits that count, with k or M.
 pub fn count(value: f64) -> String {
     match value {
