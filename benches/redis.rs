@@ -132,7 +132,7 @@ fn fcall(redis: &Redis, crowd: &mut Crowd, size: usize, time: Duration) -> Resul
         let waiting = Instant::now();
         while crowd.in_flight() > AHEAD {
             crowd.drain()?;
-            ensure!(waiting.elapsed() < Duration::from_secs(10), "the node's client gets nothing");
+            ensure!(waiting.elapsed() < Duration::from_secs(10), "the node's client gets nothing for 10 s");
         }
         if start.elapsed() < time {
             connection.get_mut().write_all(&batch)?;
