@@ -65,10 +65,7 @@ fn main() -> Result<()> {
     let floor = measure(start_floor, connections, time)?;
     let binary = std::fs::metadata(if binary == "floor" { "/proc/self/exe" } else { binary })?.len();
 
-    println!(
-        "\n{connections} idle connections, heartbeats every {heartbeat} s; {}\n",
-        report::machine(cores.count())
-    );
+    println!("\n{connections} idle connections, heartbeats every {heartbeat} s; {}\n", cores.machine());
     let row = |what: String, ours: String, floor: String| vec![what, ours, floor];
     let rows = [
         row(

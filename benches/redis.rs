@@ -86,7 +86,7 @@ fn main() -> Result<()> {
         "\n{size}-byte texts, history on, {}, one core for it; the node and its client share the others; {}; \
          medians of {rounds} rounds\n",
         redis.version()?,
-        report::machine(cores.count()),
+        cores.machine(),
     );
     let rows: Vec<Vec<String>> = runs
         .iter()

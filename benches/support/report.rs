@@ -67,15 +67,6 @@ pub fn ratio(pairs: &[(f64, f64)]) -> String {
     format!("{:.2} ({low:.2}–{high:.2})", median(&ours) / median(&floor))
 }
 
-/// The machine, for a note.
-pub fn machine(cores: u32) -> String {
-    let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
-    let cpu = read("/proc/cpuinfo");
-    let model = cpu.lines().find(|line| line.starts_with("model name"));
-    let model = model.and_then(|line| line.split(": ").nth(1)).unwrap_or("unknown CPU");
-    format!("{cores} cores ({model}), Linux {}", read("/proc/sys/kernel/osrelease").trim())
-}
-
 /// Prints a table in Markdown.
 pub fn table(head: &[&str], rows: &[Vec<String>]) {
     println!("| {} |", head.join(" | "));
