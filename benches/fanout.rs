@@ -22,6 +22,7 @@ const ARGUMENTS: &[(&str, &str)] = &[
     ("seconds", "seconds of live events in each round [3]"),
     ("saturated", "seconds of each saturated run [1]"),
     ("rounds", "rounds; the floor and fanfare take turns, medians count [5]"),
+    ("at-most", "seconds in all: no round begins that would take it longer than this [115]"),
     ("redis", "a Redis URL for fanfare's bus [the local bus]"),
     ("server", "another binary to measure in fanfare's place; `floor` holds the floor against itself"),
 ];
@@ -59,6 +60,8 @@ struct Round {
 struct Saturated {
     /// Deliveries a second.
     rate: f64,
+    /// Deliveries for each second of the server's CPU: steadier where others use the machine too.
+    per_cpu: f64,
     /// How much of its core the server used: below 1, the clients were the slower part.
     share: f64,
 }
@@ -75,6 +78,7 @@ fn main() -> Result<()> {
         saturated: Duration::from_secs_f64(args.get("saturated", 1.0)?),
     };
     let rounds: usize = args.get("rounds", 5)?;
+    let at_most = Duration::from_secs(args.get("at-most", 115)?);
     ensure!(plan.connections > 0 && rounds > 0, "there must be connections and rounds");
     ensure!(plan.rate > 0.0 && plan.latency_rate > 0.0, "rates must be above zero");
     allow_files(plan.connections)?;
@@ -91,7 +95,12 @@ fn main() -> Result<()> {
     let gathering = Server::floor(&cores, true, Duration::ZERO)?;
     let (mut ours, mut floors, mut gathered) = (Vec::new(), Vec::new(), Vec::new());
     for round in 1..=rounds {
-        eprintln!("round {round} of {rounds}, {:.0} s so far", started.elapsed().as_secs_f64());
+        let so_far = started.elapsed();
+        if round > 1 && so_far + so_far / (round as u32 - 1) > at_most {
+            eprintln!("no time for more rounds (--at-most)");
+            break;
+        }
+        eprintln!("round {round} of {rounds}, {:.0} s so far", so_far.as_secs_f64());
         floors.push(measure(&floor, &plan, &FLOOR_WINDOWS).with_context(|| floor.process.name.clone())?);
         ours.push(measure(&fanfare, &plan, &WINDOWS).with_context(|| fanfare.process.name.clone())?);
         gathered.push(measure_saturated(&gathering, &plan).with_context(|| gathering.process.name.clone())?);
@@ -151,10 +160,11 @@ fn measure_saturated(server: &Server, plan: &Plan) -> Result<Vec<Saturated>> {
 fn saturate(server: &Server, crowd: &mut Crowd, plan: &Plan, windows: &[u64]) -> Result<Vec<Saturated>> {
     let mut all = Vec::new();
     for &window in windows {
-        let (start, before) = (Instant::now(), server.process.cpu()?);
+        let (start, before, had) = (Instant::now(), server.process.cpu()?, crowd.events());
         let rate = crowd.publish_windowed(window, plan.saturated)?;
-        let share = (server.process.cpu()? - before).as_secs_f64() / start.elapsed().as_secs_f64();
-        all.push(Saturated { rate, share });
+        let cpu = (server.process.cpu()? - before).as_secs_f64();
+        let per_cpu = (crowd.events() - had) as f64 / cpu;
+        all.push(Saturated { rate, per_cpu, share: cpu / start.elapsed().as_secs_f64() });
     }
     Ok(all)
 }
@@ -201,7 +211,10 @@ fn print(
             ours.iter().zip(gathered).map(|(o, f)| (o.saturated[at].rate, f[at].rate)).collect();
         let per_second = |value| format!("{}/s", count(value));
         row(format!("deliveries, {window} events in flight"), &one, per_second);
-        row(format!("the same, beside the floor that gathers ({window})"), &all, per_second);
+        row("the same, the floor gathering".into(), &all, per_second);
+        let cpu: Vec<_> =
+            ours.iter().zip(floors).map(|(o, f)| (o.saturated[at].per_cpu, f.saturated[0].per_cpu)).collect();
+        row(format!("deliveries per second of CPU, {window} in flight"), &cpu, count);
     }
     let shares: Vec<String> = (0..WINDOWS.len())
         .map(|at| median(&ours.iter().map(|round| round.saturated[at].share).collect::<Vec<_>>()))

@@ -86,6 +86,7 @@ async fn serve_at_most(most: usize, listener: Listener, context: AdminContext) {
 
 /// How far the bytes in hand go.
 #[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "looked at and dropped where it is made")]
 enum Progress<'a> {
     /// Not yet a whole request; `true` when the client waits for a word before it sends the body.
     More { wants_continue: bool },

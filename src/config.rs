@@ -25,8 +25,6 @@ use units::{parse_duration, parse_size, show_duration, show_size};
 pub const MESSAGE_MAX: u64 = 16 << 20;
 /// Least `--history`: what comes in while a client reconnects through a failover must fit.
 pub const HISTORY_MIN: u64 = 1000;
-/// The feed holds at least this many of the longest messages. JSON writes one byte as up to six (`\u0001`).
-pub const FEED_MESSAGES_MIN: u64 = 8;
 /// Longest `--redis-prefix`, in bytes: it is part of every key.
 const PREFIX_MAX: usize = 64;
 /// More shards than any machine has cores.
@@ -247,13 +245,8 @@ impl Settings {
         if self.bare_channels.len() > self.max_channels.get() {
             input.conflict("max-channels", "is fewer than --bare-channels names".into());
         }
-        let least = self.max_message as u64 * FEED_MESSAGES_MIN;
-        if (self.feed_memory as u64) < least {
-            let problem = format!(
-                "must be at least {}, {FEED_MESSAGES_MIN} times --max-message ({})",
-                show_size(least),
-                show_size(self.max_message as u64)
-            );
+        if self.feed_memory < self.max_message {
+            let problem = format!("must be at least --max-message ({})", show_size(self.max_message as u64));
             input.conflict("feed-memory", problem);
         }
     }

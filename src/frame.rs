@@ -107,11 +107,11 @@ pub struct BadFrame {
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Members<'a> {
-    #[serde(borrow, default)]
+    #[serde(borrow, default, deserialize_with = "given")]
     text: Option<Cow<'a, str>>,
     #[serde(borrow, default, deserialize_with = "given")]
     data: Option<&'a RawValue>,
-    #[serde(borrow, default)]
+    #[serde(borrow, default, deserialize_with = "given")]
     to: Option<Cow<'a, str>>,
     #[serde(borrow, default, rename = "ref", deserialize_with = "given")]
     reference: Option<&'a RawValue>,
@@ -124,9 +124,12 @@ struct Reference<'a> {
     reference: Option<&'a RawValue>,
 }
 
-/// `null` is a value too, where `Option` alone would read it as absent.
-fn given<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<&'de RawValue>, D::Error> {
-    <&RawValue>::deserialize(deserializer).map(Some)
+/// `null` is a value too, where `Option` alone would read it as absent: a private message whose addressee got lost
+/// must not go to everybody.
+fn given<'de, D: serde::Deserializer<'de>, T: Deserialize<'de>>(
+    deserializer: D,
+) -> Result<Option<T>, D::Error> {
+    T::deserialize(deserializer).map(Some)
 }
 
 /// Reads what a JSON mode client sent: `{"text":…}` or `{"data":…}`, with `to` and `ref` where it likes.
@@ -226,7 +229,15 @@ mod tests {
         assert_eq!(refused(r#"{"ref":7,"txt":"hi"}"#).reference.as_deref(), Some("7"));
         assert_eq!(refused(r#"{"ref":7,"text":3}"#).reference.as_deref(), Some("7"));
         assert_eq!(refused(r#"{"ref":7,"text":"a","data":1}"#).reference.as_deref(), Some("7"));
-        for text in ["", "hi", "[]", r#"{"text":"#, r#"{"text":"a","ref":[1]}"#, r#"{"text":"a","to":""}"#] {
+        for text in [
+            "",
+            "hi",
+            "[]",
+            r#"{"text":"#,
+            r#"{"text":"a","ref":[1]}"#,
+            r#"{"text":"a","to":""}"#,
+            r#"{"text":"a","to":null}"#,
+        ] {
             assert_eq!(refused(text).reference, None, "{text}");
         }
         let long = format!(r#"{{"text":"a","ref":"{}"}}"#, "x".repeat(REFERENCE_MAX));

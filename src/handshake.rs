@@ -100,7 +100,8 @@ fn upgrade(head: &Head<'_>, user: &str, more: bool) -> Result<Join, Refusal> {
     let Some(key) = key.filter(|_| head.count("sec-websocket-key") == 1) else {
         return refuse(400, "Sec-WebSocket-Key must be given once, 16 bytes in base64");
     };
-    let user = http::percent_decode(user).filter(|user| is_user_id(user) && !user.contains('/'));
+    let user = Some(user).filter(|user| !user.contains('/')).and_then(http::percent_decode);
+    let user = user.filter(|user| is_user_id(user));
     let Some(user) = user else {
         return refuse(
             400,

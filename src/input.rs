@@ -87,6 +87,9 @@ pub fn read(
             begun.remaining -= length;
             let context = begun.context.get_or_insert_with(|| new_context(max_message));
             feed(context, part, messages, replies)?;
+            if messages.last() == Some(&Incoming::Close) {
+                return Ok(()); // what follows a close frame means nothing (RFC 6455 section 5.5.1)
+            }
             if begun.remaining == 0 && begun.fragments == 0 {
                 *partial = None;
             }
@@ -283,6 +286,13 @@ mod tests {
     fn a_close_is_answered_with_its_code() {
         let (result, messages, replies, _) = read_in_pieces(&frame(0x88, &[0x03, 0xE8]), &[]);
         assert_eq!((result, messages, replies), (Ok(()), vec![Incoming::Close], vec![0x88, 2, 0x03, 0xE8]));
+    }
+
+    #[test]
+    fn what_follows_a_close_is_ignored() {
+        let bytes = [frame(0x88, &[]), frame(0x81, b"hi"), frame(0x89, b"")].concat();
+        let (result, messages, replies, _) = read_in_pieces(&bytes, &[]);
+        assert_eq!((result, messages, replies), (Ok(()), vec![Incoming::Close], vec![0x88, 0]));
     }
 
     #[test]

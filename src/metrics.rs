@@ -47,6 +47,8 @@ pub struct BusNumbers {
     pub resets: Number,
     /// Pages of history read.
     pub reads: Number,
+    /// Plain messages dropped: longer than `--max-message`.
+    pub oversized: Number,
     /// Channels followed (gauge).
     pub channels: Number,
     /// The last canary's way through the bus, in microseconds (gauge).

@@ -19,6 +19,9 @@ const BATCH: usize = 512;
 /// Most bytes of events in one entry, so that a frame for one client does not wait long for its turn.
 const ENTRY_MAX: usize = 64 * 1024;
 
+/// Most memory that all histories together take, in bytes. The feeds share what is in both.
+const MEMORY_MAX: usize = 64 * 1024 * 1024;
+
 /// How often history is looked through for what is too old.
 const SWEEP: Duration = Duration::from_secs(30);
 
@@ -105,7 +108,6 @@ struct Local {
     /// What all histories hold, in entries and in bytes.
     entries: usize,
     memory: usize,
-    memory_max: usize,
     /// No id at or below this is given any more.
     given: EventId,
 }
@@ -121,7 +123,6 @@ impl Local {
             history_ttl: settings.history_ttl,
             ages: VecDeque::new(),
             memory: 0,
-            memory_max: settings.feed_memory,
             given: EventId(0),
             entries: 0,
         }
@@ -203,7 +204,7 @@ impl Local {
                 .and_then(|channel| channel.history.front())
                 .is_some_and(|first| first.last <= last)
         };
-        while self.memory > self.memory_max {
+        while self.memory > MEMORY_MAX {
             let Some((name, last)) = self.ages.pop_front() else { return };
             if holds(&self.channels, &name, last) {
                 let channel = self.channels.get_mut(&name).expect("it holds the entry");

@@ -1,9 +1,276 @@
-//! The bus across nodes: history in Redis streams, Pub/Sub as the hint.
+//! The bus across nodes: ids and history in Redis, Pub/Sub as the hint, one sequence for each followed channel.
+//!
+//! One task owns everything here. What waits for Redis is spawned, owns nothing, and comes back as an
+//! [`Outcome`]. Rooms: [`link`] (the connections), [`scripts`] (what runs in Redis), [`wire`] (messages to
+//! entries), [`publisher`] and [`follow`] (one channel's two directions), `out` and `inward` (what the task does
+//! with them), `health` (canary, sessions, readiness).
 
-use super::{Unusable, Wiring};
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use fred::types::config::Config;
+use fred::types::{Message, Resp3Frame};
+use tokio::sync::{Semaphore, broadcast, mpsc};
+
+use self::follow::Follow;
+use self::health::{Canaries, Link};
+use self::link::{CallError, ConnectError, Report, Session};
+use self::publisher::Publisher;
+use self::scripts::Known;
+use self::terms::Terms;
+use super::{BusError, Page, Request, ShardId, Shards, Unusable, Wiring};
 use crate::config::{RedisUrl, Settings};
+use crate::event::{ChannelName, EventId};
+use crate::metrics::{BusNumbers, Readiness};
+
+mod follow;
+mod health;
+mod inward;
+mod link;
+mod out;
+mod publisher;
+mod scripts;
+mod terms;
+mod wire;
+
+/// How often deadlines are looked at. Publish and canary times are met within this.
+const TICK: Duration = Duration::from_millis(100);
+
+/// Messages or requests taken in one go before the others have their turn.
+const TURN_MAX: usize = 256;
+
+/// Reads in flight. Redis answers one after the other anyway, so more would only fill its queue.
+const READS_MAX: usize = 64;
+
+/// How long a channel that nobody follows or publishes to is remembered.
+const IDLE: Duration = Duration::from_secs(60);
+
+/// What comes back from whatever waits for Redis.
+enum Outcome {
+    Connected(u64, Box<(Session, broadcast::Receiver<Message>)>),
+    NotConnected(u64, ConnectError),
+    Session(u64, Report),
+    Published(u64, ChannelName, Result<Resp3Frame, CallError>),
+    Read(u64, ChannelName, Purpose, Result<Page, CallError>),
+    Page(u64, ChannelName, u64, Result<Page, CallError>),
+    CanarySent(u64, Result<(), CallError>),
+}
+
+/// Why a channel is read.
+#[derive(Clone, Copy, Debug)]
+enum Purpose {
+    /// To know its base before the first publish.
+    Learn,
+    /// To know its position when it is first followed; for this subscription.
+    Start(u64),
+    /// To learn what came after this position.
+    Fill(EventId),
+}
+
+/// What is known of a channel, in both directions.
+struct Channel {
+    known: Known,
+    learning: bool,
+    publisher: Publisher,
+    follow: Option<Follow>,
+    /// It has its turn with the canaries.
+    in_rounds: bool,
+    used: Instant,
+}
+
+impl Default for Channel {
+    fn default() -> Channel {
+        Channel {
+            known: Known::default(),
+            learning: false,
+            publisher: Publisher::default(),
+            follow: None,
+            in_rounds: false,
+            used: Instant::now(),
+        }
+    }
+}
+
+struct Bus {
+    terms: Arc<Terms>,
+    config: Config,
+    shards: Shards,
+    numbers: Arc<BusNumbers>,
+    readiness: Arc<Readiness>,
+    outcomes: mpsc::UnboundedSender<Outcome>,
+    reads: Arc<Semaphore>,
+    link: Link,
+    canaries: Canaries,
+    channels: HashMap<ChannelName, Channel>,
+    followed: usize,
+    /// Channels with events to publish.
+    busy: HashSet<ChannelName>,
+    /// Those among them that changed in this turn.
+    touched: Vec<ChannelName>,
+    /// Bytes of events that wait or are in flight.
+    waiting_bytes: usize,
+    /// The last publish number given, of all channels: a channel that is forgotten must not begin anew.
+    call_number: u64,
+    /// The last subscription ticket given.
+    ticket: u64,
+    /// Pages being read, and for whom.
+    pages: HashMap<(ChannelName, u64), Vec<ShardId>>,
+    /// Channels in the order in which canaries visit them.
+    rounds: VecDeque<ChannelName>,
+    next_sweep: Instant,
+    warned_of_size: Option<Instant>,
+}
 
 /// Runs until every sender of requests is gone.
-pub async fn run(_settings: &Settings, _url: &RedisUrl, _wiring: Wiring) -> Result<(), Unusable> {
-    Err(Unusable("the Redis bus is not built yet".into()))
+pub async fn run(settings: &Settings, url: &RedisUrl, wiring: Wiring) -> Result<(), Unusable> {
+    let config =
+        Config::from_url(&url.0).map_err(|error| Unusable(format!("--redis {url}: {}", error.details())))?;
+    if config.server.is_clustered() {
+        return Err(Unusable(format!("--redis {url}: a cluster is not supported yet")));
+    }
+    let Wiring { mut requests, shards, numbers, readiness } = wiring;
+    let (outcomes, mut outcomes_rx) = mpsc::unbounded_channel();
+    let mut bus = Bus {
+        terms: Arc::new(Terms::new(settings)),
+        config,
+        shards,
+        numbers,
+        readiness,
+        outcomes,
+        reads: Arc::new(Semaphore::new(READS_MAX)),
+        link: Link::new(),
+        canaries: Canaries::default(),
+        channels: HashMap::new(),
+        followed: 0,
+        busy: HashSet::new(),
+        touched: Vec::new(),
+        waiting_bytes: 0,
+        call_number: 0,
+        ticket: 0,
+        pages: HashMap::new(),
+        rounds: VecDeque::new(),
+        next_sweep: Instant::now() + IDLE,
+        warned_of_size: None,
+    };
+    let mut messages: Option<broadcast::Receiver<Message>> = None;
+    let mut tick = tokio::time::interval(TICK);
+    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            request = requests.recv() => {
+                let Some(request) = request else { return Ok(()) };
+                bus.request(request);
+                for _ in 1..TURN_MAX {
+                    let Ok(request) = requests.try_recv() else { break };
+                    bus.request(request);
+                }
+            }
+            message = next_message(&mut messages) => {
+                bus.message(message);
+                for _ in 1..TURN_MAX {
+                    let Some(Ok(message)) = messages.as_mut().map(|rx| rx.try_recv()) else { break };
+                    bus.message(Ok(message));
+                }
+            }
+            outcome = outcomes_rx.recv() => {
+                let outcome = outcome.expect("the bus itself holds a sender");
+                bus.outcome(outcome, &mut messages)?;
+            }
+            _ = tick.tick() => bus.tick(Instant::now()),
+        }
+        if !bus.link.is_up() {
+            messages = None;
+        }
+        bus.pump_touched();
+    }
+}
+
+async fn next_message(
+    messages: &mut Option<broadcast::Receiver<Message>>,
+) -> Result<Message, broadcast::error::RecvError> {
+    match messages {
+        Some(messages) => messages.recv().await,
+        None => std::future::pending().await,
+    }
+}
+
+impl Bus {
+    fn request(&mut self, request: Request) {
+        match request {
+            Request::Publish(publish) => self.publish(publish),
+            Request::Follow { channel, shard } => self.follow(channel, shard),
+            Request::Unfollow { channel, shard } => self.unfollow(&channel, shard),
+            Request::Read { channel, page, shard } => self.read_page(channel, page, shard),
+            Request::Look { channel, shard } => self.look(channel, shard),
+        }
+    }
+
+    fn outcome(
+        &mut self,
+        outcome: Outcome,
+        messages: &mut Option<broadcast::Receiver<Message>>,
+    ) -> Result<(), Unusable> {
+        match outcome {
+            Outcome::Connected(generation, made) if self.link.is_current(generation) => {
+                let (session, receiver) = *made;
+                *messages = Some(receiver);
+                self.connected(session);
+            }
+            Outcome::NotConnected(generation, error) if self.link.is_current(generation) => {
+                self.not_connected(error)?;
+            }
+            Outcome::Session(generation, report) if self.link.is_current(generation) => match report {
+                Report::Subscribed(ticket) => self.subscribed(ticket),
+                Report::Ended(why) => self.session_over(&why),
+            },
+            Outcome::CanarySent(generation, result) if self.link.is_current(generation) => {
+                self.canary_sent(result);
+            }
+            // These come once for each call, whichever session made it.
+            Outcome::Published(generation, channel, result) => self.published(generation, &channel, result),
+            Outcome::Read(generation, channel, purpose, result) => {
+                self.was_read(generation, &channel, purpose, result);
+            }
+            Outcome::Page(generation, channel, page, result) => {
+                self.page_was_read(generation, channel, page, result);
+            }
+            _ => {} // of a session that is gone
+        }
+        Ok(())
+    }
+
+    fn tick(&mut self, now: Instant) {
+        self.watch_link(now);
+        let busy: Vec<ChannelName> = self.busy.iter().cloned().collect();
+        for channel in busy {
+            self.expire(&channel, now);
+            self.touched.push(channel);
+        }
+        if now >= self.next_sweep {
+            self.next_sweep = now + IDLE / 4;
+            self.channels.retain(|_, channel| {
+                let idle = channel.follow.is_none() && channel.publisher.is_idle() && !channel.learning;
+                !(idle && !channel.in_rounds && now.duration_since(channel.used) > IDLE)
+            });
+        }
+    }
+
+    /// Why Redis can't be asked now, if it can't.
+    fn away(&self) -> Option<BusError> {
+        self.link.trouble().map(|text| BusError::Away(text.into()))
+    }
+
+    /// A call's error as what it says about the session that made it.
+    fn judge(&mut self, generation: u64, error: &CallError) {
+        if !self.link.is_current(generation) {
+            return;
+        }
+        match error {
+            CallError::Lost(text) => self.session_over(text),
+            // A primary that was demoted, its connections still open: the next connection finds the new one.
+            CallError::Refused(text) if text.starts_with("READONLY") => self.session_over(text),
+            CallError::Refused(_) => {}
+        }
+    }
 }

@@ -55,6 +55,11 @@ impl ReadyPage {
     pub fn proves(&self, position: EventId) -> bool {
         is_proven(position, self.base, self.head, self.oldest)
     }
+
+    /// Whether it shows that what follows `position` is gone for good.
+    fn rules_out(&self, position: EventId) -> bool {
+        position < self.base || (position < self.head && self.oldest > position.next())
+    }
 }
 
 /// A channel that this shard follows, or is about to.
@@ -194,13 +199,19 @@ impl Channel {
         found
     }
 
+    /// Whether the page is here that [`Channel::page_for`] names.
+    pub fn has_page(&mut self, position: EventId) -> bool {
+        let after = self.page_for(position);
+        matches!(self.pages.get(&after), Some(PageState::Ready(_)))
+    }
+
     /// The position to ask history from for a client at `position`: the begin of its page, or, where what came
     /// for that ends before the client's position, the place where it ends.
     pub fn page_for(&mut self, position: EventId) -> EventId {
         let mut after = page_begin(position);
         while let Some(PageState::Ready(page)) = self.pages.get(&after) {
             let end = page.feed.position();
-            if end > position {
+            if end > position || page.rules_out(position) {
                 break;
             }
             if end <= after {

@@ -4,7 +4,7 @@ use super::Shard;
 use super::channel::{PageState, is_for_everybody};
 use crate::close::Reason;
 use crate::connection::{Flushed, State};
-use crate::event::{ChannelName, Entry, Kind};
+use crate::event::{ChannelName, Entry, EventId, Kind};
 use crate::feed::{Cursor, Feed, Start};
 
 /// Most memory for pages of history, in bytes; at least one page is kept.
@@ -115,11 +115,11 @@ impl Shard {
                 }
                 if flushed == Flushed::Behind {
                     connection.go_back(feed, connection.position);
-                    return self.catch_up(slot, false);
+                    return self.catch_up(slot, None);
                 }
                 flushed
             }
-            State::History => return self.catch_up(slot, false),
+            State::History => return self.catch_up(slot, None),
             State::Missed => connection.flush_queue(&mut self.tally),
             State::Closing => {
                 if !connection.finish(None, &mut self.tally) {
@@ -142,20 +142,19 @@ impl Shard {
         }
     }
 
-    /// Brings a connection that the feed has left behind nearer to it, from pages of history. `read`: the page it
-    /// waited for has just been read.
-    pub(super) fn catch_up(&mut self, slot: u32, read: bool) {
-        let mut just_read = read;
+    /// Brings a connection that the feed has left behind nearer to it, from pages of history; the page after `read`
+    /// has just come.
+    pub(super) fn catch_up(&mut self, slot: u32, mut read: Option<EventId>) {
+        let id = self.id_of(slot);
         loop {
-            let id = self.id_of(slot);
             let connection = &mut self.connections[slot as usize];
             if connection.blocked || !matches!(connection.state, State::History) {
                 return;
             }
             let key = connection.channel;
             let position = connection.position;
-            let feed =
-                self.channels[key as usize].feed.as_ref().expect("members are in channels that are followed");
+            let channel = &mut self.channels[key as usize];
+            let feed = channel.feed.as_ref().expect("members are in channels that are followed");
             match feed.find(position) {
                 Start::At(cursor) => {
                     connection.state = State::Live;
@@ -166,11 +165,8 @@ impl Shard {
                 Start::Ahead => return debug_assert!(false, "pages are cut at the feed's position"),
                 Start::Before => {}
             }
-            let after = self.channels[key as usize].page_for(position);
-            let ready = matches!(self.channels[key as usize].pages.get(&after), Some(PageState::Ready(_)));
-            if !ready && std::mem::take(&mut just_read) {
-                // What was read does not reach beyond where it is: not to be asked again at once.
-                return self.parked.push(id);
+            if read.take() == Some(channel.page_for(position)) && !channel.has_page(position) {
+                return self.parked.push(id); // the answer brought it nowhere: not to be asked for again at once
             }
             let Some(page) = self.page(key, position, id) else {
                 let flushed = self.connections[slot as usize].flush_queue(&mut self.tally);
@@ -179,6 +175,7 @@ impl Shard {
             if !page.proves(position) {
                 return self.tell_lost(slot);
             }
+            let after = self.channels[key as usize].page_for(position);
             let Some(PageState::Ready(page)) = self.channels[key as usize].pages.get(&after) else { return };
             match self.connections[slot as usize].flush_page(&page.feed, &mut self.tally) {
                 Flushed::All => {}

@@ -12,6 +12,17 @@ use crate::event::{ChannelName, EventId};
 use crate::feed::{Cursor, Feed, Start};
 use crate::frame;
 
+/// What the bus was asked for a client that can't come in without.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Asked {
+    /// Nothing yet.
+    Nothing,
+    /// Whether there are ids ahead of this node.
+    Look,
+    /// The page of history after this position.
+    Page(EventId),
+}
+
 /// Where a client comes in.
 #[derive(Clone, Copy, Debug)]
 enum Entrance {
@@ -26,9 +37,8 @@ enum Entrance {
 }
 
 impl Shard {
-    /// Lets a client in whose request is good, as soon as its place is known; `looked` once the bus was asked
-    /// whether there are ids ahead of this node.
-    pub(super) fn join(&mut self, slot: u32, looked: bool) {
+    /// Lets a client in whose request is good, as soon as its place is known; `asked` has just been answered.
+    pub(super) fn join(&mut self, slot: u32, asked: Asked) {
         let id = self.id_of(slot);
         let State::Joining(join) = &self.connections[slot as usize].state else { return };
         let last_seen = join.last_seen;
@@ -43,13 +53,17 @@ impl Shard {
             LastSeen::Event(seen) => match feed.find(seen) {
                 Start::At(cursor) => Entrance::Feed(seen, cursor),
                 Start::Broken => Entrance::Unproven,
-                Start::Ahead if looked => Entrance::Unproven,
+                Start::Ahead if asked == Asked::Look => Entrance::Unproven,
                 Start::Ahead => {
                     channel.looking.push(id);
                     if channel.looking.len() == 1 {
                         self.ask(Request::Look { channel: name, shard: self.id });
                     }
                     return;
+                }
+                // An answer that says nothing about this client is not to be asked for again.
+                Start::Before if asked == Asked::Page(channel.page_for(seen)) && !channel.has_page(seen) => {
+                    Entrance::Unproven
                 }
                 Start::Before => match self.page(key, seen, id) {
                     None => return, // it waits for the page
@@ -99,7 +113,7 @@ impl Shard {
         let channel = &mut self.channels[*key as usize];
         channel.feed = Some(feed);
         for id in std::mem::take(&mut channel.joining) {
-            self.join_again(id, false);
+            self.join_again(id, Asked::Nothing);
         }
     }
 
@@ -115,15 +129,15 @@ impl Shard {
         let Some(key) = self.names.get(name).copied() else { return };
         for id in std::mem::take(&mut self.channels[key as usize].looking) {
             match &result {
-                Ok(()) => self.join_again(id, true),
+                Ok(()) => self.join_again(id, Asked::Look),
                 Err(why) => self.refuse_join(id, &why.to_string()),
             }
         }
     }
 
-    fn join_again(&mut self, id: ConnectionId, looked: bool) {
+    fn join_again(&mut self, id: ConnectionId, asked: Asked) {
         if let Some(slot) = self.find(id).filter(|slot| self.is_joining(*slot)) {
-            self.join(slot, looked);
+            self.join(slot, asked);
         }
     }
 
@@ -132,23 +146,20 @@ impl Shard {
     pub(super) fn page(&mut self, key: u32, position: EventId, id: ConnectionId) -> Option<&ReadyPage> {
         let channel = &mut self.channels[key as usize];
         let after = channel.page_for(position);
+        let name = &channel.name;
         match channel.pages.entry(after).or_insert_with(|| PageState::Reading(Vec::new())) {
             PageState::Ready(page) => {
                 page.used = self.tick;
-                // The borrow can't leave this arm while the other one sends.
+                Some(page)
             }
             PageState::Reading(waiting) => {
                 waiting.push(id);
                 if waiting.len() == 1 {
-                    let channel = channel.name.clone();
-                    self.ask(Request::Read { channel, after, shard: self.id });
+                    let read = Request::Read { channel: name.clone(), after, shard: self.id };
+                    let _ = self.requests.send(read); // fails only when the node is gone
                 }
-                return None;
+                None
             }
-        }
-        match self.channels[key as usize].pages.get(&after) {
-            Some(PageState::Ready(page)) => Some(page),
-            _ => None,
         }
     }
 
@@ -174,9 +185,9 @@ impl Shard {
                 self.page_bytes += page.cost;
                 channel.pages.insert(after, PageState::Ready(page));
                 for id in waiting {
-                    self.join_again(id, false);
+                    self.join_again(id, Asked::Page(after));
                     if let Some(slot) = self.find(id) {
-                        self.catch_up(slot, true);
+                        self.catch_up(slot, Some(after));
                     }
                 }
                 self.shed_pages();

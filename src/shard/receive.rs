@@ -3,6 +3,7 @@
 use bytes::Bytes;
 
 use super::Shard;
+use super::join::Asked;
 use crate::bus::{Answer, ConnectionId, Publish, PublishError, Request};
 use crate::close::Reason;
 use crate::connection::State;
@@ -88,7 +89,7 @@ impl Shard {
             Verdict::Answer(answer) => self.answer(slot, answer, Reason::Answered),
             Verdict::Join(join) => {
                 connection.state = State::Joining(join);
-                self.join(slot, false);
+                self.join(slot, Asked::Nothing);
             }
         }
     }

@@ -71,7 +71,7 @@ impl Shard {
     fn every_second(&mut self, now: Instant) {
         for id in std::mem::take(&mut self.parked) {
             if let Some(slot) = self.find(id) {
-                self.catch_up(slot, false);
+                self.catch_up(slot, None);
             }
         }
         self.shed_pages();

@@ -132,7 +132,7 @@ impl Redis {
 
 /// A free port below those that the kernel gives to outgoing connections: while a test's Redis is away, none of
 /// them may take its port, and a client that tries to connect must not reach itself.
-fn free_port() -> u16 {
+pub fn free_port() -> u16 {
     static NEXT: AtomicU16 = AtomicU16::new(0);
     let start = std::process::id() as u16; // test binaries that run at once begin at different places
     for _ in 0..20_000 {

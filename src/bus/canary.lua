@@ -1,0 +1,13 @@
+-- KEYS[1] the node's own Pub/Sub channel. ARGV: 1 durable, 2 history ttl in ms, 3 prefix, 4 number of the canary,
+-- then for each followed channel: its name, the highest id seen, the base known.
+-- Publishes the number and a line "name base head" for each channel, and keeps their keys.
+local durable, ttl = ARGV[1] == '1', tonumber(ARGV[2])
+local run, original = current_run()
+local lines = {ARGV[4]}
+for i = 5, #ARGV, 3 do
+  local name = ARGV[3] .. ':{' .. ARGV[i] .. '}'
+  local head, base = look(name, run, original, durable, ttl, tonumber(ARGV[i + 1]), tonumber(ARGV[i + 2]))
+  redis.call('PEXPIRE', name .. ':meta', 2 * ttl)
+  lines[#lines + 1] = ARGV[i] .. ' ' .. show(base) .. ' ' .. show(head)
+end
+return redis.call('PUBLISH', KEYS[1], table.concat(lines, '\n'))

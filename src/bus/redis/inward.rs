@@ -1,0 +1,391 @@
+//! What the bus does with channels that are followed: subscriptions, messages, reads.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use fred::types::Message;
+use tokio::sync::broadcast::error::RecvError;
+
+use super::follow::Follow;
+use super::link::{CallError, Caller, Script};
+use super::scripts::Known;
+use super::terms::{Lane, Terms};
+use super::{Bus, Outcome, Purpose, scripts, wire};
+use crate::bus::{BusError, PAGE, Page, ShardId, ToShard};
+use crate::event::{ChannelName, Entry, EventId, Kind};
+
+/// Events that one read brings when a hole is filled.
+const FILL_EVENTS: u64 = 1024;
+
+/// Bytes that one read brings, about: it keeps Redis from others while it is put together.
+const READ_BYTES: usize = 1 << 20;
+
+/// A page is read in parts when it is large. If history changes under it, it is begun again this often.
+const PAGE_ATTEMPTS: usize = 3;
+
+/// Least time between two warnings about oversized messages.
+const WARN_EVERY: Duration = Duration::from_secs(60);
+
+impl Bus {
+    pub(super) fn follow(&mut self, name: ChannelName, shard: ShardId) {
+        let away = self.away();
+        let max = self.terms.max_channels;
+        let channel = self.channels.entry(name.clone()).or_default();
+        let refusal = match &mut channel.follow {
+            Some(Follow { sequence: Some(sequence), followers, .. }) => {
+                if !followers.contains(&shard) {
+                    followers.push(shard);
+                }
+                let (base, position) = (sequence.base(), sequence.position());
+                self.shards.tell(shard, ToShard::Followed { channel: name, base, position });
+                return;
+            }
+            Some(follow) => {
+                follow.joining.push(shard);
+                return;
+            }
+            None if self.followed >= max => Some(BusError::TooManyChannels),
+            None => away,
+        };
+        if let Some(why) = refusal {
+            self.shards.tell(shard, ToShard::NotFollowed { channel: name, why });
+            return;
+        }
+        self.ticket += 1;
+        channel.follow = Some(Follow::new(shard, self.ticket));
+        if !channel.in_rounds {
+            channel.in_rounds = true;
+            self.rounds.push_back(name.clone());
+        }
+        let session = self.link.session().expect("without a session the bus is away");
+        session.subscribe(self.terms.lanes(&name), self.ticket);
+        self.count_followed(1);
+    }
+
+    pub(super) fn unfollow(&mut self, name: &ChannelName, shard: ShardId) {
+        let Some(channel) = self.channels.get_mut(name) else { return };
+        if channel.follow.as_mut().is_some_and(|follow| follow.leave(shard)) {
+            self.let_go(name);
+        }
+    }
+
+    /// Nobody here follows the channel any more: its position is forgotten.
+    fn let_go(&mut self, name: &ChannelName) {
+        let Some(channel) = self.channels.get_mut(name) else { return };
+        if channel.follow.take().is_none() {
+            return;
+        }
+        channel.used = Instant::now();
+        if let Some(session) = self.link.session() {
+            session.unsubscribe(self.terms.lanes(name));
+        }
+        self.count_followed(-1);
+    }
+
+    fn count_followed(&mut self, by: isize) {
+        self.followed = self.followed.checked_add_signed(by).expect("only what is followed is let go");
+        self.numbers.channels.set(self.followed as u64);
+    }
+
+    /// These subscriptions are in force: positions can be read.
+    pub(super) fn start_follows(&mut self, ticket: u64) {
+        let due = |follow: &Follow| follow.sequence.is_none() && follow.ticket <= ticket;
+        let started: Vec<_> = self
+            .channels
+            .iter()
+            .filter_map(|(name, channel)| Some((name, channel.follow.as_ref().filter(|follow| due(follow))?)))
+            .map(|(name, follow)| (name.clone(), follow.ticket))
+            .collect();
+        for (name, ticket) in started {
+            self.read(&name, Purpose::Start(ticket));
+        }
+    }
+
+    /// The session is over: who waited to follow is told, who follows stays.
+    pub(super) fn fail_joins(&mut self, why: &str) {
+        let joining: Vec<_> = self.channels.iter().filter(|(_, channel)| is_joining(channel)).collect();
+        let names: Vec<ChannelName> = joining.into_iter().map(|(name, _)| name.clone()).collect();
+        for name in names {
+            self.refuse_join(&name, why);
+        }
+    }
+
+    fn refuse_join(&mut self, name: &ChannelName, why: &str) {
+        let Some(follow) = self.channels.get_mut(name).and_then(|channel| channel.follow.as_mut()) else {
+            return;
+        };
+        for shard in std::mem::take(&mut follow.joining) {
+            let why = BusError::Away(why.into());
+            self.shards.tell(shard, ToShard::NotFollowed { channel: name.clone(), why });
+        }
+        if follow.followers.is_empty() {
+            self.let_go(name);
+        }
+    }
+
+    pub(super) fn message(&mut self, message: Result<Message, RecvError>) {
+        let message = match message {
+            Ok(message) => message,
+            Err(RecvError::Lagged(lost)) => {
+                tracing::debug!("{lost} messages came faster than they were taken; history has them");
+                self.sweep();
+                return;
+            }
+            Err(RecvError::Closed) => return self.session_over("the subscriptions were closed"),
+        };
+        let Some(text) = message.value.as_bytes() else { return };
+        let terms = self.terms.clone();
+        let (channel, entry) = match terms.lane(&message.channel) {
+            Lane::Events(channel) => (channel, wire::broadcast(text)),
+            Lane::Private(channel) => (channel, wire::private(text)),
+            Lane::Canary => return self.canary_heard(text),
+            Lane::Bare(channel) => return self.bare(channel, text),
+        };
+        let Some(entry) = entry else { return };
+        let Some((name, channel)) = self.channels.get_key_value(channel) else { return };
+        if channel.follow.is_none() {
+            return; // unsubscribed, and this was still under way
+        }
+        let name = name.clone();
+        let mut out = Vec::new();
+        if let Some(follow) = self.channels.get_mut(&name).and_then(|channel| channel.follow.as_mut()) {
+            follow.live(entry, &mut out);
+        }
+        self.hand_on(&name, out);
+    }
+
+    /// A plain PUBLISH of another program: shown to everyone at once, with no id.
+    fn bare(&mut self, channel: &str, text: &[u8]) {
+        let Some((name, channel)) = self.channels.get_key_value(channel) else { return };
+        let Some(follow) = &channel.follow else { return };
+        let Some(sequence) = &follow.sequence else { return };
+        let Some(shown) = wire::bare(text) else { return };
+        if text.len() > self.terms.max_message {
+            self.numbers.oversized.add(1);
+            if self.warned_of_size.is_none_or(|at| at.elapsed() > WARN_EVERY) {
+                self.warned_of_size = Some(Instant::now());
+                tracing::warn!(channel = %name, bytes = text.len(), "message dropped: longer than --max-message");
+            }
+            return;
+        }
+        let entry = Entry::raw(sequence.position(), shown.as_bytes());
+        tell(&self.shards, &follow.followers, name, entry);
+    }
+
+    /// Gives entries to everyone who follows, and reads if there is a hole.
+    pub(super) fn hand_on(&mut self, name: &ChannelName, entries: Vec<Entry>) {
+        let Some(channel) = self.channels.get_mut(name) else { return };
+        let Some(follow) = &mut channel.follow else { return };
+        for entry in entries {
+            self.numbers.events.add(entry.ids());
+            if entry.kind == Kind::Reset {
+                self.numbers.resets.add(1);
+            }
+            tell(&self.shards, &follow.followers, name, entry);
+        }
+        if let Some(sequence) = &follow.sequence {
+            channel.known.learn(sequence.base(), sequence.position());
+        }
+        if self.link.session().is_some()
+            && let Some(asked) = follow.ask()
+        {
+            self.read(name, Purpose::Fill(asked));
+        }
+    }
+
+    pub(super) fn look(&mut self, name: ChannelName, shard: ShardId) {
+        let away = self.away();
+        let follow = self.channels.get_mut(&name).and_then(|channel| channel.follow.as_mut());
+        let result = match (follow, away) {
+            (Some(follow), None) if follow.sequence.is_some() => {
+                follow.look(shard);
+                return self.hand_on(&name, Vec::new());
+            }
+            (_, Some(away)) => Err(away),
+            _ => Err(BusError::Away("the channel is not followed".into())),
+        };
+        self.shards.tell(shard, ToShard::Looked { channel: name, result });
+    }
+
+    /// Asks Redis where the channel stands and, to fill a hole, for what comes after a position.
+    pub(super) fn read(&mut self, name: &ChannelName, purpose: Purpose) {
+        let (Some(session), Some(channel)) = (self.link.session(), self.channels.get(name)) else { return };
+        let (from, count) = match purpose {
+            Purpose::Learn | Purpose::Start(_) => (EventId(0), 0),
+            Purpose::Fill(asked) => {
+                self.numbers.reads.add(1);
+                (asked.next(), FILL_EVENTS)
+            }
+        };
+        let to = EventId(EventId::LIMIT - 1);
+        let args = scripts::read_args(&self.terms, channel.known, from, to, count, READ_BYTES);
+        let (caller, outcomes, reads) = (session.caller(), self.outcomes.clone(), self.reads.clone());
+        let (key, generation, name) = (self.terms.key(name), self.link.generation(), name.clone());
+        tokio::spawn(async move {
+            let _permit = reads.acquire_owned().await;
+            let result = read(&caller, &key, args).await.map(|(page, _)| page);
+            let _ = outcomes.send(Outcome::Read(generation, name, purpose, result));
+        });
+    }
+
+    pub(super) fn was_read(
+        &mut self,
+        generation: u64,
+        name: &ChannelName,
+        purpose: Purpose,
+        result: Result<Page, CallError>,
+    ) {
+        let Some(channel) = self.channels.get_mut(name) else { return };
+        if matches!(purpose, Purpose::Learn) {
+            channel.learning = false;
+        }
+        let page = match result {
+            Ok(page) => page,
+            Err(error) => return self.read_failed(generation, name, purpose, &error),
+        };
+        channel.known.learn(page.base, page.head);
+        let mut out = Vec::new();
+        match (purpose, &mut channel.follow) {
+            (Purpose::Learn, _) => self.touched.push(name.clone()),
+            (Purpose::Start(ticket), Some(follow))
+                if follow.ticket == ticket && follow.sequence.is_none() =>
+            {
+                for shard in follow.start(page.base, page.head, &mut out) {
+                    let (base, position) = (page.base, page.head);
+                    self.shards.tell(shard, ToShard::Followed { channel: name.clone(), base, position });
+                }
+                self.hand_on(name, out);
+            }
+            (Purpose::Fill(asked), Some(follow)) => {
+                let looked = follow.answer(asked, &page, &mut out);
+                let events = out.iter().any(|entry| entry.ids() > 0);
+                if events && !out.iter().any(|entry| entry.kind == Kind::Reset) {
+                    self.numbers.holes.add(1);
+                }
+                self.hand_on(name, out);
+                for shard in looked {
+                    self.shards.tell(shard, ToShard::Looked { channel: name.clone(), result: Ok(()) });
+                }
+            }
+            _ => {} // let go meanwhile
+        }
+    }
+
+    fn read_failed(&mut self, generation: u64, name: &ChannelName, purpose: Purpose, error: &CallError) {
+        let text = error.text();
+        let follow = self.channels.get_mut(name).and_then(|channel| channel.follow.as_mut());
+        match (purpose, follow) {
+            (Purpose::Start(ticket), Some(follow)) if follow.ticket == ticket => {
+                self.refuse_join(name, &text)
+            }
+            (Purpose::Fill(_), Some(follow)) => {
+                for shard in follow.failed() {
+                    let result = Err(BusError::Away(text.clone()));
+                    self.shards.tell(shard, ToShard::Looked { channel: name.clone(), result });
+                }
+            }
+            _ => {}
+        }
+        self.judge(generation, error);
+    }
+
+    pub(super) fn read_page(&mut self, name: ChannelName, page: u64, shard: ShardId) {
+        let known = self.channels.get(&name).map_or_else(Known::default, |channel| channel.known);
+        let Some(session) = self.link.session() else {
+            let result = Err(self.away().unwrap_or_else(|| BusError::Away("reconnecting".into())));
+            self.shards.tell(shard, ToShard::Page { channel: name, page, result });
+            return;
+        };
+        let waiting = self.pages.entry((name.clone(), page)).or_default();
+        waiting.push(shard);
+        if waiting.len() > 1 {
+            return; // it shares the read under way
+        }
+        let (caller, outcomes, reads) = (session.caller(), self.outcomes.clone(), self.reads.clone());
+        let (terms, numbers, generation) = (self.terms.clone(), self.numbers.clone(), self.link.generation());
+        tokio::spawn(async move {
+            let _permit = reads.acquire_owned().await;
+            let count = || numbers.reads.add(1);
+            let result = whole_page(&caller, &terms, &name, known, page, count).await;
+            let _ = outcomes.send(Outcome::Page(generation, name, page, result));
+        });
+    }
+
+    pub(super) fn page_was_read(
+        &mut self,
+        generation: u64,
+        name: ChannelName,
+        page: u64,
+        result: Result<Page, CallError>,
+    ) {
+        let waiting = self.pages.remove(&(name.clone(), page)).unwrap_or_default();
+        if let (Ok(page), Some(channel)) = (&result, self.channels.get_mut(&name)) {
+            channel.known.learn(page.base, page.head);
+        }
+        let answer =
+            result.as_ref().map(|page| Arc::new(page.clone())).map_err(|error| BusError::Away(error.text()));
+        for shard in waiting {
+            let result = answer.clone();
+            self.shards.tell(shard, ToShard::Page { channel: name.clone(), page, result });
+        }
+        if let Err(error) = result {
+            self.judge(generation, &error);
+        }
+    }
+}
+
+fn is_joining(channel: &super::Channel) -> bool {
+    channel.follow.as_ref().is_some_and(|follow| !follow.joining.is_empty())
+}
+
+fn tell(shards: &crate::bus::Shards, followers: &[ShardId], name: &ChannelName, entry: Entry) {
+    for shard in followers {
+        shards.tell(*shard, ToShard::Entry { channel: name.clone(), entry: entry.clone() });
+    }
+}
+
+async fn read(caller: &Caller, key: &str, args: Vec<fred::types::Value>) -> Result<(Page, u64), CallError> {
+    let frame = caller.call(Script::Read, &[key], args).await?;
+    scripts::page(&frame).ok_or_else(|| CallError::Refused("an answer of a form that no script gives".into()))
+}
+
+/// Reads a page in parts of about a mebibyte, so that large events don't keep Redis from others. What comes is
+/// still one whole: all parts are of one run, and nothing is missing between them.
+async fn whole_page(
+    caller: &Caller,
+    terms: &Terms,
+    name: &ChannelName,
+    known: Known,
+    number: u64,
+    count: impl Fn(),
+) -> Result<Page, CallError> {
+    let (first, last) = (EventId(number * PAGE), EventId((number + 1) * PAGE - 1));
+    let key = terms.key(name);
+    for _ in 0..PAGE_ATTEMPTS {
+        let mut whole: Option<Page> = None;
+        loop {
+            let from =
+                whole.as_ref().and_then(|page| page.entries.last()).map_or(first, |entry| entry.last.next());
+            count();
+            let args = scripts::read_args(terms, known, from, last, PAGE, READ_BYTES);
+            let (part, events) = read(caller, &key, args).await?;
+            let end =
+                events == 0 || part.entries.last().is_none_or(|entry| entry.last >= last.min(part.head));
+            match &mut whole {
+                None => whole = Some(part),
+                Some(page) => {
+                    let follows = part.entries.first().is_some_and(|entry| entry.before().next() == from);
+                    if part.base != page.base || !follows {
+                        break; // re-anchored or trimmed in between
+                    }
+                    page.head = part.head;
+                    page.entries.extend(part.entries);
+                }
+            }
+            if end && let Some(page) = whole {
+                return Ok(page);
+            }
+        }
+    }
+    Err(CallError::Refused("history changes faster than it can be read".into()))
+}

@@ -1,0 +1,185 @@
+//! The Lua that runs inside Redis: put together, given its arguments, its answers taken apart.
+//! <https://redis.io/docs/latest/develop/interact/programmability/eval-intro/>
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use fred::types::{Resp3Frame, Value};
+
+use super::terms::Terms;
+use super::wire;
+use crate::bus::Page;
+use crate::event::{ChannelName, EventId};
+
+/// No flag: Redis refuses it whole when out of memory, so that a refused event is certainly not taken.
+pub const PUBLISH: &str =
+    concat!("#!lua\n", include_str!("../run.lua"), "\n", include_str!("../publish.lua"));
+
+/// Readers may write a few bytes (a new anchor) even when events are refused for want of memory.
+pub const READ: &str =
+    concat!("#!lua flags=allow-oom\n", include_str!("../run.lua"), "\n", include_str!("../read.lua"));
+
+/// As [`READ`].
+pub const CANARY: &str =
+    concat!("#!lua flags=allow-oom\n", include_str!("../run.lua"), "\n", include_str!("../canary.lua"));
+
+/// Writes nothing.
+pub const CHECK: &str = concat!("#!lua flags=no-writes,allow-oom\n", include_str!("../check.lua"));
+
+/// How long a node's last publish number is remembered: many times the longest retry.
+const NUMBER_TTL_MS: u64 = 3_600_000;
+
+/// The library that serves `FCALL fanfare_publish`. Its name carries a version: a later one takes its place.
+/// Where deployments share a Redis, the settings of the node that loaded it last hold for all.
+pub fn library(terms: &Terms) -> String {
+    let bare: Vec<String> = terms.bare.iter().map(|name| format!("['{name}'] = true")).collect();
+    format!(
+        "#!lua name=fanfare1\nlocal SETTINGS = {{bare = {{{}}}, max = {}, history = {}, ttl = {}, durable = {}}}\n{}\n{}",
+        bare.join(", "),
+        terms.max_message,
+        terms.history,
+        terms.ttl_ms,
+        terms.durable,
+        include_str!("../run.lua"),
+        include_str!("../function.lua"),
+    )
+}
+
+/// What every call on a channel carries: what this node knows of it.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Known {
+    /// The highest id seen.
+    pub seen: EventId,
+    /// The last anchor known.
+    pub base: EventId,
+}
+
+impl Known {
+    /// Learns from an answer.
+    pub fn learn(&mut self, base: EventId, head: EventId) {
+        self.base = self.base.max(base);
+        self.seen = self.seen.max(head);
+    }
+}
+
+fn number(value: u64) -> Value {
+    Value::Integer(i64::try_from(value).expect("ids, sizes and milliseconds are below 2^63"))
+}
+
+fn opening(terms: &Terms, known: Known) -> Vec<Value> {
+    vec![number(u64::from(terms.durable)), number(terms.ttl_ms), number(known.seen.0), number(known.base.0)]
+}
+
+/// The arguments of [`PUBLISH`], but for the events.
+pub fn publish_args(
+    terms: &Terms,
+    channel: &ChannelName,
+    known: Known,
+    call: u64,
+    retry: bool,
+) -> Vec<Value> {
+    let bare = if terms.bare.contains(channel) { channel.as_str() } else { "" };
+    let mut args = opening(terms, known);
+    args.extend([
+        number(terms.history),
+        Value::from(bare),
+        Value::from(terms.node.as_str()),
+        number(call),
+        number(u64::from(retry)),
+        number(NUMBER_TTL_MS),
+    ]);
+    args
+}
+
+/// What came of a publish.
+#[derive(Clone, Copy, Debug)]
+pub struct Taken {
+    /// The first event's id; `None`: it may or may not have been taken.
+    pub first: Option<EventId>,
+    /// The channel's base and head then.
+    pub base: EventId,
+    /// The last id given.
+    pub head: EventId,
+}
+
+/// Takes the answer of [`PUBLISH`] apart.
+pub fn taken(frame: &Resp3Frame) -> Option<Taken> {
+    let items = array(frame)?;
+    let ids: Vec<u64> = items.iter().map(integer).collect::<Option<_>>()?;
+    let [status, first, base, head] = ids[..] else { return None };
+    let first = (status == 1).then_some(EventId(first));
+    Some(Taken { first, base: EventId(base), head: EventId(head) })
+}
+
+/// The arguments of [`READ`] for the ids `from` to `to`.
+pub fn read_args(
+    terms: &Terms,
+    known: Known,
+    from: EventId,
+    to: EventId,
+    count: u64,
+    bytes: usize,
+) -> Vec<Value> {
+    let mut args = opening(terms, known);
+    args.extend([number(from.0), number(to.0), number(count), number(bytes as u64)]);
+    args
+}
+
+/// Takes the answer of [`READ`] apart: the page, and how many events it holds.
+pub fn page(frame: &Resp3Frame) -> Option<(Page, u64)> {
+    let items = array(frame)?;
+    let (heads, events) = items.split_at_checked(3)?;
+    let ids: Vec<u64> = heads.iter().map(integer).collect::<Option<_>>()?;
+    let mut history: Vec<(Bytes, Option<Arc<str>>)> = Vec::with_capacity(events.len() / 2);
+    for pair in events.chunks_exact(2) {
+        let user = bytes(&pair[1])?;
+        let user = (!user.is_empty()).then(|| String::from_utf8_lossy(&user).into());
+        history.push((bytes(&pair[0])?, user));
+    }
+    let count = history.len() as u64;
+    let entries = wire::entries(&history);
+    Some((Page { base: EventId(ids[0]), head: EventId(ids[1]), oldest: EventId(ids[2]), entries }, count))
+}
+
+/// The arguments of [`CANARY`], but for the channels.
+pub fn canary_args(terms: &Terms, canary: u64) -> Vec<Value> {
+    vec![
+        number(u64::from(terms.durable)),
+        number(terms.ttl_ms),
+        Value::from(terms.prefix.as_str()),
+        number(canary),
+    ]
+}
+
+/// A channel's part in [`CANARY`]'s arguments.
+pub fn canary_channel(args: &mut Vec<Value>, channel: &ChannelName, known: Known) {
+    args.extend([Value::from(channel.as_str()), number(known.seen.0), number(known.base.0)]);
+}
+
+/// Takes a list of texts apart, as [`CHECK`] answers.
+pub fn texts(frame: &Resp3Frame) -> Vec<String> {
+    let items = array(frame).unwrap_or_default();
+    items.iter().filter_map(bytes).map(|text| String::from_utf8_lossy(&text).into_owned()).collect()
+}
+
+fn array(frame: &Resp3Frame) -> Option<&[Resp3Frame]> {
+    match frame {
+        Resp3Frame::Array { data, .. } => Some(data),
+        _ => None,
+    }
+}
+
+fn integer(frame: &Resp3Frame) -> Option<u64> {
+    match frame {
+        Resp3Frame::Number { data, .. } => u64::try_from(*data).ok(),
+        _ => None,
+    }
+}
+
+/// A string, without a copy.
+pub fn bytes(frame: &Resp3Frame) -> Option<Bytes> {
+    match frame {
+        Resp3Frame::BlobString { data, .. } | Resp3Frame::SimpleString { data, .. } => Some(data.clone()),
+        _ => None,
+    }
+}

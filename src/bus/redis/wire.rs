@@ -1,0 +1,167 @@
+//! Messages and history turned into entries. The id of an event is the last member of its JSON, so it is read
+//! from the end, without parsing the rest.
+
+use std::borrow::Cow;
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use serde_json::value::RawValue;
+
+use crate::event::{Entry, EventId};
+
+/// The id of an event as clients see it.
+pub fn id_of(line: &[u8]) -> Option<EventId> {
+    let rest = line.strip_suffix(b"}")?;
+    let digits = rest.iter().rev().take_while(|byte| byte.is_ascii_digit()).count();
+    let (before, id) = rest.split_at(rest.len() - digits);
+    if before.ends_with(b"\"id\":") { EventId::parse(id) } else { None }
+}
+
+/// WebSocket text must be UTF-8 (RFC 6455 section 8.1), and anyone may write to Redis.
+fn utf8(text: &[u8]) -> Cow<'_, [u8]> {
+    match String::from_utf8_lossy(text) {
+        Cow::Borrowed(text) => Cow::Borrowed(text.as_bytes()),
+        Cow::Owned(text) => Cow::Owned(text.into_bytes()),
+    }
+}
+
+/// The entry for a message of consecutive events, one a line. `None` for what is no such message.
+pub fn broadcast(message: &[u8]) -> Option<Entry> {
+    let message = utf8(message);
+    let mut lines = message.split(|byte| *byte == b'\n');
+    let first = id_of(lines.clone().next()?)?;
+    let entry = Entry::events(first, lines.clone());
+    let last = if entry.frames() == 1 { first } else { id_of(lines.next_back()?)? };
+    (entry.last == last).then_some(entry)
+}
+
+/// The entry for a message `<user>\n<event>`.
+pub fn private(message: &[u8]) -> Option<Entry> {
+    let message = utf8(message);
+    let at = message.iter().position(|byte| *byte == b'\n')?;
+    let user = std::str::from_utf8(&message[..at]).ok()?;
+    let event = &message[at + 1..];
+    Some(Entry::private(id_of(event)?, user.into(), event))
+}
+
+/// Most bytes gathered in one entry of history: a slow socket gets it in pieces anyway.
+const GATHER_BYTES: usize = 64 << 10;
+
+/// Entries for events of history, in order: those for everybody, where consecutive, gathered. An event that
+/// shows no id is left out, and is a gap like any other.
+pub fn entries(history: &[(Bytes, Option<Arc<str>>)]) -> Vec<Entry> {
+    let mut entries = Vec::new();
+    let mut run: Vec<Cow<'_, [u8]>> = Vec::new();
+    let (mut next, mut size) = (EventId(0), 0);
+    let flush = |run: &mut Vec<Cow<'_, [u8]>>, next: EventId, entries: &mut Vec<Entry>| {
+        if !run.is_empty() {
+            let first = EventId(next.0 - run.len() as u64);
+            entries.push(Entry::events(first, run.iter().map(|text| &**text)));
+            run.clear();
+        }
+    };
+    for (text, user) in history {
+        let text = utf8(text);
+        let Some(id) = id_of(&text) else { continue };
+        if let Some(user) = user {
+            flush(&mut run, next, &mut entries);
+            entries.push(Entry::private(id, user.clone(), &text));
+            continue;
+        }
+        if id != next || size > GATHER_BYTES {
+            flush(&mut run, next, &mut entries);
+            size = 0;
+        }
+        size += text.len();
+        run.push(text);
+        next = id.next();
+    }
+    flush(&mut run, next, &mut entries);
+    entries
+}
+
+/// The types of frames that the node itself sends; an event must not look like one.
+const CONTROL: [&str; 5] = [r#""welcome""#, r#""reset""#, r#""ping""#, r#""error""#, r#""ack""#];
+
+/// What clients see of a plain `PUBLISH` on a bare channel. `None` for the node's own copies, which begin with
+/// a TAB.
+pub fn bare(message: &[u8]) -> Option<String> {
+    if message.first() == Some(&b'\t') {
+        return None;
+    }
+    let text = String::from_utf8_lossy(message);
+    let one_line = || text.replace(['\r', '\n'], " ");
+    if let Ok(members) = serde_json::from_str::<HashMap<Cow<'_, str>, &RawValue>>(&text) {
+        let control = members.get("type").is_some_and(|value| CONTROL.contains(&plain(value).as_str()));
+        if !members.contains_key("id") && !control {
+            return Some(one_line().trim().to_owned());
+        }
+    }
+    let data = match serde_json::from_str::<&RawValue>(&text) {
+        Ok(_) => one_line(),
+        Err(_) => serde_json::to_string(&*text).expect("a string is always JSON"),
+    };
+    Some(format!(r#"{{"data":{}}}"#, data.trim()))
+}
+
+/// A JSON string without needless escapes, so that `"\u0070ing"` is seen for what it is.
+fn plain(value: &RawValue) -> String {
+    match serde_json::from_str::<String>(value.get()) {
+        Ok(text) => format!("\"{text}\""),
+        Err(_) => value.get().to_owned(),
+    }
+}
+
+/// A channel's line in a canary: its name, base and head.
+pub fn canary_line(line: &str) -> Option<(&str, EventId, EventId)> {
+    let mut parts = line.split(' ');
+    let channel = parts.next()?;
+    let base = EventId::parse(parts.next()?.as_bytes())?;
+    let head = EventId::parse(parts.next()?.as_bytes())?;
+    Some((channel, base, head))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_id_is_read_from_the_end() {
+        assert_eq!(id_of(br#"{"text":"\"id\":5}","id":17}"#), Some(EventId(17)));
+        for none in ["", "}", "{}", r#"{"id":}"#, r#"{"id":"17"}"#, r#"{"xid:17}"#, r#"{"id":17} "#] {
+            assert_eq!(id_of(none.as_bytes()), None, "{none}");
+        }
+    }
+
+    #[test]
+    fn a_batch_whose_ids_do_not_fit_is_no_batch() {
+        let entry = broadcast(b"{\"id\":7}\n{\"id\":8}").unwrap();
+        assert_eq!((entry.before(), entry.last), (EventId(6), EventId(8)));
+        assert!(broadcast(b"{\"id\":7}\n{\"id\":9}").is_none());
+        assert!(broadcast(b"hello").is_none());
+    }
+
+    #[test]
+    fn history_gathers_runs_and_keeps_order() {
+        let event = |id: u64| Bytes::from(format!(r#"{{"id":{id}}}"#));
+        let history =
+            vec![(event(1), None), (event(2), None), (event(3), Some("bob".into())), (event(4), None)];
+        let shape: Vec<_> = entries(&history).iter().map(|entry| (entry.before().0, entry.last.0)).collect();
+        assert_eq!(shape, [(0, 2), (2, 3), (3, 4)]);
+    }
+
+    #[test]
+    fn a_plain_publish_is_shown_or_wrapped() {
+        let shown = |message: &[u8]| bare(message).unwrap();
+        assert_eq!(shown(b" {\"a\":\n1} "), r#"{"a": 1}"#);
+        assert_eq!(shown(br#"{"id":null}"#), r#"{"data":{"id":null}}"#);
+        assert_eq!(shown(br#"{"type":"ping"}"#), r#"{"data":{"type":"ping"}}"#);
+        assert_eq!(shown(br#"{"type":"\u0070ing"}"#), r#"{"data":{"type":"\u0070ing"}}"#);
+        assert_eq!(shown(br#"{"type":"chat"}"#), r#"{"type":"chat"}"#);
+        assert_eq!(shown(b"[1,2]"), r#"{"data":[1,2]}"#);
+        assert_eq!(shown(b"hello \"you\"\n"), r#"{"data":"hello \"you\"\n"}"#);
+        assert_eq!(shown(b"\xff"), "{\"data\":\"\u{fffd}\"}");
+        assert_eq!(bare(b"\t{}"), None);
+    }
+}

@@ -1,0 +1,101 @@
+-- Shared by all scripts: the run of a channel, and re-anchoring. A channel `name` is P:{C}; its other keys
+-- are derived from it, so an FCALL needs to name only one.
+
+-- Digits of an id: Lua's own printing rounds from 2^53 / 100 on.
+local function show(id)
+  return string.format('%.0f', id)
+end
+
+-- What tells this run of Redis from any other, and whether it never was a copy of another.
+local function current_run()
+  local info = redis.call('INFO', 'server', 'replication')
+  local copied_from = string.match(info, 'master_replid2:(%x+)')
+  return string.match(info, 'run_id:(%x+)') .. ' ' .. copied_from, not string.find(copied_from, '[^0]')
+end
+
+local function clock()
+  local time = redis.call('TIME')
+  return tonumber(time[1]) * 1000000 + tonumber(time[2])
+end
+
+-- The channel's head and base, after looking whether acknowledged events may be gone: no meta, another run,
+-- a head behind what the caller has seen, or a base behind the one it knows. Then the channel gets a new base,
+-- ahead of every id that anyone may have seen, and an empty history.
+local function look(name, run, original, durable, ttl, seen, known)
+  local meta = name .. ':meta'
+  local kept = redis.call('HMGET', meta, 'head', 'base', 'run')
+  local head, base = tonumber(kept[1]), tonumber(kept[2])
+  if head and base and head >= seen and base >= known then
+    if kept[3] == run then
+      return head, base
+    end
+    if durable and original then
+      redis.call('HSET', meta, 'run', run)
+      return head, base
+    end
+  end
+  local highest = math.max(head or 0, seen, known)
+  local last = redis.call('XREVRANGE', name .. ':events', '+', '-', 'COUNT', 1)[1]
+  if last then
+    highest = math.max(highest, tonumber(string.match(last[1], '^%d+')))
+  end
+  local anchor = clock()
+  if anchor <= highest then
+    -- The clock was set back: others may have seen ids that nobody here knows.
+    anchor = highest + 2 ^ 20 + anchor % 2 ^ 20
+  end
+  redis.call('DEL', name .. ':events')
+  redis.call('HSET', meta, 'head', show(anchor), 'base', show(anchor), 'run', run)
+  redis.call('PEXPIRE', meta, 2 * ttl)
+  return anchor, anchor
+end
+
+-- Stores the events and tells everyone: items are texts up to the id's digits (ending in "id":), each followed
+-- by the user it is for, or ''. Returns the new head, and what to tell.
+local function append(name, head, items, start, history, ttl)
+  local events = name .. ':events'
+  local call = redis.call
+  local messages, lines = {}, {}
+  for i = start, #items, 2 do
+    head = head + 1
+    local digits = show(head)
+    local json = items[i] .. digits .. '}'
+    local user = items[i + 1]
+    if user == '' then
+      call('XADD', events, digits .. '-0', 'e', json)
+      lines[#lines + 1] = json
+    else
+      call('XADD', events, digits .. '-0', 'e', json, 'to', user)
+      if lines[1] then
+        messages[#messages + 1] = lines
+        lines = {}
+      end
+      messages[#messages + 1] = user .. '\n' .. json
+    end
+  end
+  if lines[1] then
+    messages[#messages + 1] = lines
+  end
+  call('HSET', name .. ':meta', 'head', show(head))
+  call('PEXPIRE', name .. ':meta', 2 * ttl)
+  call('XTRIM', events, 'MAXLEN', '~', history)
+  call('PEXPIRE', events, ttl)
+  return head, messages
+end
+
+-- Tells everyone, in id order. A refused PUBLISH must not look like a refused event: canaries heal it.
+local function announce(name, messages, bare)
+  local pcall = redis.pcall
+  for _, message in ipairs(messages) do
+    if type(message) == 'string' then
+      pcall('PUBLISH', name .. ':to', message)
+    else
+      pcall('PUBLISH', name, table.concat(message, '\n'))
+      if bare ~= '' then
+        for _, json in ipairs(message) do
+          pcall('PUBLISH', bare, '\t' .. json) -- the TAB tells nodes that it is a copy
+        end
+      end
+    end
+  end
+end

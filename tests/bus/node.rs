@@ -1,0 +1,278 @@
+//! A node as the bus sees it: shards that only take down what they are told, and check the promise as it comes.
+
+use std::collections::VecDeque;
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+use std::time::Duration;
+
+use fanfare::bus::{
+    self, Answer, BusError, Page, Publish, PublishError, Request, Requests, Shards, ToShard, Unusable, Wiring,
+};
+use fanfare::config::{AdminAddr, HeartbeatFormat, LogFormat, RedisUrl, Settings};
+use fanfare::event::{ChannelName, Entry, EventId, Kind};
+use fanfare::metrics::{BusNumbers, Readiness};
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::timeout;
+
+use super::redis_server::PATIENCE;
+
+pub fn settings(url: &str) -> Settings {
+    Settings {
+        listen: Vec::new(),
+        admin: AdminAddr::Off,
+        redis: Some(RedisUrl(url.into())),
+        redis_prefix: "fanfare".into(),
+        redis_durable: false,
+        bare_channels: vec![channel("ws_broadcast")],
+        max_channels: NonZeroUsize::new(100).unwrap(),
+        shards: NonZeroUsize::new(2).unwrap(),
+        history: 10_000,
+        history_ttl: Duration::from_secs(3600),
+        feed_memory: 64 << 20,
+        heartbeat: Duration::from_secs(25),
+        heartbeat_timeout: Duration::from_secs(20),
+        heartbeat_format: HeartbeatFormat::Ping,
+        max_message: 64 << 10,
+        publish_timeout: Duration::from_secs(20),
+        log: "info".into(),
+        log_format: LogFormat::Text,
+    }
+}
+
+pub fn channel(name: &str) -> ChannelName {
+    ChannelName::parse(name).unwrap()
+}
+
+pub struct Node {
+    pub requests: Requests,
+    pub numbers: Arc<BusNumbers>,
+    pub readiness: Arc<Readiness>,
+    inboxes: Vec<mpsc::UnboundedReceiver<ToShard>>,
+    /// Taken from an inbox while something else was looked for.
+    put_by: Vec<VecDeque<ToShard>>,
+    pub task: tokio::task::JoinHandle<Result<(), Unusable>>,
+}
+
+impl Node {
+    pub fn start(settings: Settings) -> Node {
+        let (requests, requests_rx) = mpsc::unbounded_channel();
+        let (senders, inboxes): (Vec<_>, Vec<_>) = (0..2).map(|_| mpsc::unbounded_channel()).unzip();
+        let numbers = Arc::new(BusNumbers::default());
+        let readiness = Arc::new(Readiness::waiting_for_bus());
+        let wiring = Wiring {
+            requests: requests_rx,
+            shards: Shards::new(senders),
+            numbers: numbers.clone(),
+            readiness: readiness.clone(),
+        };
+        let task = tokio::spawn(async move { bus::run(&settings, wiring).await });
+        let put_by = vec![VecDeque::new(), VecDeque::new()];
+        Node { requests, numbers, readiness, inboxes, put_by, task }
+    }
+
+    /// Starts it and waits until it is ready.
+    pub async fn ready(settings: Settings) -> Node {
+        let node = Node::start(settings);
+        node.until_ready().await;
+        node
+    }
+
+    pub async fn until_ready(&self) {
+        until("the node is ready", || self.readiness.trouble().is_none()).await;
+    }
+
+    fn ask(&self, request: Request) {
+        self.requests.send(request).unwrap();
+    }
+
+    /// The next thing told to a shard that `wanted` takes; the others stay in order.
+    pub async fn told<T>(&mut self, shard: usize, mut wanted: impl FnMut(&ToShard) -> Option<T>) -> T {
+        for at in 0..self.put_by[shard].len() {
+            if let Some(found) = wanted(&self.put_by[shard][at]) {
+                self.put_by[shard].remove(at);
+                return found;
+            }
+        }
+        loop {
+            let told = timeout(PATIENCE, self.inboxes[shard].recv()).await.expect("told in time").unwrap();
+            match wanted(&told) {
+                Some(found) => return found,
+                None => self.put_by[shard].push_back(told),
+            }
+        }
+    }
+
+    pub async fn try_follow(&mut self, name: &str, shard: usize) -> Result<Reader, BusError> {
+        let wanted = channel(name);
+        self.ask(Request::Follow { channel: wanted.clone(), shard });
+        let answer = self
+            .told(shard, |told| match told {
+                ToShard::Followed { channel, base, position } if *channel == wanted => {
+                    Some(Ok((*base, *position)))
+                }
+                ToShard::NotFollowed { channel, why } if *channel == wanted => Some(Err(why.clone())),
+                _ => None,
+            })
+            .await?;
+        Ok(Reader {
+            channel: channel(name),
+            shard,
+            base: answer.0,
+            position: answer.1,
+            events: Vec::new(),
+            private: Vec::new(),
+            raw: Vec::new(),
+            resets: Vec::new(),
+        })
+    }
+
+    pub async fn follow(&mut self, name: &str, shard: usize) -> Reader {
+        self.try_follow(name, shard).await.expect("followed")
+    }
+
+    pub fn unfollow(&self, reader: Reader) {
+        self.ask(Request::Unfollow { channel: reader.channel, shard: reader.shard });
+    }
+
+    pub fn publish_later(
+        &self,
+        name: &str,
+        to: Option<&str>,
+        event: &str,
+    ) -> oneshot::Receiver<Result<EventId, PublishError>> {
+        let (answer, result) = oneshot::channel();
+        self.ask(Request::Publish(Publish {
+            channel: channel(name),
+            to: to.map(Into::into),
+            event: event.to_owned().into(),
+            answer: Answer::Waiter(answer),
+        }));
+        result
+    }
+
+    pub async fn publish(&self, name: &str, event: &str) -> Result<EventId, PublishError> {
+        timeout(PATIENCE, self.publish_later(name, None, event)).await.expect("answered in time").unwrap()
+    }
+
+    pub async fn page(&mut self, name: &str, number: u64, shard: usize) -> Result<Arc<Page>, BusError> {
+        self.ask_page(name, number, shard);
+        self.page_told(number, shard).await
+    }
+
+    pub fn ask_page(&self, name: &str, page: u64, shard: usize) {
+        self.ask(Request::Read { channel: channel(name), page, shard });
+    }
+
+    pub async fn page_told(&mut self, number: u64, shard: usize) -> Result<Arc<Page>, BusError> {
+        self.told(shard, |told| match told {
+            ToShard::Page { page, result, .. } if *page == number => Some(result.clone()),
+            _ => None,
+        })
+        .await
+    }
+
+    pub fn ask_look(&self, name: &str, shard: usize) {
+        self.ask(Request::Look { channel: channel(name), shard });
+    }
+}
+
+/// What a shard has of a channel. Every entry is checked against the promise as it is taken.
+#[derive(Debug)]
+pub struct Reader {
+    pub channel: ChannelName,
+    pub shard: usize,
+    pub base: EventId,
+    pub position: EventId,
+    /// Events for everybody, by id, as clients see them.
+    pub events: Vec<(u64, String)>,
+    /// Events for one user: id, user, text.
+    pub private: Vec<(u64, String, String)>,
+    pub raw: Vec<String>,
+    /// Where resets led.
+    pub resets: Vec<u64>,
+}
+
+/// The text of the single frame that begins the entry.
+fn text(entry: &Entry) -> String {
+    let frame = &entry.bytes[..entry.frame_end(0) as usize];
+    let head = match frame[1] {
+        126 => 4,
+        127 => 10,
+        _ => 2,
+    };
+    String::from_utf8(frame[head..].to_vec()).unwrap()
+}
+
+impl Reader {
+    pub fn take(&mut self, entry: &Entry) {
+        match &entry.kind {
+            Kind::Raw => self.raw.push(text(entry)),
+            Kind::Reset => {
+                assert!(entry.last >= self.position, "a reset goes back");
+                self.resets.push(entry.last.0);
+                self.position = entry.last;
+            }
+            Kind::Private(user) => {
+                assert_eq!(entry.before(), self.position, "a gap or a double");
+                self.private.push((entry.last.0, user.to_string(), text(entry)));
+                self.position = entry.last;
+            }
+            Kind::Events => {
+                assert_eq!(entry.before(), self.position, "a gap or a double");
+                while self.position < entry.last {
+                    let rest = entry.after(self.position).unwrap();
+                    self.position = self.position.next();
+                    let text = text(&rest);
+                    assert!(text.ends_with(&format!("\"id\":{}}}", self.position)), "{text}");
+                    self.events.push((self.position.0, text));
+                }
+            }
+        }
+    }
+
+    pub async fn next(&mut self, node: &mut Node) {
+        let channel = self.channel.clone();
+        let entry = node
+            .told(self.shard, |told| match told {
+                ToShard::Entry { channel: other, entry } if *other == channel => Some(entry.clone()),
+                _ => None,
+            })
+            .await;
+        self.take(&entry);
+    }
+
+    /// Takes entries until the position is reached.
+    pub async fn until(&mut self, node: &mut Node, id: EventId) {
+        while self.position < id {
+            self.next(node).await;
+        }
+    }
+
+    /// Takes entries until this holds.
+    pub async fn until_it(&mut self, node: &mut Node, holds: impl Fn(&Reader) -> bool) {
+        while !holds(self) {
+            self.next(node).await;
+        }
+    }
+
+    /// The events with these ids are there, each with its own text.
+    pub fn assert_has(&self, id: EventId, text: &str) {
+        let found: Vec<_> = self.events.iter().filter(|(other, _)| *other == id.0).collect();
+        assert_eq!(found.len(), 1, "event {id} once");
+        assert!(found[0].1.contains(text), "event {id}: {} has no {text}", found[0].1);
+    }
+
+    /// How many events contain this text.
+    pub fn count(&self, text: &str) -> usize {
+        self.events.iter().filter(|(_, event)| event.contains(text)).count()
+    }
+}
+
+/// Waits until something holds.
+pub async fn until(what: &str, holds: impl Fn() -> bool) {
+    let deadline = tokio::time::Instant::now() + PATIENCE;
+    while !holds() {
+        assert!(tokio::time::Instant::now() < deadline, "{what}: not within {PATIENCE:?}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}

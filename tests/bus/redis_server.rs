@@ -1,0 +1,311 @@
+//! A redis-server of one's own, a raw client for it, and a proxy that can swallow what it says.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::sync::Notify;
+
+/// Longest wait for anything that must happen.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+
+pub fn free_port() -> u16 {
+    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+/// A redis-server on loopback, ended with the test.
+pub struct RedisServer {
+    pub port: u16,
+    args: Vec<String>,
+    dir: PathBuf,
+    child: Option<Child>,
+}
+
+static SERVERS: AtomicUsize = AtomicUsize::new(0);
+
+impl RedisServer {
+    /// Keeps nothing on disk.
+    pub fn start() -> RedisServer {
+        RedisServer::start_with(&["--save", "", "--appendonly", "no"])
+    }
+
+    pub fn start_with(args: &[&str]) -> RedisServer {
+        let count = SERVERS.fetch_add(1, Ordering::Relaxed);
+        let dir = std::env::temp_dir().join(format!("fanfare-bus-{}-{count}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        for _ in 0..10 {
+            let args = args.iter().map(|arg| arg.to_string()).collect();
+            let mut server = RedisServer { port: free_port(), args, dir: dir.clone(), child: None };
+            if server.spawn() {
+                return server;
+            }
+        }
+        panic!("redis-server does not start");
+    }
+
+    /// A port that nobody listens on yet; [`RedisServer::restart`] starts it.
+    pub fn not_started() -> RedisServer {
+        let mut server = RedisServer::start();
+        server.kill();
+        server
+    }
+
+    fn spawn(&mut self) -> bool {
+        let mut child = Command::new("redis-server")
+            .args(["--port", &self.port.to_string(), "--bind", "127.0.0.1", "--dir"])
+            .arg(&self.dir)
+            .args(["--enable-debug-command", "yes"])
+            .args(&self.args)
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("redis-server is installed");
+        let deadline = Instant::now() + PATIENCE;
+        while Instant::now() < deadline {
+            if child.try_wait().unwrap().is_some() {
+                return false; // someone else took the port
+            }
+            if let Ok(mut raw) = Raw::connect(self.port)
+                && raw.command(&["PING"]) == Reply::Text("PONG".into())
+                && raw.command(&["CONFIG", "GET", "dir"]).list()[1] == self.dir.to_string_lossy()
+            {
+                self.child = Some(child);
+                return true;
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        let _ = child.kill();
+        let _ = child.wait();
+        false
+    }
+
+    /// As a crash does it.
+    pub fn kill(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            child.kill().unwrap();
+            child.wait().unwrap();
+        }
+    }
+
+    /// Starts it again on its port.
+    pub fn restart(&mut self) {
+        self.kill();
+        assert!(self.spawn(), "redis-server does not start again");
+    }
+
+    /// Sends it a signal by name.
+    pub fn signal(&self, name: &str) {
+        let pid = self.child.as_ref().expect("it runs").id().to_string();
+        assert!(Command::new("kill").args([format!("-{name}"), pid]).status().unwrap().success());
+    }
+
+    pub fn url(&self) -> String {
+        format!("redis://127.0.0.1:{}", self.port)
+    }
+
+    pub fn raw(&self) -> Raw {
+        Raw::connect(self.port).unwrap()
+    }
+}
+
+impl Drop for RedisServer {
+    fn drop(&mut self) {
+        if self.child.is_some() {
+            self.signal("CONT");
+        }
+        self.kill();
+        let _ = std::fs::remove_dir_all(&self.dir);
+    }
+}
+
+/// What Redis answers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Reply {
+    Text(String),
+    Error(String),
+    Number(i64),
+    Nil,
+    List(Vec<Reply>),
+}
+
+impl Reply {
+    pub fn text(&self) -> &str {
+        match self {
+            Reply::Text(text) => text,
+            other => panic!("not a text: {other:?}"),
+        }
+    }
+
+    pub fn number(&self) -> i64 {
+        match self {
+            Reply::Number(number) => *number,
+            other => panic!("not a number: {other:?}"),
+        }
+    }
+
+    pub fn error(&self) -> &str {
+        match self {
+            Reply::Error(text) => text,
+            other => panic!("not an error: {other:?}"),
+        }
+    }
+
+    pub fn list(&self) -> Vec<String> {
+        match self {
+            Reply::List(items) => items.iter().map(|item| item.text().to_owned()).collect(),
+            other => panic!("not a list: {other:?}"),
+        }
+    }
+}
+
+/// A client as plain as redis-cli.
+pub struct Raw {
+    stream: BufReader<TcpStream>,
+}
+
+impl Raw {
+    pub fn connect(port: u16) -> std::io::Result<Raw> {
+        let stream = TcpStream::connect(("127.0.0.1", port))?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        Ok(Raw { stream: BufReader::new(stream) })
+    }
+
+    pub fn command<A: AsRef<[u8]>>(&mut self, args: &[A]) -> Reply {
+        let mut bytes = format!("*{}\r\n", args.len()).into_bytes();
+        for arg in args {
+            bytes.extend(format!("${}\r\n", arg.as_ref().len()).bytes());
+            bytes.extend(arg.as_ref());
+            bytes.extend(b"\r\n");
+        }
+        if self.stream.get_mut().write_all(&bytes).is_err() {
+            return Reply::Error("closed".into());
+        }
+        self.reply()
+    }
+
+    pub fn reply(&mut self) -> Reply {
+        let mut line = String::new();
+        if self.stream.read_line(&mut line).unwrap_or(0) == 0 {
+            return Reply::Error("closed".into());
+        }
+        let (kind, rest) = line.trim_end().split_at(1);
+        match kind {
+            "+" => Reply::Text(rest.into()),
+            "-" => Reply::Error(rest.into()),
+            ":" => Reply::Number(rest.parse().unwrap()),
+            "$" if rest == "-1" => Reply::Nil,
+            "$" => {
+                let mut bytes = vec![0; rest.parse::<usize>().unwrap() + 2];
+                self.stream.read_exact(&mut bytes).unwrap();
+                bytes.truncate(bytes.len() - 2);
+                Reply::Text(String::from_utf8_lossy(&bytes).into_owned())
+            }
+            "*" if rest == "-1" => Reply::Nil,
+            "*" => Reply::List((0..rest.parse::<usize>().unwrap()).map(|_| self.reply()).collect()),
+            other => panic!("unknown reply {other}"),
+        }
+    }
+
+    /// The next message of a subscribed client: its channel and text.
+    pub fn next_message(&mut self) -> (String, String) {
+        loop {
+            let parts = match self.reply() {
+                Reply::List(parts) => parts,
+                other => panic!("not a message: {other:?}"),
+            };
+            if parts[0].text() == "message" {
+                return (parts[1].text().to_owned(), parts[2].text().to_owned());
+            }
+        }
+    }
+}
+
+/// Stands between a node and Redis. Can swallow what Redis answers, cut every connection, and point elsewhere.
+#[derive(Clone)]
+pub struct Proxy {
+    pub port: u16,
+    target: Arc<AtomicU16>,
+    swallow: Arc<AtomicBool>,
+    closed: Arc<AtomicBool>,
+    cut: Arc<Notify>,
+}
+
+impl Proxy {
+    pub async fn start(target: u16) -> Proxy {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let proxy = Proxy {
+            port: listener.local_addr().unwrap().port(),
+            target: Arc::new(AtomicU16::new(target)),
+            swallow: Arc::default(),
+            closed: Arc::default(),
+            cut: Arc::default(),
+        };
+        let shared = proxy.clone();
+        tokio::spawn(async move {
+            while let Ok((client, _)) = listener.accept().await {
+                if shared.closed.load(Ordering::SeqCst) {
+                    continue;
+                }
+                let shared = shared.clone();
+                tokio::spawn(async move {
+                    let target = shared.target.load(Ordering::SeqCst);
+                    let Ok(server) = tokio::net::TcpStream::connect(("127.0.0.1", target)).await else {
+                        return;
+                    };
+                    let (mut client_in, mut client_out) = client.into_split();
+                    let (mut server_in, mut server_out) = server.into_split();
+                    let up = tokio::io::copy(&mut client_in, &mut server_out);
+                    let down = async {
+                        let mut buffer = vec![0; 64 << 10];
+                        while let Ok(read @ 1..) = server_in.read(&mut buffer).await {
+                            if !shared.swallow.load(Ordering::SeqCst)
+                                && client_out.write_all(&buffer[..read]).await.is_err()
+                            {
+                                break;
+                            }
+                        }
+                    };
+                    tokio::select! {
+                        _ = up => {}
+                        _ = down => {}
+                        _ = shared.cut.notified() => {}
+                    }
+                });
+            }
+        });
+        proxy
+    }
+
+    pub fn url(&self) -> String {
+        format!("redis://127.0.0.1:{}", self.port)
+    }
+
+    /// What Redis answers does not arrive, from now on.
+    pub fn swallow(&self, on: bool) {
+        self.swallow.store(on, Ordering::SeqCst);
+    }
+
+    /// Ends every connection that goes through it.
+    pub fn cut(&self) {
+        self.cut.notify_waiters();
+    }
+
+    /// Takes no connections, and ends those there are.
+    pub fn close(&self, on: bool) {
+        self.closed.store(on, Ordering::SeqCst);
+        if on {
+            self.cut();
+        }
+    }
+
+    /// New connections go elsewhere.
+    pub fn point_to(&self, target: u16) {
+        self.target.store(target, Ordering::SeqCst);
+        self.cut();
+    }
+}
