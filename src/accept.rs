@@ -13,7 +13,7 @@ use mio::{Events, Interest, Poll, Token, Waker};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::bus::{Shards, ToShard};
-use crate::config::Settings;
+use crate::config::{HeartbeatFormat, Settings};
 use crate::metrics::Metrics;
 
 /// Connections that the kernel holds until they are accepted; it takes the smaller of this and
@@ -37,8 +37,11 @@ pub fn bind(addr: SocketAddr, settings: &Settings) -> io::Result<TcpListener> {
         socket.set_only_v6(true)?; // `--listen 0.0.0.0:80 --listen [::]:80` means two
     }
     socket.set_tcp_nodelay(true)?; // events leave at once; batches are made by the feed
-    // A peer that acknowledges nothing for as long as it may be silent is gone, whatever its socket still takes.
-    socket.set_tcp_user_timeout(Some(settings.heartbeat + settings.heartbeat_timeout))?;
+    // Nobody answers a JSON ping, so the kernel has to tell when a peer no longer acknowledges. Where pings are
+    // answered they tell, and the kernel, which counts a small window as silence too, would end slow readers.
+    if settings.heartbeat_format == HeartbeatFormat::Json {
+        socket.set_tcp_user_timeout(Some(settings.heartbeat + settings.heartbeat_timeout))?;
+    }
     socket.set_nonblocking(true)?;
     socket.bind(&addr.into())?;
     socket.listen(BACKLOG)?;
