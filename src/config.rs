@@ -113,7 +113,7 @@ pub enum Action {
     Check(Settings),
     /// Print this text and exit.
     Help(String),
-    /// Print this line and exit.
+    /// Print this text and exit.
     Version(String),
 }
 
@@ -156,7 +156,7 @@ impl Settings {
             return Ok(Action::Help(table::help()));
         }
         if input.version {
-            return Ok(Action::Version(format!("fanfare {}", env!("CARGO_PKG_VERSION"))));
+            return Ok(Action::Version(concat!("fanfare ", env!("CARGO_PKG_VERSION"), "\n").into()));
         }
         let settings = Settings::read(&mut input);
         settings.check(&mut input);

@@ -49,7 +49,7 @@ fn print(text: &str) -> ExitCode {
 
 /// Logs go to standard error, which systemd keeps.
 fn start_logging(settings: &Settings) {
-    let filter: tracing_subscriber::filter::Targets = settings.log.parse().unwrap_or_default();
+    let filter = settings.log_targets();
     let lines = tracing_subscriber::fmt::layer()
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal());

@@ -256,7 +256,7 @@ impl Shard {
         let id = ConnectionId { shard: self.id, slot: token.0 as u32, generation: (token.0 >> 32) as u32 };
         let Some(slot) = self.find(id) else { return };
         if writable && self.connections[slot as usize].blocked {
-            self.on_writable(slot);
+            self.try_again(slot);
         }
         if readable && self.find(id).is_some() {
             self.on_readable(slot, end);

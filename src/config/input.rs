@@ -34,6 +34,7 @@ impl Input {
     }
 
     fn read_flags(&mut self, args: impl IntoIterator<Item = OsString>) {
+        let is_value = |next: &OsString| !next.to_string_lossy().starts_with("--");
         let mut args = args.into_iter().peekable();
         while let Some(arg) = args.next() {
             let Ok(arg) = arg.into_string() else {
@@ -49,13 +50,17 @@ impl Input {
                 "--help" | "-h" if attached.is_none() => self.help = true,
                 "--version" | "-V" if attached.is_none() => self.version = true,
                 _ => match TABLE.iter().find(|spec| flag.strip_prefix("--") == Some(spec.name)) {
-                    None => self.unknown_flag(flag),
+                    None => {
+                        if attached.is_none() && flag.starts_with("--") {
+                            args.next_if(is_value); // a mistyped flag's value is not a mistake of its own
+                        }
+                        self.unknown_flag(flag);
+                    }
                     Some(spec) => {
-                        let next_is_value = |next: &OsString| !next.to_string_lossy().starts_with("--");
                         let value = match attached {
                             Some(value) => value,
                             None if spec.shape == Shape::Switch => "true".into(),
-                            None => match args.next_if(next_is_value).map(OsString::into_string) {
+                            None => match args.next_if(is_value).map(OsString::into_string) {
                                 Some(Ok(value)) => value,
                                 Some(Err(_)) => {
                                     self.wrong(flag, "the value is not UTF-8".into());

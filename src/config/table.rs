@@ -148,7 +148,7 @@ pub(super) static TABLE: [Spec; 18] = [
         Value,
         "SIZE",
         "64MiB",
-        &["Recent events held in memory, all channels together. At least 8 times --max-message."],
+        &["Recent events held in memory, all channels together. At least --max-message."],
     ),
     spec(
         "log",

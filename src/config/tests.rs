@@ -102,7 +102,7 @@ fn lists_come_by_comma_and_by_repeating_the_flag() {
 fn help_and_version_win_over_everything_and_help_fits_the_page() {
     assert_eq!(
         read(&["--nonsense", "--version"], &[]),
-        Ok(Action::Version(format!("fanfare {}", env!("CARGO_PKG_VERSION"))))
+        Ok(Action::Version(format!("fanfare {}\n", env!("CARGO_PKG_VERSION"))))
     );
     let Ok(Action::Help(text)) = read(&["-h", "--version", "--listen", "x"], &[]) else { panic!("help") };
     for line in text.lines() {

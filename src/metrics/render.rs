@@ -32,7 +32,9 @@ const fn series<T>(name: &'static str, kind: Kind, help: &'static str, read: fn(
 }
 
 static SHARD: [Series<ShardNumbers>; 10] = [
-    series("connections", Gauge, "Open WebSocket connections.", |shard| shard.load()),
+    series("connections", Gauge, "Open connections, those still in their handshake among them.", |shard| {
+        shard.load()
+    }),
     series("joins", Counter, "Connections upgraded.", |shard| shard.joins.get()),
     series("delivered", Counter, "Events written to sockets.", |shard| shard.delivered.get()),
     series("sent_bytes", Counter, "Bytes written to sockets.", |shard| shard.bytes_sent.get()),
@@ -129,6 +131,9 @@ impl Metrics {
         for (reason, count) in self.ends() {
             out.sample("fanfare_ends_total", &format!(r#"{{reason="{reason}"}}"#), count);
         }
+        let failures = self.accept_failures.get();
+        let help = "Connections not accepted, for want of descriptors or memory.";
+        out.single("fanfare_accept_failures_total", "counter", help, Some(failures));
         for series in &BUS {
             series.begin(&mut out);
             series.sample(&mut out, "", &self.bus);
@@ -162,6 +167,7 @@ impl Metrics {
             "trouble": trouble,
             "connections": total(|shard| shard.load()),
             "delivered": total(|shard| shard.delivered.get()),
+            "accept_failures": self.accept_failures.get(),
             "bus": object(BUS.iter().map(bus).collect()),
             "ends": object(self.ends().map(|(reason, count)| (reason, count.into())).collect()),
             "shards": self.shards.iter().map(shard).collect::<Vec<_>>(),
@@ -235,7 +241,7 @@ mod tests {
                 assert!(samples.insert(series.to_owned()), "a sample twice: {line}");
             }
         }
-        assert_eq!(kinds.len(), 1 + 1 + SHARD.len() + 1 + BUS.len() + 5);
+        assert_eq!(kinds.len(), 1 + 1 + SHARD.len() + 2 + BUS.len() + 5);
         for line in [
             "fanfare_connections{shard=\"1\"} 4",
             "fanfare_ends_total{reason=\"peer_gone\"} 11",

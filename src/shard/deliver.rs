@@ -7,8 +7,8 @@ use crate::connection::{Flushed, State};
 use crate::event::{ChannelName, Entry, EventId, Kind};
 use crate::feed::{Cursor, Feed, Start};
 
-/// Most memory for pages of history, in bytes; at least one page is kept.
-const PAGES_MAX: usize = 16 * 1024 * 1024;
+/// Most memory for pages of history in one shard, in bytes.
+const PAGES_MAX: usize = 4 * 1024 * 1024;
 
 /// Ticks that a page of history is kept after it was last read: those who ask for the same come together.
 const PAGE_TICKS: u32 = 20;
@@ -90,16 +90,20 @@ impl Shard {
         }
     }
 
-    /// A full socket has room again, so the peer has taken something.
-    pub(super) fn on_writable(&mut self, slot: u32) {
+    /// Writes to a socket that was full. If it takes anything, its peer has taken something: a sign of life.
+    pub(super) fn try_again(&mut self, slot: u32) {
+        let id = self.id_of(slot);
         let connection = &mut self.connections[slot as usize];
         connection.blocked = false;
-        connection.heard = self.tick;
         if connection.is_open() {
             let begun = (connection.cursor.entry, slot);
             self.channels[connection.channel as usize].begun.remove(&begun);
         }
+        let before = self.tally.bytes;
         self.flush(slot);
+        if self.tally.bytes > before && self.find(id).is_some() {
+            self.connections[slot as usize].heard = self.tick;
+        }
     }
 
     /// Writes what there is for a connection.
@@ -209,20 +213,25 @@ impl Shard {
         self.missed.push_back(self.id_of(slot));
     }
 
-    /// Lets pages of history go that nobody has read for a while, or all when they take too much.
+    /// Lets pages of history go that nobody has read for a while, and when they take too much, the ones longest
+    /// unread.
     pub(super) fn shed_pages(&mut self) {
-        let full = self.page_bytes > PAGES_MAX;
-        for (_, channel) in &mut self.channels {
-            channel.pages.retain(|_, page| match page {
-                PageState::Reading(_) => true,
-                PageState::Ready(page) => {
-                    let keep = !full && self.tick.wrapping_sub(page.used) < PAGE_TICKS;
-                    if !keep {
-                        self.page_bytes -= page.cost;
-                    }
-                    keep
-                }
+        let mut idle: Vec<(u32, u32, EventId)> = Vec::new();
+        for (key, channel) in &self.channels {
+            let ready = channel.pages.iter().filter_map(|(after, page)| match page {
+                PageState::Ready(page) => Some((self.tick.wrapping_sub(page.used), key as u32, *after)),
+                PageState::Reading(_) => None,
             });
+            idle.extend(ready);
+        }
+        idle.sort_unstable_by(|one, other| other.cmp(one));
+        for (ticks, key, after) in idle {
+            if ticks < PAGE_TICKS && self.page_bytes <= PAGES_MAX {
+                return;
+            }
+            if let Some(PageState::Ready(page)) = self.channels[key as usize].pages.remove(&after) {
+                self.page_bytes -= page.cost;
+            }
         }
     }
 }

@@ -110,9 +110,12 @@ impl Shard {
         let format = self.settings.heartbeat_format;
         // Nobody answers a JSON ping: then only a full socket tells of silence, and TCP_USER_TIMEOUT of a dead peer.
         let answers = format != HeartbeatFormat::Json || connection.blocked;
-        let silence = self.tick.wrapping_sub(connection.heard);
-        if answers && silence >= heartbeat.saturating_add(timeout) {
+        if answers && self.tick.wrapping_sub(connection.heard) >= heartbeat.saturating_add(timeout) {
             return self.end(slot, Reason::HeartbeatTimeout);
+        }
+        if connection.blocked {
+            // Writable comes only when a third of the send buffer is free; a slow reader lives all the same.
+            return self.try_again(slot);
         }
         if now.checked_sub(MESSAGE_TIME).is_some_and(|then| connection.began_before(then)) {
             return self.end(slot, Reason::Unfinished);

@@ -178,7 +178,7 @@ impl Node {
 
 /// The position before a page.
 fn page_after(number: u64) -> EventId {
-    EventId(number * fanfare::bus::PAGE - 1)
+    EventId(number * bus::PAGE - 1)
 }
 
 /// What a shard has of a channel. Every entry is checked against the promise as it is taken.
