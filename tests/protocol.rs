@@ -322,13 +322,14 @@ async fn an_event_with_to_reaches_that_user_alone() {
     assert_eq!(alice.next_json().await, json!({"type": "ack", "ref": 1, "id": head + 1}));
     let data = json!({"data": [1], "to": "bob"});
     alice.send(data.to_string()).await;
-    assert_eq!(node.publish_to("room", "bob", &json!({"n": 1})).await, head + 3);
-    assert_eq!(node.publish("room", &json!({"n": 2})).await, head + 4);
-
     for bob in &mut bobs {
         let text = bob.next_text().await;
         assert_eq!(text, format!(r#"{{"sender":"alice","to":"bob","text":"psst","id":{}}}"#, head + 1));
         bob.expect_event(head + 2, &json!({"sender": "alice", "to": "bob", "data": [1]})).await;
+    }
+    assert_eq!(node.publish_to("room", "bob", &json!({"n": 1})).await, head + 3);
+    assert_eq!(node.publish("room", &json!({"n": 2})).await, head + 4);
+    for bob in &mut bobs {
         bob.expect_event(head + 3, &json!({"to": "bob", "n": 1})).await;
         bob.expect_event(head + 4, &json!({"n": 2})).await;
     }

@@ -475,14 +475,17 @@ async fn a_node_that_starts_before_redis_joins_when_it_comes() {
 #[tokio::test]
 async fn while_redis_is_away_connections_stay_and_publishing_is_answered() {
     let mut redis = Redis::start(&[]).await;
-    let flags = ["--publish-timeout", "1s", "--heartbeat", "1s", "--heartbeat-timeout", "20s"];
+    let flags =
+        ["--publish-timeout", "1s", "--heartbeat", "1s", "--heartbeat-timeout", "20s", "--shards", "2"];
     let node = Node::on(&redis, &flags).await;
-    let ids = node.publish_numbers("room", 0..3).await;
     let (mut json_mode, _) = Client::json(&node, "j", "room").await;
-    let (mut recovering, _) = Client::resume(&node, "r", "room", ids[0]).await;
-    recovering.expect_numbers(&ids[1..], 1).await;
+    let (mut recovering, _) = Client::resume(&node, "r", "room", "").await;
     let mut plain = Client::plain(&node, "p", "room").await;
     let mut silent = Client::plain(&node, "s", "room").await;
+    let ids = node.publish_numbers("room", 0..3).await;
+    for client in [&mut json_mode, &mut recovering, &mut plain, &mut silent] {
+        client.expect_numbers(&ids, 0).await;
+    }
     redis.kill();
     node.unready().await;
     assert_eq!(node.get("/healthz").await.status, 200);

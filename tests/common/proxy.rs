@@ -120,7 +120,8 @@ impl Way {
         let mut buffer = vec![0; 1 << 20]; // a command that a test looks for comes in one read
         loop {
             let bytes = read(&mut from, &mut buffer).await?;
-            if contains(&bytes.to_ascii_uppercase(), b"SUBSCRIBE") {
+            // As a command's own word: scripts and commands about subscriptions hold it too.
+            if contains(&bytes.to_ascii_uppercase(), b"\r\nSUBSCRIBE\r\n") {
                 self.subscribes.store(true, Ordering::SeqCst);
             }
             let mut lose = self.shared.lose.lock().await;
