@@ -700,7 +700,9 @@ async fn a_hint_of_an_event_that_is_not_there_is_forgotten() {
     let mut reader = node.follow("room", 0).await;
     let far = reader.position.0 + 1000;
     let mut raw = redis.raw();
-    for garbage in [&format!("{{\"id\":{far}}}"), "garbage", "", "{\"id\":1}", "{}\n{}"] {
+    for garbage in
+        [&format!("{{\"id\":{far}}}"), "garbage", "", "{\"id\":1}", "{\"id\":0}", "u\n{\"id\":0}", "{}\n{}"]
+    {
         raw.command(&["PUBLISH", "fanfare:{room}", garbage]);
         raw.command(&["PUBLISH", "fanfare:{room}:to", garbage]);
     }
@@ -713,7 +715,9 @@ async fn a_hint_of_an_event_that_is_not_there_is_forgotten() {
 
 #[tokio::test]
 async fn a_cluster_is_refused_in_words() {
-    let redis = RedisServer::start_with(&["--save", "", "--cluster-enabled", "yes"]);
+    let bus_port = redis_server::free_port().to_string();
+    let redis =
+        RedisServer::start_with(&["--save", "", "--cluster-enabled", "yes", "--cluster-port", &bus_port]);
     let node = Node::start(settings(&redis.url()));
     let end = timeout(PATIENCE, node.task).await.unwrap().unwrap();
     assert!(end.unwrap_err().to_string().contains("cluster"));
@@ -732,4 +736,155 @@ async fn no_more_channels_than_allowed_are_followed() {
     node.unfollow(first);
     node.follow("c", 0).await;
     assert_eq!(node.numbers.channels.get(), 2);
+}
+
+#[tokio::test]
+async fn history_is_emptied_after_its_time_and_the_sequence_goes_on() {
+    let redis = RedisServer::start();
+    let proxy = Proxy::start(redis.port).await;
+    let brief = |url: &str| {
+        let mut settings = settings(url);
+        settings.history_ttl = Duration::from_millis(700);
+        settings
+    };
+    let mut publisher = Node::ready(brief(&redis.url())).await;
+    let mut stays = publisher.follow("room", 0).await;
+    let mut node = Node::ready(brief(&proxy.url())).await;
+    let mut misses = node.follow("room", 0).await;
+    proxy.close(true);
+    let one = publisher.publish("room", &event(1)).await.unwrap();
+    stays.until(&mut publisher, one).await;
+    let gone = || redis.raw().command(&["EXISTS", "fanfare:{room}:events"]) == Reply::Number(0);
+    until("the history is emptied", gone).await;
+    sleep(Duration::from_secs(2)).await; // twice the time is over too, but the channel is followed
+    let page = publisher.page("room", one.0 / PAGE, 0).await.unwrap();
+    assert_eq!((page.base, page.head, page.oldest), (stays.base, one, one.next()));
+    proxy.close(false);
+    misses.until_it(&mut node, |reader| !reader.resets.is_empty()).await;
+    assert_eq!(misses.resets, [one.0]);
+    let two = publisher.publish("room", &event(2)).await.unwrap();
+    assert_eq!(two, one.next());
+    stays.until(&mut publisher, two).await;
+    misses.until(&mut node, two).await;
+    assert!(stays.resets.is_empty());
+    // Without a follower the sequence goes the same way.
+    publisher.unfollow(stays);
+    node.unfollow(misses);
+    let gone = || redis.raw().command(&["EXISTS", "fanfare:{room}:meta"]) == Reply::Number(0);
+    until("the sequence is forgotten", gone).await;
+}
+
+#[tokio::test]
+async fn a_lost_last_event_is_found_among_more_channels_than_one_canary_compares() {
+    let redis = RedisServer::start();
+    let mut many = settings(&redis.url());
+    many.max_channels = 2000.try_into().unwrap();
+    let mut node = Node::ready(many).await;
+    let mut readers = Vec::new();
+    for n in 0..1500 {
+        readers.push(node.follow(&format!("room-{n}"), 0).await);
+    }
+    let mut raw = redis.raw();
+    for at in [0, 700, 1499] {
+        let reader = &mut readers[at];
+        let id = reader.position.0 + 1;
+        let key = format!("fanfare:{{{}}}", reader.channel);
+        raw.command(&[
+            "XADD",
+            &format!("{key}:events"),
+            &format!("{id}-0"),
+            "e",
+            &format!("{{\"id\":{id}}}"),
+        ]);
+        raw.command(&["HSET", &format!("{key}:meta"), "head", &id.to_string()]);
+    }
+    for at in [0, 700, 1499] {
+        let id = readers[at].position.next();
+        readers[at].until(&mut node, id).await;
+        assert_eq!(readers[at].events.len(), 1);
+    }
+    assert_eq!(node.numbers.canary_seconds.get(), 2);
+    assert_eq!(node.numbers.channels.get(), 1500);
+}
+
+#[tokio::test]
+async fn joining_and_leaving_during_a_stream_misses_and_doubles_nothing() {
+    let redis = RedisServer::start();
+    let publisher = Node::ready(settings(&redis.url())).await;
+    let mut node = Node::ready(settings(&redis.url())).await;
+    let mut stays = node.follow("other", 1).await;
+    for round in 0..50 {
+        let before: Vec<_> = (0..20).map(|n| publisher.publish_later("room", None, &event(n))).collect();
+        let mut reader = node.follow("room", 0).await;
+        let after: Vec<_> = (20..40).map(|n| publisher.publish_later("room", None, &event(n))).collect();
+        let mut ids = Vec::new();
+        for result in before.into_iter().chain(after) {
+            ids.push(timeout(PATIENCE, result).await.unwrap().unwrap().unwrap());
+        }
+        let start = reader.position;
+        reader.until(&mut node, *ids.last().unwrap()).await; // checks that none is missing or double
+        assert!(reader.resets.is_empty());
+        for (n, id) in ids.iter().enumerate().filter(|(_, id)| **id > start) {
+            reader.assert_has(*id, &mark(n));
+        }
+        if round % 2 == 0 {
+            node.unfollow(reader);
+        }
+        // An odd round leaves the shard following; the next Follow is answered where the channel stands.
+    }
+    let id = publisher.publish("other", &event(1)).await.unwrap();
+    stays.until(&mut node, id).await;
+}
+
+#[tokio::test]
+async fn a_unix_socket_and_another_prefix_work_too() {
+    let path = std::env::temp_dir().join(format!("fanfare-bus-{}.sock", std::process::id()));
+    let path = path.to_str().unwrap();
+    let redis = RedisServer::start_with(&["--save", "", "--unixsocket", path]);
+    let mut elsewhere = settings(&format!("redis+unix://{path}"));
+    elsewhere.redis_prefix = "app:one".into();
+    let mut node = Node::ready(elsewhere).await;
+    let mut reader = node.follow("ws_broadcast", 0).await;
+    let mut other = Node::ready(settings(&redis.url())).await;
+    let mut stranger = other.follow("ws_broadcast", 0).await;
+    let one = node.publish("ws_broadcast", &event(1)).await.unwrap();
+    let two =
+        redis.raw().command(&["FCALL", "fanfare_publish", "1", "app:one:{ws_broadcast}", "{}"]).number();
+    reader.until(&mut node, EventId(two as u64)).await;
+    reader.assert_has(one, &mark(1));
+    let own = other.publish("ws_broadcast", &event(2)).await.unwrap();
+    stranger.until(&mut other, own).await;
+    assert_eq!((stranger.events.len(), stranger.count(&mark(1))), (1, 0), "another prefix is another world");
+}
+
+#[tokio::test]
+async fn sentinel_failover_is_followed_and_announced() {
+    let mut first = RedisServer::start();
+    let second = RedisServer::start();
+    second.raw().command(&["REPLICAOF", "127.0.0.1", &first.port.to_string()]);
+    until("the copy is linked", || {
+        second.raw().command(&["INFO", "replication"]).text().contains("master_link_status:up")
+    })
+    .await;
+    let sentinel = RedisServer::sentinel("main", first.port);
+    until("the sentinel knows the copy", || {
+        match sentinel.raw().command(&["SENTINEL", "REPLICAS", "main"]) {
+            Reply::List(copies) => copies.len() == 1,
+            _ => false,
+        }
+    })
+    .await;
+    let url = format!("redis-sentinel://127.0.0.1:{}?sentinelServiceName=main", sentinel.port);
+    let mut node = Node::ready(settings(&url)).await;
+    let mut reader = node.follow("room", 0).await;
+    let one = node.publish("room", &event(1)).await.unwrap();
+    reader.until(&mut node, one).await;
+    until("the copy has it", || head(&second, "room") == one.0).await;
+    first.kill();
+    until("the node notices", || node.readiness.trouble().is_some()).await;
+    node.until_ready().await;
+    let two = node.publish("room", &event(2)).await.unwrap();
+    reader.until(&mut node, two).await;
+    assert_eq!(reader.resets.len(), 1);
+    assert_eq!(head(&second, "room"), two.0);
 }

@@ -26,7 +26,13 @@ pub struct RedisServer {
     child: Option<Child>,
 }
 
-static SERVERS: AtomicUsize = AtomicUsize::new(0);
+fn own_dir() -> PathBuf {
+    static SERVERS: AtomicUsize = AtomicUsize::new(0);
+    let count = SERVERS.fetch_add(1, Ordering::Relaxed);
+    let dir = std::env::temp_dir().join(format!("fanfare-bus-{}-{count}", std::process::id()));
+    std::fs::create_dir_all(&dir).unwrap();
+    dir
+}
 
 impl RedisServer {
     /// Keeps nothing on disk.
@@ -35,9 +41,7 @@ impl RedisServer {
     }
 
     pub fn start_with(args: &[&str]) -> RedisServer {
-        let count = SERVERS.fetch_add(1, Ordering::Relaxed);
-        let dir = std::env::temp_dir().join(format!("fanfare-bus-{}-{count}", std::process::id()));
-        std::fs::create_dir_all(&dir).unwrap();
+        let dir = own_dir();
         for _ in 0..10 {
             let args = args.iter().map(|arg| arg.to_string()).collect();
             let mut server = RedisServer { port: free_port(), args, dir: dir.clone(), child: None };
@@ -46,6 +50,32 @@ impl RedisServer {
             }
         }
         panic!("redis-server does not start");
+    }
+
+    /// A sentinel that watches one Redis and, alone, fails over within a second or two.
+    pub fn sentinel(name: &str, target: u16) -> RedisServer {
+        let path =
+            std::env::temp_dir().join(format!("fanfare-sentinel-{}-{target}.conf", std::process::id()));
+        let watch = format!(
+            "sentinel monitor {name} 127.0.0.1 {target} 1\nsentinel down-after-milliseconds {name} 500\n\
+             sentinel failover-timeout {name} 2000\n"
+        );
+        std::fs::write(&path, watch).unwrap();
+        let mut sentinel = RedisServer { port: free_port(), args: Vec::new(), dir, child: None };
+        let child = Command::new("redis-server")
+            .arg(&path)
+            .args(["--sentinel", "--port", &sentinel.port.to_string(), "--bind", "127.0.0.1"])
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("redis-server is installed");
+        sentinel.child = Some(child);
+        let deadline = Instant::now() + PATIENCE;
+        while Raw::connect(sentinel.port).is_err() {
+            assert!(Instant::now() < deadline, "the sentinel does not start");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        sentinel
     }
 
     /// A port that nobody listens on yet; [`RedisServer::restart`] starts it.

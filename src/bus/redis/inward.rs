@@ -128,8 +128,7 @@ impl Bus {
             Ok(message) => message,
             Err(RecvError::Lagged(lost)) => {
                 tracing::debug!("{lost} messages came faster than they were taken; history has them");
-                self.sweep();
-                return;
+                return self.canary_soon();
             }
             Err(RecvError::Closed) => return self.session_over("the subscriptions were closed"),
         };

@@ -128,6 +128,11 @@ impl Session {
         self.caller.clone()
     }
 
+    /// Whether it has ended already. It says so by [`Report::Ended`] too, once.
+    pub fn is_over(&self) -> bool {
+        self.tasks.iter().any(AbortHandle::is_finished)
+    }
+
     /// Subscribes, in the order asked; [`Report::Subscribed`] says when.
     pub fn subscribe(&self, names: Vec<String>, ticket: u64) {
         let _ = self.orders.send(Order::Subscribe(names, ticket)); // a session that ends says so itself

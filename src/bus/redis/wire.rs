@@ -15,7 +15,10 @@ pub fn id_of(line: &[u8]) -> Option<EventId> {
     let rest = line.strip_suffix(b"}")?;
     let digits = rest.iter().rev().take_while(|byte| byte.is_ascii_digit()).count();
     let (before, id) = rest.split_at(rest.len() - digits);
-    if before.ends_with(b"\"id\":") { EventId::parse(id) } else { None }
+    if !before.ends_with(b"\"id\":") {
+        return None;
+    }
+    EventId::parse(id).filter(|id| *id > EventId(0)) // before 0 there is nothing
 }
 
 /// WebSocket text must be UTF-8 (RFC 6455 section 8.1), and anyone may write to Redis.
@@ -129,7 +132,9 @@ mod tests {
     #[test]
     fn the_id_is_read_from_the_end() {
         assert_eq!(id_of(br#"{"text":"\"id\":5}","id":17}"#), Some(EventId(17)));
-        for none in ["", "}", "{}", r#"{"id":}"#, r#"{"id":"17"}"#, r#"{"xid:17}"#, r#"{"id":17} "#] {
+        for none in
+            ["", "}", "{}", r#"{"id":}"#, r#"{"id":"17"}"#, r#"{"xid:17}"#, r#"{"id":17} "#, r#"{"id":0}"#]
+        {
             assert_eq!(id_of(none.as_bytes()), None, "{none}");
         }
     }
