@@ -838,10 +838,8 @@ async fn joining_and_leaving_during_a_stream_misses_and_doubles_nothing() {
 
 #[tokio::test]
 async fn a_unix_socket_and_another_prefix_work_too() {
-    let path = std::env::temp_dir().join(format!("fanfare-bus-{}.sock", std::process::id()));
-    let path = path.to_str().unwrap();
-    let redis = RedisServer::start_with(&["--save", "", "--unixsocket", path]);
-    let mut elsewhere = settings(&format!("redis+unix://{path}"));
+    let redis = RedisServer::start_with(&["--save", "", "--unixsocket", "redis.sock"]);
+    let mut elsewhere = settings(&format!("redis+unix://{}", redis.dir.join("redis.sock").display()));
     elsewhere.redis_prefix = "app:one".into();
     let mut node = Node::ready(elsewhere).await;
     let mut reader = node.follow("ws_broadcast", 0).await;

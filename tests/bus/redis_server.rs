@@ -22,7 +22,7 @@ pub fn free_port() -> u16 {
 pub struct RedisServer {
     pub port: u16,
     args: Vec<String>,
-    dir: PathBuf,
+    pub dir: PathBuf,
     child: Option<Child>,
 }
 
@@ -54,8 +54,8 @@ impl RedisServer {
 
     /// A sentinel that watches one Redis and, alone, fails over within a second or two.
     pub fn sentinel(name: &str, target: u16) -> RedisServer {
-        let path =
-            std::env::temp_dir().join(format!("fanfare-sentinel-{}-{target}.conf", std::process::id()));
+        let dir = own_dir();
+        let path = dir.join("sentinel.conf");
         let watch = format!(
             "sentinel monitor {name} 127.0.0.1 {target} 1\nsentinel down-after-milliseconds {name} 500\n\
              sentinel failover-timeout {name} 2000\n"
