@@ -886,3 +886,54 @@ async fn sentinel_failover_is_followed_and_announced() {
     assert_eq!(reader.resets.len(), 1);
     assert_eq!(head(&second, "room"), two.0);
 }
+
+#[tokio::test]
+async fn a_restart_that_lost_acknowledged_events_gives_none_of_their_ids_again() {
+    let mut redis = RedisServer::start_with(&["--save", "", "--dbfilename", "dump.rdb"]);
+    let mut node = Node::ready(settings(&redis.url())).await;
+    let mut reader = node.follow("room", 0).await;
+    let kept = node.publish("room", &event(1)).await.unwrap();
+    assert_eq!(redis.raw().command(&["SAVE"]), Reply::Text("OK".into()));
+    let lost = node.publish("room", &event(2)).await.unwrap();
+    reader.until(&mut node, lost).await;
+    redis.restart();
+    assert_eq!(head(&redis, "room"), kept.0, "Redis is back with what it had saved");
+    // Another program comes first: it knows nothing of what was seen.
+    let mut raw = redis.raw();
+    let fcall = ["FCALL", "fanfare_publish", "1", "fanfare:{room}", "{\"n\":\"<3>\"}"];
+    let next = match raw.command(&fcall) {
+        Reply::Number(id) => id as u64,
+        _ => {
+            // The function was lost with the rest; the nodes load it again.
+            node.until_ready().await;
+            raw.command(&fcall).number() as u64
+        }
+    };
+    assert!(next > lost.0);
+    reader.until(&mut node, EventId(next)).await;
+    assert_eq!(reader.resets.len(), 1);
+    reader.assert_has(EventId(next), &mark(3));
+    // History does not reach back over the new anchor.
+    let page = node.page("room", next / PAGE, 0).await.unwrap();
+    assert!(page.base > lost && page.oldest > page.base);
+}
+
+#[tokio::test]
+async fn a_head_behind_what_was_seen_is_a_new_run() {
+    let redis = RedisServer::start();
+    let mut node = Node::ready(settings(&redis.url())).await;
+    let mut reader = node.follow("room", 0).await;
+    for n in 0..5 {
+        node.publish("room", &event(n)).await.unwrap();
+    }
+    let last = node.publish("room", &event(5)).await.unwrap();
+    reader.until(&mut node, last).await;
+    // As a Redis that is called durable and is not: it has an earlier state, and counts as if nothing had been.
+    let mut raw = redis.raw();
+    raw.command(&["HSET", "fanfare:{room}:meta", "head", &(last.0 - 3).to_string()]);
+    raw.command(&["XTRIM", "fanfare:{room}:events", "MAXLEN", "0"]);
+    let next = node.publish("room", &event(6)).await.unwrap();
+    assert!(next > last);
+    reader.until(&mut node, next).await;
+    assert_eq!(reader.resets.len(), 1);
+}
