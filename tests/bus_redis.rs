@@ -937,3 +937,21 @@ async fn a_head_behind_what_was_seen_is_a_new_run() {
     reader.until(&mut node, next).await;
     assert_eq!(reader.resets.len(), 1);
 }
+
+#[tokio::test]
+async fn a_burst_beyond_what_can_be_buffered_is_read_from_history() {
+    let redis = RedisServer::start();
+    let mut node = Node::ready(settings(&redis.url())).await;
+    let mut reader = node.follow("room", 0).await;
+    // The node shares this thread, so that it takes nothing until the burst is over.
+    let mut raw = redis.raw();
+    let mut last = 0;
+    for _ in 0..20 {
+        let fcall = ["FCALL", "fanfare_publish", "1", "fanfare:{room}", "{}"];
+        last = raw.repeat(&fcall, 400).last().unwrap().number() as u64;
+    }
+    reader.until(&mut node, EventId(last)).await;
+    assert_eq!(reader.events.len(), 8000);
+    assert!(reader.resets.is_empty());
+    assert!(node.numbers.holes.get() > 0, "the burst was too small to overrun the buffer");
+}

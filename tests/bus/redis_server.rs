@@ -218,6 +218,16 @@ impl Raw {
         self.reply()
     }
 
+    /// The same command many times, without waiting in between.
+    pub fn repeat(&mut self, args: &[&str], times: usize) -> Vec<Reply> {
+        let mut one = format!("*{}\r\n", args.len());
+        for arg in args {
+            one += &format!("${}\r\n{arg}\r\n", arg.len());
+        }
+        self.stream.get_mut().write_all(one.repeat(times).as_bytes()).unwrap();
+        (0..times).map(|_| self.reply()).collect()
+    }
+
     pub fn reply(&mut self) -> Reply {
         let mut line = String::new();
         if self.stream.read_line(&mut line).unwrap_or(0) == 0 {

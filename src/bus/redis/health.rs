@@ -193,8 +193,8 @@ impl Bus {
         self.link.generation += 1; // so that nothing of it counts any more
         self.link.pending = None;
         self.canaries.sent.clear();
-        let trouble = match why.starts_with("NOPERM") {
-            true => Trouble::Refuses(format!("Redis refuses a subscription: {why}")),
+        let trouble = match ["NOPERM", "READONLY"].iter().any(|prefix| why.starts_with(prefix)) {
+            true => Trouble::Refuses(format!("Redis refuses: {why}")),
             false => Trouble::Away(format!("Redis is away: {why}")),
         };
         self.fail_joins(trouble.text());
