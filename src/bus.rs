@@ -2,6 +2,7 @@
 //! in id order. One runs in the control thread: [`local`] alone on this node, [`redis`] across nodes.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytes::Bytes;
 use tokio::sync::{mpsc, oneshot};
@@ -13,9 +14,14 @@ use crate::metrics::{BusNumbers, Readiness};
 pub mod local;
 pub mod redis;
 
-/// How many ids one page of history spans. A page's number is id / PAGE, so that all who need a part of it
-/// share one read.
+/// How many ids one page of history spans; pages begin at multiples of it.
 pub const PAGE: u64 = 256;
+
+/// The position before the page that holds the event after `position`.
+pub fn page_begin(position: EventId) -> EventId {
+    let first = position.next().0;
+    EventId(first - first % PAGE).previous()
+}
 
 /// Which shard of this node.
 pub type ShardId = usize;
@@ -51,12 +57,14 @@ pub enum Request {
     },
     /// An event to be given an id.
     Publish(Publish),
-    /// One page of history. Answered once by [`ToShard::Page`].
+    /// The events after a position, up to the end of the page that holds the first of them. Answered once by
+    /// [`ToShard::Page`].
     Read {
         /// The channel; the shard follows it.
         channel: ChannelName,
-        /// Ids from `page * PAGE` up to the next page's first.
-        page: u64,
+        /// The position. Shards ask from the page's begin, so that all who need a part of it share one read;
+        /// only where an answer was too large and came in parts do they ask from inside.
+        after: EventId,
         /// Who asks.
         shard: ShardId,
     },
@@ -123,8 +131,9 @@ pub struct Page {
     pub head: EventId,
     /// The oldest id that history holds; `head + 1` when it holds none.
     pub oldest: EventId,
-    /// The page's events that history holds, in order, private ones among them. They are consecutive, and
-    /// unless trimming has taken the front, or the head is inside, they fill the page.
+    /// The page's events that history holds, in order and consecutive, private ones among them. The front is
+    /// missing where history was trimmed; the end where the head stands inside the page, or where an answer
+    /// grew too large: then it holds at least one event.
     pub entries: Vec<Entry>,
 }
 
@@ -160,8 +169,8 @@ pub enum ToShard {
     Page {
         /// The channel.
         channel: ChannelName,
-        /// The page's number.
-        page: u64,
+        /// The position that was asked for.
+        after: EventId,
         /// What history holds of it.
         result: Result<Arc<Page>, BusError>,
     },
@@ -185,24 +194,70 @@ pub enum ToShard {
     Drain(std::time::Duration),
 }
 
+/// Wakes a shard that sleeps in its poll, and costs nothing while it does not sleep.
+#[derive(Debug)]
+pub struct Bell {
+    waker: mio::Waker,
+    asleep: AtomicBool,
+}
+
+impl Bell {
+    /// A bell that rings by this waker.
+    pub fn new(waker: mio::Waker) -> Bell {
+        Bell { waker, asleep: AtomicBool::new(false) }
+    }
+
+    /// Polls, with a nap unless there is something to do; whoever brings something meanwhile wakes it.
+    pub fn sleep<T>(&self, has_work: impl FnOnce() -> bool, poll: impl FnOnce(bool) -> T) -> T {
+        // Both sides write, then read what the other wrote, in one order for all (SeqCst): either the sender sees
+        // that the shard sleeps, or the shard sees what was sent.
+        self.asleep.store(true, Ordering::SeqCst);
+        let nap = !has_work();
+        if !nap {
+            self.asleep.store(false, Ordering::SeqCst);
+        }
+        let result = poll(nap);
+        self.asleep.store(false, Ordering::SeqCst);
+        result
+    }
+
+    fn ring(&self) {
+        if self.asleep.swap(false, Ordering::SeqCst) {
+            // It fails only when the shard's poll is gone, and with it whoever would have to wake.
+            let _ = self.waker.wake();
+        }
+    }
+}
+
 /// The shards' inboxes. Cloned freely; sending never waits, since a shard empties its inbox at every turn.
 #[derive(Clone, Debug)]
-pub struct Shards(Arc<[mpsc::UnboundedSender<ToShard>]>);
+pub struct Shards {
+    inboxes: Arc<[mpsc::UnboundedSender<ToShard>]>,
+    bells: Arc<[Arc<Bell>]>,
+}
 
 impl Shards {
-    /// One inbox a shard, by [`ShardId`].
+    /// One inbox a shard, by [`ShardId`]; whoever reads it awaits it.
     pub fn new(inboxes: Vec<mpsc::UnboundedSender<ToShard>>) -> Shards {
-        Shards(inboxes.into())
+        Shards { inboxes: inboxes.into(), bells: Arc::default() }
+    }
+
+    /// The same for shards that sleep in a poll.
+    pub fn with_bells(self, bells: Vec<Arc<Bell>>) -> Shards {
+        Shards { bells: bells.into(), ..self }
     }
 
     /// How many shards there are.
     pub fn count(&self) -> usize {
-        self.0.len()
+        self.inboxes.len()
     }
 
     /// Tells one shard. A shard that has ended has nobody left to tell, so that is not an error.
     pub fn tell(&self, shard: ShardId, message: ToShard) {
-        let _ = self.0[shard].send(message);
+        let _ = self.inboxes[shard].send(message);
+        if let Some(bell) = self.bells.get(shard) {
+            bell.ring();
+        }
     }
 
     /// Tells whoever asked what became of a publish.

@@ -1,14 +1,39 @@
 //! Settings: flags and `FANFARE_*` environment variables, every error at once.
 
+use std::ffi::OsString;
+use std::fmt;
 use std::net::SocketAddr;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use tracing_subscriber::filter::{LevelFilter, Targets};
+
 use crate::event::ChannelName;
 
+mod input;
+mod redis_url;
+mod table;
+mod units;
+
+pub use redis_url::RedisUrl;
+
+use input::Input;
+use units::{parse_duration, parse_size, show_duration, show_size};
+
+/// Longest `--max-message`. A frame is copied a few times on its way; more belongs into a store, not a message.
+pub const MESSAGE_MAX: u64 = 16 << 20;
+/// Least `--history`: what comes in while a client reconnects through a failover must fit.
+pub const HISTORY_MIN: u64 = 1000;
+/// Longest `--redis-prefix`, in bytes: it is part of every key.
+const PREFIX_MAX: usize = 64;
+/// More shards than any machine has cores.
+const SHARDS_MAX: usize = 1024;
+/// Longest path of a unix socket (`sun_path` of unix(7), less its final NUL).
+const UNIX_PATH_MAX: usize = 107;
+
 /// Everything that can be set, checked.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Settings {
     /// Public addresses, for clients.
     pub listen: Vec<SocketAddr>,
@@ -79,22 +104,306 @@ pub enum LogFormat {
     Json,
 }
 
-/// A Redis URL. Its `Debug` and `Display` hide the password.
-#[derive(Clone, PartialEq, Eq)]
-pub struct RedisUrl(pub String);
+/// What the command line asks for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Serve.
+    Run(Settings),
+    /// Print these settings and exit.
+    Check(Settings),
+    /// Print this text and exit.
+    Help(String),
+    /// Print this text and exit.
+    Version(String),
+}
 
-impl std::fmt::Display for RedisUrl {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Some((scheme, rest)) = self.0.split_once("://") else { return f.write_str(&self.0) };
-        match rest.rsplit_once('@') {
-            Some((_, place)) => write!(f, "{scheme}://***@{place}"),
-            None => f.write_str(&self.0),
+/// One wrong setting.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SettingError {
+    /// Where it was given: the flag or the variable.
+    pub setting: String,
+    /// What is wrong and what would be right.
+    pub problem: String,
+}
+
+impl fmt::Display for SettingError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.setting, self.problem)
+    }
+}
+
+/// All errors as one text for standard error.
+pub fn report(errors: &[SettingError]) -> String {
+    let mut text = match errors.len() {
+        1 => "fanfare: a setting is wrong; nothing was started\n".to_owned(),
+        many => format!("fanfare: {many} settings are wrong; nothing was started\n"),
+    };
+    for error in errors {
+        text.push_str(&format!("  {error}\n"));
+    }
+    text.push_str("fanfare --help explains every setting\n");
+    text
+}
+
+impl Settings {
+    /// Reads arguments (without the program's name) and the environment.
+    pub fn from(
+        args: impl IntoIterator<Item = OsString>,
+        env: impl IntoIterator<Item = (OsString, OsString)>,
+    ) -> Result<Action, Vec<SettingError>> {
+        let mut input = Input::read(args, env);
+        if input.help {
+            return Ok(Action::Help(table::help()));
+        }
+        if input.version {
+            return Ok(Action::Version(concat!("fanfare ", env!("CARGO_PKG_VERSION"), "\n").into()));
+        }
+        let settings = Settings::read(&mut input);
+        settings.check(&mut input);
+        match (input.errors.is_empty(), input.check) {
+            (false, _) => Err(input.errors),
+            (true, true) => Ok(Action::Check(settings)),
+            (true, false) => Ok(Action::Run(settings)),
+        }
+    }
+
+    /// Every setting's own value.
+    fn read(input: &mut Input) -> Settings {
+        Settings {
+            listen: input.get("listen", |text| parse_list(text, parse_address)),
+            admin: input.get("admin", parse_admin),
+            redis: input.get("redis", |text| match text {
+                "" => Ok(None),
+                url => RedisUrl::parse(url).map(Some),
+            }),
+            redis_prefix: input.get("redis-prefix", parse_prefix),
+            redis_durable: input.get("redis-durable", parse_switch),
+            bare_channels: input.get("bare-channels", |text| match text {
+                "none" => Ok(Vec::new()),
+                names => parse_list(names, parse_channel),
+            }),
+            history: input.get("history", |text| parse_count(text, HISTORY_MIN, u64::from(u32::MAX))),
+            history_ttl: input.get("history-ttl", parse_positive_duration),
+            publish_timeout: input.get("publish-timeout", parse_positive_duration),
+            max_channels: input.get("max-channels", |text| parse_nonzero(text, u32::MAX as usize)),
+            max_message: input.get("max-message", |text| match parse_size(text)? {
+                size @ 1..=MESSAGE_MAX => Ok(size as usize),
+                _ => Err(format!("must be between 1 byte and {}", show_size(MESSAGE_MAX))),
+            }),
+            heartbeat: input.get("heartbeat", parse_positive_duration),
+            heartbeat_timeout: input.get("heartbeat-timeout", parse_positive_duration),
+            heartbeat_format: input.get("heartbeat-format", |text| match text {
+                "ping" => Ok(HeartbeatFormat::Ping),
+                "json" => Ok(HeartbeatFormat::Json),
+                "both" => Ok(HeartbeatFormat::Both),
+                _ => Err(format!("{text:?} is none of ping, json, both")),
+            }),
+            shards: input.get("shards", |text| match text {
+                // One shard when the system doesn't tell how many cores there are.
+                "auto" => Ok(std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN)),
+                count => parse_nonzero(count, SHARDS_MAX),
+            }),
+            feed_memory: input.get("feed-memory", |text| {
+                usize::try_from(parse_size(text)?)
+                    .map_err(|_| format!("{text:?} is more than this machine can address"))
+            }),
+            log: input.get("log", parse_log),
+            log_format: input.get("log-format", |text| match text {
+                "text" => Ok(LogFormat::Text),
+                "json" => Ok(LogFormat::Json),
+                _ => Err(format!("{text:?} is neither text nor json")),
+            }),
+        }
+    }
+
+    /// What the settings must be to each other.
+    fn check(&self, input: &mut Input) {
+        for (at, addr) in self.listen.iter().enumerate() {
+            if addr.port() != 0 && self.listen[..at].contains(addr) {
+                input.conflict("listen", format!("{addr} is given twice"));
+            }
+        }
+        if let AdminAddr::Tcp(addr) = self.admin {
+            if !addr.ip().to_canonical().is_loopback() {
+                let remedy = "use a loopback address, unix:PATH or off";
+                let problem =
+                    format!("{addr} is open to others, and the admin listener has no key yet: {remedy}");
+                input.conflict("admin", problem);
+            }
+            if addr.port() != 0 && self.listen.contains(&addr) {
+                input.conflict("admin", format!("{addr} is taken by --listen"));
+            }
+        }
+        if self.redis_durable && self.redis.is_none() {
+            input.conflict("redis-durable", "says something about a Redis, but --redis names none".into());
+        }
+        let own = format!("{}:", self.redis_prefix);
+        if let Some(channel) = self.bare_channels.iter().find(|channel| channel.as_str().starts_with(&own)) {
+            let problem = format!("{channel} is among the node's own Redis channels, which begin with {own}");
+            input.conflict("bare-channels", problem);
+        }
+        if self.bare_channels.len() > self.max_channels.get() {
+            input.conflict("max-channels", "is fewer than --bare-channels names".into());
+        }
+        if self.feed_memory < self.max_message {
+            let problem = format!("must be at least --max-message ({})", show_size(self.max_message as u64));
+            input.conflict("feed-memory", problem);
+        }
+    }
+
+    /// The log filter, parsed.
+    pub fn log_targets(&self) -> Targets {
+        self.log.parse().expect("the filter was parsed when the settings were read")
+    }
+
+    /// Each setting's name and value, as one would write it; secrets are hidden.
+    fn shown(&self) -> [(&'static str, String); table::TABLE.len()] {
+        fn list<T: ToString>(values: &[T]) -> String {
+            values.iter().map(T::to_string).collect::<Vec<_>>().join(",")
+        }
+        [
+            ("listen", list(&self.listen)),
+            ("admin", self.admin.to_string()),
+            ("redis", self.redis.as_ref().map_or(String::new(), RedisUrl::to_string)),
+            ("redis-prefix", self.redis_prefix.clone()),
+            ("redis-durable", self.redis_durable.to_string()),
+            (
+                "bare-channels",
+                match self.bare_channels.as_slice() {
+                    [] => "none".into(),
+                    names => list(names),
+                },
+            ),
+            ("history", self.history.to_string()),
+            ("history-ttl", show_duration(self.history_ttl)),
+            ("publish-timeout", show_duration(self.publish_timeout)),
+            ("max-channels", self.max_channels.to_string()),
+            ("max-message", show_size(self.max_message as u64)),
+            ("heartbeat", show_duration(self.heartbeat)),
+            ("heartbeat-timeout", show_duration(self.heartbeat_timeout)),
+            (
+                "heartbeat-format",
+                match self.heartbeat_format {
+                    HeartbeatFormat::Ping => "ping".into(),
+                    HeartbeatFormat::Json => "json".into(),
+                    HeartbeatFormat::Both => "both".into(),
+                },
+            ),
+            ("shards", self.shards.to_string()),
+            ("feed-memory", show_size(self.feed_memory as u64)),
+            ("log", self.log.clone()),
+            (
+                "log-format",
+                match self.log_format {
+                    LogFormat::Text => "text".into(),
+                    LogFormat::Json => "json".into(),
+                },
+            ),
+        ]
+    }
+}
+
+/// One `FANFARE_NAME=value` a line, secrets hidden: what `--check` prints, and an environment file.
+impl fmt::Display for Settings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (name, value) in self.shown() {
+            writeln!(f, "{}={value}", table::variable(name))?;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for AdminAddr {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            AdminAddr::Tcp(addr) => addr.fmt(f),
+            AdminAddr::Unix(path) => write!(f, "unix:{}", path.display()),
+            AdminAddr::Off => f.write_str("off"),
         }
     }
 }
 
-impl std::fmt::Debug for RedisUrl {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        std::fmt::Display::fmt(self, f)
+/// Values by comma; a wrong one is named.
+fn parse_list<T>(text: &str, parse: impl Fn(&str) -> Result<T, String>) -> Result<Vec<T>, String> {
+    text.split(',').map(|item| parse(item.trim())).collect()
+}
+
+fn parse_address(text: &str) -> Result<SocketAddr, String> {
+    text.parse().map_err(|_| {
+        format!("{text:?} is not an IP address and port, such as 127.0.0.1:8080, 0.0.0.0:8080 or [::]:8080")
+    })
+}
+
+fn parse_admin(text: &str) -> Result<AdminAddr, String> {
+    match text.strip_prefix("unix:") {
+        Some(path) if path.is_empty() || path.contains('\0') => Err("unix: needs a path".into()),
+        Some(path) if path.len() > UNIX_PATH_MAX => {
+            Err(format!("the path of a unix socket has at most {UNIX_PATH_MAX} bytes"))
+        }
+        Some(path) => Ok(AdminAddr::Unix(path.into())),
+        None if text == "off" => Ok(AdminAddr::Off),
+        None => match text.parse() {
+            Ok(addr) => Ok(AdminAddr::Tcp(addr)),
+            Err(_) => Err(format!("{text:?} is none of 127.0.0.1:9080, unix:/run/fanfare/admin.sock, off")),
+        },
     }
 }
+
+fn parse_prefix(text: &str) -> Result<String, String> {
+    let strange = |c: char| c.is_whitespace() || c.is_control() || matches!(c, '{' | '}');
+    if text.is_empty() || text.len() > PREFIX_MAX || text.contains(strange) {
+        return Err(format!("must have 1 to {PREFIX_MAX} bytes, no blanks, control characters or braces"));
+    }
+    Ok(text.into())
+}
+
+fn parse_channel(text: &str) -> Result<ChannelName, String> {
+    let rule = "1 to 128 letters, digits, _ . : and -";
+    ChannelName::parse(text).ok_or_else(|| format!("{text:?} is not a channel name: {rule}, or none"))
+}
+
+fn parse_switch(text: &str) -> Result<bool, String> {
+    match text {
+        "true" | "1" => Ok(true),
+        "false" | "0" => Ok(false),
+        _ => Err(format!("{text:?} is neither true nor false")),
+    }
+}
+
+fn parse_positive_duration(text: &str) -> Result<Duration, String> {
+    match parse_duration(text)? {
+        Duration::ZERO => Err("must be more than nothing".into()),
+        duration => Ok(duration),
+    }
+}
+
+fn parse_count(text: &str, least: u64, most: u64) -> Result<u64, String> {
+    let in_range = text.parse().ok().filter(|count| (least..=most).contains(count));
+    in_range.ok_or_else(|| format!("{text:?} is not a whole number between {least} and {most}"))
+}
+
+fn parse_nonzero(text: &str, most: usize) -> Result<NonZeroUsize, String> {
+    let count = parse_count(text, 1, most as u64)?;
+    Ok(NonZeroUsize::new(count as usize).expect("at least 1 was asked for"))
+}
+
+/// A list of levels and `target=level`. A bare target, which tracing takes for "everything of it", is refused: it
+/// is always a mistyped level.
+fn parse_log(text: &str) -> Result<String, String> {
+    let levels = "off, error, warn, info, debug, trace";
+    for directive in text.split(',') {
+        let level = directive.rsplit('=').next().unwrap_or_default();
+        if level.is_empty() || level.parse::<LevelFilter>().is_err() {
+            let near = input::closest(level, levels.split(", ").map(String::from));
+            let hint = near.map_or(format!("one of {levels}"), |near| format!("did you mean {near}?"));
+            return Err(format!("{level:?} is not a level: {hint}"));
+        }
+    }
+    match text.parse::<Targets>() {
+        Ok(_) => Ok(text.into()),
+        Err(error) => Err(format!("{text:?} is not a log filter: {error}")),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -175,6 +175,12 @@ impl Entry {
         }
     }
 
+    /// Whether byte `offset` is where a frame begins or the last one ends.
+    pub fn is_boundary(&self, offset: u32) -> bool {
+        let inside = || self.ends.as_ref().is_some_and(|ends| ends.binary_search(&offset).is_ok());
+        offset == 0 || offset as usize == self.bytes.len() || inside()
+    }
+
     /// The byte at which the event after `position` begins, for a position inside this entry.
     pub fn offset_after(&self, position: EventId) -> u32 {
         let known = position.0.saturating_sub(self.before().0) as usize;
@@ -182,6 +188,18 @@ impl Entry {
             Some(ends) if known > 0 => ends[known - 1],
             _ => 0,
         }
+    }
+
+    /// What of this entry a client at `position` has; `None` when nothing.
+    pub fn until(self, position: EventId) -> Option<Entry> {
+        if self.last <= position {
+            return Some(self);
+        }
+        let ends = self.ends.as_ref().filter(|_| self.before() < position)?;
+        let known = (position.0 - self.before().0) as usize;
+        let kept: Arc<[u32]> = ends[..known].into();
+        let bytes = self.bytes.slice(..kept[known - 1] as usize);
+        Some(Entry { kind: self.kind, last: position, bytes, ends: (known > 1).then_some(kept) })
     }
 
     /// What of this entry comes after `position`; `None` when nothing does.

@@ -1,7 +1,13 @@
 //! What the node counts, and whether it is ready. Written by the bus and the shards, read by the admin listener.
 
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Instant, SystemTime};
+
+use crate::close::REASONS;
+
+mod process;
+mod render;
 
 /// One number, shown as a Prometheus counter or gauge. Relaxed: numbers are read one by one.
 #[derive(Debug, Default)]
@@ -49,6 +55,76 @@ pub struct BusNumbers {
     pub round_trip_micros: Number,
     /// Seconds within which every followed channel's position is compared with the bus (gauge).
     pub canary_seconds: Number,
+}
+
+/// What one shard counts. Only that shard writes it; aligned so that no two shards write to one cache line.
+#[derive(Debug, Default)]
+#[repr(align(128))]
+pub struct ShardNumbers {
+    /// Sockets given to it. Only the accept loop writes this one.
+    pub accepted: Number,
+    /// Sockets of those that are closed again.
+    pub closed: Number,
+    /// Connections upgraded.
+    pub joins: Number,
+    /// Connections ended, by [`crate::close::Reason`].
+    pub ends: [Number; REASONS],
+    /// Events written to sockets whole.
+    pub delivered: Number,
+    /// Bytes written to sockets.
+    pub bytes_sent: Number,
+    /// Fan-out passes.
+    pub passes: Number,
+    /// Messages taken from clients.
+    pub messages: Number,
+    /// Times a client was told that events may be missing, by a frame or by a close.
+    pub resets: Number,
+    /// Requests for an upgrade that got another answer.
+    pub refused: Number,
+    /// Connections that are behind because their socket is full (gauge).
+    pub slow: Number,
+    /// Bytes of recent events that the shard's feeds hold (gauge). Shards share the bytes themselves.
+    pub feed_bytes: Number,
+}
+
+impl ShardNumbers {
+    /// Its connections, with those that are on their way to it.
+    pub fn load(&self) -> u64 {
+        // A socket may be closed between the two reads.
+        let closed = self.closed.get();
+        self.accepted.get().saturating_sub(closed)
+    }
+}
+
+/// Everything the admin listener shows.
+#[derive(Debug)]
+pub struct Metrics {
+    /// By [`crate::bus::ShardId`].
+    pub shards: Box<[ShardNumbers]>,
+    /// Connections that could not be accepted, for want of descriptors or memory.
+    pub accept_failures: Number,
+    /// What the bus counts.
+    pub bus: Arc<BusNumbers>,
+    /// Whether the node takes clients.
+    pub readiness: Arc<Readiness>,
+    /// When the process started, for durations.
+    pub started: Instant,
+    /// The same on the wall clock.
+    pub started_at: SystemTime,
+}
+
+impl Metrics {
+    /// Numbers that begin now.
+    pub fn new(shards: usize, bus: Arc<BusNumbers>, readiness: Arc<Readiness>) -> Metrics {
+        Metrics {
+            shards: (0..shards).map(|_| ShardNumbers::default()).collect(),
+            accept_failures: Number::default(),
+            bus,
+            readiness,
+            started: Instant::now(),
+            started_at: SystemTime::now(),
+        }
+    }
 }
 
 /// Whether this node can take clients.

@@ -53,7 +53,7 @@ enum Outcome {
     Session(u64, Report),
     Published(u64, ChannelName, Result<Resp3Frame, CallError>),
     Read(u64, ChannelName, Purpose, Result<Page, CallError>),
-    Page(u64, ChannelName, u64, Result<Page, CallError>),
+    Page(u64, ChannelName, EventId, Result<Page, CallError>),
     CanarySent(u64, Result<(), CallError>),
 }
 
@@ -114,8 +114,8 @@ struct Bus {
     call_number: u64,
     /// The last subscription ticket given.
     ticket: u64,
-    /// Pages being read, and for whom.
-    pages: HashMap<(ChannelName, u64), Vec<ShardId>>,
+    /// Pages being read, by the position asked for, and for whom.
+    pages: HashMap<(ChannelName, EventId), Vec<ShardId>>,
     /// Channels in the order in which canaries visit them.
     rounds: VecDeque<ChannelName>,
     next_sweep: Instant,
@@ -201,7 +201,7 @@ impl Bus {
             Request::Publish(publish) => self.publish(publish),
             Request::Follow { channel, shard } => self.follow(channel, shard),
             Request::Unfollow { channel, shard } => self.unfollow(&channel, shard),
-            Request::Read { channel, page, shard } => self.read_page(channel, page, shard),
+            Request::Read { channel, after, shard } => self.read_page(channel, after, shard),
             Request::Look { channel, shard } => self.look(channel, shard),
         }
     }
@@ -232,8 +232,8 @@ impl Bus {
             Outcome::Read(generation, channel, purpose, result) => {
                 self.was_read(generation, &channel, purpose, result);
             }
-            Outcome::Page(generation, channel, page, result) => {
-                self.page_was_read(generation, channel, page, result);
+            Outcome::Page(generation, channel, after, result) => {
+                self.page_was_read(generation, channel, after, result);
             }
             _ => {} // of a session that is gone
         }

@@ -160,12 +160,12 @@ impl Node {
     }
 
     pub fn ask_page(&self, name: &str, page: u64, shard: usize) {
-        self.ask(Request::Read { channel: channel(name), page, shard });
+        self.ask(Request::Read { channel: channel(name), after: page_after(page), shard });
     }
 
     pub async fn page_told(&mut self, number: u64, shard: usize) -> Result<Arc<Page>, BusError> {
         self.told(shard, |told| match told {
-            ToShard::Page { page, result, .. } if *page == number => Some(result.clone()),
+            ToShard::Page { after, result, .. } if *after == page_after(number) => Some(result.clone()),
             _ => None,
         })
         .await
@@ -174,6 +174,11 @@ impl Node {
     pub fn ask_look(&self, name: &str, shard: usize) {
         self.ask(Request::Look { channel: channel(name), shard });
     }
+}
+
+/// The position before a page.
+fn page_after(number: u64) -> EventId {
+    EventId(number * bus::PAGE - 1)
 }
 
 /// What a shard has of a channel. Every entry is checked against the promise as it is taken.

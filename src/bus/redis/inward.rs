@@ -11,7 +11,7 @@ use super::link::{CallError, Caller, Script};
 use super::scripts::Known;
 use super::terms::{Lane, Terms};
 use super::{Bus, Outcome, Purpose, scripts, wire};
-use crate::bus::{BusError, PAGE, Page, ShardId, ToShard};
+use crate::bus::{BusError, PAGE, Page, ShardId, ToShard, page_begin};
 use crate::event::{ChannelName, Entry, EventId, Kind};
 
 /// Events that one read brings when a hole is filled.
@@ -288,14 +288,14 @@ impl Bus {
         self.judge(generation, error);
     }
 
-    pub(super) fn read_page(&mut self, name: ChannelName, page: u64, shard: ShardId) {
+    pub(super) fn read_page(&mut self, name: ChannelName, after: EventId, shard: ShardId) {
         let known = self.channels.get(&name).map_or_else(Known::default, |channel| channel.known);
         let Some(session) = self.link.session() else {
             let result = Err(self.away().unwrap_or_else(|| BusError::Away("reconnecting".into())));
-            self.shards.tell(shard, ToShard::Page { channel: name, page, result });
+            self.shards.tell(shard, ToShard::Page { channel: name, after, result });
             return;
         };
-        let waiting = self.pages.entry((name.clone(), page)).or_default();
+        let waiting = self.pages.entry((name.clone(), after)).or_default();
         waiting.push(shard);
         if waiting.len() > 1 {
             return; // it shares the read under way
@@ -305,8 +305,8 @@ impl Bus {
         tokio::spawn(async move {
             let _permit = reads.acquire_owned().await;
             let count = || numbers.reads.add(1);
-            let result = whole_page(&caller, &terms, &name, known, page, count).await;
-            let _ = outcomes.send(Outcome::Page(generation, name, page, result));
+            let result = whole_page(&caller, &terms, &name, known, after, count).await;
+            let _ = outcomes.send(Outcome::Page(generation, name, after, result));
         });
     }
 
@@ -314,18 +314,22 @@ impl Bus {
         &mut self,
         generation: u64,
         name: ChannelName,
-        page: u64,
+        after: EventId,
         result: Result<Page, CallError>,
     ) {
-        let waiting = self.pages.remove(&(name.clone(), page)).unwrap_or_default();
+        let waiting = self.pages.remove(&(name.clone(), after)).unwrap_or_default();
         if let (Ok(page), Some(channel)) = (&result, self.channels.get_mut(&name)) {
             channel.known.learn(page.base, page.head);
+            if let Some(sequence) = channel.follow.as_mut().and_then(|follow| follow.sequence.as_mut()) {
+                sequence.canary(page.base, page.head); // it tells as much as a canary does
+            }
+            self.hand_on(&name, Vec::new());
         }
         let answer =
             result.as_ref().map(|page| Arc::new(page.clone())).map_err(|error| BusError::Away(error.text()));
         for shard in waiting {
             let result = answer.clone();
-            self.shards.tell(shard, ToShard::Page { channel: name.clone(), page, result });
+            self.shards.tell(shard, ToShard::Page { channel: name.clone(), after, result });
         }
         if let Err(error) = result {
             self.judge(generation, &error);
@@ -355,10 +359,10 @@ async fn whole_page(
     terms: &Terms,
     name: &ChannelName,
     known: Known,
-    number: u64,
+    after: EventId,
     count: impl Fn(),
 ) -> Result<Page, CallError> {
-    let (first, last) = (EventId(number * PAGE), EventId((number + 1) * PAGE - 1));
+    let (first, last) = (after.next(), EventId(page_begin(after).0 + PAGE));
     let key = terms.key(name);
     for _ in 0..PAGE_ATTEMPTS {
         let mut whole: Option<Page> = None;

@@ -1,0 +1,206 @@
+//! How many events one Redis core takes, history on: a real redis-server on a core of its own, one fanfare
+//! node beside the publisher on the others. Events come through the node, which batches them, and by FCALL
+//! from a plain Redis client, one event a call.
+//!
+//! `cargo bench --bench redis`; `--help` lists the arguments. Needs `redis-server` 7 or newer.
+#![expect(clippy::print_stdout, clippy::print_stderr, reason = "a bench is there to print")]
+
+mod support;
+
+use std::collections::VecDeque;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use support::args::Args;
+use support::crowd::Crowd;
+use support::process::{Cores, Process, Server};
+use support::report::{self, count, median};
+
+const ARGUMENTS: &[(&str, &str)] = &[
+    ("size", "bytes of text in an event [128]"),
+    ("seconds", "seconds of each run [4]"),
+    ("rounds", "rounds; the ways in take turns, medians count [3]"),
+    ("redis-server", "the server to start [redis-server]"),
+    ("server", "another fanfare binary"),
+];
+
+/// Events in flight through the node.
+const WINDOWS: [u64; 3] = [64, 256, 1024];
+
+/// FCALLs sent together on one connection; two connections take turns, so that Redis never waits.
+const PIPELINE: usize = 64;
+
+/// How far FCALL may run ahead of the client that follows: well inside the history that fills holes.
+const AHEAD: u64 = 4096;
+
+/// What a run gave.
+struct Run {
+    /// Events a second.
+    rate: f64,
+    /// Events for each second of Redis's CPU time.
+    per_core: f64,
+}
+
+fn main() -> Result<()> {
+    support::floor::run_if_asked()?;
+    let args = Args::read(ARGUMENTS)?;
+    let size: usize = args.get("size", 128)?;
+    let time = Duration::from_secs_f64(args.get("seconds", 4.0)?);
+    let rounds: usize = args.get("rounds", 3)?;
+    ensure!(rounds > 0, "there must be rounds");
+    let cores = Cores::split()?;
+    let started = Instant::now();
+
+    let redis = Redis::start(args.text("redis-server").unwrap_or("redis-server"), &cores)?;
+    let url = format!("redis://127.0.0.1:{}", redis.port);
+    let binary = args.text("server").unwrap_or(env!("CARGO_BIN_EXE_fanfare"));
+    let node = Server::fanfare(binary, None, &["--redis", &url], &[])?;
+    let mut crowd = Crowd::new(node.addr, size)?;
+    crowd.grow(1)?;
+
+    let mut runs: Vec<(String, Vec<Run>)> =
+        WINDOWS.iter().map(|window| (format!("through the node, {window} in flight"), Vec::new())).collect();
+    runs.push(("FCALL, one event a call".into(), Vec::new()));
+    for round in 1..=rounds {
+        eprintln!("round {round} of {rounds}, {:.0} s so far", started.elapsed().as_secs_f64());
+        for (at, (what, runs)) in runs.iter_mut().enumerate() {
+            let (start, before, had) = (Instant::now(), redis.process.cpu()?, crowd.published());
+            match WINDOWS.get(at) {
+                Some(window) => drop(crowd.publish_windowed(*window, time)?),
+                None => fcall(&redis, &mut crowd, size, time)?,
+            }
+            let events = (crowd.published() - had) as f64;
+            let run = Run {
+                rate: events / start.elapsed().as_secs_f64(),
+                per_core: events / (redis.process.cpu()? - before).as_secs_f64(),
+            };
+            eprintln!("  {what}: {}/s, {} per core-second", count(run.rate), count(run.per_core));
+            runs.push(run);
+        }
+    }
+
+    println!(
+        "\n{size}-byte texts, history on, {}, one core for it; the node and its client share the others; {}; \
+         medians of {rounds} rounds\n",
+        redis.version()?,
+        cores.machine(),
+    );
+    let rows: Vec<Vec<String>> = runs
+        .iter()
+        .map(|(what, runs)| {
+            let rate = median(&runs.iter().map(|run| run.rate).collect::<Vec<_>>());
+            let per_core = median(&runs.iter().map(|run| run.per_core).collect::<Vec<_>>());
+            vec![
+                what.clone(),
+                count(per_core),
+                format!("{:.1} µs", 1e6 / per_core),
+                format!("{}/s", count(rate)),
+                format!("{:.0} %", rate / per_core * 100.0),
+            ]
+        })
+        .collect();
+    report::table(
+        &["events", "per second of Redis CPU", "Redis CPU each", "on the clock", "Redis's share of its core"],
+        &rows,
+    );
+    println!("\nEvery event reached the client that follows the channel.");
+    eprintln!("\n{:.0} s in all", started.elapsed().as_secs_f64());
+    Ok(())
+}
+
+/// Publishes by FCALL for this time, then waits until the node's client has everything.
+fn fcall(redis: &Redis, crowd: &mut Crowd, size: usize, time: Duration) -> Result<()> {
+    let event = format!(r#"{{"sender":"backend","text":"{}"}}"#, "x".repeat(size));
+    let words = ["FCALL", "fanfare_publish", "1", "fanfare:{ws_broadcast}", &event];
+    let batch = command(&words).repeat(PIPELINE);
+    let mut asked = VecDeque::new();
+    for _ in 0..2 {
+        let mut connection = redis.connect()?;
+        connection.get_mut().write_all(&batch)?;
+        asked.push_back(connection);
+    }
+    let start = Instant::now();
+    while let Some(mut connection) = asked.pop_front() {
+        for _ in 0..PIPELINE {
+            reply(&mut connection).context("FCALL fanfare_publish")?;
+        }
+        crowd.expect(PIPELINE as u64);
+        crowd.drain()?;
+        let waiting = Instant::now();
+        while crowd.in_flight() > AHEAD {
+            crowd.drain()?;
+            ensure!(waiting.elapsed() < Duration::from_secs(10), "the node's client gets nothing for 10 s");
+        }
+        if start.elapsed() < time {
+            connection.get_mut().write_all(&batch)?;
+            asked.push_back(connection);
+        }
+    }
+    crowd.wait_for_all()
+}
+
+/// A redis-server of our own.
+struct Redis {
+    process: Process,
+    port: u16,
+}
+
+impl Redis {
+    fn start(program: &str, cores: &Cores) -> Result<Redis> {
+        let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port();
+        let mut command = Command::new(program);
+        command.args(["--bind", "127.0.0.1", "--port", &port.to_string()]);
+        command.args(["--save", "", "--appendonly", "no"]).stdout(Stdio::null());
+        let redis = Redis { process: Process::on_server_core("Redis", cores, &mut command)?, port };
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while redis.version().is_err() {
+            ensure!(Instant::now() < deadline, "{program} does not answer on port {port}");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Ok(redis)
+    }
+
+    fn connect(&self) -> Result<BufReader<TcpStream>> {
+        let stream = TcpStream::connect((Ipv4Addr::LOCALHOST, self.port))?;
+        stream.set_nodelay(true)?;
+        stream.set_read_timeout(Some(Duration::from_secs(10)))?;
+        Ok(BufReader::new(stream))
+    }
+
+    fn version(&self) -> Result<String> {
+        let mut connection = self.connect()?;
+        connection.get_mut().write_all(&command(&["INFO", "server"]))?;
+        let info = reply(&mut connection)?;
+        let version = info.lines().find_map(|line| line.strip_prefix("redis_version:"));
+        Ok(format!("Redis {}", version.context("INFO without redis_version")?.trim()))
+    }
+}
+
+/// A command in RESP.
+fn command(words: &[&str]) -> Vec<u8> {
+    let mut out = format!("*{}\r\n", words.len());
+    for word in words {
+        out.push_str(&format!("${}\r\n{word}\r\n", word.len()));
+    }
+    out.into_bytes()
+}
+
+/// One reply: an integer, a status or a bulk string, as text. An error reply is an error.
+fn reply(connection: &mut BufReader<TcpStream>) -> Result<String> {
+    let mut line = String::new();
+    ensure!(connection.read_line(&mut line)? > 0, "Redis closed the connection");
+    let rest = line.get(1..).unwrap_or_default().trim_end();
+    match line.as_bytes()[0] {
+        b':' | b'+' => Ok(rest.to_owned()),
+        b'$' => {
+            let mut bulk = vec![0; rest.parse::<usize>()? + 2];
+            connection.read_exact(&mut bulk)?;
+            bulk.truncate(bulk.len() - 2);
+            Ok(String::from_utf8(bulk)?)
+        }
+        _ => bail!("Redis says {line:?}"),
+    }
+}

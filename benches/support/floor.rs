@@ -1,0 +1,264 @@
+//! The floor: the least that any fan-out server must do. A bare epoll loop accepts, upgrades, and for each
+//! event makes one frame and calls `send()` once per connection. It keeps five bytes a connection.
+//!
+//! It runs as a process of its own (the bench starts itself again), speaks as much WebSocket as the crowd of
+//! clients does, and so is measured by the very same code as the server.
+
+use std::collections::HashMap;
+use std::io::Write;
+use std::net::{Ipv4Addr, TcpListener};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use rustix::event::{PollFd, PollFlags, Timespec, epoll, poll};
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, SendFlags, SocketFlags, accept_with, listen, recv, send, sockopt};
+use rustix::process::{Signal, set_parent_process_death_signal};
+use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
+
+use super::wire::{self, PING, TEXT};
+
+/// The hidden first argument that makes a bench the floor. `one` or `gather` and seconds between heartbeats
+/// (0: none) follow.
+pub const ARGUMENT: &str = "--be-the-floor";
+
+/// Where the heartbeats' walk over the connections pauses.
+const TICK: Duration = Duration::from_millis(100);
+
+/// Becomes the floor if the command line says so; called first in every bench.
+pub fn run_if_asked() -> Result<()> {
+    let words: Vec<String> = std::env::args().skip(1).take(3).collect();
+    let [argument, how, heartbeat] = &words[..] else { return Ok(()) };
+    if argument != ARGUMENT {
+        return Ok(());
+    }
+    set_parent_process_death_signal(Some(Signal::KILL))?;
+    let heartbeat: u64 = heartbeat.parse()?;
+    Floor::bind(how == "gather", (heartbeat > 0).then(|| Duration::from_secs(heartbeat)))?.run()
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum State {
+    Free,
+    Asking,
+    Open,
+}
+
+struct Floor {
+    epoll: OwnedFd,
+    listener: TcpListener,
+    /// By file number.
+    sockets: Vec<Option<OwnedFd>>,
+    states: Vec<State>,
+    /// Frames that have come in part, by file number; nearly always empty.
+    parts: HashMap<usize, Vec<u8>>,
+    /// Whether all events that arrived together leave in one `send()`.
+    gather: bool,
+    heartbeat: Option<Duration>,
+    /// Where the heartbeats' walk stands, and the fraction of a connection still owed.
+    walk: (usize, f64),
+    next_id: u64,
+}
+
+impl Floor {
+    fn bind(gather: bool, heartbeat: Option<Duration>) -> Result<Floor> {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+        listen(&listener, 4096)?;
+        listener.set_nonblocking(true)?;
+        sockopt::set_tcp_nodelay(&listener, true)?; // accepted sockets inherit it
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        let number = listener.as_raw_fd() as u64;
+        epoll::add(&epoll, &listener, epoll::EventData::new_u64(number), epoll::EventFlags::IN)?;
+        let mut out = std::io::stdout();
+        writeln!(out, "the floor serves http://{}/", listener.local_addr()?)?;
+        out.flush()?;
+        Ok(Floor {
+            epoll,
+            listener,
+            sockets: Vec::new(),
+            states: Vec::new(),
+            parts: HashMap::new(),
+            gather,
+            heartbeat,
+            walk: (0, 0.0),
+            next_id: 1_000_000_000_000_000,
+        })
+    }
+
+    fn run(mut self) -> Result<()> {
+        let mut events = Vec::with_capacity(1024);
+        let mut scratch = vec![0; 256 << 10];
+        let tick = Timespec::try_from(TICK)?;
+        let mut ticked = Instant::now();
+        loop {
+            let timeout = self.heartbeat.map(|_| &tick);
+            match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), timeout) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(why) => bail!("epoll: {why}"),
+            }
+            for event in events.drain(..) {
+                match event.data.u64() as usize {
+                    number if number == self.listener.as_raw_fd() as usize => self.accept()?,
+                    number => self.read(number, &mut scratch)?,
+                }
+            }
+            if let Some(period) = self.heartbeat.filter(|_| ticked.elapsed() >= TICK) {
+                self.beat(ticked.elapsed().as_secs_f64() / period.as_secs_f64())?;
+                ticked = Instant::now();
+            }
+        }
+    }
+
+    fn accept(&mut self) -> Result<()> {
+        loop {
+            let socket = match accept_with(&self.listener, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC) {
+                Ok(socket) => socket,
+                Err(Errno::AGAIN) => return Ok(()),
+                Err(why) => bail!("accept: {why}"),
+            };
+            let number = socket.as_raw_fd() as usize;
+            let data = epoll::EventData::new_u64(number as u64);
+            epoll::add(&self.epoll, &socket, data, epoll::EventFlags::IN | epoll::EventFlags::ET)?;
+            if self.sockets.len() <= number {
+                self.sockets.resize_with(number + 1, || None);
+                self.states.resize(number + 1, State::Free);
+            }
+            self.sockets[number] = Some(socket);
+            self.states[number] = State::Asking;
+        }
+    }
+
+    fn read(&mut self, number: usize, scratch: &mut [u8]) -> Result<()> {
+        loop {
+            let Some(socket) = &self.sockets[number] else { return Ok(()) };
+            let len = match recv(socket, &mut *scratch, RecvFlags::empty()) {
+                Err(Errno::AGAIN) => return Ok(()),
+                Ok((_, 0)) | Err(_) => {
+                    self.sockets[number] = None; // closing takes it out of the epoll set
+                    self.states[number] = State::Free;
+                    self.parts.remove(&number);
+                    return Ok(());
+                }
+                Ok((_, len)) => len,
+            };
+            match self.states[number] {
+                State::Asking => self.upgrade(number, &scratch[..len])?,
+                _ => self.take(number, &scratch[..len])?,
+            }
+            if len < scratch.len() {
+                return Ok(());
+            }
+        }
+    }
+
+    fn upgrade(&mut self, number: usize, request: &[u8]) -> Result<()> {
+        let request = std::str::from_utf8(request)?;
+        ensure!(request.ends_with("\r\n\r\n"), "the crowd sends its request in one piece");
+        let (_, after) = request.split_once("Sec-WebSocket-Key: ").context("no key")?;
+        let key = after.split("\r\n").next().unwrap_or_default();
+        let welcome = format!(
+            r#"{{"type":"welcome","lastEventId":{0},"head":{0},"recovered":true}}"#,
+            self.next_id - 1
+        );
+        let mut answer = Vec::with_capacity(256);
+        write!(
+            answer,
+            "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\
+             Sec-WebSocket-Accept: {}\r\n\r\n",
+            derive_accept_key(key.as_bytes())
+        )?;
+        put_text(&mut answer, welcome.as_bytes());
+        self.states[number] = State::Open;
+        let socket = self.sockets[number].as_ref().expect("it was just read");
+        send_all(socket, &answer)
+    }
+
+    /// Takes whole frames from what a client sent: each text frame is an event to all, pongs are dropped.
+    fn take(&mut self, number: usize, chunk: &[u8]) -> Result<()> {
+        let mut joined = self.parts.remove(&number);
+        if let Some(part) = &mut joined {
+            part.extend_from_slice(chunk);
+        }
+        let mut bytes = joined.as_deref().unwrap_or(chunk);
+        let mut out = Vec::new();
+        while let Some(head) = wire::head(bytes)? {
+            let Some(payload) = bytes.get(head.len..head.len + head.payload) else { break };
+            if head.first == TEXT {
+                let mask = head.mask.context("a client's frame without mask")?;
+                let text: Vec<u8> = payload.iter().zip(mask.iter().cycle()).map(|(b, m)| b ^ m).collect();
+                self.put_event(&mut out, &text)?;
+                if !self.gather {
+                    self.send_to_all(&out)?;
+                    out.clear();
+                }
+            }
+            bytes = &bytes[head.len + head.payload..];
+        }
+        if !bytes.is_empty() {
+            self.parts.insert(number, bytes.to_vec());
+        }
+        if out.is_empty() { Ok(()) } else { self.send_to_all(&out) }
+    }
+
+    /// The same event that the server makes of a text.
+    fn put_event(&mut self, out: &mut Vec<u8>, text: &[u8]) -> Result<()> {
+        let mut event = Vec::with_capacity(text.len() + 64);
+        event.extend_from_slice(br#"{"sender":"floor","text":""#);
+        event.extend_from_slice(text);
+        write!(event, r#"","id":{}}}"#, self.next_id)?;
+        self.next_id += 1;
+        put_text(out, &event);
+        Ok(())
+    }
+
+    fn send_to_all(&self, frames: &[u8]) -> Result<()> {
+        for (socket, state) in self.sockets.iter().zip(&self.states) {
+            if let (Some(socket), State::Open) = (socket, state) {
+                send_all(socket, frames)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Pings the share of the connections that is due after this share of the period.
+    fn beat(&mut self, share: f64) -> Result<()> {
+        let (at, owed) = &mut self.walk;
+        *owed += share * self.sockets.len() as f64;
+        while *owed >= 1.0 {
+            *owed -= 1.0;
+            *at = (*at + 1) % self.sockets.len();
+            if let (Some(socket), State::Open) = (&self.sockets[*at], self.states[*at]) {
+                send_all(socket, &[PING, 0])?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn put_text(out: &mut Vec<u8>, text: &[u8]) {
+    out.push(TEXT);
+    match text.len() {
+        len @ 0..=125 => out.push(len as u8),
+        len => {
+            out.push(126);
+            out.extend_from_slice(&(len as u16).to_be_bytes());
+        }
+    }
+    out.extend_from_slice(text);
+}
+
+/// One `send()`, unless the socket is full: then it waits, since the floor loses nothing either.
+fn send_all(socket: &OwnedFd, mut bytes: &[u8]) -> Result<()> {
+    loop {
+        match send(socket, bytes, SendFlags::NOSIGNAL) {
+            Ok(len) if len == bytes.len() => return Ok(()),
+            Ok(len) => bytes = &bytes[len..],
+            Err(Errno::AGAIN) => {
+                poll(&mut [PollFd::new(socket, PollFlags::OUT)], None)?;
+            }
+            Err(Errno::PIPE | Errno::CONNRESET) => return Ok(()), // read() will see it too
+            Err(why) => bail!("send: {why}"),
+        }
+    }
+}

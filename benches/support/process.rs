@@ -1,0 +1,237 @@
+//! Servers as processes: started on a core of their own, their CPU time and memory read from /proc.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::process::{Child, ChildStdout, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
+
+use super::floor;
+
+/// The cores that this process may use: the last is the servers', the others are the clients'.
+pub struct Cores {
+    all: CpuSet,
+    server: usize,
+    /// The machine's load average before the bench did anything.
+    load: f64,
+}
+
+impl Cores {
+    /// Takes stock, and moves this process to the clients' cores.
+    pub fn split() -> Result<Cores> {
+        let all = sched_getaffinity(None)?;
+        let server = (0..CpuSet::MAX_CPU).rev().find(|core| all.is_set(*core)).context("no core at all")?;
+        ensure!(all.count() > 1, "the benches need two cores: one for the server, one for the clients");
+        let load = std::fs::read_to_string("/proc/loadavg")?.split(' ').next().unwrap_or_default().parse()?;
+        let cores = Cores { all, server, load };
+        sched_setaffinity(None, &cores.clients())?;
+        Ok(cores)
+    }
+
+    /// The machine, for a note. Above a load of 1 only figures of CPU time are worth something.
+    pub fn machine(&self) -> String {
+        let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
+        let cpu = read("/proc/cpuinfo");
+        let model = cpu.lines().find(|line| line.starts_with("model name"));
+        let model = model.and_then(|line| line.split(": ").nth(1)).unwrap_or("unknown CPU");
+        let kernel = read("/proc/sys/kernel/osrelease");
+        let (count, load) = (self.all.count(), self.load);
+        format!("{count} cores ({model}), Linux {}, load average {load} before", kernel.trim())
+    }
+
+    fn clients(&self) -> CpuSet {
+        let mut clients = self.all;
+        clients.unset(self.server);
+        clients
+    }
+
+    /// Starts a process on the servers' core. A child inherits the cores of the thread that starts it.
+    fn spawn_on_server_core(&self, command: &mut Command) -> Result<Child> {
+        let mut core = CpuSet::new();
+        core.set(self.server);
+        sched_setaffinity(None, &core)?;
+        let child = command.spawn();
+        sched_setaffinity(None, &self.clients())?;
+        child.with_context(|| format!("can't start {:?}", command.get_program()))
+    }
+}
+
+/// A process that is measured. Ended when dropped.
+pub struct Process {
+    child: Child,
+    /// What it is called in messages.
+    pub name: String,
+}
+
+impl Process {
+    /// Starts it on the servers' core.
+    pub fn on_server_core(name: &str, cores: &Cores, command: &mut Command) -> Result<Process> {
+        Ok(Process { child: cores.spawn_on_server_core(command)?, name: name.to_owned() })
+    }
+
+    /// Starts it beside the clients.
+    pub fn beside_clients(name: &str, command: &mut Command) -> Result<Process> {
+        let child = command.spawn().with_context(|| format!("can't start {:?}", command.get_program()))?;
+        Ok(Process { child, name: name.to_owned() })
+    }
+
+    fn proc(&self, file: &str) -> String {
+        format!("/proc/{}/{file}", self.child.id())
+    }
+
+    fn read(&self, file: &str) -> Result<String> {
+        let path = self.proc(file);
+        std::fs::read_to_string(&path).with_context(|| format!("{} has ended: no {path}", self.name))
+    }
+
+    /// CPU time of all its threads, user and system, to the nanosecond. What the kernel does for it in
+    /// interrupts on top of its own calls counts too, as far as it happens in its time.
+    pub fn cpu(&self) -> Result<Duration> {
+        let mut nanos = 0;
+        for task in
+            std::fs::read_dir(self.proc("task")).with_context(|| format!("{} has ended", self.name))?
+        {
+            // A thread that ends between two reads is a helper that did next to nothing.
+            let Ok(text) = std::fs::read_to_string(task?.path().join("schedstat")) else { continue };
+            let first = text.split(' ').next().unwrap_or_default();
+            nanos += first.parse::<u64>().context("this kernel has no schedstat (CONFIG_SCHED_INFO)")?;
+        }
+        Ok(Duration::from_nanos(nanos))
+    }
+
+    /// Resident memory in bytes, and the part of it that is its own (anonymous, not the binary's pages).
+    pub fn memory(&self) -> Result<Memory> {
+        let text = self.read("smaps_rollup")?;
+        let field = |name: &str| -> Result<u64> {
+            let line = text.lines().find(|line| line.starts_with(name)).context("no such field")?;
+            Ok(line.split_whitespace().nth(1).context("no value")?.parse::<u64>()? * 1024)
+        };
+        Ok(Memory { resident: field("Rss:")?, anonymous: field("Anonymous:")? })
+    }
+
+    /// How many files and sockets it holds open.
+    pub fn open_files(&self) -> Result<usize> {
+        Ok(std::fs::read_dir(self.proc("fd")).with_context(|| format!("{} has ended", self.name))?.count())
+    }
+
+    /// Waits until it holds no more than `files` open, as when it has noticed that its clients left.
+    pub fn wait_for_files(&self, files: usize) -> Result<()> {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while self.open_files()? > files {
+            ensure!(
+                Instant::now() < deadline,
+                "{} still holds {} files open 20 s after its clients left",
+                self.name,
+                self.open_files()?
+            );
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.child.kill(); // it may have ended by itself
+        let _ = self.child.wait();
+    }
+}
+
+/// What a process occupies, in bytes.
+#[derive(Clone, Copy)]
+pub struct Memory {
+    /// All resident pages.
+    pub resident: u64,
+    /// Those that are not pages of a file.
+    pub anonymous: u64,
+}
+
+/// A WebSocket server that is measured: fanfare, or the floor.
+pub struct Server {
+    /// Its process.
+    pub process: Process,
+    /// Where clients connect.
+    pub addr: SocketAddr,
+    /// Held so that it can write to it.
+    _stdout: BufReader<ChildStdout>,
+}
+
+impl Server {
+    /// Starts fanfare with one shard and these further arguments and environment, on the servers' core or
+    /// beside the clients, and waits until it is ready.
+    pub fn fanfare(
+        binary: &str,
+        cores: Option<&Cores>,
+        more: &[&str],
+        environment: &[(&str, &str)],
+    ) -> Result<Server> {
+        let mut command = Command::new(binary);
+        command.args(["--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0", "--shards", "1"]);
+        command.args(["--log", "warn"]).args(more).envs(environment.iter().copied());
+        let server = Server::start("fanfare", cores, command)?;
+        server.wait_until_ready()?;
+        Ok(server)
+    }
+
+    /// Starts the floor: one `send()` for each event and connection, or one for all events that came together.
+    pub fn floor(cores: &Cores, gather: bool, heartbeat: Duration) -> Result<Server> {
+        let mut command = Command::new(std::env::current_exe()?);
+        command.arg(floor::ARGUMENT).arg(if gather { "gather" } else { "one" });
+        command.arg(heartbeat.as_secs().to_string());
+        Server::start(if gather { "the gathering floor" } else { "the floor" }, Some(cores), command)
+    }
+
+    fn wait_until_ready(&self) -> Result<()> {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        loop {
+            let mut stream = TcpStream::connect(self.addr)?;
+            stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+            stream.write_all(b"GET /readyz HTTP/1.1\r\nHost: bench\r\nConnection: close\r\n\r\n")?;
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer).context("no answer to GET /readyz")?;
+            if answer.starts_with("HTTP/1.1 200") {
+                return Ok(());
+            }
+            ensure!(Instant::now() < deadline, "{} is not ready: {answer}", self.process.name);
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    fn start(name: &str, cores: Option<&Cores>, mut command: Command) -> Result<Server> {
+        command.stdin(Stdio::null()).stdout(Stdio::piped());
+        let mut process = match cores {
+            Some(cores) => Process::on_server_core(name, cores, &mut command)?,
+            None => Process::beside_clients(name, &mut command)?,
+        };
+        let mut stdout = BufReader::new(process.child.stdout.take().expect("it was asked for"));
+        let mut line = String::new();
+        while !line.contains("http://") {
+            line.clear();
+            if stdout.read_line(&mut line)? == 0 {
+                bail!("{name} ended before it was ready");
+            }
+        }
+        let (_, after) = line.split_once("http://").expect("the loop looked for it");
+        let addr = after.split(['/', ' ', ')', ',']).next().unwrap_or_default();
+        let addr =
+            addr.trim().parse().with_context(|| format!("no address in {name}'s ready line: {line}"))?;
+        Ok(Server { process, addr, _stdout: stdout })
+    }
+}
+
+/// Allows this process, and those it starts, as many open files as the system lets it, and makes sure that
+/// `connections` fit.
+pub fn allow_files(connections: usize) -> Result<()> {
+    let limit = getrlimit(Resource::Nofile);
+    setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum })?;
+    let needed = connections as u64 + 200; // the servers' own files
+    let maximum = limit.maximum.unwrap_or(u64::MAX);
+    ensure!(
+        needed <= maximum,
+        "{connections} connections need {needed} open files, `ulimit -Hn` is {maximum}"
+    );
+    Ok(())
+}

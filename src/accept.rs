@@ -1,0 +1,151 @@
+//! The accept loop: takes sockets off the public listeners and gives each to the shard with the fewest.
+//!
+//! It has a thread of its own, so that a storm of reconnects does not hold up the bus, and so that a socket passes
+//! no runtime on its way to its shard.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use mio::net::{TcpListener, TcpStream};
+use mio::{Events, Interest, Poll, Token, Waker};
+use socket2::{Domain, Protocol, Socket, Type};
+
+use crate::bus::{Shards, ToShard};
+use crate::config::{HeartbeatFormat, Settings};
+use crate::metrics::Metrics;
+
+/// Connections that the kernel holds until they are accepted; it takes the smaller of this and
+/// net.core.somaxconn. A storm of reconnects waits here instead of retrying after a second.
+const BACKLOG: i32 = 65_535;
+
+/// Most that the kernel holds for one connection, in bytes (it counts twice as many, socket(7)). Left alone it would
+/// grow to 4 MiB, so that ten thousand readers who stall would take 25 GB of the kernel; what does not fit waits in
+/// the feed, once for all. Enough for 10 Mbit/s to a reader 100 ms away.
+const SEND_BUFFER: usize = 128 * 1024;
+
+/// Pause after an accept that failed for want of something: without descriptors the next one fails too.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// Accepts in a row before the other listeners get their turn.
+const ACCEPTS: usize = 256;
+
+const STOP: Token = Token(usize::MAX);
+
+/// Binds a public listener. What is set here holds for every socket that it accepts (tcp(7): options are inherited),
+/// which saves two system calls a connection.
+pub fn bind(addr: SocketAddr, settings: &Settings) -> io::Result<TcpListener> {
+    let socket = Socket::new(Domain::for_address(addr), Type::STREAM, Some(Protocol::TCP))?;
+    socket.set_reuse_address(true)?; // a restart must not wait for TIME_WAIT
+    if addr.is_ipv6() {
+        socket.set_only_v6(true)?; // `--listen 0.0.0.0:80 --listen [::]:80` means two
+    }
+    socket.set_send_buffer_size(SEND_BUFFER)?;
+    socket.set_tcp_nodelay(true)?; // events leave at once; batches are made by the feed
+    // Nobody answers a JSON ping, so the kernel has to tell when a peer no longer acknowledges. Where pings are
+    // answered they tell, and the kernel, which counts a small window as silence too, would end slow readers.
+    if settings.heartbeat_format == HeartbeatFormat::Json {
+        socket.set_tcp_user_timeout(Some(settings.heartbeat + settings.heartbeat_timeout))?;
+    }
+    socket.set_nonblocking(true)?;
+    socket.bind(&addr.into())?;
+    socket.listen(BACKLOG)?;
+    Ok(TcpListener::from_std(socket.into()))
+}
+
+/// Ends the accept loop when dropped.
+#[derive(Debug)]
+pub struct Stop(Waker);
+
+impl Drop for Stop {
+    fn drop(&mut self) {
+        // It fails only when the loop's poll is gone, and the loop with it.
+        let _ = self.0.wake();
+    }
+}
+
+/// Accepts until the returned [`Stop`] is dropped; then the listeners close.
+pub fn start(mut listeners: Vec<TcpListener>, shards: Shards, metrics: Arc<Metrics>) -> io::Result<Stop> {
+    let mut poll = Poll::new()?;
+    for (number, listener) in listeners.iter_mut().enumerate() {
+        poll.registry().register(listener, Token(number), Interest::READABLE)?;
+    }
+    let stop = Stop(Waker::new(poll.registry(), STOP)?);
+    let mut acceptor = Acceptor { shards, metrics, starved: false };
+    let body = move || {
+        let mut events = Events::with_capacity(8);
+        // Listeners that may have more to accept: epoll tells only once.
+        let mut ready: Vec<usize> = Vec::new();
+        loop {
+            let wait = if acceptor.starved {
+                Some(PAUSE)
+            } else if ready.is_empty() {
+                None
+            } else {
+                Some(Duration::ZERO)
+            };
+            if let Err(error) = poll.poll(&mut events, wait)
+                && error.kind() != io::ErrorKind::Interrupted
+            {
+                tracing::error!(%error, "the accept loop can't wait for connections and ends");
+                return;
+            }
+            for event in &events {
+                match event.token() {
+                    STOP => return,
+                    Token(number) if !ready.contains(&number) => ready.push(number),
+                    _ => {}
+                }
+            }
+            ready.retain(|number| acceptor.accept(&listeners[*number]));
+        }
+    };
+    std::thread::Builder::new().name("accept".into()).spawn(body)?;
+    Ok(stop)
+}
+
+#[derive(Debug)]
+struct Acceptor {
+    shards: Shards,
+    metrics: Arc<Metrics>,
+    /// The last accept failed for want of descriptors or memory.
+    starved: bool,
+}
+
+impl Acceptor {
+    /// Accepts what waits; `true` when there may be more.
+    fn accept(&mut self, listener: &TcpListener) -> bool {
+        for _ in 0..ACCEPTS {
+            match listener.accept() {
+                Ok((stream, _)) => {
+                    if std::mem::take(&mut self.starved) {
+                        tracing::info!("connections can be accepted again");
+                    }
+                    self.hand_over(stream);
+                }
+                Err(error) => match error.kind() {
+                    io::ErrorKind::WouldBlock => return false,
+                    // The peer gave up while it waited (accept(2)).
+                    io::ErrorKind::ConnectionAborted | io::ErrorKind::Interrupted => {}
+                    _ => {
+                        if !std::mem::replace(&mut self.starved, true) {
+                            tracing::warn!(%error, "a connection can't be accepted: raise the limit on open files (LimitNOFILE)");
+                        }
+                        self.metrics.accept_failures.add(1);
+                        return true;
+                    }
+                },
+            }
+        }
+        true
+    }
+
+    fn hand_over(&self, stream: TcpStream) {
+        // A socket under way to its shard counts at once, else a burst would go to one shard whole.
+        let load = |shard: &usize| self.metrics.shards[*shard].load();
+        let shard = (0..self.shards.count()).min_by_key(load).expect("there is at least one shard");
+        self.metrics.shards[shard].accepted.add(1);
+        self.shards.tell(shard, ToShard::Socket(stream));
+    }
+}

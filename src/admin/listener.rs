@@ -1,0 +1,177 @@
+//! Where the admin listener is: a TCP port or a unix socket.
+
+use std::io::{self, ErrorKind};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use socket2::{Domain, SockAddr, Socket, Type};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpListener, UnixListener};
+
+use crate::config::AdminAddr;
+
+/// Owner and group may connect.
+const UNIX_MODE: u32 = 0o660;
+/// Clients that wait to be accepted.
+const BACKLOG: i32 = 128;
+
+/// A bound admin listener. A unix socket's file goes with it.
+#[derive(Debug)]
+pub struct Listener(Kind);
+
+#[derive(Debug)]
+enum Kind {
+    Tcp(TcpListener),
+    Unix(UnixListener, SocketFile),
+}
+
+/// What a client talks through.
+pub(super) trait Stream: AsyncRead + AsyncWrite + Unpin + Send {}
+impl<T: AsyncRead + AsyncWrite + Unpin + Send> Stream for T {}
+
+impl Listener {
+    /// Binds the address; `None` when there is to be no admin listener. Must be called within a tokio runtime.
+    pub fn bind(addr: &AdminAddr) -> io::Result<Option<Listener>> {
+        let kind = match addr {
+            AdminAddr::Off => return Ok(None),
+            AdminAddr::Tcp(addr) => {
+                let listener = std::net::TcpListener::bind(addr)?;
+                listener.set_nonblocking(true)?;
+                Kind::Tcp(TcpListener::from_std(listener)?)
+            }
+            AdminAddr::Unix(path) => {
+                let (listener, file) = bind_unix(path)?;
+                Kind::Unix(UnixListener::from_std(listener)?, file)
+            }
+        };
+        Ok(Some(Listener(kind)))
+    }
+
+    /// Where it is in truth: port 0 has become a real one.
+    pub fn addr(&self) -> io::Result<AdminAddr> {
+        match &self.0 {
+            Kind::Tcp(listener) => listener.local_addr().map(AdminAddr::Tcp),
+            Kind::Unix(_, file) => Ok(AdminAddr::Unix(file.path.clone())),
+        }
+    }
+
+    pub(super) async fn accept(&self) -> io::Result<Box<dyn Stream>> {
+        match &self.0 {
+            Kind::Tcp(listener) => {
+                let (stream, _) = listener.accept().await?;
+                stream.set_nodelay(true)?; // answers are whole; nothing is gained by holding one back
+                Ok(Box::new(stream))
+            }
+            Kind::Unix(listener, _) => Ok(Box::new(listener.accept().await?.0)),
+        }
+    }
+}
+
+/// The file of a unix socket. Removed when dropped, unless another has taken its place.
+#[derive(Debug)]
+struct SocketFile {
+    path: PathBuf,
+    device: u64,
+    inode: u64,
+}
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        let is_ours = |found: std::fs::Metadata| (found.dev(), found.ino()) == (self.device, self.inode);
+        if std::fs::symlink_metadata(&self.path).is_ok_and(is_ours) {
+            let _ = std::fs::remove_file(&self.path); // the next start removes what is left
+        }
+    }
+}
+
+fn bind_unix(path: &Path) -> io::Result<(std::os::unix::net::UnixListener, SocketFile)> {
+    let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+    let addr = SockAddr::unix(path)?;
+    if let Err(error) = socket.bind(&addr) {
+        if error.kind() != ErrorKind::AddrInUse || !remove_stale(path)? {
+            return Err(error);
+        }
+        socket.bind(&addr)?;
+    }
+    let found = std::fs::symlink_metadata(path)?;
+    let file = SocketFile { path: path.into(), device: found.dev(), inode: found.ino() };
+    // Before listen, while nobody can connect.
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(UNIX_MODE))?;
+    socket.listen(BACKLOG)?;
+    socket.set_nonblocking(true)?;
+    Ok((socket.into(), file))
+}
+
+/// Removes the socket of a process that is gone: a socket, and nobody listens. Anything else is left alone.
+fn remove_stale(path: &Path) -> io::Result<bool> {
+    if !std::fs::symlink_metadata(path)?.file_type().is_socket() {
+        return Ok(false);
+    }
+    match std::os::unix::net::UnixStream::connect(path) {
+        Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
+            std::fs::remove_file(path)?;
+            Ok(true)
+        }
+        _ => Ok(false),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A directory of this test's own.
+    fn directory(test: &str) -> PathBuf {
+        let path = std::env::temp_dir().join(format!("fanfare-{}-{test}", std::process::id()));
+        std::fs::create_dir_all(&path).unwrap();
+        path
+    }
+
+    fn bind(path: &Path) -> io::Result<Listener> {
+        Listener::bind(&AdminAddr::Unix(path.into())).map(Option::unwrap)
+    }
+
+    #[tokio::test]
+    async fn a_unix_socket_is_private_and_goes_with_its_listener() {
+        let directory = directory("private");
+        let path = directory.join("admin.sock");
+        let listener = bind(&path).unwrap();
+        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o660);
+        assert_eq!(listener.addr().unwrap(), AdminAddr::Unix(path.clone()));
+        assert_eq!(bind(&path).unwrap_err().kind(), ErrorKind::AddrInUse, "somebody listens");
+        assert!(path.exists());
+        drop(listener);
+        assert!(!path.exists());
+        std::fs::remove_dir_all(directory).unwrap();
+    }
+
+    #[tokio::test]
+    async fn only_a_socket_that_nobody_listens_to_is_replaced() {
+        let directory = directory("stale");
+        let path = directory.join("admin.sock");
+        drop(std::os::unix::net::UnixListener::bind(&path).unwrap()); // std leaves the file
+        assert!(path.exists());
+        drop(bind(&path).unwrap());
+
+        std::fs::write(&path, "precious").unwrap();
+        assert_eq!(bind(&path).unwrap_err().kind(), ErrorKind::AddrInUse);
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "precious");
+        std::fs::remove_file(&path).unwrap();
+
+        let first = bind(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        let second = bind(&path).unwrap();
+        drop(first);
+        assert!(path.exists(), "the file belongs to the second by now");
+        drop(second);
+        std::fs::remove_dir_all(directory).unwrap();
+    }
+
+    #[tokio::test]
+    async fn port_0_becomes_a_real_one_and_off_is_nothing() {
+        let listener = Listener::bind(&AdminAddr::Tcp("127.0.0.1:0".parse().unwrap())).unwrap().unwrap();
+        let AdminAddr::Tcp(addr) = listener.addr().unwrap() else { panic!("a TCP address") };
+        assert_ne!(addr.port(), 0);
+        assert!(Listener::bind(&AdminAddr::Off).unwrap().is_none());
+    }
+}

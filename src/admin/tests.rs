@@ -1,0 +1,312 @@
+use std::net::SocketAddr;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpStream, UnixStream};
+use tokio::sync::mpsc;
+
+use super::*;
+use crate::config::AdminAddr;
+use crate::event::EventId;
+use crate::metrics::Readiness;
+
+/// What the fake bus was asked to publish: channel, to, event.
+type Taken = (String, Option<String>, String);
+
+struct House {
+    addr: SocketAddr,
+    metrics: Arc<Metrics>,
+    taken: mpsc::UnboundedReceiver<Taken>,
+    _tasks: JoinSet<()>,
+}
+
+const MAX: usize = 1000;
+const CONNECTIONS: usize = 8;
+
+fn context(requests: Requests) -> AdminContext {
+    let metrics = Arc::new(Metrics::new(1, Arc::default(), Arc::new(Readiness::default())));
+    AdminContext { requests, metrics, max_message: MAX, publish_timeout: Duration::from_secs(5) }
+}
+
+/// An admin listener over a bus that answers the n-th publish with `outcome(n)`; `None` is no answer at all.
+fn house(outcome: fn(u64) -> Option<Result<EventId, PublishError>>) -> House {
+    let addr = AdminAddr::Tcp("127.0.0.1:0".parse().unwrap());
+    let listener = Listener::bind(&addr).unwrap().unwrap();
+    let AdminAddr::Tcp(addr) = listener.addr().unwrap() else { panic!("a TCP address") };
+    let (requests, mut asked) = mpsc::unbounded_channel();
+    let (tell, taken) = mpsc::unbounded_channel();
+    let context = context(requests);
+    let metrics = context.metrics.clone();
+    let mut tasks = JoinSet::new();
+    tasks.spawn(async move {
+        let mut count = 0;
+        while let Some(request) = asked.recv().await {
+            let Request::Publish(publish) = request else { panic!("only publishes: {request:?}") };
+            count += 1;
+            let event = String::from_utf8(publish.event.to_vec()).unwrap();
+            let to = publish.to.as_deref().map(String::from);
+            tell.send((publish.channel.to_string(), to, event)).unwrap();
+            let Answer::Waiter(waiter) = publish.answer else { panic!("a waiter") };
+            if let Some(outcome) = outcome(count) {
+                let _ = waiter.send(outcome);
+            }
+        }
+    });
+    tasks.spawn(serve_at_most(CONNECTIONS, listener, context));
+    House { addr, metrics, taken, _tasks: tasks }
+}
+
+fn willing() -> House {
+    house(|count| Some(Ok(EventId(1000 + count))))
+}
+
+fn post(target: &str, body: &str) -> String {
+    format!("POST {target} HTTP/1.1\r\nHost: a\r\nContent-Length: {}\r\n\r\n{body}", body.len())
+}
+
+fn get(target: &str) -> String {
+    format!("GET {target} HTTP/1.1\r\nHost: a\r\n\r\n")
+}
+
+/// One response: status, head and body, by its Content-Length.
+async fn response(stream: &mut (impl AsyncReadExt + Unpin), bodiless: bool) -> (u16, String, String) {
+    let mut bytes = Vec::new();
+    while !bytes.ends_with(b"\r\n\r\n") {
+        bytes.push(stream.read_u8().await.expect("a whole head"));
+    }
+    let head = String::from_utf8(bytes).unwrap();
+    let length = head.lines().find_map(|line| line.strip_prefix("Content-Length: "));
+    let mut body = vec![0; if bodiless { 0 } else { length.map_or(0, |length| length.parse().unwrap()) }];
+    stream.read_exact(&mut body).await.unwrap();
+    (head[9..12].parse().unwrap(), head, String::from_utf8(body).unwrap())
+}
+
+impl House {
+    async fn connect(&self) -> TcpStream {
+        TcpStream::connect(self.addr).await.unwrap()
+    }
+
+    async fn ask(&self, request: impl AsRef<[u8]>) -> (u16, String, String) {
+        let mut stream = self.connect().await;
+        stream.write_all(request.as_ref()).await.unwrap();
+        response(&mut stream, request.as_ref().starts_with(b"HEAD")).await
+    }
+}
+
+#[tokio::test]
+async fn publishes_and_answers_with_the_id() {
+    let mut house = willing();
+    let (status, head, body) = house.ask(post("/publish", r#"{"text":"hi"}"#)).await;
+    assert_eq!((status, body.as_str()), (200, "{\"id\":1001}\n"));
+    assert!(
+        head.contains("Content-Type: application/json\r\n") && head.contains("Connection: keep-alive\r\n")
+    );
+    house.ask(post("/publish?channel=news&to=b%C3%BCb+1", "[1]")).await;
+    let taken = house.taken.recv().await.unwrap();
+    assert_eq!(taken, ("ws_broadcast".into(), None, r#"{"text":"hi"}"#.into()));
+    let taken = house.taken.recv().await.unwrap();
+    assert_eq!(taken, ("news".into(), Some("büb 1".into()), r#"{"to":"büb 1","data":[1]}"#.into()));
+}
+
+#[tokio::test]
+async fn refuses_what_is_no_event_and_leaves_the_bus_alone() {
+    let mut house = willing();
+    for (target, body, part) in [
+        ("/publish", "hi", "one JSON value"),
+        ("/publish", "", "one JSON value"),
+        ("/publish", r#"{"id":1}"#, "reserved"),
+        ("/publish", r#"{"type":"reset"}"#, "reserved"),
+        ("/publish?channel=", "1", "channel must be"),
+        ("/publish?channel=a%20b", "1", "channel must be"),
+        ("/publish?channel=%ff", "1", "percent-encoded"),
+        ("/publish?to=", "1", "to must be a user id"),
+        ("/publish?to=a%0Ab", "1", "to must be a user id"),
+        ("/publish?chanel=a", "1", "no parameter chanel"),
+        ("/publish?to=a&to=b", "1", "given twice"),
+    ] {
+        let (status, head, text) = house.ask(post(target, body)).await;
+        assert_eq!(status, 400, "{target} {body}: {text}");
+        assert!(text.contains(part) && text.lines().count() == 1 && text.ends_with('\n'), "{text}");
+        assert!(head.contains("Connection: keep-alive\r\n"), "{head}");
+    }
+    let from_a_page = post("/publish", "1").replace("Host: a", "Host: a\r\nOrigin: https://evil.example");
+    assert_eq!(house.ask(from_a_page).await.0, 403);
+    assert!(house.taken.try_recv().is_err());
+}
+
+#[tokio::test]
+async fn says_whether_trying_again_is_safe() {
+    let house = house(|count| match count {
+        1 => Some(Err(PublishError::Refused("Redis is away".into()))),
+        2 => Some(Err(PublishError::Unknown)),
+        _ => None,
+    });
+    let (status, head, text) = house.ask(post("/publish", "1")).await;
+    assert_eq!((status, text.as_str()), (503, "not published: Redis is away\n"));
+    assert!(head.contains("Retry-After: 1\r\n"));
+    for _ in 0..2 {
+        let (status, head, text) = house.ask(post("/publish", "1")).await;
+        assert_eq!(status, 504);
+        assert!(text.contains("may or may not") && !head.contains("Retry-After"), "{head}{text}");
+    }
+}
+
+#[tokio::test]
+async fn says_so_when_the_bus_is_gone() {
+    let context = context(mpsc::unbounded_channel().0);
+    let (mut client, server) = tokio::io::duplex(4096);
+    client.write_all(post("/publish", "1").as_bytes()).await.unwrap();
+    let (_, (status, _, text)) =
+        tokio::join!(async { timeout(Duration::from_secs(5), converse(server, &context)).await }, async {
+            let answer = response(&mut client, false).await;
+            drop(client);
+            answer
+        },);
+    assert_eq!((status, text.as_str()), (503, "not published: this node is stopping\n"));
+}
+
+#[tokio::test]
+async fn keeps_the_connection_and_answers_pipelined_requests_in_order() {
+    let house = willing();
+    let mut stream = house.connect().await;
+    let requests =
+        [post("/publish", "1"), get("/healthz"), post("/publish", "2"), get("/nowhere"), get("/readyz")];
+    stream.write_all(requests.concat().as_bytes()).await.unwrap();
+    let mut answers = Vec::new();
+    for _ in &requests {
+        let (status, _, body) = response(&mut stream, false).await;
+        answers.push((status, body));
+    }
+    let bodies = answers.iter().map(|(status, body)| (*status, body.trim_end())).collect::<Vec<_>>();
+    assert_eq!(&bodies[..3], [(200, r#"{"id":1001}"#), (200, "ok"), (200, r#"{"id":1002}"#)]);
+    assert_eq!((bodies[3].0, bodies[4]), (404, (200, "ready")));
+
+    // A request that comes byte by byte, then one that asks for the end.
+    for byte in post("/publish", "3").bytes() {
+        stream.write_all(&[byte]).await.unwrap();
+    }
+    assert_eq!(response(&mut stream, false).await.2, "{\"id\":1003}\n");
+    stream.write_all(b"GET /healthz HTTP/1.0\r\n\r\n").await.unwrap();
+    let (status, head, _) = response(&mut stream, false).await;
+    assert!(status == 200 && head.contains("Connection: close\r\n"));
+    assert_eq!(stream.read(&mut [0]).await.unwrap(), 0, "closed");
+}
+
+#[tokio::test]
+async fn answers_expect_100_continue_before_the_body_comes() {
+    let house = willing();
+    let mut stream = house.connect().await;
+    let request = "POST /publish HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\nExpect: 100-continue\r\n\r\n";
+    stream.write_all(request.as_bytes()).await.unwrap();
+    assert_eq!(response(&mut stream, true).await.0, 100);
+    stream.write_all(b"12").await.unwrap();
+    assert_eq!(response(&mut stream, false).await.0, 200);
+    let (status, ..) = house.ask(request.replace("Length: 2", "Length: 1001")).await;
+    assert_eq!(status, 413);
+}
+
+#[tokio::test]
+async fn closes_after_what_it_cant_read_to_the_end() {
+    let mut house = willing();
+    let long = "1".repeat(MAX + 1);
+    for (request, expected) in [
+        (post("/publish", &long), 413),
+        (post("/publish", &"1".repeat(8 << 20)), 413),
+        (post("/publish", "1").replace("Content-Length: 1", "Content-Length: 99999999999"), 413),
+        (post("/publish", "1").replace("Content-Length: 1", "Transfer-Encoding: chunked"), 411),
+        (post("/publish", "1").replace("Content-Length: 1", "Content-Length: x"), 400),
+        (post("/publish", "1").replace("Host: a", "Host: a\r\nExpect: cake"), 417),
+        ("hello\r\n\r\n".into(), 400),
+        (format!("GET /{} HTTP/1.1\r\n", "a".repeat(9000)), 414),
+        (format!("GET / HTTP/1.1\r\nHost: a\r\n{}", "A: b\r\n".repeat(100)), 431),
+        (get("/").replace("1.1", "3.0"), 505),
+    ] {
+        let mut stream = house.connect().await;
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let (status, head, _) = response(&mut stream, false).await;
+        assert_eq!(status, expected, "{request}");
+        assert!(head.contains("Connection: close\r\n"), "{head}");
+        assert_eq!(stream.read(&mut [0]).await.unwrap(), 0, "an orderly end, no reset: {request}");
+    }
+    assert_eq!(house.ask(post("/publish", &long[1..])).await.0, 200, "the longest body that fits");
+    assert!(house.taken.recv().await.is_some());
+}
+
+#[tokio::test]
+async fn other_paths_and_methods_get_honest_answers() {
+    let house = willing();
+    assert_eq!(house.ask(get("/publish/")).await.0, 404);
+    let (status, head, _) = house.ask(get("/publish")).await;
+    assert!(status == 405 && head.contains("Allow: POST\r\n"));
+    let (status, head, _) = house.ask(post("/metrics", "1")).await;
+    assert!(status == 405 && head.contains("Allow: GET, HEAD\r\n"));
+    let (status, head, body) = house.ask("HEAD /healthz HTTP/1.1\r\nHost: a\r\n\r\n").await;
+    assert!(status == 200 && head.contains("Content-Length: 3\r\n") && body.is_empty());
+
+    let (status, head, text) = house.ask(get("/metrics")).await;
+    assert!(status == 200 && head.contains("version=0.0.4") && text.contains("\nfanfare_ready 1\n"));
+    let (status, head, text) = house.ask(get("/stats")).await;
+    assert!(status == 200 && head.contains("application/json"));
+    assert_eq!(serde_json::from_str::<serde_json::Value>(&text).unwrap()["ready"], true);
+
+    house.metrics.readiness.drain();
+    let (status, head, text) = house.ask(get("/readyz")).await;
+    assert_eq!((status, text.as_str()), (503, "this node is stopping\n"));
+    assert!(head.contains("Retry-After: 1\r\n"));
+    assert_eq!(house.ask(get("/healthz")).await.0, 200);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_request_that_never_ends_gets_408_and_an_idle_connection_is_closed() {
+    let context = context(mpsc::unbounded_channel().0);
+    let start = Instant::now();
+    let (mut client, server) = tokio::io::duplex(4096);
+    client.write_all(b"GET / HTTP/1.1\r\n").await.unwrap();
+    let ((), (status, ..)) = tokio::join!(async { converse(server, &context).await.unwrap() }, async {
+        let answer = response(&mut client, false).await;
+        drop(client);
+        answer
+    });
+    assert_eq!((status, start.elapsed()), (408, REQUEST_TIME));
+
+    let start = Instant::now();
+    let (mut client, server) = tokio::io::duplex(4096);
+    converse(server, &context).await.unwrap();
+    assert_eq!(start.elapsed(), IDLE);
+    assert_eq!(client.read(&mut [0]).await.unwrap(), 0, "closed without a word");
+}
+
+#[tokio::test]
+async fn at_the_bound_further_connections_wait_until_one_ends() {
+    let house = willing();
+    let mut open = Vec::new();
+    for _ in 0..CONNECTIONS {
+        let mut stream = house.connect().await;
+        stream.write_all(get("/healthz").as_bytes()).await.unwrap();
+        assert_eq!(response(&mut stream, false).await.0, 200);
+        open.push(stream);
+    }
+    let mut late = house.connect().await;
+    late.write_all(get("/healthz").as_bytes()).await.unwrap();
+    let answer = tokio::spawn(async move { response(&mut late, false).await.0 });
+    // The first connection is served still, so the loop had its turn; the late one was not taken.
+    open[0].write_all(get("/readyz").as_bytes()).await.unwrap();
+    assert_eq!(response(&mut open[0], false).await.0, 200);
+    assert!(!answer.is_finished());
+    drop(open.pop());
+    assert_eq!(timeout(Duration::from_secs(20), answer).await.expect("its turn comes").unwrap(), 200);
+}
+
+#[tokio::test]
+async fn serves_a_unix_socket_alike() {
+    let path = std::env::temp_dir().join(format!("fanfare-{}-admin.sock", std::process::id()));
+    let listener = Listener::bind(&AdminAddr::Unix(path.clone())).unwrap().unwrap();
+    let context = context(mpsc::unbounded_channel().0);
+    let mut tasks = JoinSet::new();
+    tasks.spawn(serve(listener, context));
+    let mut stream = UnixStream::connect(&path).await.unwrap();
+    stream.write_all(get("/healthz").as_bytes()).await.unwrap();
+    assert_eq!(response(&mut stream, false).await.0, 200);
+    tasks.shutdown().await;
+    assert!(!path.exists(), "the file went with the listener");
+    assert_eq!(stream.read(&mut [0]).await.unwrap(), 0, "and so did the connections");
+}

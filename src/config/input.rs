@@ -1,0 +1,190 @@
+//! What was given on the command line and in the environment, before anyone judges the values.
+
+use std::collections::HashMap;
+use std::ffi::OsString;
+
+use super::SettingError;
+use super::table::{Shape, Spec, TABLE};
+
+/// The texts given for each setting, and what was wrong so far.
+pub(super) struct Input {
+    /// By setting: where it was given (`--listen` or `FANFARE_LISTEN`) and what.
+    given: HashMap<&'static str, (String, String)>,
+    /// All errors, in the order found.
+    pub errors: Vec<SettingError>,
+    /// `--check` was given.
+    pub check: bool,
+    /// `--help` was given.
+    pub help: bool,
+    /// `--version` was given.
+    pub version: bool,
+}
+
+impl Input {
+    /// Sorts flags and variables by setting; a flag wins over its variable.
+    pub fn read(
+        args: impl IntoIterator<Item = OsString>,
+        env: impl IntoIterator<Item = (OsString, OsString)>,
+    ) -> Input {
+        let mut input =
+            Input { given: HashMap::new(), errors: Vec::new(), check: false, help: false, version: false };
+        input.read_flags(args);
+        input.read_environment(env);
+        input
+    }
+
+    fn read_flags(&mut self, args: impl IntoIterator<Item = OsString>) {
+        let is_value = |next: &OsString| !next.to_string_lossy().starts_with("--");
+        let mut args = args.into_iter().peekable();
+        while let Some(arg) = args.next() {
+            let Ok(arg) = arg.into_string() else {
+                self.wrong("command line", "an argument is not UTF-8".into());
+                continue;
+            };
+            let (flag, attached) = match arg.split_once('=') {
+                Some((flag, value)) => (flag, Some(value.to_owned())),
+                None => (arg.as_str(), None),
+            };
+            match flag {
+                "--check" if attached.is_none() => self.check = true,
+                "--help" | "-h" if attached.is_none() => self.help = true,
+                "--version" | "-V" if attached.is_none() => self.version = true,
+                _ => match TABLE.iter().find(|spec| flag.strip_prefix("--") == Some(spec.name)) {
+                    None => {
+                        if attached.is_none() && flag.starts_with("--") {
+                            args.next_if(is_value); // a mistyped flag's value is not a mistake of its own
+                        }
+                        self.unknown_flag(flag);
+                    }
+                    Some(spec) => {
+                        let value = match attached {
+                            Some(value) => value,
+                            None if spec.shape == Shape::Switch => "true".into(),
+                            None => match args.next_if(is_value).map(OsString::into_string) {
+                                Some(Ok(value)) => value,
+                                Some(Err(_)) => {
+                                    self.wrong(flag, "the value is not UTF-8".into());
+                                    continue;
+                                }
+                                None => {
+                                    self.wrong(flag, format!("needs a value: {flag} {}", spec.value));
+                                    continue;
+                                }
+                            },
+                        };
+                        self.add_flag(spec, flag, value);
+                    }
+                },
+            }
+        }
+    }
+
+    fn add_flag(&mut self, spec: &'static Spec, flag: &str, value: String) {
+        match self.given.get_mut(spec.name) {
+            _ if value.is_empty() => self.wrong(flag, "is empty".into()),
+            None => {
+                self.given.insert(spec.name, (flag.into(), value));
+            }
+            Some((_, values)) if spec.shape == Shape::List => {
+                values.push(',');
+                values.push_str(&value);
+            }
+            Some(_) => self.wrong(flag, "is given twice".into()),
+        }
+    }
+
+    fn unknown_flag(&mut self, flag: &str) {
+        let names = TABLE.iter().map(Spec::flag).chain(["--check", "--help", "--version"].map(String::from));
+        let problem = match (flag.starts_with('-'), closest(flag, names)) {
+            (true, Some(name)) => format!("there is no such flag; did you mean {name}?"),
+            (true, None) => "there is no such flag".into(),
+            (false, _) => "is not expected here: settings begin with --".into(),
+        };
+        self.wrong(flag, problem);
+    }
+
+    fn read_environment(&mut self, env: impl IntoIterator<Item = (OsString, OsString)>) {
+        let ours = env.into_iter().filter_map(|(name, value)| Some((name.into_string().ok()?, value)));
+        let mut ours: Vec<_> = ours.filter(|(name, _)| name.starts_with("FANFARE_")).collect();
+        ours.sort(); // errors come in the same order every time
+        for (name, value) in ours {
+            let Some(spec) = TABLE.iter().find(|spec| spec.variable() == name) else {
+                // Kubernetes sets FANFARE_PORT and the like beside a service called fanfare: only what looks
+                // like a slip of the pen is an error.
+                if let Some(known) = closest(&name, TABLE.iter().map(Spec::variable)) {
+                    self.wrong(&name, format!("there is no such setting; did you mean {known}?"));
+                }
+                continue;
+            };
+            match value.into_string() {
+                Err(_) => self.wrong(&name, "the value is not UTF-8".into()),
+                Ok(value) if value.is_empty() => {} // as good as not set, in env files and compose files
+                Ok(value) => {
+                    self.given.entry(spec.name).or_insert((name, value));
+                }
+            }
+        }
+    }
+
+    /// The value of a setting: what was given, else its default. A wrong one is noted, and the default stands in
+    /// so that the rest can be judged too.
+    pub fn get<T>(&mut self, name: &str, parse: impl Fn(&str) -> Result<T, String>) -> T {
+        if let Some((origin, text)) = self.given.get(name) {
+            match parse(text.trim()) {
+                Ok(value) => return value,
+                Err(problem) => {
+                    let setting = origin.clone();
+                    self.errors.push(SettingError { setting, problem });
+                }
+            }
+        }
+        let spec =
+            TABLE.iter().find(|spec| spec.name == name).expect("only settings of the table are asked for");
+        parse(spec.default).unwrap_or_else(|problem| panic!("the default of --{name} is wrong: {problem}"))
+    }
+
+    /// Notes what is wrong with the combination of settings, under the name by which `name` was given.
+    pub fn conflict(&mut self, name: &str, problem: String) {
+        let origin = self.given.get(name).map_or_else(|| format!("--{name}"), |(origin, _)| origin.clone());
+        self.errors.push(SettingError { setting: origin, problem });
+    }
+
+    fn wrong(&mut self, setting: &str, problem: String) {
+        self.errors.push(SettingError { setting: setting.into(), problem });
+    }
+}
+
+/// The known name that differs by the fewest letters, if that is few enough to be a typing error.
+pub(super) fn closest(given: &str, known: impl IntoIterator<Item = String>) -> Option<String> {
+    let near = known.into_iter().map(|name| (distance(given, &name), name));
+    near.filter(|(distance, _)| *distance <= 2).min().map(|(_, name)| name)
+}
+
+/// How many letters to add, drop or change (Levenshtein).
+fn distance(a: &str, b: &str) -> usize {
+    let b: Vec<char> = b.chars().collect();
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, from) in a.chars().enumerate() {
+        let mut diagonal = std::mem::replace(&mut row[0], i + 1);
+        for (j, to) in b.iter().enumerate() {
+            let changed = diagonal + usize::from(from != *to);
+            diagonal = row[j + 1];
+            row[j + 1] = changed.min(diagonal + 1).min(row[j] + 1);
+        }
+    }
+    row[b.len()]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counts_the_letters_that_differ() {
+        for (a, b, apart) in [("", "", 0), ("", "abc", 3), ("listn", "listen", 1), ("kitten", "sitting", 3)] {
+            assert_eq!((distance(a, b), distance(b, a)), (apart, apart), "{a} {b}");
+        }
+        assert_eq!(closest("--listn", ["--admin".into(), "--listen".into()]).as_deref(), Some("--listen"));
+        assert_eq!(closest("--port", ["--admin".into(), "--listen".into()]), None);
+    }
+}

@@ -1,0 +1,201 @@
+//! Every setting once: its name, default and description. Flags, variables, `--help` and `--check` come from here.
+
+use std::fmt::Write;
+
+/// How a setting is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Shape {
+    /// One value.
+    Value,
+    /// Values by comma, or by repeating the flag.
+    List,
+    /// On when the flag is there; the variable says `true` or `false`.
+    Switch,
+}
+
+/// One setting.
+#[derive(Debug)]
+pub(super) struct Spec {
+    /// The flag without its dashes.
+    pub name: &'static str,
+    /// How it is written.
+    pub shape: Shape,
+    /// What stands for the value in `--help`.
+    pub value: &'static str,
+    /// As one would write it; empty when there is none.
+    pub default: &'static str,
+    /// What it does, one line each.
+    pub help: &'static [&'static str],
+}
+
+impl Spec {
+    /// `--max-message`
+    pub fn flag(&self) -> String {
+        format!("--{}", self.name)
+    }
+
+    /// `FANFARE_MAX_MESSAGE`
+    pub fn variable(&self) -> String {
+        variable(self.name)
+    }
+}
+
+/// The environment variable of the setting `name`.
+pub(super) fn variable(name: &str) -> String {
+    format!("FANFARE_{}", name.to_ascii_uppercase().replace('-', "_"))
+}
+
+use Shape::{List, Switch, Value};
+
+const fn spec(
+    name: &'static str,
+    shape: Shape,
+    value: &'static str,
+    default: &'static str,
+    help: &'static [&'static str],
+) -> Spec {
+    Spec { name, shape, value, default, help }
+}
+
+/// All settings, in the order shown.
+pub(super) static TABLE: [Spec; 18] = [
+    spec(
+        "listen",
+        List,
+        "IP:PORT,...",
+        "127.0.0.1:8080",
+        &["Where clients connect. Port 0 takes a free one, shown at start."],
+    ),
+    spec(
+        "admin",
+        Value,
+        "IP:PORT",
+        "127.0.0.1:9080",
+        &["Where publish, metrics and stats are served: a loopback address, unix:PATH, or off."],
+    ),
+    spec(
+        "redis",
+        Value,
+        "URL",
+        "",
+        &[
+            "Joins nodes through this Redis. Without it the node stands alone. One of",
+            "  redis://[[USER:]PASSWORD@]HOST[:PORT][/DATABASE]       rediss:// the same over TLS",
+            "  redis-sentinel://[...@]HOST[:26379][/DATABASE]?sentinelServiceName=NAME[&node=HOST:PORT]...",
+            "  redis+unix:///PATH or unix:PATH",
+            "Give a password in the variable: any user of the machine can see a flag.",
+        ],
+    ),
+    spec(
+        "redis-prefix",
+        Value,
+        "NAME",
+        "fanfare",
+        &["Begins every key and Redis channel. Deployments that share a Redis need different ones."],
+    ),
+    spec(
+        "redis-durable",
+        Switch,
+        "",
+        "false",
+        &[
+            "Your word that this Redis keeps every acknowledged write (appendfsync always) and is never",
+            "replaced by a copy: then its restart is not announced to clients as a possible loss.",
+        ],
+    ),
+    spec(
+        "bare-channels",
+        List,
+        "NAME,...",
+        "ws_broadcast",
+        &["Channels that are plain Redis channels of the same name as well, or none."],
+    ),
+    spec(
+        "history",
+        Value,
+        "EVENTS",
+        "10000",
+        &["Events kept for each channel, for clients that come back. At least 1000."],
+    ),
+    spec("history-ttl", Value, "TIME", "24h", &["How long history outlives a channel's last event."]),
+    spec("publish-timeout", Value, "TIME", "5s", &["How long an event may wait for the bus."]),
+    spec("max-channels", Value, "CHANNELS", "10000", &["Channels this node follows at once."]),
+    spec("max-message", Value, "SIZE", "64KiB", &["Longest message taken from a client, at most 16MiB."]),
+    spec(
+        "heartbeat",
+        Value,
+        "TIME",
+        "25s",
+        &["Time between two heartbeats of a connection. Keep it below the idle timeout of any proxy."],
+    ),
+    spec(
+        "heartbeat-timeout",
+        Value,
+        "TIME",
+        "20s",
+        &["How long a connection may be silent after a heartbeat before it is closed."],
+    ),
+    spec(
+        "heartbeat-format",
+        Value,
+        "ping|json|both",
+        "ping",
+        &["A WebSocket ping, a {\"type\":\"ping\"} message that scripts can see, or both."],
+    ),
+    spec("shards", Value, "THREADS", "auto", &["Threads that serve connections. auto: one for each core."]),
+    spec(
+        "feed-memory",
+        Value,
+        "SIZE",
+        "64MiB",
+        &["Recent events held in memory, all channels together. At least --max-message."],
+    ),
+    spec(
+        "log",
+        Value,
+        "FILTER",
+        "info",
+        &["off, error, warn, info, debug or trace; more for a part: info,fanfare::bus=debug"],
+    ),
+    spec("log-format", Value, "text|json", "text", &["Lines for people, or one JSON object a line."]),
+];
+
+/// The heading before each setting that begins a group.
+const GROUPS: [(&str, &str); 5] = [
+    ("listen", "Addresses"),
+    ("redis", "Bus"),
+    ("max-channels", "Clients"),
+    ("shards", "Machine"),
+    ("log", "Log"),
+];
+
+/// The text of `--help`, at most 100 columns wide.
+pub(super) fn help() -> String {
+    let mut text = format!(
+        "fanfare {}: one event in, every socket out.\n\n\
+         Usage: fanfare [--NAME VALUE | --NAME=VALUE]...\n\n\
+         Each setting is a flag or an environment variable; the flag wins.\n\
+         TIME is a whole number and ms, s, m, h or d. SIZE is a whole number of bytes, or with KiB, MiB,\n\
+         GiB, KB, MB or GB.\n",
+        env!("CARGO_PKG_VERSION")
+    );
+    for spec in &TABLE {
+        if let Some((_, heading)) = GROUPS.iter().find(|(first, _)| *first == spec.name) {
+            let _ = write!(text, "\n{heading}\n");
+        }
+        let flag = format!("{} {}", spec.flag(), spec.value);
+        let default = if spec.default.is_empty() { "none" } else { spec.default };
+        let _ = writeln!(text, "  {flag:<36}{:<29}default {default}", spec.variable());
+        for line in spec.help {
+            let _ = writeln!(text, "      {line}");
+        }
+    }
+    text.push_str(
+        "\nOther\n  \
+         --check       Check every setting, print them all and exit.\n  \
+         --version     Print the version and exit.\n  \
+         --help        Print this and exit.\n\n\
+         A wrong setting ends fanfare with exit code 2 before it opens anything.\n",
+    );
+    text
+}

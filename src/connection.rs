@@ -1,0 +1,481 @@
+//! One connection: its states, and the one function that writes.
+//!
+//! A plain struct in a shard's slab whose methods never wait. It holds a few numbers; what it has to say to this
+//! client alone waits in a queue that exists only while something is in it.
+
+use std::collections::VecDeque;
+use std::io::{self, IoSlice, Read, Write};
+use std::time::Instant;
+
+use bytes::Bytes;
+use mio::net::TcpStream;
+
+use crate::close::Reason;
+use crate::event::{ChannelName, Entry, EventId, Kind};
+use crate::feed::{Cursor, Feed, Reader, Start};
+use crate::frame;
+use crate::input::Partial;
+
+/// Most entries in one vectored write. More would not make a write cheaper, only the stack larger.
+const SLICES: usize = 64;
+
+/// Most bytes that one connection writes before others get their turn.
+const BURST: usize = 256 * 1024;
+
+/// No user has an earlier or later connection.
+pub const NONE: u32 = u32::MAX;
+
+/// What a client said about the last event it saw.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LastSeen {
+    /// Nothing yet: it wants what comes from now on.
+    Nothing,
+    /// This one.
+    Event(EventId),
+    /// Something that is no id.
+    Unknown,
+}
+
+/// A request to join a channel that passed every check of the handshake.
+#[derive(Debug)]
+pub struct Join {
+    /// Who.
+    pub user: Box<str>,
+    /// Where.
+    pub channel: ChannelName,
+    /// From which event on.
+    pub last_seen: LastSeen,
+    /// Whether the client gets recovery frames.
+    pub recovers: bool,
+    /// Whether it speaks `fanfare.v1`.
+    pub json: bool,
+    /// The 101 response.
+    pub response: Bytes,
+}
+
+/// What a connection is doing.
+#[derive(Debug)]
+pub enum State {
+    /// Its request is not complete; what has come is kept.
+    Request(Option<Box<Vec<u8>>>),
+    /// Its request waits for the bus.
+    Joining(Box<Join>),
+    /// It follows its channel in the feed.
+    Live,
+    /// The feed has left it behind: it reads history, page by page.
+    History,
+    /// It missed events and can only be told by a close, which is due.
+    Missed,
+    /// Its last words are on their way; then it waits for the peer's end.
+    Closing,
+}
+
+/// What came of writing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Flushed {
+    /// All that there is was written.
+    All,
+    /// The socket is full.
+    Blocked,
+    /// There is more, and others come first.
+    More,
+    /// The feed no longer holds what comes next.
+    Behind,
+    /// A reset comes next, and this client has no frame for it.
+    Missed,
+    /// The socket is dead.
+    Dead,
+}
+
+/// What writing counts.
+#[derive(Debug, Default)]
+pub struct Tally {
+    /// Events handed to sockets.
+    pub deliveries: u64,
+    /// Bytes handed to sockets.
+    pub bytes: u64,
+    /// Reset frames written.
+    pub resets: u64,
+}
+
+#[derive(Debug, Default)]
+struct Queue {
+    frames: VecDeque<Bytes>,
+    bytes: usize,
+}
+
+/// One connection.
+#[derive(Debug)]
+pub struct Connection {
+    stream: TcpStream,
+    /// Tells it from the earlier owners of its slot.
+    pub generation: u32,
+    /// What it is doing.
+    pub state: State,
+    queue: Option<Box<Queue>>,
+    /// What it keeps between two reads.
+    pub partial: Option<Box<Partial>>,
+    /// Who it is; empty before the handshake.
+    pub user: Box<str>,
+    /// Its channel's key in the shard.
+    pub channel: u32,
+    /// Its place among the channel's members.
+    pub member: u32,
+    /// The neighbours among this user's connections in the channel.
+    pub same_user: (u32, u32),
+    /// Where it stands in the feed.
+    pub cursor: Cursor,
+    /// The last event that it has, or that was not for it.
+    pub position: EventId,
+    live_from: u64,
+    /// It has had all that was for it alone.
+    current: bool,
+    /// Its socket is full.
+    pub blocked: bool,
+    /// Nothing is read from it until it takes what waits for it, or the bus has answered it.
+    pub paused: bool,
+    /// It gets recovery frames.
+    pub recovers: bool,
+    /// It speaks `fanfare.v1`.
+    pub json: bool,
+    /// When the last sign of life came, in ticks of the shard.
+    pub heard: u32,
+    /// Our end is closed.
+    finished: bool,
+    /// Publishes without an answer yet.
+    pub unanswered: u32,
+    /// When the last heartbeat was sent, in ticks of the shard.
+    pub heartbeat: u32,
+}
+
+impl Connection {
+    /// A socket that has sent nothing yet.
+    pub fn new(stream: TcpStream, generation: u32, tick: u32) -> Connection {
+        Connection {
+            stream,
+            generation,
+            state: State::Request(None),
+            queue: None,
+            partial: None,
+            user: Box::default(),
+            channel: NONE,
+            member: NONE,
+            same_user: (NONE, NONE),
+            cursor: Cursor::default(),
+            position: EventId(0),
+            live_from: 0,
+            current: false,
+            blocked: false,
+            paused: false,
+            recovers: false,
+            json: false,
+            heard: tick,
+            finished: false,
+            unanswered: 0,
+            heartbeat: tick,
+        }
+    }
+
+    /// The socket, for registering it.
+    pub fn stream(&mut self) -> &mut TcpStream {
+        &mut self.stream
+    }
+
+    /// Whether it is one of its channel's members.
+    pub fn is_open(&self) -> bool {
+        matches!(self.state, State::Live | State::History | State::Missed)
+    }
+
+    /// Reads into `buffer`. `Ok(None)`: nothing to be had now. `Ok(Some(0))`: the peer has ended.
+    pub fn read(&mut self, buffer: &mut [u8]) -> io::Result<Option<usize>> {
+        loop {
+            match self.stream.read(buffer) {
+                Ok(length) => return Ok(Some(length)),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Has a frame wait for its turn.
+    pub fn enqueue(&mut self, frame: Bytes) {
+        let queue = self.queue.get_or_insert_default();
+        queue.bytes += frame.len();
+        queue.frames.push_back(frame);
+    }
+
+    /// Bytes that wait for this client alone.
+    pub fn queued(&self) -> usize {
+        self.queue.as_ref().map_or(0, |queue| queue.bytes)
+    }
+
+    /// Has it stand at `cursor`, with everything up to `position`.
+    pub fn go_live(&mut self, feed: &Feed, cursor: Cursor, position: EventId) {
+        self.state = State::Live;
+        self.cursor = cursor;
+        self.position = position;
+        self.live_from = feed.end();
+        self.current = false;
+    }
+
+    /// Has it read what follows `position` from history.
+    pub fn go_back(&mut self, feed: &Feed, position: EventId) {
+        self.state = State::History;
+        self.cursor = Cursor::default();
+        self.position = position;
+        self.live_from = feed.end();
+        self.current = false;
+    }
+
+    /// Something for this user alone may lie ahead: look at every entry.
+    pub fn look_at_all(&mut self) {
+        self.current = false;
+    }
+
+    /// The position to show: an entry that is not for this client does not keep it back.
+    pub fn shown_position(&self, feed: &Feed) -> EventId {
+        match self.state {
+            State::Live if self.is_up_to_date(feed) => feed.position(),
+            _ => self.position,
+        }
+    }
+
+    /// Whether it has everything the feed has for it.
+    pub fn is_up_to_date(&self, feed: &Feed) -> bool {
+        !self.blocked
+            && self.current
+            && feed.has_lost_nothing(self.cursor, true)
+            && feed.next_for(self.cursor.entry, self.reader()).is_none()
+    }
+
+    fn reader(&self) -> Reader<'_> {
+        Reader { user: &self.user, live_from: self.live_from, current: self.current }
+    }
+
+    /// Whether its socket has part of a frame of the feed.
+    pub fn is_inside_frame(&self, feed: &Feed) -> bool {
+        self.cursor.offset > 0
+            && feed.get(self.cursor.entry).is_some_and(|entry| !entry.is_boundary(self.cursor.offset))
+    }
+
+    /// The feed lets go of the entry it stands in: keeps the rest of the frame whose begin the socket has.
+    pub fn keep_rest(&mut self, entry: &Entry) {
+        let end = entry.frame_end(self.cursor.offset);
+        let rest = Bytes::copy_from_slice(&entry.bytes[self.cursor.offset as usize..end as usize]);
+        let queue = self.queue.get_or_insert_default();
+        queue.bytes += rest.len();
+        queue.frames.push_front(rest);
+        self.position = EventId(entry.before().0 + entry.frames_until(end) as u64).min(entry.last);
+        let whole = end as usize == entry.bytes.len();
+        self.cursor = if whole {
+            Cursor { entry: self.cursor.entry + 1, offset: 0 }
+        } else {
+            Cursor { offset: end, ..self.cursor }
+        };
+    }
+
+    /// Writes what its channel has for it, from its cursor to the feed's end, and what waits for it alone.
+    pub fn flush(&mut self, feed: &Feed, tally: &mut Tally) -> Flushed {
+        if self.cursor.entry < feed.start() {
+            // What it had begun to write was kept whole when the feed let go of it.
+            if self.position < feed.before() && !feed.has_lost_nothing(self.cursor, self.current) {
+                return match self.flush_queue(tally) {
+                    Flushed::All => Flushed::Behind,
+                    other => other,
+                };
+            }
+            self.cursor = Cursor { entry: feed.start(), offset: 0 };
+            self.position = self.position.max(feed.before());
+        }
+        let flushed = self.write_from(feed, tally);
+        if flushed == Flushed::All {
+            self.cursor = Cursor { entry: feed.end(), offset: 0 };
+            self.position = feed.position();
+            self.current = true;
+        } else if flushed == Flushed::Blocked {
+            self.current = false;
+        }
+        flushed
+    }
+
+    /// Writes what a page of history has for it. The page may go afterwards: a frame whose begin the socket has
+    /// is kept whole.
+    pub fn flush_page(&mut self, page: &Feed, tally: &mut Tally) -> Flushed {
+        let Start::At(cursor) = page.find(self.position) else { return Flushed::Behind };
+        self.cursor = cursor;
+        self.current = false;
+        let flushed = self.write_from(page, tally);
+        match flushed {
+            Flushed::All => self.position = page.position(),
+            _ if self.is_inside_frame(page) => {
+                let entry = page.get(self.cursor.entry).expect("a cursor inside a frame is inside an entry");
+                self.keep_rest(&entry.clone());
+            }
+            _ => {}
+        }
+        self.cursor = Cursor::default(); // it was the page's
+        flushed
+    }
+
+    /// Writes what waits for it alone.
+    pub fn flush_queue(&mut self, tally: &mut Tally) -> Flushed {
+        let nothing = Feed::new(EventId(0), EventId(0));
+        let cursor = std::mem::take(&mut self.cursor);
+        let flushed = self.write_from(&nothing, tally);
+        self.cursor = cursor;
+        flushed
+    }
+
+    fn write_from(&mut self, feed: &Feed, tally: &mut Tally) -> Flushed {
+        if self.blocked {
+            return Flushed::Blocked;
+        }
+        let mut burst = 0;
+        loop {
+            // Frames for this client alone go between two frames of the feed, never into one.
+            let inside = self.queue.is_some() && self.is_inside_frame(feed);
+            let mut numbers = [0u64; SLICES];
+            let mut slices = [IoSlice::new(&[]); SLICES];
+            let mut count = 0;
+            let mut queued = 0;
+            let mut size = 0;
+            let mut missed = false;
+            if let Some(queue) = self.queue.as_ref().filter(|_| !inside) {
+                for frame in queue.frames.iter().take(SLICES / 2) {
+                    slices[queued] = IoSlice::new(frame);
+                    size += frame.len();
+                    queued += 1;
+                }
+            }
+            let mut next = self.cursor.entry;
+            while queued + count < SLICES && size < BURST {
+                let Some(number) = feed.next_for(next, self.reader()) else { break };
+                let entry = feed.get(number).expect("next_for names entries that are held");
+                if entry.kind == Kind::Reset && !self.recovers {
+                    missed = true;
+                    break;
+                }
+                let begin = if number == self.cursor.entry { self.cursor.offset as usize } else { 0 };
+                let end =
+                    if inside { entry.frame_end(self.cursor.offset) as usize } else { entry.bytes.len() };
+                slices[queued + count] = IoSlice::new(&entry.bytes[begin..end]);
+                numbers[count] = number;
+                size += end - begin;
+                count += 1;
+                next = number + 1;
+                if inside {
+                    break;
+                }
+            }
+            if size == 0 {
+                return if missed { Flushed::Missed } else { Flushed::All };
+            }
+            let written = match &slices[..queued + count] {
+                [one] => self.stream.write(one),
+                many => self.stream.write_vectored(many),
+            };
+            let written = match written {
+                Ok(written) => written,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    self.blocked = true;
+                    return Flushed::Blocked;
+                }
+                Err(_) => return Flushed::Dead,
+            };
+            tally.bytes += written as u64;
+            let rest = self.take_queued(written, queued);
+            self.advance(feed, &numbers[..count], rest, tally);
+            if written < size {
+                // A short write says that the socket is full; writable comes when it has room again.
+                self.blocked = true;
+                return Flushed::Blocked;
+            }
+            burst += written;
+            if burst >= BURST {
+                return Flushed::More;
+            }
+        }
+    }
+
+    /// Takes what was written off the queue; the rest was written from the feed.
+    fn take_queued(&mut self, mut written: usize, frames: usize) -> usize {
+        let Some(queue) = self.queue.as_mut().filter(|_| frames > 0) else { return written };
+        for _ in 0..frames {
+            let front = &mut queue.frames[0];
+            let part = written.min(front.len());
+            written -= part;
+            queue.bytes -= part;
+            if part < front.len() {
+                *front = front.slice(part..);
+                break;
+            }
+            queue.frames.pop_front();
+        }
+        if queue.frames.is_empty() {
+            self.queue = None;
+        }
+        written
+    }
+
+    /// Moves the cursor over what was written of these entries.
+    fn advance(&mut self, feed: &Feed, numbers: &[u64], mut written: usize, tally: &mut Tally) {
+        for number in numbers {
+            if written == 0 {
+                break;
+            }
+            let entry = feed.get(*number).expect("it was held when it was written");
+            let begin = if *number == self.cursor.entry { self.cursor.offset } else { 0 };
+            let part = written.min(entry.bytes.len() - begin as usize);
+            written -= part;
+            let offset = begin + part as u32;
+            let frames = entry.frames_until(offset);
+            let before = if begin == 0 { 0 } else { entry.frames_until(begin) };
+            match entry.kind {
+                Kind::Reset => tally.resets += (frames - before) as u64,
+                _ => tally.deliveries += (frames - before) as u64,
+            }
+            if offset as usize == entry.bytes.len() {
+                self.cursor = Cursor { entry: number + 1, offset: 0 };
+                self.position = entry.last;
+            } else {
+                self.cursor = Cursor { entry: *number, offset };
+                if frames > 0 {
+                    self.position = EventId(entry.before().0 + frames as u64);
+                }
+            }
+        }
+    }
+
+    /// Begins its end: the close frame for `reason`, if there is one, is its last word.
+    pub fn close(&mut self, reason: Reason) {
+        if let Some((code, text)) = reason.close() {
+            self.enqueue(frame::close(code, text));
+        }
+        self.state = State::Closing;
+    }
+
+    /// Writes its last words, and closes our end once they are out. `false`: the socket is dead.
+    pub fn finish(&mut self, feed: Option<&Feed>, tally: &mut Tally) -> bool {
+        if let Some(feed) = feed.filter(|feed| self.is_inside_frame(feed)) {
+            let entry =
+                feed.get(self.cursor.entry).expect("a cursor inside a frame is inside an entry").clone();
+            self.keep_rest(&entry);
+        }
+        match self.flush_queue(tally) {
+            Flushed::All if self.finished => true,
+            Flushed::All => {
+                self.finished = true;
+                self.stream.shutdown(std::net::Shutdown::Write).is_ok()
+            }
+            Flushed::Dead => false,
+            _ => true,
+        }
+    }
+
+    /// A message that was begun and not ended since before `then`.
+    pub fn began_before(&self, then: Instant) -> bool {
+        self.partial.as_ref().is_some_and(|partial| partial.since < then)
+    }
+}

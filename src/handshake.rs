@@ -1,0 +1,233 @@
+//! From a request's bytes to a client who may join, or to an HTTP answer.
+
+use std::sync::Arc;
+
+use bytes::{BufMut, Bytes, BytesMut};
+use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
+
+use crate::connection::{Join, LastSeen};
+use crate::event::{ChannelName, DEFAULT_CHANNEL, EventId, is_user_id};
+use crate::http::{self, BodyLength, Head, Refusal, Response};
+use crate::metrics::Readiness;
+use crate::web;
+
+/// The subprotocol of JSON mode.
+pub const SUBPROTOCOL: &str = "fanfare.v1";
+
+const TOO_EARLY: &str = "nothing may follow the request before the upgrade is answered";
+
+/// What a request leads to.
+#[derive(Debug)]
+pub enum Verdict {
+    /// More bytes are needed.
+    Incomplete,
+    /// The client may join, once the bus agrees.
+    Join(Box<Join>),
+    /// An HTTP answer, after which the connection ends.
+    Answer(Bytes),
+}
+
+/// Reads the bytes of a request on the public listener and decides.
+pub fn decide(bytes: &[u8], readiness: &Arc<Readiness>) -> Verdict {
+    let (head, length) = match http::parse(bytes) {
+        Ok(None) => return Verdict::Incomplete,
+        Ok(Some(parsed)) => parsed,
+        Err(refusal) => return Verdict::Answer(Response::from(refusal).to_closing_bytes()),
+    };
+    let decided = match head.path.strip_prefix("/ws/") {
+        Some(user) => upgrade(&head, user, bytes.len() > length),
+        None => {
+            return Verdict::Answer(plain(&head, readiness).to_bytes(&head, false));
+        }
+    };
+    match decided {
+        Ok(join) => Verdict::Join(Box::new(join)),
+        Err(refusal) => Verdict::Answer(Response::from(refusal).to_bytes(&head, false)),
+    }
+}
+
+/// The answer to a client whose channel can't be joined now.
+pub fn unavailable(why: &str) -> Bytes {
+    let refusal = Refusal::new(503, why.to_owned()).with("Retry-After", "1");
+    Response::from(refusal).to_closing_bytes()
+}
+
+/// The answer to a client that speaks before it was answered.
+pub fn too_early() -> Bytes {
+    Response::from(Refusal::new(400, TOO_EARLY)).to_closing_bytes()
+}
+
+/// The answer to a request that does not end.
+pub fn too_slow() -> Bytes {
+    Response::from(Refusal::new(408, "the request was not complete in time")).to_closing_bytes()
+}
+
+fn plain(head: &Head<'_>, readiness: &Readiness) -> Response {
+    let known = matches!(head.path, "/healthz" | "/readyz" | "/ws") || web::find(head.path).is_some();
+    if !known {
+        return Response::line(404, "not found: the WebSocket is at /ws/{user_id}, a page to try it at /");
+    }
+    if !matches!(head.method, "GET" | "HEAD") {
+        return Response::line(405, "only GET and HEAD are allowed here").with("Allow", "GET, HEAD");
+    }
+    match head.path {
+        "/healthz" => Response::line(200, "ok"),
+        "/readyz" => match readiness.trouble() {
+            None => Response::line(200, "ready"),
+            Some(trouble) => Response::line(503, &trouble).with("Retry-After", "1"),
+        },
+        "/ws" => Response::line(400, "the user id is missing: connect to /ws/{user_id}"),
+        path => web::find(path).map_or_else(|| Response::line(404, "not found"), web::File::response),
+    }
+}
+
+/// The checks of RFC 6455 section 4.2.1, and ours.
+fn upgrade(head: &Head<'_>, user: &str, more: bool) -> Result<Join, Refusal> {
+    let refuse = |status, text: &'static str| Err(Refusal::new(status, text));
+    if head.method != "GET" {
+        return Err(Refusal::new(405, "a WebSocket begins with GET").with("Allow", "GET"));
+    }
+    let version = head.header("sec-websocket-version");
+    let upgrades = head.has_token("upgrade", "websocket") && head.has_token("connection", "upgrade");
+    if !head.is_http_1_1 || !upgrades || version != Some("13") {
+        let refusal = Refusal::new(426, "this is a WebSocket: upgrade with version 13");
+        return Err(refusal.with("Upgrade", "websocket").with("Sec-WebSocket-Version", "13"));
+    }
+    if head.body_length()? != BodyLength::Empty || more {
+        return refuse(400, TOO_EARLY);
+    }
+    let key = head.header("sec-websocket-key").filter(|key| is_key(key));
+    let Some(key) = key.filter(|_| head.count("sec-websocket-key") == 1) else {
+        return refuse(400, "Sec-WebSocket-Key must be given once, 16 bytes in base64");
+    };
+    let user = Some(user).filter(|user| !user.contains('/')).and_then(http::percent_decode);
+    let user = user.filter(|user| is_user_id(user));
+    let Some(user) = user else {
+        return refuse(
+            400,
+            "the user id in /ws/{user_id} must be 1 to 128 bytes of UTF-8 without control characters",
+        );
+    };
+    let channel = match http::query_value(head.query, "channel")? {
+        Some(name) => ChannelName::parse(&name),
+        None => ChannelName::parse(DEFAULT_CHANNEL),
+    };
+    let Some(channel) = channel else {
+        return refuse(400, "channel must be 1 to 128 of A-Z a-z 0-9 _ . : -");
+    };
+    let given = http::query_value(head.query, "lastEventId");
+    let json = head.tokens("sec-websocket-protocol").any(|offered| offered == SUBPROTOCOL);
+    let recovers = json || !matches!(given, Ok(None));
+    let last_seen = match given {
+        Ok(None) => LastSeen::Nothing,
+        Ok(Some(text)) if text.is_empty() => LastSeen::Nothing,
+        Ok(Some(text)) => EventId::parse(text.as_bytes()).map_or(LastSeen::Unknown, LastSeen::Event),
+        Err(_) => LastSeen::Unknown,
+    };
+    Ok(Join { user: user.into(), channel, last_seen, recovers, json, response: switching(key, json) })
+}
+
+/// 16 bytes in base64 (RFC 6455 section 4.1): 22 digits and two signs of padding.
+fn is_key(key: &str) -> bool {
+    let digit = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'+' | b'/');
+    key.len() == 24 && key.ends_with("==") && key.bytes().take(22).all(digit)
+}
+
+fn switching(key: &str, json: bool) -> Bytes {
+    let mut out = BytesMut::with_capacity(192);
+    out.put_slice(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n");
+    out.put_slice(b"Sec-WebSocket-Accept: ");
+    out.put_slice(derive_accept_key(key.as_bytes()).as_bytes());
+    if json {
+        out.put_slice(b"\r\nSec-WebSocket-Protocol: ");
+        out.put_slice(SUBPROTOCOL.as_bytes());
+    }
+    out.put_slice(b"\r\n\r\n");
+    out.freeze()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn request(target: &str, headers: &str) -> String {
+        format!(
+            "GET {target} HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
+             Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n{headers}\r\n"
+        )
+    }
+
+    fn verdict(bytes: &[u8]) -> Verdict {
+        decide(bytes, &Arc::new(Readiness::default()))
+    }
+
+    fn join(target: &str, headers: &str) -> Join {
+        match verdict(request(target, headers).as_bytes()) {
+            Verdict::Join(join) => *join,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn status(bytes: &[u8]) -> String {
+        match verdict(bytes) {
+            Verdict::Answer(answer) => String::from_utf8_lossy(&answer[9..12]).into_owned(),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_good_request_joins() {
+        let plain = join("/ws/al%20ice", "");
+        assert_eq!((&*plain.user, plain.channel.as_str()), ("al ice", DEFAULT_CHANNEL));
+        assert!(!plain.recovers && !plain.json && plain.last_seen == LastSeen::Nothing);
+        let answer = String::from_utf8(plain.response.to_vec()).unwrap();
+        assert!(
+            answer.contains("Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n"),
+            "RFC 6455 section 1.3"
+        );
+        assert!(!answer.contains("Protocol:"));
+
+        let json = join("/ws/a?channel=x.y:1&lastEventId=17", "Sec-WebSocket-Protocol: a, fanfare.v1\r\n");
+        assert!(json.recovers && json.json && json.last_seen == LastSeen::Event(EventId(17)));
+        assert!(
+            String::from_utf8(json.response.to_vec())
+                .unwrap()
+                .contains("Sec-WebSocket-Protocol: fanfare.v1\r\n")
+        );
+    }
+
+    #[test]
+    fn what_is_no_id_is_an_unknown_one() {
+        let seen = |value: &str| join(&format!("/ws/a?lastEventId{value}"), "").last_seen;
+        assert_eq!((seen(""), seen("=")), (LastSeen::Nothing, LastSeen::Nothing));
+        assert_eq!(seen("=0"), LastSeen::Event(EventId(0)));
+        for value in ["=-1", "=x", "=9007199254740992", "=99999999999999999999", "=1.5", "=%ff", "=+1"] {
+            assert_eq!(seen(value), LastSeen::Unknown, "{value}");
+        }
+    }
+
+    #[test]
+    fn bad_requests_get_their_status() {
+        let good = request("/ws/a", "");
+        for (bytes, expected) in [
+            (good.replace("GET", "POST"), "405"),
+            (good.replace("13\r\n", "8\r\n"), "426"),
+            (good.replace("Upgrade: websocket\r\n", ""), "426"),
+            (good.replace("dGhl", "dG="), "400"),
+            (request("/ws/a", "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"), "400"),
+            (request("/ws/a", "Content-Length: 1\r\n"), "400"),
+            (good.clone() + "x", "400"),
+            (request("/ws/", ""), "400"),
+            (request("/ws/%0a", ""), "400"),
+            (request("/ws/%ff", ""), "400"),
+            (request(&format!("/ws/{}", "a".repeat(129)), ""), "400"),
+            (request("/ws/a?channel=", ""), "400"),
+            (request("/ws/a?channel=a%20b", ""), "400"),
+            (request("/nowhere", ""), "404"),
+            (request("/healthz", ""), "200"),
+            (request("/healthz", "").replace("GET", "DELETE"), "405"),
+        ] {
+            assert_eq!(status(bytes.as_bytes()), expected, "{bytes}");
+        }
+    }
+}

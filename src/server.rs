@@ -1,0 +1,137 @@
+//! The wiring of a node: shards, bus, listeners, and how it stops.
+
+use std::future::Future;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+
+use crate::accept;
+use crate::admin::{self, AdminContext};
+use crate::bus::{self, Requests, Shards, ToShard};
+use crate::config::{AdminAddr, Settings};
+use crate::metrics::{BusNumbers, Metrics, Readiness};
+use crate::shard;
+
+/// Over how long the ends of connections are spread when the node stops.
+pub const DRAIN: Duration = Duration::from_secs(20);
+
+/// Every listener of a node, bound.
+#[derive(Debug)]
+pub struct Listeners {
+    public: Vec<mio::net::TcpListener>,
+    admin: Option<admin::Listener>,
+}
+
+impl Listeners {
+    /// Binds them all, or none. Must be called within a tokio runtime.
+    pub fn bind(settings: &Settings) -> anyhow::Result<Listeners> {
+        use anyhow::Context;
+        let public = settings.listen.iter().map(|addr| {
+            accept::bind(*addr, settings).with_context(|| format!("--listen {addr} can't be bound"))
+        });
+        let public = public.collect::<Result<_, _>>()?;
+        let admin = admin::Listener::bind(&settings.admin)
+            .with_context(|| format!("--admin {} can't be bound", settings.admin))?;
+        Ok(Listeners { public, admin })
+    }
+
+    /// The real addresses of the public ones.
+    pub fn public(&self) -> io::Result<Vec<SocketAddr>> {
+        self.public.iter().map(mio::net::TcpListener::local_addr).collect()
+    }
+
+    /// The real address of the admin listener.
+    pub fn admin(&self) -> io::Result<AdminAddr> {
+        self.admin.as_ref().map_or(Ok(AdminAddr::Off), admin::Listener::addr)
+    }
+}
+
+/// Serves until `shutdown` is done, then lets every connection go and returns.
+///
+/// # Errors
+/// When a shard or the bus can't go on.
+pub async fn run(
+    settings: Settings,
+    listeners: Listeners,
+    shutdown: impl Future<Output = ()>,
+) -> anyhow::Result<()> {
+    let settings = Arc::new(settings);
+    let numbers = Arc::new(BusNumbers::default());
+    let readiness = Arc::new(Readiness::waiting_for_bus());
+    let metrics = Arc::new(Metrics::new(settings.shards.get(), numbers.clone(), readiness.clone()));
+    let (requests, asked) = mpsc::unbounded_channel();
+
+    let (shards, mut ended) = start_shards(&settings, &requests, &metrics)?;
+    let stop_accepting = accept::start(listeners.public, shards.clone(), metrics.clone())?;
+    if let Some(listener) = listeners.admin {
+        let context = AdminContext {
+            requests,
+            metrics,
+            max_message: settings.max_message,
+            publish_timeout: settings.publish_timeout,
+        };
+        tokio::spawn(admin::serve(listener, context));
+    }
+
+    let wiring =
+        bus::Wiring { requests: asked, shards: shards.clone(), numbers, readiness: readiness.clone() };
+    let mut bus = std::pin::pin!(bus::run(&settings, wiring));
+    tokio::select! {
+        result = &mut bus => return Ok(result?),
+        end = ended.recv() => return end.unwrap_or(Ok(())).map_err(|error| anyhow::anyhow!("a shard failed: {error}")),
+        () = shutdown => {}
+    }
+
+    tracing::info!("stopping");
+    readiness.drain();
+    drop(stop_accepting);
+    for shard in 0..shards.count() {
+        shards.tell(shard, ToShard::Drain(DRAIN));
+    }
+    let all_ended = async {
+        for _ in 0..shards.count() {
+            ended.recv().await;
+        }
+    };
+    // The bus goes on meanwhile: what clients have published gets its answer.
+    tokio::select! {
+        result = &mut bus => Ok(result?),
+        () = all_ended => Ok(()),
+    }
+}
+
+type Ended = mpsc::UnboundedReceiver<io::Result<()>>;
+
+fn start_shards(
+    settings: &Arc<Settings>,
+    requests: &Requests,
+    metrics: &Arc<Metrics>,
+) -> io::Result<(Shards, Ended)> {
+    let (end, ended) = mpsc::unbounded_channel();
+    let mut inboxes = Vec::new();
+    let mut bells = Vec::new();
+    for id in 0..settings.shards.get() {
+        let (poll, bell) = shard::poll()?;
+        let (sender, inbox) = mpsc::unbounded_channel();
+        inboxes.push(sender);
+        bells.push(bell.clone());
+        let wiring = shard::Wiring {
+            id,
+            settings: settings.clone(),
+            requests: requests.clone(),
+            poll,
+            inbox,
+            bell,
+            metrics: metrics.clone(),
+        };
+        let end = end.clone();
+        thread::Builder::new().name(format!("shard-{id}")).spawn(move || {
+            let _ = end.send(shard::run(wiring)); // fails only when the node has returned already
+        })?;
+    }
+    Ok((Shards::new(inboxes).with_bells(bells), ended))
+}

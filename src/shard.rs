@@ -1,0 +1,381 @@
+//! One loop that owns everything it touches: a slab of connections, and the channels they follow.
+//!
+//! It waits for sockets that are ready, for what the bus says and for the tick, then works. It runs on mio, tokio's
+//! own poll layer, in a plain thread: epoll gives back slot and generation, so a connection needs no task, no
+//! waker and none of a runtime's bookkeeping.
+
+use std::collections::{HashMap, VecDeque};
+use std::hash::RandomState;
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use mio::{Events, Interest, Poll, Registry, Token};
+use slab::Slab;
+use tokio::sync::mpsc;
+
+use crate::bus::{Bell, ConnectionId, Request, Requests, ShardId, ToShard};
+use crate::close::Reason;
+use crate::config::Settings;
+use crate::connection::{Connection, State, Tally};
+use crate::event::ChannelName;
+use crate::feed::Feed;
+use crate::handshake;
+use crate::input;
+use crate::metrics::{Metrics, ShardNumbers};
+
+mod channel;
+mod deliver;
+mod join;
+mod receive;
+mod tick;
+
+use channel::Channel;
+use tick::{Drain, TICK};
+
+/// How long a request may take to be complete.
+const REQUEST_TIME: Duration = Duration::from_secs(5);
+
+/// How long last words may take, and the peer to close after them.
+const LINGER: Duration = Duration::from_secs(5);
+
+/// One read takes this much; longer ones take turns.
+const SCRATCH: usize = 64 * 1024;
+
+/// Most messages taken from the inbox, and connections flushed in a pass, before others get their turn.
+const MESSAGES_A_TURN: usize = 1024;
+const FLUSHES_A_TURN: usize = 256;
+
+/// Sockets that epoll names at once.
+const EVENTS: usize = 1024;
+
+/// What a shard works with.
+#[derive(Debug)]
+pub struct Wiring {
+    /// Its number.
+    pub id: ShardId,
+    /// The node's settings.
+    pub settings: Arc<Settings>,
+    /// The way to the bus.
+    pub requests: Requests,
+    /// Its sockets; it and the bell come from [`poll`].
+    pub poll: Poll,
+    /// What it is told.
+    pub inbox: mpsc::UnboundedReceiver<ToShard>,
+    /// Rings when there is something in the inbox.
+    pub bell: Arc<Bell>,
+    /// What the node counts; it writes its own part.
+    pub metrics: Arc<Metrics>,
+}
+
+/// One shard.
+#[derive(Debug)]
+pub struct Shard {
+    id: ShardId,
+    settings: Arc<Settings>,
+    requests: Requests,
+    metrics: Arc<Metrics>,
+    registry: Registry,
+    connections: Slab<Connection>,
+    generation: u32,
+    channels: Slab<Channel>,
+    names: HashMap<ChannelName, u32>,
+    serial: u32,
+    hasher: RandomState,
+    /// Every entry of every feed, oldest first, by channel key and serial: the order in which they go.
+    ages: VecDeque<(u32, u32)>,
+    /// How many of `ages` belong to channels that are gone.
+    stale_ages: usize,
+    feed_bytes: usize,
+    page_bytes: usize,
+    /// Channels with a pass under way.
+    passes: VecDeque<u32>,
+    /// Connections that had more to write, or to read, than one turn allows.
+    unflushed: Vec<ConnectionId>,
+    unread: Vec<ConnectionId>,
+    /// Requests and last words by deadline, all after the same time each.
+    handshakes: VecDeque<(Instant, ConnectionId)>,
+    lingering: VecDeque<(Instant, ConnectionId)>,
+    /// Connections whose page of history could not be read: tried again every second.
+    parked: Vec<ConnectionId>,
+    /// Connections that missed events and are to be closed, some at every tick.
+    missed: VecDeque<ConnectionId>,
+    drain: Option<Drain>,
+    tick: u32,
+    heartbeat_slot: usize,
+    tally: Tally,
+    scratch: Box<[u8]>,
+    messages: Vec<input::Incoming>,
+    replies: Vec<u8>,
+}
+
+/// What epoll says when the bell rings. No connection has it: slots are below 2^32.
+const BELL: Token = Token(usize::MAX);
+
+/// A poll for a shard, and the bell that wakes it.
+pub fn poll() -> io::Result<(Poll, Arc<Bell>)> {
+    let poll = Poll::new()?;
+    let bell = Bell::new(mio::Waker::new(poll.registry(), BELL)?);
+    Ok((poll, Arc::new(bell)))
+}
+
+/// Runs a shard until it has drained.
+pub fn run(wiring: Wiring) -> io::Result<()> {
+    let Wiring { mut poll, mut inbox, bell, .. } = wiring;
+    let registry = poll.registry().try_clone()?;
+    let mut events = Events::with_capacity(EVENTS);
+    let mut shard = Shard {
+        id: wiring.id,
+        settings: wiring.settings,
+        requests: wiring.requests,
+        metrics: wiring.metrics,
+        registry,
+        connections: Slab::new(),
+        generation: 0,
+        channels: Slab::new(),
+        names: HashMap::new(),
+        serial: 0,
+        hasher: RandomState::new(),
+        ages: VecDeque::new(),
+        stale_ages: 0,
+        feed_bytes: 0,
+        page_bytes: 0,
+        passes: VecDeque::new(),
+        unflushed: Vec::new(),
+        unread: Vec::new(),
+        handshakes: VecDeque::new(),
+        lingering: VecDeque::new(),
+        parked: Vec::new(),
+        missed: VecDeque::new(),
+        drain: None,
+        tick: 0,
+        heartbeat_slot: 0,
+        tally: Tally::default(),
+        scratch: vec![0; input::HEAD_MAX + SCRATCH].into(),
+        messages: Vec::new(),
+        replies: Vec::new(),
+    };
+    let mut next_tick = Instant::now() + TICK;
+    let mut more = false;
+    while !shard.has_ended() {
+        let busy = more || shard.has_work();
+        let wait = if busy { Duration::ZERO } else { next_tick.saturating_duration_since(Instant::now()) };
+        let slept = bell.sleep(
+            || wait.is_zero() || !inbox.is_empty(),
+            |nap| poll.poll(&mut events, Some(if nap { wait } else { Duration::ZERO })),
+        );
+        match slept {
+            Err(error) if error.kind() != io::ErrorKind::Interrupted => return Err(error),
+            _ => {}
+        }
+        more = false;
+        for taken in 1.. {
+            let Ok(message) = inbox.try_recv() else { break };
+            shard.take(message);
+            if taken == MESSAGES_A_TURN {
+                more = true;
+                break;
+            }
+        }
+        let mut named = 0;
+        for event in &events {
+            named += 1;
+            if event.token() == BELL {
+                continue;
+            }
+            let end = event.is_read_closed() || event.is_error();
+            shard.on_ready(event.token(), event.is_readable() || end, event.is_writable(), end);
+        }
+        more |= named == EVENTS;
+        shard.work();
+        if Instant::now() >= next_tick {
+            next_tick = Instant::now() + TICK;
+            shard.on_tick();
+        }
+        shard.report();
+    }
+    Ok(())
+}
+
+impl Shard {
+    fn numbers(&self) -> &ShardNumbers {
+        &self.metrics.shards[self.id]
+    }
+
+    fn has_work(&self) -> bool {
+        !self.passes.is_empty() || !self.unflushed.is_empty() || !self.unread.is_empty()
+    }
+
+    /// Goes on with what earlier turns left undone.
+    fn work(&mut self) {
+        for id in std::mem::take(&mut self.unread) {
+            if let Some(slot) = self.find(id) {
+                self.on_readable(slot, false);
+            }
+        }
+        for id in std::mem::take(&mut self.unflushed) {
+            if let Some(slot) = self.find(id) {
+                self.flush(slot);
+            }
+        }
+        self.pass_on(FLUSHES_A_TURN);
+    }
+
+    fn take(&mut self, message: ToShard) {
+        match message {
+            ToShard::Socket(stream) => self.on_socket(stream),
+            ToShard::Followed { channel, base, position } => {
+                self.on_followed(&channel, Feed::new(base, position));
+            }
+            ToShard::NotFollowed { channel, why } => self.on_not_followed(&channel, &why),
+            ToShard::Entry { channel, entry } => self.on_entry(&channel, entry),
+            ToShard::Page { channel, after, result } => self.on_page(&channel, after, result),
+            ToShard::Looked { channel, result } => self.on_looked(&channel, result),
+            ToShard::Published { connection, reference, result } => {
+                self.on_published(connection, reference.as_deref(), result);
+            }
+            ToShard::Drain(time) => self.on_drain(time),
+        }
+    }
+
+    fn on_socket(&mut self, stream: mio::net::TcpStream) {
+        if self.drain.is_some() {
+            return self.numbers().closed.add(1);
+        }
+        self.generation = self.generation.wrapping_add(1);
+        let slot = self.connections.insert(Connection::new(stream, self.generation, self.tick)) as u32;
+        let token = Token((self.generation as usize) << 32 | slot as usize);
+        let stream = self.connections[slot as usize].stream();
+        if self.registry.register(stream, token, Interest::READABLE | Interest::WRITABLE).is_err() {
+            return self.remove(slot); // out of kernel memory, or of fs.epoll.max_user_watches
+        }
+        self.handshakes.push_back((Instant::now() + REQUEST_TIME, self.id_of(slot)));
+    }
+
+    fn on_ready(&mut self, token: Token, readable: bool, writable: bool, end: bool) {
+        let id = ConnectionId { shard: self.id, slot: token.0 as u32, generation: (token.0 >> 32) as u32 };
+        let Some(slot) = self.find(id) else { return };
+        if writable && self.connections[slot as usize].blocked {
+            self.try_again(slot);
+        }
+        if readable && self.find(id).is_some() {
+            self.on_readable(slot, end);
+        }
+    }
+
+    fn id_of(&self, slot: u32) -> ConnectionId {
+        let generation = self.connections[slot as usize].generation;
+        ConnectionId { shard: self.id, slot, generation }
+    }
+
+    /// The slot of a connection that is still there.
+    fn find(&self, id: ConnectionId) -> Option<u32> {
+        let connection = self.connections.get(id.slot as usize)?;
+        (connection.generation == id.generation).then_some(id.slot)
+    }
+
+    /// Begins a connection's end.
+    fn end(&mut self, slot: u32, reason: Reason) {
+        let feed = self.leave(slot);
+        let connection = &mut self.connections[slot as usize];
+        if matches!(connection.state, State::Closing) {
+            return;
+        }
+        self.metrics.shards[self.id].ends[reason as usize].add(1);
+        tracing::debug!(user = ?connection.user, reason = reason.label(), "connection ends");
+        connection.close(reason);
+        if reason == Reason::PeerGone {
+            return self.remove(slot);
+        }
+        let feed = feed.and_then(|key| self.channels.get(key as usize)?.feed.as_ref());
+        if connection.finish(feed, &mut self.tally) {
+            self.lingering.push_back((Instant::now() + LINGER, self.id_of(slot)));
+        } else {
+            self.remove(slot);
+        }
+    }
+
+    /// Sends an HTTP answer and ends.
+    fn answer(&mut self, slot: u32, answer: bytes::Bytes, reason: Reason) {
+        self.numbers().refused.add(1);
+        self.connections[slot as usize].enqueue(answer);
+        self.end(slot, reason);
+    }
+
+    /// Takes a connection out of its channel; gives the channel's key if it was in one.
+    fn leave(&mut self, slot: u32) -> Option<u32> {
+        let connection = &self.connections[slot as usize];
+        if !connection.is_open() {
+            return None;
+        }
+        let key = connection.channel;
+        self.channels[key as usize].remove(slot, &mut self.connections, &self.hasher);
+        Some(key)
+    }
+
+    fn remove(&mut self, slot: u32) {
+        self.connections.remove(slot as usize);
+        self.numbers().closed.add(1);
+    }
+
+    /// The key of a channel, which the bus is asked to follow if it is new.
+    fn channel_key(&mut self, name: &ChannelName) -> u32 {
+        if let Some(key) = self.names.get(name) {
+            return *key;
+        }
+        self.serial = self.serial.wrapping_add(1);
+        let key = self.channels.insert(Channel::new(name.clone(), self.serial)) as u32;
+        self.names.insert(name.clone(), key);
+        self.ask(Request::Follow { channel: name.clone(), shard: self.id });
+        key
+    }
+
+    fn drop_channel(&mut self, key: u32) {
+        let channel = self.channels.remove(key as usize);
+        self.names.remove(&channel.name);
+        self.passes.retain(|other| *other != key);
+        if let Some(mut feed) = channel.feed {
+            while let Some(entry) = feed.pop() {
+                self.feed_bytes -= Feed::cost(&entry);
+                self.stale_ages += 1;
+            }
+        }
+        for page in channel.pages.into_values() {
+            if let channel::PageState::Ready(page) = page {
+                self.page_bytes -= page.cost;
+            }
+        }
+        if self.stale_ages > 1024 + self.ages.len() / 2 {
+            let channels = &self.channels;
+            let lives = |&(key, serial): &(u32, u32)| {
+                channels.get(key as usize).is_some_and(|channel| channel.serial == serial)
+            };
+            self.ages.retain(lives);
+            self.stale_ages = 0;
+        }
+    }
+
+    fn ask(&self, request: Request) {
+        let _ = self.requests.send(request); // fails only when the node is gone
+    }
+
+    fn report(&mut self) {
+        let tally = std::mem::take(&mut self.tally);
+        if tally.bytes > 0 {
+            self.numbers().delivered.add(tally.deliveries);
+            self.numbers().bytes_sent.add(tally.bytes);
+            self.numbers().resets.add(tally.resets);
+        }
+        self.numbers().feed_bytes.set(self.feed_bytes as u64);
+    }
+
+    fn refuse_join(&mut self, id: ConnectionId, why: &str) {
+        if let Some(slot) = self.find(id).filter(|slot| self.is_joining(*slot)) {
+            self.answer(slot, handshake::unavailable(why), Reason::Answered);
+        }
+    }
+
+    fn is_joining(&self, slot: u32) -> bool {
+        matches!(self.connections[slot as usize].state, State::Joining(_))
+    }
+}

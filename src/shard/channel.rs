@@ -1,0 +1,230 @@
+//! A channel as one shard sees it: its feed, its members, and who waits for what.
+
+use std::collections::{BTreeSet, HashMap};
+use std::hash::{BuildHasher, RandomState};
+use std::time::Instant;
+
+use hashbrown::HashTable;
+use slab::Slab;
+
+use crate::bus::{ConnectionId, Page, is_proven, page_begin};
+use crate::connection::{Connection, NONE};
+use crate::event::{ChannelName, EventId, Kind};
+use crate::feed::Feed;
+
+/// A page of history that has been asked for.
+#[derive(Debug)]
+pub enum PageState {
+    /// Under way; these wait for it.
+    Reading(Vec<ConnectionId>),
+    /// Here, for a while.
+    Ready(ReadyPage),
+}
+
+/// A page of history, to be read like a feed.
+#[derive(Debug)]
+pub struct ReadyPage {
+    base: EventId,
+    head: EventId,
+    oldest: EventId,
+    /// Its events.
+    pub feed: Feed,
+    /// Its size in memory, in bytes.
+    pub cost: usize,
+    /// When it was last read from, in ticks of the shard.
+    pub used: u32,
+}
+
+impl ReadyPage {
+    /// What was asked for `after` a position. Events that the channel's feed has yet to bring are left out, so
+    /// that nobody gets them twice.
+    pub fn new(page: &Page, after: EventId, feed: &Feed, tick: u32) -> ReadyPage {
+        let entries: Vec<_> =
+            page.entries.iter().filter_map(|entry| entry.clone().until(feed.position())).collect();
+        ReadyPage {
+            base: page.base,
+            head: page.head,
+            oldest: page.oldest,
+            feed: Feed::of(page.base, after, &entries),
+            cost: entries.iter().map(Feed::cost).sum(),
+            used: tick,
+        }
+    }
+
+    /// Whether it proves that a client at `position` misses nothing by reading on.
+    pub fn proves(&self, position: EventId) -> bool {
+        is_proven(position, self.base, self.head, self.oldest)
+    }
+
+    /// Whether it shows that what follows `position` is gone for good.
+    fn rules_out(&self, position: EventId) -> bool {
+        position < self.base || (position < self.head && self.oldest > position.next())
+    }
+}
+
+/// A channel that this shard follows, or is about to.
+#[derive(Debug)]
+pub struct Channel {
+    /// Its name.
+    pub name: ChannelName,
+    /// Tells it from the earlier owners of its key.
+    pub serial: u32,
+    /// Its recent events; `None` until the bus follows it.
+    pub feed: Option<Feed>,
+    /// The connections in it, in no order, by slot.
+    pub members: Vec<u32>,
+    /// The member that the pass under way comes to next.
+    pub pass: Option<usize>,
+    /// Something came that members before `pass` have not had.
+    pub again: bool,
+    /// One connection of each user; the others hang on it.
+    users: HashTable<u32>,
+    /// Who has part of a frame in the socket: entry and slot.
+    pub begun: BTreeSet<(u64, u32)>,
+    /// Who waits for the bus to follow.
+    pub joining: Vec<ConnectionId>,
+    /// Who waits for a look at the bus, since they claim an id ahead.
+    pub looking: Vec<ConnectionId>,
+    /// Pages of history, by the position asked for.
+    pub pages: HashMap<EventId, PageState>,
+    /// Since when nobody is here.
+    pub empty_since: Option<Instant>,
+}
+
+impl Channel {
+    /// A channel that the bus is asked to follow.
+    pub fn new(name: ChannelName, serial: u32) -> Channel {
+        Channel {
+            name,
+            serial,
+            feed: None,
+            members: Vec::new(),
+            pass: None,
+            again: false,
+            users: HashTable::new(),
+            begun: BTreeSet::new(),
+            joining: Vec::new(),
+            looking: Vec::new(),
+            pages: HashMap::new(),
+            empty_since: None,
+        }
+    }
+
+    /// Whether nobody is in it and nobody is about to be.
+    pub fn is_empty(&self) -> bool {
+        let reading = |page: &PageState| matches!(page, PageState::Reading(_));
+        self.members.is_empty()
+            && self.joining.is_empty()
+            && self.looking.is_empty()
+            && !self.pages.values().any(reading)
+    }
+
+    /// Takes a connection in.
+    pub fn add(&mut self, slot: u32, connections: &mut Slab<Connection>, hasher: &RandomState) {
+        connections[slot as usize].member = self.members.len() as u32;
+        self.members.push(slot);
+        self.empty_since = None;
+        let hash = hasher.hash_one(&connections[slot as usize].user);
+        let same = |other: &u32| connections[*other as usize].user == connections[slot as usize].user;
+        match self.users.find_mut(hash, same) {
+            Some(first) => {
+                let second = std::mem::replace(first, slot);
+                connections[second as usize].same_user.0 = slot;
+                connections[slot as usize].same_user = (NONE, second);
+            }
+            None => {
+                connections[slot as usize].same_user = (NONE, NONE);
+                let rehash = |slot: &u32| hasher.hash_one(&connections[*slot as usize].user);
+                self.users.insert_unique(hash, slot, rehash);
+            }
+        }
+    }
+
+    /// Lets a connection go. A pass under way still comes to everyone it has not come to.
+    pub fn remove(&mut self, slot: u32, connections: &mut Slab<Connection>, hasher: &RandomState) {
+        let mut hole = connections[slot as usize].member as usize;
+        if let Some(next) = self.pass.as_mut().filter(|next| hole < **next) {
+            // The last one of those already visited fills the hole, so that the pass does not skip the last of all.
+            *next -= 1;
+            let visited = self.members[*next];
+            self.members[hole] = visited;
+            connections[visited as usize].member = hole as u32;
+            hole = *next;
+        }
+        self.members.swap_remove(hole);
+        if let Some(moved) = self.members.get(hole) {
+            connections[*moved as usize].member = hole as u32;
+        }
+        self.remove_user(slot, connections, hasher);
+        let cursor = connections[slot as usize].cursor;
+        self.begun.remove(&(cursor.entry, slot));
+        if self.members.is_empty() {
+            self.empty_since = Some(Instant::now());
+        }
+    }
+
+    fn remove_user(&mut self, slot: u32, connections: &mut Slab<Connection>, hasher: &RandomState) {
+        let (earlier, later) = connections[slot as usize].same_user;
+        if later != NONE {
+            connections[later as usize].same_user.0 = earlier;
+        }
+        if earlier != NONE {
+            connections[earlier as usize].same_user.1 = later;
+            return;
+        }
+        let hash = hasher.hash_one(&connections[slot as usize].user);
+        match self.users.find_entry(hash, |other| *other == slot) {
+            Ok(mut entry) if later != NONE => *entry.get_mut() = later,
+            Ok(entry) => {
+                entry.remove();
+            }
+            Err(_) => debug_assert!(false, "a user's first connection is in the table"),
+        }
+    }
+
+    /// The slots of a user's connections.
+    pub fn connections_of(
+        &self,
+        user: &str,
+        connections: &Slab<Connection>,
+        hasher: &RandomState,
+    ) -> Vec<u32> {
+        let same = |slot: &u32| &*connections[*slot as usize].user == user;
+        let mut next = self.users.find(hasher.hash_one(user), same).copied().unwrap_or(NONE);
+        let mut found = Vec::new();
+        while next != NONE {
+            found.push(next);
+            next = connections[next as usize].same_user.1;
+        }
+        found
+    }
+
+    /// Whether the page is here that [`Channel::page_for`] names.
+    pub fn has_page(&mut self, position: EventId) -> bool {
+        let after = self.page_for(position);
+        matches!(self.pages.get(&after), Some(PageState::Ready(_)))
+    }
+
+    /// The position to ask history from for a client at `position`: the begin of its page, or, where what came
+    /// for that ends before the client's position, the place where it ends.
+    pub fn page_for(&mut self, position: EventId) -> EventId {
+        let mut after = page_begin(position);
+        while let Some(PageState::Ready(page)) = self.pages.get(&after) {
+            let end = page.feed.position();
+            if end > position || page.rules_out(position) {
+                break;
+            }
+            if end <= after {
+                self.pages.remove(&after); // it holds nothing: an answer from before there was anything
+                break;
+            }
+            after = end;
+        }
+        after
+    }
+}
+
+/// Whether an entry has to be written to everybody in a pass.
+pub fn is_for_everybody(kind: &Kind) -> bool {
+    !matches!(kind, Kind::Private(_))
+}

@@ -1,0 +1,237 @@
+//! From the feed to the sockets: passes, slow readers, and those who read history.
+
+use super::Shard;
+use super::channel::{PageState, is_for_everybody};
+use crate::close::Reason;
+use crate::connection::{Flushed, State};
+use crate::event::{ChannelName, Entry, EventId, Kind};
+use crate::feed::{Cursor, Feed, Start};
+
+/// Most memory for pages of history in one shard, in bytes.
+const PAGES_MAX: usize = 4 * 1024 * 1024;
+
+/// Ticks that a page of history is kept after it was last read: those who ask for the same come together.
+const PAGE_TICKS: u32 = 20;
+
+impl Shard {
+    /// Takes a channel's next entry into its feed and sees that it goes out.
+    pub(super) fn on_entry(&mut self, name: &ChannelName, entry: Entry) {
+        let Some(key) = self.names.get(name).copied() else { return };
+        let channel = &mut self.channels[key as usize];
+        let Some(feed) = &mut channel.feed else { return };
+        self.feed_bytes += Feed::cost(&entry);
+        self.ages.push_back((key, channel.serial));
+        let kind = entry.kind.clone();
+        feed.append(entry);
+        if let Kind::Private(user) = &kind {
+            for slot in channel.connections_of(user, &self.connections, &self.hasher) {
+                self.connections[slot as usize].look_at_all();
+                self.flush(slot);
+            }
+        } else if is_for_everybody(&kind) && !channel.members.is_empty() {
+            if channel.pass.is_some() {
+                channel.again = true;
+            } else {
+                channel.pass = Some(0);
+                self.passes.push_back(key);
+            }
+        }
+        self.trim();
+    }
+
+    /// Lets the oldest entries of all feeds go until the rest fits.
+    fn trim(&mut self) {
+        let limit = self.settings.feed_memory / self.settings.shards.get();
+        while self.feed_bytes > limit {
+            let Some((key, serial)) = self.ages.pop_front() else { return };
+            let Some(channel) =
+                self.channels.get_mut(key as usize).filter(|channel| channel.serial == serial)
+            else {
+                self.stale_ages = self.stale_ages.saturating_sub(1);
+                continue;
+            };
+            let Some(feed) = &mut channel.feed else { continue };
+            let number = feed.start();
+            let Some(entry) = feed.pop() else { continue };
+            self.feed_bytes -= Feed::cost(&entry);
+            while let Some((_, slot)) = channel.begun.first().copied().filter(|begun| begun.0 <= number) {
+                channel.begun.pop_first();
+                self.connections[slot as usize].keep_rest(&entry);
+            }
+        }
+    }
+
+    /// Goes on with the passes under way: everybody in a channel gets what has come since.
+    pub(super) fn pass_on(&mut self, mut budget: usize) {
+        while let Some(key) = self.passes.front().copied() {
+            let channel = &mut self.channels[key as usize];
+            let next = channel.pass.unwrap_or(0);
+            if let Some(slot) = channel.members.get(next).copied() {
+                if budget == 0 {
+                    self.passes.rotate_left(1);
+                    return;
+                }
+                budget -= 1;
+                channel.pass = Some(next + 1);
+                let connection = &self.connections[slot as usize];
+                if !connection.blocked && matches!(connection.state, State::Live) {
+                    self.flush(slot);
+                }
+                continue;
+            }
+            if std::mem::take(&mut channel.again) {
+                channel.pass = Some(0);
+                self.passes.rotate_left(1);
+            } else {
+                channel.pass = None;
+                self.passes.pop_front();
+            }
+            self.numbers().passes.add(1);
+        }
+    }
+
+    /// Writes to a socket that was full. If it takes anything, its peer has taken something: a sign of life.
+    pub(super) fn try_again(&mut self, slot: u32) {
+        let id = self.id_of(slot);
+        let connection = &mut self.connections[slot as usize];
+        connection.blocked = false;
+        if connection.is_open() {
+            let begun = (connection.cursor.entry, slot);
+            self.channels[connection.channel as usize].begun.remove(&begun);
+        }
+        let before = self.tally.bytes;
+        self.flush(slot);
+        if self.tally.bytes > before && self.find(id).is_some() {
+            self.connections[slot as usize].heard = self.tick;
+        }
+    }
+
+    /// Writes what there is for a connection.
+    pub(super) fn flush(&mut self, slot: u32) {
+        let connection = &mut self.connections[slot as usize];
+        let flushed = match connection.state {
+            State::Live => {
+                let channel = &mut self.channels[connection.channel as usize];
+                let feed = channel.feed.as_ref().expect("members are in channels that are followed");
+                let flushed = connection.flush(feed, &mut self.tally);
+                if flushed == Flushed::Blocked && connection.is_inside_frame(feed) {
+                    channel.begun.insert((connection.cursor.entry, slot));
+                }
+                if flushed == Flushed::Behind {
+                    connection.go_back(feed, connection.position);
+                    return self.catch_up(slot, None);
+                }
+                flushed
+            }
+            State::History => return self.catch_up(slot, None),
+            State::Missed => connection.flush_queue(&mut self.tally),
+            State::Closing => {
+                if !connection.finish(None, &mut self.tally) {
+                    self.remove(slot);
+                }
+                return;
+            }
+            State::Request(_) | State::Joining(_) => return,
+        };
+        self.after_flush(slot, flushed);
+    }
+
+    fn after_flush(&mut self, slot: u32, flushed: Flushed) {
+        match flushed {
+            Flushed::Blocked => {}
+            Flushed::All | Flushed::Behind => self.reconsider(slot),
+            Flushed::More => self.unflushed.push(self.id_of(slot)),
+            Flushed::Missed => self.miss(slot),
+            Flushed::Dead => self.end(slot, Reason::PeerGone),
+        }
+    }
+
+    /// Brings a connection that the feed has left behind nearer to it, from pages of history; the page after `read`
+    /// has just come.
+    pub(super) fn catch_up(&mut self, slot: u32, mut read: Option<EventId>) {
+        let id = self.id_of(slot);
+        loop {
+            let connection = &mut self.connections[slot as usize];
+            if connection.blocked || !matches!(connection.state, State::History) {
+                return;
+            }
+            let key = connection.channel;
+            let position = connection.position;
+            let channel = &mut self.channels[key as usize];
+            let feed = channel.feed.as_ref().expect("members are in channels that are followed");
+            match feed.find(position) {
+                Start::At(cursor) => {
+                    connection.state = State::Live;
+                    connection.cursor = cursor;
+                    return self.flush(slot);
+                }
+                Start::Broken => return self.tell_lost(slot),
+                Start::Ahead => return debug_assert!(false, "pages are cut at the feed's position"),
+                Start::Before => {}
+            }
+            if read.take() == Some(channel.page_for(position)) && !channel.has_page(position) {
+                return self.parked.push(id); // the answer brought it nowhere: not to be asked for again at once
+            }
+            let Some(page) = self.page(key, position, id) else {
+                let flushed = self.connections[slot as usize].flush_queue(&mut self.tally);
+                return self.after_flush(slot, flushed);
+            };
+            if !page.proves(position) {
+                return self.tell_lost(slot);
+            }
+            let after = self.channels[key as usize].page_for(position);
+            let Some(PageState::Ready(page)) = self.channels[key as usize].pages.get(&after) else { return };
+            match self.connections[slot as usize].flush_page(&page.feed, &mut self.tally) {
+                Flushed::All => {}
+                other => return self.after_flush(slot, other),
+            }
+        }
+    }
+
+    /// Tells a client that events may be missing for it, and goes on from the oldest in memory.
+    fn tell_lost(&mut self, slot: u32) {
+        let connection = &mut self.connections[slot as usize];
+        if !connection.recovers {
+            return self.miss(slot);
+        }
+        let channel = &self.channels[connection.channel as usize];
+        let feed = channel.feed.as_ref().expect("members are in channels that are followed");
+        let position = feed.before().max(feed.base());
+        let cursor = match feed.find(position) {
+            Start::At(cursor) => cursor,
+            _ => Cursor { entry: feed.end(), offset: 0 },
+        };
+        connection.enqueue(Entry::reset(position).bytes);
+        connection.go_live(feed, cursor, position);
+        self.tally.resets += 1;
+        self.flush(slot);
+    }
+
+    /// A client without recovery frames has missed events: closing is how it is told.
+    fn miss(&mut self, slot: u32) {
+        self.connections[slot as usize].state = State::Missed;
+        self.missed.push_back(self.id_of(slot));
+    }
+
+    /// Lets pages of history go that nobody has read for a while, and when they take too much, the ones longest
+    /// unread.
+    pub(super) fn shed_pages(&mut self) {
+        let mut idle: Vec<(u32, u32, EventId)> = Vec::new();
+        for (key, channel) in &self.channels {
+            let ready = channel.pages.iter().filter_map(|(after, page)| match page {
+                PageState::Ready(page) => Some((self.tick.wrapping_sub(page.used), key as u32, *after)),
+                PageState::Reading(_) => None,
+            });
+            idle.extend(ready);
+        }
+        idle.sort_unstable_by(|one, other| other.cmp(one));
+        for (ticks, key, after) in idle {
+            if ticks < PAGE_TICKS && self.page_bytes <= PAGES_MAX {
+                return;
+            }
+            if let Some(PageState::Ready(page)) = self.channels[key as usize].pages.remove(&after) {
+                self.page_bytes -= page.cost;
+            }
+        }
+    }
+}

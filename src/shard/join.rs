@@ -1,0 +1,197 @@
+//! From a good request to a member of a channel.
+
+use std::sync::Arc;
+
+use bytes::{Bytes, BytesMut};
+
+use super::Shard;
+use super::channel::{PageState, ReadyPage};
+use crate::bus::{BusError, ConnectionId, Page, Request};
+use crate::connection::{LastSeen, State};
+use crate::event::{ChannelName, EventId};
+use crate::feed::{Cursor, Feed, Start};
+use crate::frame;
+
+/// What the bus was asked for a client that can't come in without.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Asked {
+    /// Nothing yet.
+    Nothing,
+    /// Whether there are ids ahead of this node.
+    Look,
+    /// The page of history after this position.
+    Page(EventId),
+}
+
+/// Where a client comes in.
+#[derive(Clone, Copy, Debug)]
+enum Entrance {
+    /// Where it said it is, and that is in the feed.
+    Feed(EventId, Cursor),
+    /// Where it said it is, and history holds what follows.
+    History(EventId),
+    /// At the head, having missed nothing.
+    Head,
+    /// At the head; it can't be proven that it missed nothing.
+    Unproven,
+}
+
+impl Shard {
+    /// Lets a client in whose request is good, as soon as its place is known; `asked` has just been answered.
+    pub(super) fn join(&mut self, slot: u32, asked: Asked) {
+        let id = self.id_of(slot);
+        let State::Joining(join) = &self.connections[slot as usize].state else { return };
+        let last_seen = join.last_seen;
+        let name = join.channel.clone();
+        let key = self.channel_key(&name);
+        self.connections[slot as usize].channel = key;
+        let channel = &mut self.channels[key as usize];
+        let Some(feed) = &channel.feed else { return channel.joining.push(id) };
+        let entrance = match last_seen {
+            LastSeen::Nothing => Entrance::Head,
+            LastSeen::Unknown => Entrance::Unproven,
+            LastSeen::Event(seen) => match feed.find(seen) {
+                Start::At(cursor) => Entrance::Feed(seen, cursor),
+                Start::Broken => Entrance::Unproven,
+                Start::Ahead if asked == Asked::Look => Entrance::Unproven,
+                Start::Ahead => {
+                    channel.looking.push(id);
+                    if channel.looking.len() == 1 {
+                        self.ask(Request::Look { channel: name, shard: self.id });
+                    }
+                    return;
+                }
+                // An answer that says nothing about this client is not to be asked for again.
+                Start::Before if asked == Asked::Page(channel.page_for(seen)) && !channel.has_page(seen) => {
+                    Entrance::Unproven
+                }
+                Start::Before => match self.page(key, seen, id) {
+                    None => return, // it waits for the page
+                    Some(page) if page.proves(seen) => Entrance::History(seen),
+                    Some(_) => Entrance::Unproven,
+                },
+            },
+        };
+        self.admit(slot, key, entrance);
+    }
+
+    /// Makes a client a member. It takes its place in the same turn in which its welcome reads the head, so
+    /// nothing can slip between history and live.
+    fn admit(&mut self, slot: u32, key: u32, entrance: Entrance) {
+        let connection = &mut self.connections[slot as usize];
+        let State::Joining(joining) = std::mem::replace(&mut connection.state, State::Live) else { return };
+        let feed =
+            self.channels[key as usize].feed.as_ref().expect("clients join channels that are followed");
+        let end = Cursor { entry: feed.end(), offset: 0 };
+        let (last, recovered) = match entrance {
+            Entrance::Feed(seen, _) | Entrance::History(seen) => (seen, true),
+            Entrance::Head => (feed.position(), true),
+            Entrance::Unproven => (feed.position(), false),
+        };
+        match entrance {
+            Entrance::Feed(seen, cursor) => connection.go_live(feed, cursor, seen),
+            Entrance::History(seen) => connection.go_back(feed, seen),
+            Entrance::Head | Entrance::Unproven => connection.go_live(feed, end, feed.position()),
+        }
+        let mut first = BytesMut::from(&joining.response[..]);
+        if joining.recovers {
+            first.extend_from_slice(&frame::welcome(last, feed.position(), recovered));
+        }
+        connection.enqueue(Bytes::from(first));
+        connection.recovers = joining.recovers;
+        connection.json = joining.json;
+        connection.user = joining.user;
+        connection.heard = self.tick;
+        connection.heartbeat = self.tick;
+        self.channels[key as usize].add(slot, &mut self.connections, &self.hasher);
+        self.numbers().joins.add(1);
+        self.flush(slot);
+    }
+
+    pub(super) fn on_followed(&mut self, name: &ChannelName, feed: Feed) {
+        let Some(key) = self.names.get(name) else { return };
+        let channel = &mut self.channels[*key as usize];
+        channel.feed = Some(feed);
+        for id in std::mem::take(&mut channel.joining) {
+            self.join_again(id, Asked::Nothing);
+        }
+    }
+
+    pub(super) fn on_not_followed(&mut self, name: &ChannelName, why: &BusError) {
+        let Some(key) = self.names.get(name).copied() else { return };
+        for id in std::mem::take(&mut self.channels[key as usize].joining) {
+            self.refuse_join(id, &why.to_string());
+        }
+        self.drop_channel(key);
+    }
+
+    pub(super) fn on_looked(&mut self, name: &ChannelName, result: Result<(), BusError>) {
+        let Some(key) = self.names.get(name).copied() else { return };
+        for id in std::mem::take(&mut self.channels[key as usize].looking) {
+            match &result {
+                Ok(()) => self.join_again(id, Asked::Look),
+                Err(why) => self.refuse_join(id, &why.to_string()),
+            }
+        }
+    }
+
+    fn join_again(&mut self, id: ConnectionId, asked: Asked) {
+        if let Some(slot) = self.find(id).filter(|slot| self.is_joining(*slot)) {
+            self.join(slot, asked);
+        }
+    }
+
+    /// The page of history that holds the event after `position`; `None`: it is on its way, and the connection
+    /// hears of it.
+    pub(super) fn page(&mut self, key: u32, position: EventId, id: ConnectionId) -> Option<&ReadyPage> {
+        let channel = &mut self.channels[key as usize];
+        let after = channel.page_for(position);
+        let name = &channel.name;
+        match channel.pages.entry(after).or_insert_with(|| PageState::Reading(Vec::new())) {
+            PageState::Ready(page) => {
+                page.used = self.tick;
+                Some(page)
+            }
+            PageState::Reading(waiting) => {
+                waiting.push(id);
+                if waiting.len() == 1 {
+                    let read = Request::Read { channel: name.clone(), after, shard: self.id };
+                    let _ = self.requests.send(read); // fails only when the node is gone
+                }
+                None
+            }
+        }
+    }
+
+    pub(super) fn on_page(
+        &mut self,
+        name: &ChannelName,
+        after: EventId,
+        result: Result<Arc<Page>, BusError>,
+    ) {
+        let Some(key) = self.names.get(name).copied() else { return };
+        let channel = &mut self.channels[key as usize];
+        let Some(PageState::Reading(waiting)) = channel.pages.remove(&after) else { return };
+        match result {
+            Err(why) => {
+                for id in waiting {
+                    self.refuse_join(id, &why.to_string());
+                    self.parked.push(id);
+                }
+            }
+            Ok(page) => {
+                let feed = channel.feed.as_ref().expect("only a followed channel asks for pages");
+                let page = ReadyPage::new(&page, after, feed, self.tick);
+                self.page_bytes += page.cost;
+                channel.pages.insert(after, PageState::Ready(page));
+                for id in waiting {
+                    self.join_again(id, Asked::Page(after));
+                    if let Some(slot) = self.find(id) {
+                        self.catch_up(slot, Some(after));
+                    }
+                }
+                self.shed_pages();
+            }
+        }
+    }
+}

@@ -1,0 +1,205 @@
+//! What comes from a client's socket.
+
+use bytes::Bytes;
+
+use super::Shard;
+use super::join::Asked;
+use crate::bus::{Answer, ConnectionId, Publish, PublishError, Request};
+use crate::close::Reason;
+use crate::connection::State;
+use crate::event::EventId;
+use crate::frame;
+use crate::handshake::{self, Verdict};
+use crate::input::{self, Incoming};
+
+/// Nothing more is read from a client that has this many publishes without an answer,
+const UNANSWERED_MAX: u32 = 256;
+
+/// or that leaves this many bytes of acks, pongs and errors unread. It is read again at half of either.
+const QUEUE_MAX: usize = 64 * 1024;
+
+impl Shard {
+    /// Reads what has come, up to one scratch buffer full; `to_end` where the peer's end is known to be there.
+    pub(super) fn on_readable(&mut self, slot: u32, to_end: bool) {
+        let id = self.id_of(slot);
+        loop {
+            let connection = &mut self.connections[slot as usize];
+            if connection.paused {
+                return;
+            }
+            let length = match connection.read(&mut self.scratch[input::HEAD_MAX..]) {
+                Ok(None) => return,
+                Ok(Some(0)) => return self.on_end(slot),
+                Ok(Some(length)) => length,
+                Err(_) => return self.end_or_remove(slot),
+            };
+            connection.heard = self.tick;
+            match connection.state {
+                State::Request(_) => self.on_request_bytes(slot, length),
+                // A client may only speak after the upgrade; what it says here would be lost.
+                State::Joining(_) => {
+                    let answer = handshake::too_early();
+                    self.answer(slot, answer, Reason::Answered);
+                }
+                State::Live | State::History | State::Missed => self.on_frames(slot, length),
+                State::Closing => {}
+            }
+            if self.find(id).is_none() {
+                return;
+            }
+            if length == self.scratch.len() - input::HEAD_MAX {
+                return self.unread.push(id);
+            }
+            if !to_end {
+                return; // a short read has emptied the socket (epoll(7)); what comes later is told anew
+            }
+        }
+    }
+
+    fn on_end(&mut self, slot: u32) {
+        // A client may close its sending half and wait for the answer to its request.
+        if matches!(self.connections[slot as usize].state, State::Joining(_)) {
+            return;
+        }
+        self.end_or_remove(slot);
+    }
+
+    fn end_or_remove(&mut self, slot: u32) {
+        match self.connections[slot as usize].state {
+            State::Closing => self.remove(slot),
+            _ => self.end(slot, Reason::PeerGone),
+        }
+    }
+
+    fn on_request_bytes(&mut self, slot: u32, length: usize) {
+        let bytes = &self.scratch[input::HEAD_MAX..input::HEAD_MAX + length];
+        let connection = &mut self.connections[slot as usize];
+        let State::Request(kept) = &mut connection.state else { return };
+        let verdict = match kept {
+            None => handshake::decide(bytes, &self.metrics.readiness),
+            Some(kept) => {
+                kept.extend_from_slice(bytes);
+                handshake::decide(kept, &self.metrics.readiness)
+            }
+        };
+        match verdict {
+            Verdict::Incomplete => {
+                kept.get_or_insert_with(|| Box::new(bytes.to_vec()));
+            }
+            Verdict::Answer(answer) => self.answer(slot, answer, Reason::Answered),
+            Verdict::Join(join) => {
+                connection.state = State::Joining(join);
+                self.join(slot, Asked::Nothing);
+            }
+        }
+    }
+
+    fn on_frames(&mut self, slot: u32, length: usize) {
+        let connection = &mut self.connections[slot as usize];
+        let begin = match connection.partial.as_mut() {
+            None => input::HEAD_MAX,
+            Some(partial) => {
+                let (head, kept) = partial.take_head();
+                self.scratch[input::HEAD_MAX - kept..input::HEAD_MAX].copy_from_slice(&head[..kept]);
+                input::HEAD_MAX - kept
+            }
+        };
+        let data = &mut self.scratch[begin..input::HEAD_MAX + length];
+        let mut messages = std::mem::take(&mut self.messages);
+        let limit = self.settings.max_message;
+        let result = input::read(&mut connection.partial, data, limit, &mut messages, &mut self.replies);
+        let closes = matches!(messages.last(), Some(Incoming::Close));
+        let replied = !self.replies.is_empty();
+        // A client that leaves its pongs unread gets no more of them; the last one in is as good (RFC 6455 5.5.3).
+        if replied && (closes || connection.queued() < QUEUE_MAX / 2) {
+            connection.enqueue(Bytes::copy_from_slice(&self.replies));
+        }
+        self.replies.clear();
+        for message in messages.drain(..) {
+            if let Incoming::Text(text) = message {
+                self.publish(slot, &text);
+            }
+        }
+        self.messages = messages;
+        match result {
+            Err(reason) => self.end(slot, reason),
+            Ok(()) if closes => self.end(slot, Reason::ClosedByPeer),
+            Ok(()) => {
+                let connection = &mut self.connections[slot as usize];
+                let full = connection.queued() > QUEUE_MAX || connection.unanswered >= UNANSWERED_MAX;
+                connection.paused = full;
+                if connection.queued() > 0 {
+                    self.flush(slot);
+                }
+            }
+        }
+    }
+
+    fn publish(&mut self, slot: u32, text: &str) {
+        self.numbers().messages.add(1);
+        let id = self.id_of(slot);
+        let connection = &mut self.connections[slot as usize];
+        let (event, to, reference) = if connection.json {
+            match frame::parse_client_frame(&connection.user, text) {
+                Ok(frame) => (frame.event, frame.to, frame.reference),
+                Err(bad) => {
+                    return connection.enqueue(frame::error(
+                        "invalid",
+                        bad.message,
+                        bad.reference.as_deref(),
+                    ));
+                }
+            }
+        } else {
+            (frame::chat_event(&connection.user, text), None, None)
+        };
+        connection.unanswered += 1;
+        let channel = self.channels[connection.channel as usize].name.clone();
+        let answer = Answer::Connection(id, reference);
+        self.ask(Request::Publish(Publish { channel, to: to.map(Into::into), event, answer }));
+    }
+
+    pub(super) fn on_published(
+        &mut self,
+        id: ConnectionId,
+        reference: Option<&str>,
+        result: Result<EventId, PublishError>,
+    ) {
+        let Some(slot) = self.find(id) else { return };
+        let connection = &mut self.connections[slot as usize];
+        if !connection.is_open() {
+            return;
+        }
+        connection.unanswered -= 1;
+        match result {
+            Ok(event) => {
+                if let Some(reference) = reference {
+                    connection.enqueue(frame::ack(reference, event));
+                }
+            }
+            Err(_) if !connection.recovers => return self.end(slot, Reason::PublishFailed),
+            Err(error) => {
+                let code = match error {
+                    PublishError::Refused(_) => "unavailable",
+                    PublishError::Unknown => "unknown",
+                };
+                connection.enqueue(frame::error(code, &error.to_string(), reference));
+            }
+        }
+        if connection.queued() > 0 {
+            self.flush(slot);
+        } else {
+            self.reconsider(slot);
+        }
+    }
+
+    /// Reads from a client again that has taken what waited for it.
+    pub(super) fn reconsider(&mut self, slot: u32) {
+        let connection = &mut self.connections[slot as usize];
+        let eased = connection.queued() <= QUEUE_MAX / 2 && connection.unanswered <= UNANSWERED_MAX / 2;
+        if connection.paused && eased {
+            connection.paused = false;
+            self.unread.push(self.id_of(slot));
+        }
+    }
+}

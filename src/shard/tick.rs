@@ -1,0 +1,172 @@
+//! What time brings: deadlines, heartbeats, and the end of the node.
+
+use std::time::{Duration, Instant};
+
+use super::Shard;
+use crate::bus::Request;
+use crate::close::Reason;
+use crate::config::HeartbeatFormat;
+use crate::connection::State;
+use crate::frame;
+use crate::handshake;
+
+/// Time between two ticks.
+pub(super) const TICK: Duration = Duration::from_millis(100);
+
+/// Ticks between looks at what can wait.
+const SECOND: u32 = 10;
+
+/// How long a channel that everybody has left is followed on: a page that reloads finds it again.
+const EMPTY_TIME: Duration = Duration::from_secs(10);
+
+/// How long a message may take from its first frame to its last.
+const MESSAGE_TIME: Duration = Duration::from_secs(10);
+
+/// Clients who must be told by a close that they missed events go at this part of them a tick, at least so many.
+const MISSED_PART: usize = 20;
+const MISSED_LEAST: usize = 16;
+
+/// The end of the node, spread over some time.
+#[derive(Debug)]
+pub(super) struct Drain {
+    ends: Instant,
+    slot: usize,
+}
+
+fn ticks(time: Duration) -> u32 {
+    time.as_millis().div_ceil(TICK.as_millis()).try_into().unwrap_or(u32::MAX)
+}
+
+impl Shard {
+    pub(super) fn on_tick(&mut self) {
+        self.tick = self.tick.wrapping_add(1);
+        let now = Instant::now();
+        while let Some((_, id)) = self.handshakes.front().copied().filter(|(due, _)| *due <= now) {
+            self.handshakes.pop_front();
+            let request = |slot: &u32| matches!(self.connections[*slot as usize].state, State::Request(_));
+            if let Some(slot) = self.find(id).filter(request) {
+                self.answer(slot, handshake::too_slow(), Reason::RequestTimeout);
+            }
+        }
+        while let Some((_, id)) = self.lingering.front().copied().filter(|(due, _)| *due <= now) {
+            self.lingering.pop_front();
+            if let Some(slot) = self.find(id) {
+                self.remove(slot);
+            }
+        }
+        for _ in 0..(self.missed.len() / MISSED_PART).max(MISSED_LEAST) {
+            let Some(id) = self.missed.pop_front() else { break };
+            let missed = |slot: &u32| matches!(self.connections[*slot as usize].state, State::Missed);
+            if let Some(slot) = self.find(id).filter(missed) {
+                self.end(slot, Reason::MissedEvents);
+            }
+        }
+        self.heartbeats(now);
+        self.drain_on(now);
+        if self.tick.is_multiple_of(SECOND) {
+            self.every_second(now);
+        }
+    }
+
+    fn every_second(&mut self, now: Instant) {
+        for id in std::mem::take(&mut self.parked) {
+            if let Some(slot) = self.find(id) {
+                self.catch_up(slot, None);
+            }
+        }
+        self.shed_pages();
+        let since =
+            |channel: &super::Channel| channel.empty_since.is_some_and(|since| now - since >= EMPTY_TIME);
+        let empty: Vec<u32> = self
+            .channels
+            .iter()
+            .filter(|(_, channel)| channel.feed.is_some() && since(channel) && channel.is_empty())
+            .map(|(key, _)| key as u32)
+            .collect();
+        for key in empty {
+            let channel = self.channels[key as usize].name.clone();
+            self.drop_channel(key);
+            self.ask(Request::Unfollow { channel, shard: self.id });
+        }
+    }
+
+    /// Looks after a slice of the slab, so that every connection has its turn several times in a heartbeat.
+    fn heartbeats(&mut self, now: Instant) {
+        let heartbeat = ticks(self.settings.heartbeat);
+        let timeout = ticks(self.settings.heartbeat_timeout);
+        let turns = (heartbeat.min(timeout) / 4).max(1) as usize;
+        let slots = self.connections.capacity();
+        for _ in 0..slots.div_ceil(turns) {
+            let slot = self.heartbeat_slot;
+            self.heartbeat_slot = (slot + 1) % slots;
+            if self.connections.get(slot).is_some_and(|connection| connection.is_open()) {
+                self.look_after(slot as u32, heartbeat, timeout, now);
+            }
+        }
+    }
+
+    fn look_after(&mut self, slot: u32, heartbeat: u32, timeout: u32, now: Instant) {
+        let connection = &mut self.connections[slot as usize];
+        let format = self.settings.heartbeat_format;
+        // Nobody answers a JSON ping: then only a full socket tells of silence, and TCP_USER_TIMEOUT of a dead peer.
+        let answers = format != HeartbeatFormat::Json || connection.blocked;
+        if answers && self.tick.wrapping_sub(connection.heard) >= heartbeat.saturating_add(timeout) {
+            return self.end(slot, Reason::HeartbeatTimeout);
+        }
+        if connection.blocked {
+            // Writable comes only when a third of the send buffer is free; a slow reader lives all the same.
+            return self.try_again(slot);
+        }
+        if now.checked_sub(MESSAGE_TIME).is_some_and(|then| connection.began_before(then)) {
+            return self.end(slot, Reason::Unfinished);
+        }
+        if self.tick.wrapping_sub(connection.heartbeat) < heartbeat {
+            return;
+        }
+        connection.heartbeat = self.tick;
+        if connection.queued() > 0 {
+            return; // it has not taken the last one
+        }
+        if format != HeartbeatFormat::Json {
+            connection.enqueue(frame::PING);
+        }
+        if format != HeartbeatFormat::Ping {
+            let feed = self.channels[connection.channel as usize].feed.as_ref();
+            let position = feed.filter(|_| connection.recovers).map(|feed| connection.shown_position(feed));
+            connection.enqueue(frame::json_ping(position));
+        }
+        self.flush(slot);
+    }
+
+    pub(super) fn on_drain(&mut self, time: Duration) {
+        self.drain = Some(Drain { ends: Instant::now() + time, slot: 0 });
+    }
+
+    /// Closes as many connections as it takes to have closed all when the time is over.
+    fn drain_on(&mut self, now: Instant) {
+        let Some(drain) = &mut self.drain else { return };
+        let slots = self.connections.capacity();
+        let left = drain.ends.saturating_duration_since(now).as_millis() / TICK.as_millis();
+        let until = drain.slot + (slots - drain.slot.min(slots)).div_ceil(left as usize + 1);
+        let first = std::mem::replace(&mut drain.slot, until);
+        for slot in first..until {
+            match self.connections.get(slot).map(|connection| &connection.state) {
+                None | Some(State::Closing) => {}
+                Some(State::Request(_) | State::Joining(_)) => {
+                    self.answer(
+                        slot as u32,
+                        handshake::unavailable("this node is stopping"),
+                        Reason::Draining,
+                    );
+                }
+                Some(State::Live | State::History | State::Missed) => self.end(slot as u32, Reason::Draining),
+            }
+        }
+    }
+
+    /// Whether the node is stopping and this shard has nothing left to do.
+    pub(super) fn has_ended(&self) -> bool {
+        let Some(drain) = &self.drain else { return false };
+        self.connections.is_empty() || Instant::now() > drain.ends + super::LINGER
+    }
+}

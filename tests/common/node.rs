@@ -1,0 +1,142 @@
+//! One process of fanfare.
+
+use std::net::SocketAddr;
+use std::process::{Command, ExitStatus};
+
+use serde_json::{Value, json};
+
+use super::http::{self, Response};
+use super::process::Process;
+use super::{Redis, until};
+
+/// A running node on free ports. Dropping it kills it.
+pub struct Node {
+    process: Process,
+    /// Its public listener.
+    pub public: SocketAddr,
+    /// Its admin listener.
+    pub admin: SocketAddr,
+}
+
+impl Node {
+    /// Starts a node and waits until it is ready.
+    pub async fn start(flags: &[&str]) -> Node {
+        let node = Node::start_unready(flags).await;
+        node.ready().await;
+        node
+    }
+
+    /// Starts a node on this Redis and waits until it is ready.
+    pub async fn on(redis: &Redis, flags: &[&str]) -> Node {
+        Node::start(&[&["--redis", &redis.url()], flags].concat()).await
+    }
+
+    /// Starts a node and waits only for its ready line.
+    pub async fn start_unready(flags: &[&str]) -> Node {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_fanfare"));
+        for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("FANFARE_")) {
+            command.env_remove(name);
+        }
+        command.args(["--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0"]).args(flags);
+        let process = Process::start("fanfare", &mut command);
+        let addresses = process.line("the ready line", addresses).await;
+        let (public, admin) = addresses.unwrap_or_else(|ended| panic!("{ended}"));
+        Node { process, public, admin }
+    }
+
+    /// Waits until `/readyz` says 200.
+    pub async fn ready(&self) {
+        until("a node that is ready", || async { (self.get("/readyz").await.status == 200).then_some(()) })
+            .await;
+    }
+
+    /// Waits until `/readyz` says 503, and gives its reason.
+    pub async fn unready(&self) -> String {
+        until("a node that is not ready", || async {
+            let response = self.get("/readyz").await;
+            (response.status == 503).then_some(response.body)
+        })
+        .await
+    }
+
+    /// GET on the public listener.
+    pub async fn get(&self, path: &str) -> Response {
+        http::request(self.public, "GET", path, &[], b"").await
+    }
+
+    /// A request to the admin listener.
+    pub async fn admin(&self, method: &str, path: &str, body: &[u8]) -> Response {
+        http::request(self.admin, method, path, &[], body).await
+    }
+
+    /// Publishes by `POST /publish`, where it must work, and gives the id.
+    pub async fn publish(&self, channel: &str, event: &Value) -> u64 {
+        self.post(&format!("/publish?channel={channel}"), event).await
+    }
+
+    /// Publishes to one user.
+    pub async fn publish_to(&self, channel: &str, user: &str, event: &Value) -> u64 {
+        self.post(&format!("/publish?channel={channel}&to={user}"), event).await
+    }
+
+    /// Publishes `{"n":first}`, `{"n":first+1}`… and gives their ids.
+    pub async fn publish_numbers(&self, channel: &str, numbers: std::ops::Range<u64>) -> Vec<u64> {
+        let mut ids = Vec::new();
+        for n in numbers {
+            ids.push(self.publish(channel, &json!({ "n": n })).await);
+        }
+        ids
+    }
+
+    async fn post(&self, path: &str, event: &Value) -> u64 {
+        let response = self.admin("POST", path, event.to_string().as_bytes()).await;
+        assert_eq!(response.status, 200, "{path} {event}: {}", response.body);
+        response.json()["id"].as_u64().unwrap_or_else(|| panic!("no id in {}", response.body))
+    }
+
+    /// One number of `/metrics`: all series of this name added up.
+    pub async fn metric(&self, name: &str) -> f64 {
+        let metrics = self.admin("GET", "/metrics", b"").await.body;
+        let series = metrics.lines().filter(|line| {
+            line.strip_prefix(name).is_some_and(|rest| rest.starts_with(' ') || rest.starts_with('{'))
+        });
+        let mut values =
+            series.map(|line| line.rsplit(' ').next().and_then(|value| value.parse::<f64>().ok()));
+        let first = values.next().unwrap_or_else(|| panic!("no metric {name} in\n{metrics}"));
+        values.fold(first, |sum, value| Some(sum? + value?)).expect("a metric's value is a number")
+    }
+
+    /// Memory resident, in bytes.
+    pub fn resident(&self) -> u64 {
+        let path = format!("/proc/{}/status", self.process.pid());
+        let status = std::fs::read_to_string(path).expect("the node runs");
+        let line = status.lines().find(|line| line.starts_with("VmRSS:")).expect("Linux shows VmRSS");
+        line.split_whitespace().nth(1).and_then(|kb| kb.parse::<u64>().ok()).expect("a number of kB") * 1024
+    }
+
+    /// What it logged so far.
+    pub fn log(&self) -> String {
+        self.process.output().join("\n")
+    }
+
+    /// Sends it a signal: `TERM`, `STOP`, `CONT`.
+    pub fn signal(&self, signal: &str) {
+        self.process.signal(signal);
+    }
+
+    /// Ends it as a crash would.
+    pub fn kill(&self) {
+        self.process.kill();
+    }
+
+    /// Waits for its end.
+    pub async fn ended(&self) -> ExitStatus {
+        self.process.ended().await
+    }
+}
+
+/// Reads `… serving http://127.0.0.1:1/ (admin http://127.0.0.1:2/): open …`.
+fn addresses(line: &str) -> Option<(SocketAddr, SocketAddr)> {
+    let address = |after: &str| line.split_once(after)?.1.split_once('/')?.0.parse().ok();
+    Some((address(" serving http://")?, address("(admin http://")?))
+}

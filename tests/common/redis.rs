@@ -1,0 +1,269 @@
+//! A real redis-server of one test's own, and a client that speaks RESP2 to it.
+
+use std::net::{SocketAddr, TcpListener};
+use std::process::Command;
+use std::sync::atomic::{AtomicU16, Ordering};
+
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::TcpStream;
+
+use super::process::{Directory, Process};
+use super::{until, within};
+
+/// A Redis on a free loopback port. It keeps its port and directory over restarts; dropping it kills it.
+pub struct Redis {
+    port: u16,
+    directory: Directory,
+    first: Vec<String>,
+    flags: Vec<String>,
+    process: Option<Process>,
+}
+
+impl Redis {
+    /// Starts one that keeps nothing on disk, unless the flags say otherwise (`--appendonly yes`).
+    pub async fn start(flags: &[&str]) -> Redis {
+        let mut redis = Redis::away(flags);
+        redis.up().await;
+        redis
+    }
+
+    /// Starts a replica of another, and waits until it has all that the other has.
+    pub async fn replica_of(primary: &Redis) -> Redis {
+        let replica = Redis::start(&["--replicaof", &format!("127.0.0.1 {}", primary.port)]).await;
+        until("the replica to be in sync", || async {
+            let info = replica.client().await.call(&["INFO", "replication"]).await;
+            info.text().contains("master_link_status:up").then_some(())
+        })
+        .await;
+        replica
+    }
+
+    /// Starts a Sentinel that watches this primary as `main`, and waits until it knows one replica of it. It
+    /// takes the primary for dead after a second.
+    pub async fn sentinel_for(primary: &Redis) -> Redis {
+        let mut sentinel = Redis::away(&[]);
+        let port = primary.port;
+        let settings = format!(
+            "sentinel monitor main 127.0.0.1 {port} 1\nsentinel down-after-milliseconds main 1000\n\
+             sentinel failover-timeout main 10000\n"
+        );
+        // A Sentinel keeps what it learns in its settings, so it needs a file.
+        let path = sentinel.directory.path().join("sentinel.conf");
+        std::fs::write(&path, settings).expect("the directory is ours");
+        sentinel.first = vec![path.display().to_string(), "--sentinel".into()];
+        sentinel.up().await;
+        until("a Sentinel that knows the replica", || async {
+            let replicas = sentinel.client().await.call(&["SENTINEL", "REPLICAS", "main"]).await;
+            (!replicas.list().is_empty()).then_some(())
+        })
+        .await;
+        sentinel
+    }
+
+    /// One that has a port but does not run yet.
+    pub fn away(flags: &[&str]) -> Redis {
+        let flags = flags.iter().map(|flag| flag.to_string()).collect();
+        Redis { port: free_port(), directory: Directory::new(), first: Vec::new(), flags, process: None }
+    }
+
+    /// Starts it, or starts it again, and waits until it answers.
+    pub async fn up(&mut self) {
+        assert!(self.process.is_none(), "it runs");
+        let mut command = Command::new("redis-server");
+        command.args(&self.first).args(["--bind", "127.0.0.1"]).arg("--port").arg(self.port.to_string());
+        command.arg("--dir").arg(self.directory.path());
+        if self.first.is_empty() {
+            command.args(["--save", ""]); // a Sentinel takes no such setting
+        }
+        command.args(&self.flags);
+        let process = Process::start("redis-server", &mut command);
+        let words = ["Ready to accept connections", "+monitor master"];
+        let ready = |line: &str| words.iter().any(|word| line.contains(word)).then_some(());
+        process.line("a Redis that is ready", ready).await.unwrap_or_else(|ended| panic!("{ended}"));
+        self.process = Some(process);
+    }
+
+    /// Ends it as a crash would.
+    pub fn kill(&mut self) {
+        self.process.take().expect("it runs").kill();
+    }
+
+    /// Removes what it kept on disk, while it does not run.
+    pub fn wipe(&mut self) {
+        assert!(self.process.is_none(), "it runs");
+        self.directory.empty();
+    }
+
+    /// Stops it without ending it, as a host that hangs would: connections stay, nothing answers.
+    pub fn freeze(&self) {
+        self.process.as_ref().expect("it runs").signal("STOP");
+    }
+
+    /// Lets it run on.
+    pub fn thaw(&self) {
+        self.process.as_ref().expect("it runs").signal("CONT");
+    }
+
+    /// Its port.
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// Its URL.
+    pub fn url(&self) -> String {
+        format!("redis://127.0.0.1:{}", self.port)
+    }
+
+    /// A client of it.
+    pub async fn client(&self) -> Resp {
+        Resp::connect(SocketAddr::from(([127, 0, 0, 1], self.port))).await
+    }
+
+    /// Waits until this many clients are subscribed to a Redis channel.
+    pub async fn subscribed(&self, channel: &str, count: i64) {
+        let client = &tokio::sync::Mutex::new(self.client().await);
+        until(&format!("{count} subscribers of {channel}"), || async {
+            let answer = client.lock().await.call(&["PUBSUB", "NUMSUB", channel]).await;
+            (answer.list()[1].int() >= count).then_some(())
+        })
+        .await;
+    }
+}
+
+/// A free port below those that the kernel gives to outgoing connections: while a test's Redis is away, none of
+/// them may take its port, and a client that tries to connect must not reach itself.
+pub fn free_port() -> u16 {
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    let start = std::process::id() as u16; // test binaries that run at once begin at different places
+    for _ in 0..20_000 {
+        let step = NEXT.fetch_add(1, Ordering::Relaxed);
+        let port = 12_000 + start.wrapping_mul(97).wrapping_add(step) % 20_000;
+        if TcpListener::bind(("127.0.0.1", port)).is_ok() {
+            return port;
+        }
+    }
+    panic!("no free port");
+}
+
+/// What Redis answers.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Value {
+    Nil,
+    Int(i64),
+    Text(Vec<u8>),
+    Error(String),
+    List(Vec<Value>),
+}
+
+impl Value {
+    /// The number.
+    pub fn int(&self) -> i64 {
+        match self {
+            Value::Int(int) => *int,
+            Value::Text(text) => {
+                std::str::from_utf8(text).ok().and_then(|text| text.parse().ok()).expect("a number")
+            }
+            other => panic!("not a number: {other:?}"),
+        }
+    }
+
+    /// The text, as UTF-8.
+    pub fn text(&self) -> &str {
+        match self {
+            Value::Text(text) => std::str::from_utf8(text).expect("UTF-8"),
+            other => panic!("not a text: {other:?}"),
+        }
+    }
+
+    /// The list.
+    pub fn list(&self) -> &[Value] {
+        match self {
+            Value::List(list) => list,
+            other => panic!("not a list: {other:?}"),
+        }
+    }
+
+    /// The error, where there must be one.
+    pub fn error(&self) -> &str {
+        match self {
+            Value::Error(error) => error,
+            other => panic!("not an error: {other:?}"),
+        }
+    }
+}
+
+/// A connection to Redis.
+pub struct Resp(BufReader<TcpStream>);
+
+impl Resp {
+    /// Connects.
+    pub async fn connect(to: SocketAddr) -> Resp {
+        Resp(BufReader::new(within("Redis", TcpStream::connect(to)).await.expect("Redis runs")))
+    }
+
+    /// Sends a command and reads its answer.
+    pub async fn call(&mut self, command: &[impl AsRef<[u8]>]) -> Value {
+        let mut bytes = format!("*{}\r\n", command.len()).into_bytes();
+        for part in command.iter().map(AsRef::as_ref) {
+            bytes.extend(format!("${}\r\n", part.len()).into_bytes());
+            bytes.extend(part);
+            bytes.extend(b"\r\n");
+        }
+        within("Redis to take a command", self.0.get_mut().write_all(&bytes)).await.expect("Redis runs");
+        self.read().await
+    }
+
+    /// `FCALL fanfare_publish`: what any program does to publish an event.
+    pub async fn fcall(&mut self, channel: &str, event: &[u8], to: Option<&str>) -> Value {
+        let key = format!("fanfare:{{{channel}}}");
+        let mut command: Vec<&[u8]> = vec![b"FCALL", b"fanfare_publish", b"1", key.as_bytes(), event];
+        command.extend(to.map(str::as_bytes));
+        self.call(&command).await
+    }
+
+    /// Subscribes, and waits until Redis says so.
+    pub async fn subscribe(&mut self, channel: &str) {
+        let answer = self.call(&["SUBSCRIBE", channel]).await;
+        assert_eq!(answer.list()[0].text(), "subscribe");
+    }
+
+    /// The next message of what it subscribed to, as it came.
+    pub async fn message(&mut self) -> Vec<u8> {
+        match self.read().await.list() {
+            [kind, _, Value::Text(message)] if kind.text() == "message" => message.clone(),
+            other => panic!("not a message: {other:?}"),
+        }
+    }
+
+    async fn read(&mut self) -> Value {
+        within("an answer from Redis", self.read_value()).await
+    }
+
+    async fn read_value(&mut self) -> Value {
+        let mut line = String::new();
+        self.0.read_line(&mut line).await.expect("Redis runs");
+        let line = line.trim_end();
+        let (kind, rest) = line.split_at_checked(1).expect("an answer");
+        let number = || rest.parse::<i64>().expect("a number");
+        match kind {
+            "+" => Value::Text(rest.into()),
+            "-" => Value::Error(rest.into()),
+            ":" => Value::Int(number()),
+            "$" | "*" if number() < 0 => Value::Nil,
+            "$" => {
+                let mut text = vec![0; number() as usize + 2];
+                self.0.read_exact(&mut text).await.expect("Redis runs");
+                text.truncate(text.len() - 2);
+                Value::Text(text)
+            }
+            "*" => {
+                let mut list = Vec::new();
+                for _ in 0..number() {
+                    list.push(Box::pin(self.read_value()).await);
+                }
+                Value::List(list)
+            }
+            _ => panic!("not RESP2: {line:?}"),
+        }
+    }
+}

@@ -1,0 +1,178 @@
+//! Readers that stall: they cost the node no memory, hinder nobody, and get everything when they read again.
+
+mod common;
+
+use std::time::Duration;
+
+use common::client::position;
+use common::raw::opcode;
+use common::{Client, Node, Raw, Redis};
+use serde_json::{Value, json};
+
+/// Larger than what kernel buffers of a connection with a small receive window take.
+const EVENTS: u64 = 3000;
+
+/// One event's text: 3000 of these are 12 MB.
+fn padding() -> String {
+    "x".repeat(4000)
+}
+
+/// Joins with a connection whose kernel buffers are small, so that not reading is felt by the server soon.
+async fn stalled(node: &Node, query: &str) -> Raw {
+    let mut raw = Raw::connect_with_small_buffers(node.public).await;
+    let response = raw.upgrade(&format!("/ws/stalled?channel=room{query}"), &[]).await;
+    assert_eq!(response.status, 101, "{response:?}");
+    raw
+}
+
+/// Reads events, which must be those from number `first` on, until number `end`.
+async fn read_numbers(raw: &mut Raw, numbers: std::ops::Range<u64>, ids: &[u64]) {
+    for n in numbers {
+        let event: Value = serde_json::from_str(&raw.next_text().await).expect("JSON");
+        let got = (event["n"].as_u64(), event["id"].as_u64());
+        assert_eq!(got, (Some(n), Some(ids[n as usize])), "{:.100}", event.to_string());
+    }
+}
+
+/// Publishes these numbers, with padding.
+async fn publish(node: &Node, numbers: std::ops::Range<u64>, ids: &mut Vec<u64>) {
+    for n in numbers {
+        ids.push(node.publish("room", &json!({"n": n, "padding": padding()})).await);
+    }
+}
+
+async fn stalled_readers_cost_nothing_and_miss_nothing(node: &Node) {
+    const READERS: usize = 50;
+    let mut ids = Vec::new();
+    let mut reader = tokio::spawn({
+        let mut live = Client::plain(node, "live", "room").await;
+        async move {
+            for n in 0..EVENTS {
+                assert_eq!(live.next_event().await.1["n"], n);
+            }
+        }
+    });
+    // A first round fills what is filled once: feeds, history, the allocator's pools.
+    let warm_up = EVENTS / 2;
+    publish(node, 0..warm_up, &mut ids).await;
+    let (_, welcome) = Client::resume(node, "head", "room", "").await;
+    assert_eq!(position(&welcome["head"]), ids[ids.len() - 1]);
+    let mut readers = Vec::new();
+    for _ in 0..READERS {
+        let query = format!("&lastEventId={}", ids[ids.len() - 1]);
+        readers.push(stalled(node, &query).await);
+    }
+    let before = node.resident();
+    publish(node, warm_up..EVENTS, &mut ids).await;
+    common::within("the reader that does not stall", &mut reader).await.expect("it saw all, live");
+    let after = node.resident();
+    let grown = after.saturating_sub(before);
+    // 50 queues of 6 MB would be 300 MB.
+    assert!(grown < 16 << 20, "resident memory grew by {grown} bytes from {before}");
+    for raw in &mut readers {
+        assert!(raw.next_text().await.contains("welcome"));
+        read_numbers(raw, warm_up..EVENTS, &ids).await;
+    }
+    let after = node.resident();
+    let grown = after.saturating_sub(before);
+    assert!(grown < 16 << 20, "resident memory grew by {grown} bytes from {before} while they caught up");
+    let id = node.publish("room", &json!({"n": EVENTS})).await;
+    ids.push(id);
+    for raw in &mut readers {
+        read_numbers(raw, EVENTS..EVENTS + 1, &ids).await;
+    }
+}
+
+#[tokio::test]
+async fn stalled_readers_cost_no_memory_and_miss_nothing_on_redis() {
+    let redis = Redis::start(&[]).await;
+    let node = Node::on(&redis, &["--feed-memory", "1MiB"]).await;
+    stalled_readers_cost_nothing_and_miss_nothing(&node).await;
+}
+
+#[tokio::test]
+async fn stalled_readers_cost_no_memory_and_miss_nothing_on_the_local_bus() {
+    // Its history is what is in memory, so half of the events must fit.
+    let node = Node::start(&["--history", "2000", "--feed-memory", "16MiB"]).await;
+    stalled_readers_cost_nothing_and_miss_nothing(&node).await;
+}
+
+#[tokio::test]
+async fn a_reader_that_stalls_for_longer_than_history_lasts_is_told() {
+    let redis = Redis::start(&[]).await;
+    let local = Node::start(&["--history", "1000", "--feed-memory", "1MiB"]).await;
+    let on_redis = Node::on(&redis, &["--history", "1000", "--feed-memory", "1MiB"]).await;
+    for node in [&local, &on_redis] {
+        let mut ids = Vec::new();
+        let mut recovering = stalled(node, "&lastEventId=").await;
+        let mut plain = stalled(node, "").await;
+        publish(node, 0..EVENTS, &mut ids).await;
+
+        let welcome: Value = serde_json::from_str(&recovering.next_text().await).expect("JSON");
+        let mut at = position(&welcome["lastEventId"]);
+        let mut resets = 0;
+        while at < ids[EVENTS as usize - 1] {
+            let frame: Value = serde_json::from_str(&recovering.next_text().await).expect("JSON");
+            if frame["type"] == "reset" {
+                resets += 1;
+                assert!(position(&frame["lastEventId"]) > at, "forward");
+                at = position(&frame["lastEventId"]);
+            } else {
+                assert_eq!(position(&frame["id"]), at + 1, "nothing is missing without a word");
+                assert_eq!(frame["n"], ids.binary_search(&(at + 1)).expect("a known id"));
+                at += 1;
+            }
+        }
+        assert!(resets >= 1, "far more was published than buffers and history hold");
+        let mut last = None;
+        let code = loop {
+            match plain.next().await {
+                Some((opcode::TEXT, text)) => {
+                    let event: Value = serde_json::from_slice(&text).expect("JSON");
+                    let id = position(&event["id"]);
+                    assert!(last.is_none_or(|last| id == last + 1), "{id} after {last:?}");
+                    last = Some(id);
+                }
+                Some((opcode::CLOSE, payload)) => break u16::from_be_bytes([payload[0], payload[1]]),
+                Some((opcode::PING, _)) => {}
+                other => panic!("{other:?}"),
+            }
+        };
+        assert_eq!(code, 4008);
+    }
+}
+
+#[tokio::test]
+async fn a_slow_reader_that_reads_on_stays_though_its_pongs_are_late() {
+    let node = Node::start(&["--heartbeat", "1s", "--heartbeat-timeout", "1s"]).await;
+    let (_, welcome) = Client::resume(&node, "head", "room", "").await;
+    let first = position(&welcome["head"]) + 1;
+    let ids: Vec<u64> = (first..first + EVENTS).collect();
+    // With a receive window as usual: Linux counts a tiny one that fills up again and again as no progress.
+    let mut raw = Raw::upgraded(node.public, "/ws/slow?channel=room").await;
+    // It answers no ping, but takes some events every now and then, for much longer than heartbeat and timeout. It
+    // stops while there is more than the kernel holds (4 MB): then the server can't see any more that it reads.
+    let read = async {
+        for part in 0..18 {
+            read_numbers(&mut raw, part * 100..(part + 1) * 100, &ids).await;
+            tokio::time::sleep(Duration::from_millis(400)).await; // slowness itself is what is tested
+        }
+    };
+    let mut given = Vec::new();
+    tokio::join!(read, publish(&node, 0..EVENTS, &mut given));
+    assert_eq!(given, ids);
+}
+
+#[tokio::test]
+async fn a_reader_that_never_reads_again_is_ended_and_frees_its_place() {
+    let flags = ["--heartbeat", "1s", "--heartbeat-timeout", "1s", "--feed-memory", "1MiB"];
+    let node = Node::start(&flags).await;
+    let mut raw = stalled(&node, "").await;
+    let mut ids = Vec::new();
+    publish(&node, 0..1500, &mut ids).await;
+    common::until("its end", || async { (node.metric("fanfare_connections").await == 0.0).then_some(()) })
+        .await;
+    // What the kernel still had is events in order, then nothing.
+    let rest = raw.rest().await;
+    assert!(rest.len() < 6_000_000, "{}", rest.len());
+}
