@@ -125,8 +125,8 @@ pub fn read_args(
     args
 }
 
-/// Takes the answer of [`READ`] apart: the page, and how many events it holds.
-pub fn page(frame: &Resp3Frame) -> Option<(Page, u64)> {
+/// Takes the answer of [`READ`] apart.
+pub fn page(frame: &Resp3Frame) -> Option<Page> {
     let items = array(frame)?;
     let (heads, events) = items.split_at_checked(3)?;
     let ids: Vec<u64> = heads.iter().map(integer).collect::<Option<_>>()?;
@@ -136,9 +136,8 @@ pub fn page(frame: &Resp3Frame) -> Option<(Page, u64)> {
         let user = (!user.is_empty()).then(|| String::from_utf8_lossy(&user).into());
         history.push((bytes(&pair[0])?, user));
     }
-    let count = history.len() as u64;
     let entries = wire::entries(&history);
-    Some((Page { base: EventId(ids[0]), head: EventId(ids[1]), oldest: EventId(ids[2]), entries }, count))
+    Some(Page { base: EventId(ids[0]), head: EventId(ids[1]), oldest: EventId(ids[2]), entries })
 }
 
 /// The arguments of [`CANARY`], but for the channels.
