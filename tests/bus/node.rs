@@ -281,3 +281,13 @@ pub async fn until(what: &str, holds: impl Fn() -> bool) {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
 }
+
+/// An event that shows its number.
+pub fn event(n: usize) -> String {
+    format!(r#"{{"n":"<{n}>"}}"#)
+}
+
+/// What only the event with this number contains.
+pub fn mark(n: usize) -> String {
+    format!("\"<{n}>\"")
+}

@@ -138,6 +138,14 @@ impl RedisServer {
         format!("redis://127.0.0.1:{}", self.port)
     }
 
+    /// The last id that a channel has given; 0 when it has none.
+    pub fn head(&self, name: &str) -> u64 {
+        match self.raw().command(&["HGET", &format!("fanfare:{{{name}}}:meta"), "head"]) {
+            Reply::Text(text) => text.parse().unwrap(),
+            _ => 0,
+        }
+    }
+
     pub fn raw(&self) -> Raw {
         Raw::connect(self.port).unwrap()
     }
