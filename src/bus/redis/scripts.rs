@@ -26,9 +26,6 @@ pub const CANARY: &str =
 /// Writes nothing.
 pub const CHECK: &str = concat!("#!lua flags=no-writes,allow-oom\n", include_str!("../check.lua"));
 
-/// How long a node's last publish number is remembered: many times the longest retry.
-const NUMBER_TTL_MS: u64 = 3_600_000;
-
 /// The library that serves `FCALL fanfare_publish`. Its name carries a version: a later one takes its place.
 /// Where deployments share a Redis, the settings of the node that loaded it last hold for all.
 pub fn library(terms: &Terms) -> String {
@@ -86,7 +83,7 @@ pub fn publish_args(
         Value::from(terms.node.as_str()),
         number(call),
         number(u64::from(retry)),
-        number(NUMBER_TTL_MS),
+        number(terms.number_ttl_ms),
     ]);
     args
 }
