@@ -147,7 +147,7 @@ const tests = {
     const { last, live, heard } = client();
     await live();
     last().says({ type: "error", code: "invalid", message: "no JSON" });
-    last().says({ type: "error", code: "invalid", message: "nothing to publish", ref: "probe" });
+    last().says({ type: "ping", lastEventId: 0 });
     equal(heard("error").map(({ code, message }) => [code, message]), [["invalid", "no JSON"]]);
   },
 
@@ -271,9 +271,9 @@ const tests = {
     await pass(29_000);
     equal(last().sent, []);
     await pass(1_000);
-    equal(last().sent, [{ ref: "probe" }]);
+    equal(last().sent, [{ type: "ping" }]);
     await pass(9_000);
-    last().says({ type: "error", code: "invalid", message: "", ref: "probe" });
+    last().says({ type: "ping", lastEventId: 0 });
     await pass(29_000);
     equal([state().state, last().sent.length], ["live", 1]);
     await pass(2_000);
@@ -297,14 +297,14 @@ const tests = {
     const moments = [[window, "online"], [window, "offline"], [window, "pageshow"], [document, "visibilitychange"]];
     for (const [target, name] of moments) {
       target.dispatchEvent(new Event(name, { bubbles: true }));
-      equal(last().sent.pop(), { ref: "probe" });
+      equal(last().sent.pop(), { type: "ping" });
       await pass(1_000);
-      last().says({ type: "error", code: "invalid", message: "", ref: "probe" });
+      last().says({ type: "ping", lastEventId: 0 });
       await pass(1_000);
     }
     dispatchEvent(new Event("offline"));
     dispatchEvent(new Event("online")); // the first question still has its whole time, and no more
-    equal(last().sent, [{ ref: "probe" }]);
+    equal(last().sent, [{ type: "ping" }]);
     await pass(10_000);
     equal(state().state, "waiting");
     dispatchEvent(new Event("online"));
