@@ -30,10 +30,12 @@ pub enum Reason {
     Answered,
     /// Its request was not complete in time.
     RequestTimeout,
+    /// It is a page of a site that may not connect.
+    ForeignOrigin,
 }
 
 /// How many reasons there are.
-pub const REASONS: usize = 13;
+pub const REASONS: usize = 14;
 
 /// Every reason's label, by number.
 pub const LABELS: [&str; REASONS] = [
@@ -50,9 +52,10 @@ pub const LABELS: [&str; REASONS] = [
     "draining",
     "answered",
     "request_timeout",
+    "foreign_origin",
 ];
 
-const _: () = assert!(Reason::RequestTimeout as usize + 1 == REASONS);
+const _: () = assert!(Reason::ForeignOrigin as usize + 1 == REASONS);
 
 impl Reason {
     /// The label in logs and metrics.
@@ -64,7 +67,11 @@ impl Reason {
     /// no close frame of ours is sent.
     pub fn close(self) -> Option<(u16, &'static str)> {
         match self {
-            Reason::ClosedByPeer | Reason::PeerGone | Reason::Answered | Reason::RequestTimeout => None,
+            Reason::ClosedByPeer
+            | Reason::PeerGone
+            | Reason::Answered
+            | Reason::RequestTimeout
+            | Reason::ForeignOrigin => None,
             Reason::Protocol => Some((1002, "protocol error")),
             Reason::Binary => Some((1003, "only text messages are taken")),
             Reason::InvalidText => Some((1007, "text must be UTF-8")),

@@ -10,6 +10,7 @@ use std::time::Duration;
 use tracing_subscriber::filter::{LevelFilter, Targets};
 
 use crate::event::ChannelName;
+use crate::origin::OriginRule;
 
 mod input;
 mod redis_url;
@@ -39,6 +40,8 @@ pub struct Settings {
     pub listen: Vec<SocketAddr>,
     /// Where publish, metrics and stats are served.
     pub admin: AdminAddr,
+    /// Pages that may connect; none named: those of the host itself.
+    pub allow_origin: Vec<OriginRule>,
     /// `None`: the local bus.
     pub redis: Option<RedisUrl>,
     /// Begins every key and Redis channel.
@@ -172,6 +175,7 @@ impl Settings {
         Settings {
             listen: input.get("listen", |text| parse_list(text, parse_address)),
             admin: input.get("admin", parse_admin),
+            allow_origin: input.get("allow-origin", |text| parse_some(text, OriginRule::parse)),
             redis: input.get("redis", |text| match text {
                 "" => Ok(None),
                 url => RedisUrl::parse(url).map(Some),
@@ -264,6 +268,7 @@ impl Settings {
         [
             ("listen", list(&self.listen)),
             ("admin", self.admin.to_string()),
+            ("allow-origin", list(&self.allow_origin)),
             ("redis", self.redis.as_ref().map_or(String::new(), RedisUrl::to_string)),
             ("redis-prefix", self.redis_prefix.clone()),
             ("redis-durable", self.redis_durable.to_string()),
@@ -326,6 +331,11 @@ impl fmt::Display for AdminAddr {
 /// Values by comma; a wrong one is named.
 fn parse_list<T>(text: &str, parse: impl Fn(&str) -> Result<T, String>) -> Result<Vec<T>, String> {
     text.split(',').map(|item| parse(item.trim())).collect()
+}
+
+/// The same where there may be none.
+fn parse_some<T>(text: &str, parse: impl Fn(&str) -> Result<T, String>) -> Result<Vec<T>, String> {
+    if text.is_empty() { Ok(Vec::new()) } else { parse_list(text, parse) }
 }
 
 fn parse_address(text: &str) -> Result<SocketAddr, String> {

@@ -5,10 +5,13 @@ use std::sync::Arc;
 use bytes::{BufMut, Bytes, BytesMut};
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 
+use crate::close::Reason;
+use crate::config::Settings;
 use crate::connection::{Join, LastSeen};
 use crate::event::{ChannelName, DEFAULT_CHANNEL, EventId, is_user_id};
 use crate::http::{self, BodyLength, Head, Refusal, Response};
 use crate::metrics::Readiness;
+use crate::origin;
 use crate::web;
 
 /// The subprotocol of JSON mode.
@@ -23,26 +26,47 @@ pub enum Verdict {
     Incomplete,
     /// The client may join, once the bus agrees.
     Join(Box<Join>),
-    /// An HTTP answer, after which the connection ends.
-    Answer(Bytes),
+    /// An HTTP answer, after which the connection ends for this reason.
+    Answer(Bytes, Reason),
+}
+
+/// What decides over requests.
+#[derive(Clone, Debug)]
+pub struct Door {
+    /// Who may come in.
+    pub settings: Arc<Settings>,
+    /// Whether the node takes clients.
+    pub readiness: Arc<Readiness>,
+}
+
+/// A request that is not served: the answer, and the reason to count it under.
+struct Refused(Refusal, Reason);
+
+impl From<Refusal> for Refused {
+    fn from(refusal: Refusal) -> Refused {
+        Refused(refusal, Reason::Answered)
+    }
 }
 
 /// Reads the bytes of a request on the public listener and decides.
-pub fn decide(bytes: &[u8], readiness: &Arc<Readiness>) -> Verdict {
+pub fn decide(bytes: &[u8], door: &Door) -> Verdict {
     let (head, length) = match http::parse(bytes) {
         Ok(None) => return Verdict::Incomplete,
         Ok(Some(parsed)) => parsed,
-        Err(refusal) => return Verdict::Answer(Response::from(refusal).to_closing_bytes()),
+        Err(refusal) => return Verdict::Answer(Response::from(refusal).to_closing_bytes(), Reason::Answered),
     };
     let decided = match head.path.strip_prefix("/ws/") {
-        Some(user) => upgrade(&head, user, bytes.len() > length),
+        Some(user) => upgrade(&head, user, bytes.len() > length, door),
         None => {
-            return Verdict::Answer(plain(&head, readiness).to_bytes(&head, false));
+            let response = plain(&head, &door.readiness);
+            return Verdict::Answer(response.to_bytes(&head, false), Reason::Answered);
         }
     };
     match decided {
         Ok(join) => Verdict::Join(Box::new(join)),
-        Err(refusal) => Verdict::Answer(Response::from(refusal).to_bytes(&head, false)),
+        Err(Refused(refusal, reason)) => {
+            Verdict::Answer(Response::from(refusal).to_bytes(&head, false), reason)
+        }
     }
 }
 
@@ -82,16 +106,16 @@ fn plain(head: &Head<'_>, readiness: &Readiness) -> Response {
 }
 
 /// The checks of RFC 6455 section 4.2.1, and ours.
-fn upgrade(head: &Head<'_>, user: &str, more: bool) -> Result<Join, Refusal> {
-    let refuse = |status, text: &'static str| Err(Refusal::new(status, text));
+fn upgrade(head: &Head<'_>, user: &str, more: bool, door: &Door) -> Result<Join, Refused> {
+    let refuse = |status, text: &'static str| Err(Refusal::new(status, text).into());
     if head.method != "GET" {
-        return Err(Refusal::new(405, "a WebSocket begins with GET").with("Allow", "GET"));
+        return Err(Refusal::new(405, "a WebSocket begins with GET").with("Allow", "GET").into());
     }
     let version = head.header("sec-websocket-version");
     let upgrades = head.has_token("upgrade", "websocket") && head.has_token("connection", "upgrade");
     if !head.is_http_1_1 || !upgrades || version != Some("13") {
         let refusal = Refusal::new(426, "this is a WebSocket: upgrade with version 13");
-        return Err(refusal.with("Upgrade", "websocket").with("Sec-WebSocket-Version", "13"));
+        return Err(refusal.with("Upgrade", "websocket").with("Sec-WebSocket-Version", "13").into());
     }
     if head.body_length()? != BodyLength::Empty || more {
         return refuse(400, TOO_EARLY);
@@ -100,6 +124,7 @@ fn upgrade(head: &Head<'_>, user: &str, more: bool) -> Result<Join, Refusal> {
     let Some(key) = key.filter(|_| head.count("sec-websocket-key") == 1) else {
         return refuse(400, "Sec-WebSocket-Key must be given once, 16 bytes in base64");
     };
+    check_origin(head, &door.settings)?;
     let user = Some(user).filter(|user| !user.contains('/')).and_then(http::percent_decode);
     let user = user.filter(|user| is_user_id(user));
     let Some(user) = user else {
@@ -125,6 +150,24 @@ fn upgrade(head: &Head<'_>, user: &str, more: bool) -> Result<Join, Refusal> {
         Err(_) => LastSeen::Unknown,
     };
     Ok(Join { user: user.into(), channel, last_seen, recovers, json, response: switching(key, json) })
+}
+
+/// A request without Origin is no browser's.
+fn check_origin(head: &Head<'_>, settings: &Settings) -> Result<(), Refused> {
+    let allowed = match head.count("origin") {
+        0 => return Ok(()),
+        1 => origin::is_allowed(
+            &settings.allow_origin,
+            head.header("origin").unwrap_or_default(),
+            head.header("host").unwrap_or_default(),
+        ),
+        _ => false,
+    };
+    if allowed {
+        return Ok(());
+    }
+    let text = "pages of this origin may not connect here: name it with --allow-origin, or have the proxy pass on Host";
+    Err(Refused(Refusal::new(403, text), Reason::ForeignOrigin))
 }
 
 /// 16 bytes in base64 (RFC 6455 section 4.1): 22 digits and two signs of padding.
@@ -157,8 +200,16 @@ mod tests {
         )
     }
 
+    fn door(flags: &[&str]) -> Door {
+        let settings = match Settings::from(flags.iter().map(std::ffi::OsString::from), []) {
+            Ok(crate::config::Action::Run(settings)) => Arc::new(settings),
+            other => panic!("{other:?}"),
+        };
+        Door { settings, readiness: Arc::default() }
+    }
+
     fn verdict(bytes: &[u8]) -> Verdict {
-        decide(bytes, &Arc::new(Readiness::default()))
+        decide(bytes, &door(&[]))
     }
 
     fn join(target: &str, headers: &str) -> Join {
@@ -170,7 +221,7 @@ mod tests {
 
     fn status(bytes: &[u8]) -> String {
         match verdict(bytes) {
-            Verdict::Answer(answer) => String::from_utf8_lossy(&answer[9..12]).into_owned(),
+            Verdict::Answer(answer, _) => String::from_utf8_lossy(&answer[9..12]).into_owned(),
             other => panic!("{other:?}"),
         }
     }
@@ -223,6 +274,10 @@ mod tests {
             (request(&format!("/ws/{}", "a".repeat(129)), ""), "400"),
             (request("/ws/a?channel=", ""), "400"),
             (request("/ws/a?channel=a%20b", ""), "400"),
+            (request("/ws/a", "Origin: http://b\r\n"), "403"),
+            (request("/ws/a", "Origin: null\r\n"), "403"),
+            (request("/ws/a", "Origin: http://a\r\nOrigin: http://a\r\n"), "403"),
+            (request("/ws/a", "Origin: \r\n"), "403"),
             (request("/nowhere", ""), "404"),
             (request("/healthz", ""), "200"),
             (request("/healthz", "").replace("GET", "DELETE"), "405"),

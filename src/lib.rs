@@ -6,6 +6,7 @@ pub mod event;
 pub mod frame;
 pub mod http;
 pub mod input;
+pub mod origin;
 pub mod web;
 
 pub mod bus;

@@ -73,6 +73,7 @@ pub struct Wiring {
 pub struct Shard {
     id: ShardId,
     settings: Arc<Settings>,
+    door: handshake::Door,
     requests: Requests,
     metrics: Arc<Metrics>,
     registry: Registry,
@@ -126,6 +127,10 @@ pub fn run(wiring: Wiring) -> io::Result<()> {
     let mut events = Events::with_capacity(EVENTS);
     let mut shard = Shard {
         id: wiring.id,
+        door: handshake::Door {
+            settings: wiring.settings.clone(),
+            readiness: wiring.metrics.readiness.clone(),
+        },
         settings: wiring.settings,
         requests: wiring.requests,
         metrics: wiring.metrics,

@@ -36,6 +36,7 @@ async fn help_and_version_go_to_standard_output() {
     for name in [
         "listen",
         "admin",
+        "allow-origin",
         "redis",
         "redis-prefix",
         "redis-durable",

@@ -58,7 +58,7 @@ const fn spec(
 }
 
 /// All settings, in the order shown.
-pub(super) static TABLE: [Spec; 18] = [
+pub(super) static TABLE: [Spec; 19] = [
     spec(
         "listen",
         List,
@@ -72,6 +72,17 @@ pub(super) static TABLE: [Spec; 18] = [
         "IP:PORT",
         "127.0.0.1:9080",
         &["Where publish, metrics and stats are served: a loopback address, unix:PATH, or off."],
+    ),
+    spec(
+        "allow-origin",
+        List,
+        "ORIGIN,...",
+        "",
+        &[
+            "Sites whose pages may connect: https://example.com, https://*.example.com. Without it pages",
+            "of the very host and port that they connect to; on loopback hosts any port. Programs, which",
+            "send no Origin, always may.",
+        ],
     ),
     spec(
         "redis",
@@ -161,8 +172,9 @@ pub(super) static TABLE: [Spec; 18] = [
 ];
 
 /// The heading before each setting that begins a group.
-const GROUPS: [(&str, &str); 5] = [
+const GROUPS: [(&str, &str); 6] = [
     ("listen", "Addresses"),
+    ("allow-origin", "Access"),
     ("redis", "Bus"),
     ("max-channels", "Clients"),
     ("shards", "Machine"),

@@ -38,6 +38,7 @@ fn every_setting_is_read_from_its_flag_in_both_forms_and_from_its_variable() {
     let others = [
         ("listen", "0.0.0.0:80,[::1]:81"),
         ("admin", "unix:/run/fanfare.sock"),
+        ("allow-origin", "https://example.com,https://*.example.org:8443"),
         ("redis", "redis://10.0.0.1:6379/2"),
         ("redis-prefix", "app:live"),
         ("redis-durable", "true"),
@@ -130,6 +131,8 @@ fn each_wrong_setting_is_named_and_explained() {
         (&["--admin", "[::]:9080"], "open to others"),
         (&["--admin", "unix:"], "needs a path"),
         (&["--admin", "on"], "is none of"),
+        (&["--allow-origin", "example.com"], "not an origin"),
+        (&["--allow-origin", "null"], "not an origin"),
         (&["--redis", "redis-cluster://a:1"], "not supported yet"),
         (&["--redis", ""], "--redis: is empty"),
         (&["--redis-prefix", "a b"], "no blanks"),

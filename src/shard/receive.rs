@@ -76,17 +76,17 @@ impl Shard {
         let connection = &mut self.connections[slot as usize];
         let State::Request(kept) = &mut connection.state else { return };
         let verdict = match kept {
-            None => handshake::decide(bytes, &self.metrics.readiness),
+            None => handshake::decide(bytes, &self.door),
             Some(kept) => {
                 kept.extend_from_slice(bytes);
-                handshake::decide(kept, &self.metrics.readiness)
+                handshake::decide(kept, &self.door)
             }
         };
         match verdict {
             Verdict::Incomplete => {
                 kept.get_or_insert_with(|| Box::new(bytes.to_vec()));
             }
-            Verdict::Answer(answer) => self.answer(slot, answer, Reason::Answered),
+            Verdict::Answer(answer, reason) => self.answer(slot, answer, reason),
             Verdict::Join(join) => {
                 connection.state = State::Joining(join);
                 self.join(slot, Asked::Nothing);

@@ -8,7 +8,7 @@ use std::time::Duration;
 use fanfare::bus::{
     self, Answer, BusError, Page, Publish, PublishError, Request, Requests, Shards, ToShard, Unusable, Wiring,
 };
-use fanfare::config::{AdminAddr, HeartbeatFormat, LogFormat, RedisUrl, Settings};
+use fanfare::config::{Action, RedisUrl, Settings};
 use fanfare::event::{ChannelName, Entry, EventId, Kind};
 use fanfare::metrics::{BusNumbers, Readiness};
 use tokio::sync::{mpsc, oneshot};
@@ -17,25 +17,13 @@ use tokio::time::timeout;
 use super::redis_server::PATIENCE;
 
 pub fn settings(url: &str) -> Settings {
+    let Ok(Action::Run(defaults)) = Settings::from([], []) else { panic!("the defaults are right") };
     Settings {
-        listen: Vec::new(),
-        admin: AdminAddr::Off,
         redis: Some(RedisUrl(url.into())),
-        redis_prefix: "fanfare".into(),
-        redis_durable: false,
-        bare_channels: vec![channel("ws_broadcast")],
         max_channels: NonZeroUsize::new(100).unwrap(),
-        shards: NonZeroUsize::new(2).unwrap(),
-        history: 10_000,
         history_ttl: Duration::from_secs(3600),
-        feed_memory: 64 << 20,
-        heartbeat: Duration::from_secs(25),
-        heartbeat_timeout: Duration::from_secs(20),
-        heartbeat_format: HeartbeatFormat::Ping,
-        max_message: 64 << 10,
         publish_timeout: Duration::from_secs(20),
-        log: "info".into(),
-        log_format: LogFormat::Text,
+        ..defaults
     }
 }
 

@@ -106,6 +106,14 @@ impl Node {
         values.fold(first, |sum, value| Some(sum? + value?)).expect("a metric's value is a number")
     }
 
+    /// One series of `/metrics`, by its only label: `reason="protocol"`.
+    pub async fn metric_of(&self, name: &str, label: &str) -> f64 {
+        let metrics = self.admin("GET", "/metrics", b"").await.body;
+        let series = format!("{name}{{{label}}} ");
+        let value = metrics.lines().find_map(|line| line.strip_prefix(&series));
+        value.and_then(|value| value.parse().ok()).unwrap_or_else(|| panic!("no {series} in\n{metrics}"))
+    }
+
     /// Memory resident, in bytes.
     pub fn resident(&self) -> u64 {
         let path = format!("/proc/{}/status", self.process.pid());

@@ -1,0 +1,239 @@
+//! Which pages may connect. A browser says with `Origin` which site a page is from (RFC 6454 section 7); without a
+//! look at it any page on the web could talk to this node from its visitor's machine, behind any firewall.
+
+use std::fmt;
+use std::net::IpAddr;
+
+/// A site: scheme, host and port.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Site<'a> {
+    scheme: &'a str,
+    host: &'a str,
+    /// As given, else the scheme's own; `None` for a scheme that has none.
+    port: Option<u16>,
+}
+
+/// One site that `--allow-origin` names, or every site below a domain.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OriginRule {
+    scheme: String,
+    host: String,
+    port: Option<u16>,
+    /// The host is a domain whose subdomains are meant, not itself.
+    subdomains: bool,
+}
+
+impl OriginRule {
+    /// Reads `https://example.com`, `http://10.0.0.1:8080` or `https://*.example.com`.
+    pub fn parse(text: &str) -> Result<OriginRule, String> {
+        let wrong =
+            || format!("{text:?} is not an origin, such as https://example.com or https://*.example.com");
+        let site = Site::parse(text).ok_or_else(wrong)?;
+        let below = site.host.strip_prefix("*.");
+        let host = below.unwrap_or(site.host);
+        if host.contains('*') {
+            return Err(wrong());
+        }
+        Ok(OriginRule {
+            scheme: site.scheme.to_ascii_lowercase(),
+            host: host.to_ascii_lowercase(),
+            port: site.port,
+            subdomains: below.is_some(),
+        })
+    }
+
+    fn allows(&self, site: &Site<'_>) -> bool {
+        let host = site.host.to_ascii_lowercase();
+        let right_host = match self.subdomains {
+            true => host.strip_suffix(&self.host).is_some_and(|rest| rest.len() > 1 && rest.ends_with('.')),
+            false => host == self.host,
+        };
+        right_host && site.scheme.eq_ignore_ascii_case(&self.scheme) && site.port == self.port
+    }
+}
+
+impl fmt::Display for OriginRule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}://{}{}", self.scheme, if self.subdomains { "*." } else { "" }, self.host)?;
+        match self.port {
+            Some(port) if default_port(&self.scheme) != Some(port) => write!(f, ":{port}"),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Whether a page of `origin` may connect to a node that it addressed as `host` (the Host header).
+///
+/// Without rules a page must come from the very host and port it connects to. Between two loopback hosts the port
+/// does not count: the page to try it talks to a second node on the same machine, and whoever can serve a page
+/// there runs on that machine anyway. With rules only they count, so that a foreign name which was made to point
+/// here (DNS rebinding) does not pass as the same host.
+pub fn is_allowed(rules: &[OriginRule], origin: &str, host: &str) -> bool {
+    let Some(site) = Site::parse(origin) else { return false };
+    if !rules.is_empty() {
+        return rules.iter().any(|rule| rule.allows(&site));
+    }
+    let Some((host, port)) = split_port(host) else { return false };
+    let port = port.or(default_port(site.scheme));
+    let same = site.port.is_some() && site.port == port && site.host.eq_ignore_ascii_case(host);
+    same || (default_port(site.scheme).is_some() && is_loopback(site.host) && is_loopback(host))
+}
+
+impl Site<'_> {
+    /// `None` also for `null`, which is what sandboxed pages and files send.
+    fn parse(text: &str) -> Option<Site<'_>> {
+        let (scheme, authority) = text.split_once("://")?;
+        let is_scheme = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'+' | b'-' | b'.');
+        if scheme.is_empty() || !scheme.bytes().all(is_scheme) {
+            return None;
+        }
+        let (host, port) = split_port(authority)?;
+        Some(Site { scheme, host, port: port.or(default_port(scheme)) })
+    }
+}
+
+/// Host and port of an authority without user (RFC 3986 section 3.2). An IPv6 address keeps its brackets.
+fn split_port(authority: &str) -> Option<(&str, Option<u16>)> {
+    let host_end = match authority.strip_prefix('[') {
+        Some(rest) => rest.find(']')? + 2,
+        None => authority.find(':').unwrap_or(authority.len()),
+    };
+    let (host, rest) = authority.split_at(host_end);
+    let strange = |b: u8| !b.is_ascii_graphic() || b"/?#@\\,".contains(&b);
+    if host.is_empty() || host.bytes().any(strange) {
+        return None;
+    }
+    match rest.strip_prefix(':') {
+        None if rest.is_empty() => Some((host, None)),
+        Some(digits) if digits.bytes().all(|b| b.is_ascii_digit()) => {
+            Some((host, Some(digits.parse().ok()?)))
+        }
+        _ => None,
+    }
+}
+
+fn default_port(scheme: &str) -> Option<u16> {
+    match scheme.to_ascii_lowercase().as_str() {
+        "http" => Some(80),
+        "https" => Some(443),
+        _ => None,
+    }
+}
+
+fn is_loopback(host: &str) -> bool {
+    let host = host.to_ascii_lowercase();
+    let address = host.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>();
+    address.is_ok_and(|address| address.to_canonical().is_loopback())
+        || host == "localhost"
+        || host.ends_with(".localhost") // RFC 6761 section 6.3
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn allowed(rules: &[&str], origin: &str, host: &str) -> bool {
+        let rules: Vec<_> = rules.iter().map(|rule| OriginRule::parse(rule).unwrap()).collect();
+        is_allowed(&rules, origin, host)
+    }
+
+    #[test]
+    fn without_rules_only_the_same_host_and_port() {
+        for (origin, host) in [
+            ("http://a.example:8080", "a.example:8080"),
+            ("https://a.example", "a.example"),
+            ("https://a.example", "a.example:443"),
+            ("https://a.example:443", "a.example"),
+            ("http://a.example", "a.example:80"),
+            ("HTTPS://A.example", "a.EXAMPLE"),
+            ("http://[2001:db8::1]:8080", "[2001:db8::1]:8080"),
+            // Loopback, whatever the port.
+            ("http://127.0.0.1:8080", "127.0.0.1:8081"),
+            ("http://localhost:3000", "127.0.0.1:8080"),
+            ("http://app.localhost", "[::1]:8080"),
+        ] {
+            assert!(allowed(&[], origin, host), "{origin} {host}");
+        }
+        for (origin, host) in [
+            ("http://a.example:8080", "a.example:8081"),
+            ("http://a.example", "a.example:443"),
+            ("https://b.example", "a.example"),
+            ("https://a.example.b.example", "a.example"),
+            ("https://a.example", "127.0.0.1:8080"),
+            ("http://127.0.0.1:8080", "a.example:8080"),
+            ("http://127.0.0.1.b.example", "127.0.0.1:8080"),
+            ("http://notlocalhost", "localhost"),
+            ("chrome-extension://localhost", "localhost"),
+            ("chrome-extension://abc", "abc"),
+            ("null", "null"),
+            ("", ""),
+            ("a.example", "a.example"),
+            ("http://", ""),
+            ("http://a.example/", "a.example"),
+            ("http://user@a.example", "a.example"),
+            ("http://a.example:x", "a.example"),
+            ("http://a.example:99999", "a.example:99999"),
+            ("http://a.example, http://b.example", "a.example"),
+        ] {
+            assert!(!allowed(&[], origin, host), "{origin} {host}");
+        }
+    }
+
+    #[test]
+    fn with_rules_only_they_count() {
+        let rules =
+            ["https://example.com", "https://*.example.org", "http://10.0.0.1:3000", "capacitor://localhost"];
+        for origin in [
+            "https://example.com",
+            "https://EXAMPLE.com:443",
+            "https://a.example.org",
+            "https://a.b.example.org",
+            "http://10.0.0.1:3000",
+            "capacitor://localhost",
+        ] {
+            assert!(allowed(&rules, origin, "other.example"), "{origin}");
+        }
+        for origin in [
+            "http://example.com",
+            "https://example.com:8443",
+            "https://www.example.com",
+            "https://example.org",
+            "https://.example.org",
+            "https://badexample.org",
+            "http://a.example.org",
+            "https://a.example.org.evil.example",
+            "http://10.0.0.1",
+            "https://same.example",
+            "null",
+        ] {
+            assert!(!allowed(&rules, origin, "same.example"), "{origin}");
+        }
+    }
+
+    #[test]
+    fn rules_are_read_and_shown() {
+        for (text, shown) in [
+            ("https://Example.com", "https://example.com"),
+            ("https://example.com:443", "https://example.com"),
+            ("http://*.example.com:81", "http://*.example.com:81"),
+            ("http://[::1]:80", "http://[::1]"),
+        ] {
+            let rule = OriginRule::parse(text).unwrap();
+            assert_eq!(rule.to_string(), shown);
+            assert_eq!(OriginRule::parse(shown).unwrap(), rule);
+        }
+        for wrong in [
+            "",
+            "*",
+            "null",
+            "example.com",
+            "https://",
+            "https://*",
+            "https://a.*.com",
+            "https://a/",
+            "https://*.*.a",
+        ] {
+            assert!(OriginRule::parse(wrong).is_err(), "{wrong}");
+        }
+    }
+}
