@@ -13,6 +13,7 @@ use tokio::time::{Instant, sleep, timeout, timeout_at};
 use crate::bus::{Answer, Publish, PublishError, Request, Requests};
 use crate::event::{ChannelName, DEFAULT_CHANNEL, is_user_id};
 use crate::http::{self, BodyLength, Head, Refusal, Response};
+use crate::keys::KeyRing;
 use crate::metrics::Metrics;
 
 mod event;
@@ -49,6 +50,8 @@ pub struct AdminContext {
     pub requests: Requests,
     /// What it shows, and whether the node is ready.
     pub metrics: Arc<Metrics>,
+    /// The key to it.
+    pub keys: Arc<KeyRing>,
     /// Longest body, in bytes.
     pub max_message: usize,
     /// How long the bus may take to answer a publish.
@@ -95,10 +98,12 @@ enum Progress<'a> {
 }
 
 /// Looks at what has come. Nothing is kept between two looks but the bytes themselves.
-fn progress(bytes: &[u8], body_max: usize) -> Result<Progress<'_>, Refusal> {
+fn progress<'a>(bytes: &'a [u8], context: &AdminContext) -> Result<Progress<'a>, Refusal> {
+    let body_max = context.max_message;
     let Some((head, start)) = http::parse(bytes)? else {
         return Ok(Progress::More { wants_continue: false });
     };
+    authorize(&head, context)?; // before a stranger's body takes memory
     let body_length = match head.body_length()? {
         BodyLength::Empty => 0,
         BodyLength::Known(length) if length <= body_max as u64 => length as usize,
@@ -125,7 +130,7 @@ async fn converse(mut stream: impl Stream, context: &AdminContext) -> io::Result
     let mut told_to_continue = false;
     let mut deadline = Instant::now() + IDLE;
     loop {
-        match progress(&buffer, context.max_message) {
+        match progress(&buffer, context) {
             Err(refusal) => return close(stream, Response::from(refusal)).await,
             Ok(Progress::Request { head, body, length }) => {
                 let response = answer(&head, body, context).await.unwrap_or_else(Response::from);
@@ -165,6 +170,16 @@ async fn converse(mut stream: impl Stream, context: &AdminContext) -> io::Result
             }
         }
     }
+}
+
+/// Whoever watches over the process may look at its health; all else needs the key, if there is one.
+fn authorize(head: &Head<'_>, context: &AdminContext) -> Result<(), Refusal> {
+    if matches!(head.path, "/healthz" | "/readyz") || context.keys.current().admit_admin(head) {
+        return Ok(());
+    }
+    context.metrics.admin_refused.add(1);
+    let text = "the admin key is missing or wrong: send Authorization: Bearer KEY";
+    Err(Refusal::new(401, text).with("WWW-Authenticate", "Bearer"))
 }
 
 async fn send(stream: &mut impl Stream, bytes: &[u8]) -> io::Result<()> {

@@ -32,10 +32,12 @@ pub enum Reason {
     RequestTimeout,
     /// It is a page of a site that may not connect.
     ForeignOrigin,
+    /// It sent what it may not publish, and has no way to be told but this one.
+    Forbidden,
 }
 
 /// How many reasons there are.
-pub const REASONS: usize = 14;
+pub const REASONS: usize = 15;
 
 /// Every reason's label, by number.
 pub const LABELS: [&str; REASONS] = [
@@ -53,9 +55,10 @@ pub const LABELS: [&str; REASONS] = [
     "answered",
     "request_timeout",
     "foreign_origin",
+    "forbidden",
 ];
 
-const _: () = assert!(Reason::ForeignOrigin as usize + 1 == REASONS);
+const _: () = assert!(Reason::Forbidden as usize + 1 == REASONS);
 
 impl Reason {
     /// The label in logs and metrics.
@@ -79,6 +82,7 @@ impl Reason {
             Reason::Unfinished => Some((1008, "a message was begun and not ended")),
             Reason::HeartbeatTimeout => Some((4009, "heartbeat timeout")),
             Reason::MissedEvents => Some((4008, "events were missed: reconnect")),
+            Reason::Forbidden => Some((4003, "this client may not publish here")),
             Reason::PublishFailed => Some((1013, "not published: try again later")),
             Reason::Draining => Some((1012, "the node is restarting: reconnect")),
         }

@@ -40,6 +40,12 @@ pub struct Settings {
     pub listen: Vec<SocketAddr>,
     /// Where publish, metrics and stats are served.
     pub admin: AdminAddr,
+    /// Anyone may come in, also from other machines.
+    pub open: bool,
+    /// The file with the key of the admin listener.
+    pub admin_key: Option<PathBuf>,
+    /// What clients may publish.
+    pub client_publish: ClientPublish,
     /// Pages that may connect; none named: those of the host itself.
     pub allow_origin: Vec<OriginRule>,
     /// `None`: the local bus.
@@ -96,6 +102,17 @@ pub enum HeartbeatFormat {
     Json,
     /// Both.
     Both,
+}
+
+/// What clients may publish. A token can only narrow it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ClientPublish {
+    /// Nothing: they only listen.
+    Off,
+    /// To their own channel, for everybody in it.
+    Own,
+    /// The same, and to one user by name.
+    Any,
 }
 
 /// How log lines look.
@@ -175,6 +192,14 @@ impl Settings {
         Settings {
             listen: input.get("listen", |text| parse_list(text, parse_address)),
             admin: input.get("admin", parse_admin),
+            open: input.get("open", parse_switch),
+            admin_key: input.get("admin-key", parse_path),
+            client_publish: input.get("client-publish", |text| match text {
+                "off" => Ok(ClientPublish::Off),
+                "own" => Ok(ClientPublish::Own),
+                "any" => Ok(ClientPublish::Any),
+                _ => Err(format!("{text:?} is none of off, own, any")),
+            }),
             allow_origin: input.get("allow-origin", |text| parse_some(text, OriginRule::parse)),
             redis: input.get("redis", |text| match text {
                 "" => Ok(None),
@@ -227,12 +252,17 @@ impl Settings {
                 input.conflict("listen", format!("{addr} is given twice"));
             }
         }
+        if let Some(addr) = self.listen.iter().find(|addr| !self.open && is_reachable(addr)) {
+            let problem = format!("{addr} is open to others: say so with --open, or use a loopback address");
+            input.conflict("listen", problem);
+        }
+        if self.admin == AdminAddr::Off && self.admin_key.is_some() {
+            input.conflict("admin-key", "is the key to nothing: --admin is off".into());
+        }
         if let AdminAddr::Tcp(addr) = self.admin {
-            if !addr.ip().to_canonical().is_loopback() {
-                let remedy = "use a loopback address, unix:PATH or off";
-                let problem =
-                    format!("{addr} is open to others, and the admin listener has no key yet: {remedy}");
-                input.conflict("admin", problem);
+            if is_reachable(&addr) && self.admin_key.is_none() {
+                let remedy = "give --admin-key FILE, or use a loopback address, unix:PATH or off";
+                input.conflict("admin", format!("{addr} is open to others and has no key: {remedy}"));
             }
             if addr.port() != 0 && self.listen.contains(&addr) {
                 input.conflict("admin", format!("{addr} is taken by --listen"));
@@ -268,6 +298,16 @@ impl Settings {
         [
             ("listen", list(&self.listen)),
             ("admin", self.admin.to_string()),
+            ("open", self.open.to_string()),
+            ("admin-key", self.admin_key.as_ref().map_or(String::new(), |path| path.display().to_string())),
+            (
+                "client-publish",
+                match self.client_publish {
+                    ClientPublish::Off => "off".into(),
+                    ClientPublish::Own => "own".into(),
+                    ClientPublish::Any => "any".into(),
+                },
+            ),
             ("allow-origin", list(&self.allow_origin)),
             ("redis", self.redis.as_ref().map_or(String::new(), RedisUrl::to_string)),
             ("redis-prefix", self.redis_prefix.clone()),
@@ -356,6 +396,19 @@ fn parse_admin(text: &str) -> Result<AdminAddr, String> {
             Ok(addr) => Ok(AdminAddr::Tcp(addr)),
             Err(_) => Err(format!("{text:?} is none of 127.0.0.1:9080, unix:/run/fanfare/admin.sock, off")),
         },
+    }
+}
+
+/// Whether others than programs on this machine can reach it.
+fn is_reachable(addr: &SocketAddr) -> bool {
+    !addr.ip().to_canonical().is_loopback()
+}
+
+fn parse_path(text: &str) -> Result<Option<PathBuf>, String> {
+    match text {
+        "" => Ok(None),
+        path if path.contains('\0') => Err("is not a path".into()),
+        path => Ok(Some(path.into())),
     }
 }
 

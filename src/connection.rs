@@ -49,6 +49,8 @@ pub struct Join {
     pub recovers: bool,
     /// Whether it speaks `fanfare.v1`.
     pub json: bool,
+    /// Whether it may publish.
+    pub may_publish: bool,
     /// The 101 response.
     pub response: Bytes,
 }
@@ -140,6 +142,8 @@ pub struct Connection {
     pub recovers: bool,
     /// It speaks `fanfare.v1`.
     pub json: bool,
+    /// It may publish.
+    pub may_publish: bool,
     /// When the last sign of life came, in ticks of the shard.
     pub heard: u32,
     /// Our end is closed.
@@ -172,6 +176,7 @@ impl Connection {
             paused: false,
             recovers: false,
             json: false,
+            may_publish: false,
             heard: tick,
             finished: false,
             unanswered: 0,

@@ -6,7 +6,7 @@ use bytes::{BufMut, Bytes, BytesMut};
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 
 use crate::close::Reason;
-use crate::config::Settings;
+use crate::config::{ClientPublish, Settings};
 use crate::connection::{Join, LastSeen};
 use crate::event::{ChannelName, DEFAULT_CHANNEL, EventId, is_user_id};
 use crate::http::{self, BodyLength, Head, Refusal, Response};
@@ -149,7 +149,9 @@ fn upgrade(head: &Head<'_>, user: &str, more: bool, door: &Door) -> Result<Join,
         Ok(Some(text)) => EventId::parse(text.as_bytes()).map_or(LastSeen::Unknown, LastSeen::Event),
         Err(_) => LastSeen::Unknown,
     };
-    Ok(Join { user: user.into(), channel, last_seen, recovers, json, response: switching(key, json) })
+    let may_publish = door.settings.client_publish != ClientPublish::Off;
+    let response = switching(key, json);
+    Ok(Join { user: user.into(), channel, last_seen, recovers, json, may_publish, response })
 }
 
 /// A request without Origin is no browser's.

@@ -13,6 +13,7 @@ pub mod bus;
 pub mod connection;
 pub mod feed;
 pub mod handshake;
+pub mod keys;
 pub mod metrics;
 pub mod sequence;
 pub mod shard;

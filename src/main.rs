@@ -2,9 +2,11 @@
 
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use anyhow::Context;
-use fanfare::config::{self, Action, AdminAddr, LogFormat, Settings};
+use fanfare::config::{self, Action, AdminAddr, LogFormat, SettingError, Settings};
+use fanfare::keys::KeyRing;
 use fanfare::server::{self, Listeners};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::layer::SubscriberExt;
@@ -20,24 +22,33 @@ const WRONG_SETTINGS: u8 = 2;
 fn main() -> ExitCode {
     let action = match Settings::from(std::env::args_os().skip(1), std::env::vars_os()) {
         Ok(action) => action,
-        Err(errors) => {
-            eprint!("{}", config::report(&errors));
-            return WRONG_SETTINGS.into();
-        }
+        Err(errors) => return refuse(&errors),
     };
-    let settings = match action {
+    let (settings, check) = match action {
         Action::Help(text) | Action::Version(text) => return print(&text),
-        Action::Check(settings) => return print(&settings.to_string()),
-        Action::Run(settings) => settings,
+        Action::Check(settings) => (settings, true),
+        Action::Run(settings) => (settings, false),
     };
+    let keys = match KeyRing::load(&settings) {
+        Ok(keys) => Arc::new(keys),
+        Err(errors) => return refuse(&errors),
+    };
+    if check {
+        return print(&settings.to_string());
+    }
     start_logging(&settings);
-    match serve(settings) {
+    match serve(settings, keys) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!("{error:#}");
             ExitCode::FAILURE
         }
     }
+}
+
+fn refuse(errors: &[SettingError]) -> ExitCode {
+    eprint!("{}", config::report(errors));
+    WRONG_SETTINGS.into()
 }
 
 fn print(text: &str) -> ExitCode {
@@ -60,17 +71,18 @@ fn start_logging(settings: &Settings) {
     }
 }
 
-fn serve(settings: Settings) -> anyhow::Result<()> {
+fn serve(settings: Settings, keys: Arc<KeyRing>) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
+        let mut hangup = signal(SignalKind::hangup())?;
         let listeners = Listeners::bind(&settings)?;
         announce(&listeners).context("the ready line can't be printed")?;
         let mut stopping = false;
         let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
         let mut stop = Some(stop);
-        let served = server::run(settings, listeners, async {
+        let served = server::run(settings, keys.clone(), listeners, async {
             let _ = stopped.await;
         });
         let mut served = std::pin::pin!(served);
@@ -79,6 +91,10 @@ fn serve(settings: Settings) -> anyhow::Result<()> {
                 result = &mut served => return result,
                 _ = terminate.recv() => {}
                 _ = interrupt.recv() => {}
+                _ = hangup.recv() => {
+                    reread(&keys);
+                    continue;
+                }
             }
             if std::mem::replace(&mut stopping, true) {
                 tracing::warn!("stopping at once");
@@ -87,6 +103,18 @@ fn serve(settings: Settings) -> anyhow::Result<()> {
             drop(stop.take());
         }
     })
+}
+
+fn reread(keys: &KeyRing) {
+    match keys.reload() {
+        Ok(()) if keys.has_files() => tracing::info!("the keys were read again"),
+        Ok(()) => tracing::info!("there are no key files to read again"),
+        Err(errors) => {
+            for error in errors {
+                tracing::error!("the keys stay as they were: {error}");
+            }
+        }
+    }
 }
 
 /// One line on standard output, once connections are taken.

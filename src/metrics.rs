@@ -103,6 +103,8 @@ pub struct Metrics {
     pub shards: Box<[ShardNumbers]>,
     /// Connections that could not be accepted, for want of descriptors or memory.
     pub accept_failures: Number,
+    /// Requests to the admin listener without the right key.
+    pub admin_refused: Number,
     /// What the bus counts.
     pub bus: Arc<BusNumbers>,
     /// Whether the node takes clients.
@@ -119,6 +121,7 @@ impl Metrics {
         Metrics {
             shards: (0..shards).map(|_| ShardNumbers::default()).collect(),
             accept_failures: Number::default(),
+            admin_refused: Number::default(),
             bus,
             readiness,
             started: Instant::now(),

@@ -13,6 +13,7 @@ use crate::accept;
 use crate::admin::{self, AdminContext};
 use crate::bus::{self, Requests, Shards, ToShard};
 use crate::config::{AdminAddr, Settings};
+use crate::keys::KeyRing;
 use crate::metrics::{BusNumbers, Metrics, Readiness};
 use crate::shard;
 
@@ -56,6 +57,7 @@ impl Listeners {
 /// When a shard or the bus can't go on.
 pub async fn run(
     settings: Settings,
+    keys: Arc<KeyRing>,
     listeners: Listeners,
     shutdown: impl Future<Output = ()>,
 ) -> anyhow::Result<()> {
@@ -71,6 +73,7 @@ pub async fn run(
         let context = AdminContext {
             requests,
             metrics,
+            keys,
             max_message: settings.max_message,
             publish_timeout: settings.publish_timeout,
         };

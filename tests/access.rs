@@ -1,8 +1,10 @@
-//! Who gets in: origins, and what a browser may connect from.
+//! Who gets in: origins, the admin key, and what clients may publish.
 
 mod common;
 
-use common::{Node, Raw};
+use common::process::Directory;
+use common::{Client, Frame, Node, Options, Raw, http, until};
+use serde_json::json;
 
 #[tokio::test]
 async fn pages_of_foreign_sites_are_refused() {
@@ -52,4 +54,143 @@ async fn named_sites_may_connect_and_nobody_else() {
         assert_eq!(raw.upgrade("/ws/a", &[("Origin", origin)]).await.status, status, "{origin}");
     }
     Raw::upgraded(node.public, "/ws/program").await;
+}
+
+async fn admin(
+    node: &Node,
+    method: &str,
+    path: &str,
+    authorization: &[&str],
+    body: &[u8],
+) -> common::Response {
+    let headers: Vec<_> = authorization.iter().map(|value| ("Authorization", *value)).collect();
+    http::request(node.admin, method, path, &headers, body).await
+}
+
+#[tokio::test]
+async fn the_admin_listener_asks_for_its_key() {
+    let directory = Directory::new();
+    let file = directory.path().join("admin.key");
+    std::fs::write(&file, "correct-horse-battery\n").expect("a file");
+    let node = Node::start(&["--admin-key", file.to_str().expect("UTF-8")]).await;
+    let right = "Bearer correct-horse-battery";
+    for (method, path) in [("GET", "/metrics"), ("GET", "/stats"), ("POST", "/publish"), ("GET", "/nothing")]
+    {
+        for wrong in [
+            &[][..],
+            &["Bearer correct-horse-batterx"],
+            &["Bearer correct-horse-batter"],
+            &["Bearer correct-horse-battery2"],
+            &["Bearer"],
+            &["Bearer "],
+            &["Basic correct-horse-battery"],
+            &["correct-horse-battery"],
+            &[right, right],
+        ] {
+            let response = admin(&node, method, path, wrong, b"").await;
+            response.expect_refusal(401);
+            assert_eq!(response.header("www-authenticate"), Some("Bearer"));
+            assert!(!response.body.contains("horse"));
+        }
+    }
+    for (method, path, body) in [("GET", "/metrics", ""), ("GET", "/stats", ""), ("POST", "/publish", "{}")] {
+        assert_eq!(admin(&node, method, path, &[right], body.as_bytes()).await.status, 200, "{path}");
+        assert_eq!(
+            admin(&node, method, path, &["bearer correct-horse-battery"], body.as_bytes()).await.status,
+            200
+        );
+    }
+    admin(&node, "GET", "/nothing", &[right], b"").await.expect_refusal(404);
+    for path in ["/healthz", "/readyz"] {
+        assert_eq!(admin(&node, "GET", path, &[], b"").await.status, 200);
+    }
+    // A stranger's body is not waited for.
+    let mut raw = Raw::connect(node.admin).await;
+    raw.write(b"POST /publish HTTP/1.1\r\nHost: a\r\nContent-Length: 60000\r\n\r\n{").await;
+    raw.response().await.expect_refusal(401);
+    raw.expect_end().await;
+    let metrics = admin(&node, "GET", "/metrics", &[right], b"").await.body;
+    assert!(metrics.lines().any(|line| line == "fanfare_admin_refused_total 37"), "{metrics}");
+
+    // Another key, without a restart. A file without a key changes nothing.
+    std::fs::write(&file, "short").expect("a file");
+    node.signal("HUP");
+    until("the reload to be refused", || async {
+        node.log().contains("the keys stay as they were").then_some(())
+    })
+    .await;
+    assert_eq!(admin(&node, "GET", "/stats", &[right], b"").await.status, 200);
+    std::fs::write(&file, "another-horse-battery").expect("a file");
+    node.signal("HUP");
+    until("the new key to be in force", || async {
+        let response = admin(&node, "GET", "/stats", &["Bearer another-horse-battery"], b"").await;
+        (response.status == 200).then_some(())
+    })
+    .await;
+    assert_eq!(admin(&node, "GET", "/stats", &[right], b"").await.status, 401);
+    assert!(!node.log().contains("horse"));
+}
+
+/// What `--client-publish` and a token's `publish` come to: a text and a private message, in either mode.
+async fn expect_publishing(node: &Node, path_query: &str, text: bool, private: bool) {
+    let mut watcher = Client::plain(node, "watcher", "room").await;
+    let options = Options { query: format!("channel=room{path_query}"), subprotocol: Some("fanfare.v1") };
+    let mut json = Client::try_open(node.public, "a", &options).await.expect("it may join");
+    json.welcome().await;
+    for (message, allowed) in
+        [(json!({"text": "hi"}), text), (json!({"text": "psst", "to": "watcher"}), private)]
+    {
+        let (answer, _) = json.send_for_ack(message.clone()).await;
+        match answer {
+            Ok(id) => {
+                assert!(allowed, "{message} was published");
+                assert_eq!(watcher.next_event().await.0, id);
+            }
+            Err(error) => {
+                assert!(!allowed, "{message}: {error}");
+                assert_eq!(error["code"], "forbidden");
+            }
+        }
+    }
+    // It may still ask for a sign of life, and is still there.
+    json.send(r#"{"type":"ping"}"#).await;
+    while json.next_json().await["type"] != "ping" {}
+
+    let options = Options { query: format!("channel=room{path_query}"), subprotocol: None };
+    let mut plain = Client::try_open(node.public, "a", &options).await.expect("it may join");
+    plain.send("plain").await;
+    if text {
+        assert_eq!(watcher.next_event().await.1, json!({"sender": "a", "text": "plain"}));
+        return;
+    }
+    assert_eq!(plain.expect_close().await.0, 4003);
+    let options = Options { query: format!("channel=room&lastEventId={path_query}"), subprotocol: None };
+    let mut plain = Client::try_open(node.public, "a", &options).await.expect("it may join");
+    plain.welcome().await;
+    plain.send("plain").await;
+    assert_eq!(plain.expect_error(None).await, "forbidden");
+    let id = node.publish("room", &json!({"n": 1})).await;
+    plain.expect_event(id, &json!({"n": 1})).await;
+    watcher.expect_event(id, &json!({"n": 1})).await; // nothing of what was refused came before
+}
+
+#[tokio::test]
+async fn clients_publish_as_far_as_they_are_let() {
+    expect_publishing(&Node::start(&["--client-publish", "any"]).await, "", true, true).await;
+    expect_publishing(&Node::start(&["--client-publish", "own"]).await, "", true, false).await;
+    let node = Node::start(&["--client-publish", "off"]).await;
+    expect_publishing(&node, "", false, false).await;
+    assert_eq!(node.metric_of("fanfare_ends_total", r#"reason="forbidden""#).await, 1.0);
+}
+
+#[tokio::test]
+async fn a_forbidden_message_ends_what_comes_after_it_in_the_same_read() {
+    let node = Node::start(&["--client-publish", "off"]).await;
+    let mut raw = Raw::upgraded(node.public, "/ws/a?channel=room").await;
+    let frame = common::raw::frame_bytes(true, common::raw::opcode::TEXT, true, b"hi");
+    raw.write(&frame.repeat(50)).await;
+    assert_eq!(raw.expect_close().await, 4003);
+    let mut good = Client::plain(&node, "good", "room").await;
+    let id = node.publish("room", &json!({"n": 1})).await;
+    assert!(matches!(good.next_frame().await, Frame::Text(text) if text.contains(&id.to_string())));
 }

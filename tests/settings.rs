@@ -36,6 +36,9 @@ async fn help_and_version_go_to_standard_output() {
     for name in [
         "listen",
         "admin",
+        "open",
+        "admin-key",
+        "client-publish",
         "allow-origin",
         "redis",
         "redis-prefix",
@@ -169,4 +172,33 @@ async fn healthz(stream: &mut (impl AsyncReadExt + AsyncWriteExt + Unpin)) -> St
     let read = tokio::time::timeout(DEADLINE, stream.read_to_string(&mut answer)).await;
     read.expect("an answer in time").expect("a whole answer");
     answer
+}
+
+#[tokio::test]
+async fn nothing_is_open_to_others_by_accident() {
+    let directory = Directory::new();
+    let (key, short) = (directory.path().join("key"), directory.path().join("short"));
+    std::fs::write(&key, "0123456789abcdef").expect("a file");
+    std::fs::write(&short, "0123456789abcde\n").expect("a file");
+    let (key, short) = (key.to_str().expect("UTF-8"), short.to_str().expect("UTF-8"));
+    for (args, part) in [
+        (&["--listen", "0.0.0.0:0"][..], "--listen: 0.0.0.0:0 is open to others"),
+        (
+            &["--open", "--listen", "0.0.0.0:0", "--admin", "0.0.0.0:0"],
+            "--admin: 0.0.0.0:0 is open to others",
+        ),
+        (&["--admin-key", short], "at least 16"),
+        (&["--admin-key", "/nowhere/at/all"], "--admin-key /nowhere/at/all: can't be opened"),
+        (&["--admin-key", "/"], "can't be read"),
+        (&["--admin-key", "/dev/zero"], "too long"),
+    ] {
+        let output = run(args, &[]).await;
+        assert_eq!(output.status.code(), Some(2), "{args:?}: {output:?}");
+        assert!(text(&output.stderr).contains(part), "{part} is not in {output:?}");
+        assert!(!text(&output.stderr).contains("0123456789"), "{output:?}");
+    }
+    let args = ["--check", "--open", "--listen", "0.0.0.0:0", "--admin", "[::]:0", "--admin-key", key];
+    let output = run(&args, &[]).await;
+    assert!(output.status.success(), "{output:?}");
+    assert!(!text(&output.stdout).contains("0123456789"), "{output:?}");
 }

@@ -24,7 +24,11 @@ const CONNECTIONS: usize = 8;
 
 fn context(requests: Requests) -> AdminContext {
     let metrics = Arc::new(Metrics::new(1, Arc::default(), Arc::new(Readiness::default())));
-    AdminContext { requests, metrics, max_message: MAX, publish_timeout: Duration::from_secs(5) }
+    let Ok(crate::config::Action::Run(settings)) = crate::config::Settings::from([], []) else {
+        panic!("defaults")
+    };
+    let keys = Arc::new(KeyRing::load(&settings).unwrap());
+    AdminContext { requests, metrics, keys, max_message: MAX, publish_timeout: Duration::from_secs(5) }
 }
 
 /// An admin listener over a bus that answers the n-th publish with `outcome(n)`; `None` is no answer at all.

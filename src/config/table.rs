@@ -58,7 +58,7 @@ const fn spec(
 }
 
 /// All settings, in the order shown.
-pub(super) static TABLE: [Spec; 19] = [
+pub(super) static TABLE: [Spec; 22] = [
     spec(
         "listen",
         List,
@@ -71,7 +71,34 @@ pub(super) static TABLE: [Spec; 19] = [
         Value,
         "IP:PORT",
         "127.0.0.1:9080",
-        &["Where publish, metrics and stats are served: a loopback address, unix:PATH, or off."],
+        &["Where publish, metrics and stats are served: IP:PORT, unix:PATH, or off."],
+    ),
+    spec(
+        "open",
+        Switch,
+        "",
+        "false",
+        &["Anyone may come in. Without it --listen takes loopback addresses only."],
+    ),
+    spec(
+        "admin-key",
+        Value,
+        "FILE",
+        "",
+        &[
+            "File with the key that requests to --admin must carry (Authorization: Bearer KEY), at least",
+            "16 characters. Must be given when others can reach --admin. Reread at SIGHUP.",
+        ],
+    ),
+    spec(
+        "client-publish",
+        Value,
+        "off|own|any",
+        "any",
+        &[
+            "What clients may publish: nothing, to everybody in their own channel, or also to one user",
+            "by name (\"to\").",
+        ],
     ),
     spec(
         "allow-origin",
@@ -174,7 +201,7 @@ pub(super) static TABLE: [Spec; 19] = [
 /// The heading before each setting that begins a group.
 const GROUPS: [(&str, &str); 6] = [
     ("listen", "Addresses"),
-    ("allow-origin", "Access"),
+    ("open", "Access"),
     ("redis", "Bus"),
     ("max-channels", "Clients"),
     ("shards", "Machine"),

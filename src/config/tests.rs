@@ -38,6 +38,9 @@ fn every_setting_is_read_from_its_flag_in_both_forms_and_from_its_variable() {
     let others = [
         ("listen", "0.0.0.0:80,[::1]:81"),
         ("admin", "unix:/run/fanfare.sock"),
+        ("open", "true"),
+        ("admin-key", "/etc/fanfare/admin.key"),
+        ("client-publish", "own"),
         ("allow-origin", "https://example.com,https://*.example.org:8443"),
         ("redis", "redis://10.0.0.1:6379/2"),
         ("redis-prefix", "app:live"),
@@ -64,7 +67,7 @@ fn every_setting_is_read_from_its_flag_in_both_forms_and_from_its_variable() {
         variables.push((table::variable(name), value.to_owned()));
         attached.push(format!("--{name}={value}"));
         separate.push(format!("--{name}"));
-        if name != "redis-durable" {
+        if !matches!(name, "redis-durable" | "open") {
             separate.push(value.to_owned());
         }
     }
@@ -129,6 +132,11 @@ fn each_wrong_setting_is_named_and_explained() {
         (&["--listen", "127.0.0.1:9080"], "--admin: 127.0.0.1:9080 is taken by --listen"),
         (&["--admin", "0.0.0.0:9080"], "--admin: 0.0.0.0:9080 is open to others"),
         (&["--admin", "[::]:9080"], "open to others"),
+        (&["--admin", "[::ffff:10.0.0.1]:9080"], "open to others"),
+        (&["--admin", "off", "--admin-key", "/k"], "--admin-key: is the key to nothing"),
+        (&["--listen", "0.0.0.0:8080"], "--listen: 0.0.0.0:8080 is open to others: say so with --open"),
+        (&["--listen", "127.0.0.1:8080,[2001:db8::1]:8080"], "[2001:db8::1]:8080 is open to others"),
+        (&["--client-publish", "on"], "none of off, own, any"),
         (&["--admin", "unix:"], "needs a path"),
         (&["--admin", "on"], "is none of"),
         (&["--allow-origin", "example.com"], "not an origin"),

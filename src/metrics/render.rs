@@ -134,6 +134,8 @@ impl Metrics {
         let failures = self.accept_failures.get();
         let help = "Connections not accepted, for want of descriptors or memory.";
         out.single("fanfare_accept_failures_total", "counter", help, Some(failures));
+        let help = "Requests to the admin listener without the right key.";
+        out.single("fanfare_admin_refused_total", "counter", help, Some(self.admin_refused.get()));
         for series in &BUS {
             series.begin(&mut out);
             series.sample(&mut out, "", &self.bus);
@@ -168,6 +170,7 @@ impl Metrics {
             "connections": total(|shard| shard.load()),
             "delivered": total(|shard| shard.delivered.get()),
             "accept_failures": self.accept_failures.get(),
+            "admin_refused": self.admin_refused.get(),
             "bus": object(BUS.iter().map(bus).collect()),
             "ends": object(self.ends().map(|(reason, count)| (reason, count.into())).collect()),
             "shards": self.shards.iter().map(shard).collect::<Vec<_>>(),
@@ -241,7 +244,7 @@ mod tests {
                 assert!(samples.insert(series.to_owned()), "a sample twice: {line}");
             }
         }
-        assert_eq!(kinds.len(), 1 + 1 + SHARD.len() + 2 + BUS.len() + 5);
+        assert_eq!(kinds.len(), 1 + 1 + SHARD.len() + 3 + BUS.len() + 5);
         for line in [
             "fanfare_connections{shard=\"1\"} 4",
             "fanfare_ends_total{reason=\"peer_gone\"} 11",

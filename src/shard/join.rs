@@ -100,6 +100,7 @@ impl Shard {
         connection.enqueue(Bytes::from(first));
         connection.recovers = joining.recovers;
         connection.json = joining.json;
+        connection.may_publish = joining.may_publish;
         connection.user = joining.user;
         connection.heard = self.tick;
         connection.heartbeat = self.tick;

@@ -6,6 +6,7 @@ use super::Shard;
 use super::join::Asked;
 use crate::bus::{Answer, ConnectionId, Publish, PublishError, Request};
 use crate::close::Reason;
+use crate::config::ClientPublish;
 use crate::connection::State;
 use crate::event::EventId;
 use crate::frame::{self, ClientFrame};
@@ -107,7 +108,7 @@ impl Shard {
         let data = &mut self.scratch[begin..input::HEAD_MAX + length];
         let mut messages = std::mem::take(&mut self.messages);
         let limit = self.settings.max_message;
-        let result = input::read(&mut connection.partial, data, limit, &mut messages, &mut self.replies);
+        let mut result = input::read(&mut connection.partial, data, limit, &mut messages, &mut self.replies);
         let closes = matches!(messages.last(), Some(Incoming::Close));
         let replied = !self.replies.is_empty();
         // A client that leaves its pongs unread gets no more of them; the last one in is as good (RFC 6455 5.5.3).
@@ -116,8 +117,11 @@ impl Shard {
         }
         self.replies.clear();
         for message in messages.drain(..) {
-            if let Incoming::Text(text) = message {
-                self.on_message(slot, &text);
+            if let Incoming::Text(text) = message
+                && let Err(reason) = self.on_message(slot, &text)
+            {
+                result = Err(reason);
+                break;
             }
         }
         self.messages = messages;
@@ -135,7 +139,8 @@ impl Shard {
         }
     }
 
-    fn on_message(&mut self, slot: u32, text: &str) {
+    /// An error ends the connection.
+    fn on_message(&mut self, slot: u32, text: &str) -> Result<(), Reason> {
         self.numbers().messages.add(1);
         let id = self.id_of(slot);
         let connection = &mut self.connections[slot as usize];
@@ -145,23 +150,32 @@ impl Shard {
                 Ok(ClientFrame::Ping) => {
                     let feed = self.channels[connection.channel as usize].feed.as_ref();
                     let position = feed.map(|feed| connection.shown_position(feed));
-                    return connection.enqueue(frame::json_ping(position));
+                    connection.enqueue(frame::json_ping(position));
+                    return Ok(());
                 }
                 Err(bad) => {
-                    return connection.enqueue(frame::error(
-                        "invalid",
-                        bad.message,
-                        bad.reference.as_deref(),
-                    ));
+                    connection.enqueue(frame::error("invalid", bad.message, bad.reference.as_deref()));
+                    return Ok(());
                 }
             }
         } else {
             (frame::chat_event(&connection.user, text), None, None)
         };
+        let to_others = to.is_some() && self.settings.client_publish != ClientPublish::Any;
+        if !connection.may_publish || to_others {
+            if !connection.recovers {
+                return Err(Reason::Forbidden);
+            }
+            let text =
+                if to_others { "clients may not address one user here" } else { "you may not publish here" };
+            connection.enqueue(frame::error("forbidden", text, reference.as_deref()));
+            return Ok(());
+        }
         connection.unanswered += 1;
         let channel = self.channels[connection.channel as usize].name.clone();
         let answer = Answer::Connection(id, reference);
         self.ask(Request::Publish(Publish { channel, to: to.map(Into::into), event, answer }));
+        Ok(())
     }
 
     pub(super) fn on_published(
