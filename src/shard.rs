@@ -14,7 +14,7 @@ use mio::{Events, Interest, Poll, Registry, Token};
 use slab::Slab;
 use tokio::sync::mpsc;
 
-use crate::bus::{Bell, ConnectionId, Request, Requests, ShardId, ToShard};
+use crate::bus::{Bell, ConnectionId, Request, Requests, ShardId, Shards, ToShard};
 use crate::close::Reason;
 use crate::config::Settings;
 use crate::connection::{Connection, State, Tally};
@@ -58,6 +58,8 @@ pub struct Wiring {
     pub settings: Arc<Settings>,
     /// The way to the bus.
     pub requests: Requests,
+    /// The way to the other shards.
+    pub shards: Shards,
     /// Its sockets; it and the bell come from [`poll`].
     pub poll: Poll,
     /// What it is told.
@@ -75,6 +77,7 @@ pub struct Shard {
     settings: Arc<Settings>,
     door: handshake::Door,
     requests: Requests,
+    shards: Shards,
     metrics: Arc<Metrics>,
     registry: Registry,
     connections: Slab<Connection>,
@@ -133,6 +136,7 @@ pub fn run(wiring: Wiring) -> io::Result<()> {
         },
         settings: wiring.settings,
         requests: wiring.requests,
+        shards: wiring.shards,
         metrics: wiring.metrics,
         registry,
         connections: Slab::new(),
@@ -234,9 +238,10 @@ impl Shard {
     fn take(&mut self, message: ToShard) {
         match message {
             ToShard::Socket(stream) => self.on_socket(stream),
-            ToShard::Followed { channel, base, position } => {
-                self.on_followed(&channel, Feed::new(base, position));
+            ToShard::Followed { channel, base, position, recent } => {
+                self.on_followed(&channel, base, position, recent);
             }
+            ToShard::Share { channel, base, position, with } => self.on_share(channel, base, position, with),
             ToShard::NotFollowed { channel, why } => self.on_not_followed(&channel, &why),
             ToShard::Entry { channel, entry } => self.on_entry(&channel, entry),
             ToShard::Page { channel, after, result } => self.on_page(&channel, after, result),
