@@ -32,12 +32,16 @@ pub enum Reason {
     RequestTimeout,
     /// It is a page of a site that may not connect.
     ForeignOrigin,
-    /// It sent what it may not publish, and has no way to be told but this one.
+    /// It may not join that channel; or it sent what it may not publish, and has no way to be told but this one.
     Forbidden,
+    /// Its token is missing, bad or over.
+    Unauthorized,
+    /// Its token has ended while it was connected.
+    TokenExpired,
 }
 
 /// How many reasons there are.
-pub const REASONS: usize = 15;
+pub const REASONS: usize = 17;
 
 /// Every reason's label, by number.
 pub const LABELS: [&str; REASONS] = [
@@ -56,9 +60,11 @@ pub const LABELS: [&str; REASONS] = [
     "request_timeout",
     "foreign_origin",
     "forbidden",
+    "unauthorized",
+    "token_expired",
 ];
 
-const _: () = assert!(Reason::Forbidden as usize + 1 == REASONS);
+const _: () = assert!(Reason::TokenExpired as usize + 1 == REASONS);
 
 impl Reason {
     /// The label in logs and metrics.
@@ -74,7 +80,8 @@ impl Reason {
             | Reason::PeerGone
             | Reason::Answered
             | Reason::RequestTimeout
-            | Reason::ForeignOrigin => None,
+            | Reason::ForeignOrigin
+            | Reason::Unauthorized => None,
             Reason::Protocol => Some((1002, "protocol error")),
             Reason::Binary => Some((1003, "only text messages are taken")),
             Reason::InvalidText => Some((1007, "text must be UTF-8")),
@@ -83,6 +90,7 @@ impl Reason {
             Reason::HeartbeatTimeout => Some((4009, "heartbeat timeout")),
             Reason::MissedEvents => Some((4008, "events were missed: reconnect")),
             Reason::Forbidden => Some((4003, "this client may not publish here")),
+            Reason::TokenExpired => Some((4001, "token expired")),
             Reason::PublishFailed => Some((1013, "not published: try again later")),
             Reason::Draining => Some((1012, "the node is restarting: reconnect")),
         }

@@ -20,7 +20,8 @@ mod units;
 pub use redis_url::RedisUrl;
 
 use input::Input;
-use units::{parse_duration, parse_size, show_duration, show_size};
+pub use units::parse_duration;
+use units::{parse_size, show_duration, show_size};
 
 /// Longest `--max-message`. A frame is copied a few times on its way; more belongs into a store, not a message.
 pub const MESSAGE_MAX: u64 = 16 << 20;
@@ -42,6 +43,8 @@ pub struct Settings {
     pub admin: AdminAddr,
     /// Anyone may come in, also from other machines.
     pub open: bool,
+    /// Files with the keys that clients' tokens are checked with; none: no token is asked for.
+    pub jwt_key: Vec<PathBuf>,
     /// The file with the key of the admin listener.
     pub admin_key: Option<PathBuf>,
     /// What clients may publish.
@@ -193,7 +196,11 @@ impl Settings {
             listen: input.get("listen", |text| parse_list(text, parse_address)),
             admin: input.get("admin", parse_admin),
             open: input.get("open", parse_switch),
-            admin_key: input.get("admin-key", parse_path),
+            jwt_key: input.get("jwt-key", |text| parse_some(text, parse_path)),
+            admin_key: input.get("admin-key", |text| match text {
+                "" => Ok(None),
+                path => parse_path(path).map(Some),
+            }),
             client_publish: input.get("client-publish", |text| match text {
                 "off" => Ok(ClientPublish::Off),
                 "own" => Ok(ClientPublish::Own),
@@ -252,8 +259,12 @@ impl Settings {
                 input.conflict("listen", format!("{addr} is given twice"));
             }
         }
-        if let Some(addr) = self.listen.iter().find(|addr| !self.open && is_reachable(addr)) {
-            let problem = format!("{addr} is open to others: say so with --open, or use a loopback address");
+        if let Some(addr) = self.listen.iter().find(|addr| is_reachable(addr))
+            && self.jwt_key.is_empty()
+            && !self.open
+        {
+            let remedy = "give --jwt-key FILE, or say with --open that anyone may come in";
+            let problem = format!("{addr} is open to others and asks for no token: {remedy}");
             input.conflict("listen", problem);
         }
         if self.admin == AdminAddr::Off && self.admin_key.is_some() {
@@ -299,6 +310,10 @@ impl Settings {
             ("listen", list(&self.listen)),
             ("admin", self.admin.to_string()),
             ("open", self.open.to_string()),
+            (
+                "jwt-key",
+                self.jwt_key.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(","),
+            ),
             ("admin-key", self.admin_key.as_ref().map_or(String::new(), |path| path.display().to_string())),
             (
                 "client-publish",
@@ -404,12 +419,11 @@ fn is_reachable(addr: &SocketAddr) -> bool {
     !addr.ip().to_canonical().is_loopback()
 }
 
-fn parse_path(text: &str) -> Result<Option<PathBuf>, String> {
-    match text {
-        "" => Ok(None),
-        path if path.contains('\0') => Err("is not a path".into()),
-        path => Ok(Some(path.into())),
+fn parse_path(text: &str) -> Result<PathBuf, String> {
+    if text.is_empty() || text.contains('\0') {
+        return Err(format!("{text:?} is not a path"));
     }
+    Ok(text.into())
 }
 
 fn parse_prefix(text: &str) -> Result<String, String> {

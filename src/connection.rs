@@ -15,6 +15,7 @@ use crate::event::{ChannelName, Entry, EventId, Kind};
 use crate::feed::{Cursor, Feed, Reader, Start};
 use crate::frame;
 use crate::input::Partial;
+use crate::token::NEVER;
 
 /// Most entries in one vectored write. More would not make a write cheaper, only the stack larger.
 const SLICES: usize = 64;
@@ -51,6 +52,8 @@ pub struct Join {
     pub json: bool,
     /// Whether it may publish.
     pub may_publish: bool,
+    /// When its token ends, in seconds since 1970.
+    pub expires: u32,
     /// The 101 response.
     pub response: Bytes,
 }
@@ -144,6 +147,8 @@ pub struct Connection {
     pub json: bool,
     /// It may publish.
     pub may_publish: bool,
+    /// When its token ends, in seconds since 1970.
+    pub expires: u32,
     /// When the last sign of life came, in ticks of the shard.
     pub heard: u32,
     /// Our end is closed.
@@ -177,6 +182,7 @@ impl Connection {
             recovers: false,
             json: false,
             may_publish: false,
+            expires: NEVER,
             heard: tick,
             finished: false,
             unanswered: 0,
@@ -458,7 +464,8 @@ impl Connection {
 
     /// Begins its end: the close frame for `reason`, if there is one, is its last word.
     pub fn close(&mut self, reason: Reason) {
-        if let Some((code, text)) = reason.close() {
+        // Before the upgrade an HTTP answer is all there is to say.
+        if let Some((code, text)) = reason.close().filter(|_| self.is_open()) {
             self.enqueue(frame::close(code, text));
         }
         self.state = State::Closing;

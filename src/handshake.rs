@@ -1,6 +1,8 @@
 //! From a request's bytes to a client who may join, or to an HTTP answer.
 
+use std::borrow::Cow;
 use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use bytes::{BufMut, Bytes, BytesMut};
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
@@ -10,8 +12,10 @@ use crate::config::{ClientPublish, Settings};
 use crate::connection::{Join, LastSeen};
 use crate::event::{ChannelName, DEFAULT_CHANNEL, EventId, is_user_id};
 use crate::http::{self, BodyLength, Head, Refusal, Response};
+use crate::keys::{self, KeyRing};
 use crate::metrics::Readiness;
 use crate::origin;
+use crate::token::{self, Grant, NEVER};
 use crate::web;
 
 /// The subprotocol of JSON mode.
@@ -37,6 +41,8 @@ pub struct Door {
     pub settings: Arc<Settings>,
     /// Whether the node takes clients.
     pub readiness: Arc<Readiness>,
+    /// The keys of tokens.
+    pub keys: Arc<KeyRing>,
 }
 
 /// A request that is not served: the answer, and the reason to count it under.
@@ -133,6 +139,7 @@ fn upgrade(head: &Head<'_>, user: &str, more: bool, door: &Door) -> Result<Join,
             "the user id in /ws/{user_id} must be 1 to 128 bytes of UTF-8 without control characters",
         );
     };
+    let grant = check_token(head, &user, door)?;
     let channel = match http::query_value(head.query, "channel")? {
         Some(name) => ChannelName::parse(&name),
         None => ChannelName::parse(DEFAULT_CHANNEL),
@@ -140,6 +147,9 @@ fn upgrade(head: &Head<'_>, user: &str, more: bool, door: &Door) -> Result<Join,
     let Some(channel) = channel else {
         return refuse(400, "channel must be 1 to 128 of A-Z a-z 0-9 _ . : -");
     };
+    if grant.as_ref().is_some_and(|grant| !grant.may_join(&channel)) {
+        return Err(Refused(Refusal::new(403, "the token is not good for this channel"), Reason::Forbidden));
+    }
     let given = http::query_value(head.query, "lastEventId");
     let json = head.tokens("sec-websocket-protocol").any(|offered| offered == SUBPROTOCOL);
     let recovers = json || !matches!(given, Ok(None));
@@ -149,9 +159,43 @@ fn upgrade(head: &Head<'_>, user: &str, more: bool, door: &Door) -> Result<Join,
         Ok(Some(text)) => EventId::parse(text.as_bytes()).map_or(LastSeen::Unknown, LastSeen::Event),
         Err(_) => LastSeen::Unknown,
     };
-    let may_publish = door.settings.client_publish != ClientPublish::Off;
+    let may_publish = door.settings.client_publish != ClientPublish::Off
+        && grant.as_ref().is_none_or(|grant| grant.may_publish(&channel));
+    let expires = grant.map_or(NEVER, |grant| grant.expires);
     let response = switching(key, json);
-    Ok(Join { user: user.into(), channel, last_seen, recovers, json, may_publish, response })
+    Ok(Join { user: user.into(), channel, last_seen, recovers, json, may_publish, expires, response })
+}
+
+/// What the client's token allows it; `None` where no token is asked for.
+fn check_token(head: &Head<'_>, user: &str, door: &Door) -> Result<Option<Grant>, Refused> {
+    if !door.keys.asks_for_tokens() {
+        return Ok(None);
+    }
+    let refused = |text: &'static str| {
+        Err(Refused(Refusal::new(401, text).with("WWW-Authenticate", "Bearer"), Reason::Unauthorized))
+    };
+    let Some(token) = given_token(head)? else {
+        return refused(
+            "a token is needed: as ?token=, Authorization: Bearer or the subprotocol bearer.TOKEN",
+        );
+    };
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(u64::MAX, |since| since.as_secs());
+    match token::verify(&door.keys.current().tokens, &token, user, now) {
+        Ok(grant) => Ok(Some(grant)),
+        Err(token::Bad) => refused("the token is not good for this user, or no longer"),
+    }
+}
+
+/// Browsers can set no header, but name subprotocols; a query ends up in proxies' logs.
+fn given_token<'a>(head: &Head<'a>) -> Result<Option<Cow<'a, str>>, Refusal> {
+    if let Some(token) = keys::bearer(head) {
+        return Ok(Some(token.into()));
+    }
+    let offered = head.tokens("sec-websocket-protocol").find_map(|offered| offered.strip_prefix("bearer."));
+    match offered {
+        Some(token) => Ok(Some(token.into())),
+        None => http::query_value(head.query, "token"),
+    }
 }
 
 /// A request without Origin is no browser's.
@@ -207,7 +251,8 @@ mod tests {
             Ok(crate::config::Action::Run(settings)) => Arc::new(settings),
             other => panic!("{other:?}"),
         };
-        Door { settings, readiness: Arc::default() }
+        let keys = Arc::new(KeyRing::load(&settings).unwrap());
+        Door { settings, readiness: Arc::default(), keys }
     }
 
     fn verdict(bytes: &[u8]) -> Verdict {

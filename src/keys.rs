@@ -10,6 +10,7 @@ use ring::rand::SystemRandom;
 
 use crate::config::{SettingError, Settings};
 use crate::http::Head;
+use crate::token::Key;
 
 /// Longest key file, in bytes. An RSA key of 8192 bits takes 1.6 KiB.
 const FILE_MAX: u64 = 64 * 1024;
@@ -21,12 +22,15 @@ const ADMIN_KEY_MIN: usize = 16;
 #[derive(Debug)]
 pub struct Keys {
     admin: Option<AdminKey>,
+    /// Clients' tokens must be signed by one of these.
+    pub tokens: Vec<Key>,
 }
 
 /// The keys in force, and where they came from. Looked at once a handshake, never on the way out.
 #[derive(Debug)]
 pub struct KeyRing {
     admin_file: Option<PathBuf>,
+    token_files: Vec<PathBuf>,
     current: RwLock<Arc<Keys>>,
 }
 
@@ -38,7 +42,8 @@ impl KeyRing {
     pub fn load(settings: &Settings) -> Result<KeyRing, Vec<SettingError>> {
         let ring = KeyRing {
             admin_file: settings.admin_key.clone(),
-            current: RwLock::new(Arc::new(Keys { admin: None })),
+            token_files: settings.jwt_key.clone(),
+            current: RwLock::new(Arc::new(Keys { admin: None, tokens: Vec::new() })),
         };
         ring.reload()?;
         Ok(ring)
@@ -54,10 +59,15 @@ impl KeyRing {
             .admin_file
             .as_deref()
             .and_then(|path| noted("admin-key", path, AdminKey::parse, &mut errors));
+        let tokens = self
+            .token_files
+            .iter()
+            .filter_map(|path| noted("jwt-key", path, Key::parse, &mut errors))
+            .collect();
         if !errors.is_empty() {
             return Err(errors);
         }
-        *self.current.write().expect("nothing panics while holding it") = Arc::new(Keys { admin });
+        *self.current.write().expect("nothing panics while holding it") = Arc::new(Keys { admin, tokens });
         Ok(())
     }
 
@@ -68,7 +78,12 @@ impl KeyRing {
 
     /// Whether there are files to read again.
     pub fn has_files(&self) -> bool {
-        self.admin_file.is_some()
+        self.admin_file.is_some() || !self.token_files.is_empty()
+    }
+
+    /// Whether clients need a token.
+    pub fn asks_for_tokens(&self) -> bool {
+        !self.token_files.is_empty()
     }
 }
 

@@ -16,8 +16,10 @@ pub mod feed;
 pub mod handshake;
 pub mod keys;
 pub mod metrics;
+pub mod mint;
 pub mod sequence;
 pub mod shard;
+pub mod token;
 
 pub mod accept;
 pub mod server;

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use anyhow::Context;
 use fanfare::config::{self, Action, AdminAddr, LogFormat, SettingError, Settings};
 use fanfare::keys::KeyRing;
+use fanfare::mint;
 use fanfare::server::{self, Listeners};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::layer::SubscriberExt;
@@ -20,7 +21,17 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 const WRONG_SETTINGS: u8 = 2;
 
 fn main() -> ExitCode {
-    let action = match Settings::from(std::env::args_os().skip(1), std::env::vars_os()) {
+    let mut args = std::env::args_os().skip(1).peekable();
+    if args.next_if(|first| first == "token").is_some() {
+        return match mint::run(args, std::env::var_os("FANFARE_JWT_KEY")) {
+            Ok(text) => print(&text),
+            Err(problem) => {
+                eprintln!("fanfare token: {problem}");
+                WRONG_SETTINGS.into()
+            }
+        };
+    }
+    let action = match Settings::from(args, std::env::vars_os()) {
         Ok(action) => action,
         Err(errors) => return refuse(&errors),
     };

@@ -13,6 +13,7 @@ use crate::accept;
 use crate::admin::{self, AdminContext};
 use crate::bus::{self, Requests, Shards, ToShard};
 use crate::config::{AdminAddr, Settings};
+use crate::handshake::Door;
 use crate::keys::KeyRing;
 use crate::metrics::{BusNumbers, Metrics, Readiness};
 use crate::shard;
@@ -66,8 +67,9 @@ pub async fn run(
     let readiness = Arc::new(Readiness::waiting_for_bus());
     let metrics = Arc::new(Metrics::new(settings.shards.get(), numbers.clone(), readiness.clone()));
     let (requests, asked) = mpsc::unbounded_channel();
+    let door = Door { settings: settings.clone(), readiness: readiness.clone(), keys: keys.clone() };
 
-    let (shards, mut ended) = start_shards(&settings, &requests, &metrics)?;
+    let (shards, mut ended) = start_shards(&door, &requests, &metrics)?;
     let stop_accepting = accept::start(listeners.public, shards.clone(), metrics.clone())?;
     if let Some(listener) = listeners.admin {
         let context = AdminContext {
@@ -109,16 +111,12 @@ pub async fn run(
 
 type Ended = mpsc::UnboundedReceiver<io::Result<()>>;
 
-fn start_shards(
-    settings: &Arc<Settings>,
-    requests: &Requests,
-    metrics: &Arc<Metrics>,
-) -> io::Result<(Shards, Ended)> {
+fn start_shards(door: &Door, requests: &Requests, metrics: &Arc<Metrics>) -> io::Result<(Shards, Ended)> {
     let (end, ended) = mpsc::unbounded_channel();
     let mut inboxes = Vec::new();
     let mut bells = Vec::new();
     let mut waiting = Vec::new();
-    for _ in 0..settings.shards.get() {
+    for _ in 0..door.settings.shards.get() {
         let (poll, bell) = shard::poll()?;
         let (sender, inbox) = mpsc::unbounded_channel();
         inboxes.push(sender);
@@ -127,9 +125,8 @@ fn start_shards(
     }
     let shards = Shards::new(inboxes).with_bells(bells);
     for (id, (poll, bell, inbox)) in waiting.into_iter().enumerate() {
-        let (settings, requests, metrics) = (settings.clone(), requests.clone(), metrics.clone());
-        let wiring =
-            shard::Wiring { id, settings, requests, shards: shards.clone(), poll, inbox, bell, metrics };
+        let (door, requests, metrics) = (door.clone(), requests.clone(), metrics.clone());
+        let wiring = shard::Wiring { id, door, requests, shards: shards.clone(), poll, inbox, bell, metrics };
         let end = end.clone();
         thread::Builder::new().name(format!("shard-{id}")).spawn(move || {
             let _ = end.send(shard::run(wiring)); // fails only when the node has returned already

@@ -54,8 +54,8 @@ const EVENTS: usize = 1024;
 pub struct Wiring {
     /// Its number.
     pub id: ShardId,
-    /// The node's settings.
-    pub settings: Arc<Settings>,
+    /// What decides over requests, with the node's settings.
+    pub door: handshake::Door,
     /// The way to the bus.
     pub requests: Requests,
     /// The way to the other shards.
@@ -130,11 +130,8 @@ pub fn run(wiring: Wiring) -> io::Result<()> {
     let mut events = Events::with_capacity(EVENTS);
     let mut shard = Shard {
         id: wiring.id,
-        door: handshake::Door {
-            settings: wiring.settings.clone(),
-            readiness: wiring.metrics.readiness.clone(),
-        },
-        settings: wiring.settings,
+        settings: wiring.door.settings.clone(),
+        door: wiring.door,
         requests: wiring.requests,
         shards: wiring.shards,
         metrics: wiring.metrics,

@@ -58,7 +58,7 @@ const fn spec(
 }
 
 /// All settings, in the order shown.
-pub(super) static TABLE: [Spec; 22] = [
+pub(super) static TABLE: [Spec; 23] = [
     spec(
         "listen",
         List,
@@ -78,7 +78,18 @@ pub(super) static TABLE: [Spec; 22] = [
         Switch,
         "",
         "false",
-        &["Anyone may come in. Without it --listen takes loopback addresses only."],
+        &["Anyone may come in. Without it or --jwt-key, --listen takes loopback addresses only."],
+    ),
+    spec(
+        "jwt-key",
+        List,
+        "FILE,...",
+        "",
+        &[
+            "Keys of the tokens that clients must bring, one in each file: an HS256 secret of at least 32",
+            "bytes, or the public key of RS256, ES256 or EdDSA in PEM. Any of them will do.",
+            "Reread at SIGHUP. fanfare token --help tells how to make a token to try.",
+        ],
     ),
     spec(
         "admin-key",

@@ -101,6 +101,7 @@ impl Shard {
         connection.recovers = joining.recovers;
         connection.json = joining.json;
         connection.may_publish = joining.may_publish;
+        connection.expires = joining.expires;
         connection.user = joining.user;
         connection.heard = self.tick;
         connection.heartbeat = self.tick;

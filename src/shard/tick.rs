@@ -1,6 +1,6 @@
 //! What time brings: deadlines, heartbeats, and the end of the node.
 
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use super::Shard;
 use crate::bus::Request;
@@ -94,12 +94,20 @@ impl Shard {
     fn heartbeats(&mut self, now: Instant) {
         let heartbeat = ticks(self.settings.heartbeat);
         let timeout = ticks(self.settings.heartbeat_timeout);
-        let turns = (heartbeat.min(timeout) / 4).max(1) as usize;
+        let mut turns = (heartbeat.min(timeout) / 4).max(1);
+        if self.door.keys.asks_for_tokens() {
+            turns = turns.min(SECOND); // a token's end has no timer of its own: it is seen here
+        }
+        let seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs() as u32);
         let slots = self.connections.capacity();
-        for _ in 0..slots.div_ceil(turns) {
+        for _ in 0..slots.div_ceil(turns as usize) {
             let slot = self.heartbeat_slot;
             self.heartbeat_slot = (slot + 1) % slots;
             if self.connections.get(slot).is_some_and(|connection| connection.is_open()) {
+                if self.connections[slot].expires <= seconds {
+                    self.end(slot as u32, Reason::TokenExpired);
+                    continue;
+                }
                 self.look_after(slot as u32, heartbeat, timeout, now);
             }
         }
