@@ -40,7 +40,7 @@ const REQUEST_TIME: Duration = Duration::from_secs(5);
 const LINGER: Duration = Duration::from_secs(5);
 
 /// One read takes this much; longer ones take turns.
-const SCRATCH: usize = 64 * 1024;
+const SCRATCH: usize = 16 * 1024;
 
 /// Most messages taken from the inbox, and connections flushed in a pass, before others get their turn.
 const MESSAGES_A_TURN: usize = 1024;
@@ -155,7 +155,7 @@ pub fn run(wiring: Wiring) -> io::Result<()> {
         tick: 0,
         heartbeat_slot: 0,
         tally: Tally::default(),
-        scratch: vec![0; input::HEAD_MAX + SCRATCH].into(),
+        scratch: vec![0; SCRATCH].into(),
         messages: Vec::new(),
         replies: Vec::new(),
     };
@@ -219,7 +219,7 @@ impl Shard {
     fn work(&mut self) {
         for id in std::mem::take(&mut self.unread) {
             if let Some(slot) = self.find(id) {
-                self.on_readable(slot, false);
+                self.on_readable(slot, true);
             }
         }
         for id in std::mem::take(&mut self.unflushed) {
@@ -307,6 +307,9 @@ impl Shard {
         self.metrics.shards[self.id].ends[reason as usize].add(1);
         tracing::debug!(user = ?connection.user, reason = reason.label(), "connection ends");
         connection.close(reason);
+        if std::mem::take(&mut connection.paused) {
+            self.unread.push(ConnectionId { shard: self.id, slot, generation: connection.generation });
+        }
         if reason == Reason::PeerGone {
             return self.remove(slot);
         }
@@ -321,9 +324,14 @@ impl Shard {
         }
     }
 
+    /// Sends an HTTP answer to a client that may not join, and ends.
+    fn refuse(&mut self, slot: u32, answer: bytes::Bytes) {
+        self.numbers().refused.add(1);
+        self.answer(slot, answer, Reason::Answered);
+    }
+
     /// Sends an HTTP answer and ends.
     fn answer(&mut self, slot: u32, answer: bytes::Bytes, reason: Reason) {
-        self.numbers().refused.add(1);
         self.connections[slot as usize].enqueue(answer);
         self.end(slot, reason);
     }
@@ -397,7 +405,7 @@ impl Shard {
 
     fn refuse_join(&mut self, id: ConnectionId, why: &str) {
         if let Some(slot) = self.find(id).filter(|slot| self.is_joining(*slot)) {
-            self.answer(slot, handshake::unavailable(why), Reason::Answered);
+            self.refuse(slot, handshake::unavailable(why));
         }
     }
 

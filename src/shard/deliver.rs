@@ -56,7 +56,7 @@ impl Shard {
             self.feed_bytes -= Feed::cost(&entry);
             while let Some((_, slot)) = channel.begun.first().copied().filter(|begun| begun.0 <= number) {
                 channel.begun.pop_first();
-                self.connections[slot as usize].keep_rest(&entry);
+                self.connections[slot as usize].keep_rest(&entry, &mut self.tally);
             }
         }
     }
