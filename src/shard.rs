@@ -18,7 +18,7 @@ use crate::bus::{Bell, ConnectionId, Request, Requests, ShardId, Shards, ToShard
 use crate::close::Reason;
 use crate::config::Settings;
 use crate::connection::{Connection, State, Tally};
-use crate::event::ChannelName;
+use crate::event::{ChannelName, EventId};
 use crate::feed::Feed;
 use crate::handshake;
 use crate::input;
@@ -31,6 +31,7 @@ mod receive;
 mod tick;
 
 use channel::Channel;
+use join::Asked;
 use tick::{Drain, TICK};
 
 /// How long a request may take to be complete.
@@ -90,7 +91,11 @@ pub struct Shard {
     /// How many of `ages` belong to channels that are gone.
     stale_ages: usize,
     feed_bytes: usize,
+    /// Pages of history that are here, oldest first, by channel key and serial.
+    page_ages: VecDeque<(u32, u32, EventId)>,
     page_bytes: usize,
+    /// Those whom the bus has answered.
+    answered: VecDeque<(ConnectionId, Asked)>,
     /// Channels with a pass under way.
     passes: VecDeque<u32>,
     /// Connections that had more to write, or to read, than one turn allows.
@@ -106,6 +111,8 @@ pub struct Shard {
     drain: Option<Drain>,
     tick: u32,
     heartbeat_slot: usize,
+    /// Full sockets seen since the walk through the slab began.
+    slow: u64,
     tally: Tally,
     scratch: Box<[u8]>,
     messages: Vec<input::Incoming>,
@@ -143,7 +150,9 @@ pub fn run(wiring: Wiring) -> io::Result<()> {
         ages: VecDeque::new(),
         stale_ages: 0,
         feed_bytes: 0,
+        page_ages: VecDeque::new(),
         page_bytes: 0,
+        answered: VecDeque::new(),
         passes: VecDeque::new(),
         unflushed: Vec::new(),
         unread: Vec::new(),
@@ -154,6 +163,7 @@ pub fn run(wiring: Wiring) -> io::Result<()> {
         drain: None,
         tick: 0,
         heartbeat_slot: 0,
+        slow: 0,
         tally: Tally::default(),
         scratch: vec![0; SCRATCH].into(),
         messages: Vec::new(),
@@ -212,7 +222,8 @@ impl Shard {
     }
 
     fn has_work(&self) -> bool {
-        !self.passes.is_empty() || !self.unflushed.is_empty() || !self.unread.is_empty()
+        let undone = [self.passes.len(), self.unflushed.len(), self.unread.len(), self.answered.len()];
+        undone.iter().any(|undone| *undone > 0)
     }
 
     /// Goes on with what earlier turns left undone.
@@ -227,6 +238,7 @@ impl Shard {
                 self.flush(slot);
             }
         }
+        self.go_on(FLUSHES_A_TURN);
         self.pass_on(FLUSHES_A_TURN);
     }
 

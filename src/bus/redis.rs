@@ -112,6 +112,8 @@ struct Bus {
     waiting_bytes: usize,
     /// The last publish number given, of all channels: a channel that is forgotten must not begin anew.
     call_number: u64,
+    /// Channels whose subscription is under way, by its ticket.
+    starting: VecDeque<(u64, ChannelName)>,
     /// The last subscription ticket given.
     ticket: u64,
     /// Pages being read, by the position asked for, and for whom.
@@ -147,6 +149,7 @@ pub async fn run(settings: &Settings, url: &RedisUrl, wiring: Wiring) -> Result<
         touched: Vec::new(),
         waiting_bytes: 0,
         call_number: 0,
+        starting: VecDeque::new(),
         ticket: 0,
         pages: HashMap::new(),
         rounds: VecDeque::new(),
