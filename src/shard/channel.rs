@@ -87,7 +87,7 @@ pub struct Channel {
     pub looking: Vec<ConnectionId>,
     /// Pages of history, by the position asked for.
     pub pages: HashMap<EventId, PageState>,
-    /// Since when nobody is here.
+    /// Since when nobody is here: from the begin, since whoever it is made for may be gone before it is followed.
     pub empty_since: Option<Instant>,
 }
 
@@ -106,7 +106,7 @@ impl Channel {
             joining: Vec::new(),
             looking: Vec::new(),
             pages: HashMap::new(),
-            empty_since: None,
+            empty_since: Some(Instant::now()),
         }
     }
 
