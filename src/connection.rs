@@ -136,6 +136,8 @@ pub struct Connection {
     pub watched: bool,
     /// Nothing is read from it until it takes what waits for it, or the bus has answered it.
     pub paused: bool,
+    /// Epoll has told of the peer's end, which it does once: reads go on until they come to it.
+    pub ended: bool,
     /// It gets recovery frames.
     pub recovers: bool,
     /// It speaks `fanfare.v1`.
@@ -170,6 +172,7 @@ impl Connection {
             blocked: false,
             watched: false,
             paused: false,
+            ended: false,
             recovers: false,
             json: false,
             heard: tick,

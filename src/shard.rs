@@ -215,7 +215,7 @@ impl Shard {
     fn work(&mut self) {
         for id in std::mem::take(&mut self.unread) {
             if let Some(slot) = self.find(id) {
-                self.on_readable(slot, false);
+                self.on_readable(slot);
             }
         }
         for id in std::mem::take(&mut self.unflushed) {
@@ -264,7 +264,8 @@ impl Shard {
             self.try_again(slot);
         }
         if readable && self.find(id).is_some() {
-            self.on_readable(slot, end);
+            self.connections[slot as usize].ended |= end;
+            self.on_readable(slot);
         }
     }
 
@@ -302,6 +303,10 @@ impl Shard {
         self.metrics.shards[self.id].ends[reason as usize].add(1);
         tracing::debug!(user = ?connection.user, reason = reason.label(), "connection ends");
         connection.close(reason);
+        if std::mem::take(&mut connection.paused) {
+            // What it has sent no longer matters, but its end does.
+            self.unread.push(ConnectionId { shard: self.id, slot, generation: connection.generation });
+        }
         if reason == Reason::PeerGone {
             return self.remove(slot);
         }

@@ -19,8 +19,8 @@ const UNANSWERED_MAX: u32 = 256;
 const QUEUE_MAX: usize = 64 * 1024;
 
 impl Shard {
-    /// Reads what has come, up to one scratch buffer full; `to_end` where the peer's end is known to be there.
-    pub(super) fn on_readable(&mut self, slot: u32, to_end: bool) {
+    /// Reads what has come, up to one scratch buffer full.
+    pub(super) fn on_readable(&mut self, slot: u32) {
         let id = self.id_of(slot);
         loop {
             let connection = &mut self.connections[slot as usize];
@@ -34,6 +34,7 @@ impl Shard {
                 Err(_) => return self.end_or_remove(slot),
             };
             connection.heard = self.tick;
+            let ended = connection.ended;
             match connection.state {
                 State::Request(_) => self.on_request_bytes(slot, length),
                 // A client may only speak after the upgrade; what it says here would be lost.
@@ -50,7 +51,7 @@ impl Shard {
             if length == self.scratch.len() - input::HEAD_MAX {
                 return self.unread.push(id);
             }
-            if !to_end {
+            if !ended {
                 return; // a short read has emptied the socket (epoll(7)); what comes later is told anew
             }
         }
