@@ -225,7 +225,7 @@ fn print(
          highest ratio)\n",
         plan.connections,
         plan.size,
-        report::machine(cores.count()),
+        cores.machine(),
         ours.len()
     );
     report::table(&["what", name, "floor", "ratio"], &rows);

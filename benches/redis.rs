@@ -86,7 +86,7 @@ fn main() -> Result<()> {
         "\n{size}-byte texts, history on, {}, one core for it; the node and its client share the others; {}; \
          medians of {rounds} rounds\n",
         redis.version()?,
-        report::machine(cores.count()),
+        cores.machine(),
     );
     let rows: Vec<Vec<String>> = runs
         .iter()
@@ -132,7 +132,7 @@ fn fcall(redis: &Redis, crowd: &mut Crowd, size: usize, time: Duration) -> Resul
         let waiting = Instant::now();
         while crowd.in_flight() > AHEAD {
             crowd.drain()?;
-            ensure!(waiting.elapsed() < Duration::from_secs(10), "the node's client gets nothing");
+            ensure!(waiting.elapsed() < Duration::from_secs(10), "the node's client gets nothing for 10 s");
         }
         if start.elapsed() < time {
             connection.get_mut().write_all(&batch)?;

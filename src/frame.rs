@@ -86,7 +86,16 @@ pub fn put_on_one_line(out: &mut Vec<u8>, json: &str) {
 
 /// A frame of a JSON mode client, understood.
 #[derive(Debug, PartialEq, Eq)]
-pub struct ClientFrame {
+pub enum ClientFrame {
+    /// Something to publish.
+    Publish(ClientPublish),
+    /// It wants a sign of life, and its position.
+    Ping,
+}
+
+/// What a JSON mode client publishes.
+#[derive(Debug, PartialEq, Eq)]
+pub struct ClientPublish {
     /// The event, without id.
     pub event: Bytes,
     /// The only user it is for.
@@ -107,6 +116,8 @@ pub struct BadFrame {
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Members<'a> {
+    #[serde(borrow, default, rename = "type")]
+    kind: Option<Cow<'a, str>>,
     #[serde(borrow, default, deserialize_with = "given")]
     text: Option<Cow<'a, str>>,
     #[serde(borrow, default, deserialize_with = "given")]
@@ -132,7 +143,8 @@ fn given<'de, D: serde::Deserializer<'de>, T: Deserialize<'de>>(
     T::deserialize(deserializer).map(Some)
 }
 
-/// Reads what a JSON mode client sent: `{"text":…}` or `{"data":…}`, with `to` and `ref` where it likes.
+/// Reads what a JSON mode client sent: `{"text":…}` or `{"data":…}`, with `to` and `ref` where it likes, or
+/// `{"type":"ping"}`.
 pub fn parse_client_frame(sender: &str, text: &str) -> Result<ClientFrame, BadFrame> {
     let bad = |message, reference| Err(BadFrame { message, reference });
     let members: Members<'_> = match serde_json::from_str(text) {
@@ -153,6 +165,12 @@ pub fn parse_client_frame(sender: &str, text: &str) -> Result<ClientFrame, BadFr
             None => return bad(r#""ref" must be a number or a string of at most 128 bytes"#, None),
         },
     };
+    let is_empty = members.text.is_none() && members.data.is_none() && members.to.is_none();
+    match members.kind.as_deref() {
+        None => {}
+        Some("ping") if is_empty => return Ok(ClientFrame::Ping),
+        Some(_) => return bad(r#"the only "type" to send is "ping", with nothing else"#, reference),
+    }
     let to = members.to.map(Cow::into_owned);
     if to.as_deref().is_some_and(|to| !is_user_id(to)) {
         return bad(r#""to" must be a user id: 1 to 128 bytes, no control characters"#, reference);
@@ -163,7 +181,7 @@ pub fn parse_client_frame(sender: &str, text: &str) -> Result<ClientFrame, BadFr
         (None, Some(data)) => event.with_data(data.get()),
         _ => return bad(r#"give either "text" or "data""#, reference),
     };
-    Ok(ClientFrame { event, to, reference })
+    Ok(ClientFrame::Publish(ClientPublish { event, to, reference }))
 }
 
 fn valid_reference(json: &str) -> Option<Box<str>> {
@@ -207,8 +225,15 @@ pub fn error(code: &str, message: &str, reference: Option<&str>) -> Bytes {
 mod tests {
     use super::*;
 
+    fn publish(text: &str) -> ClientPublish {
+        match parse_client_frame("alice", text).unwrap() {
+            ClientFrame::Publish(publish) => publish,
+            ClientFrame::Ping => panic!("{text} is a ping"),
+        }
+    }
+
     fn event(text: &str) -> String {
-        String::from_utf8(parse_client_frame("alice", text).unwrap().event.to_vec()).unwrap()
+        String::from_utf8(publish(text).event.to_vec()).unwrap()
     }
 
     #[test]
@@ -218,8 +243,8 @@ mod tests {
         assert_eq!(event(r#"{"text":"psst","to":"bob"}"#), r#"{"sender":"alice","to":"bob","text":"psst"}"#);
         assert_eq!(event("{\"data\":{\"a\":\n1.50}}"), r#"{"sender":"alice","data":{"a": 1.50}}"#);
         assert_eq!(event(r#"{"data":null}"#), r#"{"sender":"alice","data":null}"#);
-        let frame = parse_client_frame("alice", r#"{"ref":"x","text":""}"#).unwrap();
-        assert_eq!(frame.reference.as_deref(), Some(r#""x""#));
+        assert_eq!(publish(r#"{"ref":"x","text":""}"#).reference.as_deref(), Some(r#""x""#));
+        assert_eq!(parse_client_frame("alice", r#"{"type":"ping"}"#), Ok(ClientFrame::Ping));
     }
 
     #[test]
@@ -229,6 +254,8 @@ mod tests {
         assert_eq!(refused(r#"{"ref":7,"txt":"hi"}"#).reference.as_deref(), Some("7"));
         assert_eq!(refused(r#"{"ref":7,"text":3}"#).reference.as_deref(), Some("7"));
         assert_eq!(refused(r#"{"ref":7,"text":"a","data":1}"#).reference.as_deref(), Some("7"));
+        assert_eq!(refused(r#"{"ref":7,"text":"a","type":"ping"}"#).reference.as_deref(), Some("7"));
+        assert_eq!(refused(r#"{"ref":7,"type":"reset"}"#).reference.as_deref(), Some("7"));
         for text in [
             "",
             "hi",

@@ -367,7 +367,7 @@ async fn the_client_finds_out_that_a_silent_node_is_dead() {
         window.states = [];
         const send = WebSocket.prototype.send;
         WebSocket.prototype.send = function (text) { probes++; send.call(this, text); };
-        window.fanfare = new Fanfare('/ws/alice', { silence: 100, patience: 3000 });
+        window.fanfare = new Fanfare('/ws/alice', { silence: 100, patience: 2000 });
         fanfare.on('state', ({ state, reason }) => states.push(reason ? `${state}: ${reason}` : state));";
     assert_eq!(browser.run_client(begin).await, Value::Null);
     let becomes = async |script: &str| {
@@ -376,7 +376,7 @@ async fn the_client_finds_out_that_a_silent_node_is_dead() {
         })
         .await;
     };
-    becomes("probes >= 5").await;
+    becomes("probes >= 2").await; // so the first was answered
     assert_eq!(browser.run("return states").await, json!(["connecting", "live"]), "it answers, so it lives");
     node.signal("STOP");
     becomes("states.includes('waiting: no sign of life')").await;

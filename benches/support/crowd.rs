@@ -145,9 +145,9 @@ impl Crowd {
         self.published
     }
 
-    /// Events that the publisher itself has not got back yet.
+    /// Events that the first client has not got yet. It may have some that nobody has told us to expect yet.
     pub fn in_flight(&self) -> u64 {
-        self.published - self.clients[0].events
+        self.published.saturating_sub(self.clients[0].events)
     }
 
     /// Publishes an event, due at that moment.

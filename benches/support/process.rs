@@ -15,6 +15,8 @@ use super::floor;
 pub struct Cores {
     all: CpuSet,
     server: usize,
+    /// The machine's load average before the bench did anything.
+    load: f64,
 }
 
 impl Cores {
@@ -23,14 +25,21 @@ impl Cores {
         let all = sched_getaffinity(None)?;
         let server = (0..CpuSet::MAX_CPU).rev().find(|core| all.is_set(*core)).context("no core at all")?;
         ensure!(all.count() > 1, "the benches need two cores: one for the server, one for the clients");
-        let cores = Cores { all, server };
+        let load = std::fs::read_to_string("/proc/loadavg")?.split(' ').next().unwrap_or_default().parse()?;
+        let cores = Cores { all, server, load };
         sched_setaffinity(None, &cores.clients())?;
         Ok(cores)
     }
 
-    /// How many there are.
-    pub fn count(&self) -> u32 {
-        self.all.count()
+    /// The machine, for a note. Above a load of 1 only figures of CPU time are worth something.
+    pub fn machine(&self) -> String {
+        let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
+        let cpu = read("/proc/cpuinfo");
+        let model = cpu.lines().find(|line| line.starts_with("model name"));
+        let model = model.and_then(|line| line.split(": ").nth(1)).unwrap_or("unknown CPU");
+        let kernel = read("/proc/sys/kernel/osrelease");
+        let (count, load) = (self.all.count(), self.load);
+        format!("{count} cores ({model}), Linux {}, load average {load} before", kernel.trim())
     }
 
     fn clients(&self) -> CpuSet {

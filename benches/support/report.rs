@@ -22,6 +22,16 @@ pub fn percentile(values: &[Duration], share: f64) -> Duration {
     sorted.get(at.saturating_sub(1)).copied().unwrap_or_default()
 }
 
+/// The slope of the line that fits the points best (least squares).
+pub fn slope(points: &[(f64, f64)]) -> f64 {
+    let count = points.len() as f64;
+    let x_mean = points.iter().map(|(x, _)| x).sum::<f64>() / count;
+    let y_mean = points.iter().map(|(_, y)| y).sum::<f64>() / count;
+    let both: f64 = points.iter().map(|(x, y)| (x - x_mean) * (y - y_mean)).sum();
+    let square: f64 = points.iter().map(|(x, _)| (x - x_mean).powi(2)).sum();
+    both / square
+}
+
 /// Three digits that count, with k or M.
 pub fn count(value: f64) -> String {
     match value {
@@ -55,15 +65,6 @@ pub fn ratio(pairs: &[(f64, f64)]) -> String {
     let low = ratios.iter().copied().fold(f64::INFINITY, f64::min);
     let high = ratios.iter().copied().fold(0.0, f64::max);
     format!("{:.2} ({low:.2}–{high:.2})", median(&ours) / median(&floor))
-}
-
-/// The machine, for a note.
-pub fn machine(cores: u32) -> String {
-    let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
-    let cpu = read("/proc/cpuinfo");
-    let model = cpu.lines().find(|line| line.starts_with("model name"));
-    let model = model.and_then(|line| line.split(": ").nth(1)).unwrap_or("unknown CPU");
-    format!("{cores} cores ({model}), Linux {}", read("/proc/sys/kernel/osrelease").trim())
 }
 
 /// Prints a table in Markdown.

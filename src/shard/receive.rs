@@ -8,7 +8,7 @@ use crate::bus::{Answer, ConnectionId, Publish, PublishError, Request};
 use crate::close::Reason;
 use crate::connection::State;
 use crate::event::EventId;
-use crate::frame;
+use crate::frame::{self, ClientFrame};
 use crate::handshake::{self, Verdict};
 use crate::input::{self, Incoming};
 
@@ -117,7 +117,7 @@ impl Shard {
         self.replies.clear();
         for message in messages.drain(..) {
             if let Incoming::Text(text) = message {
-                self.publish(slot, &text);
+                self.on_message(slot, &text);
             }
         }
         self.messages = messages;
@@ -135,13 +135,18 @@ impl Shard {
         }
     }
 
-    fn publish(&mut self, slot: u32, text: &str) {
+    fn on_message(&mut self, slot: u32, text: &str) {
         self.numbers().messages.add(1);
         let id = self.id_of(slot);
         let connection = &mut self.connections[slot as usize];
         let (event, to, reference) = if connection.json {
             match frame::parse_client_frame(&connection.user, text) {
-                Ok(frame) => (frame.event, frame.to, frame.reference),
+                Ok(ClientFrame::Publish(publish)) => (publish.event, publish.to, publish.reference),
+                Ok(ClientFrame::Ping) => {
+                    let feed = self.channels[connection.channel as usize].feed.as_ref();
+                    let position = feed.map(|feed| connection.shown_position(feed));
+                    return connection.enqueue(frame::json_ping(position));
+                }
                 Err(bad) => {
                     return connection.enqueue(frame::error(
                         "invalid",

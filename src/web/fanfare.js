@@ -10,8 +10,8 @@ const LONGEST = 30_000; // a delay is any part of it (full jitter), so that many
 const OPENING = 15_000; // ms from an attempt's start to the server's welcome
 const STEADY = 10_000; // ms that a connection must have lived for the next loss to count as a first one
 
-// Asks to publish nothing and gets an error frame, a sign of life. (Scripts neither see nor send pings.)
-const PROBE = '{"ref":"probe"}';
+// Answered with a ping that carries our position. (Scripts neither see nor send WebSocket pings.)
+const PROBE = '{"type":"ping"}';
 
 // After these, trying again repeats the mistake. (Not 1009: it blames one long message, not the connection.)
 const FATAL = new Set([1002, 1003, 1007, 1008, 4003]);
@@ -109,7 +109,7 @@ export class Fanfare {
         return this.#emit("gap", { lastEventId: this.#last, from: "reset" });
       case "error":
         if (sent) return sent.reject(failure(frame.code, frame.message));
-        return frame.ref !== "probe" && this.#emit("error", failure(frame.code, frame.message));
+        return this.#emit("error", failure(frame.code, frame.message));
       default: this.#emit("message", frame, { recovered: false }); // from the bare channel: without id
     }
   }

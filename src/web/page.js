@@ -74,7 +74,9 @@ class Pane {
   #changed({ state, delay, code, reason }) {
     const before = this.section.dataset.state;
     this.#show(state, delay);
-    if (state === "waiting" && before === "live") this.#notice(`Connection lost (${code}${reason ? `, ${reason}` : ""})`);
+    if (state === "waiting" && before === "live") {
+      this.#notice(`Connection lost (${reason ? `${code}, ${reason}` : code})`);
+    }
     if (state === "live" && !this.part(".events").children.length) this.#notice(`Connected as ${this.user}`);
   }
 
@@ -88,7 +90,8 @@ class Pane {
     clearInterval(this.#ticking);
     const tick = () => {
       const rest = Math.max(0, Math.ceil((this.#until - Date.now()) / 1000));
-      this.part(".countdown").textContent = this.#until ? `, ${state === "cut" ? "back" : "retry"} in ${rest} s` : "";
+      const what = state === "cut" ? "back" : "retry";
+      this.part(".countdown").textContent = this.#until ? `, ${what} in ${rest} s` : "";
       if (state === "cut" && rest === 0) this.#back();
     };
     if (delay) this.#ticking = setInterval(tick, 250);
@@ -107,7 +110,7 @@ class Pane {
   #back() { this.connect(this.#position); }
 
   #event(event, recovered) {
-    const row = document.createElement("li");
+    const row = document.createElement("div");
     const add = (kind, text) => {
       const part = document.createElement("span");
       part.className = kind;
@@ -129,12 +132,12 @@ class Pane {
   #recount(more = 0) {
     this.#resumed.count += more;
     const { row, count, lastEventId } = this.#resumed;
-    const what = count === 0 ? "nothing was missed" : count === 1 ? "1 event recovered" : `${count} events recovered`;
+    const what = count === 0 ? "nothing was missed" : `${count} ${count === 1 ? "event" : "events"} recovered`;
     row.textContent = `Resumed after ${lastEventId}: ${what}`;
   }
 
   #notice(text, kind = "plain") {
-    const row = document.createElement("li");
+    const row = document.createElement("div");
     row.className = `notice ${kind}`;
     row.textContent = text;
     this.#append(row);
