@@ -205,3 +205,33 @@ async fn what_follows_a_close_is_ignored() {
     watcher.send("marker").await;
     assert_eq!(watcher.next_event().await.1, json!({"sender": "watcher", "text": "marker"}));
 }
+
+#[tokio::test]
+async fn a_message_that_is_begun_and_not_ended_closes_with_1008() {
+    let node = Node::start(&[]).await;
+    let mut fragment = join(&node).await;
+    fragment.frame(false, TEXT, b"to be continued").await;
+    let mut half = join(&node).await;
+    half.write(&frame_bytes(true, TEXT, true, b"half a frame")[..9]).await;
+    assert_eq!(fragment.expect_close().await, 1008);
+    assert_eq!(half.expect_close().await, 1008);
+}
+
+#[tokio::test]
+async fn a_client_that_pings_and_never_reads_costs_no_memory() {
+    let node = Node::start(&["--shards", "1"]).await;
+    let mut other = Client::plain(&node, "other", "room").await;
+    let mut raw = Raw::connect_with_small_buffers(node.public).await;
+    assert_eq!(raw.upgrade("/ws/rude?channel=room", &[]).await.status, 101);
+    let before = node.resident();
+    let pings = frame_bytes(true, PING, true, &[b'p'; 125]).repeat(1000);
+    let mut sent = 0;
+    while sent < 64 << 20 && raw.write_some(&pings).await {
+        sent += pings.len();
+    }
+    // All it can be made to hold are the pongs in its queue and in the kernel.
+    let grown = node.resident().saturating_sub(before);
+    assert!(grown < 4 << 20, "{grown} bytes after {sent} bytes of pings");
+    other.send("hi").await;
+    assert_eq!(other.next_event().await.1, json!({"sender": "other", "text": "hi"}));
+}

@@ -46,3 +46,10 @@ pub async fn until<T, F: Future<Output = Option<T>>>(what: &str, mut ask: impl F
     })
     .await
 }
+
+/// A Redis and two nodes on it.
+pub async fn cluster(flags: &[&str]) -> (Redis, Node, Node) {
+    let redis = Redis::start(&[]).await;
+    let (a, b) = tokio::join!(Node::on(&redis, flags), Node::on(&redis, flags));
+    (redis, a, b)
+}

@@ -94,7 +94,7 @@ impl Node {
         response.json()["id"].as_u64().unwrap_or_else(|| panic!("no id in {}", response.body))
     }
 
-    /// One number of `/metrics`: all series of this name added up.
+    /// One number of `/metrics`: all series of this name added up, or one with its labels.
     pub async fn metric(&self, name: &str) -> f64 {
         let metrics = self.admin("GET", "/metrics", b"").await.body;
         let series = metrics.lines().filter(|line| {
