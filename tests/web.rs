@@ -264,29 +264,3 @@ async fn publishes_on_many_admin_connections_get_ids_of_one_sequence() {
         assert_eq!(client.next_event().await.0, id);
     }
 }
-
-#[tokio::test]
-async fn no_more_channels_than_allowed_are_followed() {
-    let redis = common::Redis::start(&[]).await;
-    let local = Node::start(&["--max-channels", "2"]).await;
-    let on_redis = Node::on(&redis, &["--max-channels", "2"]).await;
-    for node in [&local, &on_redis] {
-        let mut one = Client::plain(node, "a", "one").await;
-        let two = Client::plain(node, "a", "two").await;
-        let mut raw = Raw::connect(node.public).await;
-        let response = raw.upgrade("/ws/a?channel=three", &[]).await;
-        response.expect_refusal(503);
-        assert!(response.header("retry-after").is_some(), "{response:?}");
-        let id = node.publish("one", &json!({"n": 1})).await;
-        one.expect_event(id, &json!({"n": 1})).await;
-        // Publishing needs nobody to follow.
-        node.publish("three", &json!({"n": 1})).await;
-        // A channel that everybody has left makes room, after a while.
-        two.leave().await;
-        common::until("room for a third", || async {
-            let mut raw = Raw::connect(node.public).await;
-            (raw.upgrade("/ws/a?channel=three", &[]).await.status == 101).then_some(())
-        })
-        .await;
-    }
-}

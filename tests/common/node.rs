@@ -31,9 +31,22 @@ impl Node {
         Node::start(&[&["--redis", &redis.url()], flags].concat()).await
     }
 
+    /// Starts a node that may have so many files and sockets open, and waits until it is ready.
+    pub async fn start_with_files(files: u32, flags: &[&str]) -> Node {
+        let mut command = Command::new("sh");
+        command.args(["-c", &format!("ulimit -n {files} && exec \"$0\" \"$@\"")]);
+        command.arg(env!("CARGO_BIN_EXE_fanfare"));
+        let node = Node::start_by(command, flags).await;
+        node.ready().await;
+        node
+    }
+
     /// Starts a node and waits only for its ready line.
     pub async fn start_unready(flags: &[&str]) -> Node {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_fanfare"));
+        Node::start_by(Command::new(env!("CARGO_BIN_EXE_fanfare")), flags).await
+    }
+
+    async fn start_by(mut command: Command, flags: &[&str]) -> Node {
         for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("FANFARE_")) {
             command.env_remove(name);
         }
