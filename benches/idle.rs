@@ -139,7 +139,7 @@ fn idle(server: &Server, connections: usize, time: Duration) -> Result<(Memory, 
     let full = server.process.memory()?;
     let pings = crowd.pings() - pings;
     ensure!(
-        pings >= connections as u64 / 100 * 99,
+        pings >= connections as u64 / 100 * 95, // a busy machine is late with some
         "only {pings} heartbeats for {connections} connections in {time:?}: CPU is not comparable"
     );
     Ok((start, full, cpu, pings))

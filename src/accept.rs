@@ -99,6 +99,8 @@ pub fn start(mut listeners: Vec<TcpListener>, shards: Shards, metrics: Arc<Metri
                 }
             }
             ready.retain(|number| acceptor.accept(&listeners[*number]));
+            // Only now: a shard that wakes for every socket would take turns with this loop.
+            (0..acceptor.shards.count()).for_each(|shard| acceptor.shards.ring(shard));
         }
     };
     std::thread::Builder::new().name("accept".into()).spawn(body)?;
@@ -146,6 +148,6 @@ impl Acceptor {
         let load = |shard: &usize| self.metrics.shards[*shard].load();
         let shard = (0..self.shards.count()).min_by_key(load).expect("there is at least one shard");
         self.metrics.shards[shard].accepted.add(1);
-        self.shards.tell(shard, ToShard::Socket(stream));
+        self.shards.leave(shard, ToShard::Socket(stream));
     }
 }

@@ -254,7 +254,17 @@ impl Shards {
 
     /// Tells one shard. A shard that has ended has nobody left to tell, so that is not an error.
     pub fn tell(&self, shard: ShardId, message: ToShard) {
+        self.leave(shard, message);
+        self.ring(shard);
+    }
+
+    /// Tells one shard without waking it: for many messages with one [`Shards::ring`].
+    pub fn leave(&self, shard: ShardId, message: ToShard) {
         let _ = self.inboxes[shard].send(message);
+    }
+
+    /// Wakes a shard that sleeps.
+    pub fn ring(&self, shard: ShardId) {
         if let Some(bell) = self.bells.get(shard) {
             bell.ring();
         }

@@ -132,6 +132,8 @@ pub struct Connection {
     current: bool,
     /// Its socket is full.
     pub blocked: bool,
+    /// It is told when its socket has room again.
+    pub watched: bool,
     /// Nothing is read from it until it takes what waits for it, or the bus has answered it.
     pub paused: bool,
     /// It gets recovery frames.
@@ -166,6 +168,7 @@ impl Connection {
             live_from: 0,
             current: false,
             blocked: false,
+            watched: false,
             paused: false,
             recovers: false,
             json: false,

@@ -450,6 +450,56 @@ mod tests {
     }
 
     #[test]
+    fn history_that_reaches_back_over_an_anchor_proves_nothing() {
+        let mut sequence = Sequence::new(EventId(5), EventId(10));
+        let mut out = Vec::new();
+        sequence.canary(EventId(20), EventId(30));
+        let asked = sequence.ask().unwrap();
+        let page = Page {
+            base: EventId(20),
+            head: EventId(30),
+            oldest: EventId(5),
+            entries: vec![entry(1, 11, 20, false)],
+        };
+        sequence.answer(asked, &page, &mut out);
+        assert_eq!((out[0].ids(), out[0].last), (0, EventId(20)));
+        assert_eq!((out[1].before(), out[1].last), (EventId(20), EventId(30)));
+    }
+
+    #[test]
+    fn a_higher_base_alone_is_reason_to_read() {
+        let mut sequence = Sequence::new(EventId(100), EventId(105));
+        sequence.canary(EventId(100), EventId(105));
+        assert_eq!(sequence.ask(), None);
+        sequence.canary(EventId(103), EventId(105));
+        assert_eq!(sequence.ask(), Some(EventId(105)));
+    }
+
+    #[test]
+    fn what_someone_deleted_is_announced_and_not_read_for_without_end() {
+        let mut sequence = Sequence::new(EventId(10), EventId(10));
+        let mut out = Vec::new();
+        sequence.canary(EventId(10), EventId(14));
+        let asked = sequence.ask().unwrap();
+        // 11 and 12 are there, 13 is deleted from the middle; later also the newest.
+        let page = |entries: Vec<Entry>, head: u64| Page {
+            base: EventId(10),
+            head: EventId(head),
+            oldest: EventId(11),
+            entries,
+        };
+        let entries = vec![entry(1, 11, 2, false), entry(1, 14, 1, false)];
+        sequence.answer(asked, &page(entries, 14), &mut out);
+        let shape: Vec<_> = out.drain(..).map(|entry| (entry.ids(), entry.last.0)).collect();
+        assert_eq!(shape, [(2, 12), (0, 13), (1, 14)]);
+        sequence.canary(EventId(10), EventId(16));
+        let asked = sequence.ask().unwrap();
+        sequence.answer(asked, &page(Vec::new(), 16), &mut out);
+        assert_eq!((out[0].ids(), out[0].last), (0, EventId(16)));
+        assert_eq!(sequence.ask(), None);
+    }
+
+    #[test]
     fn an_answer_with_a_lower_base_is_ignored() {
         let mut sequence = Sequence::new(EventId(100), EventId(105));
         let mut out = Vec::new();

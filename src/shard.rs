@@ -197,6 +197,11 @@ pub fn run(wiring: Wiring) -> io::Result<()> {
     Ok(())
 }
 
+/// What epoll gives back for a connection.
+fn token_of(id: ConnectionId) -> Token {
+    Token((id.generation as usize) << 32 | id.slot as usize)
+}
+
 impl Shard {
     fn numbers(&self) -> &ShardNumbers {
         &self.metrics.shards[self.id]
@@ -244,9 +249,9 @@ impl Shard {
         }
         self.generation = self.generation.wrapping_add(1);
         let slot = self.connections.insert(Connection::new(stream, self.generation, self.tick)) as u32;
-        let token = Token((self.generation as usize) << 32 | slot as usize);
+        let token = token_of(self.id_of(slot));
         let stream = self.connections[slot as usize].stream();
-        if self.registry.register(stream, token, Interest::READABLE | Interest::WRITABLE).is_err() {
+        if self.registry.register(stream, token, Interest::READABLE).is_err() {
             return self.remove(slot); // out of kernel memory, or of fs.epoll.max_user_watches
         }
         self.handshakes.push_back((Instant::now() + REQUEST_TIME, self.id_of(slot)));
@@ -266,6 +271,19 @@ impl Shard {
     fn id_of(&self, slot: u32) -> ConnectionId {
         let generation = self.connections[slot as usize].generation;
         ConnectionId { shard: self.id, slot, generation }
+    }
+
+    /// Has epoll tell when a full socket has room again. Only now: asked for from the start, it would tell so once
+    /// for every new socket.
+    fn watch_room(&mut self, slot: u32) {
+        let token = token_of(self.id_of(slot));
+        let connection = &mut self.connections[slot as usize];
+        if !std::mem::replace(&mut connection.watched, true) {
+            let both = Interest::READABLE | Interest::WRITABLE;
+            if self.registry.reregister(connection.stream(), token, both).is_err() {
+                self.end(slot, Reason::PeerGone); // it would wait for ever
+            }
+        }
     }
 
     /// The slot of a connection that is still there.
@@ -289,6 +307,9 @@ impl Shard {
         }
         let feed = feed.and_then(|key| self.channels.get(key as usize)?.feed.as_ref());
         if connection.finish(feed, &mut self.tally) {
+            if connection.blocked {
+                self.watch_room(slot);
+            }
             self.lingering.push_back((Instant::now() + LINGER, self.id_of(slot)));
         } else {
             self.remove(slot);

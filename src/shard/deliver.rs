@@ -138,7 +138,7 @@ impl Shard {
 
     fn after_flush(&mut self, slot: u32, flushed: Flushed) {
         match flushed {
-            Flushed::Blocked => {}
+            Flushed::Blocked => self.watch_room(slot),
             Flushed::All | Flushed::Behind => self.reconsider(slot),
             Flushed::More => self.unflushed.push(self.id_of(slot)),
             Flushed::Missed => self.miss(slot),

@@ -155,17 +155,17 @@ impl Node {
     }
 
     pub async fn page(&mut self, name: &str, number: u64, shard: usize) -> Result<Arc<Page>, BusError> {
-        self.ask_page(name, number, shard);
-        self.page_told(number, shard).await
+        self.ask_page(name, page_after(number), shard);
+        self.page_told(page_after(number), shard).await
     }
 
-    pub fn ask_page(&self, name: &str, page: u64, shard: usize) {
-        self.ask(Request::Read { channel: channel(name), after: page_after(page), shard });
+    pub fn ask_page(&self, name: &str, after: EventId, shard: usize) {
+        self.ask(Request::Read { channel: channel(name), after, shard });
     }
 
-    pub async fn page_told(&mut self, number: u64, shard: usize) -> Result<Arc<Page>, BusError> {
+    pub async fn page_told(&mut self, asked: EventId, shard: usize) -> Result<Arc<Page>, BusError> {
         self.told(shard, |told| match told {
-            ToShard::Page { after, result, .. } if *after == page_after(number) => Some(result.clone()),
+            ToShard::Page { after, result, .. } if *after == asked => Some(result.clone()),
             _ => None,
         })
         .await
@@ -177,7 +177,7 @@ impl Node {
 }
 
 /// The position before a page.
-fn page_after(number: u64) -> EventId {
+pub fn page_after(number: u64) -> EventId {
     EventId(number * bus::PAGE - 1)
 }
 
@@ -280,4 +280,14 @@ pub async fn until(what: &str, holds: impl Fn() -> bool) {
         assert!(tokio::time::Instant::now() < deadline, "{what}: not within {PATIENCE:?}");
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
+}
+
+/// An event that shows its number.
+pub fn event(n: usize) -> String {
+    format!(r#"{{"n":"<{n}>"}}"#)
+}
+
+/// What only the event with this number contains.
+pub fn mark(n: usize) -> String {
+    format!("\"<{n}>\"")
 }

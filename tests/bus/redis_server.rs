@@ -22,11 +22,17 @@ pub fn free_port() -> u16 {
 pub struct RedisServer {
     pub port: u16,
     args: Vec<String>,
-    dir: PathBuf,
+    pub dir: PathBuf,
     child: Option<Child>,
 }
 
-static SERVERS: AtomicUsize = AtomicUsize::new(0);
+fn own_dir() -> PathBuf {
+    static SERVERS: AtomicUsize = AtomicUsize::new(0);
+    let count = SERVERS.fetch_add(1, Ordering::Relaxed);
+    let dir = std::env::temp_dir().join(format!("fanfare-bus-{}-{count}", std::process::id()));
+    std::fs::create_dir_all(&dir).unwrap();
+    dir
+}
 
 impl RedisServer {
     /// Keeps nothing on disk.
@@ -35,9 +41,7 @@ impl RedisServer {
     }
 
     pub fn start_with(args: &[&str]) -> RedisServer {
-        let count = SERVERS.fetch_add(1, Ordering::Relaxed);
-        let dir = std::env::temp_dir().join(format!("fanfare-bus-{}-{count}", std::process::id()));
-        std::fs::create_dir_all(&dir).unwrap();
+        let dir = own_dir();
         for _ in 0..10 {
             let args = args.iter().map(|arg| arg.to_string()).collect();
             let mut server = RedisServer { port: free_port(), args, dir: dir.clone(), child: None };
@@ -46,6 +50,32 @@ impl RedisServer {
             }
         }
         panic!("redis-server does not start");
+    }
+
+    /// A sentinel that watches one Redis and, alone, fails over within a second or two.
+    pub fn sentinel(name: &str, target: u16) -> RedisServer {
+        let dir = own_dir();
+        let path = dir.join("sentinel.conf");
+        let watch = format!(
+            "sentinel monitor {name} 127.0.0.1 {target} 1\nsentinel down-after-milliseconds {name} 500\n\
+             sentinel failover-timeout {name} 2000\n"
+        );
+        std::fs::write(&path, watch).unwrap();
+        let mut sentinel = RedisServer { port: free_port(), args: Vec::new(), dir, child: None };
+        let child = Command::new("redis-server")
+            .arg(&path)
+            .args(["--sentinel", "--port", &sentinel.port.to_string(), "--bind", "127.0.0.1"])
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("redis-server is installed");
+        sentinel.child = Some(child);
+        let deadline = Instant::now() + PATIENCE;
+        while Raw::connect(sentinel.port).is_err() {
+            assert!(Instant::now() < deadline, "the sentinel does not start");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        sentinel
     }
 
     /// A port that nobody listens on yet; [`RedisServer::restart`] starts it.
@@ -106,6 +136,14 @@ impl RedisServer {
 
     pub fn url(&self) -> String {
         format!("redis://127.0.0.1:{}", self.port)
+    }
+
+    /// The last id that a channel has given; 0 when it has none.
+    pub fn head(&self, name: &str) -> u64 {
+        match self.raw().command(&["HGET", &format!("fanfare:{{{name}}}:meta"), "head"]) {
+            Reply::Text(text) => text.parse().unwrap(),
+            _ => 0,
+        }
     }
 
     pub fn raw(&self) -> Raw {
@@ -186,6 +224,16 @@ impl Raw {
             return Reply::Error("closed".into());
         }
         self.reply()
+    }
+
+    /// The same command many times, without waiting in between.
+    pub fn repeat(&mut self, args: &[&str], times: usize) -> Vec<Reply> {
+        let mut one = format!("*{}\r\n", args.len());
+        for arg in args {
+            one += &format!("${}\r\n{arg}\r\n", arg.len());
+        }
+        self.stream.get_mut().write_all(one.repeat(times).as_bytes()).unwrap();
+        (0..times).map(|_| self.reply()).collect()
     }
 
     pub fn reply(&mut self) -> Reply {

@@ -152,6 +152,10 @@ impl Bus {
 
     /// A session is there: subscribe again to everything, from our own table.
     pub(super) fn connected(&mut self, session: Session) {
+        if session.is_over() {
+            self.set_trouble(Some(Trouble::Away("Redis is away: the connection broke at once".into())));
+            return self.back_off();
+        }
         let mut names = vec![self.terms.canary()];
         let followed = self.channels.iter().filter(|(_, channel)| channel.follow.is_some());
         names.extend(followed.flat_map(|(name, _)| self.terms.lanes(name)));
@@ -189,8 +193,8 @@ impl Bus {
         self.link.generation += 1; // so that nothing of it counts any more
         self.link.pending = None;
         self.canaries.sent.clear();
-        let trouble = match why.starts_with("NOPERM") {
-            true => Trouble::Refuses(format!("Redis refuses a subscription: {why}")),
+        let trouble = match ["NOPERM", "READONLY"].iter().any(|prefix| why.starts_with(prefix)) {
+            true => Trouble::Refuses(format!("Redis refuses: {why}")),
             false => Trouble::Away(format!("Redis is away: {why}")),
         };
         self.fail_joins(trouble.text());
@@ -207,14 +211,16 @@ impl Bus {
     }
 
     /// Compares every followed channel at once.
-    pub(super) fn sweep(&mut self) {
-        if self.link.pending.is_some() {
-            return; // what is not subscribed yet is swept when it is
-        }
+    fn sweep(&mut self) {
         for _ in 0..self.turns() {
             self.send_canary();
         }
         self.canaries.next = Some(Instant::now() + CANARY_EVERY);
+    }
+
+    /// Something was missed: the next tick compares positions.
+    pub(super) fn canary_soon(&mut self) {
+        self.canaries.next = self.canaries.next.map(|_| Instant::now());
     }
 
     fn turns(&self) -> usize {

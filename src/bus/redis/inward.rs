@@ -9,7 +9,7 @@ use tokio::sync::broadcast::error::RecvError;
 use super::follow::Follow;
 use super::link::{CallError, Caller, Script};
 use super::scripts::Known;
-use super::terms::{Lane, Terms};
+use super::terms::Lane;
 use super::{Bus, Outcome, Purpose, scripts, wire};
 use crate::bus::{BusError, PAGE, Page, ShardId, ToShard, page_begin};
 use crate::event::{ChannelName, Entry, EventId, Kind};
@@ -17,11 +17,9 @@ use crate::event::{ChannelName, Entry, EventId, Kind};
 /// Events that one read brings when a hole is filled.
 const FILL_EVENTS: u64 = 1024;
 
-/// Bytes that one read brings, about: it keeps Redis from others while it is put together.
+/// Bytes that one read brings, about: it keeps Redis from others while it is put together. A page of larger events
+/// comes in parts.
 const READ_BYTES: usize = 1 << 20;
-
-/// A page is read in parts when it is large. If history changes under it, it is begun again this often.
-const PAGE_ATTEMPTS: usize = 3;
 
 /// Least time between two warnings about oversized messages.
 const WARN_EVERY: Duration = Duration::from_secs(60);
@@ -128,8 +126,7 @@ impl Bus {
             Ok(message) => message,
             Err(RecvError::Lagged(lost)) => {
                 tracing::debug!("{lost} messages came faster than they were taken; history has them");
-                self.sweep();
-                return;
+                return self.canary_soon();
             }
             Err(RecvError::Closed) => return self.session_over("the subscriptions were closed"),
         };
@@ -223,7 +220,10 @@ impl Bus {
         let (key, generation, name) = (self.terms.key(name), self.link.generation(), name.clone());
         tokio::spawn(async move {
             let _permit = reads.acquire_owned().await;
-            let result = read(&caller, &key, args).await.map(|(page, _)| page);
+            let mut result = read(&caller, &key, args).await;
+            if let (Ok(page), Purpose::Fill(asked)) = (&mut result, purpose) {
+                wire::whole(page, asked);
+            }
             let _ = outcomes.send(Outcome::Read(generation, name, purpose, result));
         });
     }
@@ -301,12 +301,17 @@ impl Bus {
         if waiting.len() > 1 {
             return; // it shares the read under way
         }
+        self.numbers.reads.add(1);
+        let end = EventId(page_begin(after).0 + PAGE);
+        let args = scripts::read_args(&self.terms, known, after.next(), end, PAGE, READ_BYTES);
         let (caller, outcomes, reads) = (session.caller(), self.outcomes.clone(), self.reads.clone());
-        let (terms, numbers, generation) = (self.terms.clone(), self.numbers.clone(), self.link.generation());
+        let (key, generation) = (self.terms.key(&name), self.link.generation());
         tokio::spawn(async move {
             let _permit = reads.acquire_owned().await;
-            let count = || numbers.reads.add(1);
-            let result = whole_page(&caller, &terms, &name, known, after, count).await;
+            let mut result = read(&caller, &key, args).await;
+            if let Ok(page) = &mut result {
+                wire::whole(page, after);
+            }
             let _ = outcomes.send(Outcome::Page(generation, name, after, result));
         });
     }
@@ -348,48 +353,7 @@ fn tell(shards: &crate::bus::Shards, followers: &[ShardId], name: &ChannelName, 
     }
 }
 
-async fn read(caller: &Caller, key: &str, args: Vec<fred::types::Value>) -> Result<(Page, u64), CallError> {
+async fn read(caller: &Caller, key: &str, args: Vec<fred::types::Value>) -> Result<Page, CallError> {
     let frame = caller.call(Script::Read, &[key], args).await?;
     scripts::page(&frame).ok_or_else(|| CallError::Refused("an answer of a form that no script gives".into()))
-}
-
-/// Reads a page in parts of about a mebibyte, so that large events don't keep Redis from others. What comes is
-/// still one whole: all parts are of one run, and nothing is missing between them.
-async fn whole_page(
-    caller: &Caller,
-    terms: &Terms,
-    name: &ChannelName,
-    known: Known,
-    after: EventId,
-    count: impl Fn(),
-) -> Result<Page, CallError> {
-    let (first, last) = (after.next(), EventId(page_begin(after).0 + PAGE));
-    let key = terms.key(name);
-    for _ in 0..PAGE_ATTEMPTS {
-        let mut whole: Option<Page> = None;
-        loop {
-            let from =
-                whole.as_ref().and_then(|page| page.entries.last()).map_or(first, |entry| entry.last.next());
-            count();
-            let args = scripts::read_args(terms, known, from, last, PAGE, READ_BYTES);
-            let (part, events) = read(caller, &key, args).await?;
-            let end =
-                events == 0 || part.entries.last().is_none_or(|entry| entry.last >= last.min(part.head));
-            match &mut whole {
-                None => whole = Some(part),
-                Some(page) => {
-                    let follows = part.entries.first().is_some_and(|entry| entry.before().next() == from);
-                    if part.base != page.base || !follows {
-                        break; // re-anchored or trimmed in between
-                    }
-                    page.head = part.head;
-                    page.entries.extend(part.entries);
-                }
-            }
-            if end && let Some(page) = whole {
-                return Ok(page);
-            }
-        }
-    }
-    Err(CallError::Refused("history changes faster than it can be read".into()))
 }

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use fred::clients::{Client, SubscriberClient};
+use fred::error::{Error, ErrorKind};
 use fred::interfaces::{ClientLike, EventInterface, PubsubInterface};
 use fred::types::config::{
     Config, ConnectionConfig, PerformanceConfig, ReconnectError, TcpConfig, UnresponsiveConfig,
@@ -128,6 +129,11 @@ impl Session {
         self.caller.clone()
     }
 
+    /// Whether it has ended already. It says so by [`Report::Ended`] too, once.
+    pub fn is_over(&self) -> bool {
+        self.tasks.iter().any(AbortHandle::is_finished)
+    }
+
     /// Subscribes, in the order asked; [`Report::Subscribed`] says when.
     pub fn subscribe(&self, names: Vec<String>, ticket: u64) {
         let _ = self.orders.send(Order::Subscribe(names, ticket)); // a session that ends says so itself
@@ -222,7 +228,10 @@ pub async fn connect(
     terms: &Terms,
     reports: impl Fn(Report) + Clone + Send + Sync + 'static,
 ) -> Result<(Session, broadcast::Receiver<Message>), ConnectError> {
-    let away = |error: fred::error::Error| ConnectError::Away(error.details().to_owned());
+    let away = |error: Error| match error.kind() {
+        ErrorKind::Auth => ConnectError::Refused(format!("Redis refuses the login: {}", error.details())),
+        _ => ConnectError::Away(error.details().to_owned()),
+    };
     let mut tasks = Tasks(Vec::new());
     let client = Client::new(config.clone(), None, Some(connection_config(Vec::new())), None);
     let commands_end = client.init().await.map_err(away)?;

@@ -26,9 +26,6 @@ pub const CANARY: &str =
 /// Writes nothing.
 pub const CHECK: &str = concat!("#!lua flags=no-writes,allow-oom\n", include_str!("../check.lua"));
 
-/// How long a node's last publish number is remembered: many times the longest retry.
-const NUMBER_TTL_MS: u64 = 3_600_000;
-
 /// The library that serves `FCALL fanfare_publish`. Its name carries a version: a later one takes its place.
 /// Where deployments share a Redis, the settings of the node that loaded it last hold for all.
 pub fn library(terms: &Terms) -> String {
@@ -86,7 +83,7 @@ pub fn publish_args(
         Value::from(terms.node.as_str()),
         number(call),
         number(u64::from(retry)),
-        number(NUMBER_TTL_MS),
+        number(terms.number_ttl_ms),
     ]);
     args
 }
@@ -125,8 +122,8 @@ pub fn read_args(
     args
 }
 
-/// Takes the answer of [`READ`] apart: the page, and how many events it holds.
-pub fn page(frame: &Resp3Frame) -> Option<(Page, u64)> {
+/// Takes the answer of [`READ`] apart.
+pub fn page(frame: &Resp3Frame) -> Option<Page> {
     let items = array(frame)?;
     let (heads, events) = items.split_at_checked(3)?;
     let ids: Vec<u64> = heads.iter().map(integer).collect::<Option<_>>()?;
@@ -136,9 +133,8 @@ pub fn page(frame: &Resp3Frame) -> Option<(Page, u64)> {
         let user = (!user.is_empty()).then(|| String::from_utf8_lossy(&user).into());
         history.push((bytes(&pair[0])?, user));
     }
-    let count = history.len() as u64;
     let entries = wire::entries(&history);
-    Some((Page { base: EventId(ids[0]), head: EventId(ids[1]), oldest: EventId(ids[2]), entries }, count))
+    Some(Page { base: EventId(ids[0]), head: EventId(ids[1]), oldest: EventId(ids[2]), entries })
 }
 
 /// The arguments of [`CANARY`], but for the channels.

@@ -24,11 +24,19 @@ pub struct Terms {
     pub max_message: usize,
     /// How long an event may wait for the bus.
     pub publish_timeout: Duration,
+    /// How long Redis remembers a node's last publish number, in milliseconds: many times the longest retry.
+    pub number_ttl_ms: u64,
     /// Channels followed at once.
     pub max_channels: usize,
     /// This process, under a name that no other has or had.
     pub node: String,
 }
+
+/// Two thousand years: Redis adds times of expiry to its clock in 63 bits.
+const MILLIS_MAX: u64 = 1 << 46;
+
+/// At least an hour.
+const NUMBER_TTL_MIN_MS: u64 = 3_600_000;
 
 /// What a Pub/Sub channel of Redis carries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,11 +54,13 @@ pub enum Lane<'a> {
 impl Terms {
     /// Takes what it needs from the settings, and a new random name.
     pub fn new(settings: &Settings) -> Terms {
+        let millis = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX).min(MILLIS_MAX);
         Terms {
             prefix: settings.redis_prefix.clone(),
             durable: settings.redis_durable,
             history: settings.history,
-            ttl_ms: u64::try_from(settings.history_ttl.as_millis()).unwrap_or(u64::MAX).min(1 << 46),
+            ttl_ms: millis(settings.history_ttl),
+            number_ttl_ms: millis(settings.publish_timeout.saturating_mul(10)).max(NUMBER_TTL_MIN_MS),
             bare: settings.bare_channels.iter().cloned().collect(),
             max_message: settings.max_message,
             publish_timeout: settings.publish_timeout,

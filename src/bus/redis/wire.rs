@@ -8,6 +8,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use serde_json::value::RawValue;
 
+use crate::bus::Page;
 use crate::event::{Entry, EventId};
 
 /// The id of an event as clients see it.
@@ -15,7 +16,10 @@ pub fn id_of(line: &[u8]) -> Option<EventId> {
     let rest = line.strip_suffix(b"}")?;
     let digits = rest.iter().rev().take_while(|byte| byte.is_ascii_digit()).count();
     let (before, id) = rest.split_at(rest.len() - digits);
-    if before.ends_with(b"\"id\":") { EventId::parse(id) } else { None }
+    if !before.ends_with(b"\"id\":") {
+        return None;
+    }
+    EventId::parse(id).filter(|id| *id > EventId(0)) // before 0 there is nothing
 }
 
 /// WebSocket text must be UTF-8 (RFC 6455 section 8.1), and anyone may write to Redis.
@@ -81,6 +85,21 @@ pub fn entries(history: &[(Bytes, Option<Arc<str>>)]) -> Vec<Entry> {
     entries
 }
 
+/// Makes a page after `asked` hold what a page promises: consecutive events from there, or else an `oldest` that shows
+/// what is missing. Only someone who deletes from a stream, or writes to it, makes that necessary.
+pub fn whole(page: &mut Page, asked: EventId) {
+    let gap = page.entries.windows(2).position(|pair| pair[0].last != pair[1].before());
+    page.entries.truncate(gap.map_or(usize::MAX, |at| at + 1));
+    if asked >= page.head || page.oldest > asked.next() {
+        return; // there is nothing, or it shows already
+    }
+    match page.entries.first() {
+        Some(first) if first.before() == asked => {}
+        Some(first) => page.oldest = first.before().next(),
+        None => page.oldest = page.head.next(),
+    }
+}
+
 /// The types of frames that the node itself sends; an event must not look like one.
 const CONTROL: [&str; 5] = [r#""welcome""#, r#""reset""#, r#""ping""#, r#""error""#, r#""ack""#];
 
@@ -129,7 +148,9 @@ mod tests {
     #[test]
     fn the_id_is_read_from_the_end() {
         assert_eq!(id_of(br#"{"text":"\"id\":5}","id":17}"#), Some(EventId(17)));
-        for none in ["", "}", "{}", r#"{"id":}"#, r#"{"id":"17"}"#, r#"{"xid:17}"#, r#"{"id":17} "#] {
+        for none in
+            ["", "}", "{}", r#"{"id":}"#, r#"{"id":"17"}"#, r#"{"xid:17}"#, r#"{"id":17} "#, r#"{"id":0}"#]
+        {
             assert_eq!(id_of(none.as_bytes()), None, "{none}");
         }
     }
@@ -149,6 +170,22 @@ mod tests {
             vec![(event(1), None), (event(2), None), (event(3), Some("bob".into())), (event(4), None)];
         let shape: Vec<_> = entries(&history).iter().map(|entry| (entry.before().0, entry.last.0)).collect();
         assert_eq!(shape, [(0, 2), (2, 3), (3, 4)]);
+    }
+
+    #[test]
+    fn a_page_from_which_someone_deleted_shows_it() {
+        let page = |ids: &[u64]| {
+            let event = |id: &u64| (Bytes::from(format!(r#"{{"id":{id}}}"#)), None);
+            let history: Vec<_> = ids.iter().map(event).collect();
+            let mut page =
+                Page { base: EventId(1), head: EventId(9), oldest: EventId(2), entries: entries(&history) };
+            whole(&mut page, EventId(4));
+            (page.oldest.0, page.entries.last().map_or(0, |entry| entry.last.0))
+        };
+        assert_eq!(page(&[5, 6, 7]), (2, 7));
+        assert_eq!(page(&[6, 7]), (6, 7));
+        assert_eq!(page(&[5, 7]), (2, 5));
+        assert_eq!(page(&[]), (10, 0));
     }
 
     #[test]

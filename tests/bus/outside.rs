@@ -1,0 +1,201 @@
+//! Other programs, other settings, and a Redis that will not do.
+
+use fanfare::bus::BusError;
+use fanfare::event::EventId;
+use tokio::time::timeout;
+
+use crate::node::{Node, event, mark, settings, until};
+use crate::redis_server::{PATIENCE, RedisServer, free_port};
+
+#[tokio::test]
+async fn fcall_publishes_like_a_node() {
+    let redis = RedisServer::start();
+    let mut node = Node::ready(settings(&redis.url())).await;
+    let mut reader = node.follow("room", 0).await;
+    let mut raw = redis.raw();
+    let mut fcall = |args: &[&str]| {
+        let mut command = vec!["FCALL", "fanfare_publish", "1", "fanfare:{room}"];
+        command.extend(args);
+        raw.command(&command)
+    };
+    let one = fcall(&["  {\"a\":\r\n1, \"deep\": {\"id\": 1}}\n"]).number() as u64;
+    let two = fcall(&["{ }"]).number() as u64;
+    let three = fcall(&["{\"text\":\"gr\u{fc}\u{df}e \u{1F600}\"}", "b/o\"b"]).number() as u64;
+    assert_eq!((two, three), (one + 1, one + 2));
+    reader.until(&mut node, EventId(three)).await;
+    assert_eq!(reader.events[0].1, format!("{{\"a\":  1, \"deep\": {{\"id\": 1}},\"id\":{one}}}"));
+    assert_eq!(reader.events[1].1, format!("{{ \"id\":{two}}}"));
+    let (id, user, text) = &reader.private[0];
+    assert_eq!((*id, user.as_str()), (three, "b/o\"b"));
+    assert_eq!(
+        *text,
+        format!("{{\"text\":\"gr\u{fc}\u{df}e \u{1F600}\",\"to\":\"b\\/o\\\"b\",\"id\":{three}}}")
+    );
+
+    let long_user = "u".repeat(129);
+    let large = format!("{{\"a\":\"{}\"}}", "x".repeat(64 << 10));
+    for (args, says) in [
+        (&["[1]"][..], "one JSON object"),
+        (&["[]"], "one JSON object"),
+        (&["7"], "one JSON object"),
+        (&["{\"a\":}"], "one JSON object"),
+        (&["{\"a\":NaN}"], "one JSON object"),
+        (&[""], "one JSON object"),
+        (&["{\"id\":null}"], "reserved"),
+        (&["{\"to\":\"bob\"}"], "reserved"),
+        (&["{\"type\":\"ping\"}"], "control"),
+        (&["{\"type\":\"\\u0070ing\"}"], "control"),
+        (&["{}", ""], "user id"),
+        (&["{}", "a\u{7}b"], "user id"),
+        (&["{}", "a\u{85}b"], "user id"),
+        (&["{}", &long_user], "user id"),
+        (&["{}", "bob", "more"], "for one user"),
+        (&[], "JSON object"),
+        (&[&large], "--max-message"),
+    ] {
+        let reply = fcall(args);
+        assert!(reply.error().contains(says), "{args:?}: {reply:?}");
+    }
+    for bytes in [
+        &b"{\"a\":\"\xff\"}"[..],
+        b"{\"a\":\"\xc0\x80\"}",
+        b"{\"a\":\"\xed\xa0\x80\"}",
+        b"{\"a\":\"\xf4\x90\x80\x80\"}",
+    ] {
+        let reply = redis.raw().command(&[b"FCALL", &b"fanfare_publish"[..], b"1", b"fanfare:{room}", bytes]);
+        assert!(reply.error().contains("UTF-8"), "{bytes:?}: {reply:?}");
+    }
+    for key in ["room", "fanfare:room", "fanfare:{}", "fanfare:{a b}", "fanfare:{room}:to"] {
+        let reply = redis.raw().command(&["FCALL", "fanfare_publish", "1", key, "{}"]);
+        assert!(reply.error().contains("<prefix>:{<channel>}"), "{key}: {reply:?}");
+    }
+    assert_eq!(redis.head("room"), three, "what is refused takes no id");
+}
+
+#[tokio::test]
+async fn the_bare_channel_works_both_ways() {
+    let redis = RedisServer::start();
+    let mut node = Node::ready(settings(&redis.url())).await;
+    let mut reader = node.follow("ws_broadcast", 0).await;
+    let mut other = node.follow("room", 0).await;
+    let mut listener = redis.raw();
+    listener.command(&["SUBSCRIBE", "ws_broadcast"]);
+
+    let mut raw = redis.raw();
+    let said: [&[u8]; 6] =
+        [b"{\"a\":1}", b"{\"id\":7}", b"{\"type\":\"reset\"}", b"[1,\n2]", b"hello", b"\xff\"\n"];
+    for message in said {
+        raw.command(&[&b"PUBLISH"[..], b"ws_broadcast", message]);
+        listener.next_message();
+    }
+    raw.command(&["PUBLISH", "ws_broadcast", &"x".repeat((64 << 10) + 1)]);
+    listener.next_message();
+    raw.command(&["PUBLISH", "room", "{\"b\":1}"]); // no bare channel
+    reader.until_it(&mut node, |reader| reader.raw.len() == 6).await;
+    assert_eq!(
+        reader.raw,
+        [
+            "{\"a\":1}",
+            "{\"data\":{\"id\":7}}",
+            "{\"data\":{\"type\":\"reset\"}}",
+            "{\"data\":[1, 2]}",
+            "{\"data\":\"hello\"}",
+            "{\"data\":\"\u{fffd}\\\"\\n\"}",
+        ]
+    );
+
+    // Whoever listens there sees sequenced events, but none that is for one user.
+    let private = node.publish_later("ws_broadcast", Some("bob"), "{\"to\":\"bob\",\"psst\":1}");
+    let id = node.publish("ws_broadcast", &event(1)).await.unwrap();
+    let by_function = raw.command(&["FCALL", "fanfare_publish", "1", "fanfare:{ws_broadcast}", "{}", "bob"]);
+    let last =
+        raw.command(&["FCALL", "fanfare_publish", "1", "fanfare:{ws_broadcast}", "{}"]).number() as u64;
+    let secret = timeout(PATIENCE, private).await.unwrap().unwrap().unwrap();
+    assert_eq!(listener.next_message().1, format!("\t{{\"n\":\"<1>\",\"id\":{id}}}"));
+    assert_eq!(listener.next_message().1, format!("\t{{\"id\":{last}}}"));
+    reader.until(&mut node, EventId(last)).await;
+    assert_eq!(reader.raw.len(), 6, "the node does not take its own copies for messages");
+    assert_eq!(reader.private.len(), 2);
+    assert_eq!((reader.private[0].0, reader.private[0].1.as_str()), (secret.0, "bob"));
+    assert_eq!(reader.private[1].0 as i64, by_function.number());
+    assert_eq!(node.numbers.oversized.get(), 1);
+    let id = node.publish("room", &event(2)).await.unwrap();
+    other.until(&mut node, id).await;
+    assert!(other.raw.is_empty());
+}
+
+#[tokio::test]
+async fn an_acl_that_refuses_is_told_in_words() {
+    let redis = RedisServer::start();
+    let mut raw = redis.raw();
+    raw.command(&["ACL", "SETUSER", "node", "on", ">secret", "~*", "+@all", "resetchannels"]);
+    let url = format!("redis://node:secret@127.0.0.1:{}", redis.port);
+    let mut node = Node::start(settings(&url));
+    until("it says what is missing", || {
+        node.readiness.trouble().is_some_and(|why| why.contains("SUBSCRIBE") && why.contains("&fanfare:*"))
+    })
+    .await;
+    let refusal = node.try_follow("room", 0).await.unwrap_err();
+    assert!(refusal.to_string().contains("SUBSCRIBE"), "{refusal}");
+    raw.command(&["ACL", "SETUSER", "node", "&fanfare:*"]);
+    until("now the bare channel is missing", || {
+        node.readiness.trouble().is_some_and(|why| why.contains("SUBSCRIBE ws_broadcast"))
+    })
+    .await;
+    raw.command(&["ACL", "SETUSER", "node", "&ws_broadcast"]);
+    node.until_ready().await;
+    node.follow("room", 0).await;
+    // Exactly what the text asks for is enough.
+    raw.command(&["ACL", "SETUSER", "least", "on", ">secret", "~fanfare:*", "&fanfare:*", "&ws_broadcast"]);
+    let granted = ["+@read", "+@write", "+@pubsub", "+@scripting", "+@connection", "+info", "+time"];
+    raw.command(&[&["ACL", "SETUSER", "least"][..], &granted].concat());
+    let mut least = Node::ready(settings(&format!("redis://least:secret@127.0.0.1:{}", redis.port))).await;
+    let mut reader = least.follow("ws_broadcast", 0).await;
+    let id = least.publish("ws_broadcast", &event(1)).await.unwrap();
+    reader.until(&mut least, id).await;
+    // Taken away while it runs: not silence.
+    raw.command(&["ACL", "SETUSER", "node", "resetchannels"]);
+    until("the node notices", || node.readiness.trouble().is_some_and(|why| why.contains("SUBSCRIBE"))).await;
+}
+
+#[tokio::test]
+async fn a_cluster_is_refused_in_words() {
+    let bus_port = free_port().to_string();
+    let redis =
+        RedisServer::start_with(&["--save", "", "--cluster-enabled", "yes", "--cluster-port", &bus_port]);
+    let node = Node::start(settings(&redis.url()));
+    let end = timeout(PATIENCE, node.task).await.unwrap().unwrap();
+    assert!(end.unwrap_err().to_string().contains("cluster"));
+}
+
+#[tokio::test]
+async fn a_unix_socket_and_another_prefix_work_too() {
+    let redis = RedisServer::start_with(&["--save", "", "--unixsocket", "redis.sock"]);
+    let mut elsewhere = settings(&format!("redis+unix://{}", redis.dir.join("redis.sock").display()));
+    elsewhere.redis_prefix = "app:one".into();
+    let mut node = Node::ready(elsewhere).await;
+    let mut reader = node.follow("ws_broadcast", 0).await;
+    let mut other = Node::ready(settings(&redis.url())).await;
+    let mut stranger = other.follow("ws_broadcast", 0).await;
+    let one = node.publish("ws_broadcast", &event(1)).await.unwrap();
+    let two =
+        redis.raw().command(&["FCALL", "fanfare_publish", "1", "app:one:{ws_broadcast}", "{}"]).number();
+    reader.until(&mut node, EventId(two as u64)).await;
+    reader.assert_has(one, &mark(1));
+    let own = other.publish("ws_broadcast", &event(2)).await.unwrap();
+    stranger.until(&mut other, own).await;
+    assert_eq!((stranger.events.len(), stranger.count(&mark(1))), (1, 0), "another prefix is another world");
+}
+
+#[tokio::test]
+async fn a_node_starts_without_redis_and_joins_when_it_comes() {
+    let mut redis = RedisServer::not_started();
+    let mut node = Node::start(settings(&redis.url()));
+    until("it has tried", || node.readiness.trouble().is_some_and(|why| why.contains("away"))).await;
+    assert!(matches!(node.try_follow("room", 0).await, Err(BusError::Away(_))));
+    let result = node.publish_later("room", None, &event(1));
+    redis.restart();
+    node.until_ready().await;
+    let id = timeout(PATIENCE, result).await.unwrap().unwrap().unwrap();
+    assert_eq!(node.follow("room", 0).await.position, id);
+}

@@ -1,0 +1,152 @@
+//! What a publisher is told is true, and nothing is published twice.
+
+use std::time::Duration;
+
+use fanfare::bus::{BusError, PAGE, PublishError};
+use fanfare::event::EventId;
+use tokio::time::{sleep, timeout};
+
+use crate::node::{Node, event, mark, settings, until};
+use crate::redis_server::{PATIENCE, Proxy, RedisServer, Reply};
+
+#[tokio::test]
+async fn a_retry_after_a_lost_answer_doubles_nothing() {
+    let redis = RedisServer::start();
+    let proxy = Proxy::start(redis.port).await;
+    let mut node = Node::ready(settings(&proxy.url())).await;
+    let mut reader = node.follow("room", 0).await;
+    for round in 0..5 {
+        let before = redis.head("room");
+        proxy.swallow(true);
+        let result = node.publish_later("room", None, &event(round));
+        until("Redis has taken it", || redis.head("room") > before).await;
+        proxy.swallow(false);
+        proxy.cut();
+        let id = timeout(PATIENCE, result).await.unwrap().unwrap().expect("the retry gets the first answer");
+        assert_eq!(id.0, before + 1);
+        assert_eq!(redis.head("room"), before + 1);
+        reader.until(&mut node, id).await;
+        node.until_ready().await;
+    }
+    assert!(reader.resets.is_empty());
+    assert_eq!(reader.events.len(), 5);
+}
+
+#[tokio::test]
+async fn a_retry_that_meets_a_wiped_redis_is_unknown_and_publishes_nothing() {
+    let redis = RedisServer::start();
+    let proxy = Proxy::start(redis.port).await;
+    let mut node = Node::ready(settings(&proxy.url())).await;
+    let mut reader = node.follow("room", 0).await;
+    let before = redis.head("room");
+    proxy.swallow(true);
+    let result = node.publish_later("room", None, &event(1));
+    until("Redis has taken it", || redis.head("room") > before).await;
+    redis.raw().command(&["FLUSHALL"]);
+    proxy.swallow(false);
+    proxy.cut();
+    assert_eq!(timeout(PATIENCE, result).await.unwrap().unwrap(), Err(PublishError::Unknown));
+    let id = node.publish("room", &event(2)).await.unwrap();
+    reader.until(&mut node, id).await;
+    assert_eq!(reader.resets.len(), 1);
+    assert_eq!(redis.raw().command(&["XLEN", "fanfare:{room}:events"]), Reply::Number(1));
+    assert_eq!(node.numbers.unknown.get(), 1);
+}
+
+#[tokio::test]
+async fn every_connection_killed_again_and_again_doubles_nothing() {
+    let redis = RedisServer::start();
+    let mut node = Node::ready(settings(&redis.url())).await;
+    let mut reader = node.follow("room", 0).await;
+    let mut results = Vec::new();
+    for n in 0..300 {
+        results.push(node.publish_later("room", None, &event(n)));
+        if n % 60 == 30 {
+            redis.raw().command(&["CLIENT", "KILL", "TYPE", "normal"]);
+        }
+        tokio::task::yield_now().await;
+    }
+    let mut last = EventId(0);
+    for result in results {
+        last = last.max(timeout(PATIENCE, result).await.unwrap().unwrap().expect("Redis kept everything"));
+    }
+    reader.until(&mut node, last).await;
+    assert_eq!(reader.events.len(), 300);
+    assert!((0..300).all(|n| reader.count(&mark(n)) == 1));
+    assert!(reader.resets.is_empty());
+}
+
+#[tokio::test]
+async fn a_redis_that_hangs_for_seconds_costs_readiness_but_no_event() {
+    let redis = RedisServer::start();
+    let mut node = Node::ready(settings(&redis.url())).await;
+    let mut reader = node.follow("room", 0).await;
+    redis.signal("STOP");
+    let results: Vec<_> = (0..100).map(|n| node.publish_later("room", None, &event(n))).collect();
+    until("the node notices", || node.readiness.trouble().is_some()).await;
+    assert!(matches!(node.try_follow("other", 0).await, Err(BusError::Away(_))));
+    // A channel that is followed already is there for others.
+    assert_eq!(node.follow("room", 1).await.position, reader.position);
+    sleep(Duration::from_secs(5)).await; // the connections are given up meanwhile
+    redis.signal("CONT");
+    let mut last = EventId(0);
+    for result in results {
+        last = last.max(timeout(PATIENCE, result).await.unwrap().unwrap().unwrap());
+    }
+    reader.until(&mut node, last).await;
+    assert_eq!(reader.events.len(), 100);
+    assert!((0..100).all(|n| reader.count(&mark(n)) == 1));
+    assert!(reader.resets.is_empty());
+    node.until_ready().await;
+}
+
+#[tokio::test]
+async fn what_was_never_sent_is_refused_and_what_was_sent_is_unknown() {
+    let mut redis = RedisServer::start();
+    let hasty = || {
+        let mut settings = settings(&redis.url());
+        settings.publish_timeout = Duration::from_millis(500);
+        settings
+    };
+    let node = Node::ready(hasty()).await;
+    node.publish("room", &event(0)).await.unwrap(); // now it knows the channel's base
+    redis.signal("STOP");
+    assert_eq!(node.publish("room", &event(1)).await, Err(PublishError::Unknown));
+    redis.signal("CONT");
+    redis.kill();
+    until("the node notices", || node.readiness.trouble().is_some()).await;
+    assert!(matches!(node.publish("room", &event(2)).await, Err(PublishError::Refused(_))));
+}
+
+#[tokio::test]
+async fn out_of_memory_refuses_events_and_nothing_else() {
+    let redis = RedisServer::start();
+    let mut node = Node::ready(settings(&redis.url())).await;
+    let mut reader = node.follow("room", 0).await;
+    node.publish("room", &event(0)).await.unwrap();
+    redis.raw().command(&["CONFIG", "SET", "maxmemory", "1"]);
+    match node.publish("room", &event(1)).await {
+        Err(PublishError::Refused(why)) => assert!(why.starts_with("OOM"), "{why}"),
+        other => panic!("{other:?}"),
+    }
+    let other = node.follow("other", 1).await;
+    node.page("other", other.position.0 / PAGE, 1).await.unwrap();
+    redis.raw().command(&["CONFIG", "SET", "maxmemory", "0"]);
+    let id = node.publish("room", &event(2)).await.unwrap();
+    reader.until(&mut node, id).await;
+    assert_eq!((reader.events.len(), reader.count(&mark(1))), (2, 0));
+    assert_eq!(node.numbers.refused.get(), 1);
+}
+
+#[tokio::test]
+async fn a_forgotten_script_is_sent_again() {
+    let redis = RedisServer::start();
+    let mut node = Node::ready(settings(&redis.url())).await;
+    let mut reader = node.follow("room", 0).await;
+    for n in 0..3 {
+        redis.raw().command(&["SCRIPT", "FLUSH"]);
+        let id = node.publish("room", &event(n)).await.unwrap();
+        reader.until(&mut node, id).await;
+    }
+    assert_eq!(reader.events.len(), 3);
+}
