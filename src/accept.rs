@@ -28,6 +28,10 @@ const SEND_BUFFER: usize = 128 * 1024;
 /// Pause after an accept that failed for want of something: without descriptors the next one fails too.
 const PAUSE: Duration = Duration::from_millis(100);
 
+/// Pause after a batch: who comes meanwhile is accepted together. A lone client is accepted at once; in a storm two
+/// threads would wake for each, which costs as much as all the rest of accepting it.
+const GATHER: Duration = Duration::from_millis(1);
+
 /// Accepts in a row before the other listeners get their turn.
 const ACCEPTS: usize = 256;
 
@@ -101,6 +105,9 @@ pub fn start(mut listeners: Vec<TcpListener>, shards: Shards, metrics: Arc<Metri
             ready.retain(|number| acceptor.accept(&listeners[*number]));
             // Only now: a shard that wakes for every socket would take turns with this loop.
             (0..acceptor.shards.count()).for_each(|shard| acceptor.shards.ring(shard));
+            if ready.is_empty() {
+                std::thread::sleep(GATHER);
+            }
         }
     };
     std::thread::Builder::new().name("accept".into()).spawn(body)?;
