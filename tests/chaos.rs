@@ -25,65 +25,85 @@ async fn node(proxy: &Proxy) -> Node {
 }
 
 /// How many kinds of faults there are.
-const FAULTS: u64 = 9;
+const FAULTS: u64 = 11;
 
-/// Lets one thing go wrong, and right again.
-async fn fault(
-    kind: u64,
-    dice: &mut Dice,
-    redis: &mut Redis,
-    proxies: &[Proxy; 3],
-    nodes: &Nodes,
-) -> &'static str {
-    let place = dice.below(3) as usize;
-    let proxy = &proxies[place];
-    let time = Duration::from_millis(dice.below(3000)); // of the fault, so that is what is tested
-    match kind {
-        0 => {
-            redis.client().await.call(&["FLUSHALL"]).await;
-            "all is flushed"
-        }
-        1 => {
-            redis.kill();
-            tokio::time::sleep(time).await;
-            redis.up().await;
-            "Redis dies and comes back empty"
-        }
-        2 => {
-            redis.freeze();
-            tokio::time::sleep(time).await;
-            redis.thaw();
-            "Redis hangs"
-        }
-        3 => {
-            proxy.cut();
-            "a node's connections are cut"
-        }
-        4 => {
-            proxy.hold_messages(true);
-            tokio::time::sleep(time).await;
-            proxy.hold_messages(false);
-            "messages to a node come late"
-        }
-        5 => {
-            proxy.hold_messages(true);
-            tokio::time::sleep(time / 2).await;
-            proxy.cut();
-            proxy.hold_messages(false);
-            "messages to a node are lost"
-        }
-        6 => {
-            redis.client().await.call(&["CLIENT", "KILL", "TYPE", "pubsub"]).await;
-            "Redis throws all subscribers out"
-        }
-        7 => {
-            redis.client().await.call(&["SCRIPT", "FLUSH"]).await;
-            "scripts are flushed"
-        }
-        _ => {
-            nodes.get(place).kill();
-            nodes.replace(place, node(proxy).await);
-            "a node dies and another takes its place"
+/// What can break: a Redis, three nodes, their ways to it, and one more for a program beside them.
+struct Cluster {
+    redis: Redis,
+    nodes: Nodes,
+    ways: [Proxy; 4],
+}
+
+impl Cluster {
+    /// Lets one thing go wrong, and right again.
+    async fn fault(&mut self, kind: u64, dice: &mut Dice) -> &'static str {
+        let place = dice.below(3) as usize;
+        let way = &self.ways[place];
+        let time = Duration::from_millis(dice.below(3000)); // of the fault, so that is what is tested
+        let mut redis = self.redis.client().await;
+        match kind {
+            0 => {
+                redis.call(&["FLUSHALL"]).await;
+                "all is flushed"
+            }
+            1 => {
+                self.redis.kill();
+                tokio::time::sleep(time).await;
+                self.redis.up().await;
+                "Redis dies and comes back empty"
+            }
+            2 => {
+                self.redis.freeze();
+                tokio::time::sleep(time).await;
+                self.redis.thaw();
+                "Redis hangs"
+            }
+            3 => {
+                way.cut();
+                "a node's connections are cut"
+            }
+            4 => {
+                way.hold_messages(true);
+                tokio::time::sleep(time).await;
+                way.hold_messages(false);
+                "messages to a node come late"
+            }
+            5 => {
+                way.hold_messages(true);
+                tokio::time::sleep(time / 2).await;
+                way.cut();
+                way.hold_messages(false);
+                "messages to a node are lost"
+            }
+            6 => {
+                redis.call(&["CLIENT", "KILL", "TYPE", "pubsub"]).await;
+                "Redis throws all subscribers out"
+            }
+            7 => {
+                redis.call(&["SCRIPT", "FLUSH"]).await;
+                "scripts are flushed"
+            }
+            8 => {
+                redis.call(&["CONFIG", "SET", "maxmemory", "1"]).await;
+                tokio::time::sleep(time / 2).await;
+                redis.call(&["CONFIG", "SET", "maxmemory", "0"]).await;
+                "Redis is full"
+            }
+            9 => {
+                let replica = Redis::replica_of(&self.redis).await;
+                replica.client().await.call(&["REPLICAOF", "NO", "ONE"]).await;
+                tokio::time::sleep(time).await;
+                for way in &self.ways {
+                    way.lead_to(replica.port());
+                }
+                self.redis = replica;
+                "a replica takes over that misses the last events"
+            }
+            _ => {
+                self.nodes.get(place).kill();
+                self.nodes.replace(place, node(way).await);
+                "a node dies and another takes its place"
+            }
         }
     }
 }
@@ -92,28 +112,37 @@ async fn fault(
 async fn whatever_happens_everybody_sees_all_in_order_or_is_told() {
     let seed = number("CHAOS_SEED", 1);
     let mut dice = Dice(seed);
-    let mut redis = Redis::start(&[]).await;
+    let redis = Redis::start(&[]).await;
     let port = redis.port();
-    let proxies = [Proxy::to(port).await, Proxy::to(port).await, Proxy::to(port).await];
-    let started = tokio::join!(node(&proxies[0]), node(&proxies[1]), node(&proxies[2]));
-    let nodes = Nodes::new([started.0, started.1, started.2]);
+    let ways = tokio::join!(Proxy::to(port), Proxy::to(port), Proxy::to(port), Proxy::to(port));
+    let ways = [ways.0, ways.1, ways.2, ways.3];
+    let nodes = tokio::join!(node(&ways[0]), node(&ways[1]), node(&ways[2]));
+    let nodes = Nodes::new([nodes.0, nodes.1, nodes.2]);
+    let mut cluster = Cluster { redis, nodes: nodes.clone(), ways };
 
     let users: Vec<String> = (0..USERS).map(|n| format!("user{n}")).collect();
-    let watchers: Vec<_> = (0..2 * USERS)
-        .map(|n| tokio::spawn(stream::roam(nodes.clone(), users[(n % USERS) as usize].clone(), seed + n)))
-        .collect();
+    let mut watchers = Vec::new();
+    let mut simple = Vec::new();
+    for (user, seed) in users.iter().zip(seed..) {
+        watchers.push(tokio::spawn(stream::roam(nodes.clone(), user.clone(), seed)));
+        watchers.push(tokio::spawn(stream::roam(nodes.clone(), user.clone(), seed + 1000)));
+        simple.push(tokio::spawn(stream::roam_simply(nodes.clone(), user.clone(), seed + 2000)));
+    }
     let stop = watch::Sender::new(false);
-    let publishers: Vec<_> = (0..4)
-        .map(|n| {
-            let (nodes, users) = (nodes.clone(), users.clone());
-            tokio::spawn(stream::publish(nodes, format!("p{n}"), seed + 100 + n, users, stop.subscribe()))
-        })
-        .collect();
+    let mut publishers = Vec::new();
+    for n in 0..4 {
+        let (nodes, users) = (nodes.clone(), users.clone());
+        let told = stream::publish(nodes, format!("p{n}"), seed + n, users, stop.subscribe());
+        publishers.push(tokio::spawn(told));
+    }
+    let beside = cluster.ways[3].port();
+    let told = stream::publish_by_fcall(beside, "f".into(), seed, users, stop.subscribe());
+    publishers.push(tokio::spawn(told));
 
     for round in 0..number("CHAOS_FAULTS", FAULTS) {
         // Every kind once, then any.
         let kind = if round < FAULTS { (seed + round) % FAULTS } else { dice.below(FAULTS) };
-        let what = fault(kind, &mut dice, &mut redis, &proxies, &nodes).await;
+        let what = cluster.fault(kind, &mut dice).await;
         eprintln!("fault {round}: {what}");
         tokio::time::sleep(Duration::from_millis(dice.below(1000))).await; // some peace between them
     }
@@ -136,6 +165,9 @@ async fn whatever_happens_everybody_sees_all_in_order_or_is_told() {
     let read = async {
         for watcher in watchers {
             journals.push(watcher.await.expect("a watcher that saw what it must"));
+        }
+        for watcher in simple {
+            journals.extend(watcher.await.expect("a watcher that saw what it must"));
         }
     };
     tokio::select! {

@@ -9,7 +9,7 @@ use tokio_tungstenite::tungstenite::Error;
 
 /// The status with which a join is refused.
 async fn refusal(node: &Node, user: &str, query: &str) -> u16 {
-    let options = Options { query: query.into(), subprotocol: None };
+    let options = Options { query: query.into(), ..Options::default() };
     match Client::try_open(node.public, user, &options).await {
         Err(Error::Http(response)) => response.status().as_u16(),
         Err(error) => panic!("{user:?} {query:?}: no HTTP answer: {error}"),

@@ -61,7 +61,7 @@ async fn stream_through(
 
 /// Waits until this node has handed out so many more events, so that a fault comes in the middle of a stream.
 async fn flowing(node: &Node, more: u64) {
-    let options = Options { query: "channel=room&lastEventId=".into(), subprotocol: None };
+    let options = Options { query: "channel=room&lastEventId=".into(), ..Options::default() };
     let join = || async { Client::try_open(node.public, "flow", &options).await.ok() };
     let mut client = until("a join", join).await;
     let mut events = 0;
@@ -72,7 +72,7 @@ async fn flowing(node: &Node, more: u64) {
 
 /// The HTTP status and Retry-After with which a join is refused, or `None` when it works.
 async fn refused(node: &Node, query: &str) -> Option<(u16, Option<String>)> {
-    let options = Options { query: query.into(), subprotocol: None };
+    let options = Options { query: query.into(), ..Options::default() };
     match Client::try_open(node.public, "joiner", &options).await {
         Ok(_) => None,
         Err(Error::Http(response)) => {

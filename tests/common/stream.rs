@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use tokio::sync::watch;
 
 use super::client::{JSON_MODE, position};
-use super::{Client, Frame, Node, Options, until};
+use super::{Client, Frame, Node, Options, Resp, until};
 
 /// The channel of the stream.
 pub const CHANNEL: &str = "room";
@@ -114,7 +114,8 @@ pub async fn roam(nodes: Nodes, user: String, seed: u64) -> Journal {
     loop {
         let last = journal.as_ref().map_or(String::new(), |journal| journal.position().to_string());
         let query = format!("channel={CHANNEL}&lastEventId={last}");
-        let mut client = join(&nodes, &mut dice, &user, &query, None).await;
+        let options = Options { query, small_buffer: dice.below(2) == 0, ..Options::default() };
+        let mut client = join(&nodes, &mut dice, &user, &options).await;
         // The node may be gone before its first word.
         let Frame::Text(text) = client.next_frame().await else { continue };
         let welcome: Value = serde_json::from_str(&text).expect("JSON");
@@ -127,10 +128,7 @@ pub async fn roam(nodes: Nodes, user: String, seed: u64) -> Journal {
         }
         let journal = journal.as_mut().expect("it was made above");
         for _ in 0..dice.below(200) {
-            if dice.below(100) == 0 {
-                // A reader that stalls now and then; the stall itself is what is tested.
-                tokio::time::sleep(Duration::from_millis(dice.below(500))).await;
-            }
+            stall(&mut dice).await;
             match client.next_frame().await {
                 Frame::Text(text) => {
                     if note(journal, &serde_json::from_str(&text).expect("JSON")) {
@@ -151,7 +149,8 @@ fn note(journal: &mut Journal, value: &Value) -> bool {
         journal.note(Seen::Reset(position(&value["lastEventId"])));
         return false;
     }
-    let text = value["text"].as_str().unwrap_or_else(|| panic!("{value}")).to_string();
+    let text = value["text"].as_str().unwrap_or_else(|| panic!("{value}"));
+    let text = text.split('|').next().expect("a text has a first part").to_string();
     let to = value.get("to");
     assert!(to.is_none_or(|to| *to == *journal.user), "{} sees {value}", journal.user);
     let end = text == END;
@@ -159,19 +158,55 @@ fn note(journal: &mut Journal, value: &Value) -> bool {
     end
 }
 
+/// Follows the stream like a client of a simple chat server: without a position, and told of what may be missing by
+/// a close alone. Each connection is a journal of its own.
+pub async fn roam_simply(nodes: Nodes, user: String, seed: u64) -> Vec<Journal> {
+    let mut dice = Dice(seed);
+    let mut journals = Vec::new();
+    loop {
+        let query = format!("channel={CHANNEL}");
+        let options = Options { query, small_buffer: dice.below(2) == 0, ..Options::default() };
+        let mut client = join(&nodes, &mut dice, &user, &options).await;
+        let mut journal = Journal { user: user.clone(), from: 0, seen: Vec::new() };
+        for _ in 0..dice.below(400) {
+            stall(&mut dice).await;
+            match client.next_frame().await {
+                Frame::Text(text) => {
+                    let event: Value = serde_json::from_str(&text).expect("JSON");
+                    if journal.seen.is_empty() {
+                        journal.from = position(&event["id"]) - 1;
+                    }
+                    assert!(event.get("id").is_some(), "it gets nothing but events: {text}");
+                    if note(&mut journal, &event) {
+                        journals.push(journal);
+                        return journals;
+                    }
+                }
+                Frame::Ping(_) | Frame::Pong(_) => {}
+                Frame::Close(code, _) => {
+                    assert!([4008, 1012, 1013].contains(&code), "{user} was closed with {code}");
+                    break;
+                }
+                Frame::Lost(_) => break,
+            }
+        }
+        journals.push(journal);
+    }
+}
+
+/// A reader that stalls now and then; the stall itself is what is tested.
+async fn stall(dice: &mut Dice) {
+    if dice.below(100) == 0 {
+        tokio::time::sleep(Duration::from_millis(dice.below(500))).await;
+    }
+}
+
 /// Joins some node, however long that takes.
-async fn join(
-    nodes: &Nodes,
-    dice: &mut Dice,
-    user: &str,
-    query: &str,
-    subprotocol: Option<&'static str>,
-) -> Client {
-    let options = Options { query: query.into(), subprotocol };
+async fn join(nodes: &Nodes, dice: &mut Dice, user: &str, options: &Options) -> Client {
     let dice = Mutex::new(dice);
-    until(&format!("{user}'s join with {query}"), || async {
+    until(&format!("{user}'s join with {options:?}"), || async {
         let node = nodes.any(&mut dice.lock().expect("nothing panics while holding it"));
-        Client::try_open(node.public, user, &options).await.ok()
+        Client::try_open(node.public, user, options).await.ok()
     })
     .await
 }
@@ -187,7 +222,36 @@ pub struct Told {
     pub unknown: BTreeSet<String>,
 }
 
-/// Publishes numbered messages, one after the other's answer, until told to stop; some to one of these users.
+impl Told {
+    fn note_acked(&mut self, id: u64, message: Message) {
+        let known = self.acked.insert(id, (message.text, message.to));
+        assert_eq!(known, None, "id {id} is given once");
+    }
+}
+
+/// A numbered message, some to one of the users alone.
+struct Message {
+    text: String,
+    to: Option<String>,
+    padding: String,
+}
+
+impl Message {
+    fn make(name: &str, number: u64, dice: &mut Dice, users: &[String]) -> Message {
+        Message {
+            text: format!("{name} {number}"),
+            to: users.get(dice.below(2 + 4 * users.len() as u64) as usize).cloned(),
+            padding: "x".repeat(dice.below(2000) as usize),
+        }
+    }
+
+    /// What is sent: the padding is not part of what is noted.
+    fn padded(&self) -> String {
+        format!("{}|{}", self.text, self.padding)
+    }
+}
+
+/// Publishes messages, one after the other's answer, until told to stop.
 pub async fn publish(
     nodes: Nodes,
     name: String,
@@ -200,18 +264,17 @@ pub async fn publish(
     let mut n = 0;
     'connections: loop {
         let query = format!("channel={CHANNEL}");
-        let mut client = join(&nodes, &mut dice, &name, &query, Some(JSON_MODE)).await;
+        let options = Options { query, subprotocol: Some(JSON_MODE), ..Options::default() };
+        let mut client = join(&nodes, &mut dice, &name, &options).await;
         while !*stop.borrow_and_update() {
-            let text = format!("{name} {n}");
             n += 1;
-            let to = users.get(dice.below(2 + 4 * users.len() as u64) as usize).cloned();
-            let message = json!({"text": text, "ref": n});
-            let message = match &to {
-                Some(to) => json!({"text": text, "ref": n, "to": to}),
-                None => message,
-            };
-            if !client.try_send(message.to_string()).await {
-                told.unknown.insert(text);
+            let message = Message::make(&name, n, &mut dice, &users);
+            let mut frame = json!({"text": message.padded(), "ref": n});
+            if let Some(to) = &message.to {
+                frame["to"] = json!(to);
+            }
+            if !client.try_send(frame.to_string()).await {
+                told.unknown.insert(message.text);
                 continue 'connections;
             }
             loop {
@@ -219,22 +282,21 @@ pub async fn publish(
                     Frame::Text(text) => serde_json::from_str(&text).expect("JSON"),
                     Frame::Ping(_) | Frame::Pong(_) => continue,
                     Frame::Close(..) | Frame::Lost(_) => {
-                        told.unknown.insert(text);
+                        told.unknown.insert(message.text);
                         continue 'connections;
                     }
                 };
                 match value["type"].as_str() {
                     Some("ack") => {
                         assert_eq!(value["ref"], n);
-                        let known = told.acked.insert(position(&value["id"]), (text, to));
-                        assert_eq!(known, None, "an id is given once: {value}");
+                        told.note_acked(position(&value["id"]), message);
                         break;
                     }
                     Some("error") => {
                         assert_eq!(value["ref"], n);
                         let unknown = value["code"] == "unknown";
                         let list = if unknown { &mut told.unknown } else { &mut told.refused };
-                        list.insert(text);
+                        list.insert(message.text);
                         break;
                     }
                     _ => {} // the stream itself
@@ -243,6 +305,42 @@ pub async fn publish(
         }
         return told;
     }
+}
+
+/// Publishes messages like [`publish`], but by FCALL on a Redis port, as a program beside the nodes does.
+pub async fn publish_by_fcall(
+    port: u16,
+    name: String,
+    seed: u64,
+    users: Vec<String>,
+    mut stop: watch::Receiver<bool>,
+) -> Told {
+    let mut dice = Dice(seed);
+    let mut told = Told::default();
+    let mut n = 0;
+    let mut redis = None;
+    while !*stop.borrow_and_update() {
+        let Some(connection) = &mut redis else {
+            redis = Some(Resp::connect(([127, 0, 0, 1], port).into()).await);
+            continue;
+        };
+        n += 1;
+        let message = Message::make(&name, n, &mut dice, &users);
+        let event = json!({"text": message.padded()}).to_string();
+        match connection.try_fcall(CHANNEL, event.as_bytes(), message.to.as_deref()).await {
+            Ok(super::Value::Error(_)) => {
+                told.refused.insert(message.text);
+                tokio::time::sleep(Duration::from_millis(20)).await; // Redis is loading, full, or has no function yet
+            }
+            Ok(id) => told.note_acked(id.int() as u64, message),
+            Err(_) => {
+                told.unknown.insert(message.text);
+                redis = None;
+                tokio::time::sleep(Duration::from_millis(20)).await; // Redis is away
+            }
+        }
+    }
+    told
 }
 
 /// What every fault must leave true, from what publishers were told and watchers saw.
@@ -283,6 +381,9 @@ impl Journal {
         }
         for text in told.iter().flat_map(|told| &told.refused) {
             assert!(!texts.contains(text), "{}: {text:?} was refused and came", self.user);
+        }
+        if self.seen.is_empty() {
+            return;
         }
         for (id, (text, to)) in there.range(self.from + 1..=self.position()) {
             let is_for_others = to.is_some_and(|to| to != self.user);
