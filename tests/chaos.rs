@@ -90,8 +90,8 @@ impl Cluster {
                 "Redis is full"
             }
             9 => {
-                let replica = Redis::replica_of(&self.redis).await;
-                replica.client().await.call(&["REPLICAOF", "NO", "ONE"]).await;
+                let mut replica = Redis::replica_of(&self.redis).await;
+                replica.promote().await;
                 tokio::time::sleep(time).await;
                 for way in &self.ways {
                     way.lead_to(replica.port());

@@ -307,14 +307,14 @@ async fn a_redis_that_hangs_for_a_while_loses_nothing() {
 #[tokio::test]
 async fn a_replica_that_takes_over_is_announced() {
     let primary = Redis::start(&[]).await;
-    let replica = Redis::replica_of(&primary).await;
+    let mut replica = Redis::replica_of(&primary).await;
     let proxy = Proxy::to(primary.port()).await;
     let url = proxy.url();
     let (a, b) = two_nodes(&url, &url, &[]).await;
     let (_, journals) = stream_through(&a, &b, async {
         flowing(&b, 30).await;
         // The replica misses the last events: it is cut off before it is promoted.
-        replica.client().await.call(&["REPLICAOF", "NO", "ONE"]).await;
+        replica.promote().await;
         flowing(&b, 30).await;
         proxy.lead_to(replica.port());
         flowing(&b, 1).await;

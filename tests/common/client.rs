@@ -140,7 +140,7 @@ impl Client {
         if self.seen.len() == 20 {
             self.seen.remove(0);
         }
-        self.seen.push(format!("{frame:?}"));
+        self.seen.push(format!("{frame:.200?}"));
         frame
     }
 

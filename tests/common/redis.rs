@@ -39,6 +39,12 @@ impl Redis {
         replica
     }
 
+    /// Makes a replica a primary, now and whenever it starts again.
+    pub async fn promote(&mut self) {
+        self.client().await.call(&["REPLICAOF", "NO", "ONE"]).await;
+        self.flags.clear(); // a replica has no flag but that it is one
+    }
+
     /// Starts a Sentinel that watches this primary as `main`, and waits until it knows one replica of it. It
     /// takes the primary for dead after a second.
     pub async fn sentinel_for(primary: &Redis) -> Redis {
