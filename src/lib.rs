@@ -3,6 +3,7 @@
 pub mod close;
 pub mod config;
 pub mod event;
+pub mod foreign;
 pub mod frame;
 pub mod http;
 pub mod input;
