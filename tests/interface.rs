@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 #[tokio::test]
 async fn a_bare_publish_reaches_everybody_at_once_without_id() {
-    let (redis, a, b) = cluster(&[]).await;
+    let (redis, a, b) = cluster(&["--shards", "1"]).await;
     let (mut on_a, welcome) = Client::resume(&a, "a", "ws_broadcast", "").await;
     let mut on_b = Client::simple(&b, "b").await;
     let head = position(&welcome["head"]);
@@ -56,11 +56,20 @@ async fn a_bare_publish_reaches_everybody_at_once_without_id() {
     assert_eq!(id, head + 1);
     on_a.expect_event(id, &json!({"n": 1})).await;
     on_b.expect_event(id, &json!({"n": 1})).await;
-    let (mut late, welcome) = Client::resume(&b, "late", "ws_broadcast", head).await;
-    assert_eq!(welcome["recovered"], true);
-    late.expect_event(id, &json!({"n": 1})).await;
-    publisher.call(&["PUBLISH", "ws_broadcast", r#"{"n":2}"#]).await;
-    assert_eq!(late.next_json().await, json!({"n": 2}));
+    publisher.call(&["PUBLISH", "ws_broadcast", r#"{"between":1}"#]).await;
+    assert_eq!(on_a.next_json().await, json!({"between": 1}));
+    assert_eq!(on_b.next_json().await, json!({"between": 1}));
+    let last = a.publish("ws_broadcast", &json!({"n": 2})).await;
+    on_b.expect_event(last, &json!({"n": 2})).await;
+    for node in [&a, &b] {
+        let (mut late, welcome) = Client::resume(node, "late", "ws_broadcast", head).await;
+        assert_eq!(welcome["recovered"], true);
+        late.expect_event(id, &json!({"n": 1})).await;
+        late.expect_event(last, &json!({"n": 2})).await;
+    }
+    let (mut late, _) = Client::resume(&b, "late", "ws_broadcast", last).await;
+    publisher.call(&["PUBLISH", "ws_broadcast", r#"{"n":3}"#]).await;
+    assert_eq!(late.next_json().await, json!({"n": 3}));
 }
 
 #[tokio::test]
