@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::process::Command;
 use std::sync::Arc;
 
+use fanfare::bus::PublishError;
 use fanfare::close::{REASONS, Reason};
 use fanfare::event::{Entry, EventId};
 use fanfare::frame::{self, ClientFrame};
@@ -14,14 +15,15 @@ const README: &str = include_str!("../README.md");
 const CHANGELOG: &str = include_str!("../CHANGELOG.md");
 
 fn help() -> String {
-    let output = Command::new(env!("CARGO_BIN_EXE_fanfare")).arg("--help").output().unwrap();
+    let output = Command::new(env!("CARGO_BIN_EXE_fanfare")).arg("--help").output();
+    let output = output.expect("fanfare is built");
     assert!(output.status.success());
-    String::from_utf8(output.stdout).unwrap()
+    String::from_utf8(output.stdout).expect("--help is UTF-8")
 }
 
 /// What stands under a heading, up to the next one of its level or above.
 fn section(heading: &str) -> &'static str {
-    let level = heading.split(' ').next().unwrap().len();
+    let level = heading.bytes().take_while(|byte| *byte == b'#').count();
     let start = README.find(&format!("\n{heading}\n")).unwrap_or_else(|| panic!("{heading} is missing"));
     let rest = &README[start + heading.len() + 2..];
     let is_next = |line: &str| {
@@ -65,14 +67,14 @@ fn inline_code(text: &str) -> Vec<&str> {
 
 /// The lines of a section's JSON blocks.
 fn json_lines(text: &str) -> Vec<&str> {
-    let blocks = text.split("```json\n").skip(1).map(|block| block.split("```").next().unwrap());
-    blocks.flat_map(str::lines).collect()
+    let blocks = text.split("```json\n").skip(1);
+    blocks.flat_map(|block| block.lines().take_while(|line| *line != "```")).collect()
 }
 
 /// The JSON of a frame of the server's.
 fn text_of(frame: &[u8]) -> &str {
     let head = if frame[1] == 126 { 4 } else { 2 };
-    std::str::from_utf8(&frame[head..]).unwrap()
+    std::str::from_utf8(&frame[head..]).expect("frames are UTF-8")
 }
 
 #[test]
@@ -140,13 +142,14 @@ fn what_clients_may_send_is_taken() {
 fn what_the_server_sends_is_shown_as_it_is() {
     let (id, head) = (EventId(1_764_000_000_001_045), EventId(1_764_000_000_001_050));
     let refused = frame::parse_client_frame("alice", r#"{"text":"a","data":1,"ref":7}"#).unwrap_err();
+    let late = PublishError::Refused("the bus could not be reached in time".into());
     let frames = [
         frame::welcome(id, head, true),
         frame::welcome(head, head, false),
         Entry::reset(head).bytes,
         frame::json_ping(Some(head)),
         frame::json_ping(None),
-        frame::error("unavailable", "not published: Redis is away", None),
+        frame::error("unavailable", &late.to_string(), None),
         frame::error("invalid", refused.message, refused.reference.as_deref()),
         frame::ack("7", EventId(1_764_000_000_001_047)),
     ];
