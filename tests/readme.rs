@@ -189,6 +189,18 @@ fn the_close_codes_are_those_of_the_code() {
 }
 
 #[test]
+fn every_promise_names_tests_that_exist() {
+    let promises = rows(section("## What it promises, and what not"));
+    assert!(!promises.is_empty());
+    for row in promises {
+        for name in inline_code(&row[1]) {
+            let file = format!("{}/tests/{name}.rs", env!("CARGO_MANIFEST_DIR"));
+            assert!(std::fs::exists(&file).unwrap(), "there is no test {name}");
+        }
+    }
+}
+
+#[test]
 fn the_changelog_begins_with_this_version() {
     let newest = CHANGELOG.lines().find_map(|line| line.strip_prefix("## ")).unwrap();
     assert_eq!(newest.split(' ').next(), Some(env!("CARGO_PKG_VERSION")));
