@@ -12,15 +12,14 @@ use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use crate::bus::{Answer, Publish, PublishError, Request, Requests};
 use crate::event::{ChannelName, DEFAULT_CHANNEL, is_user_id};
+use crate::foreign;
 use crate::http::{self, BodyLength, Head, Refusal, Response};
 use crate::metrics::Metrics;
 
-mod event;
 mod listener;
 #[cfg(test)]
 mod tests;
 
-pub use event::{BadEvent, CONTROL_TYPES, published};
 pub use listener::Listener;
 use listener::Stream;
 
@@ -226,7 +225,7 @@ async fn publish(head: &Head<'_>, body: &[u8], context: &AdminContext) -> Result
         return Err(Refusal::new(403, "this is for programs, not for pages in a browser"));
     }
     let (channel, to) = destination(head.query)?;
-    let event = published(body, to.as_deref()).map_err(|bad| Refusal::new(400, bad.to_string()))?;
+    let event = foreign::published(body, to.as_deref()).map_err(|bad| Refusal::new(400, bad.to_string()))?;
     let id = match hand_over(channel, to, event, context).await {
         Ok(id) => id,
         Err(error @ PublishError::Refused(_)) => {

@@ -142,14 +142,28 @@ pub struct Page {
 pub enum ToShard {
     /// A new socket, to be served by this shard.
     Socket(mio::net::TcpStream),
-    /// The channel is followed from here on.
+    /// The channel is followed from here on. Where another shard gave it, the bus's next entries may have come
+    /// before it.
     Followed {
         /// The channel.
         channel: ChannelName,
         /// Its last anchor.
         base: EventId,
-        /// The id after which the shard's entries begin.
+        /// The id after which the bus's entries begin.
         position: EventId,
+        /// What another shard has of the time before, up to the position.
+        recent: Vec<Entry>,
+    },
+    /// Another shard follows the channel from here on: tell it so, and give it what is in memory.
+    Share {
+        /// The channel.
+        channel: ChannelName,
+        /// Its last anchor.
+        base: EventId,
+        /// The position of every shard that has all that was told so far.
+        position: EventId,
+        /// Whom to tell.
+        with: ShardId,
     },
     /// The channel can't be followed now; the shard may ask again.
     NotFollowed {
@@ -267,6 +281,22 @@ impl Shards {
     pub fn ring(&self, shard: ShardId) {
         if let Some(bell) = self.bells.get(shard) {
             bell.ring();
+        }
+    }
+
+    /// Tells a shard that it follows a channel from `position` on; through another that has its recent entries,
+    /// where there is one. So a client finds on every shard what any has in memory.
+    pub fn share(
+        &self,
+        channel: ChannelName,
+        base: EventId,
+        position: EventId,
+        from: Option<&ShardId>,
+        with: ShardId,
+    ) {
+        match from {
+            Some(from) => self.tell(*from, ToShard::Share { channel, base, position, with }),
+            None => self.tell(with, ToShard::Followed { channel, base, position, recent: Vec::new() }),
         }
     }
 

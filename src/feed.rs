@@ -80,6 +80,12 @@ impl Feed {
         feed
     }
 
+    /// What is held of the last run without a break, oldest first; events without id are left out.
+    pub fn recent(&self) -> impl Iterator<Item = &Entry> {
+        let begin = self.slots.partition_point(|slot| slot.entry.last <= self.base);
+        self.slots.range(begin..).map(|slot| &slot.entry).filter(|entry| entry.kind != Kind::Raw)
+    }
+
     /// What `entry` counts against the memory for feeds, in bytes.
     pub fn cost(entry: &Entry) -> usize {
         entry.bytes.len() + 4 * entry.frames() + ENTRY_OVERHEAD
@@ -127,9 +133,6 @@ impl Feed {
         if !matches!(entry.kind, Kind::Private(_)) {
             let private = |slot: &&mut Slot| matches!(slot.entry.kind, Kind::Private(_));
             self.slots.iter_mut().rev().take_while(private).for_each(|slot| slot.next_public = number);
-            if let Some(public) = self.slots.iter_mut().rev().find(|slot| !private(slot)) {
-                public.next_public = number;
-            }
         }
         if entry.kind == Kind::Reset {
             self.base = entry.last;

@@ -23,8 +23,10 @@ pub enum Verdict {
     Incomplete,
     /// The client may join, once the bus agrees.
     Join(Box<Join>),
-    /// An HTTP answer, after which the connection ends.
+    /// What was asked for, after which the connection ends.
     Answer(Bytes),
+    /// Why there is no upgrade, after which the connection ends.
+    Refuse(Bytes),
 }
 
 /// Reads the bytes of a request on the public listener and decides.
@@ -32,7 +34,7 @@ pub fn decide(bytes: &[u8], readiness: &Arc<Readiness>) -> Verdict {
     let (head, length) = match http::parse(bytes) {
         Ok(None) => return Verdict::Incomplete,
         Ok(Some(parsed)) => parsed,
-        Err(refusal) => return Verdict::Answer(Response::from(refusal).to_closing_bytes()),
+        Err(refusal) => return Verdict::Refuse(Response::from(refusal).to_closing_bytes()),
     };
     let decided = match head.path.strip_prefix("/ws/") {
         Some(user) => upgrade(&head, user, bytes.len() > length),
@@ -42,7 +44,7 @@ pub fn decide(bytes: &[u8], readiness: &Arc<Readiness>) -> Verdict {
     };
     match decided {
         Ok(join) => Verdict::Join(Box::new(join)),
-        Err(refusal) => Verdict::Answer(Response::from(refusal).to_bytes(&head, false)),
+        Err(refusal) => Verdict::Refuse(Response::from(refusal).to_bytes(&head, false)),
     }
 }
 
@@ -170,7 +172,9 @@ mod tests {
 
     fn status(bytes: &[u8]) -> String {
         match verdict(bytes) {
-            Verdict::Answer(answer) => String::from_utf8_lossy(&answer[9..12]).into_owned(),
+            Verdict::Answer(answer) | Verdict::Refuse(answer) => {
+                String::from_utf8_lossy(&answer[9..12]).into_owned()
+            }
             other => panic!("{other:?}"),
         }
     }

@@ -12,8 +12,9 @@
 //! | room | what is done there |
 //! |---|---|
 //! | [`event`] | ids, names, entries: events framed once for every socket of the node |
-//! | [`frame`] | the JSON that clients send and get |
 //! | [`close`] | why a connection ended: close code, log field and metric label in one |
+//! | [`frame`] | the JSON that clients send and get |
+//! | [`foreign`] | what other programs send, made into events |
 //! | [`config`] | settings: flags and variables, every error at once |
 //! | [`http`] | request heads in, responses out, over bytes alone |
 //! | [`web`] | the page and the browser client, embedded |
@@ -53,8 +54,8 @@
 //! - Everything that grows has a limit, a constant or a setting, with its reason beside it.
 //!
 //! **Who knows what.** Only [`bus::redis`] knows fred. Only [`input`] and [`handshake`] know tungstenite. Pure rooms
-//! (`event`, `frame`, `close`, `config`, `http`, `input`, `web`, `feed`, `sequence`) know neither sockets nor runtimes:
-//! bytes are handed in, so each is tested alone.
+//! (`event`, `close`, `frame`, `foreign`, `config`, `http`, `web`, `input`, `feed`, `sequence`) know neither sockets
+//! nor runtimes: bytes are handed in, so each is tested alone.
 
 // In reading order.
 
@@ -62,6 +63,8 @@ pub mod event;
 
 pub mod close;
 pub mod frame;
+
+pub mod foreign;
 
 pub mod config;
 

@@ -114,24 +114,23 @@ fn start_shards(
     let (end, ended) = mpsc::unbounded_channel();
     let mut inboxes = Vec::new();
     let mut bells = Vec::new();
-    for id in 0..settings.shards.get() {
+    let mut waiting = Vec::new();
+    for _ in 0..settings.shards.get() {
         let (poll, bell) = shard::poll()?;
         let (sender, inbox) = mpsc::unbounded_channel();
         inboxes.push(sender);
         bells.push(bell.clone());
-        let wiring = shard::Wiring {
-            id,
-            settings: settings.clone(),
-            requests: requests.clone(),
-            poll,
-            inbox,
-            bell,
-            metrics: metrics.clone(),
-        };
+        waiting.push((poll, bell, inbox));
+    }
+    let shards = Shards::new(inboxes).with_bells(bells);
+    for (id, (poll, bell, inbox)) in waiting.into_iter().enumerate() {
+        let (settings, requests, metrics) = (settings.clone(), requests.clone(), metrics.clone());
+        let wiring =
+            shard::Wiring { id, settings, requests, shards: shards.clone(), poll, inbox, bell, metrics };
         let end = end.clone();
         thread::Builder::new().name(format!("shard-{id}")).spawn(move || {
             let _ = end.send(shard::run(wiring)); // fails only when the node has returned already
         })?;
     }
-    Ok((Shards::new(inboxes).with_bells(bells), ended))
+    Ok((shards, ended))
 }

@@ -14,7 +14,7 @@ use mio::{Events, Interest, Poll, Registry, Token};
 use slab::Slab;
 use tokio::sync::mpsc;
 
-use crate::bus::{Bell, ConnectionId, Request, Requests, ShardId, ToShard};
+use crate::bus::{Bell, ConnectionId, Request, Requests, ShardId, Shards, ToShard};
 use crate::close::Reason;
 use crate::config::Settings;
 use crate::connection::{Connection, State, Tally};
@@ -40,7 +40,7 @@ const REQUEST_TIME: Duration = Duration::from_secs(5);
 const LINGER: Duration = Duration::from_secs(5);
 
 /// One read takes this much; longer ones take turns.
-const SCRATCH: usize = 64 * 1024;
+const SCRATCH: usize = 16 * 1024;
 
 /// Most messages taken from the inbox, and connections flushed in a pass, before others get their turn.
 const MESSAGES_A_TURN: usize = 1024;
@@ -58,6 +58,8 @@ pub struct Wiring {
     pub settings: Arc<Settings>,
     /// The way to the bus.
     pub requests: Requests,
+    /// The way to the other shards.
+    pub shards: Shards,
     /// Its sockets; it and the bell come from [`poll`].
     pub poll: Poll,
     /// What it is told.
@@ -74,6 +76,7 @@ pub struct Shard {
     id: ShardId,
     settings: Arc<Settings>,
     requests: Requests,
+    shards: Shards,
     metrics: Arc<Metrics>,
     registry: Registry,
     connections: Slab<Connection>,
@@ -128,6 +131,7 @@ pub fn run(wiring: Wiring) -> io::Result<()> {
         id: wiring.id,
         settings: wiring.settings,
         requests: wiring.requests,
+        shards: wiring.shards,
         metrics: wiring.metrics,
         registry,
         connections: Slab::new(),
@@ -151,7 +155,7 @@ pub fn run(wiring: Wiring) -> io::Result<()> {
         tick: 0,
         heartbeat_slot: 0,
         tally: Tally::default(),
-        scratch: vec![0; input::HEAD_MAX + SCRATCH].into(),
+        scratch: vec![0; SCRATCH].into(),
         messages: Vec::new(),
         replies: Vec::new(),
     };
@@ -215,7 +219,7 @@ impl Shard {
     fn work(&mut self) {
         for id in std::mem::take(&mut self.unread) {
             if let Some(slot) = self.find(id) {
-                self.on_readable(slot, false);
+                self.on_readable(slot, true);
             }
         }
         for id in std::mem::take(&mut self.unflushed) {
@@ -229,9 +233,10 @@ impl Shard {
     fn take(&mut self, message: ToShard) {
         match message {
             ToShard::Socket(stream) => self.on_socket(stream),
-            ToShard::Followed { channel, base, position } => {
-                self.on_followed(&channel, Feed::new(base, position));
+            ToShard::Followed { channel, base, position, recent } => {
+                self.on_followed(&channel, base, position, recent);
             }
+            ToShard::Share { channel, base, position, with } => self.on_share(channel, base, position, with),
             ToShard::NotFollowed { channel, why } => self.on_not_followed(&channel, &why),
             ToShard::Entry { channel, entry } => self.on_entry(&channel, entry),
             ToShard::Page { channel, after, result } => self.on_page(&channel, after, result),
@@ -302,6 +307,9 @@ impl Shard {
         self.metrics.shards[self.id].ends[reason as usize].add(1);
         tracing::debug!(user = ?connection.user, reason = reason.label(), "connection ends");
         connection.close(reason);
+        if std::mem::take(&mut connection.paused) {
+            self.unread.push(ConnectionId { shard: self.id, slot, generation: connection.generation });
+        }
         if reason == Reason::PeerGone {
             return self.remove(slot);
         }
@@ -316,9 +324,14 @@ impl Shard {
         }
     }
 
+    /// Sends an HTTP answer to a client that may not join, and ends.
+    fn refuse(&mut self, slot: u32, answer: bytes::Bytes) {
+        self.numbers().refused.add(1);
+        self.answer(slot, answer, Reason::Answered);
+    }
+
     /// Sends an HTTP answer and ends.
     fn answer(&mut self, slot: u32, answer: bytes::Bytes, reason: Reason) {
-        self.numbers().refused.add(1);
         self.connections[slot as usize].enqueue(answer);
         self.end(slot, reason);
     }
@@ -392,7 +405,7 @@ impl Shard {
 
     fn refuse_join(&mut self, id: ConnectionId, why: &str) {
         if let Some(slot) = self.find(id).filter(|slot| self.is_joining(*slot)) {
-            self.answer(slot, handshake::unavailable(why), Reason::Answered);
+            self.refuse(slot, handshake::unavailable(why));
         }
     }
 

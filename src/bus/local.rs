@@ -227,9 +227,9 @@ impl Local {
                 }
                 self.followed += usize::from(is_new);
                 let channel = self.channel(&name);
+                let first = channel.followers.iter().position(|follows| *follows);
+                wiring.shards.share(name.clone(), channel.base, channel.head, first.as_ref(), shard);
                 channel.followers[shard] = true;
-                let (base, position) = (channel.base, channel.head);
-                wiring.shards.tell(shard, ToShard::Followed { channel: name, base, position });
             }
             Request::Unfollow { channel: name, shard } => {
                 let Some(channel) = self.channels.get_mut(&name) else { return };

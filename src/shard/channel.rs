@@ -9,7 +9,7 @@ use slab::Slab;
 
 use crate::bus::{ConnectionId, Page, is_proven, page_begin};
 use crate::connection::{Connection, NONE};
-use crate::event::{ChannelName, EventId, Kind};
+use crate::event::{ChannelName, Entry, EventId, Kind};
 use crate::feed::Feed;
 
 /// A page of history that has been asked for.
@@ -71,6 +71,8 @@ pub struct Channel {
     pub serial: u32,
     /// Its recent events; `None` until the bus follows it.
     pub feed: Option<Feed>,
+    /// Entries that came before the word that it is followed.
+    pub early: Vec<Entry>,
     /// The connections in it, in no order, by slot.
     pub members: Vec<u32>,
     /// The member that the pass under way comes to next.
@@ -98,6 +100,7 @@ impl Channel {
             name,
             serial,
             feed: None,
+            early: Vec::new(),
             members: Vec::new(),
             pass: None,
             again: false,

@@ -18,7 +18,7 @@ impl Shard {
     pub(super) fn on_entry(&mut self, name: &ChannelName, entry: Entry) {
         let Some(key) = self.names.get(name).copied() else { return };
         let channel = &mut self.channels[key as usize];
-        let Some(feed) = &mut channel.feed else { return };
+        let Some(feed) = &mut channel.feed else { return channel.early.push(entry) };
         self.feed_bytes += Feed::cost(&entry);
         self.ages.push_back((key, channel.serial));
         let kind = entry.kind.clone();
@@ -56,7 +56,7 @@ impl Shard {
             self.feed_bytes -= Feed::cost(&entry);
             while let Some((_, slot)) = channel.begun.first().copied().filter(|begun| begun.0 <= number) {
                 channel.begun.pop_first();
-                self.connections[slot as usize].keep_rest(&entry);
+                self.connections[slot as usize].keep_rest(&entry, &mut self.tally);
             }
         }
     }

@@ -6,9 +6,9 @@ use bytes::{Bytes, BytesMut};
 
 use super::Shard;
 use super::channel::{PageState, ReadyPage};
-use crate::bus::{BusError, ConnectionId, Page, Request};
+use crate::bus::{BusError, ConnectionId, Page, Request, ShardId, ToShard};
 use crate::connection::{LastSeen, State};
-use crate::event::{ChannelName, EventId};
+use crate::event::{ChannelName, Entry, EventId};
 use crate::feed::{Cursor, Feed, Start};
 use crate::frame;
 
@@ -108,13 +108,39 @@ impl Shard {
         self.flush(slot);
     }
 
-    pub(super) fn on_followed(&mut self, name: &ChannelName, feed: Feed) {
-        let Some(key) = self.names.get(name) else { return };
-        let channel = &mut self.channels[*key as usize];
-        channel.feed = Some(feed);
-        for id in std::mem::take(&mut channel.joining) {
+    /// Follows from `position` on; `recent` is what another shard has of the time before.
+    pub(super) fn on_followed(
+        &mut self,
+        name: &ChannelName,
+        base: EventId,
+        position: EventId,
+        recent: Vec<Entry>,
+    ) {
+        let Some(key) = self.names.get(name).copied() else { return };
+        let channel = &mut self.channels[key as usize];
+        if channel.feed.is_some() {
+            return;
+        }
+        let begin = recent.first().map_or(position, Entry::before);
+        channel.feed = Some(Feed::new(base, begin));
+        let joining = std::mem::take(&mut channel.joining);
+        let early = std::mem::take(&mut channel.early).into_iter().filter(|entry| entry.before() >= position);
+        for entry in recent.into_iter().chain(early) {
+            self.on_entry(name, entry);
+        }
+        for id in joining {
             self.join_again(id, Asked::Nothing);
         }
+    }
+
+    /// Tells another shard that it follows the channel, and what is in memory of it here.
+    pub(super) fn on_share(&mut self, channel: ChannelName, base: EventId, position: EventId, with: ShardId) {
+        let key = self.names.get(&channel);
+        let feed = key.and_then(|key| self.channels[*key as usize].feed.as_ref());
+        // A channel that has been dropped here and is followed anew is not where the bus says.
+        let feed = feed.filter(|feed| feed.position() == position && feed.base() == base);
+        let recent = feed.map_or_else(Vec::new, |feed| feed.recent().cloned().collect());
+        self.shards.tell(with, ToShard::Followed { channel, base, position, recent });
     }
 
     pub(super) fn on_not_followed(&mut self, name: &ChannelName, why: &BusError) {

@@ -117,7 +117,10 @@ impl Shard {
             // Writable comes only when a third of the send buffer is free; a slow reader lives all the same.
             return self.try_again(slot);
         }
-        if now.checked_sub(MESSAGE_TIME).is_some_and(|then| connection.began_before(then)) {
+        // What a paused client has begun, it can't end.
+        let late = !connection.paused
+            && now.checked_sub(MESSAGE_TIME).is_some_and(|then| connection.began_before(then));
+        if late {
             return self.end(slot, Reason::Unfinished);
         }
         if self.tick.wrapping_sub(connection.heartbeat) < heartbeat {

@@ -57,14 +57,12 @@ impl Node {
     pub fn start(settings: Settings) -> Node {
         let (requests, requests_rx) = mpsc::unbounded_channel();
         let (senders, inboxes): (Vec<_>, Vec<_>) = (0..2).map(|_| mpsc::unbounded_channel()).unzip();
+        let shards = Shards::new(senders);
+        let inboxes = inboxes.into_iter().map(|inbox| share_nothing(inbox, shards.clone())).collect();
         let numbers = Arc::new(BusNumbers::default());
         let readiness = Arc::new(Readiness::waiting_for_bus());
-        let wiring = Wiring {
-            requests: requests_rx,
-            shards: Shards::new(senders),
-            numbers: numbers.clone(),
-            readiness: readiness.clone(),
-        };
+        let wiring =
+            Wiring { requests: requests_rx, shards, numbers: numbers.clone(), readiness: readiness.clone() };
         let task = tokio::spawn(async move { bus::run(&settings, wiring).await });
         let put_by = vec![VecDeque::new(), VecDeque::new()];
         Node { requests, numbers, readiness, inboxes, put_by, task }
@@ -107,13 +105,18 @@ impl Node {
         self.ask(Request::Follow { channel: wanted.clone(), shard });
         let answer = self
             .told(shard, |told| match told {
-                ToShard::Followed { channel, base, position } if *channel == wanted => {
+                ToShard::Followed { channel, base, position, .. } if *channel == wanted => {
                     Some(Ok((*base, *position)))
                 }
                 ToShard::NotFollowed { channel, why } if *channel == wanted => Some(Err(why.clone())),
                 _ => None,
             })
             .await?;
+        // As a shard does: what came earlier than this word and is older is from before it let go.
+        self.put_by[shard].retain(|told| match told {
+            ToShard::Entry { channel, entry } => *channel != wanted || entry.before() >= answer.1,
+            _ => true,
+        });
         Ok(Reader {
             channel: channel(name),
             shard,
@@ -174,6 +177,24 @@ impl Node {
     pub fn ask_look(&self, name: &str, shard: usize) {
         self.ask(Request::Look { channel: channel(name), shard });
     }
+}
+
+/// Passes on what a shard is told. A shard that is to share a channel does so at once, having nothing to share.
+fn share_nothing(
+    mut told: mpsc::UnboundedReceiver<ToShard>,
+    shards: Shards,
+) -> mpsc::UnboundedReceiver<ToShard> {
+    let (sender, inbox) = mpsc::unbounded_channel();
+    tokio::spawn(async move {
+        while let Some(message) = told.recv().await {
+            if let ToShard::Share { channel, base, position, with } = message {
+                shards.tell(with, ToShard::Followed { channel, base, position, recent: Vec::new() });
+            } else if sender.send(message).is_err() {
+                return;
+            }
+        }
+    });
+    inbox
 }
 
 /// The position before a page.

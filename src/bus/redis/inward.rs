@@ -13,6 +13,7 @@ use super::terms::Lane;
 use super::{Bus, Outcome, Purpose, scripts, wire};
 use crate::bus::{BusError, PAGE, Page, ShardId, ToShard, page_begin};
 use crate::event::{ChannelName, Entry, EventId, Kind};
+use crate::foreign;
 
 /// Events that one read brings when a hole is filled.
 const FILL_EVENTS: u64 = 1024;
@@ -31,11 +32,11 @@ impl Bus {
         let channel = self.channels.entry(name.clone()).or_default();
         let refusal = match &mut channel.follow {
             Some(Follow { sequence: Some(sequence), followers, .. }) => {
+                let other = followers.iter().find(|other| **other != shard);
+                self.shards.share(name, sequence.base(), sequence.position(), other, shard);
                 if !followers.contains(&shard) {
                     followers.push(shard);
                 }
-                let (base, position) = (sequence.base(), sequence.position());
-                self.shards.tell(shard, ToShard::Followed { channel: name, base, position });
                 return;
             }
             Some(follow) => {
@@ -156,7 +157,7 @@ impl Bus {
         let Some((name, channel)) = self.channels.get_key_value(channel) else { return };
         let Some(follow) = &channel.follow else { return };
         let Some(sequence) = &follow.sequence else { return };
-        let Some(shown) = wire::bare(text) else { return };
+        let Some(shown) = foreign::bare(text) else { return };
         if text.len() > self.terms.max_message {
             self.numbers.oversized.add(1);
             if self.warned_of_size.is_none_or(|at| at.elapsed() > WARN_EVERY) {
@@ -251,8 +252,7 @@ impl Bus {
                 if follow.ticket == ticket && follow.sequence.is_none() =>
             {
                 for shard in follow.start(page.base, page.head, &mut out) {
-                    let (base, position) = (page.base, page.head);
-                    self.shards.tell(shard, ToShard::Followed { channel: name.clone(), base, position });
+                    self.shards.share(name.clone(), page.base, page.head, None, shard);
                 }
                 self.hand_on(name, out);
             }

@@ -2,11 +2,9 @@
 //! from the end, without parsing the rest.
 
 use std::borrow::Cow;
-use std::collections::HashMap;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use serde_json::value::RawValue;
 
 use crate::bus::Page;
 use crate::event::{Entry, EventId};
@@ -100,38 +98,6 @@ pub fn whole(page: &mut Page, asked: EventId) {
     }
 }
 
-/// The types of frames that the node itself sends; an event must not look like one.
-const CONTROL: [&str; 5] = [r#""welcome""#, r#""reset""#, r#""ping""#, r#""error""#, r#""ack""#];
-
-/// What clients see of a plain `PUBLISH` on a bare channel. `None` for the node's own copies, which begin with
-/// a TAB.
-pub fn bare(message: &[u8]) -> Option<String> {
-    if message.first() == Some(&b'\t') {
-        return None;
-    }
-    let text = String::from_utf8_lossy(message);
-    let one_line = || text.replace(['\r', '\n'], " ");
-    if let Ok(members) = serde_json::from_str::<HashMap<Cow<'_, str>, &RawValue>>(&text) {
-        let control = members.get("type").is_some_and(|value| CONTROL.contains(&plain(value).as_str()));
-        if !members.contains_key("id") && !control {
-            return Some(one_line().trim().to_owned());
-        }
-    }
-    let data = match serde_json::from_str::<&RawValue>(&text) {
-        Ok(_) => one_line(),
-        Err(_) => serde_json::to_string(&*text).expect("a string is always JSON"),
-    };
-    Some(format!(r#"{{"data":{}}}"#, data.trim()))
-}
-
-/// A JSON string without needless escapes, so that `"\u0070ing"` is seen for what it is.
-fn plain(value: &RawValue) -> String {
-    match serde_json::from_str::<String>(value.get()) {
-        Ok(text) => format!("\"{text}\""),
-        Err(_) => value.get().to_owned(),
-    }
-}
-
 /// A channel's line in a canary: its name, base and head.
 pub fn canary_line(line: &str) -> Option<(&str, EventId, EventId)> {
     let mut parts = line.split(' ');
@@ -186,19 +152,5 @@ mod tests {
         assert_eq!(page(&[6, 7]), (6, 7));
         assert_eq!(page(&[5, 7]), (2, 5));
         assert_eq!(page(&[]), (10, 0));
-    }
-
-    #[test]
-    fn a_plain_publish_is_shown_or_wrapped() {
-        let shown = |message: &[u8]| bare(message).unwrap();
-        assert_eq!(shown(b" {\"a\":\n1} "), r#"{"a": 1}"#);
-        assert_eq!(shown(br#"{"id":null}"#), r#"{"data":{"id":null}}"#);
-        assert_eq!(shown(br#"{"type":"ping"}"#), r#"{"data":{"type":"ping"}}"#);
-        assert_eq!(shown(br#"{"type":"\u0070ing"}"#), r#"{"data":{"type":"\u0070ing"}}"#);
-        assert_eq!(shown(br#"{"type":"chat"}"#), r#"{"type":"chat"}"#);
-        assert_eq!(shown(b"[1,2]"), r#"{"data":[1,2]}"#);
-        assert_eq!(shown(b"hello \"you\"\n"), r#"{"data":"hello \"you\"\n"}"#);
-        assert_eq!(shown(b"\xff"), "{\"data\":\"\u{fffd}\"}");
-        assert_eq!(bare(b"\t{}"), None);
     }
 }

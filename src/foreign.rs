@@ -1,6 +1,7 @@
-//! What a backend posts, made into an event.
+//! What other programs send, made into events: the body of `POST /publish`, and a plain Redis `PUBLISH`.
 
 use std::borrow::Cow;
+use std::collections::HashMap;
 use std::fmt;
 
 use bytes::Bytes;
@@ -95,6 +96,27 @@ impl<'de> Visitor<'de> for Keys {
 fn control_type(value: &RawValue) -> Option<&'static str> {
     let text: Text<'_> = serde_json::from_str(value.get()).ok()?;
     CONTROL_TYPES.into_iter().find(|control| *control == text.0)
+}
+
+/// What clients see of a plain `PUBLISH` on a bare channel: an object without `id` and control `type` as it is,
+/// anything else as `{"data":…}`. `None` for a node's own copies, which begin with a TAB.
+pub fn bare(message: &[u8]) -> Option<String> {
+    if message.first() == Some(&b'\t') {
+        return None;
+    }
+    let text = String::from_utf8_lossy(message);
+    let one_line = || text.replace(['\r', '\n'], " ");
+    if let Ok(members) = serde_json::from_str::<HashMap<Cow<'_, str>, &RawValue>>(&text) {
+        let control = members.get("type").and_then(|value| control_type(value));
+        if !members.contains_key("id") && control.is_none() {
+            return Some(one_line().trim().to_owned());
+        }
+    }
+    let data = match serde_json::from_str::<&RawValue>(&text) {
+        Ok(_) => one_line(),
+        Err(_) => serde_json::to_string(&*text).expect("a string is always JSON"),
+    };
+    Some(format!(r#"{{"data":{}}}"#, data.trim()))
 }
 
 /// A string with its escapes undone, borrowed where it has none.
@@ -223,5 +245,19 @@ mod tests {
         fn no_body_panics(body: Vec<u8>, text in "[{}\\[\\]\",:a-z0-9 \n]*") {
             let _ = (published(&body, None), published(text.as_bytes(), Some("a")));
         }
+    }
+
+    #[test]
+    fn a_plain_publish_is_shown_or_wrapped() {
+        let shown = |message: &[u8]| bare(message).unwrap();
+        assert_eq!(shown(b" {\"a\":\n1} "), r#"{"a": 1}"#);
+        assert_eq!(shown(br#"{"id":null}"#), r#"{"data":{"id":null}}"#);
+        assert_eq!(shown(br#"{"type":"ping"}"#), r#"{"data":{"type":"ping"}}"#);
+        assert_eq!(shown(br#"{"type":"\u0070ing"}"#), r#"{"data":{"type":"\u0070ing"}}"#);
+        assert_eq!(shown(br#"{"type":"chat"}"#), r#"{"type":"chat"}"#);
+        assert_eq!(shown(b"[1,2]"), r#"{"data":[1,2]}"#);
+        assert_eq!(shown(b"hello \"you\"\n"), r#"{"data":"hello \"you\"\n"}"#);
+        assert_eq!(shown(b"\xff"), "{\"data\":\"\u{fffd}\"}");
+        assert_eq!(bare(b"\t{}"), None);
     }
 }
