@@ -1,8 +1,8 @@
 //! The bus across nodes: ids and history in Redis, Pub/Sub as the hint, one sequence for each followed channel.
 //!
 //! One task owns everything here. What waits for Redis is spawned, owns nothing, and comes back as an
-//! [`Outcome`]. Rooms: [`link`] (the connections), [`scripts`] (what runs in Redis), [`wire`] (messages to
-//! entries), [`publisher`] and [`follow`] (one channel's two directions), `out` and `inward` (what the task does
+//! `Outcome`. Rooms: `link` (the connections), `scripts` (what runs in Redis), `wire` (messages to
+//! entries), `publisher` and `follow` (one channel's two directions), `out` and `inward` (what the task does
 //! with them), `health` (canary, sessions, readiness).
 
 use std::collections::{HashMap, HashSet, VecDeque};
