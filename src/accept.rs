@@ -134,7 +134,10 @@ impl Acceptor {
                     self.hand_over(stream);
                 }
                 Err(error) => match error.kind() {
-                    io::ErrorKind::WouldBlock => return false,
+                    io::ErrorKind::WouldBlock => {
+                        self.starved = false; // nobody waits for what there was no room for
+                        return false;
+                    }
                     // The peer gave up while it waited (accept(2)).
                     io::ErrorKind::ConnectionAborted | io::ErrorKind::Interrupted => {}
                     _ => {

@@ -153,6 +153,8 @@ pub struct Connection {
     pub heard: u32,
     /// Our end is closed.
     finished: bool,
+    /// It waits for a page of history.
+    pub waits_for_page: bool,
     /// Publishes without an answer yet.
     pub unanswered: u32,
     /// When the last heartbeat was sent, in ticks of the shard.
@@ -185,6 +187,7 @@ impl Connection {
             expires: NEVER,
             heard: tick,
             finished: false,
+            waits_for_page: false,
             unanswered: 0,
             heartbeat: tick,
         }
@@ -200,15 +203,26 @@ impl Connection {
         matches!(self.state, State::Live | State::History | State::Missed)
     }
 
-    /// Reads into `buffer`. `Ok(None)`: nothing to be had now. `Ok(Some(0))`: the peer has ended.
-    pub fn read(&mut self, buffer: &mut [u8]) -> io::Result<Option<usize>> {
+    /// Reads into `buffer`, behind what is kept from the last read. Gives how much is in it now, and how much of that
+    /// is new: `None` when there is nothing to be had, 0 when the peer has ended.
+    pub fn read(&mut self, buffer: &mut [u8]) -> io::Result<(usize, Option<usize>)> {
+        let kept =
+            self.partial.as_mut().map(|partial| std::mem::take(&mut partial.unread)).unwrap_or_default();
+        buffer[..kept.len()].copy_from_slice(&kept);
         loop {
-            match self.stream.read(buffer) {
-                Ok(length) => return Ok(Some(length)),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
+            match self.stream.read(&mut buffer[kept.len()..]) {
+                Ok(new) => return Ok((kept.len() + new, Some(new))),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok((kept.len(), None)),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error),
             }
+        }
+    }
+
+    /// Keeps bytes for the next read.
+    pub fn keep(&mut self, unread: &[u8]) {
+        if !unread.is_empty() {
+            self.partial.get_or_insert_default().unread = unread.to_vec();
         }
     }
 
@@ -274,7 +288,8 @@ impl Connection {
     }
 
     /// The feed lets go of the entry it stands in: keeps the rest of the frame whose begin the socket has.
-    pub fn keep_rest(&mut self, entry: &Entry) {
+    pub fn keep_rest(&mut self, entry: &Entry, tally: &mut Tally) {
+        tally.deliveries += 1;
         let end = entry.frame_end(self.cursor.offset);
         let rest = Bytes::copy_from_slice(&entry.bytes[self.cursor.offset as usize..end as usize]);
         let queue = self.queue.get_or_insert_default();
@@ -324,7 +339,7 @@ impl Connection {
             Flushed::All => self.position = page.position(),
             _ if self.is_inside_frame(page) => {
                 let entry = page.get(self.cursor.entry).expect("a cursor inside a frame is inside an entry");
-                self.keep_rest(&entry.clone());
+                self.keep_rest(&entry.clone(), tally);
             }
             _ => {}
         }
@@ -464,6 +479,7 @@ impl Connection {
 
     /// Begins its end: the close frame for `reason`, if there is one, is its last word.
     pub fn close(&mut self, reason: Reason) {
+        self.partial = None; // what it says now means nothing
         // Before the upgrade an HTTP answer is all there is to say.
         if let Some((code, text)) = reason.close().filter(|_| self.is_open()) {
             self.enqueue(frame::close(code, text));
@@ -476,7 +492,7 @@ impl Connection {
         if let Some(feed) = feed.filter(|feed| self.is_inside_frame(feed)) {
             let entry =
                 feed.get(self.cursor.entry).expect("a cursor inside a frame is inside an entry").clone();
-            self.keep_rest(&entry);
+            self.keep_rest(&entry, tally);
         }
         match self.flush_queue(tally) {
             Flushed::All if self.finished => true,

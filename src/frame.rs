@@ -11,6 +11,10 @@ use crate::event::{EventId, is_user_id, text_frame};
 /// Longest `ref` of a client's frame, as JSON text, in bytes: it is kept while the publish is under way.
 const REFERENCE_MAX: usize = 128;
 
+/// Deepest `data` of a client's frame, in arrays and objects within each other. Many JSON readers recurse, and one
+/// client must not break the others of its channel (serde_json itself stops at 128).
+const DEPTH_MAX: usize = 128;
+
 /// A ping without payload (RFC 6455 section 5.5.2).
 pub const PING: Bytes = Bytes::from_static(&[0x89, 0]);
 
@@ -178,10 +182,32 @@ pub fn parse_client_frame(sender: &str, text: &str) -> Result<ClientFrame, BadFr
     let event = Event::by(sender, to.as_deref());
     let event = match (members.text, members.data) {
         (Some(text), None) => event.with_text(&text),
+        (None, Some(data)) if depth(data.get()) > DEPTH_MAX => {
+            return bad(r#""data" must not be nested deeper than 128"#, reference);
+        }
         (None, Some(data)) => event.with_data(data.get()),
         _ => return bad(r#"give either "text" or "data""#, reference),
     };
     Ok(ClientFrame::Publish(ClientPublish { event, to, reference }))
+}
+
+/// How deep arrays and objects of a JSON text are within each other.
+fn depth(json: &str) -> usize {
+    let (mut depth, mut deepest, mut in_string, mut escaped) = (0usize, 0, false, false);
+    for byte in json.bytes() {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' => escaped = in_string,
+            b'"' => in_string = !in_string,
+            b'[' | b'{' if !in_string => {
+                depth += 1;
+                deepest = deepest.max(depth);
+            }
+            b']' | b'}' if !in_string => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+    }
+    deepest
 }
 
 fn valid_reference(json: &str) -> Option<Box<str>> {
@@ -269,6 +295,14 @@ mod tests {
         }
         let long = format!(r#"{{"text":"a","ref":"{}"}}"#, "x".repeat(REFERENCE_MAX));
         assert!(parse_client_frame("alice", &long).is_err());
+    }
+
+    #[test]
+    fn data_is_not_nested_deeper_than_readers_recurse() {
+        let nested = |depth| format!(r#"{{"data":{}{}}}"#, "[".repeat(depth), "]".repeat(depth));
+        assert!(parse_client_frame("alice", &nested(DEPTH_MAX)).is_ok());
+        assert!(parse_client_frame("alice", &nested(DEPTH_MAX + 1)).is_err());
+        assert_eq!(depth(r#"{"a":["[[[\"[[",{}],"b":[]}"#), 3);
     }
 
     #[test]

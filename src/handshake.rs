@@ -30,8 +30,10 @@ pub enum Verdict {
     Incomplete,
     /// The client may join, once the bus agrees.
     Join(Box<Join>),
-    /// An HTTP answer, after which the connection ends for this reason.
-    Answer(Bytes, Reason),
+    /// What was asked for, after which the connection ends.
+    Answer(Bytes),
+    /// Why there is no upgrade, after which the connection ends for this reason.
+    Refuse(Bytes, Reason),
 }
 
 /// What decides over requests.
@@ -59,19 +61,19 @@ pub fn decide(bytes: &[u8], door: &Door) -> Verdict {
     let (head, length) = match http::parse(bytes) {
         Ok(None) => return Verdict::Incomplete,
         Ok(Some(parsed)) => parsed,
-        Err(refusal) => return Verdict::Answer(Response::from(refusal).to_closing_bytes(), Reason::Answered),
+        Err(refusal) => return Verdict::Refuse(Response::from(refusal).to_closing_bytes(), Reason::Answered),
     };
     let decided = match head.path.strip_prefix("/ws/") {
         Some(user) => upgrade(&head, user, bytes.len() > length, door),
         None => {
             let response = plain(&head, &door.readiness);
-            return Verdict::Answer(response.to_bytes(&head, false), Reason::Answered);
+            return Verdict::Answer(response.to_bytes(&head, false));
         }
     };
     match decided {
         Ok(join) => Verdict::Join(Box::new(join)),
         Err(Refused(refusal, reason)) => {
-            Verdict::Answer(Response::from(refusal).to_bytes(&head, false), reason)
+            Verdict::Refuse(Response::from(refusal).to_bytes(&head, false), reason)
         }
     }
 }
@@ -268,7 +270,9 @@ mod tests {
 
     fn status(bytes: &[u8]) -> String {
         match verdict(bytes) {
-            Verdict::Answer(answer, _) => String::from_utf8_lossy(&answer[9..12]).into_owned(),
+            Verdict::Answer(answer) | Verdict::Refuse(answer, _) => {
+                String::from_utf8_lossy(&answer[9..12]).into_owned()
+            }
             other => panic!("{other:?}"),
         }
     }

@@ -15,8 +15,8 @@ use tokio_tungstenite::tungstenite::protocol::{Message, Role, WebSocketConfig, W
 
 use crate::close::Reason;
 
-/// The longest head of a client's frame: two bytes, eight of length, four of mask (RFC 6455 section 5.2).
-pub const HEAD_MAX: usize = 14;
+/// Most messages taken before the caller looks whether it wants more of them.
+pub const MESSAGES_AT_ONCE: usize = 64;
 
 /// Most frames of one message: a client that sends its message in more of them only wants to cost something.
 const FRAGMENTS_MAX: u32 = 4096;
@@ -38,8 +38,8 @@ pub enum Incoming {
 pub struct Partial {
     /// Since when.
     pub since: Instant,
-    head: [u8; HEAD_MAX],
-    head_length: usize,
+    /// Bytes that come before those of the next read: the begin of a frame's head, or frames that wait.
+    pub unread: Vec<u8>,
     context: Option<Box<WebSocketContext>>,
     /// Bytes of the current frame that have yet to come.
     remaining: usize,
@@ -48,77 +48,67 @@ pub struct Partial {
 }
 
 impl Partial {
-    fn new() -> Partial {
-        Partial {
-            since: Instant::now(),
-            head: [0; HEAD_MAX],
-            head_length: 0,
-            context: None,
-            remaining: 0,
-            fragments: 0,
-        }
-    }
-
-    /// The begin of a frame's head that came at the end of the last read: it goes before the bytes of the next.
-    pub fn take_head(&mut self) -> ([u8; HEAD_MAX], usize) {
-        (self.head, std::mem::take(&mut self.head_length))
+    /// Nothing yet.
+    pub fn new() -> Partial {
+        Partial { since: Instant::now(), unread: Vec::new(), context: None, remaining: 0, fragments: 0 }
     }
 
     fn is_idle(&self) -> bool {
-        self.head_length == 0 && self.remaining == 0 && self.fragments == 0
+        self.unread.is_empty() && self.remaining == 0 && self.fragments == 0
     }
 }
 
-/// Reads a client's bytes. Messages go to `messages`, frames that answer them to `replies`. `max_message` is in
-/// bytes. After an error the rest of the bytes means nothing.
+impl Default for Partial {
+    fn default() -> Partial {
+        Partial::new()
+    }
+}
+
+/// Reads a client's bytes; tells how many. The rest is the begin of a frame's head, or comes after the last of
+/// [`MESSAGES_AT_ONCE`] messages. Messages go to `messages`, frames that answer them to `replies`. `max_message` is
+/// in bytes. After an error, and after a close, the rest means nothing.
 pub fn read(
     partial: &mut Option<Box<Partial>>,
     data: &mut [u8],
     max_message: usize,
     messages: &mut Vec<Incoming>,
     replies: &mut Vec<u8>,
-) -> Result<(), Reason> {
-    let mut data = data;
-    while !data.is_empty() {
+) -> Result<usize, Reason> {
+    let mut at = 0;
+    while at < data.len() && messages.len() < MESSAGES_AT_ONCE {
         if let Some(begun) = partial.as_deref_mut().filter(|partial| partial.remaining > 0) {
-            let length = begun.remaining.min(data.len());
-            let (part, rest) = std::mem::take(&mut data).split_at_mut(length);
-            data = rest;
+            let length = begun.remaining.min(data.len() - at);
             begun.remaining -= length;
             let context = begun.context.get_or_insert_with(|| new_context(max_message));
-            feed(context, part, messages, replies)?;
+            feed(context, &data[at..at + length], messages, replies)?;
+            at += length;
             if messages.last() == Some(&Incoming::Close) {
-                return Ok(()); // what follows a close frame means nothing (RFC 6455 section 5.5.1)
+                return Ok(at); // what follows a close frame means nothing (RFC 6455 section 5.5.1)
             }
             if begun.remaining == 0 && begun.fragments == 0 {
                 *partial = None;
             }
             continue;
         }
-        let mut cursor = io::Cursor::new(&*data);
-        let Some((header, length)) = FrameHeader::parse(&mut cursor).map_err(|error| reason(&error))? else {
-            let begun = partial.get_or_insert_with(|| Box::new(Partial::new()));
-            begun.head[..data.len()].copy_from_slice(data);
-            begun.head_length = data.len();
-            return Ok(());
-        };
+        let mut cursor = io::Cursor::new(&data[at..]);
+        let parsed = FrameHeader::parse(&mut cursor).map_err(|error| reason(&error))?;
+        let Some((header, length)) = parsed else { break };
         let head = cursor.position() as usize;
         check(&header, length, max_message)?;
         let length = length as usize; // at most max_message
         let fragments = partial.as_ref().map_or(0, |partial| partial.fragments);
-        let whole = data.len() - head >= length;
+        let whole = data.len() - at - head >= length;
         if let (OpCode::Data(Data::Text), true, true, 0, Some(mask)) =
             (header.opcode, header.is_final, whole, fragments, header.mask)
         {
-            let (frame, rest) = std::mem::take(&mut data).split_at_mut(head + length);
-            data = rest;
-            let payload = &mut frame[head..];
+            let payload = &mut data[at + head..at + head + length];
             unmask(payload, mask);
             let text = std::str::from_utf8(payload).map_err(|_| Reason::InvalidText)?;
             messages.push(Incoming::Text(text.to_owned()));
+            at += head + length;
             continue;
         }
-        let begun = partial.get_or_insert_with(|| Box::new(Partial::new()));
+        let begun = partial.get_or_insert_default();
         begun.remaining = head + length;
         if let OpCode::Data(_) = header.opcode {
             begun.fragments = if header.is_final { 0 } else { begun.fragments + 1 };
@@ -130,7 +120,7 @@ pub fn read(
     if partial.as_ref().is_some_and(|partial| partial.is_idle()) {
         *partial = None;
     }
-    Ok(())
+    Ok(at)
 }
 
 /// What a frame's head alone forbids, before anything is kept for it.
@@ -250,22 +240,34 @@ mod tests {
     /// Reads `bytes` in pieces that end at these places, as the shard does with its scratch.
     fn read_in_pieces(bytes: &[u8], cuts: &[usize]) -> (Result<(), Reason>, Vec<Incoming>, Vec<u8>, bool) {
         let (mut partial, mut messages, mut replies) = (None, Vec::new(), Vec::new());
-        let mut result = Ok(());
         let mut cuts: Vec<usize> = cuts.iter().map(|cut| cut % (bytes.len() + 1)).collect();
         cuts.push(bytes.len());
         cuts.sort_unstable();
+        let mut rest = Vec::new();
         let mut start = 0;
         for cut in cuts {
-            let (head, length) =
-                partial.as_mut().map_or(([0; HEAD_MAX], 0), |p: &mut Box<Partial>| p.take_head());
-            let mut piece = [&head[..length], &bytes[start..cut]].concat();
+            let mut piece = [&rest[..], &bytes[start..cut]].concat();
             start = cut;
-            result = read(&mut partial, &mut piece, 1000, &mut messages, &mut replies);
-            if result.is_err() {
-                break;
+            loop {
+                let mut some = Vec::new();
+                let read = read(&mut partial, &mut piece, 1000, &mut some, &mut replies);
+                let full = some.len() == MESSAGES_AT_ONCE;
+                messages.append(&mut some);
+                match read {
+                    Ok(read) => piece.drain(..read),
+                    Err(reason) => return (Err(reason), messages, replies, partial.is_some()),
+                };
+                if messages.last() == Some(&Incoming::Close) {
+                    return (Ok(()), messages, replies, partial.is_some());
+                }
+                if !full {
+                    break;
+                }
             }
+            rest = piece;
         }
-        (result, messages, replies, partial.is_some())
+        assert!(rest.is_empty(), "whole frames are read whole");
+        (Ok(()), messages, replies, partial.is_some())
     }
 
     fn text(text: &str) -> Incoming {
@@ -325,7 +327,7 @@ mod tests {
         /// However the network cuts the bytes, the messages are the same.
         #[test]
         fn messages_do_not_depend_on_how_bytes_arrive(
-            sent in prop::collection::vec(("\\PC{0,300}", 0usize..4), 1..8),
+            sent in prop::collection::vec(("\\PC{0,300}", 0usize..4), 1..80),
             cuts in prop::collection::vec(any::<usize>(), 0..20),
         ) {
             let mut bytes = Vec::new();

@@ -18,7 +18,7 @@ use crate::bus::{Bell, ConnectionId, Request, Requests, ShardId, Shards, ToShard
 use crate::close::Reason;
 use crate::config::Settings;
 use crate::connection::{Connection, State, Tally};
-use crate::event::ChannelName;
+use crate::event::{ChannelName, EventId};
 use crate::feed::Feed;
 use crate::handshake;
 use crate::input;
@@ -31,6 +31,7 @@ mod receive;
 mod tick;
 
 use channel::Channel;
+use join::Asked;
 use tick::{Drain, TICK};
 
 /// How long a request may take to be complete.
@@ -40,7 +41,7 @@ const REQUEST_TIME: Duration = Duration::from_secs(5);
 const LINGER: Duration = Duration::from_secs(5);
 
 /// One read takes this much; longer ones take turns.
-const SCRATCH: usize = 64 * 1024;
+const SCRATCH: usize = 16 * 1024;
 
 /// Most messages taken from the inbox, and connections flushed in a pass, before others get their turn.
 const MESSAGES_A_TURN: usize = 1024;
@@ -91,7 +92,11 @@ pub struct Shard {
     /// How many of `ages` belong to channels that are gone.
     stale_ages: usize,
     feed_bytes: usize,
+    /// Pages of history that are here, oldest first, by channel key and serial.
+    page_ages: VecDeque<(u32, u32, EventId)>,
     page_bytes: usize,
+    /// Those whom the bus has answered.
+    answered: VecDeque<(ConnectionId, Asked)>,
     /// Channels with a pass under way.
     passes: VecDeque<u32>,
     /// Connections that had more to write, or to read, than one turn allows.
@@ -107,6 +112,8 @@ pub struct Shard {
     drain: Option<Drain>,
     tick: u32,
     heartbeat_slot: usize,
+    /// Full sockets seen since the walk through the slab began.
+    slow: u64,
     tally: Tally,
     scratch: Box<[u8]>,
     messages: Vec<input::Incoming>,
@@ -145,7 +152,9 @@ pub fn run(wiring: Wiring) -> io::Result<()> {
         ages: VecDeque::new(),
         stale_ages: 0,
         feed_bytes: 0,
+        page_ages: VecDeque::new(),
         page_bytes: 0,
+        answered: VecDeque::new(),
         passes: VecDeque::new(),
         unflushed: Vec::new(),
         unread: Vec::new(),
@@ -156,8 +165,9 @@ pub fn run(wiring: Wiring) -> io::Result<()> {
         drain: None,
         tick: 0,
         heartbeat_slot: 0,
+        slow: 0,
         tally: Tally::default(),
-        scratch: vec![0; input::HEAD_MAX + SCRATCH].into(),
+        scratch: vec![0; SCRATCH].into(),
         messages: Vec::new(),
         replies: Vec::new(),
     };
@@ -214,14 +224,15 @@ impl Shard {
     }
 
     fn has_work(&self) -> bool {
-        !self.passes.is_empty() || !self.unflushed.is_empty() || !self.unread.is_empty()
+        let undone = [self.passes.len(), self.unflushed.len(), self.unread.len(), self.answered.len()];
+        undone.iter().any(|undone| *undone > 0)
     }
 
     /// Goes on with what earlier turns left undone.
     fn work(&mut self) {
         for id in std::mem::take(&mut self.unread) {
             if let Some(slot) = self.find(id) {
-                self.on_readable(slot, false);
+                self.on_readable(slot, true);
             }
         }
         for id in std::mem::take(&mut self.unflushed) {
@@ -229,6 +240,7 @@ impl Shard {
                 self.flush(slot);
             }
         }
+        self.go_on(FLUSHES_A_TURN);
         self.pass_on(FLUSHES_A_TURN);
     }
 
@@ -309,6 +321,9 @@ impl Shard {
         self.metrics.shards[self.id].ends[reason as usize].add(1);
         tracing::debug!(user = ?connection.user, reason = reason.label(), "connection ends");
         connection.close(reason);
+        if std::mem::take(&mut connection.paused) {
+            self.unread.push(ConnectionId { shard: self.id, slot, generation: connection.generation });
+        }
         if reason == Reason::PeerGone {
             return self.remove(slot);
         }
@@ -323,9 +338,14 @@ impl Shard {
         }
     }
 
+    /// Sends an HTTP answer to a client that may not join, and ends.
+    fn refuse(&mut self, slot: u32, answer: bytes::Bytes, reason: Reason) {
+        self.numbers().refused.add(1);
+        self.answer(slot, answer, reason);
+    }
+
     /// Sends an HTTP answer and ends.
     fn answer(&mut self, slot: u32, answer: bytes::Bytes, reason: Reason) {
-        self.numbers().refused.add(1);
         self.connections[slot as usize].enqueue(answer);
         self.end(slot, reason);
     }
@@ -399,7 +419,7 @@ impl Shard {
 
     fn refuse_join(&mut self, id: ConnectionId, why: &str) {
         if let Some(slot) = self.find(id).filter(|slot| self.is_joining(*slot)) {
-            self.answer(slot, handshake::unavailable(why), Reason::Answered);
+            self.refuse(slot, handshake::unavailable(why), Reason::Answered);
         }
     }
 

@@ -134,7 +134,11 @@ async fn the_admin_listener_asks_for_its_key() {
 /// What `--client-publish` and a token's `publish` come to: a text and a private message, in either mode.
 async fn expect_publishing(node: &Node, path_query: &str, text: bool, private: bool) {
     let mut watcher = Client::plain(node, "watcher", "room").await;
-    let options = Options { query: format!("channel=room{path_query}"), subprotocol: Some("fanfare.v1") };
+    let options = Options {
+        query: format!("channel=room{path_query}"),
+        subprotocol: Some("fanfare.v1"),
+        ..Options::default()
+    };
     let mut json = Client::try_open(node.public, "a", &options).await.expect("it may join");
     json.welcome().await;
     for (message, allowed) in
@@ -156,7 +160,8 @@ async fn expect_publishing(node: &Node, path_query: &str, text: bool, private: b
     json.send(r#"{"type":"ping"}"#).await;
     while json.next_json().await["type"] != "ping" {}
 
-    let options = Options { query: format!("channel=room{path_query}"), subprotocol: None };
+    let options =
+        Options { query: format!("channel=room{path_query}"), subprotocol: None, ..Options::default() };
     let mut plain = Client::try_open(node.public, "a", &options).await.expect("it may join");
     plain.send("plain").await;
     if text {
@@ -164,7 +169,11 @@ async fn expect_publishing(node: &Node, path_query: &str, text: bool, private: b
         return;
     }
     assert_eq!(plain.expect_close().await.0, 4003);
-    let options = Options { query: format!("channel=room&lastEventId={path_query}"), subprotocol: None };
+    let options = Options {
+        query: format!("channel=room&lastEventId={path_query}"),
+        subprotocol: None,
+        ..Options::default()
+    };
     let mut plain = Client::try_open(node.public, "a", &options).await.expect("it may join");
     plain.welcome().await;
     plain.send("plain").await;

@@ -141,8 +141,11 @@ async fn a_token_is_good_for_its_channels_and_publishes_where_it_may() {
     {
         let own = publish.map(|publish| keys.token("key", &["--user", "a", "--publish", publish]));
         let token = own.as_ref().unwrap_or(&token);
-        let options =
-            Options { query: format!("channel={channel}&token={token}"), subprotocol: Some("fanfare.v1") };
+        let options = Options {
+            query: format!("channel={channel}&token={token}"),
+            subprotocol: Some("fanfare.v1"),
+            ..Options::default()
+        };
         let mut client = Client::try_open(node.public, "a", &options).await.expect("it may join");
         client.welcome().await;
         let (answer, _) = client.send_for_ack(serde_json::json!({"text": "hi"})).await;
@@ -152,7 +155,7 @@ async fn a_token_is_good_for_its_channels_and_publishes_where_it_may() {
     // The setting is the most that a token can give.
     let node = keys.node(&["--client-publish", "off"]).await;
     let token = keys.token("key", &["--user", "a", "--publish", "true"]);
-    let options = Options { query: format!("token={token}"), subprotocol: None };
+    let options = Options { query: format!("token={token}"), subprotocol: None, ..Options::default() };
     let mut client = Client::try_open(node.public, "a", &options).await.expect("it may join");
     client.send("hi").await;
     assert_eq!(client.expect_close().await.0, 4003);
@@ -166,7 +169,7 @@ async fn a_connection_ends_with_its_token() {
     let mut stays = Raw::upgraded(node.public, &format!("/ws/long?token={long}")).await;
     let token = keys.token("key", &["--user", "a", "--ttl", "3s"]);
     let made = std::time::Instant::now();
-    let options = Options { query: format!("token={token}"), subprotocol: None };
+    let options = Options { query: format!("token={token}"), subprotocol: None, ..Options::default() };
     let mut client = Client::try_open(node.public, "a", &options).await.expect("it may join");
     assert_eq!(client.expect_close().await, (4001, "token expired".into()));
     // `exp` is in whole seconds, so a token of 3 s may have little more than 2 left.

@@ -1,8 +1,8 @@
 //! The bus across nodes: ids and history in Redis, Pub/Sub as the hint, one sequence for each followed channel.
 //!
 //! One task owns everything here. What waits for Redis is spawned, owns nothing, and comes back as an
-//! [`Outcome`]. Rooms: [`link`] (the connections), [`scripts`] (what runs in Redis), [`wire`] (messages to
-//! entries), [`publisher`] and [`follow`] (one channel's two directions), `out` and `inward` (what the task does
+//! `Outcome`. Rooms: `link` (the connections), `scripts` (what runs in Redis), `wire` (messages to
+//! entries), `publisher` and `follow` (one channel's two directions), `out` and `inward` (what the task does
 //! with them), `health` (canary, sessions, readiness).
 
 use std::collections::{HashMap, HashSet, VecDeque};
@@ -112,6 +112,8 @@ struct Bus {
     waiting_bytes: usize,
     /// The last publish number given, of all channels: a channel that is forgotten must not begin anew.
     call_number: u64,
+    /// Channels whose subscription is under way, by its ticket.
+    starting: VecDeque<(u64, ChannelName)>,
     /// The last subscription ticket given.
     ticket: u64,
     /// Pages being read, by the position asked for, and for whom.
@@ -147,6 +149,7 @@ pub async fn run(settings: &Settings, url: &RedisUrl, wiring: Wiring) -> Result<
         touched: Vec::new(),
         waiting_bytes: 0,
         call_number: 0,
+        starting: VecDeque::new(),
         ticket: 0,
         pages: HashMap::new(),
         rounds: VecDeque::new(),

@@ -114,7 +114,7 @@ impl Text {
 }
 
 impl Metrics {
-    /// All numbers in Prometheus' text format. Reads `/proc`: see [`Process::read`] for where to call it.
+    /// All numbers in Prometheus' text format. Reads `/proc`: see `Process::read` for where to call it.
     pub fn prometheus(&self) -> String {
         let mut out = Text(String::with_capacity(8 * 1024));
         out.family("fanfare_build_info", "gauge", "Which fanfare this is.");

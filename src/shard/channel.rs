@@ -89,7 +89,7 @@ pub struct Channel {
     pub looking: Vec<ConnectionId>,
     /// Pages of history, by the position asked for.
     pub pages: HashMap<EventId, PageState>,
-    /// Since when nobody is here.
+    /// Since when nobody is here; whoever asks to join may never come in.
     pub empty_since: Option<Instant>,
 }
 
@@ -109,7 +109,7 @@ impl Channel {
             joining: Vec::new(),
             looking: Vec::new(),
             pages: HashMap::new(),
-            empty_since: None,
+            empty_since: Some(Instant::now()),
         }
     }
 

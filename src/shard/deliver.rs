@@ -56,7 +56,7 @@ impl Shard {
             self.feed_bytes -= Feed::cost(&entry);
             while let Some((_, slot)) = channel.begun.first().copied().filter(|begun| begun.0 <= number) {
                 channel.begun.pop_first();
-                self.connections[slot as usize].keep_rest(&entry);
+                self.connections[slot as usize].keep_rest(&entry, &mut self.tally);
             }
         }
     }
@@ -155,6 +155,10 @@ impl Shard {
             if connection.blocked || !matches!(connection.state, State::History) {
                 return;
             }
+            if connection.waits_for_page {
+                let flushed = connection.flush_queue(&mut self.tally);
+                return self.after_flush(slot, flushed);
+            }
             let key = connection.channel;
             let position = connection.position;
             let channel = &mut self.channels[key as usize];
@@ -170,12 +174,10 @@ impl Shard {
                 Start::Before => {}
             }
             if read.take() == Some(channel.page_for(position)) && !channel.has_page(position) {
+                connection.waits_for_page = true;
                 return self.parked.push(id); // the answer brought it nowhere: not to be asked for again at once
             }
-            let Some(page) = self.page(key, position, id) else {
-                let flushed = self.connections[slot as usize].flush_queue(&mut self.tally);
-                return self.after_flush(slot, flushed);
-            };
+            let Some(page) = self.page(key, position, id) else { continue };
             if !page.proves(position) {
                 return self.tell_lost(slot);
             }
@@ -213,25 +215,33 @@ impl Shard {
         self.missed.push_back(self.id_of(slot));
     }
 
-    /// Lets pages of history go that nobody has read for a while, and when they take too much, the ones longest
-    /// unread.
+    /// Lets pages of history go when they take too much, the oldest first.
     pub(super) fn shed_pages(&mut self) {
-        let mut idle: Vec<(u32, u32, EventId)> = Vec::new();
-        for (key, channel) in &self.channels {
-            let ready = channel.pages.iter().filter_map(|(after, page)| match page {
-                PageState::Ready(page) => Some((self.tick.wrapping_sub(page.used), key as u32, *after)),
-                PageState::Reading(_) => None,
-            });
-            idle.extend(ready);
+        while self.page_bytes > PAGES_MAX {
+            let Some((key, serial, after)) = self.page_ages.pop_front() else { return };
+            self.drop_page(key, serial, after);
         }
-        idle.sort_unstable_by(|one, other| other.cmp(one));
-        for (ticks, key, after) in idle {
-            if ticks < PAGE_TICKS && self.page_bytes <= PAGES_MAX {
-                return;
+    }
+
+    /// Lets pages of history go that nobody has read from for a while.
+    pub(super) fn drop_idle_pages(&mut self) {
+        for _ in 0..self.page_ages.len() {
+            let Some((key, serial, after)) = self.page_ages.pop_front() else { return };
+            match self.channels.get(key as usize).and_then(|channel| channel.pages.get(&after)) {
+                Some(PageState::Ready(page)) if self.tick.wrapping_sub(page.used) < PAGE_TICKS => {
+                    self.page_ages.push_back((key, serial, after));
+                }
+                _ => self.drop_page(key, serial, after),
             }
-            if let Some(PageState::Ready(page)) = self.channels[key as usize].pages.remove(&after) {
-                self.page_bytes -= page.cost;
-            }
+        }
+    }
+
+    fn drop_page(&mut self, key: u32, serial: u32, after: EventId) {
+        let channel = self.channels.get_mut(key as usize).filter(|channel| channel.serial == serial);
+        let Some(channel) = channel else { return };
+        if let Some(PageState::Ready(page)) = channel.pages.get(&after) {
+            self.page_bytes -= page.cost;
+            channel.pages.remove(&after);
         }
     }
 }

@@ -130,9 +130,7 @@ impl Shard {
         for entry in recent.into_iter().chain(early) {
             self.on_entry(name, entry);
         }
-        for id in joining {
-            self.join_again(id, Asked::Nothing);
-        }
+        self.answered.extend(joining.into_iter().map(|id| (id, Asked::Nothing)));
     }
 
     /// Tells another shard that it follows the channel, and what is in memory of it here.
@@ -157,15 +155,23 @@ impl Shard {
         let Some(key) = self.names.get(name).copied() else { return };
         for id in std::mem::take(&mut self.channels[key as usize].looking) {
             match &result {
-                Ok(()) => self.join_again(id, Asked::Look),
+                Ok(()) => self.answered.push_back((id, Asked::Look)),
                 Err(why) => self.refuse_join(id, &why.to_string()),
             }
         }
     }
 
-    fn join_again(&mut self, id: ConnectionId, asked: Asked) {
-        if let Some(slot) = self.find(id).filter(|slot| self.is_joining(*slot)) {
-            self.join(slot, asked);
+    /// Goes on with those whom the bus has answered: thousands may have waited for one answer.
+    pub(super) fn go_on(&mut self, budget: usize) {
+        for _ in 0..budget {
+            let Some((id, asked)) = self.answered.pop_front() else { return };
+            let Some(slot) = self.find(id) else { continue };
+            self.connections[slot as usize].waits_for_page = false;
+            match (&self.connections[slot as usize].state, asked) {
+                (State::Joining(_), _) => self.join(slot, asked),
+                (State::History, Asked::Page(after)) => self.catch_up(slot, Some(after)),
+                _ => {}
+            }
         }
     }
 
@@ -182,6 +188,7 @@ impl Shard {
             }
             PageState::Reading(waiting) => {
                 waiting.push(id);
+                self.connections[id.slot as usize].waits_for_page = true;
                 if waiting.len() == 1 {
                     let read = Request::Read { channel: name.clone(), after, shard: self.id };
                     let _ = self.requests.send(read); // fails only when the node is gone
@@ -211,13 +218,9 @@ impl Shard {
                 let feed = channel.feed.as_ref().expect("only a followed channel asks for pages");
                 let page = ReadyPage::new(&page, after, feed, self.tick);
                 self.page_bytes += page.cost;
+                self.page_ages.push_back((key, channel.serial, after));
                 channel.pages.insert(after, PageState::Ready(page));
-                for id in waiting {
-                    self.join_again(id, Asked::Page(after));
-                    if let Some(slot) = self.find(id) {
-                        self.catch_up(slot, Some(after));
-                    }
-                }
+                self.answered.extend(waiting.into_iter().map(|id| (id, Asked::Page(after))));
                 self.shed_pages();
             }
         }

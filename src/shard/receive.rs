@@ -20,7 +20,8 @@ const UNANSWERED_MAX: u32 = 256;
 const QUEUE_MAX: usize = 64 * 1024;
 
 impl Shard {
-    /// Reads what has come, up to one scratch buffer full; `to_end` where the peer's end is known to be there.
+    /// Reads what has come, up to one scratch buffer full; `to_end` where the peer's end may be there, which epoll
+    /// does not tell twice.
     pub(super) fn on_readable(&mut self, slot: u32, to_end: bool) {
         let id = self.id_of(slot);
         loop {
@@ -28,27 +29,27 @@ impl Shard {
             if connection.paused {
                 return;
             }
-            let length = match connection.read(&mut self.scratch[input::HEAD_MAX..]) {
-                Ok(None) => return,
-                Ok(Some(0)) => return self.on_end(slot),
-                Ok(Some(length)) => length,
-                Err(_) => return self.end_or_remove(slot),
+            let Ok((length, new)) = connection.read(&mut self.scratch) else {
+                return self.end_or_remove(slot);
             };
-            connection.heard = self.tick;
+            if new.is_some_and(|new| new > 0) {
+                connection.heard = self.tick;
+            }
             match connection.state {
+                _ if length == 0 => {}
                 State::Request(_) => self.on_request_bytes(slot, length),
                 // A client may only speak after the upgrade; what it says here would be lost.
-                State::Joining(_) => {
-                    let answer = handshake::too_early();
-                    self.answer(slot, answer, Reason::Answered);
-                }
+                State::Joining(_) => self.refuse(slot, handshake::too_early(), Reason::Answered),
                 State::Live | State::History | State::Missed => self.on_frames(slot, length),
                 State::Closing => {}
             }
-            if self.find(id).is_none() {
+            if self.find(id).is_none() || new.is_none() {
                 return;
             }
-            if length == self.scratch.len() - input::HEAD_MAX {
+            if new == Some(0) {
+                return self.on_end(slot);
+            }
+            if length == self.scratch.len() {
                 return self.unread.push(id);
             }
             if !to_end {
@@ -73,7 +74,7 @@ impl Shard {
     }
 
     fn on_request_bytes(&mut self, slot: u32, length: usize) {
-        let bytes = &self.scratch[input::HEAD_MAX..input::HEAD_MAX + length];
+        let bytes = &self.scratch[..length];
         let connection = &mut self.connections[slot as usize];
         let State::Request(kept) = &mut connection.state else { return };
         let verdict = match kept {
@@ -87,7 +88,8 @@ impl Shard {
             Verdict::Incomplete => {
                 kept.get_or_insert_with(|| Box::new(bytes.to_vec()));
             }
-            Verdict::Answer(answer, reason) => self.answer(slot, answer, reason),
+            Verdict::Answer(answer) => self.answer(slot, answer, Reason::Answered),
+            Verdict::Refuse(answer, reason) => self.refuse(slot, answer, reason),
             Verdict::Join(join) => {
                 connection.state = State::Joining(join);
                 self.join(slot, Asked::Nothing);
@@ -96,45 +98,48 @@ impl Shard {
     }
 
     fn on_frames(&mut self, slot: u32, length: usize) {
-        let connection = &mut self.connections[slot as usize];
-        let begin = match connection.partial.as_mut() {
-            None => input::HEAD_MAX,
-            Some(partial) => {
-                let (head, kept) = partial.take_head();
-                self.scratch[input::HEAD_MAX - kept..input::HEAD_MAX].copy_from_slice(&head[..kept]);
-                input::HEAD_MAX - kept
+        let id = self.id_of(slot);
+        let mut begin = 0;
+        loop {
+            let connection = &mut self.connections[slot as usize];
+            let data = &mut self.scratch[begin..length];
+            let mut messages = std::mem::take(&mut self.messages);
+            let limit = self.settings.max_message;
+            let mut result =
+                input::read(&mut connection.partial, data, limit, &mut messages, &mut self.replies);
+            let closes = matches!(messages.last(), Some(Incoming::Close));
+            // A client that leaves its pongs unread gets no more of them; the last one in is as good (RFC 6455 5.5.3).
+            if !self.replies.is_empty() && (closes || connection.queued() < QUEUE_MAX / 2) {
+                connection.enqueue(Bytes::copy_from_slice(&self.replies));
             }
-        };
-        let data = &mut self.scratch[begin..input::HEAD_MAX + length];
-        let mut messages = std::mem::take(&mut self.messages);
-        let limit = self.settings.max_message;
-        let mut result = input::read(&mut connection.partial, data, limit, &mut messages, &mut self.replies);
-        let closes = matches!(messages.last(), Some(Incoming::Close));
-        let replied = !self.replies.is_empty();
-        // A client that leaves its pongs unread gets no more of them; the last one in is as good (RFC 6455 5.5.3).
-        if replied && (closes || connection.queued() < QUEUE_MAX / 2) {
-            connection.enqueue(Bytes::copy_from_slice(&self.replies));
-        }
-        self.replies.clear();
-        for message in messages.drain(..) {
-            if let Incoming::Text(text) = message
-                && let Err(reason) = self.on_message(slot, &text)
-            {
-                result = Err(reason);
-                break;
-            }
-        }
-        self.messages = messages;
-        match result {
-            Err(reason) => self.end(slot, reason),
-            Ok(()) if closes => self.end(slot, Reason::ClosedByPeer),
-            Ok(()) => {
-                let connection = &mut self.connections[slot as usize];
-                let full = connection.queued() > QUEUE_MAX || connection.unanswered >= UNANSWERED_MAX;
-                connection.paused = full;
-                if connection.queued() > 0 {
-                    self.flush(slot);
+            self.replies.clear();
+            let more = messages.len() == input::MESSAGES_AT_ONCE;
+            for message in messages.drain(..) {
+                if let Incoming::Text(text) = message
+                    && let Err(reason) = self.on_message(slot, &text)
+                {
+                    result = Err(reason);
+                    break;
                 }
+            }
+            self.messages = messages;
+            match result {
+                Err(reason) => return self.end(slot, reason),
+                Ok(_) if closes => return self.end(slot, Reason::ClosedByPeer),
+                Ok(read) => begin += read,
+            }
+            if self.connections[slot as usize].queued() > 0 {
+                self.flush(slot);
+            }
+            let Some(connection) = self.find(id).map(|slot| &mut self.connections[slot as usize]) else {
+                return;
+            };
+            if !connection.is_open() {
+                return;
+            }
+            connection.paused = connection.queued() > QUEUE_MAX || connection.unanswered >= UNANSWERED_MAX;
+            if connection.paused || !more {
+                return connection.keep(&self.scratch[begin..length]);
             }
         }
     }

@@ -71,10 +71,11 @@ impl Shard {
     fn every_second(&mut self, now: Instant) {
         for id in std::mem::take(&mut self.parked) {
             if let Some(slot) = self.find(id) {
+                self.connections[slot as usize].waits_for_page = false;
                 self.catch_up(slot, None);
             }
         }
-        self.shed_pages();
+        self.drop_idle_pages();
         let since =
             |channel: &super::Channel| channel.empty_since.is_some_and(|since| now - since >= EMPTY_TIME);
         let empty: Vec<u32> = self
@@ -103,13 +104,20 @@ impl Shard {
         for _ in 0..slots.div_ceil(turns as usize) {
             let slot = self.heartbeat_slot;
             self.heartbeat_slot = (slot + 1) % slots;
-            if self.connections.get(slot).is_some_and(|connection| connection.is_open()) {
-                if self.connections[slot].expires <= seconds {
-                    self.end(slot as u32, Reason::TokenExpired);
-                    continue;
-                }
-                self.look_after(slot as u32, heartbeat, timeout, now);
+            if self.heartbeat_slot == 0 {
+                let slow = std::mem::take(&mut self.slow);
+                self.numbers().slow.set(slow);
             }
+            let Some(connection) = self.connections.get(slot).filter(|connection| connection.is_open())
+            else {
+                continue;
+            };
+            if connection.expires <= seconds {
+                self.end(slot as u32, Reason::TokenExpired);
+                continue;
+            }
+            self.slow += u64::from(connection.blocked);
+            self.look_after(slot as u32, heartbeat, timeout, now);
         }
     }
 
@@ -125,7 +133,10 @@ impl Shard {
             // Writable comes only when a third of the send buffer is free; a slow reader lives all the same.
             return self.try_again(slot);
         }
-        if now.checked_sub(MESSAGE_TIME).is_some_and(|then| connection.began_before(then)) {
+        // What a paused client has begun, it can't end.
+        let late = !connection.paused
+            && now.checked_sub(MESSAGE_TIME).is_some_and(|then| connection.began_before(then));
+        if late {
             return self.end(slot, Reason::Unfinished);
         }
         if self.tick.wrapping_sub(connection.heartbeat) < heartbeat {

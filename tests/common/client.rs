@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 
 use futures_util::{SinkExt, StreamExt};
 use serde_json::{Value, json};
-use tokio::net::TcpStream;
+use tokio::net::{TcpSocket, TcpStream};
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::client::IntoClientRequest;
 use tokio_tungstenite::tungstenite::http::HeaderValue;
@@ -22,6 +22,8 @@ pub struct Options {
     pub query: String,
     /// What it asks for in Sec-WebSocket-Protocol.
     pub subprotocol: Option<&'static str>,
+    /// Whether its receive buffer is so small that the server soon feels when nobody reads.
+    pub small_buffer: bool,
 }
 
 /// What arrived.
@@ -76,7 +78,7 @@ impl Client {
 
     /// Joins where it must work.
     pub async fn open(node: &Node, user: &str, query: &str, subprotocol: Option<&'static str>) -> Client {
-        let options = Options { query: query.into(), subprotocol };
+        let options = Options { query: query.into(), subprotocol, ..Options::default() };
         let joined = Client::try_open(node.public, user, &options).await;
         joined.unwrap_or_else(|error| panic!("{user} can't join with {options:?}: {error}"))
     }
@@ -90,7 +92,11 @@ impl Client {
                 let value = HeaderValue::from_static(subprotocol);
                 request.headers_mut().insert("Sec-WebSocket-Protocol", value);
             }
-            let stream = TcpStream::connect(to).await?;
+            let socket = TcpSocket::new_v4()?;
+            if options.small_buffer {
+                socket.set_recv_buffer_size(4096)?;
+            }
+            let stream = socket.connect(to).await?;
             stream.set_nodelay(true)?;
             let (socket, response) = tokio_tungstenite::client_async(request, stream).await?;
             let chosen = response.headers().get("Sec-WebSocket-Protocol");
@@ -103,6 +109,11 @@ impl Client {
     /// Sends one text frame.
     pub async fn send(&mut self, text: impl Into<String>) {
         self.send_message(Message::text(text.into())).await;
+    }
+
+    /// Sends one text frame, if the connection still takes one.
+    pub async fn try_send(&mut self, text: impl Into<String>) -> bool {
+        within("a message to go out", self.socket.send(Message::text(text.into()))).await.is_ok()
     }
 
     /// Sends any message.
@@ -129,7 +140,7 @@ impl Client {
         if self.seen.len() == 20 {
             self.seen.remove(0);
         }
-        self.seen.push(format!("{frame:?}"));
+        self.seen.push(format!("{frame:.200?}"));
         frame
     }
 

@@ -40,6 +40,11 @@ impl Proxy {
         Proxy { port: own_port, shared, accepting }
     }
 
+    /// Its own port.
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
     /// The way through, as Redis URL.
     pub fn url(&self) -> String {
         format!("redis://127.0.0.1:{}", self.port)

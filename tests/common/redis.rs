@@ -1,5 +1,6 @@
 //! A real redis-server of one test's own, and a client that speaks RESP2 to it.
 
+use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::process::Command;
 use std::sync::atomic::{AtomicU16, Ordering};
@@ -36,6 +37,12 @@ impl Redis {
         })
         .await;
         replica
+    }
+
+    /// Makes a replica a primary, now and whenever it starts again.
+    pub async fn promote(&mut self) {
+        self.client().await.call(&["REPLICAOF", "NO", "ONE"]).await;
+        self.flags.clear(); // a replica has no flag but that it is one
     }
 
     /// Starts a Sentinel that watches this primary as `main`, and waits until it knows one replica of it. It
@@ -203,22 +210,33 @@ impl Resp {
 
     /// Sends a command and reads its answer.
     pub async fn call(&mut self, command: &[impl AsRef<[u8]>]) -> Value {
+        self.try_call(command).await.unwrap_or_else(|error| panic!("Redis does not run: {error}"))
+    }
+
+    /// Sends a command and reads its answer, if the connection lives that long.
+    pub async fn try_call(&mut self, command: &[impl AsRef<[u8]>]) -> io::Result<Value> {
         let mut bytes = format!("*{}\r\n", command.len()).into_bytes();
         for part in command.iter().map(AsRef::as_ref) {
             bytes.extend(format!("${}\r\n", part.len()).into_bytes());
             bytes.extend(part);
             bytes.extend(b"\r\n");
         }
-        within("Redis to take a command", self.0.get_mut().write_all(&bytes)).await.expect("Redis runs");
+        within("Redis to take a command", self.0.get_mut().write_all(&bytes)).await?;
         self.read().await
     }
 
     /// `FCALL fanfare_publish`: what any program does to publish an event.
     pub async fn fcall(&mut self, channel: &str, event: &[u8], to: Option<&str>) -> Value {
+        let answer = self.try_fcall(channel, event, to).await;
+        answer.unwrap_or_else(|error| panic!("Redis does not run: {error}"))
+    }
+
+    /// The same, if the connection lives that long.
+    pub async fn try_fcall(&mut self, channel: &str, event: &[u8], to: Option<&str>) -> io::Result<Value> {
         let key = format!("fanfare:{{{channel}}}");
         let mut command: Vec<&[u8]> = vec![b"FCALL", b"fanfare_publish", b"1", key.as_bytes(), event];
         command.extend(to.map(str::as_bytes));
-        self.call(&command).await
+        self.try_call(&command).await
     }
 
     /// Subscribes, and waits until Redis says so.
@@ -229,41 +247,43 @@ impl Resp {
 
     /// The next message of what it subscribed to, as it came.
     pub async fn message(&mut self) -> Vec<u8> {
-        match self.read().await.list() {
+        match self.read().await.expect("Redis runs").list() {
             [kind, _, Value::Text(message)] if kind.text() == "message" => message.clone(),
             other => panic!("not a message: {other:?}"),
         }
     }
 
-    async fn read(&mut self) -> Value {
+    async fn read(&mut self) -> io::Result<Value> {
         within("an answer from Redis", self.read_value()).await
     }
 
-    async fn read_value(&mut self) -> Value {
+    async fn read_value(&mut self) -> io::Result<Value> {
         let mut line = String::new();
-        self.0.read_line(&mut line).await.expect("Redis runs");
+        if self.0.read_line(&mut line).await? == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
         let line = line.trim_end();
         let (kind, rest) = line.split_at_checked(1).expect("an answer");
         let number = || rest.parse::<i64>().expect("a number");
-        match kind {
+        Ok(match kind {
             "+" => Value::Text(rest.into()),
             "-" => Value::Error(rest.into()),
             ":" => Value::Int(number()),
             "$" | "*" if number() < 0 => Value::Nil,
             "$" => {
                 let mut text = vec![0; number() as usize + 2];
-                self.0.read_exact(&mut text).await.expect("Redis runs");
+                self.0.read_exact(&mut text).await?;
                 text.truncate(text.len() - 2);
                 Value::Text(text)
             }
             "*" => {
                 let mut list = Vec::new();
                 for _ in 0..number() {
-                    list.push(Box::pin(self.read_value()).await);
+                    list.push(Box::pin(self.read_value()).await?);
                 }
                 Value::List(list)
             }
             _ => panic!("not RESP2: {line:?}"),
-        }
+        })
     }
 }

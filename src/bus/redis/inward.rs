@@ -58,6 +58,7 @@ impl Bus {
         }
         let session = self.link.session().expect("without a session the bus is away");
         session.subscribe(self.terms.lanes(&name), self.ticket);
+        self.starting.push_back((self.ticket, name));
         self.count_followed(1);
     }
 
@@ -88,15 +89,13 @@ impl Bus {
 
     /// These subscriptions are in force: positions can be read.
     pub(super) fn start_follows(&mut self, ticket: u64) {
-        let due = |follow: &Follow| follow.sequence.is_none() && follow.ticket <= ticket;
-        let started: Vec<_> = self
-            .channels
-            .iter()
-            .filter_map(|(name, channel)| Some((name, channel.follow.as_ref().filter(|follow| due(follow))?)))
-            .map(|(name, follow)| (name.clone(), follow.ticket))
-            .collect();
-        for (name, ticket) in started {
-            self.read(&name, Purpose::Start(ticket));
+        while let Some((ticket, name)) = self.starting.front().cloned().filter(|(asked, _)| *asked <= ticket)
+        {
+            self.starting.pop_front();
+            let channel = self.channels.get(&name).and_then(|channel| channel.follow.as_ref());
+            if channel.is_some_and(|follow| follow.ticket == ticket && follow.sequence.is_none()) {
+                self.read(&name, Purpose::Start(ticket));
+            }
         }
     }
 

@@ -23,7 +23,7 @@ fn is_certain(error: &str) -> bool {
 
 impl Bus {
     pub(super) fn publish(&mut self, publish: Publish) {
-        if self.waiting_bytes + publish.event.len() > WAITING_MAX {
+        if self.waiting_bytes > WAITING_MAX {
             let full = PublishError::Refused("too many events wait for the bus".into());
             self.settle(vec![(publish.answer, Err(full))]);
             return;

@@ -52,6 +52,13 @@ pub struct Publisher {
     bytes: usize,
 }
 
+/// What an event that waits takes beside its text, about: its places in the queue, its channel, who wants to know.
+const EVENT_OVERHEAD: usize = 256;
+
+fn cost(item: &Bytes) -> usize {
+    item.len() + EVENT_OVERHEAD
+}
+
 /// An event's text as the script wants it: up to the digits of the id, which is the last member.
 fn item(event: &[u8]) -> Bytes {
     let open = event.strip_suffix(b"}").unwrap_or(event);
@@ -68,7 +75,7 @@ impl Publisher {
         self.waiting.is_empty() && self.batch.is_none() && !self.calling
     }
 
-    /// How many bytes of events it holds.
+    /// How much memory its events take, in bytes.
     pub fn bytes(&self) -> usize {
         self.bytes
     }
@@ -76,7 +83,7 @@ impl Publisher {
     /// Takes an event in.
     pub fn push(&mut self, publish: Publish, deadline: Instant) {
         let item = item(&publish.event);
-        self.bytes += item.len();
+        self.bytes += cost(&item);
         self.waiting.push_back(Waiting { item, to: publish.to, answer: publish.answer, deadline });
     }
 
@@ -161,7 +168,7 @@ impl Publisher {
         self.drop_answered();
         while self.waiting.front().is_some_and(|next| next.deadline <= now) {
             let next = self.waiting.pop_front().expect("it has a front");
-            self.bytes -= next.item.len();
+            self.bytes -= cost(&next.item);
             due.push((next.answer, Err(not_in_time())));
         }
         due
@@ -181,7 +188,7 @@ impl Publisher {
 
 impl Batch {
     fn bytes(&self) -> usize {
-        self.items.iter().map(|(item, _)| item.len()).sum()
+        self.items.iter().map(|(item, _)| cost(item)).sum()
     }
 }
 

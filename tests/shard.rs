@@ -1,0 +1,139 @@
+//! A shard alone, with the test as its bus: what depends on the order in which the two speak.
+
+mod common;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use common::raw::{frame_bytes, opcode};
+use common::{http, until};
+use fanfare::bus::{Request, Shards, ToShard};
+use fanfare::config::{Action, Settings};
+use fanfare::event::EventId;
+use fanfare::handshake::Door;
+use fanfare::keys::KeyRing;
+use fanfare::metrics::{BusNumbers, Metrics, Readiness};
+use fanfare::shard;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::mpsc;
+
+struct Shard {
+    shards: Shards,
+    asked: mpsc::UnboundedReceiver<Request>,
+    metrics: Arc<Metrics>,
+}
+
+impl Shard {
+    fn start() -> Shard {
+        let Ok(Action::Run(settings)) = Settings::from(["--shards".into(), "1".into()], []) else {
+            panic!("these settings are good")
+        };
+        let (poll, bell) = shard::poll().expect("a poll");
+        let (inbox_tx, inbox) = mpsc::unbounded_channel();
+        let (requests, asked) = mpsc::unbounded_channel();
+        let numbers = Arc::new(BusNumbers::default());
+        let metrics = Arc::new(Metrics::new(1, numbers, Arc::new(Readiness::default())));
+        let shards = Shards::new(vec![inbox_tx]).with_bells(vec![bell.clone()]);
+        let keys = Arc::new(KeyRing::load(&settings).expect("no files to read"));
+        let door = Door { settings: Arc::new(settings), readiness: metrics.readiness.clone(), keys };
+        let wiring = shard::Wiring {
+            id: 0,
+            door,
+            requests,
+            shards: shards.clone(),
+            poll,
+            inbox,
+            bell,
+            metrics: metrics.clone(),
+        };
+        std::thread::spawn(|| shard::run(wiring).expect("a poll that works"));
+        Shard { shards, asked, metrics }
+    }
+
+    /// A client's end of a connection; the shard has the other. What `bytes` are it finds there already.
+    async fn client(&self, bytes: &[u8]) -> TcpStream {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+        let addr = listener.local_addr().expect("it is bound");
+        let (client, accepted) = tokio::join!(TcpStream::connect(addr), listener.accept());
+        let (mut client, socket) = (client.expect("it is listening"), accepted.expect("one comes").0);
+        client.write_all(bytes).await.expect("there is room");
+        let socket = socket.into_std().expect("a socket of tokio's");
+        self.shards.tell(0, ToShard::Socket(mio::net::TcpStream::from_std(socket)));
+        client
+    }
+
+    /// The next thing it asks of the bus.
+    async fn asks(&mut self) -> Request {
+        let asked = tokio::time::timeout(Duration::from_secs(60), self.asked.recv()).await;
+        asked.expect("it asks within a minute").expect("it runs")
+    }
+
+    async fn follows(&mut self) {
+        let Request::Follow { channel, .. } = self.asks().await else { panic!("it asks to follow") };
+        let (base, position) = (EventId(1000), EventId(1000));
+        self.shards.tell(0, ToShard::Followed { channel, base, position, recent: Vec::new() });
+    }
+
+    async fn closed(&self, many: u64) {
+        until("connections to be closed", || async {
+            (self.metrics.shards[0].closed.get() >= many).then_some(())
+        })
+        .await;
+    }
+}
+
+impl Drop for Shard {
+    fn drop(&mut self) {
+        self.shards.tell(0, ToShard::Drain(Duration::ZERO));
+    }
+}
+
+fn upgrade() -> Vec<u8> {
+    let headers = [
+        ("Connection", "Upgrade"),
+        ("Upgrade", "websocket"),
+        ("Sec-WebSocket-Version", "13"),
+        ("Sec-WebSocket-Key", "dGhlIHNhbXBsZSBub25jZQ=="),
+    ];
+    http::request_bytes(([127, 0, 0, 1], 1).into(), "GET", "/ws/alice?channel=a", &headers, b"")
+}
+
+#[tokio::test]
+async fn a_channel_whose_first_client_never_came_in_is_let_go() {
+    let mut shard = Shard::start();
+    let client = shard.client(&upgrade()).await;
+    let Request::Follow { channel, .. } = shard.asks().await else { panic!("it asks to follow") };
+    client.set_zero_linger().expect("a TCP socket");
+    drop(client);
+    shard.closed(1).await;
+    let (base, position) = (EventId(1000), EventId(1000));
+    shard.shards.tell(0, ToShard::Followed { channel, base, position, recent: Vec::new() });
+    assert!(matches!(shard.asks().await, Request::Unfollow { .. }));
+}
+
+#[tokio::test]
+async fn the_end_of_a_client_is_seen_though_nothing_was_read_when_it_came() {
+    let mut shard = Shard::start();
+    let mut client = shard.client(&upgrade()).await;
+    shard.follows().await;
+    let mut answer = [0; 12];
+    client.read_exact(&mut answer).await.expect("an answer");
+    assert_eq!(&answer, b"HTTP/1.1 101");
+    // More messages than it takes without an answer from the bus: it pauses.
+    let message = frame_bytes(true, opcode::TEXT, true, &[b'a'; 250]);
+    client.write_all(&message.repeat(510)).await.expect("there is room");
+    client.shutdown().await.expect("a TCP socket");
+    // Whoever is answered now comes after the end in the shard's poll.
+    let mut other = shard.client(b"GET /healthz HTTP/1.0\r\n\r\n").await;
+    other.read_to_end(&mut Vec::new()).await.expect("an answer");
+    shard.closed(1).await;
+    for id in 1001..=1510 {
+        let Request::Publish(publish) = shard.asks().await else { panic!("it publishes") };
+        shard.shards.answer(publish.answer, Ok(EventId(id)));
+    }
+    // Long before a heartbeat could tell.
+    let begun = std::time::Instant::now();
+    shard.closed(2).await;
+    assert!(begun.elapsed() < Duration::from_secs(10), "only the heartbeat has noticed");
+}
