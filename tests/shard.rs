@@ -84,7 +84,13 @@ fn upgrade() -> Vec<u8> {
         ("Sec-WebSocket-Version", "13"),
         ("Sec-WebSocket-Key", "dGhlIHNhbXBsZSBub25jZQ=="),
     ];
-    http::request_bytes("127.0.0.1:1".parse().unwrap(), "GET", "/ws/alice?channel=a", &headers, b"")
+    http::request_bytes(
+        "127.0.0.1:1".parse().expect("an address"),
+        "GET",
+        "/ws/alice?channel=a",
+        &headers,
+        b"",
+    )
 }
 
 #[tokio::test]
