@@ -93,17 +93,7 @@ fn upgrade() -> Vec<u8> {
         ("Sec-WebSocket-Version", "13"),
         ("Sec-WebSocket-Key", "dGhlIHNhbXBsZSBub25jZQ=="),
     ];
-<<<<<<< HEAD
     http::request_bytes(([127, 0, 0, 1], 1).into(), "GET", "/ws/alice?channel=a", &headers, b"")
-=======
-    http::request_bytes(
-        "127.0.0.1:1".parse().expect("an address"),
-        "GET",
-        "/ws/alice?channel=a",
-        &headers,
-        b"",
-    )
->>>>>>> h-review
 }
 
 #[tokio::test]
