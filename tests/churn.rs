@@ -6,22 +6,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use common::client::position;
+use common::stream::Dice;
 use common::{Client, Node, Redis, until};
 use serde_json::json;
 
 const CLIENTS: u64 = 1000;
 const USERS: u64 = 50;
 const EVENTS: u64 = 400;
-
-/// A small generator of numbers that look random, the same in every run.
-struct Dice(u64);
-
-impl Dice {
-    fn below(&mut self, limit: u64) -> u64 {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (self.0 >> 33) % limit
-    }
-}
 
 /// Whom the event with this number is for: every tenth is for one user alone.
 fn addressee(n: u64) -> Option<String> {

@@ -3,6 +3,7 @@
 mod common;
 
 use common::raw::{frame_bytes, opcode::*};
+use common::stream::Dice;
 use common::{Client, Node, Raw, http};
 use serde_json::json;
 
@@ -204,4 +205,80 @@ async fn what_follows_a_close_is_ignored() {
     assert_eq!(raw.expect_close().await, 1000);
     watcher.send("marker").await;
     assert_eq!(watcher.next_event().await.1, json!({"sender": "watcher", "text": "marker"}));
+}
+
+#[tokio::test]
+async fn a_message_that_is_begun_and_not_ended_closes_with_1008() {
+    let node = Node::start(&[]).await;
+    let mut fragment = join(&node).await;
+    fragment.frame(false, TEXT, b"to be continued").await;
+    let mut half = join(&node).await;
+    half.write(&frame_bytes(true, TEXT, true, b"half a frame")[..9]).await;
+    assert_eq!(fragment.expect_close().await, 1008);
+    assert_eq!(half.expect_close().await, 1008);
+}
+
+#[tokio::test]
+async fn a_client_that_pings_and_never_reads_costs_no_memory() {
+    let node = Node::start(&["--shards", "1"]).await;
+    let mut other = Client::plain(&node, "other", "room").await;
+    let mut raw = Raw::connect_with_small_buffers(node.public).await;
+    assert_eq!(raw.upgrade("/ws/rude?channel=room", &[]).await.status, 101);
+    let before = node.resident();
+    let pings = frame_bytes(true, PING, true, &[b'p'; 125]).repeat(1000);
+    let mut sent = 0;
+    while sent < 64 << 20 && raw.write_some(&pings).await {
+        sent += pings.len();
+    }
+    // All it can be made to hold are the pongs in its queue and in the kernel.
+    let grown = node.resident().saturating_sub(before);
+    assert!(grown < 4 << 20, "{grown} bytes after {sent} bytes of pings");
+    other.send("hi").await;
+    assert_eq!(other.next_event().await.1, json!({"sender": "other", "text": "hi"}));
+}
+
+#[tokio::test]
+async fn no_bytes_end_the_node() {
+    let node = Node::start(&["--shards", "1", "--max-message", "1KiB"]).await;
+    let mut dice = Dice(1);
+    let request = http::request_bytes(node.admin, "POST", "/publish?channel=room", &[], b"{\"a\":1}");
+    for round in 0..600 {
+        let mut bytes = Vec::new();
+        for _ in 0..1 + dice.below(6) {
+            let payload: Vec<u8> = (0..dice.below(300)).map(|_| dice.below(256) as u8).collect();
+            let text = [&payload[..], b"\xC3\xBC{\"text\":1}"][dice.below(2) as usize];
+            let opcode = [0, 1, 1, 1, 2, 8, 9, 10, 3][dice.below(9) as usize];
+            bytes.extend(frame_bytes(dice.below(4) > 0, opcode, dice.below(20) > 0, text));
+        }
+        if dice.below(2) == 0 {
+            let at = dice.below(bytes.len() as u64) as usize;
+            bytes[at] = dice.below(256) as u8;
+        }
+        bytes.truncate(1 + dice.below(bytes.len() as u64) as usize);
+        let mut raw = match round % 3 {
+            0 => {
+                // The admin listener, with a request that is damaged somewhere.
+                let at = dice.below(request.len() as u64) as usize;
+                bytes = request.clone();
+                bytes[at] = dice.below(256) as u8;
+                Raw::connect(node.admin).await
+            }
+            1 => Raw::upgraded(node.public, "/ws/fuzz?channel=room&lastEventId=").await,
+            _ => {
+                let mut raw = Raw::connect(node.public).await;
+                let protocol = [("Sec-WebSocket-Protocol", "fanfare.v1")];
+                assert_eq!(raw.upgrade("/ws/fuzz?channel=room", &protocol).await.status, 101);
+                raw
+            }
+        };
+        for part in bytes.chunks(1 + dice.below(bytes.len() as u64) as usize) {
+            if !raw.write_some(part).await {
+                break; // it was ended for the part before
+            }
+        }
+    }
+    let mut client = Client::plain(&node, "after", "room").await;
+    client.send("alive").await;
+    while client.next_json().await["text"] != "alive" {}
+    assert!(!node.log().contains("panicked"), "{}", node.log());
 }

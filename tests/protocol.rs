@@ -3,7 +3,7 @@
 mod common;
 
 use common::client::{JSON_MODE, position};
-use common::{Client, Frame, Node, Options, Raw, within};
+use common::{Client, Frame, Node, Options, Raw, until, within};
 use serde_json::{Value, json};
 use tokio_tungstenite::tungstenite::Error;
 
@@ -287,6 +287,54 @@ async fn json_mode_says_what_is_wrong_with_a_frame_and_stays() {
 }
 
 #[tokio::test]
+async fn json_mode_answers_a_ping_with_the_position() {
+    let node = Node::start(&[]).await;
+    let (mut client, _) = Client::json(&node, "a", "room").await;
+    let id = node.publish("room", &json!({"n": 1})).await;
+    client.expect_event(id, &json!({"n": 1})).await;
+    client.send(r#"{"type":"ping"}"#).await;
+    assert_eq!(client.next_json().await, json!({"type": "ping", "lastEventId": id}));
+    let private = node.publish_to("room", "nobody", &json!({"n": 2})).await;
+    client.send(r#"{"type":"ping"}"#).await;
+    assert_eq!(client.next_json().await, json!({"type": "ping", "lastEventId": private}));
+    for bad in [r#"{"type":"reset"}"#, r#"{"type":"ping","text":"a"}"#] {
+        client.send(bad).await;
+        client.expect_error(None).await;
+    }
+    // In plain mode it is what somebody says.
+    let mut plain = Client::plain(&node, "b", "room").await;
+    plain.send(r#"{"type":"ping"}"#).await;
+    assert_eq!(plain.next_event().await.1, json!({"sender": "b", "text": r#"{"type":"ping"}"#}));
+}
+
+#[tokio::test]
+async fn a_client_that_sends_faster_than_it_is_answered_loses_nothing() {
+    const MESSAGES: u64 = 5000;
+    let node = Node::start(&[]).await;
+    let (mut client, welcome) = Client::json(&node, "a", "room").await;
+    let mut watcher = Client::plain(&node, "w", "room").await;
+    let head = position(&welcome["head"]);
+    // All are on their way before the first answer is read: what the server does not read, the kernel holds.
+    for n in 0..MESSAGES {
+        client.send(json!({"data": n, "ref": n}).to_string()).await;
+    }
+    let (mut acks, mut events) = (0, 0);
+    while acks < MESSAGES || events < MESSAGES {
+        let value = client.next_json().await;
+        if value["type"] == "ack" {
+            assert_eq!(value, json!({"type": "ack", "ref": acks, "id": head + 1 + acks}));
+            acks += 1;
+        } else {
+            assert_eq!(value, json!({"sender": "a", "data": events, "id": head + 1 + events}));
+            events += 1;
+        }
+    }
+    for n in 0..MESSAGES {
+        watcher.expect_event(head + 1 + n, &json!({"sender": "a", "data": n})).await;
+    }
+}
+
+#[tokio::test]
 async fn json_mode_resumes_like_plain_mode() {
     let node = Node::start(&[]).await;
     let ids = node.publish_numbers("room", 0..5).await;
@@ -445,6 +493,28 @@ async fn a_client_that_never_answers_is_ended() {
     }
     assert!(pings >= 1);
     assert!(start.elapsed().as_millis() >= 1000, "not before the timeout");
+}
+
+#[tokio::test]
+async fn every_end_is_counted_by_its_reason() {
+    let node = Node::start(&[]).await;
+    Client::simple(&node, "a").await.leave().await;
+    drop(Client::simple(&node, "a").await);
+    for bytes in [
+        common::raw::frame_bytes(true, common::raw::opcode::BINARY, true, b""),
+        common::raw::frame_bytes(true, common::raw::opcode::TEXT, false, b""),
+        common::raw::frame_bytes(true, common::raw::opcode::TEXT, true, b"\xFF"),
+    ] {
+        let mut raw = Raw::upgraded(node.public, "/ws/a").await;
+        raw.write(&bytes).await;
+        raw.expect_close().await;
+    }
+    for reason in ["closed_by_peer", "peer_gone", "binary", "protocol", "invalid_text"] {
+        let series = format!(r#"fanfare_ends_total{{reason="{reason}"}}"#);
+        until(&series, || async { (node.metric(&series).await == 1.0).then_some(()) }).await;
+    }
+    until("no connection", || async { (node.metric("fanfare_connections").await == 0.0).then_some(()) })
+        .await;
 }
 
 #[tokio::test]

@@ -2,149 +2,61 @@
 
 mod common;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use common::client::{JSON_MODE, position};
+use common::stream::{self, CHANNEL, END, Journal, Nodes, Seen, Told};
 use common::{Client, Frame, Node, Options, Proxy, Redis, until, within};
 use serde_json::{Value, json};
 use tokio::sync::watch;
 use tokio_tungstenite::tungstenite::Error;
 
-/// A client with recovery that only reads, and what it saw: events, and the resets between them.
-struct Watcher {
-    client: Client,
-    seen: Vec<Seen>,
+/// Two nodes, by their ways to Redis.
+async fn two_nodes(a: &str, b: &str, flags: &[&str]) -> (Arc<Node>, Arc<Node>) {
+    let start = |url| async move { Arc::new(Node::start(&[&["--redis", url], flags].concat()).await) };
+    tokio::join!(start(a), start(b))
 }
 
-#[derive(Clone, Debug, PartialEq)]
-enum Seen {
-    Event(u64, String),
-    Reset(u64),
-}
-
-impl Watcher {
-    async fn join(node: &Node, name: &str) -> Watcher {
-        Watcher { client: Client::resume(node, name, "room", "").await.0, seen: Vec::new() }
-    }
-
-    /// Reads on until the event `end` has come. Ids rise all the time, over resets too.
-    async fn read_to_end(mut self) -> Watcher {
-        let mut position = 0;
-        loop {
-            let value = self.client.next_json().await;
-            if value["type"] == "reset" {
-                let to = common::client::position(&value["lastEventId"]);
-                assert!(to > position, "a reset goes forward: {value} after {:?}", self.seen);
-                position = to;
-                self.seen.push(Seen::Reset(to));
-                continue;
-            }
-            let id = common::client::position(&value["id"]);
-            let continuous = position == 0 || id == position + 1;
-            assert!(continuous, "{value} after {:?}", self.seen.last());
-            position = id;
-            let text = value["text"].as_str().unwrap_or_else(|| panic!("{value}")).to_string();
-            self.seen.push(Seen::Event(id, text.clone()));
-            if text == "end" {
-                return self;
-            }
-        }
-    }
-
-    fn resets(&self) -> usize {
-        self.seen.iter().filter(|seen| matches!(seen, Seen::Reset(_))).count()
-    }
-
-    fn events(&self) -> BTreeMap<u64, String> {
-        let events = self.seen.iter().filter_map(|seen| match seen {
-            Seen::Event(id, text) => Some((*id, text.clone())),
-            Seen::Reset(_) => None,
-        });
-        events.collect()
-    }
-}
-
-/// What a publisher was told of its messages.
-#[derive(Default)]
-struct Told {
-    acked: BTreeMap<u64, String>,
-    refused: BTreeSet<String>,
-    unknown: BTreeSet<String>,
-}
-
-/// Publishes numbered messages, one after the other's answer, until told to stop.
-async fn publish_until(node: &Node, name: &'static str, mut stop: watch::Receiver<bool>) -> Told {
-    let (mut client, _) = Client::json(node, name, "room").await;
-    let mut told = Told::default();
-    let mut n = 0;
-    while !*stop.borrow_and_update() {
-        let text = format!("{name} {n}");
-        n += 1;
-        match client.send_for_ack(json!({ "text": text })).await.0 {
-            Ok(id) => assert_eq!(told.acked.insert(id, text), None, "an id is given once"),
-            Err(error) if error["code"] == "unknown" => assert!(told.unknown.insert(text)),
-            Err(_) => assert!(told.refused.insert(text)),
-        }
-    }
-    told
-}
-
-/// What every fault must leave true, from what publishers were told and watchers saw.
-fn check(told: &[Told], watchers: &[Watcher]) {
-    let mut texts_everywhere = BTreeMap::new();
-    for watcher in watchers {
-        let events = watcher.events();
-        let mut texts = BTreeSet::new();
-        for (id, text) in &events {
-            assert!(texts.insert(text), "{text:?} came twice");
-            let known = texts_everywhere.entry(*id).or_insert_with(|| text.clone());
-            assert_eq!(known, text, "id {id} is one event for everybody");
-        }
-        let first = *events.keys().next().expect("it saw something");
-        let last = *events.keys().last().expect("it saw something");
-        for told in told {
-            for text in &told.refused {
-                assert!(!texts.contains(text), "{text:?} was refused and came");
-            }
-            for (id, text) in told.acked.range(first..=last) {
-                // An event that was acknowledged and lost is announced: a reset leads over its id.
-                let behind = |pair: &[Seen]| match pair {
-                    [Seen::Event(before, _) | Seen::Reset(before), Seen::Reset(to)] => {
-                        before < id && id <= to
-                    }
-                    _ => false,
-                };
-                let announced = watcher.seen.windows(2).any(behind);
-                assert!(announced || events.get(id) == Some(text), "{text:?} with id {id} is missing");
-            }
-        }
-    }
-}
-
-/// Two watchers on each of two nodes and three publishers, while `fault` happens.
-async fn stream_through(a: &Node, b: &Node, fault: impl Future<Output = ()>) -> (Vec<Told>, Vec<Watcher>) {
+/// Watchers on both of two nodes, and publishers, while `fault` happens.
+async fn stream_through(
+    a: &Arc<Node>,
+    b: &Arc<Node>,
+    fault: impl Future<Output = ()>,
+) -> (Vec<Told>, Vec<Journal>) {
+    let users = ["w0", "w1", "w2", "w3"];
     let mut watchers = Vec::new();
-    for (node, name) in [(a, "wa1"), (b, "wb1"), (a, "wa2"), (b, "wb2")] {
-        watchers.push(tokio::spawn(Watcher::join(node, name).await.read_to_end()));
+    for (n, user) in users.into_iter().enumerate() {
+        let (client, welcome) = Client::resume([a, b][n % 2], user, CHANNEL, "").await;
+        watchers.push(tokio::spawn(async move { stream::watch(client, user, &welcome).await }));
     }
     let stop = watch::Sender::new(false);
-    let publish = |node, name| publish_until(node, name, stop.subscribe());
-    let fault = async {
-        fault.await;
-        stop.send_replace(true);
-    };
-    let (first, second, third, ()) =
-        tokio::join!(publish(a, "pa"), publish(b, "pb"), publish(b, "pb2"), fault);
-    let told = vec![first, second, third];
-    a.ready().await;
-    a.publish("room", &json!({"text": "end"})).await;
-    let mut read = Vec::new();
-    for watcher in watchers {
-        read.push(watcher.await.expect("a watcher that saw what it must"));
+    let mut publishers = Vec::new();
+    for n in 0..3 {
+        let only = Nodes::of([a, b][n % 2].clone());
+        let users = users.map(String::from).to_vec();
+        publishers.push(tokio::spawn(stream::publish(
+            only,
+            format!("p{n}"),
+            n as u64,
+            users,
+            stop.subscribe(),
+        )));
     }
-    check(&told, &read);
-    (told, read)
+    fault.await;
+    stop.send_replace(true);
+    let mut told = Vec::new();
+    for publisher in publishers {
+        told.push(publisher.await.expect("a publisher that was told what it must"));
+    }
+    a.ready().await;
+    a.publish(CHANNEL, &json!({ "text": END })).await;
+    let mut journals = Vec::new();
+    for watcher in watchers {
+        journals.push(watcher.await.expect("a watcher that saw what it must"));
+    }
+    stream::check(&told, &journals);
+    (told, journals)
 }
 
 /// Waits until this node has handed out so many more events, so that a fault comes in the middle of a stream.
@@ -174,9 +86,9 @@ async fn refused(node: &Node, query: &str) -> Option<(u16, Option<String>)> {
 #[tokio::test]
 async fn redis_killed_and_started_empty_in_a_stream_is_announced() {
     let mut redis = Redis::start(&[]).await;
-    let (a, b) = tokio::join!(Node::on(&redis, &[]), Node::on(&redis, &[]));
+    let (a, b) = two_nodes(&redis.url(), &redis.url(), &[]).await;
     let mut plain = Client::plain(&a, "plain", "room").await;
-    let (told, watchers) = stream_through(&a, &b, async {
+    let (told, journals) = stream_through(&a, &b, async {
         for _ in 0..2 {
             flowing(&b, 30).await;
             redis.kill();
@@ -189,8 +101,8 @@ async fn redis_killed_and_started_empty_in_a_stream_is_announced() {
         flowing(&a, 30).await;
     })
     .await;
-    for watcher in &watchers {
-        assert!(watcher.resets() >= 2, "each start of Redis is announced: {}", watcher.resets());
+    for journal in &journals {
+        assert!(journal.resets() >= 2, "each start of Redis is announced: {}", journal.resets());
     }
     assert!(told.iter().all(|told| told.acked.len() > 20));
     // A client that can't be told by a frame is told by its close.
@@ -233,10 +145,9 @@ async fn an_id_from_before_a_restart_is_not_recovered() {
 #[tokio::test]
 async fn a_durable_redis_restarts_in_a_stream_and_nobody_notices() {
     let mut redis = Redis::start(&["--appendonly", "yes", "--appendfsync", "always"]).await;
-    let flags = ["--redis-durable"];
-    let (a, b) = tokio::join!(Node::on(&redis, &flags), Node::on(&redis, &flags));
+    let (a, b) = two_nodes(&redis.url(), &redis.url(), &["--redis-durable"]).await;
     let mut plain = Client::plain(&b, "plain", "room").await;
-    let (_, watchers) = stream_through(&a, &b, async {
+    let (_, journals) = stream_through(&a, &b, async {
         for _ in 0..2 {
             flowing(&b, 30).await;
             redis.kill();
@@ -248,17 +159,15 @@ async fn a_durable_redis_restarts_in_a_stream_and_nobody_notices() {
         flowing(&a, 30).await;
     })
     .await;
-    for watcher in &watchers {
-        assert_eq!(watcher.resets(), 0);
+    for journal in &journals {
+        assert_eq!(journal.resets(), 0);
     }
-    let mut last = None;
-    loop {
-        let (id, event) = plain.next_event().await;
-        assert!(last.is_none_or(|last| id == last + 1), "{id} after {last:?}");
-        last = Some(id);
-        if event["text"] == "end" {
-            break;
-        }
+    let public = journals[0].seen.iter().filter_map(|seen| match seen {
+        Seen::Event(id, _, private) => (!private).then_some(*id),
+        Seen::Reset(_) => None,
+    });
+    for id in public {
+        assert_eq!(plain.next_event().await.0, id);
     }
 }
 
@@ -277,8 +186,8 @@ async fn a_redis_that_kept_its_data_is_still_announced_without_that_word() {
 #[tokio::test]
 async fn flushall_in_a_stream_is_announced() {
     let redis = Redis::start(&[]).await;
-    let (a, b) = tokio::join!(Node::on(&redis, &[]), Node::on(&redis, &[]));
-    let (_, watchers) = stream_through(&a, &b, async {
+    let (a, b) = two_nodes(&redis.url(), &redis.url(), &[]).await;
+    let (_, journals) = stream_through(&a, &b, async {
         for _ in 0..2 {
             flowing(&a, 30).await;
             redis.client().await.call(&["FLUSHALL"]).await;
@@ -286,8 +195,8 @@ async fn flushall_in_a_stream_is_announced() {
         flowing(&b, 30).await;
     })
     .await;
-    for watcher in &watchers {
-        assert!(watcher.resets() >= 2, "{}", watcher.resets());
+    for journal in &journals {
+        assert!(journal.resets() >= 2, "{}", journal.resets());
     }
 }
 
@@ -330,9 +239,8 @@ async fn scripts_that_were_flushed_come_back() {
 async fn connections_cut_in_a_stream_leave_no_trace() {
     let redis = Redis::start(&[]).await;
     let proxy = Proxy::to(redis.port()).await;
-    let a = Node::start(&["--redis", &proxy.url()]).await;
-    let b = Node::on(&redis, &[]).await;
-    let (told, watchers) = stream_through(&a, &b, async {
+    let (a, b) = two_nodes(&proxy.url(), &redis.url(), &[]).await;
+    let (told, journals) = stream_through(&a, &b, async {
         for round in 0..6 {
             flowing(&b, 40).await;
             if round % 2 == 0 {
@@ -346,8 +254,8 @@ async fn connections_cut_in_a_stream_leave_no_trace() {
         flowing(&a, 40).await;
     })
     .await;
-    for watcher in &watchers {
-        assert_eq!(watcher.resets(), 0, "a hole is filled from history");
+    for journal in &journals {
+        assert_eq!(journal.resets(), 0, "a hole is filled from history");
     }
     for told in told {
         assert!(told.unknown.is_empty(), "a call whose answer was lost is made again: {:?}", told.unknown);
@@ -358,9 +266,8 @@ async fn connections_cut_in_a_stream_leave_no_trace() {
 async fn messages_held_back_and_lost_in_a_stream_leave_no_trace() {
     let redis = Redis::start(&[]).await;
     let proxy = Proxy::to(redis.port()).await;
-    let a = Node::on(&redis, &[]).await;
-    let b = Node::start(&["--redis", &proxy.url()]).await;
-    let (_, watchers) = stream_through(&a, &b, async {
+    let (a, b) = two_nodes(&redis.url(), &proxy.url(), &[]).await;
+    let (_, journals) = stream_through(&a, &b, async {
         for _ in 0..3 {
             flowing(&b, 20).await;
             proxy.hold_messages(true);
@@ -372,16 +279,16 @@ async fn messages_held_back_and_lost_in_a_stream_leave_no_trace() {
         flowing(&b, 20).await;
     })
     .await;
-    for watcher in &watchers {
-        assert_eq!(watcher.resets(), 0);
+    for journal in &journals {
+        assert_eq!(journal.resets(), 0);
     }
 }
 
 #[tokio::test]
 async fn a_redis_that_hangs_for_a_while_loses_nothing() {
     let redis = Redis::start(&[]).await;
-    let (a, b) = tokio::join!(Node::on(&redis, &[]), Node::on(&redis, &[]));
-    let (_, watchers) = stream_through(&a, &b, async {
+    let (a, b) = two_nodes(&redis.url(), &redis.url(), &[]).await;
+    let (_, journals) = stream_through(&a, &b, async {
         flowing(&b, 30).await;
         redis.freeze();
         a.unready().await;
@@ -392,8 +299,8 @@ async fn a_redis_that_hangs_for_a_while_loses_nothing() {
         flowing(&b, 30).await;
     })
     .await;
-    for watcher in &watchers {
-        assert_eq!(watcher.resets(), 0, "it is the same Redis, with all it had");
+    for journal in &journals {
+        assert_eq!(journal.resets(), 0, "it is the same Redis, with all it had");
     }
 }
 
@@ -403,9 +310,8 @@ async fn a_replica_that_takes_over_is_announced() {
     let replica = Redis::replica_of(&primary).await;
     let proxy = Proxy::to(primary.port()).await;
     let url = proxy.url();
-    let flags = ["--redis", &url];
-    let (a, b) = tokio::join!(Node::start(&flags), Node::start(&flags));
-    let (_, watchers) = stream_through(&a, &b, async {
+    let (a, b) = two_nodes(&url, &url, &[]).await;
+    let (_, journals) = stream_through(&a, &b, async {
         flowing(&b, 30).await;
         // The replica misses the last events: it is cut off before it is promoted.
         replica.client().await.call(&["REPLICAOF", "NO", "ONE"]).await;
@@ -415,8 +321,8 @@ async fn a_replica_that_takes_over_is_announced() {
         flowing(&a, 30).await;
     })
     .await;
-    for watcher in &watchers {
-        assert!(watcher.resets() >= 1);
+    for journal in &journals {
+        assert!(journal.resets() >= 1);
     }
 }
 
@@ -426,9 +332,8 @@ async fn a_failover_by_sentinel_is_announced_and_ids_go_on() {
     let replica = Redis::replica_of(&primary).await;
     let sentinel = Redis::sentinel_for(&primary).await;
     let url = format!("redis-sentinel://127.0.0.1:{}?sentinelServiceName=main", sentinel.port());
-    let flags = ["--redis", &url];
-    let (a, b) = tokio::join!(Node::start(&flags), Node::start(&flags));
-    let (_, watchers) = stream_through(&a, &b, async {
+    let (a, b) = two_nodes(&url, &url, &[]).await;
+    let (_, journals) = stream_through(&a, &b, async {
         flowing(&b, 30).await;
         primary.kill();
         a.unready().await;
@@ -438,8 +343,8 @@ async fn a_failover_by_sentinel_is_announced_and_ids_go_on() {
         flowing(&b, 1).await;
     })
     .await;
-    for watcher in &watchers {
-        assert!(watcher.resets() >= 1);
+    for journal in &journals {
+        assert!(journal.resets() >= 1);
     }
     let info = replica.client().await.call(&["INFO", "replication"]).await;
     assert!(info.text().contains("role:master"), "{}", info.text());

@@ -105,6 +105,11 @@ impl Client {
         self.send_message(Message::text(text.into())).await;
     }
 
+    /// Sends one text frame, if the connection still takes one.
+    pub async fn try_send(&mut self, text: impl Into<String>) -> bool {
+        within("a message to go out", self.socket.send(Message::text(text.into()))).await.is_ok()
+    }
+
     /// Sends any message.
     pub async fn send_message(&mut self, message: Message) {
         let sent = within("a message to go out", self.socket.send(message)).await;

@@ -12,6 +12,7 @@ pub mod process;
 pub mod proxy;
 pub mod raw;
 pub mod redis;
+pub mod stream;
 
 use std::time::Duration;
 
@@ -44,4 +45,11 @@ pub async fn until<T, F: Future<Output = Option<T>>>(what: &str, mut ask: impl F
         }
     })
     .await
+}
+
+/// A Redis and two nodes on it.
+pub async fn cluster(flags: &[&str]) -> (Redis, Node, Node) {
+    let redis = Redis::start(&[]).await;
+    let (a, b) = tokio::join!(Node::on(&redis, flags), Node::on(&redis, flags));
+    (redis, a, b)
 }

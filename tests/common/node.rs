@@ -31,9 +31,22 @@ impl Node {
         Node::start(&[&["--redis", &redis.url()], flags].concat()).await
     }
 
+    /// Starts a node that may have so many files and sockets open, and waits until it is ready.
+    pub async fn start_with_files(files: u32, flags: &[&str]) -> Node {
+        let mut command = Command::new("sh");
+        command.args(["-c", &format!("ulimit -n {files} && exec \"$0\" \"$@\"")]);
+        command.arg(env!("CARGO_BIN_EXE_fanfare"));
+        let node = Node::start_by(command, flags).await;
+        node.ready().await;
+        node
+    }
+
     /// Starts a node and waits only for its ready line.
     pub async fn start_unready(flags: &[&str]) -> Node {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_fanfare"));
+        Node::start_by(Command::new(env!("CARGO_BIN_EXE_fanfare")), flags).await
+    }
+
+    async fn start_by(mut command: Command, flags: &[&str]) -> Node {
         for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("FANFARE_")) {
             command.env_remove(name);
         }
@@ -94,7 +107,7 @@ impl Node {
         response.json()["id"].as_u64().unwrap_or_else(|| panic!("no id in {}", response.body))
     }
 
-    /// One number of `/metrics`: all series of this name added up.
+    /// One number of `/metrics`: all series of this name added up, or one with its labels.
     pub async fn metric(&self, name: &str) -> f64 {
         let metrics = self.admin("GET", "/metrics", b"").await.body;
         let series = metrics.lines().filter(|line| {

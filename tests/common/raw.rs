@@ -1,6 +1,7 @@
 //! A client that sends whatever bytes a test wants, to see how the server takes them.
 
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{TcpSocket, TcpStream};
@@ -71,6 +72,12 @@ impl Raw {
         within("bytes to go out", self.socket.get_mut().write_all(bytes))
             .await
             .expect("the connection is open");
+    }
+
+    /// Sends bytes, unless the peer takes none for half a second; then false.
+    pub async fn write_some(&mut self, bytes: &[u8]) -> bool {
+        let write = self.socket.get_mut().write_all(bytes);
+        matches!(tokio::time::timeout(Duration::from_millis(500), write).await, Ok(Ok(())))
     }
 
     /// Sends a masked frame, as a client must.

@@ -1,0 +1,132 @@
+//! What is limited, and what a node does at its limits.
+
+mod common;
+
+use std::time::Duration;
+
+use common::client::position;
+use common::{Client, Node, Raw, Redis, cluster, until};
+use serde_json::json;
+use tokio::net::TcpStream;
+
+#[tokio::test]
+async fn no_more_channels_than_allowed_are_followed() {
+    let redis = Redis::start(&[]).await;
+    let local = Node::start(&["--max-channels", "2"]).await;
+    let on_redis = Node::on(&redis, &["--max-channels", "2"]).await;
+    for node in [&local, &on_redis] {
+        let mut one = Client::plain(node, "a", "one").await;
+        let two = Client::plain(node, "a", "two").await;
+        let mut raw = Raw::connect(node.public).await;
+        let response = raw.upgrade("/ws/a?channel=three", &[]).await;
+        response.expect_refusal(503);
+        assert!(response.header("retry-after").is_some(), "{response:?}");
+        let id = node.publish("one", &json!({"n": 1})).await;
+        one.expect_event(id, &json!({"n": 1})).await;
+        // Publishing needs nobody to follow.
+        node.publish("three", &json!({"n": 1})).await;
+        // A channel that everybody has left makes room, after a while.
+        two.leave().await;
+        until("room for a third", || async {
+            let mut raw = Raw::connect(node.public).await;
+            (raw.upgrade("/ws/a?channel=three", &[]).await.status == 101).then_some(())
+        })
+        .await;
+    }
+}
+
+#[tokio::test]
+async fn a_node_without_free_descriptors_serves_on_and_recovers() {
+    let redis = Redis::start(&[]).await;
+    let node = Node::start_with_files(100, &["--redis", &redis.url(), "--shards", "1"]).await;
+    let mut first = Client::plain(&node, "first", "room").await;
+    let mut held = Vec::new();
+    for _ in 0..150 {
+        held.push(TcpStream::connect(node.public).await.expect("the kernel completes it"));
+    }
+    until("an accept that fails", || async { node.log().contains("LimitNOFILE").then_some(()) }).await;
+    // Who is in is served, Redis included.
+    for n in 0..10 {
+        first.send(n.to_string()).await;
+        assert_eq!(first.next_event().await.1, json!({"sender": "first", "text": n.to_string()}));
+    }
+    drop(held);
+    let mut second = Client::plain(&node, "second", "room").await;
+    first.send("room again").await;
+    assert_eq!(second.next_event().await.1["text"], "room again");
+}
+
+#[tokio::test]
+async fn large_events_are_delivered_replayed_and_resumed() {
+    let (redis, a, b) = cluster(&["--max-message", "2MiB", "--feed-memory", "4MiB"]).await;
+    let (mut live, welcome) = Client::resume(&a, "live", "room", "").await;
+    let base = position(&welcome["head"]);
+    let large = |n: u64| json!({"n": n, "text": format!("{n}").repeat(1_500_000 / n.to_string().len())});
+    let mut ids = Vec::new();
+    for n in 10..30 {
+        let node = if n % 2 == 0 { &a } else { &b };
+        ids.push(node.publish("room", &large(n)).await);
+    }
+    for (n, id) in (10..).zip(&ids) {
+        live.expect_event(*id, &large(n)).await;
+    }
+    let (mut back, _) = Client::resume(&b, "back", "room", base).await;
+    for (n, id) in (10..).zip(&ids) {
+        back.expect_event(*id, &large(n)).await;
+    }
+    let too_large = json!({"text": "x".repeat(2 << 20)}).to_string();
+    a.admin("POST", "/publish?channel=room", too_large.as_bytes()).await.expect_refusal(413);
+    assert!(!redis.client().await.fcall("room", too_large.as_bytes(), None).await.error().is_empty());
+}
+
+#[tokio::test]
+async fn history_ends_some_time_after_the_last_event() {
+    let (redis, a, b) = cluster(&["--history-ttl", "1s", "--feed-memory", "64KiB"]).await;
+    let (mut stays, _) = Client::resume(&a, "stays", "room", "").await;
+    let ids = a.publish_numbers("room", 0..3).await;
+    stays.expect_numbers(&ids, 0).await;
+    until("the end of history", || async {
+        let exists = redis.client().await.call(&["EXISTS", "fanfare:{room}:events"]).await;
+        (exists.int() == 0).then_some(())
+    })
+    .await;
+    let (_, welcome) = Client::resume(&b, "late", "room", ids[0]).await;
+    assert_eq!((&welcome["recovered"], &welcome["lastEventId"]), (&json!(false), &json!(ids[2])));
+    let (mut current, welcome) = Client::resume(&b, "current", "room", ids[2]).await;
+    assert_eq!(welcome["recovered"], true, "it has all there was");
+    // Nodes keep the sequence of a channel that they follow, however long nothing comes.
+    tokio::time::sleep(Duration::from_secs(4)).await; // twice what it would last on its own
+    let id = b.publish("room", &json!({"n": 3})).await;
+    assert_eq!(id, ids[2] + 1);
+    stays.expect_event(id, &json!({"n": 3})).await;
+    current.expect_event(id, &json!({"n": 3})).await;
+}
+
+#[tokio::test]
+async fn a_channel_that_was_forgotten_starts_ahead_of_all_its_ids() {
+    let (redis, a, b) = cluster(&["--history-ttl", "1s"]).await;
+    let ids = a.publish_numbers("room", 0..3).await;
+    until("the end of the channel", || async {
+        let exists = redis.client().await.call(&["EXISTS", "fanfare:{room}:meta"]).await;
+        (exists.int() == 0).then_some(())
+    })
+    .await;
+    let (_, welcome) = Client::resume(&b, "late", "room", ids[2]).await;
+    assert_eq!(welcome["recovered"], false);
+    assert!(position(&welcome["head"]) > ids[2]);
+    assert!(a.publish("room", &json!({"n": 3})).await > ids[2]);
+}
+
+#[tokio::test]
+async fn a_node_that_starts_again_on_its_local_bus_tells_old_ids() {
+    let node = Node::start(&[]).await;
+    let ids = node.publish_numbers("room", 0..100).await;
+    drop(node);
+    let node = Node::start(&[]).await;
+    for last in [ids[0], ids[99]] {
+        let (_, welcome) = Client::resume(&node, "a", "room", last).await;
+        assert_eq!(welcome["recovered"], false, "{welcome}");
+        assert!(position(&welcome["head"]) > ids[99]);
+    }
+    assert!(node.publish("room", &json!({"n": 0})).await > ids[99]);
+}
