@@ -1,0 +1,127 @@
+//! What a client may take for granted, and what it saw of that: one claim from each announcement to the next.
+
+use std::collections::BTreeSet;
+
+use super::history::{Moment, Seen, Watcher};
+use super::rules::{Breach, Rule};
+
+/// A stretch of the sequence in which a client was told of no loss.
+#[derive(Debug)]
+pub struct Claim {
+    /// The position where it begins. `None`: the client was not told, and has seen nothing yet.
+    pub after: Option<u64>,
+    /// Whether `after` is what the client was told; else it is what stands before the first event it saw.
+    pub told: bool,
+    /// The last position in it.
+    pub position: Option<u64>,
+    /// Whether the client stayed, so that it covers all that follows.
+    pub open: bool,
+    /// When it began.
+    pub since: Moment,
+    /// The ids seen in it.
+    pub seen: BTreeSet<u64>,
+}
+
+impl Claim {
+    fn new(after: Option<u64>, since: Moment) -> Claim {
+        Claim { after, told: after.is_some(), position: after, open: false, since, seen: BTreeSet::new() }
+    }
+}
+
+/// Reads a client's notes, and objects to whatever is wrong with them by themselves: order, doubles, positions.
+pub fn claims(watcher: &Watcher, two_primaries: bool, breaches: &mut Vec<Breach>) -> Vec<Claim> {
+    let mut done: Vec<Claim> = Vec::new();
+    let mut claim: Option<Claim> = None;
+    let mut connected = false;
+    let mut object =
+        |rule, text: String| breaches.push(Breach { rule, text: format!("{}: {text}", watcher.name) });
+    for (moment, seen) in &watcher.seen {
+        let position = claim.as_ref().and_then(|claim| claim.position);
+        match seen {
+            Seen::LetIn | Seen::Welcomed { .. } if connected => {
+                object(Rule::Form, format!("{seen:?} on an open connection"));
+            }
+            Seen::LetIn => {
+                if watcher.recovers {
+                    object(Rule::Form, "no welcome came".into());
+                }
+                connected = true;
+                done.extend(claim.replace(Claim::new(None, *moment)));
+            }
+            Seen::Welcomed { asked, at, head, recovered } => {
+                if !watcher.recovers {
+                    object(Rule::Form, format!("it asked for no welcome: {seen:?}"));
+                }
+                connected = true;
+                if asked.is_some() && *asked != position {
+                    object(Rule::Position, format!("{seen:?} at position {position:?}"));
+                }
+                if at > head || (!recovered && at != head) {
+                    object(Rule::Position, format!("{seen:?} makes no sense"));
+                }
+                match (asked, recovered) {
+                    (Some(asked), true) if asked == at => {}
+                    (Some(_), true) => object(Rule::Position, format!("{seen:?}: not what it asked for")),
+                    (Some(_), false) => {
+                        if position.is_some_and(|position| *at < position) && !two_primaries {
+                            object(Rule::Order, format!("{seen:?} leads back from {position:?}"));
+                        }
+                        done.extend(claim.replace(Claim::new(Some(*at), *moment)));
+                    }
+                    (None, _) => {
+                        if !recovered || at != head {
+                            object(
+                                Rule::Position,
+                                format!("{seen:?}: a newcomer can't have missed anything"),
+                            );
+                        }
+                        done.extend(claim.replace(Claim::new(Some(*at), *moment)));
+                    }
+                }
+            }
+            Seen::Event(id, body, _) => {
+                let Some(claim) = claim.as_mut().filter(|_| connected) else {
+                    object(Rule::Form, format!("{body} with id {id} outside of a connection"));
+                    continue;
+                };
+                if claim.seen.contains(id) {
+                    object(Rule::Twice, format!("{body} with id {id} came twice"));
+                    continue;
+                }
+                if position.is_some_and(|position| *id <= position) {
+                    object(Rule::Order, format!("{body} with id {id} came at position {position:?}"));
+                    continue;
+                }
+                claim.after.get_or_insert(id.saturating_sub(1));
+                claim.position = Some(*id);
+                claim.seen.insert(*id);
+            }
+            Seen::Reset(to) => {
+                if !watcher.recovers || !connected {
+                    object(Rule::Form, format!("it can't be told of a reset to {to}"));
+                }
+                if position.is_some_and(|position| *to < position) {
+                    object(Rule::Order, format!("a reset leads back from {position:?} to {to}"));
+                }
+                done.extend(claim.replace(Claim::new(Some(*to), *moment)));
+            }
+            Seen::Ended(_) => {
+                if !connected {
+                    object(Rule::Form, "it ended twice".into());
+                }
+                connected = false;
+                if !watcher.recovers {
+                    done.extend(claim.take());
+                }
+            }
+        }
+    }
+    if watcher.stayed {
+        match &mut claim {
+            Some(claim) if connected => claim.open = true,
+            _ => object(Rule::Form, "it is said to have stayed, and was not connected at the end".into()),
+        }
+    }
+    done.extend(claim);
+    done
+}

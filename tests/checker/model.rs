@@ -1,0 +1,194 @@
+//! A bus that keeps the promise, as a model: it gives the judge histories in which nothing is wrong. They hold all
+//! that real ones hold: joins, resumes, resets, lost answers, private events, clients without recovery.
+
+use crate::checker::{Attempt, History, Moment, Outcome, Seen, Watcher};
+
+/// Numbers that look random, the same for the same seed.
+pub struct Dice(pub u64);
+
+impl Dice {
+    /// A number below `limit`.
+    pub fn below(&mut self, limit: usize) -> usize {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) as usize % limit
+    }
+
+    /// True once in so many times.
+    pub fn once_in(&mut self, times: usize) -> bool {
+        self.below(times) == 0
+    }
+}
+
+const USERS: usize = 3;
+const LINES: usize = 3;
+
+struct Client {
+    watcher: Watcher,
+    connected: bool,
+    /// The last id that was looked at for it, whether it was for it or not.
+    served: u64,
+    /// The last position it was told, or saw.
+    position: Option<u64>,
+}
+
+struct Model {
+    dice: Dice,
+    moment: Moment,
+    base: u64,
+    head: u64,
+    /// The current run's events, by id from `base + 1` on: body and addressee.
+    events: Vec<(String, Option<String>)>,
+    clients: Vec<Client>,
+    attempts: Vec<Attempt>,
+}
+
+/// A history without fault, of so many steps.
+pub fn history(seed: u64, steps: usize) -> History {
+    let clients = (0..2 * USERS + 2).map(|n| Client {
+        watcher: Watcher {
+            name: format!("watcher {n}"),
+            user: format!("user{}", n % USERS),
+            recovers: n < 2 * USERS,
+            stayed: false,
+            seen: Vec::new(),
+        },
+        connected: false,
+        served: 0,
+        position: None,
+    });
+    let clients = clients.collect();
+    let (base, head) = (1000, 1000);
+    let mut model =
+        Model { dice: Dice(seed), moment: 0, base, head, events: Vec::new(), clients, attempts: Vec::new() };
+    for _ in 0..steps {
+        model.step();
+    }
+    for at in 0..model.clients.len() {
+        if !model.clients[at].connected {
+            model.join(at);
+        }
+    }
+    model.publish(false, Outcome::Acked(0));
+    for at in 0..model.clients.len() {
+        model.serve(at, usize::MAX);
+        model.clients[at].watcher.stayed = true;
+    }
+    let watchers = model.clients.into_iter().map(|client| client.watcher).collect();
+    History { attempts: model.attempts, watchers, two_primaries: false }
+}
+
+impl Model {
+    fn now(&mut self) -> Moment {
+        self.moment += 1;
+        self.moment
+    }
+
+    fn step(&mut self) {
+        let at = self.dice.below(self.clients.len());
+        match self.dice.below(40) {
+            0 => self.anchor(),
+            1..=3 if self.clients[at].connected => self.leave(at, None),
+            1..=9 if !self.clients[at].connected => self.join(at),
+            10..=20 => {
+                let outcome = match self.dice.below(12) {
+                    0 => Outcome::Refused,
+                    1 | 2 => Outcome::Unknown,
+                    _ => Outcome::Acked(0),
+                };
+                let private = self.dice.once_in(3);
+                self.publish(private, outcome);
+            }
+            _ if self.clients[at].connected => {
+                let most = 1 + self.dice.below(6);
+                self.serve(at, most);
+            }
+            _ => {}
+        }
+    }
+
+    fn publish(&mut self, private: bool, outcome: Outcome) {
+        let begun = self.now();
+        let to = private.then(|| format!("user{}", self.dice.below(USERS)));
+        let body = format!("event {}", self.attempts.len());
+        let taken = match outcome {
+            Outcome::Acked(_) => true,
+            Outcome::Refused => false,
+            Outcome::Unknown => self.dice.once_in(2),
+        };
+        if taken {
+            self.head += 1;
+            self.events.push((body.clone(), to.clone()));
+            // Some see it before its publisher knows.
+            for at in 0..self.clients.len() {
+                if self.dice.once_in(4) && self.clients[at].connected {
+                    self.serve(at, 3);
+                }
+            }
+        }
+        let outcome = if let Outcome::Acked(_) = outcome { Outcome::Acked(self.head) } else { outcome };
+        let line = format!("line {}", self.dice.below(LINES));
+        let ended = self.now();
+        self.attempts.push(Attempt { line, body, to, begun, ended, outcome });
+    }
+
+    fn anchor(&mut self) {
+        self.base = self.head + 1 + self.dice.below(1000) as u64;
+        self.head = self.base;
+        self.events.clear();
+        for at in 0..self.clients.len() {
+            if !self.clients[at].connected {
+                continue;
+            }
+            if !self.clients[at].watcher.recovers {
+                self.leave(at, Some(4008));
+                continue;
+            }
+            let moment = self.now();
+            let client = &mut self.clients[at];
+            client.watcher.seen.push((moment, Seen::Reset(self.base)));
+            (client.served, client.position) = (self.base, Some(self.base));
+        }
+    }
+
+    fn leave(&mut self, at: usize, code: Option<u16>) {
+        let moment = self.now();
+        let client = &mut self.clients[at];
+        client.watcher.seen.push((moment, Seen::Ended(code)));
+        client.connected = false;
+    }
+
+    fn join(&mut self, at: usize) {
+        let moment = self.now();
+        let client = &mut self.clients[at];
+        client.connected = true;
+        client.served = self.head;
+        if !client.watcher.recovers {
+            client.watcher.seen.push((moment, Seen::LetIn));
+            return;
+        }
+        let asked = client.position;
+        let recovered = asked.is_none_or(|asked| asked >= self.base);
+        let position = if recovered { asked.unwrap_or(self.head) } else { self.head };
+        client
+            .watcher
+            .seen
+            .push((moment, Seen::Welcomed { asked, at: position, head: self.head, recovered }));
+        (client.served, client.position) = (position, Some(position));
+    }
+
+    fn serve(&mut self, at: usize, most: usize) {
+        for _ in 0..most {
+            let client = &self.clients[at];
+            let Some((body, to)) = self.events.get((client.served - self.base) as usize).cloned() else {
+                return;
+            };
+            let moment = self.now();
+            let client = &mut self.clients[at];
+            client.served += 1;
+            if to.as_ref().is_none_or(|to| *to == client.watcher.user) {
+                client.position = Some(client.served);
+                client.watcher.seen.push((moment, Seen::Event(client.served, body, to)));
+            }
+        }
+    }
+}
