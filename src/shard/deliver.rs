@@ -215,9 +215,10 @@ impl Shard {
         self.missed.push_back(self.id_of(slot));
     }
 
-    /// Lets pages of history go when they take too much, the oldest first.
+    /// Lets pages of history go when they take too much, the oldest first. One stays, however large: a reader takes
+    /// it in many steps.
     pub(super) fn shed_pages(&mut self) {
-        while self.page_bytes > PAGES_MAX {
+        while self.page_bytes > PAGES_MAX && self.page_ages.len() > 1 {
             let Some((key, serial, after)) = self.page_ages.pop_front() else { return };
             self.drop_page(key, serial, after);
         }

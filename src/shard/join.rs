@@ -164,7 +164,8 @@ impl Shard {
     /// Goes on with those whom the bus has answered: thousands may have waited for one answer.
     pub(super) fn go_on(&mut self, budget: usize) {
         for _ in 0..budget {
-            let Some((id, asked)) = self.answered.pop_front() else { return };
+            // Only now may a page go: whoever waited for it has had its turn.
+            let Some((id, asked)) = self.answered.pop_front() else { return self.shed_pages() };
             let Some(slot) = self.find(id) else { continue };
             self.connections[slot as usize].waits_for_page = false;
             match (&self.connections[slot as usize].state, asked) {
@@ -221,7 +222,6 @@ impl Shard {
                 self.page_ages.push_back((key, channel.serial, after));
                 channel.pages.insert(after, PageState::Ready(page));
                 self.answered.extend(waiting.into_iter().map(|id| (id, Asked::Page(after))));
-                self.shed_pages();
             }
         }
     }
