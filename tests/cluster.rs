@@ -5,7 +5,7 @@ mod common;
 use std::sync::Arc;
 
 use common::client::position;
-use common::{Client, Node, Proxy, Redis, cluster, within};
+use common::{Client, Node, Proxy, Redis, Silence, cluster, until, within};
 use serde_json::{Value, json};
 
 /// Reads `count` events; their ids must be contiguous.
@@ -174,6 +174,42 @@ async fn a_client_from_a_node_that_was_ahead_misses_and_doubles_nothing() {
     let head = before[4];
     let (_, welcome) = Client::resume(&behind, "liar", "room", head + 1).await;
     assert_eq!((&welcome["recovered"], &welcome["lastEventId"]), (&json!(false), &json!(head)));
+}
+
+#[tokio::test]
+async fn whoever_comes_while_the_node_looks_is_not_answered_by_an_older_look() {
+    let redis = Redis::start(&[]).await;
+    let proxy = Proxy::to(redis.port()).await;
+    let a = Node::on(&redis, &[]).await;
+    let behind = Node::start(&["--redis", &proxy.url(), "--shards", "1"]).await;
+    let _stays = Client::plain(&behind, "stays", "room").await;
+    proxy.hold_messages(true);
+    let ids = a.publish_numbers("room", 0..3).await;
+    // The node looks for the first one: the look is done, and its answer is still on its way.
+    let reads = async || redis.info("cmdstat_xrange").await;
+    let before = reads().await;
+    proxy.silence(Silence { up: false, down: true });
+    let resume = async |user: &str, id: u64| Client::resume(&behind, user, "room", id).await;
+    let first = resume("first", ids[2]);
+    let second = async {
+        until("the look", async || (reads().await != before).then_some(())).await;
+        // Meanwhile another has seen more elsewhere.
+        let more = a.publish("room", &json!({"n": 3})).await;
+        let release = async {
+            let there = async || (behind.metric("fanfare_connections").await >= 3.0).then_some(());
+            until("the second client's request", there).await;
+            behind.get("/healthz").await; // by the same thread, and so after it
+            proxy.silence(Silence::default());
+        };
+        let ((client, welcome), ()) = tokio::join!(resume("second", more), release);
+        (client, welcome, more)
+    };
+    let ((_first, welcome), (mut client, second, more)) = tokio::join!(first, second);
+    assert_eq!((&welcome["recovered"], &welcome["lastEventId"]), (&json!(true), &json!(ids[2])));
+    assert_eq!((&second["recovered"], &second["lastEventId"]), (&json!(true), &json!(more)), "{second}");
+    proxy.hold_messages(false);
+    let id = a.publish("room", &json!({"n": 4})).await;
+    client.expect_event(id, &json!({"n": 4})).await;
 }
 
 #[tokio::test]

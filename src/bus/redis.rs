@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use fred::types::config::Config;
 use fred::types::{Message, Resp3Frame};
+use tokio::sync::broadcast::error::{RecvError, TryRecvError};
 use tokio::sync::{Semaphore, broadcast, mpsc};
 
 use self::follow::Follow;
@@ -172,8 +173,11 @@ pub async fn run(settings: &Settings, url: &RedisUrl, wiring: Wiring) -> Result<
             message = next_message(&mut messages) => {
                 bus.message(message);
                 for _ in 1..TURN_MAX {
-                    let Some(Ok(message)) = messages.as_mut().map(|rx| rx.try_recv()) else { break };
-                    bus.message(Ok(message));
+                    match messages.as_mut().map(|rx| rx.try_recv()) {
+                        Some(Ok(message)) => bus.message(Ok(message)),
+                        Some(Err(TryRecvError::Lagged(lost))) => bus.message(Err(RecvError::Lagged(lost))),
+                        _ => break, // the next turn hears of an end
+                    }
                 }
             }
             outcome = outcomes_rx.recv() => {
@@ -191,7 +195,7 @@ pub async fn run(settings: &Settings, url: &RedisUrl, wiring: Wiring) -> Result<
 
 async fn next_message(
     messages: &mut Option<broadcast::Receiver<Message>>,
-) -> Result<Message, broadcast::error::RecvError> {
+) -> Result<Message, RecvError> {
     match messages {
         Some(messages) => messages.recv().await,
         None => std::future::pending().await,

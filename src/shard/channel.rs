@@ -85,8 +85,10 @@ pub struct Channel {
     pub begun: BTreeSet<(u64, u32)>,
     /// Who waits for the bus to follow.
     pub joining: Vec<ConnectionId>,
-    /// Who waits for a look at the bus, since they claim an id ahead.
+    /// Who waits for the look at the bus that is under way, since they claim an id ahead.
     pub looking: Vec<ConnectionId>,
+    /// Who came while a look was under way, which may have been done before their ids were given: the next is theirs.
+    pub look_next: Vec<ConnectionId>,
     /// Pages of history, by the position asked for.
     pub pages: HashMap<EventId, PageState>,
     /// Since when nobody is here; whoever asks to join may never come in.
@@ -108,6 +110,7 @@ impl Channel {
             begun: BTreeSet::new(),
             joining: Vec::new(),
             looking: Vec::new(),
+            look_next: Vec::new(),
             pages: HashMap::new(),
             empty_since: Some(Instant::now()),
         }
@@ -119,6 +122,7 @@ impl Channel {
         self.members.is_empty()
             && self.joining.is_empty()
             && self.looking.is_empty()
+            && self.look_next.is_empty()
             && !self.pages.values().any(reading)
     }
 

@@ -55,11 +55,8 @@ impl Shard {
                 Start::Broken => Entrance::Unproven,
                 Start::Ahead if asked == Asked::Look => Entrance::Unproven,
                 Start::Ahead => {
-                    channel.looking.push(id);
-                    if channel.looking.len() == 1 {
-                        self.ask(Request::Look { channel: name, shard: self.id });
-                    }
-                    return;
+                    channel.look_next.push(id);
+                    return self.look(key);
                 }
                 // An answer that says nothing about this client is not to be asked for again.
                 Start::Before if asked == Asked::Page(channel.page_for(seen)) && !channel.has_page(seen) => {
@@ -151,6 +148,16 @@ impl Shard {
         self.drop_channel(key);
     }
 
+    /// Looks at the bus for those who wait for it, unless a look is under way.
+    fn look(&mut self, key: u32) {
+        let channel = &mut self.channels[key as usize];
+        if channel.looking.is_empty() && !channel.look_next.is_empty() {
+            channel.looking = std::mem::take(&mut channel.look_next);
+            let channel = channel.name.clone();
+            self.ask(Request::Look { channel, shard: self.id });
+        }
+    }
+
     pub(super) fn on_looked(&mut self, name: &ChannelName, result: Result<(), BusError>) {
         let Some(key) = self.names.get(name).copied() else { return };
         for id in std::mem::take(&mut self.channels[key as usize].looking) {
@@ -159,6 +166,7 @@ impl Shard {
                 Err(why) => self.refuse_join(id, &why.to_string()),
             }
         }
+        self.look(key);
     }
 
     /// Goes on with those whom the bus has answered: thousands may have waited for one answer.

@@ -19,7 +19,7 @@ use std::time::Duration;
 pub use client::{Client, Frame, Options};
 pub use http::Response;
 pub use node::Node;
-pub use proxy::Proxy;
+pub use proxy::{Proxy, Silence};
 pub use raw::Raw;
 pub use redis::{Redis, Resp, Value};
 

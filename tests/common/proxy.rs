@@ -1,11 +1,13 @@
 //! A way to Redis that a test can bend: hold back messages, lose an answer, cut every connection, lead elsewhere.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU32, AtomicU64, Ordering};
+use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::{Mutex, watch};
 use tokio::task::JoinHandle;
 
@@ -22,6 +24,23 @@ struct Shared {
     cuts: watch::Sender<u32>,
     lose: Mutex<Option<Vec<u8>>>,
     lost: AtomicU32,
+    drop: Mutex<Option<Vec<u8>>>,
+    dropped: AtomicU32,
+    silent: watch::Sender<Silence>,
+    /// Connections up to this number are stranded: nothing goes through them any more. The second number is for
+    /// those with subscriptions alone.
+    stranded: watch::Sender<(u64, u64)>,
+    count: AtomicU64,
+    delay_ms: AtomicU64,
+}
+
+/// Which way nothing goes, as if every packet were dropped: it waits, and goes on when that ends.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Silence {
+    /// To Redis.
+    pub up: bool,
+    /// From Redis.
+    pub down: bool,
 }
 
 impl Proxy {
@@ -35,6 +54,12 @@ impl Proxy {
             cuts: watch::Sender::new(0),
             lose: Mutex::new(None),
             lost: AtomicU32::new(0),
+            drop: Mutex::new(None),
+            dropped: AtomicU32::new(0),
+            silent: watch::Sender::new(Silence::default()),
+            stranded: watch::Sender::new((0, 0)),
+            count: AtomicU64::new(0),
+            delay_ms: AtomicU64::new(0),
         });
         let accepting = tokio::spawn(accept(listener, shared.clone()));
         Proxy { port: own_port, shared, accepting }
@@ -64,6 +89,41 @@ impl Proxy {
     /// How many answers were lost.
     pub fn lost(&self) -> u32 {
         self.shared.lost.load(Ordering::SeqCst)
+    }
+
+    /// The next message to subscribers that contains `part` is lost, and nothing else: their connection stays.
+    pub async fn drop_message_with(&self, part: &str) {
+        *self.shared.drop.lock().await = Some(part.into());
+    }
+
+    /// How many messages were lost so.
+    pub fn dropped(&self) -> u32 {
+        self.shared.dropped.load(Ordering::SeqCst)
+    }
+
+    /// Nothing goes these ways until this is called again. Connections can be made, as far as anyone can tell.
+    pub fn silence(&self, silence: Silence) {
+        self.shared.silent.send_replace(silence);
+    }
+
+    /// Nothing goes through the connections that there are, in either way, ever again; nobody is told.
+    pub fn strand(&self) {
+        self.shared.stranded.send_modify(|stranded| stranded.0 = self.connections());
+    }
+
+    /// The same for connections with subscriptions alone.
+    pub fn strand_subscribers(&self) {
+        self.shared.stranded.send_modify(|stranded| stranded.1 = self.connections());
+    }
+
+    /// Everything takes so much longer, each way.
+    pub fn delay(&self, delay: Duration) {
+        self.shared.delay_ms.store(delay.as_millis() as u64, Ordering::SeqCst);
+    }
+
+    /// How many connections were made so far.
+    pub fn connections(&self) -> u64 {
+        self.shared.count.load(Ordering::SeqCst)
     }
 
     /// Ends every connection.
@@ -101,13 +161,18 @@ async fn accept(listener: TcpListener, shared: Arc<Shared>) {
 
 /// Carries both ways until one ends; then the whole connection does.
 async fn carry(client: TcpStream, shared: Arc<Shared>) {
-    let Ok(redis) = TcpStream::connect(("127.0.0.1", shared.target.load(Ordering::SeqCst))).await else {
+    let number = shared.count.fetch_add(1, Ordering::SeqCst) + 1;
+    let target = SocketAddr::from(([127, 0, 0, 1], shared.target.load(Ordering::SeqCst)));
+    let socket = TcpSocket::new_v4().expect("a socket");
+    // Small, so that Redis soon feels it when a subscriber's messages are held back.
+    socket.set_recv_buffer_size(64 << 10).expect("a TCP socket");
+    let Ok(redis) = socket.connect(target).await else {
         return;
     };
     let _ = (client.set_nodelay(true), redis.set_nodelay(true));
     let (from_client, to_client) = client.into_split();
     let (from_redis, to_redis) = redis.into_split();
-    let way = Way { subscribes: AtomicBool::new(false), loses: AtomicBool::new(false), shared };
+    let way = Way { number, subscribes: AtomicBool::new(false), loses: AtomicBool::new(false), shared };
     tokio::select! {
         _ = way.up(from_client, to_redis) => {}
         _ = way.down(from_redis, to_client) => {}
@@ -115,12 +180,28 @@ async fn carry(client: TcpStream, shared: Arc<Shared>) {
 }
 
 struct Way {
+    number: u64,
     subscribes: AtomicBool,
     loses: AtomicBool,
     shared: Arc<Shared>,
 }
 
 impl Way {
+    /// Waits while nothing goes this way.
+    async fn open(&self, is_silent: impl Fn(&Silence) -> bool) -> Option<()> {
+        let delay = self.shared.delay_ms.load(Ordering::SeqCst);
+        if delay > 0 {
+            tokio::time::sleep(Duration::from_millis(delay)).await;
+        }
+        self.shared.silent.subscribe().wait_for(|silent| !is_silent(silent)).await.ok()?;
+        let (all, subscribers) = *self.shared.stranded.borrow();
+        let subscribes = self.subscribes.load(Ordering::SeqCst);
+        if all >= self.number || (subscribes && subscribers >= self.number) {
+            std::future::pending::<()>().await;
+        }
+        Some(())
+    }
+
     async fn up(&self, mut from: OwnedReadHalf, mut to: OwnedWriteHalf) -> Option<()> {
         let mut buffer = vec![0; 1 << 20]; // a command that a test looks for comes in one read
         loop {
@@ -135,6 +216,7 @@ impl Way {
                 self.loses.store(true, Ordering::SeqCst);
             }
             drop(lose);
+            self.open(|silent| silent.up).await?;
             to.write_all(bytes).await.ok()?;
         }
     }
@@ -148,8 +230,15 @@ impl Way {
                 self.shared.lost.fetch_add(1, Ordering::SeqCst);
                 return None;
             }
+            self.open(|silent| silent.down).await?;
             if self.subscribes.load(Ordering::SeqCst) {
                 hold.wait_for(|hold| !hold).await.ok()?;
+                let mut drop = self.shared.drop.lock().await;
+                if drop.as_ref().is_some_and(|part| contains(bytes, part)) {
+                    *drop = None;
+                    self.shared.dropped.fetch_add(1, Ordering::SeqCst);
+                    continue;
+                }
             }
             to.write_all(bytes).await.ok()?;
         }

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::net::{SocketAddr, TcpListener};
+use std::path::PathBuf;
 use std::process::Command;
 use std::sync::atomic::{AtomicU16, Ordering};
 
@@ -17,6 +18,7 @@ pub struct Redis {
     directory: Directory,
     first: Vec<String>,
     flags: Vec<String>,
+    clock: Option<PathBuf>,
     process: Option<Process>,
 }
 
@@ -28,9 +30,39 @@ impl Redis {
         redis
     }
 
+    /// Starts one whose clock can be set back.
+    pub async fn with_clock() -> Redis {
+        let mut redis = Redis::away(&[]);
+        let library = redis.directory.path().join("clock.so");
+        let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/faults/clock.c");
+        // The C compiler is there: Rust links with it.
+        let built = Command::new("cc").args(["-shared", "-fPIC", "-o"]).arg(&library).arg(source).status();
+        assert!(built.expect("cc is there").success(), "{source} can't be compiled");
+        redis.clock = Some(library);
+        redis.up().await;
+        redis
+    }
+
+    /// Sets its clock back by a day.
+    pub async fn set_clock_back(&self) {
+        let clock = || async { self.client().await.call(&["TIME"]).await.list()[0].int() };
+        let before = clock().await;
+        std::fs::write(self.directory.path().join("set-back"), "").expect("the directory is ours");
+        until("the clock to be set back", || async { (clock().await < before - 80_000).then_some(()) }).await;
+    }
+
     /// Starts a replica of another, and waits until it has all that the other has.
     pub async fn replica_of(primary: &Redis) -> Redis {
-        let replica = Redis::start(&["--replicaof", &format!("127.0.0.1 {}", primary.port)]).await;
+        Redis::replica_at(primary.port).await
+    }
+
+    /// The same by a way that can be cut.
+    pub async fn replica_by(way: &super::Proxy) -> Redis {
+        Redis::replica_at(way.port()).await
+    }
+
+    async fn replica_at(port: u16) -> Redis {
+        let replica = Redis::start(&["--replicaof", &format!("127.0.0.1 {port}")]).await;
         until("the replica to be in sync", || async {
             let info = replica.client().await.call(&["INFO", "replication"]).await;
             info.text().contains("master_link_status:up").then_some(())
@@ -70,13 +102,18 @@ impl Redis {
     /// One that has a port but does not run yet.
     pub fn away(flags: &[&str]) -> Redis {
         let flags = flags.iter().map(|flag| flag.to_string()).collect();
-        Redis { port: free_port(), directory: Directory::new(), first: Vec::new(), flags, process: None }
+        let directory = Directory::new();
+        Redis { port: free_port(), directory, first: Vec::new(), flags, clock: None, process: None }
     }
 
     /// Starts it, or starts it again, and waits until it answers.
     pub async fn up(&mut self) {
         assert!(self.process.is_none(), "it runs");
         let mut command = Command::new("redis-server");
+        if let Some(library) = &self.clock {
+            command.env("LD_PRELOAD", library);
+            command.env("CLOCK_SET_BACK", self.directory.path().join("set-back"));
+        }
         command.args(&self.first).args(["--bind", "127.0.0.1"]).arg("--port").arg(self.port.to_string());
         command.arg("--dir").arg(self.directory.path());
         if self.first.is_empty() {
@@ -109,6 +146,33 @@ impl Redis {
     /// Lets it run on.
     pub fn thaw(&self) {
         self.process.as_ref().expect("it runs").signal("CONT");
+    }
+
+    /// What it logged so far.
+    pub fn log(&self) -> String {
+        self.process.as_ref().expect("it runs").output().join("\n")
+    }
+
+    /// Where it keeps its files.
+    pub fn directory(&self) -> &std::path::Path {
+        self.directory.path()
+    }
+
+    /// A field of INFO.
+    pub async fn info(&self, field: &str) -> String {
+        let info = self.client().await.call(&["INFO", "everything"]).await;
+        let text = info.text().to_owned();
+        let value = text.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
+        value.unwrap_or_else(|| panic!("no {field} in {text}")).trim().to_owned()
+    }
+
+    /// The last id that a channel has given; 0 when it has none.
+    pub async fn head(&self, channel: &str) -> u64 {
+        let key = format!("fanfare:{{{channel}}}:meta");
+        match self.client().await.call(&["HGET", &key, "head"]).await {
+            Value::Nil => 0,
+            head => head.int() as u64,
+        }
     }
 
     /// Its port.

@@ -48,6 +48,11 @@ impl Nodes {
         self.0.lock().expect("nothing panics while holding it")[number].clone()
     }
 
+    /// Every one.
+    pub fn all(&self) -> Vec<Arc<Node>> {
+        self.0.lock().expect("nothing panics while holding it").clone()
+    }
+
     /// Any of them.
     pub fn any(&self, dice: &mut Dice) -> Arc<Node> {
         let nodes = self.0.lock().expect("nothing panics while holding it");
