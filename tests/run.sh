@@ -1,8 +1,16 @@
 #!/usr/bin/env bash
 # Runs every test: unit, integration (real Redis), and the page in a real browser. Installs with apt what is
-# missing, builds once, and leaves no process behind. Arguments go to `cargo test`.
+# missing, builds once, and leaves no process behind. Arguments go to `cargo test`, but for a first
+# `--soak SECONDS`: how long faults happen at random (tests/soak.rs), two minutes unless said. SOAK_SEED=N in the
+# environment repeats those of an earlier run.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+
+export SOAK_SECONDS=${SOAK_SECONDS:-120}
+if [[ ${1:-} == --soak ]]; then
+    SOAK_SECONDS=${2:?--soak needs a number of seconds}
+    shift 2
+fi
 
 say() { printf '\n== %s\n' "$*"; }
 

@@ -29,7 +29,7 @@ impl Claim {
 }
 
 /// Reads a client's notes, and objects to whatever is wrong with them by themselves: order, doubles, positions.
-pub fn claims(watcher: &Watcher, two_primaries: bool, breaches: &mut Vec<Breach>) -> Vec<Claim> {
+pub fn claims(watcher: &Watcher, ids_may_fall: bool, breaches: &mut Vec<Breach>) -> Vec<Claim> {
     let mut done: Vec<Claim> = Vec::new();
     let mut claim: Option<Claim> = None;
     let mut connected = false;
@@ -63,7 +63,7 @@ pub fn claims(watcher: &Watcher, two_primaries: bool, breaches: &mut Vec<Breach>
                     (Some(asked), true) if asked == at => {}
                     (Some(_), true) => object(Rule::Position, format!("{seen:?}: not what it asked for")),
                     (Some(_), false) => {
-                        if position.is_some_and(|position| *at < position) && !two_primaries {
+                        if position.is_some_and(|position| *at < position) && !ids_may_fall {
                             object(Rule::Order, format!("{seen:?} leads back from {position:?}"));
                         }
                         done.extend(claim.replace(Claim::new(Some(*at), *moment)));

@@ -62,6 +62,8 @@ pub struct Watcher {
     pub name: String,
     /// The user it is connected as.
     pub user: String,
+    /// The node it stays on while it can.
+    pub home: Option<usize>,
     /// Whether it asks for recovery frames.
     pub recovers: bool,
     /// Whether it was connected to the end of the run, and had all the time it needed to read on.
@@ -100,7 +102,8 @@ pub struct History {
     pub attempts: Vec<Attempt>,
     /// Every client that was noted.
     pub watchers: Vec<Watcher>,
-    /// There were two primaries at once. Then the promise holds within each run, and a client may be led to lower
-    /// ids, behind an announcement; that later events have higher ids can't be had.
-    pub two_primaries: bool,
+    /// There were two primaries at once, or Redis lost all it knew while its clock was set back. Then the promise
+    /// holds within each run, and a client may be led to lower ids, behind an announcement; that later events have
+    /// higher ids can't be had.
+    pub ids_may_fall: bool,
 }

@@ -48,6 +48,7 @@ pub fn history(seed: u64, steps: usize) -> History {
         watcher: Watcher {
             name: format!("watcher {n}"),
             user: format!("user{}", n % USERS),
+            home: None,
             recovers: n < 2 * USERS,
             stayed: false,
             seen: Vec::new(),
@@ -74,7 +75,7 @@ pub fn history(seed: u64, steps: usize) -> History {
         model.clients[at].watcher.stayed = true;
     }
     let watchers = model.clients.into_iter().map(|client| client.watcher).collect();
-    History { attempts: model.attempts, watchers, two_primaries: false }
+    History { attempts: model.attempts, watchers, ids_may_fall: false }
 }
 
 impl Model {

@@ -61,7 +61,7 @@ pub fn judge(history: &History) -> Vec<Breach> {
     let events = judge.events(&attempts);
     let mut covered = Vec::new();
     for watcher in &history.watchers {
-        for claim in claims(watcher, history.two_primaries, &mut judge.breaches) {
+        for claim in claims(watcher, history.ids_may_fall, &mut judge.breaches) {
             judge.complete(watcher, &claim, &events);
             covered.extend(claim.after.zip(claim.position));
         }
@@ -153,7 +153,7 @@ impl<'a> Judge<'a> {
         }
         // What was begun when the client was there already must come, and so have an id that can still come.
         let before = match claim.after {
-            _ if self.history.two_primaries => return,
+            _ if self.history.ids_may_fall => return,
             Some(after) => after,
             None if claim.open => u64::MAX, // it stayed, and saw nothing
             None => return,
@@ -202,7 +202,7 @@ impl<'a> Judge<'a> {
                 self.object(Rule::Time, text);
             }
         }
-        if self.history.two_primaries {
+        if self.history.ids_may_fall {
             return;
         }
         let mut acked: Vec<(u64, u64)> = known
