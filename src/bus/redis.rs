@@ -193,9 +193,7 @@ pub async fn run(settings: &Settings, url: &RedisUrl, wiring: Wiring) -> Result<
     }
 }
 
-async fn next_message(
-    messages: &mut Option<broadcast::Receiver<Message>>,
-) -> Result<Message, RecvError> {
+async fn next_message(messages: &mut Option<broadcast::Receiver<Message>>) -> Result<Message, RecvError> {
     match messages {
         Some(messages) => messages.recv().await,
         None => std::future::pending().await,

@@ -142,9 +142,12 @@ impl Bus {
             }
         };
         tokio::spawn(async move {
-            let outcome = match link::connect(config, &terms, reports).await {
-                Ok(made) => Outcome::Connected(generation, Box::new(made)),
-                Err(error) => Outcome::NotConnected(generation, error),
+            let made =
+                tokio::time::timeout(link::SESSION_TIMEOUT, link::connect(config, &terms, reports)).await;
+            let outcome = match made {
+                Ok(Ok(made)) => Outcome::Connected(generation, Box::new(made)),
+                Ok(Err(error)) => Outcome::NotConnected(generation, error),
+                Err(_) => Outcome::NotConnected(generation, ConnectError::Away("no session in time".into())),
             };
             let _ = outcomes.send(outcome);
         });

@@ -23,6 +23,10 @@ use super::terms::Terms;
 /// Longest wait for a connection to be made, TLS and login included.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// Longest that all of making a session may take. Its parts have limits of their own; this one holds whatever they
+/// miss, since no other attempt begins meanwhile.
+pub const SESSION_TIMEOUT: Duration = CONNECT_TIMEOUT.saturating_mul(4);
+
 /// Longest wait for an answer. Later the connection counts as lost.
 pub const CALL_TIMEOUT: Duration = Duration::from_secs(4);
 
