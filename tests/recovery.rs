@@ -70,6 +70,20 @@ async fn flowing(node: &Node, more: u64) {
     }
 }
 
+/// Redis is killed and started again, twice, each time in the middle of a stream.
+async fn restarted_twice(redis: &mut Redis, a: &Node, b: &Node) {
+    for _ in 0..2 {
+        flowing(b, 30).await;
+        redis.kill();
+        a.unready().await;
+        b.unready().await;
+        redis.up().await;
+        a.ready().await;
+        b.ready().await;
+    }
+    flowing(a, 30).await;
+}
+
 /// The HTTP status and Retry-After with which a join is refused, or `None` when it works.
 async fn refused(node: &Node, query: &str) -> Option<(u16, Option<String>)> {
     let options = Options { query: query.into(), ..Options::default() };
@@ -88,19 +102,7 @@ async fn redis_killed_and_started_empty_in_a_stream_is_announced() {
     let mut redis = Redis::start(&[]).await;
     let (a, b) = two_nodes(&redis.url(), &redis.url(), &[]).await;
     let mut plain = Client::plain(&a, "plain", "room").await;
-    let (told, journals) = stream_through(&a, &b, async {
-        for _ in 0..2 {
-            flowing(&b, 30).await;
-            redis.kill();
-            a.unready().await;
-            b.unready().await;
-            redis.up().await;
-            a.ready().await;
-            b.ready().await;
-        }
-        flowing(&a, 30).await;
-    })
-    .await;
+    let (told, journals) = stream_through(&a, &b, restarted_twice(&mut redis, &a, &b)).await;
     for journal in &journals {
         assert!(journal.resets() >= 2, "each start of Redis is announced: {}", journal.resets());
     }
@@ -147,18 +149,7 @@ async fn a_durable_redis_restarts_in_a_stream_and_nobody_notices() {
     let mut redis = Redis::start(&["--appendonly", "yes", "--appendfsync", "always"]).await;
     let (a, b) = two_nodes(&redis.url(), &redis.url(), &["--redis-durable"]).await;
     let mut plain = Client::plain(&b, "plain", "room").await;
-    let (_, journals) = stream_through(&a, &b, async {
-        for _ in 0..2 {
-            flowing(&b, 30).await;
-            redis.kill();
-            a.unready().await;
-            redis.up().await;
-            a.ready().await;
-            b.ready().await;
-        }
-        flowing(&a, 30).await;
-    })
-    .await;
+    let (_, journals) = stream_through(&a, &b, restarted_twice(&mut redis, &a, &b)).await;
     for journal in &journals {
         assert_eq!(journal.resets(), 0);
     }

@@ -38,6 +38,20 @@ impl Pair {
         kept
     }
 
+    /// Fails over while the nodes are stopped: whoever comes next is the first to see the replica as primary.
+    async fn fail_over_unseen(&mut self, kept: u64) {
+        self.signal_nodes("STOP");
+        self.primary.kill();
+        self.promoted().await;
+        assert_eq!(self.replica.head("room").await, kept, "nobody was there before");
+    }
+
+    fn signal_nodes(&self, signal: &str) {
+        for place in 0..2 {
+            self.nodes.get(place).signal(signal);
+        }
+    }
+
     async fn promoted(&self) {
         // By the Sentinel's word: the replica itself ends every connection when it is promoted.
         let port = self.replica.port().to_string();
@@ -84,18 +98,11 @@ async fn a_failover_loses_acknowledged_writes_and_a_program_comes_first() {
     run.programs_go_to_nobody();
     let kept = pair.lose(&run).await;
     let given = pair.primary.head("room").await;
-    for place in 0..2 {
-        pair.nodes.get(place).signal("STOP");
-    }
-    pair.primary.kill();
-    pair.promoted().await;
-    assert_eq!(pair.replica.head("room").await, kept, "nobody was there before");
+    pair.fail_over_unseen(kept).await;
     run.programs_go_to(&pair.replica);
     let id = publishers::one(&run.shared, "the first").await;
     assert!(id > given, "it has no id that was given before");
-    for place in 0..2 {
-        pair.nodes.get(place).signal("CONT");
-    }
+    pair.signal_nodes("CONT");
     go_on(&pair, run, kept).await;
 }
 
@@ -105,21 +112,14 @@ async fn a_failover_loses_acknowledged_writes_and_a_joiner_comes_first() {
     let run = Run::at(&pair.nodes, 2, &pair.primary, Crowd { programs: 0, ..Crowd::default() }).await;
     let kept = pair.lose(&run).await;
     let given = pair.primary.head("room").await;
-    for place in 0..2 {
-        pair.nodes.get(place).signal("STOP");
-    }
-    pair.primary.kill();
-    pair.promoted().await;
-    assert_eq!(pair.replica.head("room").await, kept, "nobody was there before");
+    pair.fail_over_unseen(kept).await;
     // A new node, which has never seen any of it, and a client that comes to it with a lost id.
     let third = Arc::new(node(&pair.sentinel).await);
     let options = Options { query: format!("channel=room&lastEventId={given}"), ..Options::default() };
     let mut joiner = Client::try_open(third.public, "joiner", &options).await.expect("the node is ready");
     let welcome = joiner.welcome().await;
     assert!(welcome["recovered"] == false && welcome["head"].as_u64() > Some(given), "{welcome}");
-    for place in 0..2 {
-        pair.nodes.get(place).signal("CONT");
-    }
+    pair.signal_nodes("CONT");
     run.programs_go_to(&pair.replica);
     go_on(&pair, run, kept).await;
 }
