@@ -270,7 +270,7 @@ impl Connection {
     }
 
     /// Whether it has everything the feed has for it.
-    pub fn is_up_to_date(&self, feed: &Feed) -> bool {
+    fn is_up_to_date(&self, feed: &Feed) -> bool {
         !self.blocked
             && self.current
             && feed.has_lost_nothing(self.cursor, true)
@@ -409,12 +409,10 @@ impl Connection {
             };
             let written = match written {
                 Ok(written) => written,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    self.blocked = true;
-                    return Flushed::Blocked;
-                }
-                Err(_) => return Flushed::Dead,
+                Err(error) => match self.not_written(&error) {
+                    Some(flushed) => return flushed,
+                    None => continue,
+                },
             };
             tally.bytes += written as u64;
             let rest = self.take_queued(written, queued);
@@ -452,12 +450,19 @@ impl Connection {
                 self.blocked = true;
                 Some(Flushed::Blocked)
             }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+            Err(error) => self.not_written(&error),
+        }
+    }
+
+    /// What an error of a write means; `None`: it is to be tried again.
+    fn not_written(&mut self, error: &io::Error) -> Option<Flushed> {
+        match error.kind() {
+            io::ErrorKind::Interrupted => None,
+            io::ErrorKind::WouldBlock => {
                 self.blocked = true;
                 Some(Flushed::Blocked)
             }
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => None,
-            Err(_) => Some(Flushed::Dead),
+            _ => Some(Flushed::Dead),
         }
     }
 

@@ -314,6 +314,7 @@ impl Shard {
     /// Begins a connection's end.
     fn end(&mut self, slot: u32, reason: Reason) {
         let feed = self.leave(slot);
+        let id = self.id_of(slot);
         let connection = &mut self.connections[slot as usize];
         if matches!(connection.state, State::Closing) {
             return;
@@ -322,7 +323,7 @@ impl Shard {
         tracing::debug!(user = ?connection.user, reason = reason.label(), "connection ends");
         connection.close(reason);
         if std::mem::take(&mut connection.paused) {
-            self.unread.push(ConnectionId { shard: self.id, slot, generation: connection.generation });
+            self.unread.push(id);
         }
         if reason == Reason::PeerGone {
             return self.remove(slot);
@@ -332,7 +333,7 @@ impl Shard {
             if connection.blocked {
                 self.watch_room(slot);
             }
-            self.lingering.push_back((Instant::now() + LINGER, self.id_of(slot)));
+            self.lingering.push_back((Instant::now() + LINGER, id));
         } else {
             self.remove(slot);
         }

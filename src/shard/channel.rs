@@ -9,7 +9,7 @@ use slab::Slab;
 
 use crate::bus::{ConnectionId, Page, is_proven, page_begin};
 use crate::connection::{Connection, NONE};
-use crate::event::{ChannelName, Entry, EventId, Kind};
+use crate::event::{ChannelName, Entry, EventId};
 use crate::feed::Feed;
 
 /// A page of history that has been asked for.
@@ -206,10 +206,15 @@ impl Channel {
         found
     }
 
-    /// Whether the page is here that [`Channel::page_for`] names.
-    pub fn has_page(&mut self, position: EventId) -> bool {
-        let after = self.page_for(position);
-        matches!(self.pages.get(&after), Some(PageState::Ready(_)))
+    /// The page of history after this position, if it is here.
+    pub fn ready_page(&mut self, after: EventId, tick: u32) -> Option<&ReadyPage> {
+        match self.pages.get_mut(&after) {
+            Some(PageState::Ready(page)) => {
+                page.used = tick;
+                Some(page)
+            }
+            _ => None,
+        }
     }
 
     /// The position to ask history from for a client at `position`: the begin of its page, or, where what came
@@ -229,9 +234,4 @@ impl Channel {
         }
         after
     }
-}
-
-/// Whether an entry has to be written to everybody in a pass.
-pub fn is_for_everybody(kind: &Kind) -> bool {
-    !matches!(kind, Kind::Private(_))
 }

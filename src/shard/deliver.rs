@@ -1,7 +1,7 @@
 //! From the feed to the sockets: passes, slow readers, and those who read history.
 
 use super::Shard;
-use super::channel::{PageState, is_for_everybody};
+use super::channel::PageState;
 use crate::close::Reason;
 use crate::connection::{Flushed, State};
 use crate::event::{ChannelName, Entry, EventId, Kind};
@@ -28,7 +28,7 @@ impl Shard {
                 self.connections[slot as usize].look_at_all();
                 self.flush(slot);
             }
-        } else if is_for_everybody(&kind) && !channel.members.is_empty() {
+        } else if !channel.members.is_empty() {
             if channel.pass.is_some() {
                 channel.again = true;
             } else {
@@ -173,17 +173,20 @@ impl Shard {
                 Start::Ahead => return debug_assert!(false, "pages are cut at the feed's position"),
                 Start::Before => {}
             }
-            if read.take() == Some(channel.page_for(position)) && !channel.has_page(position) {
-                connection.waits_for_page = true;
-                return self.parked.push(id); // the answer brought it nowhere: not to be asked for again at once
-            }
-            let Some(page) = self.page(key, position, id) else { continue };
+            let after = channel.page_for(position);
+            let just_read = read.take();
+            let Some(page) = channel.ready_page(after, self.tick) else {
+                if just_read == Some(after) {
+                    connection.waits_for_page = true;
+                    return self.parked.push(id); // the answer brought it nowhere: not to be asked for again at once
+                }
+                self.wait_for_page(key, after, id);
+                continue;
+            };
             if !page.proves(position) {
                 return self.tell_lost(slot);
             }
-            let after = self.channels[key as usize].page_for(position);
-            let Some(PageState::Ready(page)) = self.channels[key as usize].pages.get(&after) else { return };
-            match self.connections[slot as usize].flush_page(&page.feed, &mut self.tally) {
+            match connection.flush_page(&page.feed, &mut self.tally) {
                 Flushed::All => {}
                 other => return self.after_flush(slot, other),
             }

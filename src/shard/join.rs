@@ -58,15 +58,16 @@ impl Shard {
                     channel.look_next.push(id);
                     return self.look(key);
                 }
-                // An answer that says nothing about this client is not to be asked for again.
-                Start::Before if asked == Asked::Page(channel.page_for(seen)) && !channel.has_page(seen) => {
-                    Entrance::Unproven
+                Start::Before => {
+                    let after = channel.page_for(seen);
+                    match channel.ready_page(after, self.tick) {
+                        Some(page) if page.proves(seen) => Entrance::History(seen),
+                        Some(_) => Entrance::Unproven,
+                        // An answer that says nothing about this client is not to be asked for again.
+                        None if asked == Asked::Page(after) => Entrance::Unproven,
+                        None => return self.wait_for_page(key, after, id),
+                    }
                 }
-                Start::Before => match self.page(key, seen, id) {
-                    None => return, // it waits for the page
-                    Some(page) if page.proves(seen) => Entrance::History(seen),
-                    Some(_) => Entrance::Unproven,
-                },
             },
         };
         self.admit(slot, key, entrance);
@@ -184,25 +185,18 @@ impl Shard {
         }
     }
 
-    /// The page of history that holds the event after `position`; `None`: it is on its way, and the connection
-    /// hears of it.
-    pub(super) fn page(&mut self, key: u32, position: EventId, id: ConnectionId) -> Option<&ReadyPage> {
+    /// Has a connection wait for a page of history, which is asked for unless others wait for it already.
+    pub(super) fn wait_for_page(&mut self, key: u32, after: EventId, id: ConnectionId) {
+        self.connections[id.slot as usize].waits_for_page = true;
         let channel = &mut self.channels[key as usize];
-        let after = channel.page_for(position);
-        let name = &channel.name;
         match channel.pages.entry(after).or_insert_with(|| PageState::Reading(Vec::new())) {
-            PageState::Ready(page) => {
-                page.used = self.tick;
-                Some(page)
-            }
+            PageState::Ready(_) => debug_assert!(false, "nobody waits for what is here"),
             PageState::Reading(waiting) => {
                 waiting.push(id);
-                self.connections[id.slot as usize].waits_for_page = true;
                 if waiting.len() == 1 {
-                    let read = Request::Read { channel: name.clone(), after, shard: self.id };
-                    let _ = self.requests.send(read); // fails only when the node is gone
+                    let channel = channel.name.clone();
+                    self.ask(Request::Read { channel, after, shard: self.id });
                 }
-                None
             }
         }
     }
