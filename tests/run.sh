@@ -22,6 +22,7 @@ done <<'LIST'
 redis-server redis-server
 chromium chromium
 chromium-driver chromedriver
+prometheus promtool
 LIST
 
 if ((${#missing[@]})); then
