@@ -22,6 +22,7 @@ done <<'LIST'
 redis-server redis-server
 chromium chromium
 chromium-driver chromedriver
+openssl openssl
 LIST
 
 if ((${#missing[@]})); then

@@ -21,7 +21,7 @@ pub use http::Response;
 pub use node::Node;
 pub use proxy::{Proxy, Silence};
 pub use raw::Raw;
-pub use redis::{Redis, Resp, Value};
+pub use redis::{Redis, Resp, Value, free_port};
 
 /// How long a test waits for something that must come. Long, since many tests share few cores.
 pub const DEADLINE: Duration = Duration::from_secs(20);
