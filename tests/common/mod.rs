@@ -7,6 +7,7 @@
 
 pub mod client;
 pub mod http;
+pub mod nginx;
 pub mod node;
 pub mod process;
 pub mod proxy;
@@ -18,6 +19,7 @@ use std::time::Duration;
 
 pub use client::{Client, Frame, Options};
 pub use http::Response;
+pub use nginx::Nginx;
 pub use node::Node;
 pub use proxy::{Proxy, Silence};
 pub use raw::Raw;
