@@ -202,6 +202,22 @@ async fn what_is_no_known_id_is_not_recovered() {
 }
 
 #[tokio::test]
+async fn the_local_bus_ends_with_its_process_and_whoever_comes_back_is_told() {
+    let first = Node::start(&[]).await;
+    let last = first.publish_numbers("room", 0..5).await[4];
+    first.kill();
+    let next = Node::start(&[]).await;
+    let (mut client, welcome) = Client::resume(&next, "a", "room", last).await;
+    let head = welcome["head"].as_u64().expect("a head");
+    let expected = json!({"type": "welcome", "lastEventId": head, "head": head, "recovered": false});
+    assert_eq!(welcome, expected);
+    assert!(head > last, "no id is given twice");
+    let id = next.publish("room", &json!({"n": 5})).await;
+    assert_eq!(id, head + 1);
+    client.expect_event(id, &json!({"n": 5})).await;
+}
+
+#[tokio::test]
 async fn past_the_end_of_history_nothing_is_recovered() {
     let node = Node::start(&["--history", "1000"]).await;
     let ids = node.publish_numbers("room", 0..1100).await;
