@@ -24,6 +24,7 @@ use crate::handshake;
 use crate::http;
 use crate::input;
 use crate::metrics::{Metrics, ShardNumbers};
+use crate::refusals::Class;
 
 mod channel;
 mod deliver;
@@ -273,9 +274,6 @@ impl Shard {
     }
 
     fn on_socket(&mut self, stream: mio::net::TcpStream) {
-        if self.drain.is_some() {
-            return self.numbers().closed.add(1);
-        }
         self.generation = self.generation.wrapping_add(1);
         let slot = self.connections.insert(Connection::new(stream, self.generation, self.tick)) as u32;
         let token = token_of(self.id_of(slot));
@@ -330,7 +328,9 @@ impl Shard {
             return;
         }
         self.metrics.shards[self.id].ends[reason as usize].add(1);
-        tracing::debug!(user = ?connection.user, reason = reason.label(), "connection ends");
+        let channel =
+            feed.and_then(|key| self.channels.get(key as usize)).map(|channel| channel.name.as_str());
+        tracing::debug!(reason = reason.label(), user = ?connection.user, channel, "connection ends");
         connection.close(reason);
         if std::mem::take(&mut connection.paused) {
             self.unread.push(id);
@@ -351,6 +351,8 @@ impl Shard {
 
     /// Sends an HTTP answer to a client that may not join, and ends.
     fn refuse(&mut self, slot: u32, answer: bytes::Bytes, reason: Reason) {
+        let class = Class { what: "request", why: reason.label(), status: http::status_of(&answer) };
+        self.metrics.refusals.note(class, &http::body_of(&answer));
         self.answer(slot, answer, reason);
     }
 

@@ -91,6 +91,10 @@ impl Shard {
             }
             Verdict::Answer(answer) => self.answer(slot, answer, Reason::Answered),
             Verdict::Refuse(answer, reason) => self.refuse(slot, answer, reason),
+            // It waited to be accepted when the node began to stop.
+            Verdict::Join(_) if self.drain.is_some() => {
+                self.refuse(slot, handshake::stopping(), Reason::Draining);
+            }
             Verdict::Join(join) => {
                 connection.state = State::Joining(join);
                 self.join(slot, Asked::Nothing);
@@ -160,7 +164,7 @@ impl Shard {
                     return Ok(());
                 }
                 Err(bad) => {
-                    self.metrics.shards[self.id].publishes_refused[ErrorCode::Invalid as usize].add(1);
+                    self.metrics.refuse_message(self.id, ErrorCode::Invalid, bad.message);
                     connection.enqueue(frame::error(
                         ErrorCode::Invalid,
                         bad.message,
@@ -174,12 +178,12 @@ impl Shard {
         };
         let to_others = to.is_some() && self.settings.client_publish != ClientPublish::Any;
         if !connection.may_publish || to_others {
-            self.metrics.shards[self.id].publishes_refused[ErrorCode::Forbidden as usize].add(1);
+            let text =
+                if to_others { "clients may not address one user here" } else { "you may not publish here" };
+            self.metrics.refuse_message(self.id, ErrorCode::Forbidden, text);
             if !connection.recovers {
                 return Err(Reason::Forbidden);
             }
-            let text =
-                if to_others { "clients may not address one user here" } else { "you may not publish here" };
             connection.enqueue(frame::error(ErrorCode::Forbidden, text, reference.as_deref()));
             return Ok(());
         }
@@ -213,11 +217,12 @@ impl Shard {
                     PublishError::Refused(_) => ErrorCode::Unavailable,
                     PublishError::Unknown => ErrorCode::Unknown,
                 };
-                self.metrics.shards[self.id].publishes_refused[code as usize].add(1);
+                let text = error.to_string();
+                self.metrics.refuse_message(self.id, code, &text);
                 if !connection.recovers {
                     return self.end(slot, Reason::PublishFailed);
                 }
-                connection.enqueue(frame::error(code, &error.to_string(), reference));
+                connection.enqueue(frame::error(code, &text, reference));
             }
         }
         if connection.queued() > 0 {
