@@ -123,7 +123,10 @@ pub fn claims(watcher: &Watcher, ids_may_fall: bool, breaches: &mut Vec<Breach>)
                 }
                 claim.position = claim.position.max(Some(*at));
             }
-            Seen::Ended(_) => {
+            Seen::Ended(code) => {
+                if *code == Some(4008) && watcher.recovers {
+                    object(Rule::Form, "it was told by a close, not by a reset".into());
+                }
                 if !connected {
                     object(Rule::Form, "it ended twice".into());
                 }
