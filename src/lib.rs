@@ -32,6 +32,7 @@
 //! | [`refusals`] | what is refused, told to the log a line a class |
 //! | [`metrics`] | what is counted, and whether the node is ready |
 //! | [`admin`] | publish, metrics and stats over HTTP |
+//! | [`doctor`] | looks before a launch whether host and Redis have what the settings ask for |
 //! | [`server`] | the wiring, and how it stops; `main.rs` tells the life of the process |
 //!
 //! # Invariants
@@ -100,4 +101,5 @@ pub mod refusals;
 pub mod metrics;
 
 pub mod admin;
+pub mod doctor;
 pub mod server;
