@@ -5,6 +5,7 @@
 # environment repeats those of an earlier run.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+export PATH=$PATH:/usr/sbin # where Debian has nginx
 
 export SOAK_SECONDS=${SOAK_SECONDS:-120}
 if [[ ${1:-} == --soak ]]; then
@@ -22,6 +23,9 @@ done <<'LIST'
 redis-server redis-server
 chromium chromium
 chromium-driver chromedriver
+prometheus promtool
+openssl openssl
+nginx nginx
 LIST
 
 if ((${#missing[@]})); then

@@ -9,7 +9,7 @@ use crate::close::Reason;
 use crate::config::ClientPublish;
 use crate::connection::State;
 use crate::event::EventId;
-use crate::frame::{self, ClientFrame};
+use crate::frame::{self, ClientFrame, ErrorCode};
 use crate::handshake::{self, Verdict};
 use crate::input::{self, Incoming};
 
@@ -32,8 +32,9 @@ impl Shard {
             let Ok((length, new)) = connection.read(&mut self.scratch) else {
                 return self.end_or_remove(slot);
             };
-            if new.is_some_and(|new| new > 0) {
+            if let Some(new) = new.filter(|new| *new > 0) {
                 connection.heard = self.tick;
+                self.tally.received += new as u64;
             }
             match connection.state {
                 _ if length == 0 => {}
@@ -90,6 +91,10 @@ impl Shard {
             }
             Verdict::Answer(answer) => self.answer(slot, answer, Reason::Answered),
             Verdict::Refuse(answer, reason) => self.refuse(slot, answer, reason),
+            // It waited to be accepted when the node began to stop.
+            Verdict::Join(_) if self.drain.is_some() => {
+                self.refuse(slot, handshake::stopping(), Reason::Draining);
+            }
             Verdict::Join(join) => {
                 connection.state = State::Joining(join);
                 self.join(slot, Asked::Nothing);
@@ -159,7 +164,12 @@ impl Shard {
                     return Ok(());
                 }
                 Err(bad) => {
-                    connection.enqueue(frame::error("invalid", bad.message, bad.reference.as_deref()));
+                    self.metrics.refuse_message(self.id, ErrorCode::Invalid, bad.message);
+                    connection.enqueue(frame::error(
+                        ErrorCode::Invalid,
+                        bad.message,
+                        bad.reference.as_deref(),
+                    ));
                     return Ok(());
                 }
             }
@@ -168,12 +178,13 @@ impl Shard {
         };
         let to_others = to.is_some() && self.settings.client_publish != ClientPublish::Any;
         if !connection.may_publish || to_others {
+            let text =
+                if to_others { "clients may not address one user here" } else { "you may not publish here" };
+            self.metrics.refuse_message(self.id, ErrorCode::Forbidden, text);
             if !connection.recovers {
                 return Err(Reason::Forbidden);
             }
-            let text =
-                if to_others { "clients may not address one user here" } else { "you may not publish here" };
-            connection.enqueue(frame::error("forbidden", text, reference.as_deref()));
+            connection.enqueue(frame::error(ErrorCode::Forbidden, text, reference.as_deref()));
             return Ok(());
         }
         connection.unanswered += 1;
@@ -201,13 +212,17 @@ impl Shard {
                     connection.enqueue(frame::ack(reference, event));
                 }
             }
-            Err(_) if !connection.recovers => return self.end(slot, Reason::PublishFailed),
             Err(error) => {
                 let code = match error {
-                    PublishError::Refused(_) => "unavailable",
-                    PublishError::Unknown => "unknown",
+                    PublishError::Refused(_) => ErrorCode::Unavailable,
+                    PublishError::Unknown => ErrorCode::Unknown,
                 };
-                connection.enqueue(frame::error(code, &error.to_string(), reference));
+                let text = error.to_string();
+                self.metrics.refuse_message(self.id, code, &text);
+                if !connection.recovers {
+                    return self.end(slot, Reason::PublishFailed);
+                }
+                connection.enqueue(frame::error(code, &text, reference));
             }
         }
         if connection.queued() > 0 {

@@ -7,6 +7,7 @@
 
 pub mod client;
 pub mod http;
+pub mod nginx;
 pub mod node;
 pub mod process;
 pub mod proxy;
@@ -18,10 +19,11 @@ use std::time::Duration;
 
 pub use client::{Client, Frame, Options};
 pub use http::Response;
+pub use nginx::Nginx;
 pub use node::Node;
 pub use proxy::{Proxy, Silence};
 pub use raw::Raw;
-pub use redis::{Redis, Resp, Value};
+pub use redis::{Redis, Resp, Value, free_port};
 
 /// How long a test waits for something that must come. Long, since many tests share few cores.
 pub const DEADLINE: Duration = Duration::from_secs(20);

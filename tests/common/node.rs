@@ -1,6 +1,7 @@
 //! One process of fanfare.
 
 use std::net::SocketAddr;
+use std::path::Path;
 use std::process::{Command, ExitStatus};
 
 use serde_json::{Value, json};
@@ -39,6 +40,13 @@ impl Node {
         let node = Node::start_by(command, flags).await;
         node.ready().await;
         node
+    }
+
+    /// Starts a node with this variable in its environment, and waits only for its ready line.
+    pub async fn start_unready_with(name: &str, value: &Path, flags: &[&str]) -> Node {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_fanfare"));
+        command.env(name, value);
+        Node::start_by(command, flags).await
     }
 
     /// Starts a node and waits only for its ready line.

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use super::until;
 
@@ -63,6 +64,17 @@ impl Process {
     pub fn signal(&self, signal: &str) {
         let status = Command::new("kill").args([&format!("-{signal}"), &self.pid().to_string()]).status();
         assert!(status.expect("kill is there").success(), "can't send {signal} to {}", self.name);
+    }
+
+    /// Asks it to end, and gives it a few seconds: for programs whose children would outlive them when killed.
+    pub fn end(&self) {
+        let deadline = Instant::now() + Duration::from_secs(5);
+        if self.exit_status().is_none() {
+            self.signal("TERM");
+        }
+        while self.exit_status().is_none() && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 
     /// Ends it at once, as a crash would, and waits until it is gone.

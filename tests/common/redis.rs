@@ -106,6 +106,11 @@ impl Redis {
         Redis { port: free_port(), directory, first: Vec::new(), flags, clock: None, process: None }
     }
 
+    /// Gives it more flags for when it starts.
+    pub fn add_flags(&mut self, flags: &[&str]) {
+        self.flags.extend(flags.iter().map(|flag| flag.to_string()));
+    }
+
     /// Starts it, or starts it again, and waits until it answers.
     pub async fn up(&mut self) {
         assert!(self.process.is_none(), "it runs");

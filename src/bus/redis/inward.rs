@@ -1,5 +1,6 @@
 //! What the bus does with channels that are followed: subscriptions, messages, reads.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use fred::types::Message;
@@ -8,7 +9,7 @@ use tokio::sync::broadcast::error::RecvError;
 use super::follow::Follow;
 use super::link::{CallError, Caller, Script};
 use super::terms::Lane;
-use super::{Bus, Outcome, Purpose, scripts, wire};
+use super::{Bus, Outcome, Purpose, reason, scripts, wire};
 use crate::bus::{BusError, Page, ShardId, ToShard};
 use crate::event::{ChannelName, Entry, EventId, Kind};
 use crate::foreign;
@@ -164,19 +165,20 @@ impl Bus {
             return;
         }
         let entry = Entry::raw(sequence.position(), shown.as_bytes());
-        tell(&self.shards, &follow.followers, name, entry);
+        tell(&self.shards, &follow.followers, name, entry, Instant::now());
     }
 
     /// Gives entries to everyone who follows, and reads if there is a hole.
     pub(super) fn hand_on(&mut self, name: &ChannelName, entries: Vec<Entry>) {
         let Some(channel) = self.channels.get_mut(name) else { return };
         let Some(follow) = &mut channel.follow else { return };
+        let arrived = Instant::now();
         for entry in entries {
             self.numbers.events.add(entry.ids());
             if entry.kind == Kind::Reset {
                 self.numbers.resets.add(1);
             }
-            tell(&self.shards, &follow.followers, name, entry);
+            tell(&self.shards, &follow.followers, name, entry, arrived);
         }
         if let Some(sequence) = &follow.sequence {
             channel.known.learn(sequence.base(), sequence.position());
@@ -269,7 +271,7 @@ impl Bus {
     }
 
     fn read_failed(&mut self, generation: u64, name: &ChannelName, purpose: Purpose, error: &CallError) {
-        let text = error.text();
+        let text: Arc<str> = reason::of(error).into();
         let follow = self.channels.get_mut(name).and_then(|channel| channel.follow.as_mut());
         match (purpose, follow) {
             (Purpose::Start(ticket), Some(follow)) if follow.ticket == ticket => {
@@ -291,9 +293,15 @@ fn is_joining(channel: &super::Channel) -> bool {
     channel.follow.as_ref().is_some_and(|follow| !follow.joining.is_empty())
 }
 
-fn tell(shards: &crate::bus::Shards, followers: &[ShardId], name: &ChannelName, entry: Entry) {
+fn tell(
+    shards: &crate::bus::Shards,
+    followers: &[ShardId],
+    name: &ChannelName,
+    entry: Entry,
+    arrived: Instant,
+) {
     for shard in followers {
-        shards.tell(*shard, ToShard::Entry { channel: name.clone(), entry: entry.clone() });
+        shards.tell(*shard, ToShard::Entry { channel: name.clone(), entry: entry.clone(), arrived });
     }
 }
 

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use super::inward::{READ_BYTES, read};
 use super::link::CallError;
 use super::scripts::Known;
-use super::{Bus, Outcome, scripts, wire};
+use super::{Bus, Outcome, reason, scripts, wire};
 use crate::bus::{BusError, PAGE, Page, ShardId, ToShard, page_begin};
 use crate::event::{ChannelName, EventId};
 use crate::feed::Feed;
@@ -116,7 +116,7 @@ impl Bus {
         let answer = match result {
             Ok(page) => Ok(Arc::new(page)),
             Err(error) => {
-                let away = BusError::Away(error.text());
+                let away = BusError::Away(reason::of(&error).into());
                 self.judge(generation, &error);
                 Err(away)
             }

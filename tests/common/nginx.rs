@@ -1,0 +1,108 @@
+//! A real nginx in front of nodes, with the configuration that README shows.
+
+use std::net::SocketAddr;
+use std::process::Command;
+
+use super::process::{Directory, Process};
+use super::redis::free_port;
+
+/// README's own text, so that what is documented is what is tested.
+const README: &str = include_str!("../../README.md");
+
+/// An nginx on a free loopback port. Dropping it ends it, with its workers.
+pub struct Nginx {
+    /// Where clients connect.
+    pub addr: SocketAddr,
+    directory: Directory,
+    process: Process,
+}
+
+impl Nginx {
+    /// Starts one in front of these nodes, and waits until it takes connections.
+    pub async fn before(nodes: &[SocketAddr]) -> Nginx {
+        let directory = Directory::new();
+        let addr = SocketAddr::from(([127, 0, 0, 1], free_port()));
+        let settings = directory.path().join("nginx.conf");
+        std::fs::write(&settings, whole(&documented(nodes, addr), &directory))
+            .expect("the directory is ours");
+        let mut command = Command::new("nginx"); // in /usr/sbin, which users' PATH on Debian lacks
+        command.env("PATH", format!("{}:/usr/sbin", std::env::var("PATH").unwrap_or_default()));
+        command.arg("-c").arg(&settings).arg("-p").arg(directory.path()).args(["-e", "stderr"]);
+        let process = Process::start("nginx", &mut command);
+        let ready = |line: &str| line.contains("start worker process ").then_some(());
+        process.line("nginx to start its workers", ready).await.unwrap_or_else(|ended| panic!("{ended}"));
+        Nginx { addr, directory, process }
+    }
+
+    /// What it wrote to its error log so far. It names nodes that it takes for dead: `while connecting to upstream`,
+    /// `upstream server temporarily disabled`, `no live upstreams`.
+    pub fn errors(&self) -> Vec<String> {
+        let lines = self.process.output();
+        let is_notice = |line: &str| ["[notice]", "[info]"].iter().any(|level| line.contains(level));
+        lines.into_iter().filter(|line| !is_notice(line)).collect()
+    }
+
+    /// A line for each request that is over: its status, then the nodes it was given to and what each answered.
+    pub fn requests(&self) -> Vec<String> {
+        let log = std::fs::read_to_string(self.directory.path().join("access.log"));
+        log.expect("nginx makes it at its start").lines().map(str::to_owned).collect()
+    }
+}
+
+impl Drop for Nginx {
+    fn drop(&mut self) {
+        self.process.end(); // it ends its workers first; killed, it would leave them behind
+    }
+}
+
+/// README's block, with these nodes and this address.
+fn documented(nodes: &[SocketAddr], addr: SocketAddr) -> String {
+    let block = README.split_once("```nginx\n").and_then(|(_, rest)| rest.split_once("```\n"));
+    let (block, _) = block.expect("README shows a configuration of nginx");
+    let mut text = String::new();
+    let (mut servers, mut listens) = (0, 0);
+    for line in block.lines() {
+        match line.trim_start().split_once(' ') {
+            Some(("server", place)) if place.ends_with(';') => {
+                servers += 1;
+                if servers == 1 {
+                    for node in nodes {
+                        text += &format!("    server {node};\n");
+                    }
+                }
+            }
+            Some(("listen", _)) => {
+                listens += 1;
+                text += &format!("    listen {addr};\n");
+            }
+            _ => text += &format!("{line}\n"),
+        }
+    }
+    assert_eq!((servers, listens), (2, 1), "README's configuration was not understood:\n{block}");
+    text
+}
+
+/// A whole configuration around it, in which nothing is written outside of the test's directory.
+fn whole(documented: &str, directory: &Directory) -> String {
+    // As root nginx would change its workers' user to one who may not come into the directory.
+    let user = if rustix::process::geteuid().is_root() { "user root;" } else { "" };
+    let path = directory.path().display();
+    format!(
+        "daemon off;\n\
+         {user}\n\
+         worker_processes 2;\n\
+         pid {path}/nginx.pid;\n\
+         error_log stderr notice;\n\
+         events {{ worker_connections 4096; }}\n\
+         http {{\n\
+         log_format upstreams '$status $upstream_addr $upstream_status';\n\
+         access_log {path}/access.log upstreams;\n\
+         client_body_temp_path {path}/body;\n\
+         proxy_temp_path {path}/proxy;\n\
+         fastcgi_temp_path {path}/fastcgi;\n\
+         uwsgi_temp_path {path}/uwsgi;\n\
+         scgi_temp_path {path}/scgi;\n\
+         {documented}\n\
+         }}\n"
+    )
+}
