@@ -77,6 +77,8 @@ pub struct ShardNumbers {
     pub passes: Number,
     /// Messages taken from clients.
     pub messages: Number,
+    /// Messages, pings and pongs that were not taken: faster than `--message-rate`.
+    pub too_fast: Number,
     /// Times a client was told that events may be missing, by a frame or by a close.
     pub resets: Number,
     /// Requests for an upgrade that got another answer.

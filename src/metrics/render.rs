@@ -31,7 +31,7 @@ const fn series<T>(name: &'static str, kind: Kind, help: &'static str, read: fn(
     Series { name, kind, help, read }
 }
 
-static SHARD: [Series<ShardNumbers>; 10] = [
+static SHARD: [Series<ShardNumbers>; 11] = [
     series("connections", Gauge, "Open connections, those still in their handshake among them.", |shard| {
         shard.load()
     }),
@@ -40,6 +40,9 @@ static SHARD: [Series<ShardNumbers>; 10] = [
     series("sent_bytes", Counter, "Bytes written to sockets.", |shard| shard.bytes_sent.get()),
     series("passes", Counter, "Fan-out passes.", |shard| shard.passes.get()),
     series("messages", Counter, "Messages taken from clients.", |shard| shard.messages.get()),
+    series("too_fast", Counter, "Messages and pings not taken: faster than --message-rate.", |shard| {
+        shard.too_fast.get()
+    }),
     series("resets", Counter, "Times a client was told that events may be missing.", |shard| {
         shard.resets.get()
     }),
