@@ -122,7 +122,7 @@ pub fn read(
                 let payload = unmasked(&mut data[at + head..at + head + length], mask);
                 at += head + length;
                 match control {
-                    Control::Ping => messages.push(Incoming::Ping((&*payload).into())),
+                    Control::Ping => messages.push(Incoming::Ping(payload.into())),
                     Control::Close => {
                         messages.push(Incoming::Close(close_code(payload)?));
                         return Ok(at); // what follows a close frame means nothing (RFC 6455 section 5.5.1)

@@ -45,7 +45,7 @@ impl Pace {
     /// `rate` messages a second, at most [`RATE_MAX`]; `None` for 0: as many as they like.
     pub fn new(rate: u32) -> Option<Pace> {
         let each = 1_000_000_000u64.checked_div(u64::from(rate))?;
-        let patience = rate.max(PATIENCE_MIN).min(PATIENCE_MAX) as u16;
+        let patience = rate.clamp(PATIENCE_MIN, PATIENCE_MAX) as u16;
         Some(Pace { each, burst: each * u64::from(rate) * BURST_SECONDS, patience })
     }
 

@@ -9,7 +9,7 @@ use crate::close::Reason;
 use crate::config::ClientPublish;
 use crate::connection::State;
 use crate::event::EventId;
-use crate::frame::{self, ClientFrame};
+use crate::frame::{self, ClientFrame, ErrorCode};
 use crate::handshake::{self, Verdict};
 use crate::input::{self, Incoming};
 use crate::pace;
@@ -50,8 +50,9 @@ impl Shard {
             let Ok((length, new)) = connection.read(&mut self.scratch) else {
                 return self.end_or_remove(slot);
             };
-            if new.is_some_and(|new| new > 0) {
+            if let Some(new) = new.filter(|new| *new > 0) {
                 connection.heard = self.tick;
+                self.tally.received += new as u64;
             }
             match connection.state {
                 _ if length == 0 => {}
@@ -193,7 +194,7 @@ impl Shard {
         message: &Incoming,
         verdict: pace::Verdict,
     ) -> Result<(), Reason> {
-        self.numbers().too_fast.add(1);
+        self.numbers().publishes_refused[ErrorCode::TooFast as usize].add(1);
         let connection = &mut self.connections[slot as usize];
         if verdict == pace::Verdict::TooMany || !connection.recovers {
             return Err(Reason::TooFast);
@@ -203,7 +204,7 @@ impl Shard {
             _ => None,
         };
         let text = format!("not taken: the rate is {} a second", self.settings.message_rate);
-        connection.enqueue(frame::error("too_fast", &text, reference.as_deref()));
+        connection.enqueue(frame::error(ErrorCode::TooFast, &text, reference.as_deref()));
         Ok(())
     }
 
@@ -221,7 +222,12 @@ impl Shard {
                     return Ok(());
                 }
                 Err(bad) => {
-                    connection.enqueue(frame::error("invalid", bad.message, bad.reference.as_deref()));
+                    self.metrics.shards[self.id].publishes_refused[ErrorCode::Invalid as usize].add(1);
+                    connection.enqueue(frame::error(
+                        ErrorCode::Invalid,
+                        bad.message,
+                        bad.reference.as_deref(),
+                    ));
                     return Ok(());
                 }
             }
@@ -230,12 +236,13 @@ impl Shard {
         };
         let to_others = to.is_some() && self.settings.client_publish != ClientPublish::Any;
         if !connection.may_publish || to_others {
+            self.metrics.shards[self.id].publishes_refused[ErrorCode::Forbidden as usize].add(1);
             if !connection.recovers {
                 return Err(Reason::Forbidden);
             }
             let text =
                 if to_others { "clients may not address one user here" } else { "you may not publish here" };
-            connection.enqueue(frame::error("forbidden", text, reference.as_deref()));
+            connection.enqueue(frame::error(ErrorCode::Forbidden, text, reference.as_deref()));
             return Ok(());
         }
         self.publish(slot, event, to, reference);
@@ -268,12 +275,15 @@ impl Shard {
                     connection.enqueue(frame::ack(reference, event));
                 }
             }
-            Err(_) if !connection.recovers => return self.end(slot, Reason::PublishFailed),
             Err(error) => {
                 let code = match error {
-                    PublishError::Refused(_) => "unavailable",
-                    PublishError::Unknown => "unknown",
+                    PublishError::Refused(_) => ErrorCode::Unavailable,
+                    PublishError::Unknown => ErrorCode::Unknown,
                 };
+                self.metrics.shards[self.id].publishes_refused[code as usize].add(1);
+                if !connection.recovers {
+                    return self.end(slot, Reason::PublishFailed);
+                }
                 connection.enqueue(frame::error(code, &error.to_string(), reference));
             }
         }

@@ -116,7 +116,7 @@ impl Shard {
                 self.end(slot as u32, Reason::TokenExpired);
                 continue;
             }
-            self.slow += u64::from(connection.blocked);
+            self.slow += u64::from(connection.is_behind());
             self.look_after(slot as u32, heartbeat, timeout, now);
         }
     }
