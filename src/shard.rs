@@ -283,9 +283,6 @@ impl Shard {
     }
 
     fn on_socket(&mut self, stream: mio::net::TcpStream) {
-        if self.drain.is_some() {
-            return self.numbers().closed.add(1);
-        }
         self.generation = self.generation.wrapping_add(1);
         let slot = self.connections.insert(Connection::new(stream, self.generation, self.tick)) as u32;
         let token = token_of(self.id_of(slot));

@@ -46,6 +46,8 @@ async fn help_and_version_go_to_standard_output() {
         "redis-durable",
         "bare-channels",
         "max-channels",
+        "drain",
+        "drain-notice",
         "shards",
         "history",
         "history-ttl",

@@ -58,7 +58,7 @@ const fn spec(
 }
 
 /// All settings, in the order shown.
-pub(super) static TABLE: [Spec; 24] = [
+pub(super) static TABLE: [Spec; 26] = [
     spec(
         "listen",
         List,
@@ -200,6 +200,26 @@ pub(super) static TABLE: [Spec; 24] = [
         "ping|json|both",
         "ping",
         &["A WebSocket ping, a {\"type\":\"ping\"} message that scripts can see, or both."],
+    ),
+    spec(
+        "drain",
+        Value,
+        "TIME",
+        "20s",
+        &[
+            "How long a stop takes at most: connections are closed spread over it, so that clients don't",
+            "all come back at once. 0s closes all at once.",
+        ],
+    ),
+    spec(
+        "drain-notice",
+        Value,
+        "TIME",
+        "0s",
+        &[
+            "How long before that /readyz says 503 while clients are still taken: for balancers that look",
+            "at nothing else, as long as they need to notice.",
+        ],
     ),
     spec("shards", Value, "THREADS", "auto", &["Threads that serve connections. auto: one for each core."]),
     spec(

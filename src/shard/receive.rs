@@ -109,6 +109,10 @@ impl Shard {
             }
             Verdict::Answer(answer) => self.answer(slot, answer, Reason::Answered),
             Verdict::Refuse(answer, reason) => self.refuse(slot, answer, reason),
+            // It waited to be accepted when the node began to stop.
+            Verdict::Join(_) if self.drain.is_some() => {
+                self.refuse(slot, handshake::stopping(), Reason::Draining);
+            }
             Verdict::Join(join) => {
                 connection.state = State::Joining(join);
                 self.join(slot, Asked::Nothing);
