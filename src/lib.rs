@@ -30,6 +30,7 @@
 //! | [`accept`] | the accept loop, which gives each socket to the shard with the fewest |
 //! | [`bus`] | what a bus is; [`bus::local`] and [`bus::redis`], which behave the same |
 //! | [`sequence`] | one channel's order: next, duplicate, hole, re-anchored |
+//! | [`refusals`] | what is refused, told to the log a line a class |
 //! | [`metrics`] | what is counted, and whether the node is ready |
 //! | [`admin`] | publish, metrics and stats over HTTP |
 //! | [`server`] | the wiring, and how it stops; `main.rs` tells the life of the process |
@@ -96,6 +97,8 @@ pub mod accept;
 
 pub mod bus;
 pub mod sequence;
+
+pub mod refusals;
 
 pub mod metrics;
 

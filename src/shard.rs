@@ -25,6 +25,7 @@ use crate::http;
 use crate::input;
 use crate::metrics::{Metrics, ShardNumbers};
 use crate::pace::Pace;
+use crate::refusals::Class;
 
 mod channel;
 mod deliver;
@@ -337,7 +338,9 @@ impl Shard {
             return;
         }
         self.metrics.shards[self.id].ends[reason as usize].add(1);
-        tracing::debug!(user = ?connection.user, reason = reason.label(), "connection ends");
+        let channel =
+            feed.and_then(|key| self.channels.get(key as usize)).map(|channel| channel.name.as_str());
+        tracing::debug!(reason = reason.label(), user = ?connection.user, channel, "connection ends");
         connection.close(reason);
         if std::mem::take(&mut connection.paused) {
             self.unread.push(id);
@@ -358,6 +361,8 @@ impl Shard {
 
     /// Sends an HTTP answer to a client that may not join, and ends.
     fn refuse(&mut self, slot: u32, answer: bytes::Bytes, reason: Reason) {
+        let class = Class { what: "request", why: reason.label(), status: http::status_of(&answer) };
+        self.metrics.refusals.note(class, &http::body_of(&answer));
         self.answer(slot, answer, reason);
     }
 

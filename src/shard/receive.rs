@@ -171,7 +171,7 @@ impl Shard {
                 pace.judge(&mut connection.paid_until, &mut connection.refused, now)
             });
             if verdict != pace::Verdict::Taken {
-                self.refuse_message(slot, &message, verdict)?;
+                self.too_fast(slot, &message, verdict)?;
                 continue;
             }
             match message {
@@ -192,13 +192,9 @@ impl Shard {
     }
 
     /// Does not take what came faster than it may.
-    fn refuse_message(
-        &mut self,
-        slot: u32,
-        message: &Incoming,
-        verdict: pace::Verdict,
-    ) -> Result<(), Reason> {
-        self.numbers().publishes_refused[ErrorCode::TooFast as usize].add(1);
+    fn too_fast(&mut self, slot: u32, message: &Incoming, verdict: pace::Verdict) -> Result<(), Reason> {
+        let text = format!("not taken: the rate is {} a second", self.settings.message_rate);
+        self.metrics.refuse_message(self.id, ErrorCode::TooFast, &text);
         let connection = &mut self.connections[slot as usize];
         if verdict == pace::Verdict::TooMany || !connection.recovers {
             return Err(Reason::TooFast);
@@ -207,7 +203,6 @@ impl Shard {
             Incoming::Text(text) if connection.json => frame::reference_in(text),
             _ => None,
         };
-        let text = format!("not taken: the rate is {} a second", self.settings.message_rate);
         connection.enqueue(frame::error(ErrorCode::TooFast, &text, reference.as_deref()));
         Ok(())
     }
@@ -226,7 +221,7 @@ impl Shard {
                     return Ok(());
                 }
                 Err(bad) => {
-                    self.metrics.shards[self.id].publishes_refused[ErrorCode::Invalid as usize].add(1);
+                    self.metrics.refuse_message(self.id, ErrorCode::Invalid, bad.message);
                     connection.enqueue(frame::error(
                         ErrorCode::Invalid,
                         bad.message,
@@ -240,12 +235,12 @@ impl Shard {
         };
         let to_others = to.is_some() && self.settings.client_publish != ClientPublish::Any;
         if !connection.may_publish || to_others {
-            self.metrics.shards[self.id].publishes_refused[ErrorCode::Forbidden as usize].add(1);
+            let text =
+                if to_others { "clients may not address one user here" } else { "you may not publish here" };
+            self.metrics.refuse_message(self.id, ErrorCode::Forbidden, text);
             if !connection.recovers {
                 return Err(Reason::Forbidden);
             }
-            let text =
-                if to_others { "clients may not address one user here" } else { "you may not publish here" };
             connection.enqueue(frame::error(ErrorCode::Forbidden, text, reference.as_deref()));
             return Ok(());
         }
@@ -284,11 +279,12 @@ impl Shard {
                     PublishError::Refused(_) => ErrorCode::Unavailable,
                     PublishError::Unknown => ErrorCode::Unknown,
                 };
-                self.metrics.shards[self.id].publishes_refused[code as usize].add(1);
+                let text = error.to_string();
+                self.metrics.refuse_message(self.id, code, &text);
                 if !connection.recovers {
                     return self.end(slot, Reason::PublishFailed);
                 }
-                connection.enqueue(frame::error(code, &error.to_string(), reference));
+                connection.enqueue(frame::error(code, &text, reference));
             }
         }
         if connection.queued() > 0 {
