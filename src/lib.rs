@@ -23,6 +23,7 @@
 //! | [`keys`] | the keys in force: of tokens and of the admin listener |
 //! | [`handshake`] | a request's bytes become a client who may join, or an answer |
 //! | [`input`] | a client's bytes become its messages |
+//! | [`pace`] | how fast a client may send |
 //! | [`feed`] | a channel's recent events in memory, and cursors into them |
 //! | [`connection`] | one connection: its states, and the one function that writes |
 //! | [`shard`] | the loop that owns connections and channels: joins, passes, history, ticks |
@@ -59,7 +60,8 @@
 //! - Everything that grows has a limit, a constant or a setting, with its reason beside it.
 //!
 //! **Who knows what.** Only [`bus::redis`] knows fred. Only [`input`] and [`handshake`] know tungstenite. Pure rooms
-//! (`event`, `close`, `frame`, `foreign`, `config`, `http`, `origin`, `token`, `web`, `input`, `feed`, `sequence`)
+//! (`event`, `close`, `frame`, `foreign`, `config`, `http`, `origin`, `token`, `web`, `input`, `pace`, `feed`,
+//! `sequence`)
 //! know neither sockets nor runtimes: bytes are handed in, so each is tested alone.
 
 // In reading order.
@@ -85,6 +87,7 @@ pub mod mint;
 
 pub mod handshake;
 pub mod input;
+pub mod pace;
 
 pub mod feed;
 

@@ -160,7 +160,17 @@ fn start_shards(door: &Door, requests: &Requests, metrics: &Arc<Metrics>) -> io:
     let shards = Shards::new(inboxes).with_bells(bells);
     for (id, (poll, bell, inbox)) in waiting.into_iter().enumerate() {
         let (door, requests, metrics) = (door.clone(), requests.clone(), metrics.clone());
-        let wiring = shard::Wiring { id, door, requests, shards: shards.clone(), poll, inbox, bell, metrics };
+        let wiring = shard::Wiring {
+            id,
+            door,
+            requests,
+            shards: shards.clone(),
+            poll,
+            inbox,
+            bell,
+            metrics,
+            takes_binary: false,
+        };
         let end = end.clone();
         thread::Builder::new().name(format!("shard-{id}")).spawn(move || {
             let _ = end.send(shard::run(wiring)); // fails only when the node has returned already

@@ -159,6 +159,7 @@ impl Shard {
             return; // it has not taken the last one
         }
         if format != HeartbeatFormat::Json {
+            connection.pinged = true;
             connection.enqueue(frame::PING);
         }
         if format != HeartbeatFormat::Ping {
