@@ -31,6 +31,8 @@
 //! | [`sequence`] | one channel's order: next, duplicate, hole, re-anchored |
 //! | [`metrics`] | what is counted, and whether the node is ready |
 //! | [`admin`] | publish, metrics and stats over HTTP |
+//! | [`listeners`] | what a node listens on: bound by it, or handed over by systemd |
+//! | [`notify`] | what systemd is told, and its watchdog |
 //! | [`server`] | the wiring, and how it stops; `main.rs` tells the life of the process |
 //!
 //! # Invariants
@@ -97,4 +99,7 @@ pub mod sequence;
 pub mod metrics;
 
 pub mod admin;
+
+pub mod listeners;
+pub mod notify;
 pub mod server;

@@ -46,6 +46,7 @@ fn ticks(time: Duration) -> u32 {
 impl Shard {
     pub(super) fn on_tick(&mut self) {
         self.tick = self.tick.wrapping_add(1);
+        self.numbers().turns.add(1);
         let now = Instant::now();
         while let Some((_, id)) = self.handshakes.front().copied().filter(|(due, _)| *due <= now) {
             self.handshakes.pop_front();
