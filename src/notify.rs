@@ -129,10 +129,9 @@ pub async fn attend(manager: Arc<Manager>, metrics: Arc<Metrics>) {
 
 fn status_line(metrics: &Metrics) -> String {
     let connections: u64 = metrics.shards.iter().map(|shard| shard.load()).sum();
-    match metrics.readiness.trouble() {
-        None => format!("ready, {connections} connections"),
-        Some(trouble) => format!("not ready, {connections} connections: {trouble}"),
-    }
+    let trouble =
+        metrics.readiness.trouble().map_or("ready".into(), |trouble| format!("not ready: {trouble}"));
+    format!("connections: {connections}; {trouble}")
 }
 
 /// Watches counters that threads count up while they live.
