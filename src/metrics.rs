@@ -6,6 +6,7 @@ use std::time::{Instant, SystemTime};
 
 use crate::close::REASONS;
 use crate::frame::ErrorCode;
+use crate::refusals::{Class, Refusals};
 
 mod histogram;
 mod process;
@@ -13,6 +14,7 @@ mod render;
 mod table;
 
 pub use histogram::Histogram;
+pub use process::open_file_limit;
 
 /// One number, shown as a Prometheus counter or gauge. Relaxed: numbers are read one by one.
 #[derive(Debug, Default)]
@@ -89,7 +91,7 @@ pub struct ShardNumbers {
     /// Messages taken from clients.
     pub messages: Number,
     /// Messages not published, by [`ErrorCode`].
-    pub publishes_refused: [Number; ErrorCode::ALL.len()],
+    publishes_refused: [Number; ErrorCode::ALL.len()],
     /// Times a client was told that events may be missing, by a frame or by a close.
     pub resets: Number,
     /// Requests answered with an error, by place in `STATUSES`.
@@ -148,6 +150,8 @@ pub struct Metrics {
     pub accept_failures: Number,
     /// Requests to the admin listener without the right key.
     pub admin_refused: Number,
+    /// What was refused, for the log.
+    pub refusals: Refusals,
     /// What the bus counts.
     pub bus: Arc<BusNumbers>,
     /// Whether the node takes clients.
@@ -166,6 +170,7 @@ impl Metrics {
             accept_turns: Number::default(),
             accept_failures: Number::default(),
             admin_refused: Number::default(),
+            refusals: Refusals::default(),
             bus,
             readiness,
             started: Instant::now(),
@@ -182,6 +187,24 @@ impl Metrics {
     /// The name of a thread, by its place in [`Metrics::turns`].
     pub fn thread_name(place: usize) -> String {
         place.checked_sub(1).map_or("accept".into(), |shard| format!("shard-{shard}"))
+    }
+}
+
+impl Metrics {
+    /// Open connections of all shards.
+    pub fn connections(&self) -> u64 {
+        self.shards.iter().map(ShardNumbers::load).sum()
+    }
+
+    /// Connections closed since the start.
+    pub fn closed(&self) -> u64 {
+        self.shards.iter().map(|shard| shard.closed.get()).sum()
+    }
+
+    /// Counts a client's message that was not published, and sees that the log hears of it.
+    pub fn refuse_message(&self, shard: usize, code: ErrorCode, text: &str) {
+        self.shards[shard].publishes_refused[code as usize].add(1);
+        self.refusals.note(Class { what: "message", why: code.text(), status: 0 }, text);
     }
 }
 

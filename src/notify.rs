@@ -128,7 +128,7 @@ pub async fn attend(manager: Arc<Manager>, metrics: Arc<Metrics>) {
 }
 
 fn status_line(metrics: &Metrics) -> String {
-    let connections: u64 = metrics.shards.iter().map(|shard| shard.load()).sum();
+    let connections = metrics.connections();
     let trouble =
         metrics.readiness.trouble().map_or("ready".into(), |trouble| format!("not ready: {trouble}"));
     format!("connections: {connections}; {trouble}")

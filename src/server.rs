@@ -2,9 +2,10 @@
 
 use std::future::Future;
 use std::io;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};
@@ -12,11 +13,11 @@ use tokio::time::{sleep, timeout};
 use crate::accept;
 use crate::admin::{self, AdminContext};
 use crate::bus::{self, Requests, Shards, ToShard};
-use crate::config::Settings;
+use crate::config::{RedisUrl, Settings};
 use crate::handshake::Door;
 use crate::keys::KeyRing;
 use crate::listeners::Listeners;
-use crate::metrics::{BusNumbers, Metrics, Readiness};
+use crate::metrics::{self, BusNumbers, Metrics, Readiness};
 use crate::notify::{self, Manager};
 use crate::shard;
 
@@ -24,7 +25,7 @@ use crate::shard;
 /// for one that is stuck.
 const GRACE: Duration = Duration::from_secs(2);
 
-/// Serves until `shutdown` is done, then lets every connection go and returns.
+/// Serves until `shutdown` says why it is to stop, then lets every connection go and returns.
 ///
 /// # Errors
 /// When a shard or the bus can't go on.
@@ -33,7 +34,7 @@ pub async fn run(
     keys: Arc<KeyRing>,
     listeners: Listeners,
     manager: Arc<Manager>,
-    shutdown: impl Future<Output = ()>,
+    shutdown: impl Future<Output = &'static str>,
 ) -> anyhow::Result<()> {
     let settings = Arc::new(settings);
     let numbers = Arc::new(BusNumbers::default());
@@ -42,6 +43,7 @@ pub async fn run(
     let (requests, asked) = mpsc::unbounded_channel();
     let door = Door { settings: settings.clone(), readiness: readiness.clone(), keys: keys.clone() };
 
+    tell_start(&settings, &listeners)?;
     let (shards, mut ended) = start_shards(&door, &requests, &metrics)?;
     let (stop_accepting, accepted) =
         accept::start(listeners.public, listeners.shared, shards.clone(), metrics.clone())?;
@@ -50,7 +52,7 @@ pub async fn run(
     if let Some(listener) = listeners.admin {
         let context = AdminContext {
             requests,
-            metrics,
+            metrics: metrics.clone(),
             keys,
             max_message: settings.max_message,
             publish_timeout: settings.publish_timeout,
@@ -61,13 +63,14 @@ pub async fn run(
     let wiring =
         bus::Wiring { requests: asked, shards: shards.clone(), numbers, readiness: readiness.clone() };
     let mut bus = std::pin::pin!(bus::run(&settings, wiring));
-    tokio::select! {
+    let why = tokio::select! {
         result = &mut bus => return Ok(result?),
         end = ended.recv() => return end.unwrap_or(Ok(())).map_err(|error| anyhow::anyhow!("a shard failed: {error}")),
-        () = shutdown => {}
-    }
+        why = shutdown => why,
+    };
 
-    tracing::info!("stopping");
+    let (stopping, closed) = (Instant::now(), metrics.closed());
+    tracing::info!(why, connections = metrics.connections(), "stopping");
     manager.stopping(settings.drain_notice + settings.drain + 2 * GRACE);
     readiness.drain();
     let drained = async {
@@ -87,9 +90,33 @@ pub async fn run(
     };
     // The bus goes on meanwhile: what clients have published gets its answer.
     tokio::select! {
-        result = &mut bus => Ok(result?),
-        result = drained => result.map_err(|_| anyhow::anyhow!("a shard is stuck: it did not end when the drain was over")),
+        result = &mut bus => result?,
+        result = drained => {
+            result.map_err(|_| anyhow::anyhow!("a shard is stuck: it did not end when the drain was over"))?;
+        }
     }
+    let (seconds, closed) = (stopping.elapsed().as_secs_f64(), metrics.closed() - closed);
+    tracing::info!(seconds, closed, left = metrics.connections(), "stopped");
+    Ok(())
+}
+
+/// One line with what whoever reads a log must know of the process that wrote it.
+fn tell_start(settings: &Settings, listeners: &Listeners) -> io::Result<()> {
+    let listen: Vec<String> = listeners.public()?.iter().map(SocketAddr::to_string).collect();
+    tracing::info!(
+        version = env!("CARGO_PKG_VERSION"),
+        listen = listen.join(","),
+        admin = listeners.admin()?.to_string(),
+        bus = settings.redis.as_ref().map_or_else(|| "local".into(), RedisUrl::to_string),
+        shards = settings.shards,
+        max_channels = settings.max_channels,
+        max_message = settings.max_message,
+        history = settings.history,
+        feed_memory = settings.feed_memory,
+        open_files = metrics::open_file_limit(),
+        "started"
+    );
+    Ok(())
 }
 
 type Ended = mpsc::UnboundedReceiver<io::Result<()>>;
@@ -109,7 +136,17 @@ fn start_shards(door: &Door, requests: &Requests, metrics: &Arc<Metrics>) -> io:
     let shards = Shards::new(inboxes).with_bells(bells);
     for (id, (poll, bell, inbox)) in waiting.into_iter().enumerate() {
         let (door, requests, metrics) = (door.clone(), requests.clone(), metrics.clone());
-        let wiring = shard::Wiring { id, door, requests, shards: shards.clone(), poll, inbox, bell, metrics };
+        let wiring = shard::Wiring {
+            id,
+            door,
+            requests,
+            shards: shards.clone(),
+            poll,
+            inbox,
+            bell,
+            metrics,
+            takes_binary: false,
+        };
         let end = end.clone();
         thread::Builder::new().name(format!("shard-{id}")).spawn(move || {
             let _ = end.send(shard::run(wiring)); // fails only when the node has returned already

@@ -52,7 +52,7 @@ impl Shard {
             self.handshakes.pop_front();
             let request = |slot: &u32| matches!(self.connections[*slot as usize].state, State::Request(_));
             if let Some(slot) = self.find(id).filter(request) {
-                self.answer(slot, handshake::too_slow(), Reason::RequestTimeout);
+                self.refuse(slot, handshake::too_slow(), Reason::RequestTimeout);
             }
         }
         while let Some((_, id)) = self.lingering.front().copied().filter(|(due, _)| *due <= now) {
@@ -83,6 +83,9 @@ impl Shard {
             }
         }
         self.drop_idle_pages();
+        if self.id == 0 {
+            self.metrics.refusals.tell_overdue();
+        }
         let since =
             |channel: &super::Channel| channel.empty_since.is_some_and(|since| now - since >= EMPTY_TIME);
         let empty: Vec<u32> = self
@@ -157,6 +160,7 @@ impl Shard {
             return; // it has not taken the last one
         }
         if format != HeartbeatFormat::Json {
+            connection.pinged = true;
             connection.enqueue(frame::PING);
         }
         if format != HeartbeatFormat::Ping {
