@@ -34,6 +34,8 @@
 //! | [`metrics`] | what is counted, and whether the node is ready |
 //! | [`admin`] | publish, metrics and stats over HTTP |
 //! | [`doctor`] | looks before a launch whether host and Redis have what the settings ask for |
+//! | [`listeners`] | what a node listens on: bound by it, or handed over by systemd |
+//! | [`notify`] | what systemd is told, and its watchdog |
 //! | [`server`] | the wiring, and how it stops; `main.rs` tells the life of the process |
 //!
 //! # Invariants
@@ -105,4 +107,7 @@ pub mod metrics;
 
 pub mod admin;
 pub mod doctor;
+
+pub mod listeners;
+pub mod notify;
 pub mod server;
