@@ -38,10 +38,12 @@ pub enum Reason {
     Unauthorized,
     /// Its token has ended while it was connected.
     TokenExpired,
+    /// It sent faster than `--message-rate`, and has no way to be told but this one, or went on when told.
+    TooFast,
 }
 
 /// How many reasons there are.
-pub const REASONS: usize = 17;
+pub const REASONS: usize = 18;
 
 /// Every reason's label, by number.
 pub const LABELS: [&str; REASONS] = [
@@ -62,9 +64,10 @@ pub const LABELS: [&str; REASONS] = [
     "forbidden",
     "unauthorized",
     "token_expired",
+    "too_fast",
 ];
 
-const _: () = assert!(Reason::TokenExpired as usize + 1 == REASONS);
+const _: () = assert!(Reason::TooFast as usize + 1 == REASONS);
 
 impl Reason {
     /// The label in logs and metrics.
@@ -91,6 +94,7 @@ impl Reason {
             Reason::MissedEvents => Some((4008, "events were missed: reconnect")),
             Reason::Forbidden => Some((4003, "this client may not publish here")),
             Reason::TokenExpired => Some((4001, "token expired")),
+            Reason::TooFast => Some((4029, "messages came too fast")),
             Reason::PublishFailed => Some((1013, "not published: try again later")),
             Reason::Draining => Some((1012, "the node is restarting: reconnect")),
         }

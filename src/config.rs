@@ -11,6 +11,7 @@ use tracing_subscriber::filter::{LevelFilter, Targets};
 
 use crate::event::ChannelName;
 use crate::origin::OriginRule;
+use crate::pace::RATE_MAX;
 
 mod input;
 mod redis_url;
@@ -21,7 +22,8 @@ pub use redis_url::RedisUrl;
 
 use input::Input;
 pub use units::parse_duration;
-use units::{parse_size, show_duration, show_size};
+use units::parse_size;
+pub(crate) use units::{show_duration, show_size};
 
 /// Longest `--max-message`. A frame is copied a few times on its way; more belongs into a store, not a message.
 pub const MESSAGE_MAX: u64 = 16 << 20;
@@ -84,6 +86,8 @@ pub struct Settings {
     pub drain_notice: Duration,
     /// Longest message a client may send, in bytes.
     pub max_message: usize,
+    /// Messages a second that a connection may send; 0: as many as it likes.
+    pub message_rate: u32,
     /// How long a publish may wait for the bus.
     pub publish_timeout: Duration,
     /// Log filter, in tracing's directive syntax.
@@ -233,6 +237,9 @@ impl Settings {
                 size @ 1..=MESSAGE_MAX => Ok(size as usize),
                 _ => Err(format!("must be between 1 byte and {}", show_size(MESSAGE_MAX))),
             }),
+            message_rate: input.get("message-rate", |text| {
+                parse_count(text, 0, u64::from(RATE_MAX)).map(|rate| rate as u32)
+            }),
             heartbeat: input.get("heartbeat", parse_positive_duration),
             heartbeat_timeout: input.get("heartbeat-timeout", parse_positive_duration),
             heartbeat_format: input.get("heartbeat-format", |text| match text {
@@ -268,21 +275,15 @@ impl Settings {
                 input.conflict("listen", format!("{addr} is given twice"));
             }
         }
-        if let Some(addr) = self.listen.iter().find(|addr| is_reachable(addr))
-            && self.jwt_key.is_empty()
-            && !self.open
-        {
-            let remedy = "give --jwt-key FILE, or say with --open that anyone may come in";
-            let problem = format!("{addr} is open to others and asks for no token: {remedy}");
+        if let Some(problem) = self.listen.iter().find_map(|addr| self.public_problem(*addr)) {
             input.conflict("listen", problem);
         }
         if self.admin == AdminAddr::Off && self.admin_key.is_some() {
             input.conflict("admin-key", "is the key to nothing: --admin is off".into());
         }
         if let AdminAddr::Tcp(addr) = self.admin {
-            if is_reachable(&addr) && self.admin_key.is_none() {
-                let remedy = "give --admin-key FILE, or use a loopback address, unix:PATH or off";
-                input.conflict("admin", format!("{addr} is open to others and has no key: {remedy}"));
+            if let Some(problem) = self.admin_problem(addr) {
+                input.conflict("admin", problem);
             }
             if addr.port() != 0 && self.listen.contains(&addr) {
                 input.conflict("admin", format!("{addr} is taken by --listen"));
@@ -303,6 +304,20 @@ impl Settings {
             let problem = format!("must be at least --max-message ({})", show_size(self.max_message as u64));
             input.conflict("feed-memory", problem);
         }
+    }
+
+    /// Why clients may not be taken at this address.
+    pub fn public_problem(&self, addr: SocketAddr) -> Option<String> {
+        let remedy = "give --jwt-key FILE, or say with --open that anyone may come in";
+        let is_open = is_reachable(&addr) && self.jwt_key.is_empty() && !self.open;
+        is_open.then(|| format!("{addr} is open to others and asks for no token: {remedy}"))
+    }
+
+    /// Why the admin listener may not be at this address.
+    pub fn admin_problem(&self, addr: SocketAddr) -> Option<String> {
+        let remedy = "give --admin-key FILE, or use a loopback address, unix:PATH or off";
+        let is_open = is_reachable(&addr) && self.admin_key.is_none();
+        is_open.then(|| format!("{addr} is open to others and has no key: {remedy}"))
     }
 
     /// The log filter, parsed.
@@ -348,6 +363,7 @@ impl Settings {
             ("publish-timeout", show_duration(self.publish_timeout)),
             ("max-channels", self.max_channels.to_string()),
             ("max-message", show_size(self.max_message as u64)),
+            ("message-rate", self.message_rate.to_string()),
             ("heartbeat", show_duration(self.heartbeat)),
             ("heartbeat-timeout", show_duration(self.heartbeat_timeout)),
             (

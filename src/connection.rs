@@ -161,6 +161,12 @@ pub struct Connection {
     pub unanswered: u32,
     /// When the last heartbeat was sent, in ticks of the shard.
     pub heartbeat: u32,
+    /// A pong is due from it.
+    pub pinged: bool,
+    /// Until when what it has sent is paid for, on the shard's clock; see [`crate::pace`].
+    pub paid_until: u64,
+    /// What it sent that was not taken, as long as that counts.
+    pub refused: u16,
 }
 
 impl Connection {
@@ -192,6 +198,9 @@ impl Connection {
             waits_for_page: false,
             unanswered: 0,
             heartbeat: tick,
+            pinged: false,
+            paid_until: 0,
+            refused: 0,
         }
     }
 

@@ -23,6 +23,7 @@
 //! | [`keys`] | the keys in force: of tokens and of the admin listener |
 //! | [`handshake`] | a request's bytes become a client who may join, or an answer |
 //! | [`input`] | a client's bytes become its messages |
+//! | [`pace`] | how fast a client may send |
 //! | [`feed`] | a channel's recent events in memory, and cursors into them |
 //! | [`connection`] | one connection: its states, and the one function that writes |
 //! | [`shard`] | the loop that owns connections and channels: joins, passes, history, ticks |
@@ -32,6 +33,9 @@
 //! | [`refusals`] | what is refused, told to the log a line a class |
 //! | [`metrics`] | what is counted, and whether the node is ready |
 //! | [`admin`] | publish, metrics and stats over HTTP |
+//! | [`doctor`] | looks before a launch whether host and Redis have what the settings ask for |
+//! | [`listeners`] | what a node listens on: bound by it, or handed over by systemd |
+//! | [`notify`] | what systemd is told, and its watchdog |
 //! | [`server`] | the wiring, and how it stops; `main.rs` tells the life of the process |
 //!
 //! # Invariants
@@ -58,7 +62,8 @@
 //! - Everything that grows has a limit, a constant or a setting, with its reason beside it.
 //!
 //! **Who knows what.** Only [`bus::redis`] knows fred. Only [`input`] and [`handshake`] know tungstenite. Pure rooms
-//! (`event`, `close`, `frame`, `foreign`, `config`, `http`, `origin`, `token`, `web`, `input`, `feed`, `sequence`)
+//! (`event`, `close`, `frame`, `foreign`, `config`, `http`, `origin`, `token`, `web`, `input`, `pace`, `feed`,
+//! `sequence`)
 //! know neither sockets nor runtimes: bytes are handed in, so each is tested alone.
 
 // In reading order.
@@ -84,6 +89,7 @@ pub mod mint;
 
 pub mod handshake;
 pub mod input;
+pub mod pace;
 
 pub mod feed;
 
@@ -100,4 +106,8 @@ pub mod refusals;
 pub mod metrics;
 
 pub mod admin;
+pub mod doctor;
+
+pub mod listeners;
+pub mod notify;
 pub mod server;

@@ -24,6 +24,7 @@ use crate::handshake;
 use crate::http;
 use crate::input;
 use crate::metrics::{Metrics, ShardNumbers};
+use crate::pace::Pace;
 use crate::refusals::Class;
 
 mod channel;
@@ -71,6 +72,8 @@ pub struct Wiring {
     pub bell: Arc<Bell>,
     /// What the node counts; it writes its own part.
     pub metrics: Arc<Metrics>,
+    /// Whether binary messages are published as they are: for an echo that tests the WebSocket alone.
+    pub takes_binary: bool,
 }
 
 /// One shard.
@@ -123,7 +126,10 @@ pub struct Shard {
     tally: Tally,
     scratch: Box<[u8]>,
     messages: Vec<input::Incoming>,
-    replies: Vec<u8>,
+    pongs: Vec<u8>,
+    limits: input::Limits,
+    pace: Option<Pace>,
+    started: Instant,
 }
 
 /// What epoll says when the bell rings. No connection has it: slots are below 2^32.
@@ -141,9 +147,9 @@ pub fn run(wiring: Wiring) -> io::Result<()> {
     let Wiring { mut poll, mut inbox, bell, .. } = wiring;
     let registry = poll.registry().try_clone()?;
     let mut events = Events::with_capacity(EVENTS);
+    let settings = wiring.door.settings.clone();
     let mut shard = Shard {
         id: wiring.id,
-        settings: wiring.door.settings.clone(),
         door: wiring.door,
         requests: wiring.requests,
         shards: wiring.shards,
@@ -177,7 +183,11 @@ pub fn run(wiring: Wiring) -> io::Result<()> {
         tally: Tally::default(),
         scratch: vec![0; SCRATCH].into(),
         messages: Vec::new(),
-        replies: Vec::new(),
+        pongs: Vec::new(),
+        limits: input::Limits { max_message: settings.max_message, binary: wiring.takes_binary },
+        pace: Pace::new(settings.message_rate),
+        started: Instant::now(),
+        settings,
     };
     let mut next_tick = Instant::now() + TICK;
     let mut more = false;

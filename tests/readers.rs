@@ -218,7 +218,17 @@ fn start(shared: &Arc<Shared>, seed: u64, feed: &str) -> (Bus, SocketAddr) {
     let shards = Shards::new(vec![inbox_tx]).with_bells(vec![bell.clone()]);
     let keys = Arc::new(KeyRing::load(&settings).expect("no files to read"));
     let door = Door { settings: Arc::new(settings), readiness: metrics.readiness.clone(), keys };
-    let wiring = shard::Wiring { id: 0, door, requests, shards: shards.clone(), poll, inbox, bell, metrics };
+    let wiring = shard::Wiring {
+        id: 0,
+        door,
+        requests,
+        shards: shards.clone(),
+        poll,
+        inbox,
+        bell,
+        metrics,
+        takes_binary: false,
+    };
     std::thread::spawn(|| shard::run(wiring).expect("a poll that works"));
 
     let socket = TcpSocket::new_v4().expect("a socket");

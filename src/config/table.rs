@@ -58,7 +58,7 @@ const fn spec(
 }
 
 /// All settings, in the order shown.
-pub(super) static TABLE: [Spec; 25] = [
+pub(super) static TABLE: [Spec; 26] = [
     spec(
         "listen",
         List,
@@ -171,6 +171,16 @@ pub(super) static TABLE: [Spec; 25] = [
     spec("max-channels", Value, "CHANNELS", "10000", &["Channels this node follows at once."]),
     spec("max-message", Value, "SIZE", "64KiB", &["Longest message taken from a client, at most 16MiB."]),
     spec(
+        "message-rate",
+        Value,
+        "MESSAGES",
+        "100",
+        &[
+            "Messages that a connection may send in a second, pings among them; at once ten times as many.",
+            "What is faster is not published, and whoever goes on is closed. 0: no limit.",
+        ],
+    ),
+    spec(
         "heartbeat",
         Value,
         "TIME",
@@ -243,7 +253,9 @@ const GROUPS: [(&str, &str); 6] = [
 pub(super) fn help() -> String {
     let mut text = format!(
         "fanfare {}: one event in, every socket out.\n\n\
-         Usage: fanfare [--NAME VALUE | --NAME=VALUE]...\n\n\
+         Usage: fanfare [--NAME VALUE | --NAME=VALUE]...\n       \
+         fanfare doctor ...  looks whether this host and its Redis are ready (fanfare doctor --help)\n       \
+         fanfare token ...   makes a token to try (fanfare token --help)\n\n\
          Each setting is a flag or an environment variable; the flag wins.\n\
          TIME is a whole number and ms, s, m, h or d. SIZE is a whole number of bytes, or with KiB, MiB,\n\
          GiB, KB, MB or GB.\n",
