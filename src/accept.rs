@@ -3,10 +3,11 @@
 //! It has a thread of its own, so that a storm of reconnects does not hold up the bus, and so that a socket passes
 //! no runtime on its way to its shard.
 
-use std::io;
-use std::net::SocketAddr;
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::net::{Shutdown, SocketAddr};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use mio::net::{TcpListener, TcpStream};
 use mio::{Events, Interest, Poll, Token, Waker};
@@ -14,6 +15,8 @@ use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::bus::{Shards, ToShard};
 use crate::config::{HeartbeatFormat, Settings};
+use crate::guard::{Full, Guard, Place};
+use crate::http::HEAD_MAX;
 use crate::metrics::Metrics;
 
 /// Connections that the kernel holds until they are accepted; it takes the smaller of this and
@@ -27,6 +30,9 @@ const SEND_BUFFER: usize = 128 * 1024;
 
 /// Pause after an accept that failed for want of something: without descriptors the next one fails too.
 const PAUSE: Duration = Duration::from_millis(100);
+
+/// Least time between two log lines about that.
+const WARN_EVERY: Duration = Duration::from_secs(60);
 
 /// Pause after a batch: who comes meanwhile is accepted together. A lone client is accepted at once; in a storm two
 /// threads would wake for each, which costs as much as all the rest of accepting it.
@@ -70,19 +76,25 @@ impl Drop for Stop {
 }
 
 /// Accepts until the returned [`Stop`] is dropped; then the listeners close.
-pub fn start(mut listeners: Vec<TcpListener>, shards: Shards, metrics: Arc<Metrics>) -> io::Result<Stop> {
+pub fn start(
+    mut listeners: Vec<TcpListener>,
+    shards: Shards,
+    guard: Arc<Guard>,
+    metrics: Arc<Metrics>,
+) -> io::Result<Stop> {
     let mut poll = Poll::new()?;
     for (number, listener) in listeners.iter_mut().enumerate() {
         poll.registry().register(listener, Token(number), Interest::READABLE)?;
     }
     let stop = Stop(Waker::new(poll.registry(), STOP)?);
-    let mut acceptor = Acceptor { shards, metrics, starved: false };
+    let mut acceptor =
+        Acceptor { shards, guard, metrics, spare: spare(), stuck: false, starved: None, warned: None };
     let body = move || {
         let mut events = Events::with_capacity(8);
         // Listeners that may have more to accept: epoll tells only once.
         let mut ready: Vec<usize> = Vec::new();
         loop {
-            let wait = if acceptor.starved {
+            let wait = if acceptor.stuck {
                 Some(PAUSE)
             } else if ready.is_empty() {
                 None
@@ -117,47 +129,97 @@ pub fn start(mut listeners: Vec<TcpListener>, shards: Shards, metrics: Arc<Metri
 #[derive(Debug)]
 struct Acceptor {
     shards: Shards,
+    guard: Arc<Guard>,
     metrics: Arc<Metrics>,
-    /// The last accept failed for want of descriptors or memory.
-    starved: bool,
+    /// A descriptor to give up for the moment in which a client is told that there are no more.
+    spare: Option<File>,
+    /// The last accept failed, and nobody could be told: the next one comes after a pause.
+    stuck: bool,
+    /// There were no descriptors, or no memory, for the last client; and whether that was logged.
+    starved: Option<bool>,
+    /// When it was logged last.
+    warned: Option<Instant>,
+}
+
+/// `None` when there is none to be had.
+fn spare() -> Option<File> {
+    File::open("/dev/null").ok()
 }
 
 impl Acceptor {
     /// Accepts what waits; `true` when there may be more.
     fn accept(&mut self, listener: &TcpListener) -> bool {
+        self.stuck = false;
         for _ in 0..ACCEPTS {
             match listener.accept() {
-                Ok((stream, _)) => {
-                    if std::mem::take(&mut self.starved) {
+                Ok((stream, peer)) => {
+                    if self.starved.take() == Some(true) {
                         tracing::info!("connections can be accepted again");
                     }
-                    self.hand_over(stream);
+                    match self.guard.arrive(peer.ip()) {
+                        Ok(place) => self.hand_over(stream, place),
+                        Err(full) => {
+                            self.metrics.turned_away[full as usize].add(1);
+                            turn_away(stream, &full.answer());
+                        }
+                    }
                 }
                 Err(error) => match error.kind() {
-                    io::ErrorKind::WouldBlock => {
-                        self.starved = false; // nobody waits for what there was no room for
-                        return false;
-                    }
+                    io::ErrorKind::WouldBlock => return false,
                     // The peer gave up while it waited (accept(2)).
                     io::ErrorKind::ConnectionAborted | io::ErrorKind::Interrupted => {}
-                    _ => {
-                        if !std::mem::replace(&mut self.starved, true) {
-                            tracing::warn!(%error, "a connection can't be accepted: raise the limit on open files (LimitNOFILE)");
+                    _ => match self.tell_one(listener) {
+                        Ok(()) => self.starve(&error),
+                        // Without descriptors accept(2) fails before it looks whether anybody waits.
+                        Err(other) if other.kind() == io::ErrorKind::WouldBlock => return false,
+                        Err(_) => {
+                            self.starve(&error);
+                            self.stuck = true;
+                            return true;
                         }
-                        self.metrics.accept_failures.add(1);
-                        return true;
-                    }
+                    },
                 },
             }
         }
         true
     }
 
-    fn hand_over(&self, stream: TcpStream) {
+    fn starve(&mut self, error: &io::Error) {
+        self.metrics.accept_failures.add(1);
+        if self.starved.is_none() {
+            let now = Instant::now();
+            let warn = self.warned.is_none_or(|last| now - last >= WARN_EVERY);
+            if warn {
+                tracing::warn!(%error, "connections can't be accepted and get 503: raise the limit on open files (LimitNOFILE)");
+                self.warned = Some(now);
+            }
+            self.starved = Some(warn);
+        }
+    }
+
+    /// Tells one client that there is no room, with the descriptor that is kept for that. Without it clients would
+    /// hang until someone leaves, and a proxy would take the node for dead.
+    fn tell_one(&mut self, listener: &TcpListener) -> io::Result<()> {
+        self.spare = None;
+        let told = listener.accept().map(|(stream, _)| turn_away(stream, &Full::Node.answer()));
+        self.spare = spare();
+        told
+    }
+
+    fn hand_over(&self, stream: TcpStream, place: Place) {
         // A socket under way to its shard counts at once, else a burst would go to one shard whole.
         let load = |shard: &usize| self.metrics.shards[*shard].load();
         let shard = (0..self.shards.count()).min_by_key(load).expect("there is at least one shard");
         self.metrics.shards[shard].accepted.add(1);
-        self.shards.leave(shard, ToShard::Socket(stream));
+        self.shards.leave(shard, ToShard::Socket(stream, place));
     }
+}
+
+/// Answers a client that nobody can wait for. If its request is here it is read first: closing over unread bytes is a
+/// reset, which might overtake the answer.
+fn turn_away(mut stream: TcpStream, answer: &[u8]) {
+    let _ = stream.read(&mut [0; HEAD_MAX]);
+    // A new socket has room for it, and a client that has gone needs none.
+    let _ = stream.write(answer);
+    let _ = stream.shutdown(Shutdown::Write);
 }

@@ -38,10 +38,18 @@ pub enum Reason {
     Unauthorized,
     /// Its token has ended while it was connected.
     TokenExpired,
+    /// The node has all the connections it may have.
+    NodeFull,
+    /// Its address has all the connections it may have.
+    AddressFull,
+    /// Its user has all the connections they may have.
+    UserFull,
+    /// It speaks as a proxy and is none that is trusted.
+    UntrustedProxy,
 }
 
 /// How many reasons there are.
-pub const REASONS: usize = 17;
+pub const REASONS: usize = 21;
 
 /// Every reason's label, by number.
 pub const LABELS: [&str; REASONS] = [
@@ -62,9 +70,13 @@ pub const LABELS: [&str; REASONS] = [
     "forbidden",
     "unauthorized",
     "token_expired",
+    "node_full",
+    "address_full",
+    "user_full",
+    "untrusted_proxy",
 ];
 
-const _: () = assert!(Reason::TokenExpired as usize + 1 == REASONS);
+const _: () = assert!(Reason::UntrustedProxy as usize + 1 == REASONS);
 
 impl Reason {
     /// The label in logs and metrics.
@@ -81,7 +93,11 @@ impl Reason {
             | Reason::Answered
             | Reason::RequestTimeout
             | Reason::ForeignOrigin
-            | Reason::Unauthorized => None,
+            | Reason::Unauthorized
+            | Reason::NodeFull
+            | Reason::AddressFull
+            | Reason::UserFull
+            | Reason::UntrustedProxy => None,
             Reason::Protocol => Some((1002, "protocol error")),
             Reason::Binary => Some((1003, "only text messages are taken")),
             Reason::InvalidText => Some((1007, "text must be UTF-8")),

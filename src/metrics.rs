@@ -9,6 +9,8 @@ use crate::close::REASONS;
 mod process;
 mod render;
 
+pub use process::open_file_limit;
+
 /// One number, shown as a Prometheus counter or gauge. Relaxed: numbers are read one by one.
 #[derive(Debug, Default)]
 pub struct Number(AtomicU64);
@@ -103,6 +105,11 @@ pub struct Metrics {
     pub shards: Box<[ShardNumbers]>,
     /// Connections that could not be accepted, for want of descriptors or memory.
     pub accept_failures: Number,
+    /// Connections answered at once, there being too many that wait for an answer: by [`crate::guard::Full`], `Node`
+    /// and `Address`.
+    pub turned_away: [Number; 2],
+    /// Most connections that this node takes.
+    pub max_connections: Number,
     /// Requests to the admin listener without the right key.
     pub admin_refused: Number,
     /// What the bus counts.
@@ -121,6 +128,8 @@ impl Metrics {
         Metrics {
             shards: (0..shards).map(|_| ShardNumbers::default()).collect(),
             accept_failures: Number::default(),
+            turned_away: Default::default(),
+            max_connections: Number::default(),
             admin_refused: Number::default(),
             bus,
             readiness,

@@ -13,6 +13,7 @@ use crate::accept;
 use crate::admin::{self, AdminContext};
 use crate::bus::{self, Requests, Shards, ToShard};
 use crate::config::{AdminAddr, Settings};
+use crate::guard::Guard;
 use crate::handshake::Door;
 use crate::keys::KeyRing;
 use crate::metrics::{BusNumbers, Metrics, Readiness};
@@ -67,10 +68,23 @@ pub async fn run(
     let readiness = Arc::new(Readiness::waiting_for_bus());
     let metrics = Arc::new(Metrics::new(settings.shards.get(), numbers.clone(), readiness.clone()));
     let (requests, asked) = mpsc::unbounded_channel();
-    let door = Door { settings: settings.clone(), readiness: readiness.clone(), keys: keys.clone() };
+    let guard = Arc::new(Guard::new(&settings));
+    let (most, fit) = (settings.most_connections(), settings.connections_that_fit());
+    if most > fit {
+        tracing::warn!(
+            "--max-connections {most}, but the limit on open files has room for {fit}: raise it (LimitNOFILE)"
+        );
+    }
+    metrics.max_connections.set(u64::from(most));
+    let door = Door {
+        settings: settings.clone(),
+        readiness: readiness.clone(),
+        keys: keys.clone(),
+        guard: guard.clone(),
+    };
 
     let (shards, mut ended) = start_shards(&door, &requests, &metrics)?;
-    let stop_accepting = accept::start(listeners.public, shards.clone(), metrics.clone())?;
+    let stop_accepting = accept::start(listeners.public, shards.clone(), guard, metrics.clone())?;
     if let Some(listener) = listeners.admin {
         let context = AdminContext {
             requests,

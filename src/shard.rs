@@ -20,6 +20,7 @@ use crate::config::Settings;
 use crate::connection::{Connection, State, Tally};
 use crate::event::{ChannelName, EventId};
 use crate::feed::Feed;
+use crate::guard::Place;
 use crate::handshake;
 use crate::input;
 use crate::metrics::{Metrics, ShardNumbers};
@@ -246,7 +247,7 @@ impl Shard {
 
     fn take(&mut self, message: ToShard) {
         match message {
-            ToShard::Socket(stream) => self.on_socket(stream),
+            ToShard::Socket(stream, place) => self.on_socket(stream, place),
             ToShard::Followed { channel, base, position, recent } => {
                 self.on_followed(&channel, base, position, recent);
             }
@@ -262,12 +263,13 @@ impl Shard {
         }
     }
 
-    fn on_socket(&mut self, stream: mio::net::TcpStream) {
-        if self.drain.is_some() {
-            return self.numbers().closed.add(1);
-        }
+    fn on_socket(&mut self, stream: mio::net::TcpStream, place: Place) {
         self.generation = self.generation.wrapping_add(1);
-        let slot = self.connections.insert(Connection::new(stream, self.generation, self.tick)) as u32;
+        let connection = Connection::new(stream, place, self.generation, self.tick);
+        let slot = self.connections.insert(connection) as u32;
+        if self.drain.is_some() {
+            return self.remove(slot);
+        }
         let token = token_of(self.id_of(slot));
         let stream = self.connections[slot as usize].stream();
         if self.registry.register(stream, token, Interest::READABLE).is_err() {
@@ -320,7 +322,12 @@ impl Shard {
             return;
         }
         self.metrics.shards[self.id].ends[reason as usize].add(1);
-        tracing::debug!(user = ?connection.user, reason = reason.label(), "connection ends");
+        tracing::debug!(
+            user = ?connection.user,
+            client = connection.client().map(tracing::field::display),
+            reason = reason.label(),
+            "connection ends"
+        );
         connection.close(reason);
         if std::mem::take(&mut connection.paused) {
             self.unread.push(id);
@@ -329,7 +336,10 @@ impl Shard {
             return self.remove(slot);
         }
         let feed = feed.and_then(|key| self.channels.get(key as usize)?.feed.as_ref());
-        if connection.finish(feed, &mut self.tally) {
+        let alive = connection.finish(feed, &mut self.tally);
+        // Its request has been read, so that nothing is left that would cut its answer short; it need not be waited for.
+        let turned_away = connection.place.full().is_some_and(|full| full.reason() == reason);
+        if alive && !(turned_away && !connection.blocked) {
             if connection.blocked {
                 self.watch_room(slot);
             }
@@ -362,8 +372,10 @@ impl Shard {
         Some(key)
     }
 
+    /// Closes the socket and gives back what the connection held. Every connection ends here, once.
     fn remove(&mut self, slot: u32) {
-        self.connections.remove(slot as usize);
+        let connection = self.connections.remove(slot as usize);
+        self.door.guard.leave(connection.place, &connection.user);
         self.numbers().closed.add(1);
     }
 

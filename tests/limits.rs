@@ -38,7 +38,8 @@ async fn no_more_channels_than_allowed_are_followed() {
 #[tokio::test]
 async fn a_node_without_free_descriptors_serves_on_and_recovers() {
     let redis = Redis::start(&[]).await;
-    let node = Node::start_with_files(100, &["--redis", &redis.url(), "--shards", "1"]).await;
+    let flags = ["--redis", &redis.url(), "--shards", "1", "--max-connections", "1000"];
+    let node = Node::start_with_files(100, &flags).await;
     let mut first = Client::plain(&node, "first", "room").await;
     let mut held = Vec::new();
     for _ in 0..150 {

@@ -26,9 +26,14 @@ impl Process {
             resident_bytes: read("status", resident_bytes),
             cpu_seconds: read("stat", cpu_seconds),
             open_fds: open_fds(),
-            max_fds: read("limits", max_fds),
+            max_fds: open_file_limit(),
         }
     }
+}
+
+/// The limit on open file descriptors, if there is one and it can be read.
+pub fn open_file_limit() -> Option<u64> {
+    read("limits", max_fds)
 }
 
 fn read<T>(file: &str, parse: impl Fn(&str) -> Option<T>) -> Option<T> {

@@ -6,8 +6,9 @@ use std::time::UNIX_EPOCH;
 use serde_json::{Map, Value, json};
 
 use super::process::Process;
-use super::{BusNumbers, Metrics, ShardNumbers};
+use super::{BusNumbers, Metrics, Number, ShardNumbers};
 use crate::close::LABELS;
+use crate::guard::Full;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Kind {
@@ -132,8 +133,16 @@ impl Metrics {
             out.sample("fanfare_ends_total", &format!(r#"{{reason="{reason}"}}"#), count);
         }
         let failures = self.accept_failures.get();
-        let help = "Connections not accepted, for want of descriptors or memory.";
+        let most = self.max_connections.get();
+        out.single("fanfare_max_connections", "gauge", "Most connections that this node takes.", Some(most));
+        let help = "Connections not taken, for want of descriptors or memory.";
         out.single("fanfare_accept_failures_total", "counter", help, Some(failures));
+        let help = "Connections answered at once, there being too many that wait for an answer, by reason.";
+        out.family("fanfare_turned_away_total", "counter", help);
+        for full in [Full::Node, Full::Address] {
+            let (reason, count) = (full.reason().label(), self.turned_away[full as usize].get());
+            out.sample("fanfare_turned_away_total", &format!(r#"{{reason="{reason}"}}"#), count);
+        }
         let help = "Requests to the admin listener without the right key.";
         out.single("fanfare_admin_refused_total", "counter", help, Some(self.admin_refused.get()));
         for series in &BUS {
@@ -169,7 +178,9 @@ impl Metrics {
             "trouble": trouble,
             "connections": total(|shard| shard.load()),
             "delivered": total(|shard| shard.delivered.get()),
+            "max_connections": self.max_connections.get(),
             "accept_failures": self.accept_failures.get(),
+            "turned_away": self.turned_away.iter().map(Number::get).sum::<u64>(),
             "admin_refused": self.admin_refused.get(),
             "bus": object(BUS.iter().map(bus).collect()),
             "ends": object(self.ends().map(|(reason, count)| (reason, count.into())).collect()),
@@ -244,7 +255,7 @@ mod tests {
                 assert!(samples.insert(series.to_owned()), "a sample twice: {line}");
             }
         }
-        assert_eq!(kinds.len(), 1 + 1 + SHARD.len() + 3 + BUS.len() + 5);
+        assert_eq!(kinds.len(), 1 + 1 + SHARD.len() + 5 + BUS.len() + 5);
         for line in [
             "fanfare_connections{shard=\"1\"} 4",
             "fanfare_ends_total{reason=\"peer_gone\"} 11",
