@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 
 use bytes::Bytes;
 use tokio::sync::{mpsc, oneshot};
@@ -179,6 +180,8 @@ pub enum ToShard {
         channel: ChannelName,
         /// Framed events, or a reset mark.
         entry: Entry,
+        /// When it came to this node.
+        arrived: Instant,
     },
     /// The answer to [`Request::Read`].
     Page {

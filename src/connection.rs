@@ -93,9 +93,11 @@ pub enum Flushed {
     Dead,
 }
 
-/// What writing counts.
+/// What reading and writing count.
 #[derive(Debug, Default)]
 pub struct Tally {
+    /// Bytes taken from sockets.
+    pub received: u64,
     /// Events handed to sockets.
     pub deliveries: u64,
     /// Bytes handed to sockets.
@@ -213,6 +215,11 @@ impl Connection {
     /// Whether it is one of its channel's members.
     pub fn is_open(&self) -> bool {
         matches!(self.state, State::Live | State::History | State::Missed)
+    }
+
+    /// Whether it has yet to get what others in its channel have: its socket is full, or it reads history.
+    pub fn is_behind(&self) -> bool {
+        self.blocked || matches!(self.state, State::History)
     }
 
     /// Reads into `buffer`, behind what is kept from the last read. Gives how much is in it now, and how much of that

@@ -235,8 +235,38 @@ pub fn json_ping(position: Option<EventId>) -> Bytes {
     }
 }
 
-/// Tells a client that its message was not taken. `code` is one of the protocol's, see README.
-pub fn error(code: &str, message: &str, reference: Option<&str>) -> Bytes {
+/// Why a client's message was not published; in its error frame, and a metric's label.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ErrorCode {
+    /// It can't be read.
+    Invalid,
+    /// This client may not publish it.
+    Forbidden,
+    /// Certainly not published: the bus is away, or refuses.
+    Unavailable,
+    /// It may or may not have been published.
+    Unknown,
+}
+
+impl ErrorCode {
+    /// All of them, in order.
+    pub const ALL: [ErrorCode; 4] =
+        [ErrorCode::Invalid, ErrorCode::Forbidden, ErrorCode::Unavailable, ErrorCode::Unknown];
+
+    /// As clients see it.
+    pub fn text(self) -> &'static str {
+        match self {
+            ErrorCode::Invalid => "invalid",
+            ErrorCode::Forbidden => "forbidden",
+            ErrorCode::Unavailable => "unavailable",
+            ErrorCode::Unknown => "unknown",
+        }
+    }
+}
+
+/// Tells a client that its message was not taken.
+pub fn error(code: ErrorCode, message: &str, reference: Option<&str>) -> Bytes {
+    let code = code.text();
     let message = serde_json::Value::from(message);
     let json = match reference {
         Some(reference) => {
@@ -312,8 +342,8 @@ mod tests {
             ack("\"r\"", EventId(3)),
             json_ping(None),
             json_ping(Some(EventId(4))),
-            error("invalid", "a \"quote\"", Some("7")),
-            error("invalid", "x", None),
+            error(ErrorCode::Invalid, "a \"quote\"", Some("7")),
+            error(ErrorCode::Invalid, "x", None),
         ] {
             assert_eq!(frame[0], 0x81);
             let text = if frame[1] == 126 { &frame[4..] } else { &frame[2..] };

@@ -395,6 +395,12 @@ fn one_line(text: &str) -> Cow<'_, str> {
     Cow::Owned(text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect())
 }
 
+/// The status of a response written by [`Response`]; 0 for what is none.
+pub fn status_of(response: &[u8]) -> u16 {
+    let digits = response.strip_prefix(b"HTTP/1.1 ").and_then(|rest| rest.get(..3));
+    digits.and_then(|digits| std::str::from_utf8(digits).ok()?.parse().ok()).unwrap_or(0)
+}
+
 /// The reason phrase of a status (RFC 9110 section 15).
 pub fn reason(status: u16) -> &'static str {
     match status {

@@ -5,9 +5,14 @@ use std::sync::{Arc, Mutex};
 use std::time::{Instant, SystemTime};
 
 use crate::close::REASONS;
+use crate::frame::ErrorCode;
 
+mod histogram;
 mod process;
 mod render;
+mod table;
+
+pub use histogram::Histogram;
 
 pub use process::open_file_limit;
 
@@ -53,8 +58,8 @@ pub struct BusNumbers {
     pub oversized: Number,
     /// Channels followed (gauge).
     pub channels: Number,
-    /// The last canary's way through the bus, in microseconds (gauge).
-    pub round_trip_micros: Number,
+    /// Canaries' ways through the bus and back.
+    pub round_trips: Histogram,
     /// Seconds within which every followed channel's position is compared with the bus (gauge).
     pub canary_seconds: Number,
 }
@@ -75,21 +80,55 @@ pub struct ShardNumbers {
     pub delivered: Number,
     /// Bytes written to sockets.
     pub bytes_sent: Number,
-    /// Fan-out passes.
-    pub passes: Number,
+    /// Bytes read from sockets.
+    pub bytes_received: Number,
+    /// How long fan-out passes took.
+    pub pass_times: Histogram,
+    /// From events' arrival on the node to the end of the passes that brought them out.
+    pub latencies: Histogram,
     /// Messages taken from clients.
     pub messages: Number,
+    /// Messages not published, by [`ErrorCode`].
+    pub publishes_refused: [Number; ErrorCode::ALL.len()],
     /// Times a client was told that events may be missing, by a frame or by a close.
     pub resets: Number,
-    /// Requests for an upgrade that got another answer.
-    pub refused: Number,
-    /// Connections that are behind because their socket is full (gauge).
+    /// Requests answered with an error, by place in `STATUSES`.
+    refused: [Number; STATUSES.len()],
+    /// Connections that are behind: their socket is full, or they read history (gauge).
     pub slow: Number,
     /// Bytes of recent events that the shard's feeds hold (gauge). Shards share the bytes themselves.
     pub feed_bytes: Number,
+    /// Bytes of pages of history (gauge).
+    pub page_bytes: Number,
 }
 
+/// The statuses that requests are refused with; the last stands for all others.
+const STATUSES: [(u16, &str); 16] = [
+    (400, "400"),
+    (401, "401"),
+    (403, "403"),
+    (404, "404"),
+    (405, "405"),
+    (408, "408"),
+    (411, "411"),
+    (413, "413"),
+    (414, "414"),
+    (426, "426"),
+    (429, "429"),
+    (431, "431"),
+    (501, "501"),
+    (503, "503"),
+    (505, "505"),
+    (0, "other"),
+];
+
 impl ShardNumbers {
+    /// Counts a request that was answered with this status.
+    pub fn count_refused(&self, status: u16) {
+        let at = STATUSES.iter().position(|(known, _)| *known == status);
+        self.refused[at.unwrap_or(STATUSES.len() - 1)].add(1);
+    }
+
     /// Its connections, with those that are on their way to it.
     pub fn load(&self) -> u64 {
         // A socket may be closed between the two reads.

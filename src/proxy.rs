@@ -44,9 +44,9 @@ pub fn is_preamble(bytes: &[u8]) -> bool {
 pub fn preamble(bytes: &[u8]) -> Preamble {
     if bytes.starts_with(V1) {
         let line = &bytes[..bytes.len().min(V1_MAX)];
-        match line.windows(2).position(|two| two == b"\r\n") {
+        match line.iter().position(|byte| *byte == b'\n') {
             Some(end) => match std::str::from_utf8(&line[V1.len()..end]).ok().and_then(v1) {
-                Some(client) => Preamble::Header { client, length: end + 2 },
+                Some(client) => Preamble::Header { client, length: end + 1 },
                 None => Preamble::Broken,
             },
             None if line.len() == V1_MAX => Preamble::Broken,
@@ -70,8 +70,9 @@ pub fn preamble(bytes: &[u8]) -> Preamble {
     }
 }
 
-/// `TCP4 source destination port port`, or `UNKNOWN` and anything. `None`: it is neither.
+/// `TCP4 source destination port port`, or `UNKNOWN` and anything, then a CR. `None`: it is neither.
 fn v1(line: &str) -> Option<Option<IpAddr>> {
+    let line = line.strip_suffix('\r').filter(|line| !line.contains('\r'))?;
     fn tcp<T: FromStr + Into<IpAddr>>(fields: [&str; 4]) -> Option<Option<IpAddr>> {
         let [source, destination, from, to] = fields;
         let source: T = source.parse().ok()?;

@@ -22,6 +22,7 @@ use crate::event::{ChannelName, EventId};
 use crate::feed::Feed;
 use crate::guard::Place;
 use crate::handshake;
+use crate::http;
 use crate::input;
 use crate::metrics::{Metrics, ShardNumbers};
 
@@ -100,6 +101,10 @@ pub struct Shard {
     answered: VecDeque<(ConnectionId, Asked)>,
     /// Channels with a pass under way.
     passes: VecDeque<u32>,
+    /// What was brought to all ready sockets in this turn: when its pass began, and when it came to the node.
+    brought: Vec<(Option<Instant>, Instant)>,
+    /// When this turn began.
+    now: Instant,
     /// Connections that had more to write, or to read, than one turn allows.
     unflushed: Vec<ConnectionId>,
     unread: Vec<ConnectionId>,
@@ -157,6 +162,8 @@ pub fn run(wiring: Wiring) -> io::Result<()> {
         page_bytes: 0,
         answered: VecDeque::new(),
         passes: VecDeque::new(),
+        brought: Vec::new(),
+        now: Instant::now(),
         unflushed: Vec::new(),
         unread: Vec::new(),
         handshakes: VecDeque::new(),
@@ -186,6 +193,7 @@ pub fn run(wiring: Wiring) -> io::Result<()> {
             _ => {}
         }
         more = false;
+        shard.now = Instant::now();
         for taken in 1.. {
             let Ok(message) = inbox.try_recv() else { break };
             shard.take(message);
@@ -205,8 +213,10 @@ pub fn run(wiring: Wiring) -> io::Result<()> {
         }
         more |= named == EVENTS;
         shard.work();
-        if Instant::now() >= next_tick {
-            next_tick = Instant::now() + TICK;
+        let now = Instant::now();
+        shard.time_passes(now);
+        if now >= next_tick {
+            next_tick = now + TICK;
             shard.on_tick();
         }
         shard.report();
@@ -253,7 +263,7 @@ impl Shard {
             }
             ToShard::Share { channel, base, position, with } => self.on_share(channel, base, position, with),
             ToShard::NotFollowed { channel, why } => self.on_not_followed(&channel, &why),
-            ToShard::Entry { channel, entry } => self.on_entry(&channel, entry),
+            ToShard::Entry { channel, entry, arrived } => self.on_entry(&channel, entry, arrived),
             ToShard::Page { channel, after, result } => self.on_page(&channel, after, result),
             ToShard::Looked { channel, result } => self.on_looked(&channel, result),
             ToShard::Published { connection, reference, result } => {
@@ -336,10 +346,9 @@ impl Shard {
             return self.remove(slot);
         }
         let feed = feed.and_then(|key| self.channels.get(key as usize)?.feed.as_ref());
-        let alive = connection.finish(feed, &mut self.tally);
-        // Its request has been read, so that nothing is left that would cut its answer short; it need not be waited for.
+        // Whoever had no seat is not waited for: its request has been read, so nothing can cut its answer short.
         let turned_away = connection.place.full().is_some_and(|full| full.reason() == reason);
-        if alive && !(turned_away && !connection.blocked) {
+        if connection.finish(feed, &mut self.tally) && (connection.blocked || !turned_away) {
             if connection.blocked {
                 self.watch_room(slot);
             }
@@ -349,14 +358,12 @@ impl Shard {
         }
     }
 
-    /// Sends an HTTP answer to a client that may not join, and ends.
-    fn refuse(&mut self, slot: u32, answer: bytes::Bytes, reason: Reason) {
-        self.numbers().refused.add(1);
-        self.answer(slot, answer, reason);
-    }
-
     /// Sends an HTTP answer and ends.
     fn answer(&mut self, slot: u32, answer: bytes::Bytes, reason: Reason) {
+        let status = http::status_of(&answer);
+        if status >= 400 {
+            self.numbers().count_refused(status);
+        }
         self.connections[slot as usize].enqueue(answer);
         self.end(slot, reason);
     }
@@ -422,17 +429,22 @@ impl Shard {
 
     fn report(&mut self) {
         let tally = std::mem::take(&mut self.tally);
-        if tally.bytes > 0 {
-            self.numbers().delivered.add(tally.deliveries);
-            self.numbers().bytes_sent.add(tally.bytes);
-            self.numbers().resets.add(tally.resets);
+        let numbers = self.numbers();
+        if tally.bytes > 0 || tally.resets > 0 {
+            numbers.delivered.add(tally.deliveries);
+            numbers.bytes_sent.add(tally.bytes);
+            numbers.resets.add(tally.resets);
         }
-        self.numbers().feed_bytes.set(self.feed_bytes as u64);
+        if tally.received > 0 {
+            numbers.bytes_received.add(tally.received);
+        }
+        numbers.feed_bytes.set(self.feed_bytes as u64);
+        numbers.page_bytes.set(self.page_bytes as u64);
     }
 
     fn refuse_join(&mut self, id: ConnectionId, why: &str) {
         if let Some(slot) = self.find(id).filter(|slot| self.is_joining(*slot)) {
-            self.refuse(slot, handshake::unavailable(why), Reason::Answered);
+            self.answer(slot, handshake::unavailable(why), Reason::Answered);
         }
     }
 

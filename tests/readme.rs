@@ -7,7 +7,7 @@ use std::sync::Arc;
 use fanfare::bus::PublishError;
 use fanfare::close::{REASONS, Reason};
 use fanfare::event::{Entry, EventId};
-use fanfare::frame::{self, ClientFrame};
+use fanfare::frame::{self, ClientFrame, ErrorCode};
 use fanfare::metrics::{Metrics, Readiness};
 use serde_json::Value;
 
@@ -149,8 +149,8 @@ fn what_the_server_sends_is_shown_as_it_is() {
         Entry::reset(head).bytes,
         frame::json_ping(Some(head)),
         frame::json_ping(None),
-        frame::error("unavailable", &late.to_string(), None),
-        frame::error("invalid", refused.message, refused.reference.as_deref()),
+        frame::error(ErrorCode::Unavailable, &late.to_string(), None),
+        frame::error(ErrorCode::Invalid, refused.message, refused.reference.as_deref()),
         frame::ack("7", EventId(1_764_000_000_001_047)),
     ];
     let protocol = section("## Protocol");

@@ -23,6 +23,7 @@ done <<'LIST'
 redis-server redis-server
 chromium chromium
 chromium-driver chromedriver
+prometheus promtool
 openssl openssl
 nginx nginx
 LIST

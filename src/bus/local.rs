@@ -37,6 +37,7 @@ pub async fn run(settings: &Settings, mut wiring: Wiring) {
                 if received == 0 {
                     return;
                 }
+                bus.now = Instant::now();
                 let mut batch = Batch::default();
                 for request in requests.drain(..) {
                     match request {
@@ -110,6 +111,8 @@ struct Local {
     memory: usize,
     /// No id at or below this is given any more.
     given: EventId,
+    /// When the requests in hand were taken.
+    now: Instant,
 }
 
 impl Local {
@@ -125,6 +128,7 @@ impl Local {
             memory: 0,
             given: EventId(0),
             entries: 0,
+            now: Instant::now(),
         }
     }
 
@@ -154,9 +158,10 @@ impl Local {
         if batch.channel.as_ref() != Some(&name) || to.is_some() || full {
             self.send(batch, wiring);
         }
+        let now = self.now;
         let channel = self.channel(&name);
         channel.head = channel.head.next();
-        channel.used = Instant::now();
+        channel.used = now;
         let id = channel.head;
         let text = frame::with_id(&event, id);
         if let Some(user) = to {
@@ -183,7 +188,10 @@ impl Local {
         let Some(channel) = self.channels.get_mut(name) else { return };
         wiring.numbers.events.add(entry.ids());
         for (shard, _) in channel.followers.iter().enumerate().filter(|(_, follows)| **follows) {
-            wiring.shards.tell(shard, ToShard::Entry { channel: name.clone(), entry: entry.clone() });
+            wiring.shards.tell(
+                shard,
+                ToShard::Entry { channel: name.clone(), entry: entry.clone(), arrived: self.now },
+            );
         }
         self.ages.push_back((name.clone(), entry.last));
         self.entries += 1;

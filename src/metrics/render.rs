@@ -1,204 +1,125 @@
-//! The numbers as Prometheus text and as JSON. One table for both: what is counted appears in both.
+//! The table as Prometheus text and as JSON: what is counted appears in both.
 
 use std::fmt::{Display, Write};
-use std::time::UNIX_EPOCH;
 
 use serde_json::{Map, Value, json};
 
+use super::Metrics;
 use super::process::Process;
-use super::{BusNumbers, Metrics, Number, ShardNumbers};
-use crate::close::LABELS;
-use crate::guard::Full;
+use super::table::{Family, Kind, Read, TABLE, View};
 
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Kind {
-    Counter,
-    Gauge,
-    /// A gauge kept in microseconds, shown in seconds, Prometheus' unit of time.
-    Micros,
-}
-
-use Kind::{Counter, Gauge, Micros};
-
-/// One number of `T`. Its Prometheus name is `fanfare_`, the name here, and `_total` for a counter.
-struct Series<T> {
-    name: &'static str,
-    kind: Kind,
-    help: &'static str,
-    read: fn(&T) -> u64,
-}
-
-const fn series<T>(name: &'static str, kind: Kind, help: &'static str, read: fn(&T) -> u64) -> Series<T> {
-    Series { name, kind, help, read }
-}
-
-static SHARD: [Series<ShardNumbers>; 10] = [
-    series("connections", Gauge, "Open connections, those still in their handshake among them.", |shard| {
-        shard.load()
-    }),
-    series("joins", Counter, "Connections upgraded.", |shard| shard.joins.get()),
-    series("delivered", Counter, "Events written to sockets.", |shard| shard.delivered.get()),
-    series("sent_bytes", Counter, "Bytes written to sockets.", |shard| shard.bytes_sent.get()),
-    series("passes", Counter, "Fan-out passes.", |shard| shard.passes.get()),
-    series("messages", Counter, "Messages taken from clients.", |shard| shard.messages.get()),
-    series("resets", Counter, "Times a client was told that events may be missing.", |shard| {
-        shard.resets.get()
-    }),
-    series("refused", Counter, "Upgrade requests that got another answer.", |shard| shard.refused.get()),
-    series("slow_connections", Gauge, "Connections behind because their socket is full.", |shard| {
-        shard.slow.get()
-    }),
-    series(
-        "feed_bytes",
-        Gauge,
-        "Recent events in memory; shards share the bytes, so take the maximum.",
-        |shard| shard.feed_bytes.get(),
-    ),
-];
-
-static BUS: [Series<BusNumbers>; 10] = [
-    series("bus_events", Counter, "Events handed to the shards.", |bus| bus.events.get()),
-    series("bus_published", Counter, "Events this node published.", |bus| bus.published.get()),
-    series("bus_refused", Counter, "Events refused: certainly not published.", |bus| bus.refused.get()),
-    series("bus_unknown", Counter, "Events whose publication was never confirmed.", |bus| bus.unknown.get()),
-    series("bus_holes", Counter, "Holes filled from history.", |bus| bus.holes.get()),
-    series("bus_resets", Counter, "Times events of a channel may have been lost.", |bus| bus.resets.get()),
-    series("bus_reads", Counter, "Pages of history read.", |bus| bus.reads.get()),
-    series("bus_channels", Gauge, "Channels followed.", |bus| bus.channels.get()),
-    series("bus_round_trip_seconds", Micros, "The last canary's way through the bus.", |bus| {
-        bus.round_trip_micros.get()
-    }),
-    series("bus_canary_seconds", Gauge, "Time within which every channel is compared with the bus.", |bus| {
-        bus.canary_seconds.get()
-    }),
-];
-
-impl<T> Series<T> {
-    fn begin(&self, out: &mut Text) {
-        out.family(&self.full_name(), if self.kind == Counter { "counter" } else { "gauge" }, self.help);
+impl Kind {
+    fn text(self) -> &'static str {
+        match self {
+            Kind::Counter => "counter",
+            Kind::Gauge => "gauge",
+            Kind::Histogram => "histogram",
+        }
     }
+}
 
-    fn full_name(&self) -> String {
-        format!("fanfare_{}{}", self.name, if self.kind == Counter { "_total" } else { "" })
-    }
+/// A sample: name, labels with their braces, value.
+fn sample(out: &mut String, name: impl Display, labels: impl Display, value: impl Display) {
+    let _ = writeln!(out, "{name}{labels} {value}");
+}
 
-    fn value(&self, of: &T) -> Value {
-        match self.kind {
-            Counter | Gauge => (self.read)(of).into(),
-            Micros => ((self.read)(of) as f64 / 1e6).into(),
+impl Family {
+    /// Text format 0.0.4. A number that can't be had is left out, family and all.
+    fn write_text(&self, view: &View<'_>, out: &mut String) {
+        let Family { name, kind, help, read } = self;
+        let head = out.len();
+        let _ = writeln!(out, "# HELP {name} {help}\n# TYPE {name} {}", kind.text());
+        match read {
+            Read::One(read) => match read(view) {
+                Value::Null => out.truncate(head),
+                value => sample(out, name, "", value),
+            },
+            Read::Shards(_, read) => {
+                for (shard, numbers) in view.metrics.shards.iter().enumerate() {
+                    sample(out, name, format_args!(r#"{{shard="{shard}"}}"#), read(numbers));
+                }
+            }
+            Read::Labels(label, read) => {
+                for (value, count) in read(view) {
+                    sample(out, name, format_args!(r#"{{{label}="{value}"}}"#), count);
+                }
+            }
+            Read::Times(read) => {
+                let times = read(view);
+                for (bound, count) in times.buckets() {
+                    sample(out, format_args!("{name}_bucket"), format_args!(r#"{{le="{bound}"}}"#), count);
+                }
+                sample(out, format_args!("{name}_sum"), "", times.seconds());
+                sample(out, format_args!("{name}_count"), "", times.count());
+            }
         }
     }
 
-    fn sample(&self, out: &mut Text, labels: &str, of: &T) {
-        out.sample(&self.full_name(), labels, self.value(of));
+    /// The name in JSON: without what says who counts, and that it is a count.
+    fn key(&self) -> &'static str {
+        let name = self.name.strip_prefix("fanfare_").unwrap_or(self.name);
+        name.strip_suffix("_total").unwrap_or(name)
+    }
+
+    fn json(&self, view: &View<'_>) -> Value {
+        match &self.read {
+            Read::One(read) => read(view),
+            Read::Shards(fold, read) => fold.of(view.metrics.shards.iter().map(read)).into(),
+            Read::Labels(_, read) => {
+                object(read(view).into_iter().map(|(value, count)| (value, count.into())))
+            }
+            Read::Times(read) => {
+                let times = read(view);
+                let buckets: Map<_, _> =
+                    times.buckets().map(|(bound, count)| (bound, count.into())).collect();
+                json!({"count": times.count(), "sum": times.seconds(), "buckets": buckets})
+            }
+        }
     }
 }
 
-/// Prometheus text format 0.0.4.
-struct Text(String);
-
-impl Text {
-    fn family(&mut self, name: &str, kind: &str, help: &str) {
-        let _ = writeln!(self.0, "# HELP {name} {help}\n# TYPE {name} {kind}");
-    }
-
-    fn sample(&mut self, name: &str, labels: &str, value: impl Display) {
-        let _ = writeln!(self.0, "{name}{labels} {value}");
-    }
-
-    fn single(&mut self, name: &str, kind: &str, help: &str, value: Option<impl Display>) {
-        if let Some(value) = value {
-            self.family(name, kind, help);
-            self.sample(name, "", value);
-        }
-    }
+fn object<'a>(members: impl Iterator<Item = (&'a str, Value)>) -> Value {
+    members.map(|(name, value)| (name.to_owned(), value)).collect::<Map<_, _>>().into()
 }
 
 impl Metrics {
-    /// All numbers in Prometheus' text format. Reads `/proc`: see `Process::read` for where to call it.
-    pub fn prometheus(&self) -> String {
-        let mut out = Text(String::with_capacity(8 * 1024));
-        out.family("fanfare_build_info", "gauge", "Which fanfare this is.");
-        out.sample("fanfare_build_info", concat!(r#"{version=""#, env!("CARGO_PKG_VERSION"), r#""}"#), 1);
-        let ready = u8::from(self.readiness.trouble().is_none());
-        out.single("fanfare_ready", "gauge", "1 while this node takes clients.", Some(ready));
-        for series in &SHARD {
-            series.begin(&mut out);
-            for (id, shard) in self.shards.iter().enumerate() {
-                series.sample(&mut out, &format!(r#"{{shard="{id}"}}"#), shard);
-            }
-        }
-        out.family("fanfare_ends_total", "counter", "Connections ended, by reason.");
-        for (reason, count) in self.ends() {
-            out.sample("fanfare_ends_total", &format!(r#"{{reason="{reason}"}}"#), count);
-        }
-        let failures = self.accept_failures.get();
-        let most = self.max_connections.get();
-        out.single("fanfare_max_connections", "gauge", "Most connections that this node takes.", Some(most));
-        let help = "Connections not taken, for want of descriptors or memory.";
-        out.single("fanfare_accept_failures_total", "counter", help, Some(failures));
-        let help = "Connections answered at once, there being too many that wait for an answer, by reason.";
-        out.family("fanfare_turned_away_total", "counter", help);
-        for full in [Full::Node, Full::Address] {
-            let (reason, count) = (full.reason().label(), self.turned_away[full as usize].get());
-            out.sample("fanfare_turned_away_total", &format!(r#"{{reason="{reason}"}}"#), count);
-        }
-        let help = "Requests to the admin listener without the right key.";
-        out.single("fanfare_admin_refused_total", "counter", help, Some(self.admin_refused.get()));
-        for series in &BUS {
-            series.begin(&mut out);
-            series.sample(&mut out, "", &self.bus);
-        }
-        let process = Process::read();
-        let start = self.started_at.duration_since(UNIX_EPOCH).ok().map(|since| since.as_secs_f64());
-        out.single("process_start_time_seconds", "gauge", "Start time, Unix epoch.", start);
-        let resident = process.resident_bytes;
-        out.single("process_resident_memory_bytes", "gauge", "Resident memory.", resident);
-        let cpu = process.cpu_seconds;
-        out.single("process_cpu_seconds_total", "counter", "User and system time of all threads.", cpu);
-        out.single("process_open_fds", "gauge", "Open file descriptors.", process.open_fds);
-        out.single("process_max_fds", "gauge", "Most file descriptors allowed.", process.max_fds);
-        out.0
+    fn view(&self) -> View<'_> {
+        View { metrics: self, process: Process::read() }
     }
 
-    /// The same as one JSON object: totals, then each shard. Reads `/proc` as [`Metrics::prometheus`] does.
+    /// All numbers in Prometheus' text format. Reads `/proc`: see `Process::read` for where to call it.
+    pub fn prometheus(&self) -> String {
+        let view = self.view();
+        let mut out = String::with_capacity(16 * 1024);
+        for family in TABLE {
+            family.write_text(&view, &mut out);
+        }
+        out
+    }
+
+    /// The same as one JSON object: the node's numbers, then each shard's. Reads `/proc` as [`Metrics::prometheus`]
+    /// does.
     pub fn stats_json(&self) -> String {
-        let process = Process::read();
+        let view = self.view();
         let trouble = self.readiness.trouble();
-        let object = |members: Vec<(&str, Value)>| -> Value {
-            members.into_iter().map(|(name, value)| (name.to_owned(), value)).collect::<Map<_, _>>().into()
-        };
-        let shard = |shard: &ShardNumbers| object(SHARD.iter().map(|s| (s.name, s.value(shard))).collect());
-        let bus = |s: &Series<BusNumbers>| (s.name.trim_start_matches("bus_"), s.value(&self.bus));
-        let total = |read: fn(&ShardNumbers) -> u64| self.shards.iter().map(read).sum::<u64>();
-        json!({
+        let mut stats = json!({
             "version": env!("CARGO_PKG_VERSION"),
             "uptime_seconds": self.started.elapsed().as_secs(),
             "ready": trouble.is_none(),
             "trouble": trouble,
-            "connections": total(|shard| shard.load()),
-            "delivered": total(|shard| shard.delivered.get()),
-            "max_connections": self.max_connections.get(),
-            "accept_failures": self.accept_failures.get(),
-            "turned_away": self.turned_away.iter().map(Number::get).sum::<u64>(),
-            "admin_refused": self.admin_refused.get(),
-            "bus": object(BUS.iter().map(bus).collect()),
-            "ends": object(self.ends().map(|(reason, count)| (reason, count.into())).collect()),
-            "shards": self.shards.iter().map(shard).collect::<Vec<_>>(),
-            "process": {
-                "resident_memory_bytes": process.resident_bytes,
-                "cpu_seconds": process.cpu_seconds,
-                "open_fds": process.open_fds,
-                "max_fds": process.max_fds,
-            },
-        })
-        .to_string()
-    }
-
-    /// Ends by reason, all shards together.
-    fn ends(&self) -> impl Iterator<Item = (&'static str, u64)> + '_ {
-        let count = |reason: usize| self.shards.iter().map(|shard| shard.ends[reason].get()).sum();
-        LABELS.iter().enumerate().map(move |(reason, label)| (*label, count(reason)))
+        });
+        // These two are shown above, in a form that people read.
+        for family in TABLE.iter().filter(|family| !matches!(family.key(), "build_info" | "ready")) {
+            stats[family.key()] = family.json(&view);
+        }
+        let of_shard = |shard| {
+            object(TABLE.iter().filter_map(|family| match family.read {
+                Read::Shards(_, read) => Some((family.key(), read(shard).into())),
+                _ => None,
+            }))
+        };
+        stats["shards"] = self.shards.iter().map(of_shard).collect();
+        stats.to_string()
     }
 }
 
@@ -206,6 +127,7 @@ impl Metrics {
 mod tests {
     use std::collections::{HashMap, HashSet};
     use std::sync::Arc;
+    use std::time::Duration;
 
     use super::*;
     use crate::metrics::Readiness;
@@ -214,9 +136,14 @@ mod tests {
         let metrics = Metrics::new(2, Arc::default(), Arc::new(Readiness::waiting_for_bus()));
         metrics.shards[0].accepted.set(3);
         metrics.shards[1].accepted.set(4);
+        metrics.shards[0].feed_bytes.set(30);
+        metrics.shards[1].feed_bytes.set(40);
         metrics.shards[0].ends[1].add(5);
         metrics.shards[1].ends[1].add(6);
-        metrics.bus.round_trip_micros.set(1500);
+        metrics.shards[0].count_refused(431);
+        metrics.shards[1].count_refused(599);
+        metrics.shards[1].pass_times.observe(Duration::from_millis(3));
+        metrics.bus.round_trips.observe(Duration::from_micros(1500));
         metrics
     }
 
@@ -236,16 +163,19 @@ mod tests {
             if let Some(rest) = line.strip_prefix("# HELP ") {
                 let (name, help) = rest.split_once(' ').unwrap();
                 family = name.into();
-                assert!(is_name(name) && !help.is_empty() && !help.contains('\\'), "{line}");
+                assert!(is_name(name) && help.ends_with('.') && !help.contains('\\'), "{line}");
             } else if let Some(rest) = line.strip_prefix("# TYPE ") {
                 let (name, kind) = rest.split_once(' ').unwrap();
-                assert!(name == family && matches!(kind, "counter" | "gauge"), "{line}");
+                assert!(name == family && matches!(kind, "counter" | "gauge" | "histogram"), "{line}");
                 assert_eq!(kind == "counter", name.ends_with("_total"), "{line}");
                 assert_eq!(kinds.insert(name.to_owned(), kind), None, "a family twice: {line}");
             } else {
                 let (series, value) = line.rsplit_once(' ').unwrap();
                 let (name, labels) = series.split_once('{').unwrap_or((series, ""));
-                assert!(name == family && kinds.contains_key(name), "a sample outside its family: {line}");
+                let rest = name.strip_prefix(family.as_str()).unwrap_or_else(|| panic!("outside: {line}"));
+                let parts: &[&str] =
+                    if kinds[&family] == "histogram" { &["_bucket", "_sum", "_count"] } else { &[""] };
+                assert!(parts.contains(&rest), "{line}");
                 if !labels.is_empty() {
                     let (label, quoted) = labels.strip_suffix('}').unwrap().split_once('=').unwrap();
                     let value = quoted.strip_prefix('"').unwrap().strip_suffix('"').unwrap();
@@ -255,11 +185,18 @@ mod tests {
                 assert!(samples.insert(series.to_owned()), "a sample twice: {line}");
             }
         }
-        assert_eq!(kinds.len(), 1 + 1 + SHARD.len() + 5 + BUS.len() + 5);
+        assert_eq!(kinds.len(), TABLE.len());
         for line in [
             "fanfare_connections{shard=\"1\"} 4",
             "fanfare_ends_total{reason=\"peer_gone\"} 11",
-            "fanfare_bus_round_trip_seconds 0.0015",
+            "fanfare_refused_total{status=\"431\"} 1",
+            "fanfare_refused_total{status=\"other\"} 1",
+            "fanfare_refused_total{status=\"503\"} 0",
+            "fanfare_publishes_refused_total{code=\"forbidden\"} 0",
+            "fanfare_pass_duration_seconds_bucket{le=\"0.0025\"} 0",
+            "fanfare_pass_duration_seconds_bucket{le=\"0.005\"} 1",
+            "fanfare_pass_duration_seconds_bucket{le=\"+Inf\"} 1",
+            "fanfare_bus_round_trip_seconds_sum 0.0015",
             "fanfare_ready 0",
         ] {
             assert!(text.lines().any(|found| found == line), "{line} is missing");
@@ -271,13 +208,19 @@ mod tests {
         let metrics = metrics();
         let stats: Value = serde_json::from_str(&metrics.stats_json()).unwrap();
         assert_eq!(stats["connections"], 7);
+        assert_eq!((&stats["feed_bytes"], &stats["shards"][0]["feed_bytes"]), (&json!(40), &json!(30)));
         assert_eq!(stats["shards"][0]["connections"], 3);
         assert_eq!(stats["ends"]["peer_gone"], 11);
-        assert_eq!(stats["bus"]["round_trip_seconds"], 0.0015);
+        assert_eq!(stats["refused"]["431"], 1);
+        assert_eq!(stats["bus_round_trip_seconds"]["sum"], 0.0015);
+        assert_eq!(stats["bus_round_trip_seconds"]["buckets"]["0.0025"], 1);
         assert_eq!(
             (&stats["ready"], &stats["trouble"]),
             (&json!(false), &json!("the bus has not answered yet"))
         );
+        for family in TABLE {
+            assert!(stats.get(family.key()).is_some() || family.key() == "build_info", "{}", family.name);
+        }
         metrics.readiness.set_bus(None);
         let stats: Value = serde_json::from_str(&metrics.stats_json()).unwrap();
         assert_eq!((&stats["ready"], &stats["trouble"]), (&json!(true), &Value::Null));

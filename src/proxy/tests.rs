@@ -55,7 +55,11 @@ fn version_1_is_read_strictly() {
         "PROXY TCP4 192.0.2.1 192.0.2 1 2\r\n",
         "PROXY TCP4 2001:db8::1 ::1 1 2\r\n",
         "PROXY TCP6 192.0.2.1 192.0.2.2 1 2\r\n",
-        "PROXY TCP4 192.0.2.1 192.0.2.2 1 2\n\r\n",
+        "PROXY TCP4 192.0.2.1 192.0.2.2 1 2\n",
+        "PROXY UNKNOWN\n\r\n",
+        "PROXY UNKNOWN\r\r\n",
+        "PROXY UNKNOWN a\rb\r\n",
+        "PROXY \n",
         "PROXY UNKNOWNX\r\n",
         "PROXY TCP4 192.0.2.1 192.0.2.2 1 \u{ff12}\r\n",
     ] {

@@ -62,6 +62,26 @@ impl ReadyPage {
     }
 }
 
+/// A walk over a channel's members, who get what has come.
+#[derive(Debug)]
+pub struct Pass {
+    /// The member that it comes to next.
+    pub next: usize,
+    /// When it began.
+    pub begun: Instant,
+    /// When the first of what it brings came to this node.
+    pub arrived: Instant,
+    /// Something came that members before `next` have not had; when the first of that came.
+    pub again: Option<Instant>,
+}
+
+impl Pass {
+    /// One that begins now.
+    pub fn new(now: Instant, arrived: Instant) -> Pass {
+        Pass { next: 0, begun: now, arrived, again: None }
+    }
+}
+
 /// A channel that this shard follows, or is about to.
 #[derive(Debug)]
 pub struct Channel {
@@ -75,10 +95,8 @@ pub struct Channel {
     pub early: Vec<Entry>,
     /// The connections in it, in no order, by slot.
     pub members: Vec<u32>,
-    /// The member that the pass under way comes to next.
-    pub pass: Option<usize>,
-    /// Something came that members before `pass` have not had.
-    pub again: bool,
+    /// The pass under way.
+    pub pass: Option<Pass>,
     /// One connection of each user; the others hang on it.
     users: HashTable<u32>,
     /// Who has part of a frame in the socket: entry and slot.
@@ -105,7 +123,6 @@ impl Channel {
             early: Vec::new(),
             members: Vec::new(),
             pass: None,
-            again: false,
             users: HashTable::new(),
             begun: BTreeSet::new(),
             joining: Vec::new(),
@@ -150,13 +167,13 @@ impl Channel {
     /// Lets a connection go. A pass under way still comes to everyone it has not come to.
     pub fn remove(&mut self, slot: u32, connections: &mut Slab<Connection>, hasher: &RandomState) {
         let mut hole = connections[slot as usize].member as usize;
-        if let Some(next) = self.pass.as_mut().filter(|next| hole < **next) {
+        if let Some(pass) = self.pass.as_mut().filter(|pass| hole < pass.next) {
             // The last one of those already visited fills the hole, so that the pass does not skip the last of all.
-            *next -= 1;
-            let visited = self.members[*next];
+            pass.next -= 1;
+            let visited = self.members[pass.next];
             self.members[hole] = visited;
             connections[visited as usize].member = hole as u32;
-            hole = *next;
+            hole = pass.next;
         }
         self.members.swap_remove(hole);
         if let Some(moved) = self.members.get(hole) {

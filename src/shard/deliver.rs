@@ -1,7 +1,9 @@
 //! From the feed to the sockets: passes, slow readers, and those who read history.
 
+use std::time::Instant;
+
 use super::Shard;
-use super::channel::PageState;
+use super::channel::{PageState, Pass};
 use crate::close::Reason;
 use crate::connection::{Flushed, State};
 use crate::event::{ChannelName, Entry, EventId, Kind};
@@ -15,7 +17,7 @@ const PAGE_TICKS: u32 = 20;
 
 impl Shard {
     /// Takes a channel's next entry into its feed and sees that it goes out.
-    pub(super) fn on_entry(&mut self, name: &ChannelName, entry: Entry) {
+    pub(super) fn on_entry(&mut self, name: &ChannelName, entry: Entry, arrived: Instant) {
         let Some(key) = self.names.get(name).copied() else { return };
         let channel = &mut self.channels[key as usize];
         let Some(feed) = &mut channel.feed else { return channel.early.push(entry) };
@@ -24,16 +26,20 @@ impl Shard {
         let kind = entry.kind.clone();
         feed.append(entry);
         if let Kind::Private(user) = &kind {
+            self.brought.push((None, arrived));
             for slot in channel.connections_of(user, &self.connections, &self.hasher) {
                 self.connections[slot as usize].look_at_all();
                 self.flush(slot);
             }
         } else if !channel.members.is_empty() {
-            if channel.pass.is_some() {
-                channel.again = true;
-            } else {
-                channel.pass = Some(0);
-                self.passes.push_back(key);
+            match &mut channel.pass {
+                Some(pass) => {
+                    pass.again.get_or_insert(arrived);
+                }
+                None => {
+                    channel.pass = Some(Pass::new(self.now, arrived));
+                    self.passes.push_back(key);
+                }
             }
         }
         self.trim();
@@ -65,28 +71,40 @@ impl Shard {
     pub(super) fn pass_on(&mut self, mut budget: usize) {
         while let Some(key) = self.passes.front().copied() {
             let channel = &mut self.channels[key as usize];
-            let next = channel.pass.unwrap_or(0);
-            if let Some(slot) = channel.members.get(next).copied() {
+            let pass = channel.pass.as_mut().expect("the list names channels with a pass under way");
+            if let Some(slot) = channel.members.get(pass.next).copied() {
                 if budget == 0 {
                     self.passes.rotate_left(1);
                     return;
                 }
                 budget -= 1;
-                channel.pass = Some(next + 1);
+                pass.next += 1;
                 let connection = &self.connections[slot as usize];
                 if !connection.blocked && matches!(connection.state, State::Live) {
                     self.flush(slot);
                 }
                 continue;
             }
-            if std::mem::take(&mut channel.again) {
-                channel.pass = Some(0);
+            self.brought.push((Some(pass.begun), pass.arrived));
+            if let Some(arrived) = pass.again {
+                *pass = Pass::new(self.now, arrived);
                 self.passes.rotate_left(1);
             } else {
                 channel.pass = None;
                 self.passes.pop_front();
             }
-            self.numbers().passes.add(1);
+        }
+    }
+
+    /// Counts how long it took what this turn has brought to its end. One look at the clock does for all: a turn is
+    /// short, and what came alone is not to be measured at the price of a delivery.
+    pub(super) fn time_passes(&mut self, now: Instant) {
+        let numbers = &self.metrics.shards[self.id];
+        for (begun, arrived) in self.brought.drain(..) {
+            if let Some(begun) = begun {
+                numbers.pass_times.observe(now.saturating_duration_since(begun));
+            }
+            numbers.latencies.observe(now.saturating_duration_since(arrived));
         }
     }
 
@@ -214,6 +232,7 @@ impl Shard {
 
     /// A client without recovery frames has missed events: closing is how it is told.
     fn miss(&mut self, slot: u32) {
+        self.tally.resets += 1;
         self.connections[slot as usize].state = State::Missed;
         self.missed.push_back(self.id_of(slot));
     }

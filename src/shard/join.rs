@@ -125,7 +125,7 @@ impl Shard {
         let joining = std::mem::take(&mut channel.joining);
         let early = std::mem::take(&mut channel.early).into_iter().filter(|entry| entry.before() >= position);
         for entry in recent.into_iter().chain(early) {
-            self.on_entry(name, entry);
+            self.on_entry(name, entry, self.now);
         }
         self.answered.extend(joining.into_iter().map(|id| (id, Asked::Nothing)));
     }

@@ -9,7 +9,7 @@ use crate::close::Reason;
 use crate::config::ClientPublish;
 use crate::connection::State;
 use crate::event::EventId;
-use crate::frame::{self, ClientFrame};
+use crate::frame::{self, ClientFrame, ErrorCode};
 use crate::guard::Full;
 use crate::handshake::{self, Verdict};
 use crate::input::{self, Incoming};
@@ -33,14 +33,15 @@ impl Shard {
             let Ok((length, new)) = connection.read(&mut self.scratch) else {
                 return self.end_or_remove(slot);
             };
-            if new.is_some_and(|new| new > 0) {
+            if let Some(new) = new.filter(|new| *new > 0) {
                 connection.heard = self.tick;
+                self.tally.received += new as u64;
             }
             match connection.state {
                 _ if length == 0 => {}
                 State::Request(_) => self.on_request_bytes(slot, length),
                 // A client may only speak after the upgrade; what it says here would be lost.
-                State::Joining(_) => self.refuse(slot, handshake::too_early(), Reason::Answered),
+                State::Joining(_) => self.answer(slot, handshake::too_early(), Reason::Answered),
                 State::Live | State::History | State::Missed => self.on_frames(slot, length),
                 State::Closing => {}
             }
@@ -91,10 +92,10 @@ impl Shard {
                 Some(kept) => drop(kept.drain(..read)),
             },
             Verdict::Answer(answer) => self.answer(slot, answer, Reason::Answered),
-            Verdict::Refuse(answer, reason) => self.refuse(slot, answer, reason),
+            Verdict::Refuse(answer, reason) => self.answer(slot, answer, reason),
             Verdict::Join(mut join) => {
                 if !self.door.guard.seat_user(&join.user) {
-                    return self.refuse(slot, Full::User.answer(), Full::User.reason());
+                    return self.answer(slot, Full::User.answer(), Full::User.reason());
                 }
                 connection.user = std::mem::take(&mut join.user);
                 connection.state = State::Joining(join);
@@ -165,7 +166,12 @@ impl Shard {
                     return Ok(());
                 }
                 Err(bad) => {
-                    connection.enqueue(frame::error("invalid", bad.message, bad.reference.as_deref()));
+                    self.metrics.shards[self.id].publishes_refused[ErrorCode::Invalid as usize].add(1);
+                    connection.enqueue(frame::error(
+                        ErrorCode::Invalid,
+                        bad.message,
+                        bad.reference.as_deref(),
+                    ));
                     return Ok(());
                 }
             }
@@ -174,12 +180,13 @@ impl Shard {
         };
         let to_others = to.is_some() && self.settings.client_publish != ClientPublish::Any;
         if !connection.may_publish || to_others {
+            self.metrics.shards[self.id].publishes_refused[ErrorCode::Forbidden as usize].add(1);
             if !connection.recovers {
                 return Err(Reason::Forbidden);
             }
             let text =
                 if to_others { "clients may not address one user here" } else { "you may not publish here" };
-            connection.enqueue(frame::error("forbidden", text, reference.as_deref()));
+            connection.enqueue(frame::error(ErrorCode::Forbidden, text, reference.as_deref()));
             return Ok(());
         }
         connection.unanswered += 1;
@@ -207,12 +214,15 @@ impl Shard {
                     connection.enqueue(frame::ack(reference, event));
                 }
             }
-            Err(_) if !connection.recovers => return self.end(slot, Reason::PublishFailed),
             Err(error) => {
                 let code = match error {
-                    PublishError::Refused(_) => "unavailable",
-                    PublishError::Unknown => "unknown",
+                    PublishError::Refused(_) => ErrorCode::Unavailable,
+                    PublishError::Unknown => ErrorCode::Unknown,
                 };
+                self.metrics.shards[self.id].publishes_refused[code as usize].add(1);
+                if !connection.recovers {
+                    return self.end(slot, Reason::PublishFailed);
+                }
                 connection.enqueue(frame::error(code, &error.to_string(), reference));
             }
         }

@@ -46,7 +46,7 @@ impl Shard {
             let request = |slot: &u32| matches!(self.connections[*slot as usize].state, State::Request(_));
             if let Some(slot) = self.find(id).filter(request) {
                 match self.connections[slot as usize].place.full() {
-                    Some(full) => self.refuse(slot, full.answer(), full.reason()),
+                    Some(full) => self.answer(slot, full.answer(), full.reason()),
                     None => self.answer(slot, handshake::too_slow(), Reason::RequestTimeout),
                 }
             }
@@ -119,7 +119,7 @@ impl Shard {
                 self.end(slot as u32, Reason::TokenExpired);
                 continue;
             }
-            self.slow += u64::from(connection.blocked);
+            self.slow += u64::from(connection.is_behind());
             self.look_after(slot as u32, heartbeat, timeout, now);
         }
     }

@@ -102,7 +102,7 @@ impl Node {
             .await?;
         // As a shard does: what came earlier than this word and is older is from before it let go.
         self.put_by[shard].retain(|told| match told {
-            ToShard::Entry { channel, entry } => *channel != wanted || entry.before() >= answer.1,
+            ToShard::Entry { channel, entry, .. } => *channel != wanted || entry.before() >= answer.1,
             _ => true,
         });
         Ok(Reader {
@@ -248,7 +248,7 @@ impl Reader {
         let channel = self.channel.clone();
         let entry = node
             .told(self.shard, |told| match told {
-                ToShard::Entry { channel: other, entry } if *other == channel => Some(entry.clone()),
+                ToShard::Entry { channel: other, entry, .. } if *other == channel => Some(entry.clone()),
                 _ => None,
             })
             .await;

@@ -279,7 +279,7 @@ impl Bus {
         let took = now.saturating_duration_since(self.canaries.sent[at].1);
         self.canaries.sent.drain(..=at);
         self.canaries.heard = Some(now);
-        self.numbers.round_trip_micros.set(u64::try_from(took.as_micros()).unwrap_or(u64::MAX));
+        self.numbers.round_trips.observe(took);
         self.link.failures = 0;
         self.set_trouble(None);
         for (name, base, head) in lines.filter_map(wire::canary_line) {

@@ -166,19 +166,20 @@ impl Bus {
             return;
         }
         let entry = Entry::raw(sequence.position(), shown.as_bytes());
-        tell(&self.shards, &follow.followers, name, entry);
+        tell(&self.shards, &follow.followers, name, entry, Instant::now());
     }
 
     /// Gives entries to everyone who follows, and reads if there is a hole.
     pub(super) fn hand_on(&mut self, name: &ChannelName, entries: Vec<Entry>) {
         let Some(channel) = self.channels.get_mut(name) else { return };
         let Some(follow) = &mut channel.follow else { return };
+        let arrived = Instant::now();
         for entry in entries {
             self.numbers.events.add(entry.ids());
             if entry.kind == Kind::Reset {
                 self.numbers.resets.add(1);
             }
-            tell(&self.shards, &follow.followers, name, entry);
+            tell(&self.shards, &follow.followers, name, entry, arrived);
         }
         if let Some(sequence) = &follow.sequence {
             channel.known.learn(sequence.base(), sequence.position());
@@ -346,9 +347,15 @@ fn is_joining(channel: &super::Channel) -> bool {
     channel.follow.as_ref().is_some_and(|follow| !follow.joining.is_empty())
 }
 
-fn tell(shards: &crate::bus::Shards, followers: &[ShardId], name: &ChannelName, entry: Entry) {
+fn tell(
+    shards: &crate::bus::Shards,
+    followers: &[ShardId],
+    name: &ChannelName,
+    entry: Entry,
+    arrived: Instant,
+) {
     for shard in followers {
-        shards.tell(*shard, ToShard::Entry { channel: name.clone(), entry: entry.clone() });
+        shards.tell(*shard, ToShard::Entry { channel: name.clone(), entry: entry.clone(), arrived });
     }
 }
 
