@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use mio::net::{TcpListener, TcpStream};
 use mio::{Events, Interest, Poll, Token, Waker};
 use socket2::{Domain, Protocol, Socket, Type};
+use tokio::sync::oneshot;
 
 use crate::bus::{Shards, ToShard};
 use crate::config::{HeartbeatFormat, Settings};
@@ -66,7 +67,7 @@ pub fn bind(addr: SocketAddr, settings: &Settings) -> io::Result<TcpListener> {
 
 /// Ends the accept loop when dropped.
 #[derive(Debug)]
-pub struct Stop(Waker);
+pub struct Stop(Arc<Waker>);
 
 impl Drop for Stop {
     fn drop(&mut self) {
@@ -75,21 +76,25 @@ impl Drop for Stop {
     }
 }
 
-/// Accepts until the returned [`Stop`] is dropped; then the listeners close.
+/// Accepts until the returned [`Stop`] is dropped. Then it accepts whoever waits already, closes the listeners, and
+/// the receiver is told.
 pub fn start(
     mut listeners: Vec<TcpListener>,
     shards: Shards,
     guard: Arc<Guard>,
     metrics: Arc<Metrics>,
-) -> io::Result<Stop> {
+) -> io::Result<(Stop, oneshot::Receiver<()>)> {
     let mut poll = Poll::new()?;
     for (number, listener) in listeners.iter_mut().enumerate() {
         poll.registry().register(listener, Token(number), Interest::READABLE)?;
     }
-    let stop = Stop(Waker::new(poll.registry(), STOP)?);
+    let waker = Arc::new(Waker::new(poll.registry(), STOP)?);
+    let stop = Stop(waker.clone());
+    let (end, ended) = oneshot::channel();
     let mut acceptor =
         Acceptor { shards, guard, metrics, spare: spare(), stuck: false, starved: None, warned: None };
-    let body = move || {
+    let accept = move |listeners: &[TcpListener]| {
+        let _waker = waker; // a call is lost when its waker is gone before the loop has heard it
         let mut events = Events::with_capacity(8);
         // Listeners that may have more to accept: epoll tells only once.
         let mut ready: Vec<usize> = Vec::new();
@@ -109,11 +114,12 @@ pub fn start(
             }
             for event in &events {
                 match event.token() {
-                    STOP => return,
+                    STOP => return acceptor.accept_the_rest(listeners),
                     Token(number) if !ready.contains(&number) => ready.push(number),
                     _ => {}
                 }
             }
+            acceptor.stuck = false;
             ready.retain(|number| acceptor.accept(&listeners[*number]));
             // Only now: a shard that wakes for every socket would take turns with this loop.
             (0..acceptor.shards.count()).for_each(|shard| acceptor.shards.ring(shard));
@@ -122,8 +128,13 @@ pub fn start(
             }
         }
     };
+    let body = move || {
+        accept(&listeners);
+        drop(listeners);
+        let _ = end.send(()); // fails only when nobody waits for it
+    };
     std::thread::Builder::new().name("accept".into()).spawn(body)?;
-    Ok(stop)
+    Ok((stop, ended))
 }
 
 #[derive(Debug)]
@@ -149,7 +160,6 @@ fn spare() -> Option<File> {
 impl Acceptor {
     /// Accepts what waits; `true` when there may be more.
     fn accept(&mut self, listener: &TcpListener) -> bool {
-        self.stuck = false;
         for _ in 0..ACCEPTS {
             match listener.accept() {
                 Ok((stream, peer)) => {
@@ -204,6 +214,14 @@ impl Acceptor {
         let told = listener.accept().map(|(stream, _)| turn_away(stream, &Full::Node.answer()));
         self.spare = spare();
         told
+    }
+
+    /// Whoever waits when a listener closes would get a reset instead of an answer.
+    fn accept_the_rest(&mut self, listeners: &[TcpListener]) {
+        for listener in listeners {
+            while self.accept(listener) && !self.stuck {}
+        }
+        (0..self.shards.count()).for_each(|shard| self.shards.ring(shard));
     }
 
     fn hand_over(&self, stream: TcpStream, place: Place) {

@@ -39,6 +39,9 @@ const OWN_FILES: u32 = 40;
 const FILES_A_SHARD: u32 = 2;
 /// and for clients past `--max-connections` whose answer is due, an eighth of all at most.
 const DOORSTEP_MAX: u32 = 256;
+/// Longest `--drain` and `--drain-notice`. systemd is told of both in microseconds that fit 32 bits: 71 minutes.
+const DRAIN_MAX: Duration = Duration::from_secs(1800);
+const _: () = assert!(2 * DRAIN_MAX.as_micros() + 600_000_000 < u32::MAX as u128);
 /// Longest path of a unix socket (`sun_path` of unix(7), less its final NUL).
 const UNIX_PATH_MAX: usize = 107;
 
@@ -91,6 +94,10 @@ pub struct Settings {
     pub heartbeat_timeout: Duration,
     /// What a heartbeat is.
     pub heartbeat_format: HeartbeatFormat,
+    /// How long a stop may take: closes are spread over it.
+    pub drain: Duration,
+    /// Before that, how long clients are still taken while `/readyz` says that the node is stopping.
+    pub drain_notice: Duration,
     /// Longest message a client may send, in bytes.
     pub max_message: usize,
     /// How long a publish may wait for the bus.
@@ -270,6 +277,8 @@ impl Settings {
                 "both" => Ok(HeartbeatFormat::Both),
                 _ => Err(format!("{text:?} is none of ping, json, both")),
             }),
+            drain: input.get("drain", parse_drain),
+            drain_notice: input.get("drain-notice", parse_drain),
             shards: input.get("shards", |text| match text {
                 // One shard when the system doesn't tell how many cores there are.
                 "auto" => Ok(std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN)),
@@ -407,6 +416,8 @@ impl Settings {
                     HeartbeatFormat::Both => "both".into(),
                 },
             ),
+            ("drain", show_duration(self.drain)),
+            ("drain-notice", show_duration(self.drain_notice)),
             ("shards", self.shards.to_string()),
             ("feed-memory", show_size(self.feed_memory as u64)),
             ("log", self.log.clone()),
@@ -547,6 +558,13 @@ fn parse_positive_duration(text: &str) -> Result<Duration, String> {
     match parse_duration(text)? {
         Duration::ZERO => Err("must be more than nothing".into()),
         duration => Ok(duration),
+    }
+}
+
+fn parse_drain(text: &str) -> Result<Duration, String> {
+    match parse_duration(text)? {
+        duration if duration <= DRAIN_MAX => Ok(duration),
+        _ => Err(format!("must be at most {}", show_duration(DRAIN_MAX))),
     }
 }
 

@@ -152,6 +152,11 @@ pub fn unavailable(why: &str) -> Bytes {
     Response::from(refusal).to_closing_bytes()
 }
 
+/// The answer to a client that comes when the node stops. A proxy asks another node at once.
+pub fn stopping() -> Bytes {
+    unavailable("this node is stopping")
+}
+
 /// The answer to a client that speaks before it was answered.
 pub fn too_early() -> Bytes {
     Response::from(Refusal::new(400, TOO_EARLY)).to_closing_bytes()

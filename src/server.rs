@@ -8,6 +8,7 @@ use std::thread;
 use std::time::Duration;
 
 use tokio::sync::mpsc;
+use tokio::time::{sleep, timeout};
 
 use crate::accept;
 use crate::admin::{self, AdminContext};
@@ -19,8 +20,9 @@ use crate::keys::KeyRing;
 use crate::metrics::{BusNumbers, Metrics, Readiness};
 use crate::shard;
 
-/// Over how long the ends of connections are spread when the node stops.
-pub const DRAIN: Duration = Duration::from_secs(20);
+/// How long the accept loop, and then the shards after `--drain`, may take to end. They need milliseconds; this is
+/// for one that is stuck.
+const GRACE: Duration = Duration::from_secs(2);
 
 /// Every listener of a node, bound.
 #[derive(Debug)]
@@ -84,7 +86,7 @@ pub async fn run(
     };
 
     let (shards, mut ended) = start_shards(&door, &requests, &metrics)?;
-    let stop_accepting = accept::start(listeners.public, shards.clone(), guard, metrics.clone())?;
+    let (stop_accepting, accepted) = accept::start(listeners.public, shards.clone(), guard, metrics.clone())?;
     if let Some(listener) = listeners.admin {
         let context = AdminContext {
             requests,
@@ -107,19 +109,25 @@ pub async fn run(
 
     tracing::info!("stopping");
     readiness.drain();
-    drop(stop_accepting);
-    for shard in 0..shards.count() {
-        shards.tell(shard, ToShard::Drain(DRAIN));
-    }
-    let all_ended = async {
-        for _ in 0..shards.count() {
-            ended.recv().await;
+    let drained = async {
+        sleep(settings.drain_notice).await;
+        drop(stop_accepting);
+        // Whoever is accepted last reaches a shard before it is told to end.
+        let _ = timeout(GRACE, accepted).await;
+        for shard in 0..shards.count() {
+            shards.tell(shard, ToShard::Drain(settings.drain));
         }
+        let all_ended = async {
+            for _ in 0..shards.count() {
+                ended.recv().await;
+            }
+        };
+        timeout(settings.drain + GRACE, all_ended).await
     };
     // The bus goes on meanwhile: what clients have published gets its answer.
     tokio::select! {
         result = &mut bus => Ok(result?),
-        () = all_ended => Ok(()),
+        result = drained => result.map_err(|_| anyhow::anyhow!("a shard is stuck: it did not end when the drain was over")),
     }
 }
 

@@ -277,9 +277,6 @@ impl Shard {
         self.generation = self.generation.wrapping_add(1);
         let connection = Connection::new(stream, place, self.generation, self.tick);
         let slot = self.connections.insert(connection) as u32;
-        if self.drain.is_some() {
-            return self.remove(slot);
-        }
         let token = token_of(self.id_of(slot));
         let stream = self.connections[slot as usize].stream();
         if self.registry.register(stream, token, Interest::READABLE).is_err() {

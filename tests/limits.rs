@@ -5,7 +5,7 @@ mod common;
 use std::time::Duration;
 
 use common::client::position;
-use common::{Client, Node, Raw, Redis, cluster, until};
+use common::{Client, Frame, Node, Raw, Redis, cluster, until};
 use serde_json::json;
 use tokio::net::TcpStream;
 
@@ -139,4 +139,29 @@ async fn a_node_that_starts_again_on_its_local_bus_tells_old_ids() {
         assert!(position(&welcome["head"]) > ids[99]);
     }
     assert!(node.publish("room", &json!({"n": 0})).await > ids[99]);
+}
+
+#[tokio::test]
+async fn whoever_waits_for_the_bus_is_not_taken_for_silent() {
+    let redis = Redis::start(&[]).await;
+    let flags = ["--heartbeat", "1s", "--heartbeat-timeout", "1s", "--publish-timeout", "6s"];
+    let node = Node::on(&redis, &flags).await;
+    let (mut client, _) = Client::json(&node, "a", "room").await;
+    redis.freeze();
+    // More than the node takes without an answer: it reads nothing, pongs neither, until the bus has answered.
+    for n in 0..400 {
+        client.send(json!({"text": "hi", "ref": n}).to_string()).await;
+    }
+    let mut refused = 0;
+    while refused < 256 {
+        match client.next_frame().await {
+            Frame::Ping(_) => {}
+            Frame::Text(text) => {
+                assert!(text.contains(r#""type":"error""#), "{text}");
+                refused += 1;
+            }
+            other => panic!("{other:?} after {refused} answers"),
+        }
+    }
+    redis.thaw();
 }

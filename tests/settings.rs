@@ -50,6 +50,8 @@ async fn help_and_version_go_to_standard_output() {
         "max-per-address",
         "max-per-user",
         "max-channels",
+        "drain",
+        "drain-notice",
         "shards",
         "history",
         "history-ttl",

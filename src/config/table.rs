@@ -58,7 +58,7 @@ const fn spec(
 }
 
 /// All settings, in the order shown.
-pub(super) static TABLE: [Spec; 27] = [
+pub(super) static TABLE: [Spec; 29] = [
     spec(
         "listen",
         List,
@@ -227,6 +227,26 @@ pub(super) static TABLE: [Spec; 27] = [
         "ping|json|both",
         "ping",
         &["A WebSocket ping, a {\"type\":\"ping\"} message that scripts can see, or both."],
+    ),
+    spec(
+        "drain",
+        Value,
+        "TIME",
+        "20s",
+        &[
+            "How long a stop takes at most: connections are closed spread over it, so that clients don't",
+            "all come back at once. 0s closes all at once.",
+        ],
+    ),
+    spec(
+        "drain-notice",
+        Value,
+        "TIME",
+        "0s",
+        &[
+            "How long before that /readyz says 503 while clients are still taken: for balancers that look",
+            "at nothing else, as long as they need to notice.",
+        ],
     ),
     spec("shards", Value, "THREADS", "auto", &["Threads that serve connections. auto: one for each core."]),
     spec(

@@ -61,6 +61,8 @@ fn every_setting_is_read_from_its_flag_in_both_forms_and_from_its_variable() {
         ("heartbeat", "1s"),
         ("heartbeat-timeout", "2s"),
         ("heartbeat-format", "both"),
+        ("drain", "0s"),
+        ("drain-notice", "15s"),
         ("shards", "3"),
         ("feed-memory", "1MiB"),
         ("log", "warn,fanfare::bus=debug"),

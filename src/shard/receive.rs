@@ -93,6 +93,10 @@ impl Shard {
             },
             Verdict::Answer(answer) => self.answer(slot, answer, Reason::Answered),
             Verdict::Refuse(answer, reason) => self.answer(slot, answer, reason),
+            // It waited to be accepted when the node began to stop.
+            Verdict::Join(_) if self.drain.is_some() => {
+                self.answer(slot, handshake::stopping(), Reason::Draining);
+            }
             Verdict::Join(mut join) => {
                 if !self.door.guard.seat_user(&join.user) {
                     return self.answer(slot, Full::User.answer(), Full::User.reason());

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use super::Shard;
+use super::{LINGER, Shard};
 use crate::bus::Request;
 use crate::close::Reason;
 use crate::config::HeartbeatFormat;
@@ -29,8 +29,14 @@ const MISSED_LEAST: usize = 16;
 /// The end of the node, spread over some time.
 #[derive(Debug)]
 pub(super) struct Drain {
-    ends: Instant,
+    /// When the last connection is told,
+    last_told: Instant,
+    /// and when whoever is still there is left.
+    over: Instant,
+    /// Where the walk through the slab stands,
     slot: usize,
+    /// and about how many connections are still ahead of it.
+    ahead: usize,
 }
 
 fn ticks(time: Duration) -> u32 {
@@ -129,6 +135,9 @@ impl Shard {
         let format = self.settings.heartbeat_format;
         // Nobody answers a JSON ping: then only a full socket tells of silence, and TCP_USER_TIMEOUT of a dead peer.
         let answers = format != HeartbeatFormat::Json || connection.blocked;
+        if connection.paused && !connection.blocked {
+            connection.heard = self.tick; // it waits for the bus: nobody reads what it may have said
+        }
         if answers && self.tick.wrapping_sub(connection.heard) >= heartbeat.saturating_add(timeout) {
             return self.end(slot, Reason::HeartbeatTimeout);
         }
@@ -161,34 +170,44 @@ impl Shard {
     }
 
     pub(super) fn on_drain(&mut self, time: Duration) {
-        self.drain = Some(Drain { ends: Instant::now() + time, slot: 0 });
+        let now = Instant::now();
+        let over = now + time;
+        let last_told = over - LINGER.min(time / 4); // the last ones, too, may read and answer
+        self.drain = Some(Drain { last_told, over, slot: 0, ahead: self.connections.len() });
+        self.drain_on(now);
     }
 
-    /// Closes as many connections as it takes to have closed all when the time is over.
+    /// Closes as many connections as it takes to have told all in time, so many each tick.
     fn drain_on(&mut self, now: Instant) {
         let Some(drain) = &mut self.drain else { return };
-        let slots = self.connections.capacity();
-        let left = drain.ends.saturating_duration_since(now).as_millis() / TICK.as_millis();
-        let until = drain.slot + (slots - drain.slot.min(slots)).div_ceil(left as usize + 1);
-        let first = std::mem::replace(&mut drain.slot, until);
-        for slot in first..until {
-            match self.connections.get(slot).map(|connection| &connection.state) {
-                None | Some(State::Closing) => {}
-                Some(State::Request(_) | State::Joining(_)) => {
-                    self.answer(
-                        slot as u32,
-                        handshake::unavailable("this node is stopping"),
-                        Reason::Draining,
-                    );
-                }
-                Some(State::Live | State::History | State::Missed) => self.end(slot as u32, Reason::Draining),
-            }
+        let ticks = drain.last_told.saturating_duration_since(now).as_millis().div_ceil(TICK.as_millis());
+        let mut due = if ticks == 0 { usize::MAX } else { drain.ahead.div_ceil(ticks as usize) };
+        drain.ahead = drain.ahead.saturating_sub(due);
+        let mut slot = drain.slot;
+        while slot < self.connections.capacity() && due > 0 {
+            due -= usize::from(self.let_go(slot));
+            slot += 1;
         }
+        if let Some(drain) = &mut self.drain {
+            drain.slot = slot;
+        }
+    }
+
+    /// Ends what is in a slot because the node stops. `false`: nothing is, or it is ending already.
+    fn let_go(&mut self, slot: usize) -> bool {
+        match self.connections.get(slot).map(|connection| &connection.state) {
+            None | Some(State::Closing) => return false,
+            Some(State::Request(_) | State::Joining(_)) => {
+                self.answer(slot as u32, handshake::stopping(), Reason::Draining);
+            }
+            Some(State::Live | State::History | State::Missed) => self.end(slot as u32, Reason::Draining),
+        }
+        true
     }
 
     /// Whether the node is stopping and this shard has nothing left to do.
     pub(super) fn has_ended(&self) -> bool {
         let Some(drain) = &self.drain else { return false };
-        self.connections.is_empty() || Instant::now() > drain.ends + super::LINGER
+        self.connections.is_empty() || Instant::now() >= drain.over
     }
 }

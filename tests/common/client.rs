@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 
+use futures_util::stream::{SplitSink, SplitStream};
 use futures_util::{SinkExt, StreamExt};
 use serde_json::{Value, json};
 use tokio::net::{TcpSocket, TcpStream};
@@ -41,9 +42,12 @@ pub enum Frame {
     Lost(String),
 }
 
+/// What a client talks through.
+pub type Socket = WebSocketStream<TcpStream>;
+
 /// One connection. What it saw last is part of every failure's message.
 pub struct Client {
-    socket: WebSocketStream<TcpStream>,
+    socket: Socket,
     user: String,
     seen: Vec<String>,
     /// The subprotocol that the server chose.
@@ -244,6 +248,11 @@ impl Client {
                 other => panic!("{}: {other:?} instead of a close; saw {:#?}", self.user, self.seen),
             }
         }
+    }
+
+    /// Its two halves, for one that sends while it reads.
+    pub fn split(self) -> (SplitSink<Socket, Message>, SplitStream<Socket>) {
+        self.socket.split()
     }
 
     /// Leaves with a proper close, and fails unless the server answers it.
