@@ -231,12 +231,14 @@ async fn who_is_no_trusted_proxy_is_told_to_be_named() {
 #[tokio::test]
 async fn a_silent_client_of_a_tcp_proxy_counts_from_its_proxy_header_on() {
     let node = Node::start(&["--trusted-proxy", "127.0.0.2", "--max-per-address", "1"]).await;
+    empty(&node).await;
+    let before = node.metric("fanfare_received_bytes_total").await;
     let mut silent = proxied(&node, "192.0.2.7").await;
-    until("it to be counted", || async {
-        let mut raw = proxied(&node, "192.0.2.7").await;
-        (raw.upgrade("/ws/a", &[]).await.status == 429).then_some(())
+    until("its header to be read", || async {
+        (node.metric("fanfare_received_bytes_total").await > before).then_some(())
     })
     .await;
+    expect_full(proxied(&node, "192.0.2.7").await, "/ws/a", &[], 429).await;
     silent.response().await.expect_refusal(408);
     drop(silent);
     until("its place to be free", || async {

@@ -11,7 +11,7 @@ fn recovering() -> Options {
 
 #[tokio::test]
 async fn clients_come_through_nginx_also_when_a_node_is_gone() {
-    let (_redis, a, b) = cluster(&[]).await;
+    let (_redis, a, b) = cluster(&["--trusted-proxy", "127.0.0.1"]).await;
     let nginx = Nginx::before(&[a.public, b.public]).await;
     let mut clients = Vec::new();
     for _ in 0..4 {

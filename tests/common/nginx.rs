@@ -65,9 +65,10 @@ fn documented(nodes: &[SocketAddr], addr: SocketAddr) -> String {
         match line.trim_start().split_once(' ') {
             Some(("server", place)) if place.ends_with(';') => {
                 servers += 1;
+                let parameters = place.split_once(' ').map_or(";", |(_, parameters)| parameters);
                 if servers == 1 {
                     for node in nodes {
-                        text += &format!("    server {node};\n");
+                        text += &format!("    server {node} {parameters}\n");
                     }
                 }
             }
