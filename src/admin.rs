@@ -16,6 +16,7 @@ use crate::foreign;
 use crate::http::{self, BodyLength, Head, Refusal, Response};
 use crate::keys::KeyRing;
 use crate::metrics::Metrics;
+use crate::refusals::Class;
 
 mod listener;
 #[cfg(test)]
@@ -177,6 +178,8 @@ fn authorize(head: &Head<'_>, context: &AdminContext) -> Result<(), Refusal> {
         return Ok(());
     }
     context.metrics.admin_refused.add(1);
+    let class = Class { what: "admin request", why: "key", status: 401 };
+    context.metrics.refusals.note(class, "the key is missing or wrong: see --admin-key");
     let text = "the admin key is missing or wrong: send Authorization: Bearer KEY";
     Err(Refusal::new(401, text).with("WWW-Authenticate", "Bearer"))
 }
@@ -243,10 +246,16 @@ async fn publish(head: &Head<'_>, body: &[u8], context: &AdminContext) -> Result
     let event = foreign::published(body, to.as_deref()).map_err(|bad| Refusal::new(400, bad.to_string()))?;
     let id = match hand_over(channel, to, event, context).await {
         Ok(id) => id,
-        Err(error @ PublishError::Refused(_)) => {
-            return Err(Refusal::new(503, error.to_string()).with("Retry-After", "1"));
+        Err(error) => {
+            let text = error.to_string();
+            let (status, why) = match error {
+                PublishError::Refused(_) => (503, "unavailable"),
+                PublishError::Unknown => (504, "unknown"),
+            };
+            context.metrics.refusals.note(Class { what: "admin request", why, status }, &text);
+            let refusal = Refusal::new(status, text);
+            return Err(if status == 503 { refusal.with("Retry-After", "1") } else { refusal });
         }
-        Err(error @ PublishError::Unknown) => return Err(Refusal::new(504, error.to_string())),
     };
     Ok(Response::json(200, &format!(r#"{{"id":{id}}}"#)))
 }

@@ -38,6 +38,8 @@ pub enum Reason {
     Unauthorized,
     /// Its token has ended while it was connected.
     TokenExpired,
+    /// It sent faster than `--message-rate`, and has no way to be told but this one, or went on when told.
+    TooFast,
     /// The node has all the connections it may have.
     NodeFull,
     /// Its address has all the connections it may have.
@@ -49,7 +51,7 @@ pub enum Reason {
 }
 
 /// How many reasons there are.
-pub const REASONS: usize = 21;
+pub const REASONS: usize = 22;
 
 /// Every reason's label, by number.
 pub const LABELS: [&str; REASONS] = [
@@ -70,6 +72,7 @@ pub const LABELS: [&str; REASONS] = [
     "forbidden",
     "unauthorized",
     "token_expired",
+    "too_fast",
     "node_full",
     "address_full",
     "user_full",
@@ -107,6 +110,7 @@ impl Reason {
             Reason::MissedEvents => Some((4008, "events were missed: reconnect")),
             Reason::Forbidden => Some((4003, "this client may not publish here")),
             Reason::TokenExpired => Some((4001, "token expired")),
+            Reason::TooFast => Some((4029, "messages came too fast")),
             Reason::PublishFailed => Some((1013, "not published: try again later")),
             Reason::Draining => Some((1012, "the node is restarting: reconnect")),
         }

@@ -13,6 +13,7 @@ use tracing_subscriber::filter::{LevelFilter, Targets};
 use crate::event::ChannelName;
 use crate::metrics::open_file_limit;
 use crate::origin::OriginRule;
+use crate::pace::RATE_MAX;
 
 mod input;
 mod redis_url;
@@ -100,6 +101,8 @@ pub struct Settings {
     pub drain_notice: Duration,
     /// Longest message a client may send, in bytes.
     pub max_message: usize,
+    /// Messages a second that a connection may send; 0: as many as it likes.
+    pub message_rate: u32,
     /// How long a publish may wait for the bus.
     pub publish_timeout: Duration,
     /// Log filter, in tracing's directive syntax.
@@ -269,6 +272,9 @@ impl Settings {
                 size @ 1..=MESSAGE_MAX => Ok(size as usize),
                 _ => Err(format!("must be between 1 byte and {}", show_size(MESSAGE_MAX))),
             }),
+            message_rate: input.get("message-rate", |text| {
+                parse_count(text, 0, u64::from(RATE_MAX)).map(|rate| rate as u32)
+            }),
             heartbeat: input.get("heartbeat", parse_positive_duration),
             heartbeat_timeout: input.get("heartbeat-timeout", parse_positive_duration),
             heartbeat_format: input.get("heartbeat-format", |text| match text {
@@ -406,6 +412,7 @@ impl Settings {
             ("max-per-user", self.max_per_user.to_string()),
             ("max-channels", self.max_channels.to_string()),
             ("max-message", show_size(self.max_message as u64)),
+            ("message-rate", self.message_rate.to_string()),
             ("heartbeat", show_duration(self.heartbeat)),
             ("heartbeat-timeout", show_duration(self.heartbeat_timeout)),
             (

@@ -164,6 +164,12 @@ pub struct Connection {
     pub unanswered: u32,
     /// When the last heartbeat was sent, in ticks of the shard.
     pub heartbeat: u32,
+    /// A pong is due from it.
+    pub pinged: bool,
+    /// Until when what it has sent is paid for, on the shard's clock; see [`crate::pace`].
+    pub paid_until: u64,
+    /// What it sent that was not taken, as long as that counts.
+    pub refused: u16,
 }
 
 impl Connection {
@@ -196,6 +202,9 @@ impl Connection {
             waits_for_page: false,
             unanswered: 0,
             heartbeat: tick,
+            pinged: false,
+            paid_until: 0,
+            refused: 0,
         }
     }
 
@@ -284,6 +293,11 @@ impl Connection {
     pub fn shown_position(&self, feed: &Feed) -> EventId {
         match self.state {
             State::Live if self.is_up_to_date(feed) => feed.position(),
+            // What is said now comes behind the frame whose begin the socket has.
+            State::Live if self.is_inside_frame(feed) => {
+                let entry = feed.get(self.cursor.entry).expect("a cursor inside a frame is inside an entry");
+                position_at(entry, entry.frame_end(self.cursor.offset))
+            }
             _ => self.position,
         }
     }
@@ -314,7 +328,7 @@ impl Connection {
         let queue = self.queue.get_or_insert_default();
         queue.bytes += rest.len();
         queue.frames.push_front(rest);
-        self.position = EventId(entry.before().0 + entry.frames_until(end) as u64).min(entry.last);
+        self.position = position_at(entry, end);
         let whole = end as usize == entry.bytes.len();
         self.cursor = if whole {
             Cursor { entry: self.cursor.entry + 1, offset: 0 }
@@ -566,4 +580,9 @@ impl Connection {
     pub fn began_before(&self, then: Instant) -> bool {
         self.partial.as_ref().is_some_and(|partial| partial.since < then)
     }
+}
+
+/// The position of a client that has everything of this entry up to here, where a frame ends.
+fn position_at(entry: &Entry, end: u32) -> EventId {
+    EventId(entry.before().0 + entry.frames_until(end) as u64).min(entry.last)
 }

@@ -19,6 +19,19 @@ const DEPTH_MAX: usize = 128;
 pub const PING: Bytes = Bytes::from_static(&[0x89, 0]);
 
 const CLOSE: u8 = 0x88;
+const PONG: u8 = 0x8A;
+
+/// Appends the answer to a ping (RFC 6455 section 5.5.3).
+pub fn put_pong(frames: &mut Vec<u8>, payload: &[u8]) {
+    debug_assert!(payload.len() <= 125, "a ping has no more");
+    frames.extend([PONG, payload.len() as u8]);
+    frames.extend(payload);
+}
+
+/// The answer to a close frame.
+pub fn close_answer(code: Option<u16>) -> Bytes {
+    code.map_or(Bytes::from_static(&[CLOSE, 0]), |code| close(code, ""))
+}
 
 /// A close frame (RFC 6455 section 5.5.1).
 pub fn close(code: u16, reason: &str) -> Bytes {
@@ -154,11 +167,9 @@ pub fn parse_client_frame(sender: &str, text: &str) -> Result<ClientFrame, BadFr
     let members: Members<'_> = match serde_json::from_str(text) {
         Ok(members) => members,
         Err(_) => {
-            let found: Option<Reference<'_>> = serde_json::from_str(text).ok();
-            let reference = found.and_then(|found| valid_reference(found.reference?.get()));
             return bad(
                 r#"send a JSON object with "text" or "data", and with "to" and "ref" if needed"#,
-                reference,
+                reference_in(text),
             );
         }
     };
@@ -189,6 +200,12 @@ pub fn parse_client_frame(sender: &str, text: &str) -> Result<ClientFrame, BadFr
         _ => return bad(r#"give either "text" or "data""#, reference),
     };
     Ok(ClientFrame::Publish(ClientPublish { event, to, reference }))
+}
+
+/// The reference of a JSON mode client's frame, good or bad, that is not taken.
+pub fn reference_in(text: &str) -> Option<Box<str>> {
+    let found: Reference<'_> = serde_json::from_str(text).ok()?;
+    valid_reference(found.reference?.get())
 }
 
 /// How deep arrays and objects of a JSON text are within each other.
@@ -242,6 +259,8 @@ pub enum ErrorCode {
     Invalid,
     /// This client may not publish it.
     Forbidden,
+    /// It came faster than it may.
+    TooFast,
     /// Certainly not published: the bus is away, or refuses.
     Unavailable,
     /// It may or may not have been published.
@@ -250,14 +269,20 @@ pub enum ErrorCode {
 
 impl ErrorCode {
     /// All of them, in order.
-    pub const ALL: [ErrorCode; 4] =
-        [ErrorCode::Invalid, ErrorCode::Forbidden, ErrorCode::Unavailable, ErrorCode::Unknown];
+    pub const ALL: [ErrorCode; 5] = [
+        ErrorCode::Invalid,
+        ErrorCode::Forbidden,
+        ErrorCode::TooFast,
+        ErrorCode::Unavailable,
+        ErrorCode::Unknown,
+    ];
 
     /// As clients see it.
     pub fn text(self) -> &'static str {
         match self {
             ErrorCode::Invalid => "invalid",
             ErrorCode::Forbidden => "forbidden",
+            ErrorCode::TooFast => "too_fast",
             ErrorCode::Unavailable => "unavailable",
             ErrorCode::Unknown => "unknown",
         }

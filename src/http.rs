@@ -401,6 +401,12 @@ pub fn status_of(response: &[u8]) -> u16 {
     digits.and_then(|digits| std::str::from_utf8(digits).ok()?.parse().ok()).unwrap_or(0)
 }
 
+/// The text of a response written by [`Response`].
+pub fn body_of(response: &[u8]) -> Cow<'_, str> {
+    let body = response.windows(4).position(|four| four == b"\r\n\r\n").map_or(response.len(), |at| at + 4);
+    String::from_utf8_lossy(&response[body..])
+}
+
 /// The reason phrase of a status (RFC 9110 section 15).
 pub fn reason(status: u16) -> &'static str {
     match status {

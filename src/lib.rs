@@ -25,12 +25,14 @@
 //! | [`guard`] | how many connections: of the node, an address, a user |
 //! | [`handshake`] | a request's bytes become a client who may join, or an answer |
 //! | [`input`] | a client's bytes become its messages |
+//! | [`pace`] | how fast a client may send |
 //! | [`feed`] | a channel's recent events in memory, and cursors into them |
 //! | [`connection`] | one connection: its states, and the one function that writes |
 //! | [`shard`] | the loop that owns connections and channels: joins, passes, history, ticks |
 //! | [`accept`] | the accept loop, which gives each socket to the shard with the fewest |
 //! | [`bus`] | what a bus is; [`bus::local`] and [`bus::redis`], which behave the same |
 //! | [`sequence`] | one channel's order: next, duplicate, hole, re-anchored |
+//! | [`refusals`] | what is refused, told to the log a line a class |
 //! | [`metrics`] | what is counted, and whether the node is ready |
 //! | [`admin`] | publish, metrics and stats over HTTP |
 //! | [`server`] | the wiring, and how it stops; `main.rs` tells the life of the process |
@@ -59,7 +61,8 @@
 //! - Everything that grows has a limit, a constant or a setting, with its reason beside it.
 //!
 //! **Who knows what.** Only [`bus::redis`] knows fred. Only [`input`] and [`handshake`] know tungstenite. Pure rooms
-//! (`event`, `close`, `frame`, `foreign`, `config`, `http`, `origin`, `proxy`, `guard`, `token`, `web`, `input`, `feed`, `sequence`)
+//! (`event`, `close`, `frame`, `foreign`, `config`, `http`, `origin`, `proxy`, `guard`, `token`, `web`, `input`, `pace`,
+//! `feed`, `sequence`)
 //! know neither sockets nor runtimes: bytes are handed in, so each is tested alone.
 
 // In reading order.
@@ -88,6 +91,7 @@ pub mod mint;
 
 pub mod handshake;
 pub mod input;
+pub mod pace;
 
 pub mod feed;
 
@@ -98,6 +102,8 @@ pub mod accept;
 
 pub mod bus;
 pub mod sequence;
+
+pub mod refusals;
 
 pub mod metrics;
 

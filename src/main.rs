@@ -90,28 +90,27 @@ fn serve(settings: Settings, keys: Arc<KeyRing>) -> anyhow::Result<()> {
         let mut hangup = signal(SignalKind::hangup())?;
         let listeners = Listeners::bind(&settings)?;
         announce(&listeners).context("the ready line can't be printed")?;
-        let mut stopping = false;
-        let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+        let (stop, stopped) = tokio::sync::oneshot::channel();
         let mut stop = Some(stop);
         let served = server::run(settings, keys.clone(), listeners, async {
-            let _ = stopped.await;
+            stopped.await.expect("the sender is kept until it is used")
         });
         let mut served = std::pin::pin!(served);
         loop {
-            tokio::select! {
+            let why = tokio::select! {
                 result = &mut served => return result,
-                _ = terminate.recv() => {}
-                _ = interrupt.recv() => {}
+                _ = terminate.recv() => "SIGTERM",
+                _ = interrupt.recv() => "SIGINT",
                 _ = hangup.recv() => {
                     reread(&keys);
                     continue;
                 }
-            }
-            if std::mem::replace(&mut stopping, true) {
-                tracing::warn!("stopping at once");
+            };
+            let Some(stop) = stop.take() else {
+                tracing::warn!(why, "stopping at once");
                 return Ok(());
-            }
-            drop(stop.take());
+            };
+            let _ = stop.send(why); // it fails only when the node is ending by itself
         }
     })
 }

@@ -6,6 +6,7 @@ use std::time::{Instant, SystemTime};
 
 use crate::close::REASONS;
 use crate::frame::ErrorCode;
+use crate::refusals::{Class, Refusals};
 
 mod histogram;
 mod process;
@@ -13,7 +14,6 @@ mod render;
 mod table;
 
 pub use histogram::Histogram;
-
 pub use process::open_file_limit;
 
 /// One number, shown as a Prometheus counter or gauge. Relaxed: numbers are read one by one.
@@ -89,7 +89,7 @@ pub struct ShardNumbers {
     /// Messages taken from clients.
     pub messages: Number,
     /// Messages not published, by [`ErrorCode`].
-    pub publishes_refused: [Number; ErrorCode::ALL.len()],
+    publishes_refused: [Number; ErrorCode::ALL.len()],
     /// Times a client was told that events may be missing, by a frame or by a close.
     pub resets: Number,
     /// Requests answered with an error, by place in `STATUSES`.
@@ -151,6 +151,8 @@ pub struct Metrics {
     pub max_connections: Number,
     /// Requests to the admin listener without the right key.
     pub admin_refused: Number,
+    /// What was refused, for the log.
+    pub refusals: Refusals,
     /// What the bus counts.
     pub bus: Arc<BusNumbers>,
     /// Whether the node takes clients.
@@ -170,11 +172,30 @@ impl Metrics {
             turned_away: Default::default(),
             max_connections: Number::default(),
             admin_refused: Number::default(),
+            refusals: Refusals::default(),
             bus,
             readiness,
             started: Instant::now(),
             started_at: SystemTime::now(),
         }
+    }
+}
+
+impl Metrics {
+    /// Open connections of all shards.
+    pub fn connections(&self) -> u64 {
+        self.shards.iter().map(ShardNumbers::load).sum()
+    }
+
+    /// Connections closed since the start.
+    pub fn closed(&self) -> u64 {
+        self.shards.iter().map(|shard| shard.closed.get()).sum()
+    }
+
+    /// Counts a client's message that was not published, and sees that the log hears of it.
+    pub fn refuse_message(&self, shard: usize, code: ErrorCode, text: &str) {
+        self.shards[shard].publishes_refused[code as usize].add(1);
+        self.refusals.note(Class { what: "message", why: code.text(), status: 0 }, text);
     }
 }
 

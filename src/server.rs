@@ -5,7 +5,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};
@@ -13,11 +13,11 @@ use tokio::time::{sleep, timeout};
 use crate::accept;
 use crate::admin::{self, AdminContext};
 use crate::bus::{self, Requests, Shards, ToShard};
-use crate::config::{AdminAddr, Settings};
+use crate::config::{AdminAddr, RedisUrl, Settings};
 use crate::guard::Guard;
 use crate::handshake::Door;
 use crate::keys::KeyRing;
-use crate::metrics::{BusNumbers, Metrics, Readiness};
+use crate::metrics::{self, BusNumbers, Metrics, Readiness};
 use crate::shard;
 
 /// How long the accept loop, and then the shards after `--drain`, may take to end. They need milliseconds; this is
@@ -55,7 +55,7 @@ impl Listeners {
     }
 }
 
-/// Serves until `shutdown` is done, then lets every connection go and returns.
+/// Serves until `shutdown` says why it is to stop, then lets every connection go and returns.
 ///
 /// # Errors
 /// When a shard or the bus can't go on.
@@ -63,7 +63,7 @@ pub async fn run(
     settings: Settings,
     keys: Arc<KeyRing>,
     listeners: Listeners,
-    shutdown: impl Future<Output = ()>,
+    shutdown: impl Future<Output = &'static str>,
 ) -> anyhow::Result<()> {
     let settings = Arc::new(settings);
     let numbers = Arc::new(BusNumbers::default());
@@ -71,13 +71,7 @@ pub async fn run(
     let metrics = Arc::new(Metrics::new(settings.shards.get(), numbers.clone(), readiness.clone()));
     let (requests, asked) = mpsc::unbounded_channel();
     let guard = Arc::new(Guard::new(&settings));
-    let (most, fit) = (settings.most_connections(), settings.connections_that_fit());
-    if most > fit {
-        tracing::warn!(
-            "--max-connections {most}, but the limit on open files has room for {fit}: raise it (LimitNOFILE)"
-        );
-    }
-    metrics.max_connections.set(u64::from(most));
+    metrics.max_connections.set(u64::from(settings.most_connections()));
     let door = Door {
         settings: settings.clone(),
         readiness: readiness.clone(),
@@ -85,12 +79,13 @@ pub async fn run(
         guard: guard.clone(),
     };
 
+    tell_start(&settings, &listeners)?;
     let (shards, mut ended) = start_shards(&door, &requests, &metrics)?;
     let (stop_accepting, accepted) = accept::start(listeners.public, shards.clone(), guard, metrics.clone())?;
     if let Some(listener) = listeners.admin {
         let context = AdminContext {
             requests,
-            metrics,
+            metrics: metrics.clone(),
             keys,
             max_message: settings.max_message,
             publish_timeout: settings.publish_timeout,
@@ -101,13 +96,14 @@ pub async fn run(
     let wiring =
         bus::Wiring { requests: asked, shards: shards.clone(), numbers, readiness: readiness.clone() };
     let mut bus = std::pin::pin!(bus::run(&settings, wiring));
-    tokio::select! {
+    let why = tokio::select! {
         result = &mut bus => return Ok(result?),
         end = ended.recv() => return end.unwrap_or(Ok(())).map_err(|error| anyhow::anyhow!("a shard failed: {error}")),
-        () = shutdown => {}
-    }
+        why = shutdown => why,
+    };
 
-    tracing::info!("stopping");
+    let (stopping, closed) = (Instant::now(), metrics.closed());
+    tracing::info!(why, connections = metrics.connections(), "stopping");
     readiness.drain();
     let drained = async {
         sleep(settings.drain_notice).await;
@@ -126,9 +122,40 @@ pub async fn run(
     };
     // The bus goes on meanwhile: what clients have published gets its answer.
     tokio::select! {
-        result = &mut bus => Ok(result?),
-        result = drained => result.map_err(|_| anyhow::anyhow!("a shard is stuck: it did not end when the drain was over")),
+        result = &mut bus => result?,
+        result = drained => {
+            result.map_err(|_| anyhow::anyhow!("a shard is stuck: it did not end when the drain was over"))?;
+        }
     }
+    let (seconds, closed) = (stopping.elapsed().as_secs_f64(), metrics.closed() - closed);
+    tracing::info!(seconds, closed, left = metrics.connections(), "stopped");
+    Ok(())
+}
+
+/// One line with what whoever reads a log must know of the process that wrote it.
+fn tell_start(settings: &Settings, listeners: &Listeners) -> io::Result<()> {
+    let listen: Vec<String> = listeners.public()?.iter().map(SocketAddr::to_string).collect();
+    tracing::info!(
+        version = env!("CARGO_PKG_VERSION"),
+        listen = listen.join(","),
+        admin = listeners.admin()?.to_string(),
+        bus = settings.redis.as_ref().map_or_else(|| "local".into(), RedisUrl::to_string),
+        shards = settings.shards,
+        max_connections = settings.most_connections(),
+        max_channels = settings.max_channels,
+        max_message = settings.max_message,
+        history = settings.history,
+        feed_memory = settings.feed_memory,
+        open_files = metrics::open_file_limit(),
+        "started"
+    );
+    let (most, fit) = (settings.most_connections(), settings.connections_that_fit());
+    if most > fit {
+        tracing::warn!(
+            "--max-connections {most}, but the limit on open files has room for {fit}: raise it (LimitNOFILE)"
+        );
+    }
+    Ok(())
 }
 
 type Ended = mpsc::UnboundedReceiver<io::Result<()>>;
@@ -148,7 +175,17 @@ fn start_shards(door: &Door, requests: &Requests, metrics: &Arc<Metrics>) -> io:
     let shards = Shards::new(inboxes).with_bells(bells);
     for (id, (poll, bell, inbox)) in waiting.into_iter().enumerate() {
         let (door, requests, metrics) = (door.clone(), requests.clone(), metrics.clone());
-        let wiring = shard::Wiring { id, door, requests, shards: shards.clone(), poll, inbox, bell, metrics };
+        let wiring = shard::Wiring {
+            id,
+            door,
+            requests,
+            shards: shards.clone(),
+            poll,
+            inbox,
+            bell,
+            metrics,
+            takes_binary: false,
+        };
         let end = end.clone();
         thread::Builder::new().name(format!("shard-{id}")).spawn(move || {
             let _ = end.send(shard::run(wiring)); // fails only when the node has returned already

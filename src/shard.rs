@@ -25,6 +25,8 @@ use crate::handshake;
 use crate::http;
 use crate::input;
 use crate::metrics::{Metrics, ShardNumbers};
+use crate::pace::Pace;
+use crate::refusals::Class;
 
 mod channel;
 mod deliver;
@@ -71,6 +73,8 @@ pub struct Wiring {
     pub bell: Arc<Bell>,
     /// What the node counts; it writes its own part.
     pub metrics: Arc<Metrics>,
+    /// Whether binary messages are published as they are: for an echo that tests the WebSocket alone.
+    pub takes_binary: bool,
 }
 
 /// One shard.
@@ -123,7 +127,10 @@ pub struct Shard {
     tally: Tally,
     scratch: Box<[u8]>,
     messages: Vec<input::Incoming>,
-    replies: Vec<u8>,
+    pongs: Vec<u8>,
+    limits: input::Limits,
+    pace: Option<Pace>,
+    started: Instant,
 }
 
 /// What epoll says when the bell rings. No connection has it: slots are below 2^32.
@@ -141,9 +148,9 @@ pub fn run(wiring: Wiring) -> io::Result<()> {
     let Wiring { mut poll, mut inbox, bell, .. } = wiring;
     let registry = poll.registry().try_clone()?;
     let mut events = Events::with_capacity(EVENTS);
+    let settings = wiring.door.settings.clone();
     let mut shard = Shard {
         id: wiring.id,
-        settings: wiring.door.settings.clone(),
         door: wiring.door,
         requests: wiring.requests,
         shards: wiring.shards,
@@ -177,7 +184,11 @@ pub fn run(wiring: Wiring) -> io::Result<()> {
         tally: Tally::default(),
         scratch: vec![0; SCRATCH].into(),
         messages: Vec::new(),
-        replies: Vec::new(),
+        pongs: Vec::new(),
+        limits: input::Limits { max_message: settings.max_message, binary: wiring.takes_binary },
+        pace: Pace::new(settings.message_rate),
+        started: Instant::now(),
+        settings,
     };
     let mut next_tick = Instant::now() + TICK;
     let mut more = false;
@@ -329,10 +340,13 @@ impl Shard {
             return;
         }
         self.metrics.shards[self.id].ends[reason as usize].add(1);
+        let channel =
+            feed.and_then(|key| self.channels.get(key as usize)).map(|channel| channel.name.as_str());
         tracing::debug!(
+            reason = reason.label(),
             user = ?connection.user,
             client = connection.client().map(tracing::field::display),
-            reason = reason.label(),
+            channel,
             "connection ends"
         );
         connection.close(reason);
@@ -353,6 +367,13 @@ impl Shard {
         } else {
             self.remove(slot);
         }
+    }
+
+    /// Sends an HTTP answer to a client that may not join, and ends.
+    fn refuse(&mut self, slot: u32, answer: bytes::Bytes, reason: Reason) {
+        let class = Class { what: "request", why: reason.label(), status: http::status_of(&answer) };
+        self.metrics.refusals.note(class, &http::body_of(&answer));
+        self.answer(slot, answer, reason);
     }
 
     /// Sends an HTTP answer and ends.
@@ -441,7 +462,7 @@ impl Shard {
 
     fn refuse_join(&mut self, id: ConnectionId, why: &str) {
         if let Some(slot) = self.find(id).filter(|slot| self.is_joining(*slot)) {
-            self.answer(slot, handshake::unavailable(why), Reason::Answered);
+            self.refuse(slot, handshake::unavailable(why), Reason::Answered);
         }
     }
 

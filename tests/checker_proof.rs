@@ -37,7 +37,7 @@ fn every_break_is_caught_every_time_by_the_rule_it_breaks() {
         let mut done = 0;
         for seed in 0..HISTORIES {
             let mut dice = Dice(seed ^ 0x5eed);
-            let mut broken = history(seed, 200);
+            let mut broken = history(seed, 260);
             let Some(what) = (kind.apply)(&mut broken, &mut dice) else { continue };
             done += 1;
             let breaches = judge(&broken);

@@ -114,7 +114,8 @@ async fn fragments_are_put_together_with_control_frames_between() {
 
 #[tokio::test]
 async fn it_does_not_matter_how_bytes_are_cut() {
-    let node = Node::start(&[]).await;
+    // On another shard the last event of one connection may still be news to the next.
+    let node = Node::start(&["--shards", "1"]).await;
     let long = "y".repeat(40_000);
     let frames = [
         frame_bytes(true, TEXT, true, b"one"),
@@ -135,7 +136,8 @@ async fn it_does_not_matter_how_bytes_are_cut() {
         }
         for expected in ["one", "two", "", &long, "end"] {
             let start = format!(r#"{{"sender":"raw","text":"{expected}","id":"#);
-            assert!(raw.next_text().await.starts_with(&start), "in pieces of {piece}: {:.40}", expected);
+            let text = raw.next_text().await;
+            assert!(text.starts_with(&start), "in pieces of {piece}: {text:.80} instead of {expected:.40}");
         }
     }
 }

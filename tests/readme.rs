@@ -182,6 +182,7 @@ fn the_close_codes_are_those_of_the_code() {
         Reason::Forbidden,
         Reason::Unauthorized,
         Reason::TokenExpired,
+        Reason::TooFast,
         Reason::NodeFull,
         Reason::AddressFull,
         Reason::UserFull,

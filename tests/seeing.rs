@@ -139,7 +139,6 @@ async fn the_dashboard_shows_what_there_is() {
     let panels = dashboard["panels"].as_array().expect("panels");
     let ids: BTreeSet<_> = panels.iter().map(|panel| panel["id"].as_u64().expect("a number")).collect();
     assert_eq!(ids.len(), panels.len(), "every panel has an id of its own");
-    let mut shown = BTreeSet::new();
     let targets = panels.iter().flat_map(|panel| panel["targets"].as_array().cloned().unwrap_or_default());
     let queries = targets.map(|target| (target["datasource"]["uid"].clone(), target["expr"].clone()));
     let mut queries: Vec<_> = queries.collect();
@@ -156,9 +155,109 @@ async fn the_dashboard_shows_what_there_is() {
             let family = bucket.unwrap_or(name);
             assert!(known.contains(family), "{name} in {expr} is no metric");
             assert_eq!(bucket.is_some(), text.contains(&format!("# TYPE {family} histogram")), "{expr}");
-            shown.insert(family);
         }
     }
-    let hidden: Vec<_> = known.difference(&shown).collect();
-    assert_eq!(hidden, [&"fanfare_build_info"], "what is counted and not shown helps nobody");
+}
+
+/// Lines of a node's log that hold this.
+fn lines(node: &Node, part: &str) -> Vec<String> {
+    node.log().lines().filter(|line| line.contains(part)).map(String::from).collect()
+}
+
+/// Strangers choose what comes here, so there must not be a way to begin a line, or to end an escape.
+const HOSTILE: &str = "a%E2%80%A8b%22%5C%7B%7D%E2%80%AE";
+
+#[tokio::test]
+async fn the_log_tells_of_start_stop_and_refusals_a_line_each() {
+    let node = Node::start(&["--log", "debug", "--log-format", "json", "--shards", "2"]).await;
+    let client = Client::open(&node, HOSTILE, "channel=room", None).await;
+    for _ in 0..30 {
+        let mut raw = Raw::connect(node.public).await;
+        raw.upgrade(&format!("/ws/{HOSTILE}"), &[("Origin", "https://evil.example")])
+            .await
+            .expect_refusal(403);
+        let mut raw = Raw::connect(node.public).await;
+        raw.upgrade("/ws/a%0Ab", &[]).await.expect_refusal(400);
+    }
+    client.leave().await;
+    let ended = || async { (lines(&node, "\"closed_by_peer\"").len() == 1).then_some(()) };
+    until("the log to tell of the client's end", ended).await;
+    node.signal("TERM");
+    assert!(node.ended().await.success());
+
+    let log = node.log();
+    let told: Vec<_> = log.lines().filter_map(|line| line.strip_prefix("! ")).collect();
+    let told: Vec<Value> =
+        told.iter().map(|line| serde_json::from_str(line).expect("an object a line")).collect();
+    let of = |message: &str| -> Vec<&Value> {
+        let is = |line: &&Value| line["message"].as_str().is_some_and(|text| text.starts_with(message));
+        told.iter().filter(is).collect()
+    };
+    let [started] = of("started")[..] else { panic!("one line: {log}") };
+    assert_eq!((&started["version"], &started["bus"]), (&json!(env!("CARGO_PKG_VERSION")), &json!("local")));
+    assert_eq!((&started["listen"], &started["shards"]), (&json!(node.public.to_string()), &json!(2)));
+    let [stopping] = of("stopping")[..] else { panic!("one line: {log}") };
+    assert_eq!(stopping["why"], "SIGTERM");
+    let [stopped] = of("stopped")[..] else { panic!("one line: {log}") };
+    assert!(stopped["seconds"].is_number() && stopped["closed"].is_u64(), "{stopped}");
+    // Thirty of each, and a line for each class. What comes in silence is counted later.
+    let refused = of("request refused");
+    assert!(
+        refused.iter().any(|line| line["status"] == 403 && line["why"] == "foreign_origin"),
+        "{refused:?}"
+    );
+    assert!(refused.iter().any(|line| line["status"] == 400 && line["count"] == 1), "{refused:?}");
+    assert!(refused.len() <= 4, "rate-limited, also where this took more than ten seconds: {refused:?}");
+    let ends = of("connection ends");
+    let end = ends.iter().find(|line| line["reason"] == "closed_by_peer").expect("it has left");
+    assert_eq!((&end["channel"], &end["user"]), (&json!("room"), &json!(r#""a\u{2028}b\"\\{}\u{202e}""#)));
+}
+
+#[tokio::test]
+async fn readyz_says_what_to_do_and_the_log_what_redis_said() {
+    let mut redis = Redis::away(&["--requirepass", "secret"]);
+    let wrong = redis.url().replace("//", "//:hunter2@");
+    let node = Node::start_unready(&["--redis", &wrong]).await;
+    let says = |part: &'static str| {
+        let node = &node;
+        let asked = move || async move { node.unready().await.contains(part).then_some(()) };
+        async move { until(part, asked).await }
+    };
+    says("see whether it runs").await;
+    assert_eq!(lines(&node, "Connection refused").len(), 1, "{}", node.log());
+    redis.up().await;
+    says("mend the user or the password").await;
+    let reason = node.unready().await;
+    assert!(!reason.contains("WRONGPASS") && reason.lines().count() == 1, "{reason}");
+    assert_eq!(lines(&node, "WRONGPASS").len(), 1, "{}", node.log());
+    assert!(!node.log().contains("hunter2"));
+    // Clients are told the same.
+    let mut raw = Raw::connect(node.public).await;
+    let response = raw.upgrade("/ws/a", &[]).await;
+    response.expect_refusal(503);
+    assert!(response.body.contains("mend the user or the password"), "{response:?}");
+}
+
+#[tokio::test]
+async fn what_a_replica_refuses_is_told_once_and_again_when_it_changes() {
+    let primary = Redis::start(&[]).await;
+    let mut replica = Redis::replica_of(&primary).await;
+    let node = Node::start_unready(&["--redis", &replica.url()]).await;
+    let replica_is_it = || async { node.unready().await.contains("is a replica").then_some(()) };
+    until("a node that says what is wrong", replica_is_it).await;
+    let connections =
+        || async { replica.info("total_connections_received").await.parse::<u64>().expect("a number") };
+    // Each of ours takes one as well.
+    let (before, mut ours) = (connections().await, 0);
+    until("the node to have tried again and again", || {
+        ours += 1;
+        let tried = connections();
+        async move { (tried.await >= before + ours + 6).then_some(()) }
+    })
+    .await;
+    assert_eq!((lines(&node, "FCALL").len(), lines(&node, "WARN").len()), (1, 2), "{}", node.log());
+    replica.promote().await;
+    node.ready().await;
+    assert_eq!(lines(&node, "FCALL fanfare_publish is to be had").len(), 1, "{}", node.log());
+    assert_eq!(lines(&node, "the bus works").len(), 1, "{}", node.log());
 }

@@ -50,6 +50,7 @@ impl Shard {
             inbox,
             bell,
             metrics: metrics.clone(),
+            takes_binary: false,
         };
         std::thread::spawn(|| shard::run(wiring).expect("a poll that works"));
         Shard { shards, asked, metrics, guard }

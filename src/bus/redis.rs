@@ -3,7 +3,7 @@
 //! One task owns everything here. What waits for Redis is spawned, owns nothing, and comes back as an
 //! `Outcome`. Rooms: `link` (the connections), `scripts` (what runs in Redis), `wire` (messages to
 //! entries), `publisher` and `follow` (one channel's two directions), `out` and `inward` (what the task does
-//! with them), `health` (canary, sessions, readiness).
+//! with them), `health` (canary, sessions, readiness), `reason` (what is wrong, in plain words).
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
@@ -31,6 +31,7 @@ mod inward;
 mod link;
 mod out;
 mod publisher;
+mod reason;
 mod scripts;
 mod terms;
 mod wire;
@@ -123,6 +124,8 @@ struct Bus {
     rounds: VecDeque<ChannelName>,
     next_sweep: Instant,
     warned_of_size: Option<Instant>,
+    /// Why other programs can't publish by FCALL, as far as was told to the log.
+    no_library: Option<Arc<str>>,
 }
 
 /// Runs until every sender of requests is gone.
@@ -156,6 +159,7 @@ pub async fn run(settings: &Settings, url: &RedisUrl, wiring: Wiring) -> Result<
         rounds: VecDeque::new(),
         next_sweep: Instant::now() + IDLE,
         warned_of_size: None,
+        no_library: None,
     };
     let mut messages: Option<broadcast::Receiver<Message>> = None;
     let mut tick = tokio::time::interval(TICK);

@@ -58,7 +58,7 @@ const fn spec(
 }
 
 /// All settings, in the order shown.
-pub(super) static TABLE: [Spec; 29] = [
+pub(super) static TABLE: [Spec; 30] = [
     spec(
         "listen",
         List,
@@ -207,6 +207,16 @@ pub(super) static TABLE: [Spec; 29] = [
     ),
     spec("max-channels", Value, "CHANNELS", "10000", &["Channels this node follows at once."]),
     spec("max-message", Value, "SIZE", "64KiB", &["Longest message taken from a client, at most 16MiB."]),
+    spec(
+        "message-rate",
+        Value,
+        "MESSAGES",
+        "100",
+        &[
+            "Messages that a connection may send in a second, pings among them; at once ten times as many.",
+            "What is faster is not published, and whoever goes on is closed. 0: no limit.",
+        ],
+    ),
     spec(
         "heartbeat",
         Value,

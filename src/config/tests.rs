@@ -58,6 +58,7 @@ fn every_setting_is_read_from_its_flag_in_both_forms_and_from_its_variable() {
         ("max-per-user", "5"),
         ("max-channels", "7"),
         ("max-message", "1KiB"),
+        ("message-rate", "20"),
         ("heartbeat", "1s"),
         ("heartbeat-timeout", "2s"),
         ("heartbeat-format", "both"),

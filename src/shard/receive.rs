@@ -13,12 +13,30 @@ use crate::frame::{self, ClientFrame, ErrorCode};
 use crate::guard::Full;
 use crate::handshake::{self, Verdict};
 use crate::input::{self, Incoming};
+use crate::pace;
 
 /// Nothing more is read from a client that has this many publishes without an answer,
 const UNANSWERED_MAX: u32 = 256;
 
 /// or that leaves this many bytes of acks, pongs and errors unread. It is read again at half of either.
 const QUEUE_MAX: usize = 64 * 1024;
+
+/// Pongs that answer the pings of one read, in bytes; of more than these only the last is sent.
+const PONGS_MAX: usize = 2 * 1024;
+
+/// Why nothing more is taken from a client.
+enum End {
+    /// It closes, with this code.
+    Close(Option<u16>),
+    /// It is closed.
+    For(Reason),
+}
+
+impl From<Reason> for End {
+    fn from(reason: Reason) -> End {
+        End::For(reason)
+    }
+}
 
 impl Shard {
     /// Reads what has come, up to one scratch buffer full; `to_end` where the peer's end may be there, which epoll
@@ -41,7 +59,7 @@ impl Shard {
                 _ if length == 0 => {}
                 State::Request(_) => self.on_request_bytes(slot, length),
                 // A client may only speak after the upgrade; what it says here would be lost.
-                State::Joining(_) => self.answer(slot, handshake::too_early(), Reason::Answered),
+                State::Joining(_) => self.refuse(slot, handshake::too_early(), Reason::Answered),
                 State::Live | State::History | State::Missed => self.on_frames(slot, length),
                 State::Closing => {}
             }
@@ -92,14 +110,14 @@ impl Shard {
                 Some(kept) => drop(kept.drain(..read)),
             },
             Verdict::Answer(answer) => self.answer(slot, answer, Reason::Answered),
-            Verdict::Refuse(answer, reason) => self.answer(slot, answer, reason),
+            Verdict::Refuse(answer, reason) => self.refuse(slot, answer, reason),
             // It waited to be accepted when the node began to stop.
             Verdict::Join(_) if self.drain.is_some() => {
-                self.answer(slot, handshake::stopping(), Reason::Draining);
+                self.refuse(slot, handshake::stopping(), Reason::Draining);
             }
             Verdict::Join(mut join) => {
                 if !self.door.guard.seat_user(&join.user) {
-                    return self.answer(slot, Full::User.answer(), Full::User.reason());
+                    return self.refuse(slot, Full::User.answer(), Full::User.reason());
                 }
                 connection.user = std::mem::take(&mut join.user);
                 connection.state = State::Joining(join);
@@ -115,29 +133,23 @@ impl Shard {
             let connection = &mut self.connections[slot as usize];
             let data = &mut self.scratch[begin..length];
             let mut messages = std::mem::take(&mut self.messages);
-            let limit = self.settings.max_message;
-            let mut result =
-                input::read(&mut connection.partial, data, limit, &mut messages, &mut self.replies);
-            let closes = matches!(messages.last(), Some(Incoming::Close));
-            // A client that leaves its pongs unread gets no more of them; the last one in is as good (RFC 6455 5.5.3).
-            if !self.replies.is_empty() && (closes || connection.queued() < QUEUE_MAX / 2) {
-                connection.enqueue(Bytes::copy_from_slice(&self.replies));
-            }
-            self.replies.clear();
+            let read = input::read(&mut connection.partial, data, self.limits, &mut messages);
             let more = messages.len() == input::MESSAGES_AT_ONCE;
-            for message in messages.drain(..) {
-                if let Incoming::Text(text) = message
-                    && let Err(reason) = self.on_message(slot, &text)
-                {
-                    result = Err(reason);
-                    break;
-                }
-            }
+            let end = self.on_messages(slot, messages.drain(..));
             self.messages = messages;
-            match result {
-                Err(reason) => return self.end(slot, reason),
-                Ok(_) if closes => return self.end(slot, Reason::ClosedByPeer),
-                Ok(read) => begin += read,
+            let connection = &mut self.connections[slot as usize];
+            // A client that leaves its pongs unread gets no more of them.
+            if !self.pongs.is_empty() && connection.queued() < QUEUE_MAX / 2 {
+                connection.enqueue(Bytes::copy_from_slice(&self.pongs));
+            }
+            self.pongs.clear();
+            match (end, read) {
+                (Err(End::Close(code)), _) => {
+                    connection.enqueue(frame::close_answer(code));
+                    return self.end(slot, Reason::ClosedByPeer);
+                }
+                (Err(End::For(reason)), _) | (Ok(()), Err(reason)) => return self.end(slot, reason),
+                (Ok(()), Ok(read)) => begin += read,
             }
             if self.connections[slot as usize].queued() > 0 {
                 self.flush(slot);
@@ -155,10 +167,55 @@ impl Shard {
         }
     }
 
+    fn on_messages(&mut self, slot: u32, messages: impl Iterator<Item = Incoming>) -> Result<(), End> {
+        let now = self.started.elapsed();
+        for message in messages {
+            let connection = &mut self.connections[slot as usize];
+            let is_heartbeat = message == Incoming::Pong && std::mem::take(&mut connection.pinged);
+            let pace = self.pace.filter(|_| !is_heartbeat && !matches!(message, Incoming::Close(_)));
+            let verdict = pace.map_or(pace::Verdict::Taken, |pace| {
+                pace.judge(&mut connection.paid_until, &mut connection.refused, now)
+            });
+            if verdict != pace::Verdict::Taken {
+                self.too_fast(slot, &message, verdict)?;
+                continue;
+            }
+            match message {
+                Incoming::Text(text) => self.on_text(slot, &text)?,
+                Incoming::Binary(bytes) => self.publish(slot, bytes, None, None),
+                Incoming::Ping(payload) => {
+                    // The last one is as good as all before it (RFC 6455 section 5.5.3).
+                    if self.pongs.len() + payload.len() > PONGS_MAX {
+                        self.pongs.clear();
+                    }
+                    frame::put_pong(&mut self.pongs, &payload);
+                }
+                Incoming::Pong => {}
+                Incoming::Close(code) => return Err(End::Close(code)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Does not take what came faster than it may.
+    fn too_fast(&mut self, slot: u32, message: &Incoming, verdict: pace::Verdict) -> Result<(), Reason> {
+        let text = format!("not taken: the rate is {} a second", self.settings.message_rate);
+        self.metrics.refuse_message(self.id, ErrorCode::TooFast, &text);
+        let connection = &mut self.connections[slot as usize];
+        if verdict == pace::Verdict::TooMany || !connection.recovers {
+            return Err(Reason::TooFast);
+        }
+        let reference = match message {
+            Incoming::Text(text) if connection.json => frame::reference_in(text),
+            _ => None,
+        };
+        connection.enqueue(frame::error(ErrorCode::TooFast, &text, reference.as_deref()));
+        Ok(())
+    }
+
     /// An error ends the connection.
-    fn on_message(&mut self, slot: u32, text: &str) -> Result<(), Reason> {
+    fn on_text(&mut self, slot: u32, text: &str) -> Result<(), Reason> {
         self.numbers().messages.add(1);
-        let id = self.id_of(slot);
         let connection = &mut self.connections[slot as usize];
         let (event, to, reference) = if connection.json {
             match frame::parse_client_frame(&connection.user, text) {
@@ -170,7 +227,7 @@ impl Shard {
                     return Ok(());
                 }
                 Err(bad) => {
-                    self.metrics.shards[self.id].publishes_refused[ErrorCode::Invalid as usize].add(1);
+                    self.metrics.refuse_message(self.id, ErrorCode::Invalid, bad.message);
                     connection.enqueue(frame::error(
                         ErrorCode::Invalid,
                         bad.message,
@@ -184,20 +241,25 @@ impl Shard {
         };
         let to_others = to.is_some() && self.settings.client_publish != ClientPublish::Any;
         if !connection.may_publish || to_others {
-            self.metrics.shards[self.id].publishes_refused[ErrorCode::Forbidden as usize].add(1);
+            let text =
+                if to_others { "clients may not address one user here" } else { "you may not publish here" };
+            self.metrics.refuse_message(self.id, ErrorCode::Forbidden, text);
             if !connection.recovers {
                 return Err(Reason::Forbidden);
             }
-            let text =
-                if to_others { "clients may not address one user here" } else { "you may not publish here" };
             connection.enqueue(frame::error(ErrorCode::Forbidden, text, reference.as_deref()));
             return Ok(());
         }
+        self.publish(slot, event, to, reference);
+        Ok(())
+    }
+
+    fn publish(&mut self, slot: u32, event: Bytes, to: Option<String>, reference: Option<Box<str>>) {
+        let answer = Answer::Connection(self.id_of(slot), reference);
+        let connection = &mut self.connections[slot as usize];
         connection.unanswered += 1;
         let channel = self.channels[connection.channel as usize].name.clone();
-        let answer = Answer::Connection(id, reference);
         self.ask(Request::Publish(Publish { channel, to: to.map(Into::into), event, answer }));
-        Ok(())
     }
 
     pub(super) fn on_published(
@@ -223,11 +285,12 @@ impl Shard {
                     PublishError::Refused(_) => ErrorCode::Unavailable,
                     PublishError::Unknown => ErrorCode::Unknown,
                 };
-                self.metrics.shards[self.id].publishes_refused[code as usize].add(1);
+                let text = error.to_string();
+                self.metrics.refuse_message(self.id, code, &text);
                 if !connection.recovers {
                     return self.end(slot, Reason::PublishFailed);
                 }
-                connection.enqueue(frame::error(code, &error.to_string(), reference));
+                connection.enqueue(frame::error(code, &text, reference));
             }
         }
         if connection.queued() > 0 {

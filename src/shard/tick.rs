@@ -52,8 +52,8 @@ impl Shard {
             let request = |slot: &u32| matches!(self.connections[*slot as usize].state, State::Request(_));
             if let Some(slot) = self.find(id).filter(request) {
                 match self.connections[slot as usize].place.full() {
-                    Some(full) => self.answer(slot, full.answer(), full.reason()),
-                    None => self.answer(slot, handshake::too_slow(), Reason::RequestTimeout),
+                    Some(full) => self.refuse(slot, full.answer(), full.reason()),
+                    None => self.refuse(slot, handshake::too_slow(), Reason::RequestTimeout),
                 }
             }
         }
@@ -85,6 +85,9 @@ impl Shard {
             }
         }
         self.drop_idle_pages();
+        if self.id == 0 {
+            self.metrics.refusals.tell_overdue();
+        }
         let since =
             |channel: &super::Channel| channel.empty_since.is_some_and(|since| now - since >= EMPTY_TIME);
         let empty: Vec<u32> = self
@@ -159,6 +162,7 @@ impl Shard {
             return; // it has not taken the last one
         }
         if format != HeartbeatFormat::Json {
+            connection.pinged = true;
             connection.enqueue(frame::PING);
         }
         if format != HeartbeatFormat::Ping {

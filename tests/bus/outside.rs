@@ -191,7 +191,8 @@ async fn a_unix_socket_and_another_prefix_work_too() {
 async fn a_node_starts_without_redis_and_joins_when_it_comes() {
     let mut redis = RedisServer::not_started();
     let mut node = Node::start(settings(&redis.url()));
-    until("it has tried", || node.readiness.trouble().is_some_and(|why| why.contains("away"))).await;
+    until("it has tried", || node.readiness.trouble().is_some_and(|why| why.contains("can't be reached")))
+        .await;
     assert!(matches!(node.try_follow("room", 0).await, Err(BusError::Away(_))));
     let result = node.publish_later("room", None, &event(1));
     redis.restart();

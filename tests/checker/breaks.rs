@@ -27,7 +27,7 @@ const fn way(
 use Rule::{Known, Missing, OneId, Order, Position, Private, Published, Time, Twice};
 
 /// All of them.
-pub static BREAKS: [Break; 19] = [
+pub static BREAKS: [Break; 22] = [
     way("an event is dropped on the way to one client", &[Missing], false, drop_one),
     way("an acknowledged event reaches nobody", &[Missing], false, vanish),
     way("events reach nobody, and nobody was told their fate", &[Known], true, vanish_unknown),
@@ -45,6 +45,9 @@ pub static BREAKS: [Break; 19] = [
     way("an event's addressee gets lost", &[Private, OneId], true, addressee_lost),
     way("a loss is not announced", &[Missing], true, reset_withheld),
     way("a welcome promises what was lost", &[Missing, Position], true, welcome_lies),
+    way("an event comes again behind an announcement", &[Twice, Order], true, again_behind),
+    way("a ping tells a position ahead of the client's", &[Missing, Order], true, stands_ahead),
+    way("a welcome's head lies ahead", &[Position], false, head_ahead),
     way("an event gets a lower id than one acknowledged before it", &[Time], false, late),
     way("two events of one connection change places", &[Time], true, change_places),
 ];
@@ -322,7 +325,7 @@ fn lost(history: &History, watcher: &Watcher, after: u64, upto: u64) -> bool {
 /// The position that the notes before this one lead to.
 fn position(watcher: &Watcher, note: usize) -> Option<u64> {
     watcher.seen[..note].iter().rev().find_map(|(_, seen)| match seen {
-        Seen::Event(id, ..) | Seen::Reset(id) => Some(*id),
+        Seen::Event(id, ..) | Seen::Reset(id) | Seen::Stands(id) => Some(*id),
         Seen::Welcomed { at, .. } => Some(*at),
         Seen::LetIn | Seen::Ended(_) => None,
     })
@@ -355,6 +358,58 @@ fn welcome_lies(history: &mut History, dice: &mut Dice) -> Option<String> {
         *recovered = true;
         // Either it goes on where the client asked, or not even that.
         *at = if dice.once_in(4) { *at } else { asked.expect("it asked") };
+    }
+    Some(what)
+}
+
+/// What came before the announcement comes once more behind it.
+fn again_behind(history: &mut History, dice: &mut Dice) -> Option<String> {
+    let told = places(history, |watcher, note| {
+        let (_, seen) = &watcher.seen[note];
+        matches!(seen, Seen::Reset(_) | Seen::Welcomed { asked: Some(_), recovered: false, .. })
+            && (0..note).any(|note| event(watcher, note).is_some())
+    });
+    let place = pick(&told, dice)?;
+    let what = describe(history, place);
+    let may_fall = history.ids_may_fall;
+    let seen = &mut history.watchers[place.watcher].seen;
+    let again = seen[..place.note].iter().rev().find(|(_, seen)| matches!(seen, Seen::Event(..)))?.clone();
+    // Where ids may fall, the announcement may even lead back to just before it.
+    if let (true, Seen::Event(id, ..)) = (may_fall, &again.1)
+        && let Seen::Welcomed { at, head, .. } = &mut seen[place.note].1
+    {
+        (*at, *head) = (id - 1, id - 1);
+    }
+    seen.insert(place.note + 1, again);
+    Some(what)
+}
+
+fn stands_ahead(history: &mut History, dice: &mut Dice) -> Option<String> {
+    let promised = places(history, |watcher, note| {
+        watcher.recovers && event(watcher, note).is_some() && !matches!(watcher.seen[note - 1].1, Seen::LetIn)
+    });
+    let place = pick(&promised, dice)?;
+    let what = describe(history, place);
+    let watcher = &mut history.watchers[place.watcher];
+    let id = event(watcher, place.note)?.0;
+    let moment = watcher.seen[place.note].0;
+    watcher.seen.insert(place.note, (moment, Seen::Stands(id)));
+    Some(what)
+}
+
+fn head_ahead(history: &mut History, dice: &mut Dice) -> Option<String> {
+    let acked = acked(history);
+    let later = |moment: u64| acked.iter().find(|(at, _)| history.attempts[*at].begun > moment);
+    let recovered = places(history, |watcher, note| {
+        let (moment, seen) = &watcher.seen[note];
+        matches!(seen, Seen::Welcomed { asked: Some(_), recovered: true, .. }) && later(*moment).is_some()
+    });
+    let place = pick(&recovered, dice)?;
+    let what = describe(history, place);
+    let (moment, _) = history.watchers[place.watcher].seen[place.note];
+    let ahead = later(moment)?.1;
+    if let Seen::Welcomed { head, .. } = &mut history.watchers[place.watcher].seen[place.note].1 {
+        *head = ahead;
     }
     Some(what)
 }

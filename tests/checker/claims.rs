@@ -1,6 +1,6 @@
 //! What a client may take for granted, and what it saw of that: one claim from each announcement to the next.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 
 use super::history::{Moment, Seen, Watcher};
 use super::rules::{Breach, Rule};
@@ -33,6 +33,7 @@ pub fn claims(watcher: &Watcher, ids_may_fall: bool, breaches: &mut Vec<Breach>)
     let mut done: Vec<Claim> = Vec::new();
     let mut claim: Option<Claim> = None;
     let mut connected = false;
+    let mut ever: HashSet<&str> = HashSet::new();
     let mut object =
         |rule, text: String| breaches.push(Breach { rule, text: format!("{}: {text}", watcher.name) });
     for (moment, seen) in &watcher.seen {
@@ -92,6 +93,10 @@ pub fn claims(watcher: &Watcher, ids_may_fall: bool, breaches: &mut Vec<Breach>)
                     object(Rule::Order, format!("{body} with id {id} came at position {position:?}"));
                     continue;
                 }
+                // Not even behind an announcement. Without recovery it comes back to where another node stands.
+                if watcher.recovers && !ever.insert(body) {
+                    object(Rule::Twice, format!("{body} with id {id} came again"));
+                }
                 claim.after.get_or_insert(id.saturating_sub(1));
                 claim.position = Some(*id);
                 claim.seen.insert(*id);
@@ -104,6 +109,19 @@ pub fn claims(watcher: &Watcher, ids_may_fall: bool, breaches: &mut Vec<Breach>)
                     object(Rule::Order, format!("a reset leads back from {position:?} to {to}"));
                 }
                 done.extend(claim.replace(Claim::new(Some(*to), *moment)));
+            }
+            Seen::Stands(at) => {
+                let Some(claim) = claim.as_mut().filter(|_| watcher.recovers && connected) else {
+                    object(Rule::Form, format!("it can't be told that it stands at {at}"));
+                    continue;
+                };
+                if position.is_some_and(|position| *at < position) {
+                    object(
+                        Rule::Position,
+                        format!("it is said to stand at {at}, and stands at {position:?}"),
+                    );
+                }
+                claim.position = claim.position.max(Some(*at));
             }
             Seen::Ended(_) => {
                 if !connected {

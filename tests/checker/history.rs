@@ -51,6 +51,8 @@ pub enum Seen {
     Event(u64, String, Option<String>),
     /// It was told that events up to here may be missing.
     Reset(u64),
+    /// It was told its position, by a ping: it has all up to here, and may come back with that.
+    Stands(u64),
     /// The connection ended, with this close code if there was one.
     Ended(Option<u16>),
 }

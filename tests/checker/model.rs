@@ -102,6 +102,12 @@ impl Model {
             _ if self.clients[at].connected => {
                 let most = 1 + self.dice.below(6);
                 self.serve(at, most);
+                if self.dice.once_in(20) && self.clients[at].watcher.recovers {
+                    let moment = self.now();
+                    let client = &mut self.clients[at];
+                    client.position = Some(client.served);
+                    client.watcher.seen.push((moment, Seen::Stands(client.served)));
+                }
             }
             _ => {}
         }

@@ -11,7 +11,7 @@ use super::history::{Attempt, History, Outcome, Seen, Watcher};
 pub enum Rule {
     /// Notes that can't be: frames that such a client never gets, or in an order that can't be.
     Form,
-    /// A welcome that does not go on where the client asked.
+    /// A welcome that does not go on where the client asked, or a position that is not the client's.
     Position,
     /// Ids rise for every client.
     Order,
@@ -67,6 +67,7 @@ pub fn judge(history: &History) -> Vec<Breach> {
         }
     }
     judge.known(covered, &events);
+    judge.heads(&events);
     judge.time(&events);
     judge.breaches
 }
@@ -186,6 +187,30 @@ impl<'a> Judge<'a> {
         if unknown > open {
             let text = format!("{unknown} ids belong to nothing that anyone knows; at most {open} may");
             self.object(Rule::Known, text);
+        }
+    }
+
+    /// A welcome's head is the last id of its moment: what was begun later has a higher one.
+    fn heads(&mut self, events: &BTreeMap<u64, Event<'a>>) {
+        if self.history.ids_may_fall {
+            return;
+        }
+        let known = events.iter().filter_map(|(id, event)| Some((event.attempt?.begun, *id)));
+        let mut begun: Vec<(u64, u64)> = known.collect();
+        begun.sort_unstable();
+        // To each the lowest id of what was begun then or later.
+        for at in (1..begun.len()).rev() {
+            begun[at - 1].1 = begun[at - 1].1.min(begun[at].1);
+        }
+        for watcher in &self.history.watchers {
+            for (moment, seen) in &watcher.seen {
+                let Seen::Welcomed { head, .. } = seen else { continue };
+                let later = begun.get(begun.partition_point(|(begun, _)| begun < moment));
+                if let Some((_, id)) = later.filter(|(_, id)| id <= head) {
+                    let text = format!("{}: {seen:?}, and {id} was begun later", watcher.name);
+                    self.object(Rule::Position, text);
+                }
+            }
         }
     }
 

@@ -13,9 +13,12 @@ const LOST_EVENT: Duration = Duration::from_secs(2);
 /// Within this a connection that hangs is replaced.
 const HALF_OPEN: Duration = Duration::from_secs(5);
 
+/// No frames but events.
+const QUIET: [&str; 2] = ["--heartbeat-format", "ping"];
+
 #[tokio::test]
 async fn the_last_event_of_a_quiet_channel_is_lost_and_comes_within_two_seconds() {
-    let world = World::start(&[], &[]).await;
+    let world = World::start(&[], &QUIET).await;
     let (a, b) = (world.nodes.get(0), world.nodes.get(1));
     let (mut client, _) = Client::resume(&b, "watcher", "quiet", "").await;
     for n in 1..=5 {
@@ -33,7 +36,7 @@ async fn the_last_event_of_a_quiet_channel_is_lost_and_comes_within_two_seconds(
 
 #[tokio::test]
 async fn a_half_open_subscriber_connection_is_replaced_within_five_seconds() {
-    let world = World::start(&[], &[]).await;
+    let world = World::start(&[], &QUIET).await;
     let (a, b) = (world.nodes.get(0), world.nodes.get(1));
     let (mut client, _) = Client::resume(&b, "watcher", "quiet", "").await;
     for n in 1..=3 {

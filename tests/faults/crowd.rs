@@ -51,6 +51,8 @@ pub struct Crowd {
     pub users: u64,
     /// Clients that leave and come back, to any node.
     pub roamers: u64,
+    /// How many of those that leave and come back are slow besides.
+    pub slow: u64,
     /// Publishers by JSON mode, by plain mode, by POST.
     pub clients: u64,
     /// Publishers by FCALL.
@@ -68,6 +70,7 @@ impl Default for Crowd {
         Crowd {
             users: 1,
             roamers: 3,
+            slow: 0,
             clients: 1,
             programs: 1,
             pace: Duration::from_millis(15),
@@ -97,6 +100,21 @@ pub struct Shared {
 }
 
 impl Shared {
+    /// Nobody has noted anything yet.
+    pub fn new(channel: &str, nodes: Nodes, redis: u16) -> Shared {
+        Shared {
+            channel: channel.into(),
+            nodes,
+            redis: AtomicU16::new(redis),
+            quiet: watch::Sender::new(false),
+            over: watch::Sender::new(false),
+            moment: AtomicU64::new(1),
+            attempts: Mutex::default(),
+            waits: Mutex::default(),
+            positions: Mutex::default(),
+        }
+    }
+
     /// The next moment.
     pub fn now(&self) -> Moment {
         self.moment.fetch_add(1, Ordering::SeqCst)
@@ -110,6 +128,11 @@ impl Shared {
     /// Notes how long a publisher waited for an answer.
     pub fn waited(&self, line: &str, time: Duration) {
         self.waits.lock().expect("nothing panics while holding it").push((line.into(), time));
+    }
+
+    /// Every attempt noted, once all have ended.
+    pub fn attempts(&self) -> Vec<Attempt> {
+        std::mem::take(&mut *self.attempts.lock().expect("all have ended"))
     }
 
     /// Notes where a client stands.
@@ -127,7 +150,8 @@ impl Shared {
         ids.fold((0, 0), |(count, highest), id| (count + 1, highest.max(id)))
     }
 
-    fn behind(&self, id: u64) -> Vec<String> {
+    /// Who does not stand there yet.
+    pub fn behind(&self, id: u64) -> Vec<String> {
         let positions = self.positions.lock().expect("nothing panics while holding it");
         positions.iter().filter(|(_, at)| **at < id).map(|(name, _)| name.clone()).collect()
     }
@@ -150,22 +174,12 @@ impl Run {
 
     /// The same for nodes that are on more than one Redis.
     pub async fn at(nodes: &Nodes, count: usize, redis: &Redis, crowd: Crowd) -> Run {
-        let shared = Arc::new(Shared {
-            channel: crowd.channel.clone(),
-            nodes: nodes.clone(),
-            redis: AtomicU16::new(redis.port()),
-            quiet: watch::Sender::new(false),
-            over: watch::Sender::new(false),
-            moment: AtomicU64::new(1),
-            attempts: Mutex::default(),
-            waits: Mutex::default(),
-            positions: Mutex::default(),
-        });
+        let shared = Arc::new(Shared::new(&crowd.channel, nodes.clone(), redis.port()));
         let mut watchers = Vec::new();
-        let mut watcher = |user: u64, kind: Kind, home: Option<usize>| {
+        let mut watcher = |user: u64, kind: Kind, home: Option<usize>, slow: bool| {
             let name = format!("{kind:?} {} of user{user}", watchers.len());
             shared.stands(&name, 0);
-            let plan = watchers::Plan { name, user: format!("user{user}"), kind, home };
+            let plan = watchers::Plan { name, user: format!("user{user}"), kind, home, door: None, slow };
             watchers.push(tokio::spawn(watchers::watch(
                 shared.clone(),
                 plan,
@@ -175,13 +189,13 @@ impl Run {
         for home in 0..count {
             for user in 0..crowd.users {
                 for kind in [Kind::Recovering, Kind::Json, Kind::Plain] {
-                    watcher(user, kind, Some(home));
+                    watcher(user, kind, Some(home), false);
                 }
             }
         }
         for n in 0..crowd.roamers {
             let kind = [Kind::Recovering, Kind::Json, Kind::Plain][n as usize % 3];
-            watcher(n % crowd.users, kind, None);
+            watcher(n % crowd.users, kind, None, n < crowd.slow);
         }
         let mut publishers: Vec<JoinHandle<()>> = Vec::new();
         let users: Arc<[String]> = (0..crowd.users + 1).map(|user| format!("user{user}")).collect();
@@ -267,6 +281,7 @@ impl Run {
         assert!(breaches.is_empty(), "the promise is broken {} times:\n{shown:#?}", breaches.len());
         assert!(ended.reached, "not everybody came to the end");
         for watcher in &ended.verdict.history.watchers {
+            assert!(watcher.stayed || watcher.home.is_none(), "{} was not there at the end", watcher.name);
             assert!(watcher.events() > 20, "{} has seen next to nothing", watcher.name);
         }
         ended.verdict
@@ -300,7 +315,7 @@ impl Run {
         for watcher in self.watchers {
             history.watchers.push(watcher.await.expect("a client that saw what it may"));
         }
-        history.attempts = std::mem::take(&mut *self.shared.attempts.lock().expect("all have ended"));
+        history.attempts = self.shared.attempts();
         let waits = std::mem::take(&mut *self.shared.waits.lock().expect("all have ended"));
         Ended { verdict: Verdict { history, waits }, reached }
     }

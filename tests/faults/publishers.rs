@@ -22,6 +22,9 @@ const IN_FLIGHT: usize = 4;
 /// How long an answer may take. A node answers within its `--publish-timeout`, and a program may give up.
 const ANSWER: Duration = Duration::from_secs(15);
 
+/// How long a plain client's text may stay away while its connection lives: longer than any fault here.
+const SILENCE: Duration = Duration::from_secs(30);
+
 /// Between two attempts to connect.
 const RETRY: Duration = Duration::from_millis(50);
 
@@ -167,28 +170,68 @@ async fn hear(
     true
 }
 
-/// A client in plain mode: nobody tells it what became of its texts; that their order stays is checked all the same.
+/// A client in plain mode. It gets no answers, but its own texts, as everybody does: each of them in its order, or the
+/// connection is closed.
 pub async fn plain_client(mut plan: Plan) {
     let name = format!("plain{}", plan.seed);
     let (mut n, mut connections) = (0, 0);
     while let Some(mut client) = plan.join(&name, None).await {
         connections += 1;
         let line = format!("{name} on connection {connections}");
+        let mut waiting: VecDeque<Sent> = VecDeque::new();
         let mut open = true;
-        while open && !plan.is_quiet() {
-            let mut sent = plan.event("plain", &mut n);
-            sent.to = None;
-            open = client.try_send(sent.text.clone()).await;
-            let event = chat(&name, &sent);
-            plan.note(&line, &event, sent, Outcome::Unknown);
+        while open && !(plan.is_quiet() && waiting.is_empty()) {
+            if !plan.is_quiet() {
+                let mut sent = plan.event("plain", &mut n);
+                sent.to = None;
+                let text = sent.text.clone();
+                waiting.push_back(sent);
+                open = client.try_send(text).await;
+            }
             let _ = timeout(plan.pace, async {
                 while open {
-                    open = !matches!(client.next_frame().await, Frame::Close(..) | Frame::Lost(_));
+                    open = come_back(&plan, &name, &line, &mut client, &mut waiting).await;
                 }
             })
             .await;
+            if let Some(first) = waiting.front().filter(|first| open && first.at.elapsed() > SILENCE) {
+                panic!("{name}: {:?} neither came nor was the connection closed", first.text);
+            }
+        }
+        for sent in waiting {
+            let event = chat(&name, &sent);
+            plan.note(&line, &event, sent, Outcome::Unknown);
         }
     }
+}
+
+/// Takes one frame, which may be a text of its own. `false`: the connection is over.
+async fn come_back(
+    plan: &Plan,
+    name: &str,
+    line: &str,
+    client: &mut Client,
+    waiting: &mut VecDeque<Sent>,
+) -> bool {
+    let text = match client.next_frame().await {
+        Frame::Text(text) => text,
+        Frame::Ping(_) | Frame::Pong(_) => return true,
+        Frame::Close(..) | Frame::Lost(_) => return false,
+    };
+    let frame: Value = serde_json::from_str(&text).expect("JSON");
+    if frame["sender"] != name || frame.get("id").is_none() {
+        return true;
+    }
+    match waiting.front() {
+        Some(first) if frame["text"] == first.text => {
+            let sent = waiting.pop_front().expect("it has a front");
+            plan.note(line, &chat(name, &sent), sent, Outcome::Acked(position(&frame["id"])));
+        }
+        // From a connection before this one.
+        _ if waiting.iter().all(|sent| frame["text"] != sent.text) => {}
+        first => panic!("{name}: {:?} got lost on the way, since {text} came", first.map(|sent| &sent.text)),
+    }
+    true
 }
 
 /// A program that publishes by POST, and waits for each answer.

@@ -1,5 +1,6 @@
 //! Clients that watch a channel over many connections, and note what they see.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,6 +15,9 @@ use crate::crowd::{Kind, Shared, canonical};
 /// Between two attempts to connect, as clients do it.
 const RETRY: Duration = Duration::from_millis(50);
 
+/// The longest that a slow client does not read at a time.
+const STALL: Duration = Duration::from_millis(400);
+
 /// Who watches.
 pub struct Plan {
     /// Its name.
@@ -24,6 +28,10 @@ pub struct Plan {
     pub kind: Kind,
     /// The node it stays on while it can; `None`: it comes and goes.
     pub home: Option<usize>,
+    /// Where it connects, if that is no node.
+    pub door: Option<SocketAddr>,
+    /// It stalls now and then, with little room for what comes meanwhile.
+    pub slow: bool,
 }
 
 struct Notes {
@@ -35,7 +43,7 @@ struct Notes {
 impl Notes {
     fn note(&mut self, seen: Seen) {
         match seen {
-            Seen::Event(at, ..) | Seen::Reset(at) | Seen::Welcomed { at, .. } => {
+            Seen::Event(at, ..) | Seen::Reset(at) | Seen::Stands(at) | Seen::Welcomed { at, .. } => {
                 self.position = Some(at);
                 self.shared.stands(&self.watcher.name, at);
             }
@@ -64,17 +72,18 @@ pub async fn watch(shared: Arc<Shared>, plan: Plan, seed: u64) -> Watcher {
     let (channel, mut failures) = (shared.channel.clone(), 0);
     while !*over.borrow_and_update() {
         // One whose node is gone goes where the balancer leads it.
-        let node = match plan.home {
-            Some(home) if failures < 3 => shared.nodes.get(home),
-            _ => shared.nodes.any(&mut dice),
+        let door = match (plan.door, plan.home) {
+            (Some(door), _) => door,
+            (None, Some(home)) if failures < 3 => shared.nodes.get(home).public,
+            _ => shared.nodes.any(&mut dice).public,
         };
         let query = match (plan.kind, notes.position) {
             (Kind::Plain, _) | (Kind::Json, None) => format!("channel={channel}"),
             (_, None) => format!("channel={channel}&lastEventId="),
             (_, Some(at)) => format!("channel={channel}&lastEventId={at}"),
         };
-        let options = Options { query, subprotocol: plan.kind.subprotocol(), ..Options::default() };
-        let Ok(mut client) = Client::try_open(node.public, &plan.user, &options).await else {
+        let options = Options { query, subprotocol: plan.kind.subprotocol(), small_buffer: plan.slow };
+        let Ok(mut client) = Client::try_open(door, &plan.user, &options).await else {
             failures += 1;
             tokio::time::sleep(RETRY).await;
             continue;
@@ -87,6 +96,10 @@ pub async fn watch(shared: Arc<Shared>, plan: Plan, seed: u64) -> Watcher {
         let frames = if plan.home.is_some() { u64::MAX } else { 1 + dice.below(60) };
         let mut welcomed = !recovers;
         for _ in 0..frames {
+            if plan.slow && dice.below(40) == 0 {
+                let time = STALL.mul_f64(dice.below(100) as f64 / 100.0);
+                tokio::time::sleep(time).await; // that it stalls is what is tested
+            }
             let frame = tokio::select! {
                 frame = client.next_frame() => frame,
                 _ = over.wait_for(|over| *over) => {
@@ -95,11 +108,18 @@ pub async fn watch(shared: Arc<Shared>, plan: Plan, seed: u64) -> Watcher {
                 }
             };
             match frame {
+                // All that a heartbeat can tell one who gave no position: it is there.
+                Frame::Text(text) if !recovers && text == r#"{"type":"ping"}"# => {}
                 Frame::Text(text) => {
                     let asked = notes.position;
                     let seen = read(&text, asked);
                     welcomed |= matches!(seen, Seen::Welcomed { .. });
+                    let is_event = matches!(seen, Seen::Event(..));
                     notes.note(seen);
+                    // Now and then one in JSON mode asks where it stands.
+                    if plan.kind == Kind::Json && is_event && dice.below(20) == 0 {
+                        client.try_send(r#"{"type":"ping"}"#).await;
+                    }
                 }
                 Frame::Ping(_) | Frame::Pong(_) => {}
                 Frame::Close(code, _) => {
@@ -144,6 +164,7 @@ fn read(text: &str, asked: Option<u64>) -> Seen {
             recovered: frame["recovered"].as_bool().unwrap_or_else(|| panic!("{text}")),
         },
         Some("reset") => Seen::Reset(at),
+        Some("ping") => Seen::Stands(at),
         _ => panic!("no frame for one who only watches: {text}"),
     }
 }

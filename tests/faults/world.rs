@@ -3,9 +3,18 @@
 use crate::common::stream::Nodes;
 use crate::common::{Node, Proxy, Redis};
 
-/// Flags of every node: heartbeats often enough that silence means a fault, and a wait for Redis that is longer than
-/// most outages here.
-pub const FLAGS: [&str; 6] = ["--heartbeat", "2s", "--heartbeat-timeout", "20s", "--publish-timeout", "10s"];
+/// Flags of every node: heartbeats often enough that silence means a fault, which tell clients where they stand, and a
+/// wait for Redis that is longer than most outages here.
+pub const FLAGS: [&str; 8] = [
+    "--heartbeat",
+    "2s",
+    "--heartbeat-timeout",
+    "20s",
+    "--heartbeat-format",
+    "both",
+    "--publish-timeout",
+    "10s",
+];
 
 /// What the faults happen to.
 pub struct World {

@@ -1,12 +1,13 @@
 //! Sessions, canaries and readiness: whether Redis works for this node, shown every second by a message that this
 //! node sends itself through it.
 
+use std::borrow::Cow;
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use super::link::{self, CallError, ConnectError, Script, Session};
 use super::terms::random;
-use super::{Bus, Outcome, scripts, wire};
+use super::{Bus, Outcome, reason, scripts, wire};
 use crate::bus::Unusable;
 
 /// Time between two canaries.
@@ -30,20 +31,29 @@ const BACKOFF_MAX: Duration = Duration::from_secs(3);
 const _: () = assert!(CANARY_EVERY.as_millis() < CANARY_LATE.as_millis());
 const _: () = assert!(CANARY_LATE.as_millis() < CANARY_LOST.as_millis());
 
-/// What is wrong, by kind: a log line is due when the kind changes.
+/// What is wrong, by kind, in words that say what to do. Redis comes back by itself; what it refuses needs someone.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Trouble {
     Starting,
-    Away(String),
-    Refuses(String),
+    Away(&'static str),
+    Refuses(Cow<'static, str>),
 }
 
 impl Trouble {
     fn text(&self) -> &str {
         match self {
             Trouble::Starting => "the bus has not answered yet",
-            Trouble::Away(text) | Trouble::Refuses(text) => text,
+            Trouble::Away(text) => text,
+            Trouble::Refuses(text) => text,
         }
+    }
+
+    fn away(words: &str) -> Trouble {
+        Trouble::Away(reason::away(words))
+    }
+
+    fn refuses(words: &str) -> Trouble {
+        Trouble::Refuses(reason::refused(words).into())
     }
 }
 
@@ -117,12 +127,9 @@ impl Bus {
         let silence =
             self.canaries.heard.map_or(Duration::ZERO, |heard| now.saturating_duration_since(heard));
         if silence > CANARY_LOST {
-            self.session_over(&format!("Redis has been silent for {} s", silence.as_secs()));
+            self.session_over(&format!("no answer for {} s", silence.as_secs()));
         } else if silence > CANARY_LATE {
-            self.set_trouble(Some(Trouble::Away(format!(
-                "Redis has been silent for {} s",
-                silence.as_secs()
-            ))));
+            self.set_trouble(Some(Trouble::Away(reason::SILENT)), "no canary came back");
         }
         if self.link.pending.is_none() && self.canaries.next.is_some_and(|at| at <= now) {
             self.canaries.next = Some(now + CANARY_EVERY);
@@ -156,8 +163,18 @@ impl Bus {
     /// A session is there: subscribe again to everything, from our own table.
     pub(super) fn connected(&mut self, session: Session) {
         if session.is_over() {
-            self.set_trouble(Some(Trouble::Away("Redis is away: the connection broke at once".into())));
+            let words = "the connection broke at once";
+            self.set_trouble(Some(Trouble::away(words)), words);
             return self.back_off();
+        }
+        if self.no_library != session.no_library {
+            self.no_library = session.no_library.clone();
+            match &self.no_library {
+                Some(words) => tracing::warn!(
+                    "FCALL fanfare_publish is not to be had, all else works: Redis refuses FUNCTION LOAD ({words})"
+                ),
+                None => tracing::info!("FCALL fanfare_publish is to be had"),
+            }
         }
         let mut names = vec![self.terms.canary()];
         let followed = self.channels.iter().filter(|(_, channel)| channel.follow.is_some());
@@ -171,12 +188,13 @@ impl Bus {
     }
 
     pub(super) fn not_connected(&mut self, error: ConnectError) -> Result<(), Unusable> {
-        let trouble = match error {
+        let (trouble, words) = match error {
             ConnectError::Unusable(text) => return Err(Unusable(text)),
-            ConnectError::Away(text) => Trouble::Away(format!("Redis is away: {text}")),
-            ConnectError::Refused(text) => Trouble::Refuses(text),
+            ConnectError::Away(words) => (Trouble::away(&words), words),
+            ConnectError::Refused(words) => (Trouble::refuses(&words), words),
+            ConnectError::NotPermitted(text) => (Trouble::Refuses(text.into()), String::new()),
         };
-        self.set_trouble(Some(trouble));
+        self.set_trouble(Some(trouble), &words);
         self.back_off();
         Ok(())
     }
@@ -197,11 +215,11 @@ impl Bus {
         self.link.pending = None;
         self.canaries.sent.clear();
         let trouble = match ["NOPERM", "READONLY"].iter().any(|prefix| why.starts_with(prefix)) {
-            true => Trouble::Refuses(format!("Redis refuses: {why}")),
-            false => Trouble::Away(format!("Redis is away: {why}")),
+            true => Trouble::refuses(why),
+            false => Trouble::away(why),
         };
         self.fail_joins(trouble.text());
-        self.set_trouble(Some(trouble));
+        self.set_trouble(Some(trouble), why);
         self.back_off();
     }
 
@@ -264,7 +282,7 @@ impl Bus {
         if let CallError::Refused(text) = &error {
             // The way there and back works, so a new connection would not help.
             self.canaries.heard = Some(Instant::now());
-            self.set_trouble(Some(Trouble::Refuses(format!("Redis refuses: {text}"))));
+            self.set_trouble(Some(Trouble::refuses(text)), text);
         }
         let generation = self.link.generation;
         self.judge(generation, &error);
@@ -281,7 +299,7 @@ impl Bus {
         self.canaries.heard = Some(now);
         self.numbers.round_trips.observe(took);
         self.link.failures = 0;
-        self.set_trouble(None);
+        self.set_trouble(None, "");
         for (name, base, head) in lines.filter_map(wire::canary_line) {
             let Some((name, _)) = self.channels.get_key_value(name) else { continue };
             let name = name.clone();
@@ -294,15 +312,20 @@ impl Bus {
         }
     }
 
-    /// Says whether the bus works: to the balancer at once, to the log only when it changes.
-    fn set_trouble(&mut self, trouble: Option<Trouble>) {
+    /// Says whether the bus works: to the balancer at once, to the log only when it changes, there with Redis' own
+    /// words.
+    fn set_trouble(&mut self, trouble: Option<Trouble>, words: &str) {
         if self.link.trouble == trouble {
             return;
         }
         match (&self.link.trouble, &trouble) {
             (_, None) => tracing::info!("the bus works"),
-            (Some(Trouble::Away(_)), Some(Trouble::Away(text))) => tracing::debug!("{text}"),
-            (_, Some(trouble)) => tracing::warn!("{}; trying again for ever", trouble.text()),
+            (Some(Trouble::Away(_)), Some(Trouble::Away(text))) => {
+                tracing::debug!(?words, "the bus is away still: {text}")
+            }
+            (_, Some(trouble)) => {
+                tracing::warn!(?words, "the bus does not work, trying again for ever: {}", trouble.text())
+            }
         }
         self.readiness.set_bus(trouble.as_ref().map(|trouble| trouble.text().to_owned()));
         self.link.trouble = trouble;

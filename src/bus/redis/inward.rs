@@ -10,7 +10,7 @@ use super::follow::Follow;
 use super::link::{CallError, Caller, Script};
 use super::scripts::Known;
 use super::terms::Lane;
-use super::{Bus, Outcome, Purpose, scripts, wire};
+use super::{Bus, Outcome, Purpose, reason, scripts, wire};
 use crate::bus::{BusError, PAGE, Page, ShardId, ToShard, page_begin};
 use crate::event::{ChannelName, Entry, EventId, Kind};
 use crate::foreign;
@@ -272,7 +272,7 @@ impl Bus {
     }
 
     fn read_failed(&mut self, generation: u64, name: &ChannelName, purpose: Purpose, error: &CallError) {
-        let text = error.text();
+        let text: Arc<str> = reason::of(error).into();
         let follow = self.channels.get_mut(name).and_then(|channel| channel.follow.as_mut());
         match (purpose, follow) {
             (Purpose::Start(ticket), Some(follow)) if follow.ticket == ticket => {
@@ -331,8 +331,10 @@ impl Bus {
             }
             self.hand_on(&name, Vec::new());
         }
-        let answer =
-            result.as_ref().map(|page| Arc::new(page.clone())).map_err(|error| BusError::Away(error.text()));
+        let answer = result
+            .as_ref()
+            .map(|page| Arc::new(page.clone()))
+            .map_err(|error| BusError::Away(reason::of(error).into()));
         for shard in waiting {
             let result = answer.clone();
             self.shards.tell(shard, ToShard::Page { channel: name.clone(), after, result });

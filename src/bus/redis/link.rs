@@ -47,8 +47,10 @@ pub enum ConnectError {
     Unusable(String),
     /// Redis is not there, or not now.
     Away(String),
-    /// Redis is there and refuses.
+    /// Redis is there and refuses, in these words.
     Refused(String),
+    /// Redis permits too little, and what it should: in our words.
+    NotPermitted(String),
 }
 
 /// Why a call has no result.
@@ -107,6 +109,8 @@ enum Order {
 #[derive(Debug)]
 pub struct Session {
     caller: Caller,
+    /// Why other programs can't publish by FCALL, if they can't: Redis' words.
+    pub no_library: Option<Arc<str>>,
     orders: mpsc::UnboundedSender<Order>,
     tasks: Vec<AbortHandle>,
     /// Dropped with the session.
@@ -233,7 +237,7 @@ pub async fn connect(
     reports: impl Fn(Report) + Clone + Send + Sync + 'static,
 ) -> Result<(Session, broadcast::Receiver<Message>), ConnectError> {
     let away = |error: Error| match error.kind() {
-        ErrorKind::Auth => ConnectError::Refused(format!("Redis refuses the login: {}", error.details())),
+        ErrorKind::Auth => ConnectError::Refused(error.details().to_owned()),
         _ => ConnectError::Away(error.details().to_owned()),
     };
     let mut tasks = Tasks(Vec::new());
@@ -261,7 +265,7 @@ pub async fn connect(
     let (open, watch_open) = watch::channel(());
     let caller = Caller { client: client.clone(), hashes: Arc::new(hashes), open: watch_open };
     check_permissions(&caller, terms).await?;
-    load_library(&client, terms).await;
+    let no_library = load_library(&client, terms).await;
 
     let (orders, orders_rx) = mpsc::unbounded_channel();
     let report = reports.clone();
@@ -281,7 +285,7 @@ pub async fn connect(
     });
     tasks.0.push(watcher.abort_handle());
     let tasks = std::mem::take(&mut tasks.0);
-    Ok((Session { caller, orders, tasks, _open: open }, messages))
+    Ok((Session { caller, no_library, orders, tasks, _open: open }, messages))
 }
 
 /// Ends what was begun when a later step fails.
@@ -299,7 +303,7 @@ async fn setup(client: &Client, name: &'static str, args: Vec<Value>) -> Result<
     command(client, name, args).await.map_err(|error| match error {
         CallError::Lost(text) => ConnectError::Away(text.to_string()),
         CallError::Refused(text) if is_passing(&text) => ConnectError::Away(text.to_string()),
-        CallError::Refused(text) => ConnectError::Refused(format!("Redis refuses {name}: {text}")),
+        CallError::Refused(text) => ConnectError::Refused(text.to_string()),
     })
 }
 
@@ -344,7 +348,7 @@ async fn check_permissions(caller: &Caller, terms: &Terms) -> Result<(), Connect
         return Ok(());
     }
     let bare: String = terms.bare.iter().map(|channel| format!(" &{channel}")).collect();
-    Err(ConnectError::Refused(format!(
+    Err(ConnectError::NotPermitted(format!(
         "Redis does not permit {}; grant this user ~{prefix}:* &{prefix}:*{bare} +@read +@write +@pubsub +@scripting \
          +@connection +info +time",
         refused.join(", "),
@@ -352,15 +356,10 @@ async fn check_permissions(caller: &Caller, terms: &Terms) -> Result<(), Connect
     )))
 }
 
-/// Other programs publish by FCALL; nodes don't need it.
-async fn load_library(client: &Client, terms: &Terms) {
+/// Other programs publish by FCALL; nodes don't need it. Gives the reason why it is not to be had.
+async fn load_library(client: &Client, terms: &Terms) -> Option<Arc<str>> {
     let args = vec!["LOAD".into(), "REPLACE".into(), scripts::library(terms).into()];
-    if let Err(error) = command(client, "FUNCTION", args).await {
-        tracing::warn!(
-            "FCALL fanfare_publish is not available, everything else works: Redis refuses FUNCTION LOAD: {}",
-            error.text()
-        );
-    }
+    command(client, "FUNCTION", args).await.err().map(|error| error.text())
 }
 
 /// Carries out orders one after the other; what has gathered goes in one SUBSCRIBE. Redis answers on this

@@ -6,7 +6,7 @@ use fred::types::{Resp3Frame, Value};
 
 use super::link::{CallError, Script, is_passing};
 use super::publisher::Due;
-use super::{Bus, Outcome, Purpose, scripts};
+use super::{Bus, Outcome, Purpose, reason, scripts};
 use crate::bus::{Publish, PublishError};
 use crate::event::{ChannelName, EventId};
 
@@ -101,7 +101,9 @@ impl Bus {
                 publisher.lost(false);
                 Vec::new()
             }
-            Err(CallError::Refused(text)) if is_certain(text) => publisher.refused(text.clone()),
+            Err(CallError::Refused(text)) if is_certain(text) => {
+                publisher.refused(reason::refused(text).into())
+            }
             Err(CallError::Refused(text)) => {
                 tracing::error!(channel = %name, "publish failed inside Redis: {text}");
                 publisher.taken(None)

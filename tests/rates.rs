@@ -1,0 +1,243 @@
+//! How fast a client may send, and what becomes of one that floods.
+
+mod common;
+
+use std::time::{Duration, Instant};
+
+use common::raw::{frame_bytes, opcode::*};
+use common::{Client, Node, Raw, until};
+use serde_json::{Value, json};
+
+/// Joins `room` as `flood`; with a subprotocol in JSON mode, else in plain mode.
+async fn join(node: &Node, query: &str, subprotocol: &str) -> Raw {
+    let mut raw = Raw::connect(node.public).await;
+    let path = format!("/ws/flood?channel=room{query}");
+    assert_eq!(raw.upgrade(&path, &[("Sec-WebSocket-Protocol", subprotocol)]).await.status, 101);
+    raw
+}
+
+/// What a flooder is told until it is closed. Answers of the bus may come too late for it.
+#[derive(Default)]
+struct Told {
+    errors: Vec<Value>,
+    pongs: Vec<Vec<u8>>,
+    code: u16,
+}
+
+async fn told(raw: &mut Raw) -> Told {
+    let mut told = Told::default();
+    loop {
+        match raw.next().await {
+            Some((TEXT, text)) => {
+                let value: Value = serde_json::from_slice(&text).expect("JSON");
+                if value["type"] == "error" {
+                    told.errors.push(value);
+                }
+            }
+            Some((PONG, payload)) => told.pongs.push(payload),
+            Some((CLOSE, payload)) => {
+                told.code = u16::from_be_bytes([payload[0], payload[1]]);
+                raw.expect_end().await;
+                return told;
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+/// What a watcher sees of a flood until now.
+async fn published(node: &Node, watcher: &mut Client) -> Vec<Value> {
+    let marker = node.publish("room", &json!({"marker": 1})).await;
+    let mut events = Vec::new();
+    loop {
+        match watcher.next_event().await {
+            (id, _) if id == marker => return events,
+            (_, event) => events.push(event),
+        }
+    }
+}
+
+async fn too_fast(node: &Node) -> f64 {
+    node.metric_of("fanfare_publishes_refused_total", r#"code="too_fast""#).await
+}
+
+/// What one a second may come to: ten at once, and one more for each second that the test has taken.
+fn expect_burst(taken: usize, begun: Instant) {
+    let most = 11 + begun.elapsed().as_secs() as usize;
+    assert!((10..=most).contains(&taken), "{taken} of a rate of 1 a second were taken");
+}
+
+#[tokio::test]
+async fn a_message_flood_gets_error_frames_with_their_ref_and_then_4029() {
+    let node = Node::start(&["--message-rate", "1"]).await;
+    let mut watcher = Client::plain(&node, "watcher", "room").await;
+    let mut raw = join(&node, "", "fanfare.v1").await;
+    let begun = Instant::now();
+    let frame = |n: usize| frame_bytes(true, TEXT, true, json!({"data": n, "ref": n}).to_string().as_bytes());
+    raw.write(&(0..100).map(frame).collect::<Vec<_>>().concat()).await;
+    let told = told(&mut raw).await;
+    let events = published(&node, &mut watcher).await;
+    let taken = events.len();
+    expect_burst(taken, begun);
+    // What is taken keeps its order; what came after it is refused, each by its ref.
+    for (n, event) in events.iter().enumerate() {
+        assert_eq!(*event, json!({"sender": "flood", "data": n}));
+    }
+    assert_eq!(told.code, 4029);
+    let refused: Vec<_> = told.errors.iter().map(|error| (&error["code"], &error["ref"])).collect();
+    let expected: Vec<_> = (taken..taken + 10).map(|n| (json!("too_fast"), json!(n))).collect();
+    assert_eq!(refused, expected.iter().map(|(code, n)| (code, n)).collect::<Vec<_>>());
+    assert_eq!(node.metric_of("fanfare_ends_total", r#"reason="too_fast""#).await, 1.0);
+    assert_eq!(too_fast(&node).await, 11.0);
+    assert_eq!(node.metric("fanfare_messages_total").await, taken as f64);
+}
+
+#[tokio::test]
+async fn a_plain_client_is_told_as_it_can_be() {
+    let node = Node::start(&["--message-rate", "1"]).await;
+    let mut watcher = Client::plain(&node, "watcher", "room").await;
+    let flood = frame_bytes(true, TEXT, true, b"hi").repeat(50);
+    let begun = Instant::now();
+    let mut simple = join(&node, "", "").await;
+    simple.write(&flood).await;
+    assert_eq!(told(&mut simple).await.code, 4029);
+    expect_burst(published(&node, &mut watcher).await.len(), begun);
+    assert_eq!(too_fast(&node).await, 1.0, "the first one is the last");
+
+    let begun = Instant::now();
+    let mut recovering = join(&node, "&lastEventId=", "").await;
+    recovering.write(&flood).await;
+    let told = told(&mut recovering).await;
+    assert_eq!((told.code, told.errors.len()), (4029, 10));
+    let message = "not taken: the rate is 1 a second";
+    assert_eq!(told.errors[0], json!({"type": "error", "code": "too_fast", "message": message}));
+    expect_burst(published(&node, &mut watcher).await.len(), begun);
+}
+
+#[tokio::test]
+async fn a_flood_of_pings_or_pongs_is_one_too() {
+    let node = Node::start(&["--message-rate", "1"]).await;
+    for opcode in [PING, PONG] {
+        let mut raw = join(&node, "", "fanfare.v1").await;
+        let begun = Instant::now();
+        let frame = |n: u8| frame_bytes(true, opcode, true, &[n]);
+        raw.write(&(0..100).map(frame).collect::<Vec<_>>().concat()).await;
+        let told = told(&mut raw).await;
+        assert_eq!((told.code, told.errors.len()), (4029, 10));
+        assert_eq!(told.errors[0]["code"], "too_fast");
+        if opcode == PING {
+            expect_burst(told.pongs.len(), begun);
+            assert_eq!(told.pongs[..10], [[0], [1], [2], [3], [4], [5], [6], [7], [8], [9]]);
+        }
+    }
+}
+
+#[tokio::test]
+async fn json_pings_and_frames_that_are_no_good_count_too() {
+    let node = Node::start(&["--message-rate", "1"]).await;
+    for text in [r#"{"type":"ping"}"#, "no JSON"] {
+        let mut raw = join(&node, "", "fanfare.v1").await;
+        raw.write(&frame_bytes(true, TEXT, true, text.as_bytes()).repeat(50)).await;
+        let told = told(&mut raw).await;
+        let too_fast = told.errors.iter().filter(|error| error["code"] == "too_fast");
+        assert_eq!((told.code, too_fast.count()), (4029, 10), "{text}");
+    }
+}
+
+#[tokio::test]
+async fn whoever_slows_down_when_told_stays() {
+    let node = Node::start(&["--message-rate", "20"]).await;
+    let (mut client, _) = Client::json(&node, "a", "room").await;
+    for _ in 0..2 {
+        // As fast as it can until it is told.
+        let mut refused = 0;
+        while refused < 5 {
+            let (answer, _) = client.send_for_ack(json!({"text": "hi"})).await;
+            if let Err(error) = answer {
+                assert_eq!(error["code"], "too_fast");
+                refused += 1;
+            }
+        }
+        // Then it waits, and what it says is published.
+        tokio::time::sleep(Duration::from_millis(500)).await; // ten messages' time
+        for _ in 0..5 {
+            let (answer, _) = client.send_for_ack(json!({"text": "hi"})).await;
+            answer.expect("it waited");
+        }
+    }
+}
+
+#[tokio::test]
+async fn answers_to_heartbeats_are_not_counted() {
+    let node = Node::start(&["--message-rate", "1", "--heartbeat", "100ms"]).await;
+    let mut raw = join(&node, "", "fanfare.v1").await;
+    let mut pings = 0;
+    while pings < 40 {
+        if let Some((PING, payload)) = raw.next().await {
+            raw.frame(true, PONG, &payload).await;
+            pings += 1;
+        }
+    }
+    assert_eq!(too_fast(&node).await, 0.0);
+}
+
+#[tokio::test]
+async fn pongs_are_for_the_last_pings_of_many() {
+    let node = Node::start(&["--shards", "1"]).await;
+    let mut raw = join(&node, "", "").await;
+    let frame = |n: u8| frame_bytes(true, PING, true, &[n; 125]);
+    raw.write(&(0..64).map(frame).collect::<Vec<_>>().concat()).await;
+    let mut pongs = 0;
+    loop {
+        let (opcode, payload) = raw.next().await.expect("a pong");
+        assert_eq!(opcode, PONG);
+        pongs += 1;
+        if payload[0] == 63 {
+            break;
+        }
+    }
+    // How many reads they came in is the kernel's choice, so this can only be said of all together.
+    assert!(pongs < 64, "each of many pings has a pong of its own");
+}
+
+#[tokio::test]
+async fn a_flood_costs_no_more_than_what_it_is_allowed() {
+    let node = Node::start(&["--shards", "1"]).await;
+    let mut watcher = Client::plain(&node, "watcher", "other").await;
+    let before = node.metric("process_cpu_seconds_total").await;
+    let flood = frame_bytes(true, TEXT, true, b"hi").repeat(10_000);
+    let mut raw = join(&node, "&lastEventId=", "").await;
+    let mut sent = 0;
+    while sent < 64 << 20 && raw.write_some(&flood).await {
+        sent += flood.len();
+    }
+    let taken = node.metric("fanfare_messages_total").await;
+    let spent = node.metric("process_cpu_seconds_total").await - before;
+    assert!((1000.0..2000.0).contains(&taken), "{taken} were taken");
+    assert!(spent < 1.0, "{spent} seconds of CPU for {sent} bytes");
+    let id = node.publish("other", &json!({"n": 1})).await;
+    watcher.expect_event(id, &json!({"n": 1})).await;
+}
+
+#[tokio::test]
+async fn a_flooder_that_never_reads_costs_no_memory() {
+    for (flags, opcode) in [
+        (&["--client-publish", "off", "--message-rate", "0"][..], TEXT), // an error frame for each
+        (&["--message-rate", "0"], PING),
+        (&["--client-publish", "off", "--message-rate", "100000"], TEXT), // and each of the last 65,534
+    ] {
+        let node = Node::start(&[&["--shards", "1", "--feed-memory", "64KiB"], flags].concat()).await;
+        let mut raw = Raw::connect_with_small_buffers(node.public).await;
+        assert_eq!(raw.upgrade("/ws/rude?channel=room&lastEventId=", &[]).await.status, 101);
+        let before = node.resident();
+        let flood = frame_bytes(true, opcode, true, &[b'p'; 100]).repeat(1000);
+        let mut sent = 0;
+        while sent < 64 << 20 && raw.write_some(&flood).await {
+            sent += flood.len();
+        }
+        let grown = node.resident().saturating_sub(before);
+        assert!(grown < 4 << 20, "{grown} bytes after {sent} bytes: {flags:?}");
+        until("the node to answer", || async { (node.get("/healthz").await.status == 200).then_some(()) })
+            .await;
+    }
+}

@@ -1,0 +1,349 @@
+//! A shard alone, with the test as its bus, and readers of every pace: quick and slow ones, such as leave and come
+//! back, such as stand in the middle of a frame when the feed lets go of it or a page of history ends. The feed holds
+//! hardly more than one of the events here, so that every edge is met all the time; the judge reads what they noted.
+//!
+//! `READERS_SEED=7 READERS_STEPS=20000 cargo test --test readers` makes another and longer run of it.
+
+#![allow(dead_code)] // the watchers are shared with the tests of faults, and each uses its own part of it
+
+mod checker;
+mod common;
+#[path = "faults/crowd.rs"]
+mod crowd;
+#[path = "faults/publishers.rs"]
+mod publishers;
+#[path = "faults/watchers.rs"]
+mod watchers;
+#[path = "faults/world.rs"]
+mod world;
+
+use std::collections::VecDeque;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use checker::{Attempt, History, Outcome, judge};
+use common::client::{JSON_MODE, position};
+use common::stream::{Dice, Nodes};
+use common::{Client, Options};
+use crowd::{Kind, Shared, canonical};
+use fanfare::bus::{PAGE, Page, Request, Shards, ToShard, page_begin};
+use fanfare::config::{Action, Settings};
+use fanfare::event::{ChannelName, Entry, EventId};
+use fanfare::handshake::Door;
+use fanfare::keys::KeyRing;
+use fanfare::metrics::{BusNumbers, Metrics, Readiness};
+use fanfare::shard;
+use serde_json::json;
+use tokio::net::TcpSocket;
+use tokio::sync::mpsc;
+
+const CHANNEL: &str = "room";
+const USERS: u64 = 3;
+
+/// Events that history holds: fewer than some readers are behind now and then.
+const HISTORY: usize = 700;
+
+/// The bus: it gives ids, keeps history, and answers.
+struct Bus {
+    shared: Arc<Shared>,
+    shards: Shards,
+    asked: mpsc::UnboundedReceiver<Request>,
+    /// Answers that are not given yet.
+    later: VecDeque<ToShard>,
+    name: ChannelName,
+    base: u64,
+    head: u64,
+    /// What history holds, the last one with the id `head`.
+    events: VecDeque<(String, Option<String>)>,
+    published: u64,
+    follows: bool,
+    pages: u64,
+    dice: Dice,
+}
+
+impl Bus {
+    /// Publishes one to four events in one entry, or one for one user.
+    fn publish(&mut self) {
+        let to = (self.dice.below(4) == 0).then(|| format!("user{}", self.dice.below(USERS + 1)));
+        let count = if to.is_some() { 1 } else { 1 + self.dice.below(4).saturating_sub(1) };
+        let first = self.head + 1;
+        for _ in 0..count {
+            // Some take more than the sockets do, so that frames are begun and not ended.
+            let most = if self.dice.below(8) == 0 { 40_000 } else { 800 };
+            let padding = self.dice.below(most) as usize;
+            self.give(to.clone(), padding);
+        }
+        self.tell(first);
+    }
+
+    /// Publishes one event with so much in it.
+    fn publish_padded(&mut self, to: Option<String>, padding: usize) {
+        self.give(to, padding);
+        self.tell(self.head);
+    }
+
+    /// Gives the next id.
+    fn give(&mut self, to: Option<String>, padding: usize) {
+        self.published += 1;
+        self.head += 1;
+        let mut event = json!({"text": format!("{} {}", self.published, "x".repeat(padding))});
+        if let Some(to) = &to {
+            event["to"] = json!(to);
+        }
+        let (begun, ended) = (self.shared.now(), self.shared.now());
+        let (body, outcome) = (canonical(&event), Outcome::Acked(self.head));
+        self.shared.note(Attempt { line: "bus".into(), body, to: to.clone(), begun, ended, outcome });
+        let text = event.to_string();
+        let text = format!("{},\"id\":{}}}", text.strip_suffix('}').expect("an object"), self.head);
+        self.events.push_back((text, to));
+        while self.events.len() > HISTORY {
+            self.events.pop_front();
+        }
+    }
+
+    /// Tells the shard what has ids from this one on.
+    fn tell(&self, first: u64) {
+        if self.follows {
+            self.entries(first, self.head).into_iter().for_each(|entry| self.tell_entry(entry));
+        }
+    }
+
+    /// The sequence begins anew, far ahead, and everybody is told.
+    fn anchor(&mut self) {
+        self.head += 1000 + self.dice.below(1000);
+        self.base = self.head;
+        self.events.clear();
+        if self.follows {
+            self.tell_entry(Entry::reset(EventId(self.base)));
+        }
+    }
+
+    fn tell_entry(&self, entry: Entry) {
+        self.shards.tell(0, ToShard::Entry { channel: self.name.clone(), entry, arrived: Instant::now() });
+    }
+
+    fn oldest(&self) -> u64 {
+        self.head + 1 - self.events.len() as u64
+    }
+
+    /// The events with these ids, as far as history holds them; those for everybody together.
+    fn entries(&self, first: u64, last: u64) -> Vec<Entry> {
+        let (mut entries, mut open): (Vec<Entry>, Vec<&[u8]>) = (Vec::new(), Vec::new());
+        let oldest = self.oldest();
+        let close = |open: &mut Vec<&[u8]>, next: u64, entries: &mut Vec<Entry>| {
+            let texts = std::mem::take(open);
+            if !texts.is_empty() {
+                entries.push(Entry::events(EventId(next - texts.len() as u64), texts.into_iter()));
+            }
+        };
+        for id in first.max(oldest)..=last.min(self.head) {
+            let (text, to) = &self.events[(id - oldest) as usize];
+            match to {
+                None => open.push(text.as_bytes()),
+                Some(user) => {
+                    close(&mut open, id, &mut entries);
+                    entries.push(Entry::private(EventId(id), user.as_str().into(), text.as_bytes()));
+                }
+            }
+        }
+        close(&mut open, last.min(self.head) + 1, &mut entries);
+        entries
+    }
+
+    /// Takes what the shard asks, and answers it now or some steps later, from this moment's history.
+    fn answer(&mut self) {
+        while let Ok(request) = self.asked.try_recv() {
+            let answer = match request {
+                Request::Follow { channel, .. } => {
+                    self.follows = true;
+                    let (base, position) = (EventId(self.base), EventId(self.head));
+                    self.shards.tell(0, ToShard::Followed { channel, base, position, recent: Vec::new() });
+                    continue;
+                }
+                Request::Unfollow { .. } => {
+                    self.follows = false;
+                    continue;
+                }
+                Request::Read { channel, after, .. } => {
+                    self.pages += 1;
+                    // Now and then an answer is too large, and ends before its page does.
+                    let end = page_begin(after).0 + PAGE;
+                    let end = if self.dice.below(4) == 0 {
+                        end.min(after.0 + 1 + self.dice.below(60))
+                    } else {
+                        end
+                    };
+                    let page = Page {
+                        base: EventId(self.base),
+                        head: EventId(self.head),
+                        oldest: EventId(self.oldest()),
+                        entries: self.entries(after.0 + 1, end),
+                    };
+                    ToShard::Page { channel, after, result: Ok(Arc::new(page)) }
+                }
+                Request::Look { channel, .. } => ToShard::Looked { channel, result: Ok(()) },
+                Request::Publish(publish) => panic!("nobody publishes: {publish:?}"),
+            };
+            self.later.push_back(answer);
+        }
+        while !self.later.is_empty() && self.dice.below(4) > 0 {
+            self.shards.tell(0, self.later.pop_front().expect("it is not empty"));
+        }
+    }
+}
+
+/// A shard that listens, as the accept loop does it, but with as little room in its sockets as can be.
+fn start(shared: &Arc<Shared>, seed: u64, feed: &str) -> (Bus, SocketAddr) {
+    let flags = [
+        "--shards",
+        "1",
+        "--max-message",
+        "4KiB",
+        "--feed-memory",
+        feed,
+        "--heartbeat",
+        "1s",
+        "--heartbeat-format",
+        "both",
+    ];
+    let Ok(Action::Run(settings)) = Settings::from(flags.map(Into::into), []) else {
+        panic!("these settings are good")
+    };
+    let (poll, bell) = shard::poll().expect("a poll");
+    let (inbox_tx, inbox) = mpsc::unbounded_channel();
+    let (requests, asked) = mpsc::unbounded_channel();
+    let numbers = Arc::new(BusNumbers::default());
+    let metrics = Arc::new(Metrics::new(1, numbers, Arc::new(Readiness::default())));
+    let shards = Shards::new(vec![inbox_tx]).with_bells(vec![bell.clone()]);
+    let keys = Arc::new(KeyRing::load(&settings).expect("no files to read"));
+    let door = Door { settings: Arc::new(settings), readiness: metrics.readiness.clone(), keys };
+    let wiring = shard::Wiring { id: 0, door, requests, shards: shards.clone(), poll, inbox, bell, metrics };
+    std::thread::spawn(|| shard::run(wiring).expect("a poll that works"));
+
+    let socket = TcpSocket::new_v4().expect("a socket");
+    socket.set_send_buffer_size(4 << 10).expect("a TCP socket");
+    socket.bind(([127, 0, 0, 1], 0).into()).expect("a free port");
+    let listener = socket.listen(64).expect("a bound socket");
+    let addr = listener.local_addr().expect("it is bound");
+    let accepted = shards.clone();
+    tokio::spawn(async move {
+        while let Ok((socket, _)) = listener.accept().await {
+            let socket = socket.into_std().expect("a socket of tokio's");
+            accepted.tell(0, ToShard::Socket(mio::net::TcpStream::from_std(socket)));
+        }
+    });
+    let name = ChannelName::parse(CHANNEL).expect("a name");
+    let bus = Bus {
+        shared: shared.clone(),
+        shards,
+        asked,
+        later: VecDeque::new(),
+        name,
+        base: 1000,
+        head: 1000,
+        events: VecDeque::new(),
+        published: 0,
+        follows: false,
+        pages: 0,
+        dice: Dice(seed),
+    };
+    (bus, addr)
+}
+
+#[tokio::test]
+async fn readers_of_every_pace_see_all_in_order_or_are_told() {
+    let number = |name: &str| std::env::var(name).ok().map(|text| text.parse::<u64>().expect("a number"));
+    let (seed, steps) = (number("READERS_SEED").unwrap_or(1), number("READERS_STEPS").unwrap_or(4000));
+    let shared = Arc::new(Shared::new(CHANNEL, Nodes::default(), 0));
+    let (mut bus, addr) = start(&shared, seed, "8KiB");
+    let mut readers = Vec::new();
+    for n in 0..18 {
+        let kind = [Kind::Recovering, Kind::Json, Kind::Plain][n % 3];
+        let (user, slow) = (n as u64 / 3 % USERS, n >= 6);
+        let name = format!("{kind:?} {n} of user{user}");
+        shared.stands(&name, 0);
+        let home = (n % 2 == 0).then_some(0); // else it leaves and comes back
+        let plan = watchers::Plan { name, user: format!("user{user}"), kind, home, door: Some(addr), slow };
+        readers.push(tokio::spawn(watchers::watch(shared.clone(), plan, seed * 100 + n as u64)));
+    }
+    for step in 0..steps {
+        if bus.dice.below(3) > 0 {
+            bus.publish();
+        }
+        if bus.dice.below(1500) == 0 {
+            bus.anchor();
+        }
+        bus.answer();
+        // Some peace now and then, so that everybody is at the head at times; else the others just get their turn.
+        let pause = if step % 500 == 499 { 300 } else { bus.dice.below(3) };
+        tokio::time::sleep(Duration::from_millis(pause)).await;
+    }
+    // One who comes back without recovery after the last event never sees it: then there is another.
+    let begun = Instant::now();
+    loop {
+        bus.publish();
+        let looked = Instant::now();
+        while looked.elapsed() < Duration::from_secs(1) {
+            bus.answer();
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+        // What is for one user does not reach the others; their position is told by a heartbeat.
+        let behind = shared.behind(bus.head);
+        if behind.is_empty() {
+            break;
+        }
+        assert!(begun.elapsed() < Duration::from_secs(60), "they don't come to the end: {behind:?}");
+    }
+    shared.over.send_replace(true);
+    let mut history = History::default();
+    for reader in readers {
+        history.watchers.push(reader.await.expect("a client that saw what it may"));
+    }
+    history.attempts = shared.attempts();
+    let breaches = judge(&history);
+    assert!(
+        breaches.is_empty(),
+        "seed {seed}: {} times: {:#?}",
+        breaches.len(),
+        &breaches[..breaches.len().min(20)]
+    );
+    let told: usize = history.watchers.iter().map(checker::Watcher::announcements).sum();
+    eprintln!("{} events, {} pages, {told} times told", bus.published, bus.pages);
+    assert!(bus.pages > 20, "{} pages: nobody fell behind", bus.pages);
+}
+
+#[tokio::test]
+async fn a_ping_tells_the_position_of_the_frame_that_it_follows() {
+    let shared = Arc::new(Shared::new(CHANNEL, Nodes::default(), 0));
+    let (mut bus, addr) = start(&shared, 1, "1MiB");
+    let options =
+        Options { query: format!("channel={CHANNEL}"), subprotocol: Some(JSON_MODE), small_buffer: true };
+    let joining = tokio::spawn(async move { Client::try_open(addr, "user0", &options).await });
+    while !joining.is_finished() {
+        bus.answer();
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+    let mut client = joining.await.expect("it joins").expect("it is let in");
+    let mut at = position(&client.welcome().await["lastEventId"]);
+    let mut pings = 0;
+    for round in 1..=60 {
+        // Nobody reads, so it soon stands in the middle of one of these.
+        (0..12).for_each(|_| bus.publish_padded(None, 1000 + 37 * round));
+        client.send(r#"{"type":"ping"}"#).await;
+        while at < bus.head || pings < round {
+            let frame = client.next_json().await;
+            if frame["type"] == "ping" {
+                let told = position(&frame["lastEventId"]);
+                assert!(told >= at, "round {round}: it has {at}, and is told that it stands at {told}");
+                pings += 1;
+                at = told;
+            } else {
+                let id = position(&frame["id"]);
+                assert_eq!(id, at + 1, "round {round}: the next after what it saw or was told");
+                at = id;
+            }
+            bus.answer();
+        }
+    }
+}
