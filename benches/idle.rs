@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use support::args::Args;
 use support::crowd::Crowd;
-use support::process::{Cores, Memory, Server, allow_files};
+use support::files::allow_files;
+use support::process::{Cores, Memory, Server};
 use support::report::{self, mib};
 
 const ARGUMENTS: &[(&str, &str)] = &[

@@ -6,7 +6,9 @@
 
 pub mod args;
 pub mod crowd;
+pub mod files;
 pub mod floor;
+pub mod herd;
 pub mod process;
 pub mod report;
 pub mod wire;

@@ -6,7 +6,6 @@ use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
 use super::floor;
@@ -222,18 +221,4 @@ impl Server {
             addr.trim().parse().with_context(|| format!("no address in {name}'s ready line: {line}"))?;
         Ok(Server { process, addr, _stdout: stdout })
     }
-}
-
-/// Allows this process, and those it starts, as many open files as the system lets it, and makes sure that
-/// `connections` fit.
-pub fn allow_files(connections: usize) -> Result<()> {
-    let limit = getrlimit(Resource::Nofile);
-    setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum })?;
-    let needed = connections as u64 + 200; // the servers' own files
-    let maximum = limit.maximum.unwrap_or(u64::MAX);
-    ensure!(
-        needed <= maximum,
-        "{connections} connections need {needed} open files, `ulimit -Hn` is {maximum}"
-    );
-    Ok(())
 }

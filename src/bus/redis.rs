@@ -3,7 +3,8 @@
 //! One task owns everything here. What waits for Redis is spawned, owns nothing, and comes back as an
 //! `Outcome`. Rooms: `link` (the connections), `scripts` (what runs in Redis), `wire` (messages to
 //! entries), `publisher` and `follow` (one channel's two directions), `out` and `inward` (what the task does
-//! with them), `health` (canary, sessions, readiness), `reason` (what is wrong, in plain words).
+//! with them), `pages` (history for those who are behind), `health` (canary, sessions, readiness), `reason` (what is
+//! wrong, in plain words).
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
@@ -17,10 +18,11 @@ use tokio::sync::{Semaphore, broadcast, mpsc};
 use self::follow::Follow;
 use self::health::{Canaries, Link};
 use self::link::{CallError, ConnectError, Report, Session};
+use self::pages::Pages;
 use self::publisher::Publisher;
 use self::scripts::Known;
 use self::terms::Terms;
-use super::{BusError, Page, Request, ShardId, Shards, Unusable, Wiring};
+use super::{BusError, Page, Request, Shards, Unusable, Wiring};
 use crate::config::{RedisUrl, Settings};
 use crate::event::{ChannelName, EventId};
 use crate::metrics::{BusNumbers, Readiness};
@@ -30,6 +32,7 @@ mod health;
 mod inward;
 mod link;
 mod out;
+mod pages;
 mod publisher;
 mod reason;
 mod scripts;
@@ -118,8 +121,7 @@ struct Bus {
     starting: VecDeque<(u64, ChannelName)>,
     /// The last subscription ticket given.
     ticket: u64,
-    /// Pages being read, by the position asked for, and for whom.
-    pages: HashMap<(ChannelName, EventId), Vec<ShardId>>,
+    pages: Pages,
     /// Channels in the order in which canaries visit them.
     rounds: VecDeque<ChannelName>,
     next_sweep: Instant,
@@ -155,7 +157,7 @@ pub async fn run(settings: &Settings, url: &RedisUrl, wiring: Wiring) -> Result<
         call_number: 0,
         starting: VecDeque::new(),
         ticket: 0,
-        pages: HashMap::new(),
+        pages: Pages::default(),
         rounds: VecDeque::new(),
         next_sweep: Instant::now() + IDLE,
         warned_of_size: None,
@@ -251,6 +253,7 @@ impl Bus {
 
     fn tick(&mut self, now: Instant) {
         self.watch_link(now);
+        self.pages.expire(now);
         let busy: Vec<ChannelName> = self.busy.iter().cloned().collect();
         for channel in busy {
             self.expire(&channel, now);

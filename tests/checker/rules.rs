@@ -143,10 +143,16 @@ impl<'a> Judge<'a> {
     /// Nothing is missing in a claim.
     fn complete(&mut self, watcher: &Watcher, claim: &Claim, events: &BTreeMap<u64, Event<'a>>) {
         let mine = |event: &Event| event.is_for(&watcher.user);
+        let acked = |event: &Event| event.attempt.is_some_and(|a| matches!(a.outcome, Outcome::Acked(_)));
+        let acked = events.iter().rev().find(|(_, event)| acked(event)).map_or(0, |(id, _)| *id);
         if let (Some(after), Some(position)) = (claim.after, claim.position) {
             let upto = if claim.open { u64::MAX } else { position };
+            // What nobody was told the fate of may have been taken when the run was over already.
+            let after_the_end = |id: u64, event: &Event| {
+                id > acked && event.attempt.is_some_and(|attempt| attempt.outcome == Outcome::Unknown)
+            };
             for (id, event) in events.range((Bound::Excluded(after), Bound::Included(upto))) {
-                if mine(event) && !claim.seen.contains(id) {
+                if mine(event) && !claim.seen.contains(id) && !after_the_end(*id, event) {
                     let text = format!("{}: id {id}, {}, after {after}", watcher.name, event.body);
                     self.object(Rule::Missing, text);
                 }

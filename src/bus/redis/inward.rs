@@ -8,10 +8,9 @@ use tokio::sync::broadcast::error::RecvError;
 
 use super::follow::Follow;
 use super::link::{CallError, Caller, Script};
-use super::scripts::Known;
 use super::terms::Lane;
 use super::{Bus, Outcome, Purpose, reason, scripts, wire};
-use crate::bus::{BusError, PAGE, Page, ShardId, ToShard, page_begin};
+use crate::bus::{BusError, Page, ShardId, ToShard};
 use crate::event::{ChannelName, Entry, EventId, Kind};
 use crate::foreign;
 
@@ -20,7 +19,7 @@ const FILL_EVENTS: u64 = 1024;
 
 /// Bytes that one read brings, about: it keeps Redis from others while it is put together. A page of larger events
 /// comes in parts.
-const READ_BYTES: usize = 1 << 20;
+pub(super) const READ_BYTES: usize = 1 << 20;
 
 /// Least time between two warnings about oversized messages.
 const WARN_EVERY: Duration = Duration::from_secs(60);
@@ -288,61 +287,6 @@ impl Bus {
         }
         self.judge(generation, error);
     }
-
-    pub(super) fn read_page(&mut self, name: ChannelName, after: EventId, shard: ShardId) {
-        let known = self.channels.get(&name).map_or_else(Known::default, |channel| channel.known);
-        let Some(session) = self.link.session() else {
-            let result = Err(self.away().unwrap_or_else(|| BusError::Away("reconnecting".into())));
-            self.shards.tell(shard, ToShard::Page { channel: name, after, result });
-            return;
-        };
-        let waiting = self.pages.entry((name.clone(), after)).or_default();
-        waiting.push(shard);
-        if waiting.len() > 1 {
-            return; // it shares the read under way
-        }
-        self.numbers.reads.add(1);
-        let end = EventId(page_begin(after).0 + PAGE);
-        let args = scripts::read_args(&self.terms, known, after.next(), end, PAGE, READ_BYTES);
-        let (caller, outcomes, reads) = (session.caller(), self.outcomes.clone(), self.reads.clone());
-        let (key, generation) = (self.terms.key(&name), self.link.generation());
-        tokio::spawn(async move {
-            let _permit = reads.acquire_owned().await;
-            let mut result = read(&caller, &key, args).await;
-            if let Ok(page) = &mut result {
-                wire::whole(page, after);
-            }
-            let _ = outcomes.send(Outcome::Page(generation, name, after, result));
-        });
-    }
-
-    pub(super) fn page_was_read(
-        &mut self,
-        generation: u64,
-        name: ChannelName,
-        after: EventId,
-        result: Result<Page, CallError>,
-    ) {
-        let waiting = self.pages.remove(&(name.clone(), after)).unwrap_or_default();
-        if let (Ok(page), Some(channel)) = (&result, self.channels.get_mut(&name)) {
-            channel.known.learn(page.base, page.head);
-            if let Some(sequence) = channel.follow.as_mut().and_then(|follow| follow.sequence.as_mut()) {
-                sequence.canary(page.base, page.head); // it tells as much as a canary does
-            }
-            self.hand_on(&name, Vec::new());
-        }
-        let answer = result
-            .as_ref()
-            .map(|page| Arc::new(page.clone()))
-            .map_err(|error| BusError::Away(reason::of(error).into()));
-        for shard in waiting {
-            let result = answer.clone();
-            self.shards.tell(shard, ToShard::Page { channel: name.clone(), after, result });
-        }
-        if let Err(error) = result {
-            self.judge(generation, &error);
-        }
-    }
 }
 
 fn is_joining(channel: &super::Channel) -> bool {
@@ -361,7 +305,11 @@ fn tell(
     }
 }
 
-async fn read(caller: &Caller, key: &str, args: Vec<fred::types::Value>) -> Result<Page, CallError> {
+pub(super) async fn read(
+    caller: &Caller,
+    key: &str,
+    args: Vec<fred::types::Value>,
+) -> Result<Page, CallError> {
     let frame = caller.call(Script::Read, &[key], args).await?;
     scripts::page(&frame).ok_or_else(|| CallError::Refused("an answer of a form that no script gives".into()))
 }
