@@ -24,7 +24,8 @@ pub use redis_url::RedisUrl;
 
 use input::Input;
 pub use units::parse_duration;
-use units::{parse_size, show_duration, show_size};
+use units::parse_size;
+pub(crate) use units::{show_duration, show_size};
 
 /// Longest `--max-message`. A frame is copied a few times on its way; more belongs into a store, not a message.
 pub const MESSAGE_MAX: u64 = 16 << 20;
@@ -38,7 +39,10 @@ const SHARDS_MAX: usize = 1024;
 const OWN_FILES: u32 = 40;
 /// for each shard its epoll and its waker, for each public listener itself;
 const FILES_A_SHARD: u32 = 2;
-/// and for clients past `--max-connections` whose answer is due, an eighth of all at most.
+/// and for clients past `--max-connections`, for the moment that it takes to tell them so: one for so many
+/// connections, at least and at most so many.
+const DOORSTEP_PART: u32 = 8;
+const DOORSTEP_MIN: u32 = 8;
 const DOORSTEP_MAX: u32 = 256;
 /// Longest `--drain` and `--drain-notice`. systemd is told of both in microseconds that fit 32 bits: 71 minutes.
 const DRAIN_MAX: Duration = Duration::from_secs(1800);
@@ -311,14 +315,15 @@ impl Settings {
     /// How many connections the limit on open files leaves room for.
     pub fn connections_that_fit(&self) -> u32 {
         let files = open_file_limit().and_then(|limit| u32::try_from(limit).ok());
-        let own = OWN_FILES + FILES_A_SHARD * self.shards.get() as u32 + self.listen.len() as u32;
-        files.map_or(u32::MAX, |files| files.saturating_sub(own + self.doorstep()).max(1))
+        files.map_or(u32::MAX, |files| {
+            let rest = files.saturating_sub(self.own_files());
+            rest.saturating_sub(DOORSTEP_MAX).max(rest / (DOORSTEP_PART + 1) * DOORSTEP_PART).max(1)
+        })
     }
 
-    /// How many clients more may be there for the moment that it takes to tell them that there is no room.
-    pub fn doorstep(&self) -> u32 {
-        let files = open_file_limit().and_then(|limit| u32::try_from(limit).ok());
-        files.map_or(DOORSTEP_MAX, |files| (files / 8).clamp(1, DOORSTEP_MAX))
+    /// Descriptors for what is no client.
+    pub fn own_files(&self) -> u32 {
+        OWN_FILES + FILES_A_SHARD * self.shards.get() as u32 + self.listen.len() as u32
     }
 
     /// What the settings must be to each other.
@@ -475,6 +480,11 @@ impl fmt::Display for Cap {
             Cap::Most(most) => most.fmt(f),
         }
     }
+}
+
+/// How many clients may wait for their refusal at a node that takes so many.
+pub fn doorstep(connections: u32) -> u32 {
+    (connections / DOORSTEP_PART).clamp(DOORSTEP_MIN, DOORSTEP_MAX)
 }
 
 /// Values by comma; a wrong one is named.

@@ -15,7 +15,7 @@ use bytes::Bytes;
 use ipnet::IpNet;
 
 use crate::close::Reason;
-use crate::config::{Cap, Settings};
+use crate::config::{self, Cap, Settings};
 use crate::http::Response;
 
 /// Most connections of one address, unless said otherwise: a large office behind one address has fewer, and a
@@ -163,7 +163,7 @@ impl Guard {
         Guard {
             trusted: settings.trusted_proxy.clone().into(),
             max_seats: settings.most_connections(),
-            max_doorstep: settings.doorstep(),
+            max_doorstep: config::doorstep(settings.most_connections()),
             per_address: settings.max_per_address,
             per_user: match settings.max_per_user {
                 Cap::Auto => (!settings.jwt_key.is_empty()).then_some(PER_USER),
