@@ -3,18 +3,21 @@
 //! It has a thread of its own, so that a storm of reconnects does not hold up the bus, and so that a socket passes
 //! no runtime on its way to its shard.
 
-use std::io;
-use std::net::SocketAddr;
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::net::{Shutdown, SocketAddr};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use mio::net::{TcpListener, TcpStream};
 use mio::{Events, Interest, Poll, Token, Waker};
-use socket2::{Domain, Protocol, Socket, Type};
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use tokio::sync::oneshot;
 
 use crate::bus::{Shards, ToShard};
 use crate::config::{HeartbeatFormat, Settings};
+use crate::guard::{Full, Guard, Place};
+use crate::http::HEAD_MAX;
 use crate::metrics::Metrics;
 
 /// Connections that the kernel holds until they are accepted; it takes the smaller of this and
@@ -24,10 +27,13 @@ const BACKLOG: i32 = 65_535;
 /// Most that the kernel holds for one connection, in bytes (it counts twice as many, socket(7)). Left alone it would
 /// grow to 4 MiB, so that ten thousand readers who stall would take 25 GB of the kernel; what does not fit waits in
 /// the feed, once for all. Enough for 10 Mbit/s to a reader 100 ms away.
-const SEND_BUFFER: usize = 128 * 1024;
+pub(crate) const SEND_BUFFER: usize = 128 * 1024;
 
 /// Pause after an accept that failed for want of something: without descriptors the next one fails too.
 const PAUSE: Duration = Duration::from_millis(100);
+
+/// Least time between two log lines about that.
+const WARN_EVERY: Duration = Duration::from_secs(60);
 
 /// Pause after a batch: who comes meanwhile is accepted together. A lone client is accepted at once; in a storm two
 /// threads would wake for each, which costs as much as all the rest of accepting it.
@@ -36,16 +42,26 @@ const GATHER: Duration = Duration::from_millis(1);
 /// Accepts in a row before the other listeners get their turn.
 const ACCEPTS: usize = 256;
 
+/// Longest sleep: the watchdog wants to see that the loop lives.
+const NAP: Duration = Duration::from_millis(500);
+
 const STOP: Token = Token(usize::MAX);
 
-/// Binds a public listener. What is set here holds for every socket that it accepts (tcp(7): options are inherited),
-/// which saves two system calls a connection.
+/// Binds a public listener.
 pub fn bind(addr: SocketAddr, settings: &Settings) -> io::Result<TcpListener> {
     let socket = Socket::new(Domain::for_address(addr), Type::STREAM, Some(Protocol::TCP))?;
     socket.set_reuse_address(true)?; // a restart must not wait for TIME_WAIT
     if addr.is_ipv6() {
         socket.set_only_v6(true)?; // `--listen 0.0.0.0:80 --listen [::]:80` means two
     }
+    socket.bind(&addr.into())?;
+    adopt(socket.into(), settings)
+}
+
+/// Makes a bound socket a public listener. What is set here holds for every socket that it accepts (tcp(7): options
+/// are inherited), which saves two system calls a connection.
+pub fn adopt(listener: std::net::TcpListener, settings: &Settings) -> io::Result<TcpListener> {
+    let socket = SockRef::from(&listener);
     socket.set_send_buffer_size(SEND_BUFFER)?;
     socket.set_tcp_nodelay(true)?; // events leave at once; batches are made by the feed
     // Nobody answers a JSON ping, so the kernel has to tell when a peer no longer acknowledges. Where pings are
@@ -54,9 +70,8 @@ pub fn bind(addr: SocketAddr, settings: &Settings) -> io::Result<TcpListener> {
         socket.set_tcp_user_timeout(Some(settings.heartbeat + settings.heartbeat_timeout))?;
     }
     socket.set_nonblocking(true)?;
-    socket.bind(&addr.into())?;
-    socket.listen(BACKLOG)?;
-    Ok(TcpListener::from_std(socket.into()))
+    socket.listen(BACKLOG)?; // one that listens already takes the new backlog
+    Ok(TcpListener::from_std(listener))
 }
 
 /// Ends the accept loop when dropped.
@@ -70,11 +85,13 @@ impl Drop for Stop {
     }
 }
 
-/// Accepts until the returned [`Stop`] is dropped. Then it accepts whoever waits already, closes the listeners, and
-/// the receiver is told.
+/// Accepts until the returned [`Stop`] is dropped. Then it accepts whoever waits already, unless the listeners are
+/// `shared` with the process that comes next; closes them, and the receiver is told.
 pub fn start(
     mut listeners: Vec<TcpListener>,
+    shared: bool,
     shards: Shards,
+    guard: Arc<Guard>,
     metrics: Arc<Metrics>,
 ) -> io::Result<(Stop, oneshot::Receiver<()>)> {
     let mut poll = Poll::new()?;
@@ -84,33 +101,40 @@ pub fn start(
     let waker = Arc::new(Waker::new(poll.registry(), STOP)?);
     let stop = Stop(waker.clone());
     let (end, ended) = oneshot::channel();
-    let mut acceptor = Acceptor { shards, metrics, starved: false };
+    let mut acceptor =
+        Acceptor { shards, guard, metrics, spare: spare(), stuck: false, starved: None, warned: None };
     let accept = move |listeners: &[TcpListener]| {
         let _waker = waker; // a call is lost when its waker is gone before the loop has heard it
         let mut events = Events::with_capacity(8);
         // Listeners that may have more to accept: epoll tells only once.
         let mut ready: Vec<usize> = Vec::new();
         loop {
-            let wait = if acceptor.starved {
-                Some(PAUSE)
+            let wait = if acceptor.stuck {
+                PAUSE
             } else if ready.is_empty() {
-                None
+                NAP
             } else {
-                Some(Duration::ZERO)
+                Duration::ZERO
             };
-            if let Err(error) = poll.poll(&mut events, wait)
+            if let Err(error) = poll.poll(&mut events, Some(wait))
                 && error.kind() != io::ErrorKind::Interrupted
             {
                 tracing::error!(%error, "the accept loop can't wait for connections and ends");
                 return;
             }
+            acceptor.metrics.accept_turns.add(1);
             for event in &events {
                 match event.token() {
+                    STOP if shared => return,
                     STOP => return acceptor.accept_the_rest(listeners),
                     Token(number) if !ready.contains(&number) => ready.push(number),
                     _ => {}
                 }
             }
+            if events.is_empty() && ready.is_empty() {
+                continue;
+            }
+            acceptor.stuck = false;
             ready.retain(|number| acceptor.accept(&listeners[*number]));
             // Only now: a shard that wakes for every socket would take turns with this loop.
             (0..acceptor.shards.count()).for_each(|shard| acceptor.shards.ring(shard));
@@ -131,9 +155,21 @@ pub fn start(
 #[derive(Debug)]
 struct Acceptor {
     shards: Shards,
+    guard: Arc<Guard>,
     metrics: Arc<Metrics>,
-    /// The last accept failed for want of descriptors or memory.
-    starved: bool,
+    /// A descriptor to give up for the moment in which a client is told that there are no more.
+    spare: Option<File>,
+    /// The last accept failed, and nobody could be told: the next one comes after a pause.
+    stuck: bool,
+    /// There were no descriptors, or no memory, for the last client; and whether that was logged.
+    starved: Option<bool>,
+    /// When it was logged last.
+    warned: Option<Instant>,
+}
+
+/// `None` when there is none to be had.
+fn spare() -> Option<File> {
+    File::open("/dev/null").ok()
 }
 
 impl Acceptor {
@@ -141,45 +177,82 @@ impl Acceptor {
     fn accept(&mut self, listener: &TcpListener) -> bool {
         for _ in 0..ACCEPTS {
             match listener.accept() {
-                Ok((stream, _)) => {
-                    if std::mem::take(&mut self.starved) {
+                Ok((stream, peer)) => {
+                    if self.starved.take() == Some(true) {
                         tracing::info!("connections can be accepted again");
                     }
-                    self.hand_over(stream);
+                    match self.guard.arrive(peer.ip()) {
+                        Ok(place) => self.hand_over(stream, place),
+                        Err(full) => {
+                            self.metrics.turned_away[full as usize].add(1);
+                            turn_away(stream, &full.answer());
+                        }
+                    }
                 }
                 Err(error) => match error.kind() {
-                    io::ErrorKind::WouldBlock => {
-                        self.starved = false; // nobody waits for what there was no room for
-                        return false;
-                    }
+                    io::ErrorKind::WouldBlock => return false,
                     // The peer gave up while it waited (accept(2)).
                     io::ErrorKind::ConnectionAborted | io::ErrorKind::Interrupted => {}
-                    _ => {
-                        if !std::mem::replace(&mut self.starved, true) {
-                            tracing::warn!(%error, "a connection can't be accepted: raise the limit on open files (LimitNOFILE)");
+                    _ => match self.tell_one(listener) {
+                        Ok(()) => self.starve(&error),
+                        // Without descriptors accept(2) fails before it looks whether anybody waits.
+                        Err(other) if other.kind() == io::ErrorKind::WouldBlock => return false,
+                        Err(_) => {
+                            self.starve(&error);
+                            self.stuck = true;
+                            return true;
                         }
-                        self.metrics.accept_failures.add(1);
-                        return true;
-                    }
+                    },
                 },
             }
         }
         true
     }
 
+    fn starve(&mut self, error: &io::Error) {
+        self.metrics.accept_failures.add(1);
+        if self.starved.is_none() {
+            let now = Instant::now();
+            let warn = self.warned.is_none_or(|last| now - last >= WARN_EVERY);
+            if warn {
+                tracing::warn!(%error, "connections can't be accepted and get 503: raise the limit on open files (LimitNOFILE)");
+                self.warned = Some(now);
+            }
+            self.starved = Some(warn);
+        }
+    }
+
+    /// Tells one client that there is no room, with the descriptor that is kept for that. Without it clients would
+    /// hang until someone leaves, and a proxy would take the node for dead.
+    fn tell_one(&mut self, listener: &TcpListener) -> io::Result<()> {
+        self.spare = None;
+        let told = listener.accept().map(|(stream, _)| turn_away(stream, &Full::Node.answer()));
+        self.spare = spare();
+        told
+    }
+
     /// Whoever waits when a listener closes would get a reset instead of an answer.
     fn accept_the_rest(&mut self, listeners: &[TcpListener]) {
         for listener in listeners {
-            while self.accept(listener) && !self.starved {}
+            while self.accept(listener) && !self.stuck {}
         }
         (0..self.shards.count()).for_each(|shard| self.shards.ring(shard));
     }
 
-    fn hand_over(&self, stream: TcpStream) {
+    fn hand_over(&self, stream: TcpStream, place: Place) {
         // A socket under way to its shard counts at once, else a burst would go to one shard whole.
         let load = |shard: &usize| self.metrics.shards[*shard].load();
         let shard = (0..self.shards.count()).min_by_key(load).expect("there is at least one shard");
         self.metrics.shards[shard].accepted.add(1);
-        self.shards.leave(shard, ToShard::Socket(stream));
+        self.shards.leave(shard, ToShard::Socket(stream, place));
     }
+}
+
+/// Answers a client that nobody can wait for. If its request is here it is read first: closing over unread bytes is a
+/// reset, which might overtake the answer.
+fn turn_away(mut stream: TcpStream, answer: &[u8]) {
+    let _ = stream.read(&mut [0; HEAD_MAX]);
+    // A new socket has room for it, and a client that has gone needs none.
+    let _ = stream.write(answer);
+    let _ = stream.shutdown(Shutdown::Write);
 }

@@ -13,46 +13,18 @@ use tokio::time::{sleep, timeout};
 use crate::accept;
 use crate::admin::{self, AdminContext};
 use crate::bus::{self, Requests, Shards, ToShard};
-use crate::config::{AdminAddr, RedisUrl, Settings};
+use crate::config::{RedisUrl, Settings};
+use crate::guard::Guard;
 use crate::handshake::Door;
 use crate::keys::KeyRing;
+use crate::listeners::Listeners;
 use crate::metrics::{self, BusNumbers, Metrics, Readiness};
+use crate::notify::{self, Manager};
 use crate::shard;
 
 /// How long the accept loop, and then the shards after `--drain`, may take to end. They need milliseconds; this is
 /// for one that is stuck.
 const GRACE: Duration = Duration::from_secs(2);
-
-/// Every listener of a node, bound.
-#[derive(Debug)]
-pub struct Listeners {
-    public: Vec<mio::net::TcpListener>,
-    admin: Option<admin::Listener>,
-}
-
-impl Listeners {
-    /// Binds them all, or none. Must be called within a tokio runtime.
-    pub fn bind(settings: &Settings) -> anyhow::Result<Listeners> {
-        use anyhow::Context;
-        let public = settings.listen.iter().map(|addr| {
-            accept::bind(*addr, settings).with_context(|| format!("--listen {addr} can't be bound"))
-        });
-        let public = public.collect::<Result<_, _>>()?;
-        let admin = admin::Listener::bind(&settings.admin)
-            .with_context(|| format!("--admin {} can't be bound", settings.admin))?;
-        Ok(Listeners { public, admin })
-    }
-
-    /// The real addresses of the public ones.
-    pub fn public(&self) -> io::Result<Vec<SocketAddr>> {
-        self.public.iter().map(mio::net::TcpListener::local_addr).collect()
-    }
-
-    /// The real address of the admin listener.
-    pub fn admin(&self) -> io::Result<AdminAddr> {
-        self.admin.as_ref().map_or(Ok(AdminAddr::Off), admin::Listener::addr)
-    }
-}
 
 /// Serves until `shutdown` says why it is to stop, then lets every connection go and returns.
 ///
@@ -62,6 +34,7 @@ pub async fn run(
     settings: Settings,
     keys: Arc<KeyRing>,
     listeners: Listeners,
+    manager: Arc<Manager>,
     shutdown: impl Future<Output = &'static str>,
 ) -> anyhow::Result<()> {
     let settings = Arc::new(settings);
@@ -69,11 +42,21 @@ pub async fn run(
     let readiness = Arc::new(Readiness::waiting_for_bus());
     let metrics = Arc::new(Metrics::new(settings.shards.get(), numbers.clone(), readiness.clone()));
     let (requests, asked) = mpsc::unbounded_channel();
-    let door = Door { settings: settings.clone(), readiness: readiness.clone(), keys: keys.clone() };
+    let guard = Arc::new(Guard::new(&settings));
+    metrics.max_connections.set(u64::from(settings.most_connections()));
+    let door = Door {
+        settings: settings.clone(),
+        readiness: readiness.clone(),
+        keys: keys.clone(),
+        guard: guard.clone(),
+    };
 
     tell_start(&settings, &listeners)?;
     let (shards, mut ended) = start_shards(&door, &requests, &metrics)?;
-    let (stop_accepting, accepted) = accept::start(listeners.public, shards.clone(), metrics.clone())?;
+    let (stop_accepting, accepted) =
+        accept::start(listeners.public, listeners.shared, shards.clone(), guard, metrics.clone())?;
+    manager.ready();
+    tokio::spawn(notify::attend(manager.clone(), metrics.clone()));
     if let Some(listener) = listeners.admin {
         let context = AdminContext {
             requests,
@@ -96,6 +79,7 @@ pub async fn run(
 
     let (stopping, closed) = (Instant::now(), metrics.closed());
     tracing::info!(why, connections = metrics.connections(), "stopping");
+    manager.stopping(settings.drain_notice + settings.drain + 2 * GRACE);
     readiness.drain();
     let drained = async {
         sleep(settings.drain_notice).await;
@@ -133,6 +117,7 @@ fn tell_start(settings: &Settings, listeners: &Listeners) -> io::Result<()> {
         admin = listeners.admin()?.to_string(),
         bus = settings.redis.as_ref().map_or_else(|| "local".into(), RedisUrl::to_string),
         shards = settings.shards,
+        max_connections = settings.most_connections(),
         max_channels = settings.max_channels,
         max_message = settings.max_message,
         history = settings.history,
@@ -140,6 +125,12 @@ fn tell_start(settings: &Settings, listeners: &Listeners) -> io::Result<()> {
         open_files = metrics::open_file_limit(),
         "started"
     );
+    let (most, fit) = (settings.most_connections(), settings.connections_that_fit());
+    if most > fit {
+        tracing::warn!(
+            "--max-connections {most}, but the limit on open files has room for {fit}: raise it (LimitNOFILE)"
+        );
+    }
     Ok(())
 }
 

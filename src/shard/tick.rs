@@ -49,6 +49,7 @@ fn ticks(time: Duration) -> u32 {
 impl Shard {
     pub(super) fn on_tick(&mut self) {
         self.tick = self.tick.wrapping_add(1);
+        self.numbers().turns.add(1);
         let now = Instant::now();
         while let Some((due, id)) = self.handshakes.front().copied() {
             let request = |slot: &u32| matches!(self.connections[*slot as usize].state, State::Request(_));
@@ -59,7 +60,10 @@ impl Shard {
             // Nearly all have come in long before; five seconds of a storm would be remembered else.
             self.handshakes.pop_front();
             if let Some(slot) = late {
-                self.refuse(slot, handshake::too_slow(), Reason::RequestTimeout);
+                match self.connections[slot as usize].place.full() {
+                    Some(full) => self.refuse(slot, full.answer(), full.reason()),
+                    None => self.refuse(slot, handshake::too_slow(), Reason::RequestTimeout),
+                }
             }
         }
         while let Some((_, id)) = self.lingering.front().copied().filter(|(due, _)| *due <= now) {
@@ -199,22 +203,25 @@ impl Shard {
     fn drain_on(&mut self, now: Instant) {
         let Some(drain) = &mut self.drain else { return };
         let ticks = drain.last_told.saturating_duration_since(now).as_millis().div_ceil(TICK.as_millis());
-        let mut due = if ticks == 0 { usize::MAX } else { drain.ahead.div_ceil(ticks as usize) };
+        let last = ticks == 0;
+        let mut due = if last { usize::MAX } else { drain.ahead.div_ceil(ticks as usize) };
         drain.ahead = drain.ahead.saturating_sub(due);
         let mut slot = drain.slot;
         while slot < self.connections.capacity() && due > 0 {
-            due -= usize::from(self.let_go(slot));
+            due -= usize::from(self.let_go(slot, last));
             slot += 1;
         }
         if let Some(drain) = &mut self.drain {
-            drain.slot = slot;
+            drain.slot = if last { 0 } else { slot };
         }
     }
 
-    /// Ends what is in a slot because the node stops. `false`: nothing is, or it is ending already.
-    fn let_go(&mut self, slot: usize) -> bool {
+    /// Ends what is in a slot because the node stops. `false`: there is nothing to end. Who has not asked yet gets
+    /// the answer when it asks, and only at the `last` moment unasked.
+    fn let_go(&mut self, slot: usize, last: bool) -> bool {
         match self.connections.get(slot).map(|connection| &connection.state) {
             None | Some(State::Closing) => return false,
+            Some(State::Request(_)) if !last => return false,
             Some(State::Request(_) | State::Joining(_)) => {
                 self.answer(slot as u32, handshake::stopping(), Reason::Draining);
             }
