@@ -349,7 +349,8 @@ impl Shard {
             return self.remove(slot);
         }
         let feed = feed.and_then(|key| self.channels.get(key as usize)?.feed.as_ref());
-        if connection.finish(feed, &mut self.tally) {
+        // Whoever has been silent for so long is not waited for again; the kernel goes on with what it has been given.
+        if connection.finish(feed, &mut self.tally) && reason != Reason::HeartbeatTimeout {
             if connection.blocked {
                 self.watch_room(slot);
             }
