@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use mio::net::{TcpListener, TcpStream};
 use mio::{Events, Interest, Poll, Token, Waker};
-use socket2::{Domain, Protocol, Socket, Type};
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use tokio::sync::oneshot;
 
 use crate::bus::{Shards, ToShard};
@@ -36,16 +36,26 @@ const GATHER: Duration = Duration::from_millis(1);
 /// Accepts in a row before the other listeners get their turn.
 const ACCEPTS: usize = 256;
 
+/// Longest sleep: the watchdog wants to see that the loop lives.
+const NAP: Duration = Duration::from_millis(500);
+
 const STOP: Token = Token(usize::MAX);
 
-/// Binds a public listener. What is set here holds for every socket that it accepts (tcp(7): options are inherited),
-/// which saves two system calls a connection.
+/// Binds a public listener.
 pub fn bind(addr: SocketAddr, settings: &Settings) -> io::Result<TcpListener> {
     let socket = Socket::new(Domain::for_address(addr), Type::STREAM, Some(Protocol::TCP))?;
     socket.set_reuse_address(true)?; // a restart must not wait for TIME_WAIT
     if addr.is_ipv6() {
         socket.set_only_v6(true)?; // `--listen 0.0.0.0:80 --listen [::]:80` means two
     }
+    socket.bind(&addr.into())?;
+    adopt(socket.into(), settings)
+}
+
+/// Makes a bound socket a public listener. What is set here holds for every socket that it accepts (tcp(7): options
+/// are inherited), which saves two system calls a connection.
+pub fn adopt(listener: std::net::TcpListener, settings: &Settings) -> io::Result<TcpListener> {
+    let socket = SockRef::from(&listener);
     socket.set_send_buffer_size(SEND_BUFFER)?;
     socket.set_tcp_nodelay(true)?; // events leave at once; batches are made by the feed
     // Nobody answers a JSON ping, so the kernel has to tell when a peer no longer acknowledges. Where pings are
@@ -54,9 +64,8 @@ pub fn bind(addr: SocketAddr, settings: &Settings) -> io::Result<TcpListener> {
         socket.set_tcp_user_timeout(Some(settings.heartbeat + settings.heartbeat_timeout))?;
     }
     socket.set_nonblocking(true)?;
-    socket.bind(&addr.into())?;
-    socket.listen(BACKLOG)?;
-    Ok(TcpListener::from_std(socket.into()))
+    socket.listen(BACKLOG)?; // one that listens already takes the new backlog
+    Ok(TcpListener::from_std(listener))
 }
 
 /// Ends the accept loop when dropped.
@@ -70,10 +79,11 @@ impl Drop for Stop {
     }
 }
 
-/// Accepts until the returned [`Stop`] is dropped. Then it accepts whoever waits already, closes the listeners, and
-/// the receiver is told.
+/// Accepts until the returned [`Stop`] is dropped. Then it accepts whoever waits already, unless the listeners are
+/// `shared` with the process that comes next; closes them, and the receiver is told.
 pub fn start(
     mut listeners: Vec<TcpListener>,
+    shared: bool,
     shards: Shards,
     metrics: Arc<Metrics>,
 ) -> io::Result<(Stop, oneshot::Receiver<()>)> {
@@ -92,24 +102,29 @@ pub fn start(
         let mut ready: Vec<usize> = Vec::new();
         loop {
             let wait = if acceptor.starved {
-                Some(PAUSE)
+                PAUSE
             } else if ready.is_empty() {
-                None
+                NAP
             } else {
-                Some(Duration::ZERO)
+                Duration::ZERO
             };
-            if let Err(error) = poll.poll(&mut events, wait)
+            if let Err(error) = poll.poll(&mut events, Some(wait))
                 && error.kind() != io::ErrorKind::Interrupted
             {
                 tracing::error!(%error, "the accept loop can't wait for connections and ends");
                 return;
             }
+            acceptor.metrics.accept_turns.add(1);
             for event in &events {
                 match event.token() {
+                    STOP if shared => return,
                     STOP => return acceptor.accept_the_rest(listeners),
                     Token(number) if !ready.contains(&number) => ready.push(number),
                     _ => {}
                 }
+            }
+            if events.is_empty() && ready.is_empty() {
+                continue;
             }
             ready.retain(|number| acceptor.accept(&listeners[*number]));
             // Only now: a shard that wakes for every socket would take turns with this loop.

@@ -22,8 +22,8 @@ mod listener;
 #[cfg(test)]
 mod tests;
 
-pub use listener::Listener;
 use listener::Stream;
+pub use listener::{Listener, Open};
 
 /// Connections at once; more wait to be accepted. Backends keep a few each, and a scraper one.
 const CONNECTIONS_MAX: usize = 256;

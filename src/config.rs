@@ -274,21 +274,15 @@ impl Settings {
                 input.conflict("listen", format!("{addr} is given twice"));
             }
         }
-        if let Some(addr) = self.listen.iter().find(|addr| is_reachable(addr))
-            && self.jwt_key.is_empty()
-            && !self.open
-        {
-            let remedy = "give --jwt-key FILE, or say with --open that anyone may come in";
-            let problem = format!("{addr} is open to others and asks for no token: {remedy}");
+        if let Some(problem) = self.listen.iter().find_map(|addr| self.public_problem(*addr)) {
             input.conflict("listen", problem);
         }
         if self.admin == AdminAddr::Off && self.admin_key.is_some() {
             input.conflict("admin-key", "is the key to nothing: --admin is off".into());
         }
         if let AdminAddr::Tcp(addr) = self.admin {
-            if is_reachable(&addr) && self.admin_key.is_none() {
-                let remedy = "give --admin-key FILE, or use a loopback address, unix:PATH or off";
-                input.conflict("admin", format!("{addr} is open to others and has no key: {remedy}"));
+            if let Some(problem) = self.admin_problem(addr) {
+                input.conflict("admin", problem);
             }
             if addr.port() != 0 && self.listen.contains(&addr) {
                 input.conflict("admin", format!("{addr} is taken by --listen"));
@@ -309,6 +303,20 @@ impl Settings {
             let problem = format!("must be at least --max-message ({})", show_size(self.max_message as u64));
             input.conflict("feed-memory", problem);
         }
+    }
+
+    /// Why clients may not be taken at this address.
+    pub fn public_problem(&self, addr: SocketAddr) -> Option<String> {
+        let remedy = "give --jwt-key FILE, or say with --open that anyone may come in";
+        let is_open = is_reachable(&addr) && self.jwt_key.is_empty() && !self.open;
+        is_open.then(|| format!("{addr} is open to others and asks for no token: {remedy}"))
+    }
+
+    /// Why the admin listener may not be at this address.
+    pub fn admin_problem(&self, addr: SocketAddr) -> Option<String> {
+        let remedy = "give --admin-key FILE, or use a loopback address, unix:PATH or off";
+        let is_open = is_reachable(&addr) && self.admin_key.is_none();
+        is_open.then(|| format!("{addr} is open to others and has no key: {remedy}"))
     }
 
     /// The log filter, parsed.

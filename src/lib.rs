@@ -33,6 +33,8 @@
 //! | [`refusals`] | what is refused, told to the log a line a class |
 //! | [`metrics`] | what is counted, and whether the node is ready |
 //! | [`admin`] | publish, metrics and stats over HTTP |
+//! | [`listeners`] | what a node listens on: bound by it, or handed over by systemd |
+//! | [`notify`] | what systemd is told, and its watchdog |
 //! | [`server`] | the wiring, and how it stops; `main.rs` tells the life of the process |
 //!
 //! # Invariants
@@ -103,4 +105,7 @@ pub mod refusals;
 pub mod metrics;
 
 pub mod admin;
+
+pub mod listeners;
+pub mod notify;
 pub mod server;

@@ -7,8 +7,10 @@ use std::sync::Arc;
 use anyhow::Context;
 use fanfare::config::{self, Action, AdminAddr, LogFormat, SettingError, Settings};
 use fanfare::keys::KeyRing;
+use fanfare::listeners::{Inherited, Listeners};
 use fanfare::mint;
-use fanfare::server::{self, Listeners};
+use fanfare::notify::Manager;
+use fanfare::server;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
@@ -48,10 +50,22 @@ fn main() -> ExitCode {
         return print(&settings.to_string());
     }
     start_logging(&settings);
-    match serve(settings, keys) {
+    let manager = Arc::new(Manager::from_env());
+    // Before any thread is there: it takes its variables out of the environment.
+    let inherited = Inherited::from_env().and_then(|inherited| {
+        let errors = inherited.check(&settings)?;
+        Ok((inherited, errors))
+    });
+    let served = match inherited {
+        Ok((inherited, errors)) if errors.is_empty() => serve(settings, keys, inherited, manager.clone()),
+        Ok((_, errors)) => return refuse(&errors),
+        Err(error) => Err(error),
+    };
+    match served {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!("{error:#}");
+            manager.status(&format!("{error:#}"));
             ExitCode::FAILURE
         }
     }
@@ -82,17 +96,22 @@ fn start_logging(settings: &Settings) {
     }
 }
 
-fn serve(settings: Settings, keys: Arc<KeyRing>) -> anyhow::Result<()> {
+fn serve(
+    settings: Settings,
+    keys: Arc<KeyRing>,
+    inherited: Inherited,
+    manager: Arc<Manager>,
+) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
         let mut hangup = signal(SignalKind::hangup())?;
-        let listeners = Listeners::bind(&settings)?;
+        let listeners = Listeners::open(&settings, inherited)?;
         announce(&listeners).context("the ready line can't be printed")?;
         let (stop, stopped) = tokio::sync::oneshot::channel();
         let mut stop = Some(stop);
-        let served = server::run(settings, keys.clone(), listeners, async {
+        let served = server::run(settings, keys.clone(), listeners, manager.clone(), async {
             stopped.await.expect("the sender is kept until it is used")
         });
         let mut served = std::pin::pin!(served);
@@ -102,7 +121,9 @@ fn serve(settings: Settings, keys: Arc<KeyRing>) -> anyhow::Result<()> {
                 _ = terminate.recv() => "SIGTERM",
                 _ = interrupt.recv() => "SIGINT",
                 _ = hangup.recv() => {
+                    manager.reloading();
                     reread(&keys);
+                    manager.ready();
                     continue;
                 }
             };

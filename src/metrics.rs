@@ -72,6 +72,8 @@ pub struct ShardNumbers {
     pub accepted: Number,
     /// Sockets of those that are closed again.
     pub closed: Number,
+    /// Looks at the clock, ten a second while it lives. Only the watchdog reads this.
+    pub turns: Number,
     /// Connections upgraded.
     pub joins: Number,
     /// Connections ended, by [`crate::close::Reason`].
@@ -142,6 +144,8 @@ impl ShardNumbers {
 pub struct Metrics {
     /// By [`crate::bus::ShardId`].
     pub shards: Box<[ShardNumbers]>,
+    /// Turns of the accept loop, two a second at least. Only the watchdog reads this.
+    pub accept_turns: Number,
     /// Connections that could not be accepted, for want of descriptors or memory.
     pub accept_failures: Number,
     /// Requests to the admin listener without the right key.
@@ -163,6 +167,7 @@ impl Metrics {
     pub fn new(shards: usize, bus: Arc<BusNumbers>, readiness: Arc<Readiness>) -> Metrics {
         Metrics {
             shards: (0..shards).map(|_| ShardNumbers::default()).collect(),
+            accept_turns: Number::default(),
             accept_failures: Number::default(),
             admin_refused: Number::default(),
             refusals: Refusals::default(),
@@ -171,6 +176,17 @@ impl Metrics {
             started: Instant::now(),
             started_at: SystemTime::now(),
         }
+    }
+
+    /// What each thread but this one has counted of its turns: a sign of life.
+    pub fn turns(&self) -> Vec<u64> {
+        let shards = self.shards.iter().map(|shard| shard.turns.get());
+        std::iter::once(self.accept_turns.get()).chain(shards).collect()
+    }
+
+    /// The name of a thread, by its place in [`Metrics::turns`].
+    pub fn thread_name(place: usize) -> String {
+        place.checked_sub(1).map_or("accept".into(), |shard| format!("shard-{shard}"))
     }
 }
 
@@ -217,9 +233,14 @@ impl Readiness {
         self.draining.store(true, Ordering::Relaxed);
     }
 
+    /// Whether it is stopping.
+    pub fn is_draining(&self) -> bool {
+        self.draining.load(Ordering::Relaxed)
+    }
+
     /// `None` when ready, else the reason in a few words.
     pub fn trouble(&self) -> Option<String> {
-        if self.draining.load(Ordering::Relaxed) {
+        if self.is_draining() {
             return Some("this node is stopping".into());
         }
         self.bus.lock().expect("nothing panics while holding it").clone()

@@ -13,46 +13,17 @@ use tokio::time::{sleep, timeout};
 use crate::accept;
 use crate::admin::{self, AdminContext};
 use crate::bus::{self, Requests, Shards, ToShard};
-use crate::config::{AdminAddr, RedisUrl, Settings};
+use crate::config::{RedisUrl, Settings};
 use crate::handshake::Door;
 use crate::keys::KeyRing;
+use crate::listeners::Listeners;
 use crate::metrics::{self, BusNumbers, Metrics, Readiness};
+use crate::notify::{self, Manager};
 use crate::shard;
 
 /// How long the accept loop, and then the shards after `--drain`, may take to end. They need milliseconds; this is
 /// for one that is stuck.
 const GRACE: Duration = Duration::from_secs(2);
-
-/// Every listener of a node, bound.
-#[derive(Debug)]
-pub struct Listeners {
-    public: Vec<mio::net::TcpListener>,
-    admin: Option<admin::Listener>,
-}
-
-impl Listeners {
-    /// Binds them all, or none. Must be called within a tokio runtime.
-    pub fn bind(settings: &Settings) -> anyhow::Result<Listeners> {
-        use anyhow::Context;
-        let public = settings.listen.iter().map(|addr| {
-            accept::bind(*addr, settings).with_context(|| format!("--listen {addr} can't be bound"))
-        });
-        let public = public.collect::<Result<_, _>>()?;
-        let admin = admin::Listener::bind(&settings.admin)
-            .with_context(|| format!("--admin {} can't be bound", settings.admin))?;
-        Ok(Listeners { public, admin })
-    }
-
-    /// The real addresses of the public ones.
-    pub fn public(&self) -> io::Result<Vec<SocketAddr>> {
-        self.public.iter().map(mio::net::TcpListener::local_addr).collect()
-    }
-
-    /// The real address of the admin listener.
-    pub fn admin(&self) -> io::Result<AdminAddr> {
-        self.admin.as_ref().map_or(Ok(AdminAddr::Off), admin::Listener::addr)
-    }
-}
 
 /// Serves until `shutdown` says why it is to stop, then lets every connection go and returns.
 ///
@@ -62,6 +33,7 @@ pub async fn run(
     settings: Settings,
     keys: Arc<KeyRing>,
     listeners: Listeners,
+    manager: Arc<Manager>,
     shutdown: impl Future<Output = &'static str>,
 ) -> anyhow::Result<()> {
     let settings = Arc::new(settings);
@@ -73,7 +45,10 @@ pub async fn run(
 
     tell_start(&settings, &listeners)?;
     let (shards, mut ended) = start_shards(&door, &requests, &metrics)?;
-    let (stop_accepting, accepted) = accept::start(listeners.public, shards.clone(), metrics.clone())?;
+    let (stop_accepting, accepted) =
+        accept::start(listeners.public, listeners.shared, shards.clone(), metrics.clone())?;
+    manager.ready();
+    tokio::spawn(notify::attend(manager.clone(), metrics.clone()));
     if let Some(listener) = listeners.admin {
         let context = AdminContext {
             requests,
@@ -96,6 +71,7 @@ pub async fn run(
 
     let (stopping, closed) = (Instant::now(), metrics.closed());
     tracing::info!(why, connections = metrics.connections(), "stopping");
+    manager.stopping(settings.drain_notice + settings.drain + 2 * GRACE);
     readiness.drain();
     let drained = async {
         sleep(settings.drain_notice).await;

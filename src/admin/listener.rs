@@ -1,10 +1,11 @@
 //! Where the admin listener is: a TCP port or a unix socket.
 
 use std::io::{self, ErrorKind};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use socket2::{Domain, SockAddr, Socket, Type};
+use socket2::{Domain, SockAddr, SockRef, Socket, Type};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, UnixListener};
 
@@ -22,7 +23,26 @@ pub struct Listener(Kind);
 #[derive(Debug)]
 enum Kind {
     Tcp(TcpListener),
-    Unix(UnixListener, SocketFile),
+    /// With its file, where it is ours.
+    Unix(UnixListener, Option<SocketFile>),
+}
+
+/// A socket that listens, whoever opened it.
+#[derive(Debug)]
+pub enum Open {
+    /// On a TCP port.
+    Tcp(std::net::TcpListener),
+    /// On a unix socket.
+    Unix(std::os::unix::net::UnixListener),
+}
+
+impl AsFd for Open {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Open::Tcp(listener) => listener.as_fd(),
+            Open::Unix(listener) => listener.as_fd(),
+        }
+    }
 }
 
 /// What a client talks through.
@@ -41,17 +61,30 @@ impl Listener {
             }
             AdminAddr::Unix(path) => {
                 let (listener, file) = bind_unix(path)?;
-                Kind::Unix(UnixListener::from_std(listener)?, file)
+                Kind::Unix(UnixListener::from_std(listener)?, Some(file))
             }
         };
         Ok(Some(Listener(kind)))
+    }
+
+    /// Takes one that is open. Must be called within a tokio runtime.
+    pub fn adopt(open: Open) -> io::Result<Listener> {
+        SockRef::from(&open).set_nonblocking(true)?;
+        Ok(Listener(match open {
+            Open::Tcp(listener) => Kind::Tcp(TcpListener::from_std(listener)?),
+            Open::Unix(listener) => Kind::Unix(UnixListener::from_std(listener)?, None),
+        }))
     }
 
     /// Where it is in truth: port 0 has become a real one.
     pub fn addr(&self) -> io::Result<AdminAddr> {
         match &self.0 {
             Kind::Tcp(listener) => listener.local_addr().map(AdminAddr::Tcp),
-            Kind::Unix(_, file) => Ok(AdminAddr::Unix(file.path.clone())),
+            Kind::Unix(_, Some(file)) => Ok(AdminAddr::Unix(file.path.clone())),
+            Kind::Unix(listener, None) => {
+                let addr = listener.local_addr()?;
+                Ok(AdminAddr::Unix(addr.as_pathname().unwrap_or(Path::new("")).into()))
+            }
         }
     }
 

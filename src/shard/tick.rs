@@ -46,6 +46,7 @@ fn ticks(time: Duration) -> u32 {
 impl Shard {
     pub(super) fn on_tick(&mut self) {
         self.tick = self.tick.wrapping_add(1);
+        self.numbers().turns.add(1);
         let now = Instant::now();
         while let Some((_, id)) = self.handshakes.front().copied().filter(|(due, _)| *due <= now) {
             self.handshakes.pop_front();
@@ -182,22 +183,25 @@ impl Shard {
     fn drain_on(&mut self, now: Instant) {
         let Some(drain) = &mut self.drain else { return };
         let ticks = drain.last_told.saturating_duration_since(now).as_millis().div_ceil(TICK.as_millis());
-        let mut due = if ticks == 0 { usize::MAX } else { drain.ahead.div_ceil(ticks as usize) };
+        let last = ticks == 0;
+        let mut due = if last { usize::MAX } else { drain.ahead.div_ceil(ticks as usize) };
         drain.ahead = drain.ahead.saturating_sub(due);
         let mut slot = drain.slot;
         while slot < self.connections.capacity() && due > 0 {
-            due -= usize::from(self.let_go(slot));
+            due -= usize::from(self.let_go(slot, last));
             slot += 1;
         }
         if let Some(drain) = &mut self.drain {
-            drain.slot = slot;
+            drain.slot = if last { 0 } else { slot };
         }
     }
 
-    /// Ends what is in a slot because the node stops. `false`: nothing is, or it is ending already.
-    fn let_go(&mut self, slot: usize) -> bool {
+    /// Ends what is in a slot because the node stops. `false`: there is nothing to end. Who has not asked yet gets
+    /// the answer when it asks, and only at the `last` moment unasked.
+    fn let_go(&mut self, slot: usize, last: bool) -> bool {
         match self.connections.get(slot).map(|connection| &connection.state) {
             None | Some(State::Closing) => return false,
+            Some(State::Request(_)) if !last => return false,
             Some(State::Request(_) | State::Joining(_)) => {
                 self.answer(slot as u32, handshake::stopping(), Reason::Draining);
             }

@@ -19,11 +19,19 @@ pub struct Process {
 impl Process {
     /// Starts it, with what it writes to stdout and stderr gathered line by line.
     pub fn start(name: &str, command: &mut Command) -> Process {
-        let spawned = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
-        let mut child = spawned.unwrap_or_else(|error| panic!("can't start {name}: {error}"));
+        Process::spawn(name, command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()))
+    }
+
+    /// Starts it with the streams that the command has; what it writes to pipes is gathered.
+    pub fn spawn(name: &str, command: &mut Command) -> Process {
+        let mut child = command.spawn().unwrap_or_else(|error| panic!("can't start {name}: {error}"));
         let output = Arc::new(Mutex::new(Vec::new()));
-        gather("", child.stdout.take().expect("stdout is piped"), output.clone());
-        gather("! ", child.stderr.take().expect("stderr is piped"), output.clone());
+        if let Some(stdout) = child.stdout.take() {
+            gather("", stdout, output.clone());
+        }
+        if let Some(stderr) = child.stderr.take() {
+            gather("! ", stderr, output.clone());
+        }
         Process { name: name.into(), child: Mutex::new(child), output }
     }
 
