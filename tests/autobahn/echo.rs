@@ -4,6 +4,7 @@
 //! each of the suite's connections a channel that no other has at the time.
 
 use std::error::Error;
+use std::io::{self, Write};
 use std::net::TcpListener;
 use std::sync::Arc;
 use std::thread;
@@ -69,7 +70,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     thread::spawn(|| echo(asked, bus));
 
     let listener = TcpListener::bind("127.0.0.1:0")?;
-    println!("{}", listener.local_addr()?.port());
+    writeln!(io::stdout(), "{}", listener.local_addr()?.port())?;
     for socket in listener.incoming() {
         let socket = socket?;
         socket.set_nonblocking(true)?;
