@@ -1,8 +1,24 @@
 //! Nodes behind a real nginx, set as README says.
 
-mod common;
+#![allow(dead_code)] // the crowd is shared with the tests of faults, and each uses its own part of it
 
-use common::{Client, Frame, Nginx, Options, cluster, until};
+mod checker;
+mod common;
+#[path = "faults/crowd.rs"]
+mod crowd;
+#[path = "faults/publishers.rs"]
+mod publishers;
+#[path = "faults/watchers.rs"]
+mod watchers;
+#[path = "faults/world.rs"]
+mod world;
+
+use std::net::SocketAddr;
+
+use common::redis::free_port;
+use common::stream::Nodes;
+use common::{Client, Frame, Nginx, Node, Options, Redis, cluster, until};
+use crowd::{Crowd, Run};
 use serde_json::json;
 
 fn recovering() -> Options {
@@ -44,4 +60,35 @@ async fn clients_come_through_nginx_also_when_a_node_is_gone() {
     // A connection's line is written when it is over.
     until("nginx to note what it did", || async { (nginx.requests().len() == 8).then_some(()) }).await;
     assert!(nginx.requests().iter().all(|line| line.starts_with("101 ")), "{:?}", nginx.requests());
+}
+
+/// Starts a node at this address, whose clients come by way of nginx.
+async fn node(redis: &Redis, at: SocketAddr, nginx: &Nginx) -> Node {
+    let mut node = Node::on(redis, &["--listen", &at.to_string(), "--drain", "3s"]).await;
+    node.public = nginx.addr;
+    node
+}
+
+#[tokio::test]
+async fn a_rolling_restart_behind_nginx_misses_nothing_and_nobody_is_told_of_a_loss() {
+    let redis = Redis::start(&[]).await;
+    let places = [free_port(), free_port()].map(|port| SocketAddr::from(([127, 0, 0, 1], port)));
+    let nginx = Nginx::before(&places).await;
+    let nodes = Nodes::new([node(&redis, places[0], &nginx).await, node(&redis, places[1], &nginx).await]);
+    let run = Run::at(&nodes, 2, &redis, Crowd { users: 2, ..Crowd::default() }).await;
+    for place in [0, 1, 0, 1] {
+        run.goes_on(50).await;
+        let old = nodes.get(place);
+        old.signal("TERM");
+        assert!(old.ended().await.success(), "it ends in order");
+        nodes.replace(place, node(&redis, places[place], &nginx).await);
+        run.flows().await;
+    }
+    let verdict = run.end().await;
+    verdict.nobody_was_told();
+    let moved = verdict.history.watchers.iter().filter(|watcher| watcher.connections() > 2).count();
+    assert!(moved >= 12, "everybody who stayed was moved, and most of them twice");
+    // Nobody who knocked was turned away, though one node was always about to go.
+    let refused: Vec<_> = nginx.requests().into_iter().filter(|line| !line.starts_with("101 ")).collect();
+    assert!(refused.is_empty(), "{refused:#?}");
 }

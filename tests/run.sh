@@ -26,6 +26,8 @@ chromium-driver chromedriver
 prometheus promtool
 openssl openssl
 nginx nginx
+systemd systemd-analyze
+strace strace
 LIST
 
 if ((${#missing[@]})); then

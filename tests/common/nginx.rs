@@ -20,10 +20,19 @@ pub struct Nginx {
 impl Nginx {
     /// Starts one in front of these nodes, and waits until it takes connections.
     pub async fn before(nodes: &[SocketAddr]) -> Nginx {
+        Nginx::start(nodes, " max_fails=0").await
+    }
+
+    /// One that takes a node out for 10 seconds when a single request fails on it, as nginx does unless told otherwise.
+    pub async fn unforgiving_before(nodes: &[SocketAddr]) -> Nginx {
+        Nginx::start(nodes, "").await
+    }
+
+    async fn start(nodes: &[SocketAddr], rule: &str) -> Nginx {
         let directory = Directory::new();
         let addr = SocketAddr::from(([127, 0, 0, 1], free_port()));
         let settings = directory.path().join("nginx.conf");
-        std::fs::write(&settings, whole(&documented(nodes, addr), &directory))
+        std::fs::write(&settings, whole(&documented(nodes, rule, addr), &directory))
             .expect("the directory is ours");
         let mut command = Command::new("nginx"); // in /usr/sbin, which users' PATH on Debian lacks
         command.env("PATH", format!("{}:/usr/sbin", std::env::var("PATH").unwrap_or_default()));
@@ -55,19 +64,20 @@ impl Drop for Nginx {
     }
 }
 
-/// README's block, with these nodes and this address.
-fn documented(nodes: &[SocketAddr], addr: SocketAddr) -> String {
+/// README's block, with these nodes, this rule on when they fail, and this address.
+fn documented(nodes: &[SocketAddr], rule: &str, addr: SocketAddr) -> String {
     let block = README.split_once("```nginx\n").and_then(|(_, rest)| rest.split_once("```\n"));
     let (block, _) = block.expect("README shows a configuration of nginx");
     let mut text = String::new();
     let (mut servers, mut listens) = (0, 0);
     for line in block.lines() {
         match line.trim_start().split_once(' ') {
-            Some(("server", place)) if place.ends_with(';') => {
+            Some(("server", place)) if place.contains(';') => {
+                assert!(place.contains(" max_fails=0;"), "README's rule is another: {line}");
                 servers += 1;
                 if servers == 1 {
                     for node in nodes {
-                        text += &format!("    server {node};\n");
+                        text += &format!("    server {node}{rule};\n");
                     }
                 }
             }

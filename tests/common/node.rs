@@ -58,7 +58,10 @@ impl Node {
         for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("FANFARE_")) {
             command.env_remove(name);
         }
-        command.args(["--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0"]).args(flags);
+        for flag in ["--listen", "--admin"].iter().filter(|flag| !flags.contains(flag)) {
+            command.args([flag, "127.0.0.1:0"]);
+        }
+        command.args(flags);
         let process = Process::start("fanfare", &mut command);
         let addresses = process.line("the ready line", addresses).await;
         let (public, admin) = addresses.unwrap_or_else(|ended| panic!("{ended}"));
