@@ -24,7 +24,7 @@ const BACKLOG: i32 = 65_535;
 /// Most that the kernel holds for one connection, in bytes (it counts twice as many, socket(7)). Left alone it would
 /// grow to 4 MiB, so that ten thousand readers who stall would take 25 GB of the kernel; what does not fit waits in
 /// the feed, once for all. Enough for 10 Mbit/s to a reader 100 ms away.
-const SEND_BUFFER: usize = 128 * 1024;
+pub(crate) const SEND_BUFFER: usize = 128 * 1024;
 
 /// Pause after an accept that failed for want of something: without descriptors the next one fails too.
 const PAUSE: Duration = Duration::from_millis(100);

@@ -22,7 +22,8 @@ pub use redis_url::RedisUrl;
 
 use input::Input;
 pub use units::parse_duration;
-use units::{parse_size, show_duration, show_size};
+use units::parse_size;
+pub(crate) use units::{show_duration, show_size};
 
 /// Longest `--max-message`. A frame is copied a few times on its way; more belongs into a store, not a message.
 pub const MESSAGE_MAX: u64 = 16 << 20;

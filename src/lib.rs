@@ -33,6 +33,7 @@
 //! | [`refusals`] | what is refused, told to the log a line a class |
 //! | [`metrics`] | what is counted, and whether the node is ready |
 //! | [`admin`] | publish, metrics and stats over HTTP |
+//! | [`doctor`] | looks before a launch whether host and Redis have what the settings ask for |
 //! | [`listeners`] | what a node listens on: bound by it, or handed over by systemd |
 //! | [`notify`] | what systemd is told, and its watchdog |
 //! | [`server`] | the wiring, and how it stops; `main.rs` tells the life of the process |
@@ -105,6 +106,7 @@ pub mod refusals;
 pub mod metrics;
 
 pub mod admin;
+pub mod doctor;
 
 pub mod listeners;
 pub mod notify;

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use anyhow::Context;
 use fanfare::config::{self, Action, AdminAddr, LogFormat, SettingError, Settings};
+use fanfare::doctor;
 use fanfare::keys::KeyRing;
 use fanfare::listeners::{Inherited, Listeners};
 use fanfare::mint;
@@ -31,6 +32,16 @@ fn main() -> ExitCode {
                 eprintln!("fanfare token: {problem}");
                 WRONG_SETTINGS.into()
             }
+        };
+    }
+    if args.next_if(|first| first == "doctor").is_some() {
+        return match doctor::run(args, std::env::vars_os()) {
+            Ok(report) if report.problems => {
+                print(&report.text);
+                ExitCode::FAILURE
+            }
+            Ok(report) => print(&report.text),
+            Err(errors) => refuse(&errors),
         };
     }
     let action = match Settings::from(args, std::env::vars_os()) {

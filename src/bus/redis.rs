@@ -29,6 +29,7 @@ use crate::metrics::{BusNumbers, Readiness};
 
 mod follow;
 mod health;
+pub mod inspect;
 mod inward;
 mod link;
 mod out;

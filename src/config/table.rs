@@ -253,7 +253,9 @@ const GROUPS: [(&str, &str); 6] = [
 pub(super) fn help() -> String {
     let mut text = format!(
         "fanfare {}: one event in, every socket out.\n\n\
-         Usage: fanfare [--NAME VALUE | --NAME=VALUE]...\n\n\
+         Usage: fanfare [--NAME VALUE | --NAME=VALUE]...\n       \
+         fanfare doctor ...  looks whether this host and its Redis are ready (fanfare doctor --help)\n       \
+         fanfare token ...   makes a token to try (fanfare token --help)\n\n\
          Each setting is a flag or an environment variable; the flag wins.\n\
          TIME is a whole number and ms, s, m, h or d. SIZE is a whole number of bytes, or with KiB, MiB,\n\
          GiB, KB, MB or GB.\n",

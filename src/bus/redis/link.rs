@@ -80,16 +80,10 @@ pub enum Script {
     Read,
     /// Compares positions.
     Canary,
-    /// Looks what the user may do.
-    Check,
 }
 
-const SCRIPTS: [(Script, &str); 4] = [
-    (Script::Publish, scripts::PUBLISH),
-    (Script::Read, scripts::READ),
-    (Script::Canary, scripts::CANARY),
-    (Script::Check, scripts::CHECK),
-];
+const SCRIPTS: [(Script, &str); 3] =
+    [(Script::Publish, scripts::PUBLISH), (Script::Read, scripts::READ), (Script::Canary, scripts::CANARY)];
 
 /// What a session tells the bus.
 #[derive(Debug)]
@@ -204,7 +198,8 @@ fn script_args(script: Value, keys: &[&str], args: Vec<Value>) -> Vec<Value> {
     all
 }
 
-async fn command(client: &Client, name: &'static str, args: Vec<Value>) -> Result<Resp3Frame, CallError> {
+/// Sends one command and waits for its answer.
+pub async fn command(client: &Client, name: &'static str, args: Vec<Value>) -> Result<Resp3Frame, CallError> {
     let command = CustomCommand::new_static(name, ClusterHash::FirstKey, false);
     match timeout(CALL_TIMEOUT, client.custom_raw(command, args)).await {
         Err(_) => Err(CallError::Lost(format!("no answer to {name} within {CALL_TIMEOUT:?}").into())),
@@ -218,7 +213,7 @@ async fn command(client: &Client, name: &'static str, args: Vec<Value>) -> Resul
 }
 
 /// What fred is told for every connection; where its defaults are wrong for us, the reason.
-fn connection_config(reconnect_errors: Vec<ReconnectError>) -> ConnectionConfig {
+pub fn connection_config(reconnect_errors: Vec<ReconnectError>) -> ConnectionConfig {
     ConnectionConfig {
         connection_timeout: CONNECT_TIMEOUT,
         internal_command_timeout: CONNECT_TIMEOUT,
@@ -230,19 +225,23 @@ fn connection_config(reconnect_errors: Vec<ReconnectError>) -> ConnectionConfig 
     }
 }
 
+/// Why a connection could not be made.
+pub fn not_connected(error: Error) -> ConnectError {
+    match error.kind() {
+        ErrorKind::Auth => ConnectError::Refused(error.details().to_owned()),
+        _ => ConnectError::Away(error.details().to_owned()),
+    }
+}
+
 /// Makes both connections, checks that this Redis will do, and loads what runs in it.
 pub async fn connect(
     config: Config,
     terms: &Terms,
     reports: impl Fn(Report) + Clone + Send + Sync + 'static,
 ) -> Result<(Session, broadcast::Receiver<Message>), ConnectError> {
-    let away = |error: Error| match error.kind() {
-        ErrorKind::Auth => ConnectError::Refused(error.details().to_owned()),
-        _ => ConnectError::Away(error.details().to_owned()),
-    };
     let mut tasks = Tasks(Vec::new());
     let client = Client::new(config.clone(), None, Some(connection_config(Vec::new())), None);
-    let commands_end = client.init().await.map_err(away)?;
+    let commands_end = client.init().await.map_err(not_connected)?;
     tasks.0.push(commands_end.abort_handle());
     check_server(&client).await?;
 
@@ -252,7 +251,7 @@ pub async fn connect(
     let refusals = vec![ReconnectError::Custom("NOPERM")];
     let subscriber =
         SubscriberClient::new(config, Some(performance), Some(connection_config(refusals)), None);
-    let subscriber_end = subscriber.init().await.map_err(away)?;
+    let subscriber_end = subscriber.init().await.map_err(not_connected)?;
     tasks.0.push(subscriber_end.abort_handle());
     let messages = subscriber.message_rx();
 
@@ -264,7 +263,7 @@ pub async fn connect(
     let hashes: [Value; SCRIPTS.len()] = hashes.try_into().expect("as many hashes as scripts");
     let (open, watch_open) = watch::channel(());
     let caller = Caller { client: client.clone(), hashes: Arc::new(hashes), open: watch_open };
-    check_permissions(&caller, terms).await?;
+    check_permissions(&client, terms).await?;
     let no_library = load_library(&client, terms).await;
 
     let (orders, orders_rx) = mpsc::unbounded_channel();
@@ -312,31 +311,37 @@ pub fn is_passing(error: &str) -> bool {
     ["LOADING", "BUSY", "MASTERDOWN", "TRYAGAIN"].iter().any(|prefix| error.starts_with(prefix))
 }
 
-async fn check_server(client: &Client) -> Result<(), ConnectError> {
+/// A field of INFO.
+pub fn field<'a>(info: &'a str, name: &str) -> Option<&'a str> {
+    info.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).map(str::trim)
+}
+
+/// Whether this Redis will do; gives its INFO.
+pub async fn check_server(client: &Client) -> Result<String, ConnectError> {
     let info = bytes(&setup(client, "INFO", Vec::new()).await?).unwrap_or_default();
-    let info = String::from_utf8_lossy(&info);
-    let field =
-        |name: &str| info.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).map(str::trim);
-    let version = field("redis_version").unwrap_or_default();
+    let info = String::from_utf8_lossy(&info).into_owned();
+    let version = field(&info, "redis_version").unwrap_or_default();
     let major = version.split('.').next().and_then(|major| major.parse::<u32>().ok());
     if major.is_some_and(|major| major < OLDEST_REDIS) {
         return Err(ConnectError::Unusable(format!(
             "this Redis is {version}, but fanfare needs {OLDEST_REDIS}.0 or newer"
         )));
     }
-    if field("cluster_enabled") == Some("1") {
+    if field(&info, "cluster_enabled") == Some("1") {
         return Err(ConnectError::Unusable(
             "this Redis is a cluster, which is not supported yet: give --redis a stand-alone Redis or Sentinel"
                 .into(),
         ));
     }
-    Ok(())
+    Ok(info)
 }
 
-async fn check_permissions(caller: &Caller, terms: &Terms) -> Result<(), ConnectError> {
+/// Whether Redis permits its user all that a node does. The script is sent whole: it is needed once.
+pub async fn check_permissions(client: &Client, terms: &Terms) -> Result<(), ConnectError> {
     let channel = format!("{}:{{x}}", terms.prefix);
     let bare = terms.bare.iter().map(|channel| Value::from(channel.as_str())).collect();
-    let refused = match caller.call(Script::Check, &[&channel, &terms.canary()], bare).await {
+    let args = script_args(Value::from_static_str(scripts::CHECK), &[&channel, &terms.canary()], bare);
+    let refused = match command(client, "EVAL", args).await {
         Ok(frame) => scripts::texts(&frame),
         Err(CallError::Lost(text)) => return Err(ConnectError::Away(text.to_string())),
         Err(CallError::Refused(text)) if is_passing(&text) => {
