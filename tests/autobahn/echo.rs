@@ -13,6 +13,7 @@ use std::time::Instant;
 use fanfare::bus::{Publish, Request, Shards, ToShard};
 use fanfare::config::{Action, Settings};
 use fanfare::event::{Entry, EventId};
+use fanfare::guard::Guard;
 use fanfare::handshake::Door;
 use fanfare::keys::KeyRing;
 use fanfare::metrics::{BusNumbers, Metrics, Readiness};
@@ -71,13 +72,13 @@ fn main() -> Result<(), Box<dyn Error>> {
 
     let listener = TcpListener::bind("127.0.0.1:0")?;
     writeln!(io::stdout(), "{}", listener.local_addr()?.port())?;
-    for socket in listener.incoming() {
-        let socket = socket?;
+    loop {
+        let (socket, peer) = listener.accept()?;
         socket.set_nonblocking(true)?;
         socket.set_nodelay(true)?;
-        shards.tell(0, ToShard::Socket(mio::net::TcpStream::from_std(socket)));
+        let place = guard.arrive(peer.ip()).map_err(|_| "the suite has too many connections")?;
+        shards.tell(0, ToShard::Socket(mio::net::TcpStream::from_std(socket), place));
     }
-    Ok(())
 }
 
 /// The bus.
