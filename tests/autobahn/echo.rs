@@ -53,8 +53,13 @@ fn main() -> Result<(), Box<dyn Error>> {
     let metrics = Arc::new(Metrics::new(1, Arc::new(BusNumbers::default()), Arc::new(Readiness::default())));
     let shards = Shards::new(vec![inbox_tx]).with_bells(vec![bell.clone()]);
     let keys = KeyRing::load(&settings).map_err(|_| "there are no keys to load")?;
-    let door =
-        Door { settings: Arc::new(settings), readiness: metrics.readiness.clone(), keys: Arc::new(keys) };
+    let guard = Arc::new(Guard::new(&settings));
+    let door = Door {
+        settings: Arc::new(settings),
+        readiness: metrics.readiness.clone(),
+        keys: Arc::new(keys),
+        guard: guard.clone(),
+    };
     let wiring = shard::Wiring {
         id: 0,
         door,
