@@ -3,7 +3,6 @@
 use super::finding::Finding;
 use super::host::Host;
 use crate::accept::SEND_BUFFER;
-use crate::config::show_size;
 
 /// What one idle connection takes of our memory: 185 bytes measured (benches/idle), rounded up since tables grow by
 /// doubling.
