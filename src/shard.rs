@@ -20,6 +20,7 @@ use crate::config::Settings;
 use crate::connection::{Connection, State, Tally};
 use crate::event::{ChannelName, EventId};
 use crate::feed::Feed;
+use crate::guard::Place;
 use crate::handshake;
 use crate::http;
 use crate::input;
@@ -267,7 +268,7 @@ impl Shard {
 
     fn take(&mut self, message: ToShard) {
         match message {
-            ToShard::Socket(stream) => self.on_socket(stream),
+            ToShard::Socket(stream, place) => self.on_socket(stream, place),
             ToShard::Followed { channel, base, position, recent } => {
                 self.on_followed(&channel, base, position, recent);
             }
@@ -283,9 +284,10 @@ impl Shard {
         }
     }
 
-    fn on_socket(&mut self, stream: mio::net::TcpStream) {
+    fn on_socket(&mut self, stream: mio::net::TcpStream, place: Place) {
         self.generation = self.generation.wrapping_add(1);
-        let slot = self.connections.insert(Connection::new(stream, self.generation, self.tick)) as u32;
+        let connection = Connection::new(stream, place, self.generation, self.tick);
+        let slot = self.connections.insert(connection) as u32;
         let token = token_of(self.id_of(slot));
         let stream = self.connections[slot as usize].stream();
         if self.registry.register(stream, token, Interest::READABLE).is_err() {
@@ -340,7 +342,13 @@ impl Shard {
         self.metrics.shards[self.id].ends[reason as usize].add(1);
         let channel =
             feed.and_then(|key| self.channels.get(key as usize)).map(|channel| channel.name.as_str());
-        tracing::debug!(reason = reason.label(), user = ?connection.user, channel, "connection ends");
+        tracing::debug!(
+            reason = reason.label(),
+            user = ?connection.user,
+            client = connection.client().map(tracing::field::display),
+            channel,
+            "connection ends"
+        );
         connection.close(reason);
         if std::mem::take(&mut connection.paused) {
             self.unread.push(id);
@@ -349,7 +357,9 @@ impl Shard {
             return self.remove(slot);
         }
         let feed = feed.and_then(|key| self.channels.get(key as usize)?.feed.as_ref());
-        if connection.finish(feed, &mut self.tally) {
+        // Whoever had no seat is not waited for: its request has been read, so nothing can cut its answer short.
+        let turned_away = connection.place.full().is_some_and(|full| full.reason() == reason);
+        if connection.finish(feed, &mut self.tally) && (connection.blocked || !turned_away) {
             if connection.blocked {
                 self.watch_room(slot);
             }
@@ -387,8 +397,10 @@ impl Shard {
         Some(key)
     }
 
+    /// Closes the socket and gives back what the connection held. Every connection ends here, once.
     fn remove(&mut self, slot: u32) {
-        self.connections.remove(slot as usize);
+        let connection = self.connections.remove(slot as usize);
+        self.door.guard.leave(connection.place, &connection.user);
         self.numbers().closed.add(1);
     }
 

@@ -52,7 +52,10 @@ impl Shard {
             self.handshakes.pop_front();
             let request = |slot: &u32| matches!(self.connections[*slot as usize].state, State::Request(_));
             if let Some(slot) = self.find(id).filter(request) {
-                self.refuse(slot, handshake::too_slow(), Reason::RequestTimeout);
+                match self.connections[slot as usize].place.full() {
+                    Some(full) => self.refuse(slot, full.answer(), full.reason()),
+                    None => self.refuse(slot, handshake::too_slow(), Reason::RequestTimeout),
+                }
             }
         }
         while let Some((_, id)) = self.lingering.front().copied().filter(|(due, _)| *due <= now) {
