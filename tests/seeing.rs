@@ -146,6 +146,7 @@ async fn the_dashboard_shows_what_there_is() {
         queries.push((annotation["datasource"]["uid"].clone(), annotation["expr"].clone()));
     }
     assert!(queries.len() > 20);
+    let mut shown = BTreeSet::new();
     for (datasource, expr) in &queries {
         assert_eq!(datasource, "${datasource}", "{expr}");
         let expr = expr.as_str().expect("text");
@@ -155,8 +156,11 @@ async fn the_dashboard_shows_what_there_is() {
             let family = bucket.unwrap_or(name);
             assert!(known.contains(family), "{name} in {expr} is no metric");
             assert_eq!(bucket.is_some(), text.contains(&format!("# TYPE {family} histogram")), "{expr}");
+            shown.insert(family);
         }
     }
+    let hidden: Vec<_> = known.difference(&shown).collect();
+    assert_eq!(hidden, [&"fanfare_build_info"], "what is counted and not shown helps nobody");
 }
 
 /// Lines of a node's log that hold this.
