@@ -80,10 +80,12 @@ impl Shard {
 
     fn on_end(&mut self, slot: u32) {
         // A client may close its sending half and wait for the answer to its request.
-        if matches!(self.connections[slot as usize].state, State::Joining(_)) {
-            return;
+        match self.connections[slot as usize].state {
+            State::Joining(_) => {}
+            // A proxy takes an end without an answer for a dead node.
+            State::Request(Some(_)) => self.refuse(slot, handshake::incomplete(), Reason::Answered),
+            _ => self.end_or_remove(slot),
         }
-        self.end_or_remove(slot);
     }
 
     fn end_or_remove(&mut self, slot: u32) {
