@@ -3,10 +3,11 @@
 //! It has a thread of its own, so that a storm of reconnects does not hold up the bus, and so that a socket passes
 //! no runtime on its way to its shard.
 
-use std::io;
-use std::net::SocketAddr;
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::net::{Shutdown, SocketAddr};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use mio::net::{TcpListener, TcpStream};
 use mio::{Events, Interest, Poll, Token, Waker};
@@ -15,7 +16,10 @@ use tokio::sync::oneshot;
 
 use crate::bus::{Shards, ToShard};
 use crate::config::{HeartbeatFormat, Settings};
+use crate::guard::{Full, Guard, Place};
+use crate::http::{self, HEAD_MAX};
 use crate::metrics::Metrics;
+use crate::refusals::Class;
 
 /// Connections that the kernel holds until they are accepted; it takes the smaller of this and
 /// net.core.somaxconn. A storm of reconnects waits here instead of retrying after a second.
@@ -28,6 +32,9 @@ pub(crate) const SEND_BUFFER: usize = 128 * 1024;
 
 /// Pause after an accept that failed for want of something: without descriptors the next one fails too.
 const PAUSE: Duration = Duration::from_millis(100);
+
+/// Least time between two log lines about that.
+const WARN_EVERY: Duration = Duration::from_secs(60);
 
 /// Pause after a batch: who comes meanwhile is accepted together. A lone client is accepted at once; in a storm two
 /// threads would wake for each, which costs as much as all the rest of accepting it.
@@ -85,6 +92,7 @@ pub fn start(
     mut listeners: Vec<TcpListener>,
     shared: bool,
     shards: Shards,
+    guard: Arc<Guard>,
     metrics: Arc<Metrics>,
 ) -> io::Result<(Stop, oneshot::Receiver<()>)> {
     let mut poll = Poll::new()?;
@@ -94,14 +102,15 @@ pub fn start(
     let waker = Arc::new(Waker::new(poll.registry(), STOP)?);
     let stop = Stop(waker.clone());
     let (end, ended) = oneshot::channel();
-    let mut acceptor = Acceptor { shards, metrics, starved: false };
+    let mut acceptor =
+        Acceptor { shards, guard, metrics, spare: spare(), stuck: false, starved: None, warned: None };
     let accept = move |listeners: &[TcpListener]| {
         let _waker = waker; // a call is lost when its waker is gone before the loop has heard it
         let mut events = Events::with_capacity(8);
         // Listeners that may have more to accept: epoll tells only once.
         let mut ready: Vec<usize> = Vec::new();
         loop {
-            let wait = if acceptor.starved {
+            let wait = if acceptor.stuck {
                 PAUSE
             } else if ready.is_empty() {
                 NAP
@@ -126,6 +135,7 @@ pub fn start(
             if events.is_empty() && ready.is_empty() {
                 continue;
             }
+            acceptor.stuck = false;
             ready.retain(|number| acceptor.accept(&listeners[*number]));
             // Only now: a shard that wakes for every socket would take turns with this loop.
             (0..acceptor.shards.count()).for_each(|shard| acceptor.shards.ring(shard));
@@ -146,9 +156,21 @@ pub fn start(
 #[derive(Debug)]
 struct Acceptor {
     shards: Shards,
+    guard: Arc<Guard>,
     metrics: Arc<Metrics>,
-    /// The last accept failed for want of descriptors or memory.
-    starved: bool,
+    /// A descriptor to give up for the moment in which a client is told that there are no more.
+    spare: Option<File>,
+    /// The last accept failed, and nobody could be told: the next one comes after a pause.
+    stuck: bool,
+    /// There were no descriptors, or no memory, for the last client; and whether that was logged.
+    starved: Option<bool>,
+    /// When it was logged last.
+    warned: Option<Instant>,
+}
+
+/// `None` when there is none to be had.
+fn spare() -> Option<File> {
+    File::open("/dev/null").ok()
 }
 
 impl Acceptor {
@@ -156,45 +178,85 @@ impl Acceptor {
     fn accept(&mut self, listener: &TcpListener) -> bool {
         for _ in 0..ACCEPTS {
             match listener.accept() {
-                Ok((stream, _)) => {
-                    if std::mem::take(&mut self.starved) {
+                Ok((stream, peer)) => {
+                    if self.starved.take() == Some(true) {
                         tracing::info!("connections can be accepted again");
                     }
-                    self.hand_over(stream);
+                    match self.guard.arrive(peer.ip()) {
+                        Ok(place) => self.hand_over(stream, place),
+                        Err(full) => {
+                            self.metrics.turned_away[full as usize].add(1);
+                            let (answer, why) = (full.answer(), full.reason().label());
+                            let class = Class { what: "connection", why, status: http::status_of(&answer) };
+                            self.metrics.refusals.note(class, &http::body_of(&answer));
+                            turn_away(stream, &answer);
+                        }
+                    }
                 }
                 Err(error) => match error.kind() {
-                    io::ErrorKind::WouldBlock => {
-                        self.starved = false; // nobody waits for what there was no room for
-                        return false;
-                    }
+                    io::ErrorKind::WouldBlock => return false,
                     // The peer gave up while it waited (accept(2)).
                     io::ErrorKind::ConnectionAborted | io::ErrorKind::Interrupted => {}
-                    _ => {
-                        if !std::mem::replace(&mut self.starved, true) {
-                            tracing::warn!(%error, "a connection can't be accepted: raise the limit on open files (LimitNOFILE)");
+                    _ => match self.tell_one(listener) {
+                        Ok(()) => self.starve(&error),
+                        // Without descriptors accept(2) fails before it looks whether anybody waits.
+                        Err(other) if other.kind() == io::ErrorKind::WouldBlock => return false,
+                        Err(_) => {
+                            self.starve(&error);
+                            self.stuck = true;
+                            return true;
                         }
-                        self.metrics.accept_failures.add(1);
-                        return true;
-                    }
+                    },
                 },
             }
         }
         true
     }
 
+    fn starve(&mut self, error: &io::Error) {
+        self.metrics.accept_failures.add(1);
+        if self.starved.is_none() {
+            let now = Instant::now();
+            let warn = self.warned.is_none_or(|last| now - last >= WARN_EVERY);
+            if warn {
+                tracing::warn!(%error, "connections can't be accepted and get 503: raise the limit on open files (LimitNOFILE)");
+                self.warned = Some(now);
+            }
+            self.starved = Some(warn);
+        }
+    }
+
+    /// Tells one client that there is no room, with the descriptor that is kept for that. Without it clients would
+    /// hang until someone leaves, and a proxy would take the node for dead.
+    fn tell_one(&mut self, listener: &TcpListener) -> io::Result<()> {
+        self.spare = None;
+        let told = listener.accept().map(|(stream, _)| turn_away(stream, &Full::Node.answer()));
+        self.spare = spare();
+        told
+    }
+
     /// Whoever waits when a listener closes would get a reset instead of an answer.
     fn accept_the_rest(&mut self, listeners: &[TcpListener]) {
         for listener in listeners {
-            while self.accept(listener) && !self.starved {}
+            while self.accept(listener) && !self.stuck {}
         }
         (0..self.shards.count()).for_each(|shard| self.shards.ring(shard));
     }
 
-    fn hand_over(&self, stream: TcpStream) {
+    fn hand_over(&self, stream: TcpStream, place: Place) {
         // A socket under way to its shard counts at once, else a burst would go to one shard whole.
         let load = |shard: &usize| self.metrics.shards[*shard].load();
         let shard = (0..self.shards.count()).min_by_key(load).expect("there is at least one shard");
         self.metrics.shards[shard].accepted.add(1);
-        self.shards.leave(shard, ToShard::Socket(stream));
+        self.shards.leave(shard, ToShard::Socket(stream, place));
     }
+}
+
+/// Answers a client that nobody can wait for. If its request is here it is read first: closing over unread bytes is a
+/// reset, which might overtake the answer.
+fn turn_away(mut stream: TcpStream, answer: &[u8]) {
+    let _ = stream.read(&mut [0; HEAD_MAX]);
+    // A new socket has room for it, and a client that has gone needs none.
+    let _ = stream.write(answer);
+    let _ = stream.shutdown(Shutdown::Write);
 }

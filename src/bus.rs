@@ -10,6 +10,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::config::Settings;
 use crate::event::{ChannelName, Entry, EventId};
+use crate::guard::Place;
 use crate::metrics::{BusNumbers, Readiness};
 
 pub mod local;
@@ -141,8 +142,8 @@ pub struct Page {
 /// What the bus tells a shard. Taken in the order sent.
 #[derive(Debug)]
 pub enum ToShard {
-    /// A new socket, to be served by this shard.
-    Socket(mio::net::TcpStream),
+    /// A new socket, to be served by this shard, and what it holds of the counts.
+    Socket(mio::net::TcpStream, Place),
     /// The channel is followed from here on. Where another shard gave it, the bus's next entries may have come
     /// before it.
     Followed {

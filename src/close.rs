@@ -40,10 +40,18 @@ pub enum Reason {
     TokenExpired,
     /// It sent faster than `--message-rate`, and has no way to be told but this one, or went on when told.
     TooFast,
+    /// The node has all the connections it may have.
+    NodeFull,
+    /// Its address has all the connections it may have.
+    AddressFull,
+    /// Its user has all the connections they may have.
+    UserFull,
+    /// It speaks as a proxy and is none that is trusted.
+    UntrustedProxy,
 }
 
 /// How many reasons there are.
-pub const REASONS: usize = 18;
+pub const REASONS: usize = 22;
 
 /// Every reason's label, by number.
 pub const LABELS: [&str; REASONS] = [
@@ -65,9 +73,13 @@ pub const LABELS: [&str; REASONS] = [
     "unauthorized",
     "token_expired",
     "too_fast",
+    "node_full",
+    "address_full",
+    "user_full",
+    "untrusted_proxy",
 ];
 
-const _: () = assert!(Reason::TooFast as usize + 1 == REASONS);
+const _: () = assert!(Reason::UntrustedProxy as usize + 1 == REASONS);
 
 impl Reason {
     /// The label in logs and metrics.
@@ -84,7 +96,11 @@ impl Reason {
             | Reason::Answered
             | Reason::RequestTimeout
             | Reason::ForeignOrigin
-            | Reason::Unauthorized => None,
+            | Reason::Unauthorized
+            | Reason::NodeFull
+            | Reason::AddressFull
+            | Reason::UserFull
+            | Reason::UntrustedProxy => None,
             Reason::Protocol => Some((1002, "protocol error")),
             Reason::Binary => Some((1003, "only text messages are taken")),
             Reason::InvalidText => Some((1007, "text must be UTF-8")),

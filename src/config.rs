@@ -2,14 +2,16 @@
 
 use std::ffi::OsString;
 use std::fmt;
-use std::net::SocketAddr;
-use std::num::NonZeroUsize;
+use std::net::{IpAddr, SocketAddr};
+use std::num::{NonZeroU32, NonZeroUsize};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use ipnet::IpNet;
 use tracing_subscriber::filter::{LevelFilter, Targets};
 
 use crate::event::ChannelName;
+use crate::metrics::open_file_limit;
 use crate::origin::OriginRule;
 use crate::pace::RATE_MAX;
 
@@ -33,6 +35,15 @@ pub const HISTORY_MIN: u64 = 1000;
 const PREFIX_MAX: usize = 64;
 /// More shards than any machine has cores.
 const SHARDS_MAX: usize = 1024;
+/// Descriptors for everything but clients: standard streams, Redis, the admin listener and its clients;
+const OWN_FILES: u32 = 40;
+/// for each shard its epoll and its waker, for each public listener itself;
+const FILES_A_SHARD: u32 = 2;
+/// and for clients past `--max-connections`, for the moment that it takes to tell them so: one for so many
+/// connections, at least and at most so many.
+const DOORSTEP_PART: u32 = 8;
+const DOORSTEP_MIN: u32 = 8;
+const DOORSTEP_MAX: u32 = 256;
 /// Longest `--drain` and `--drain-notice`. systemd is told of both in microseconds that fit 32 bits: 71 minutes.
 const DRAIN_MAX: Duration = Duration::from_secs(1800);
 const _: () = assert!(2 * DRAIN_MAX.as_micros() + 600_000_000 < u32::MAX as u128);
@@ -56,6 +67,8 @@ pub struct Settings {
     pub client_publish: ClientPublish,
     /// Pages that may connect; none named: those of the host itself.
     pub allow_origin: Vec<OriginRule>,
+    /// Peers that may name the clients they come for.
+    pub trusted_proxy: Vec<IpNet>,
     /// `None`: the local bus.
     pub redis: Option<RedisUrl>,
     /// Begins every key and Redis channel.
@@ -64,6 +77,12 @@ pub struct Settings {
     pub redis_durable: bool,
     /// Channels that are also plain Redis channels of the same name.
     pub bare_channels: Vec<ChannelName>,
+    /// Connections this node takes; `None`: what there are descriptors for.
+    pub max_connections: Option<NonZeroU32>,
+    /// Connections of one client address.
+    pub max_per_address: Cap,
+    /// Connections of one user.
+    pub max_per_user: Cap,
     /// Channels this node follows at once.
     pub max_channels: NonZeroUsize,
     /// Shard threads.
@@ -127,6 +146,17 @@ pub enum ClientPublish {
     Own,
     /// The same, and to one user by name.
     Any,
+}
+
+/// A cap with a default that depends on more than itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cap {
+    /// The default.
+    Auto,
+    /// There is none.
+    Off,
+    /// This many.
+    Most(NonZeroU32),
 }
 
 /// How log lines look.
@@ -219,6 +249,7 @@ impl Settings {
                 _ => Err(format!("{text:?} is none of off, own, any")),
             }),
             allow_origin: input.get("allow-origin", |text| parse_some(text, OriginRule::parse)),
+            trusted_proxy: input.get("trusted-proxy", |text| parse_some(text, parse_network)),
             redis: input.get("redis", |text| match text {
                 "" => Ok(None),
                 url => RedisUrl::parse(url).map(Some),
@@ -232,6 +263,14 @@ impl Settings {
             history: input.get("history", |text| parse_count(text, HISTORY_MIN, u64::from(u32::MAX))),
             history_ttl: input.get("history-ttl", parse_positive_duration),
             publish_timeout: input.get("publish-timeout", parse_positive_duration),
+            max_connections: input.get("max-connections", |text| match text {
+                "auto" => Ok(None),
+                count => {
+                    parse_count(count, 1, u64::from(u32::MAX)).map(|count| NonZeroU32::new(count as u32))
+                }
+            }),
+            max_per_address: input.get("max-per-address", parse_cap),
+            max_per_user: input.get("max-per-user", parse_cap),
             max_channels: input.get("max-channels", |text| parse_nonzero(text, u32::MAX as usize)),
             max_message: input.get("max-message", |text| match parse_size(text)? {
                 size @ 1..=MESSAGE_MAX => Ok(size as usize),
@@ -266,6 +305,25 @@ impl Settings {
                 _ => Err(format!("{text:?} is neither text nor json")),
             }),
         }
+    }
+
+    /// Connections this node takes: as many as said, else as many as there are descriptors for.
+    pub fn most_connections(&self) -> u32 {
+        self.max_connections.map_or_else(|| self.connections_that_fit(), NonZeroU32::get)
+    }
+
+    /// How many connections the limit on open files leaves room for.
+    pub fn connections_that_fit(&self) -> u32 {
+        let files = open_file_limit().and_then(|limit| u32::try_from(limit).ok());
+        files.map_or(u32::MAX, |files| {
+            let rest = files.saturating_sub(self.own_files());
+            rest.saturating_sub(DOORSTEP_MAX).max(rest / (DOORSTEP_PART + 1) * DOORSTEP_PART).max(1)
+        })
+    }
+
+    /// Descriptors for what is no client.
+    pub fn own_files(&self) -> u32 {
+        OWN_FILES + FILES_A_SHARD * self.shards.get() as u32 + self.listen.len() as u32
     }
 
     /// What the settings must be to each other.
@@ -348,6 +406,7 @@ impl Settings {
                 },
             ),
             ("allow-origin", list(&self.allow_origin)),
+            ("trusted-proxy", list(&self.trusted_proxy)),
             ("redis", self.redis.as_ref().map_or(String::new(), RedisUrl::to_string)),
             ("redis-prefix", self.redis_prefix.clone()),
             ("redis-durable", self.redis_durable.to_string()),
@@ -361,6 +420,9 @@ impl Settings {
             ("history", self.history.to_string()),
             ("history-ttl", show_duration(self.history_ttl)),
             ("publish-timeout", show_duration(self.publish_timeout)),
+            ("max-connections", self.most_connections().to_string()),
+            ("max-per-address", self.max_per_address.to_string()),
+            ("max-per-user", self.max_per_user.to_string()),
             ("max-channels", self.max_channels.to_string()),
             ("max-message", show_size(self.max_message as u64)),
             ("message-rate", self.message_rate.to_string()),
@@ -408,6 +470,21 @@ impl fmt::Display for AdminAddr {
             AdminAddr::Off => f.write_str("off"),
         }
     }
+}
+
+impl fmt::Display for Cap {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Cap::Auto => f.write_str("auto"),
+            Cap::Off => f.write_str("0"),
+            Cap::Most(most) => most.fmt(f),
+        }
+    }
+}
+
+/// How many clients may wait for their refusal at a node that takes so many.
+pub fn doorstep(connections: u32) -> u32 {
+    (connections / DOORSTEP_PART).clamp(DOORSTEP_MIN, DOORSTEP_MAX)
 }
 
 /// Values by comma; a wrong one is named.
@@ -464,6 +541,34 @@ fn parse_prefix(text: &str) -> Result<String, String> {
 fn parse_channel(text: &str) -> Result<ChannelName, String> {
     let rule = "1 to 128 letters, digits, _ . : and -";
     ChannelName::parse(text).ok_or_else(|| format!("{text:?} is not a channel name: {rule}, or none"))
+}
+
+/// A network, or one address; IPv4 mapped into IPv6 is IPv4.
+fn parse_network(text: &str) -> Result<IpNet, String> {
+    let wrong = || format!("{text:?} is no address or network, such as 10.0.0.7, 10.0.0.0/8 or fd00::/8");
+    let net = match text.parse::<IpNet>() {
+        Ok(net) => net,
+        Err(_) => IpNet::from(text.parse::<IpAddr>().map_err(|_| wrong())?),
+    };
+    if net.addr() != net.network() {
+        return Err(format!("{text:?} has bits behind its prefix: did you mean {}?", net.trunc()));
+    }
+    match (net.addr().to_canonical(), net.prefix_len()) {
+        (ip @ IpAddr::V4(_), prefix) if net.addr().is_ipv6() && prefix >= 96 => {
+            IpNet::new(ip, prefix - 96).map_err(|_| wrong())
+        }
+        _ => Ok(net),
+    }
+}
+
+fn parse_cap(text: &str) -> Result<Cap, String> {
+    if text == "auto" {
+        return Ok(Cap::Auto);
+    }
+    let most = text
+        .parse()
+        .map_err(|_| format!("{text:?} is neither a number of connections, 0 for no cap, nor auto"))?;
+    Ok(NonZeroU32::new(most).map_or(Cap::Off, Cap::Most))
 }
 
 fn parse_switch(text: &str) -> Result<bool, String> {

@@ -14,6 +14,7 @@ use crate::close::Reason;
 use crate::event::{ChannelName, Entry, EventId, Kind};
 use crate::feed::{Cursor, Feed, Reader, Start};
 use crate::frame;
+use crate::guard::{Address, Place};
 use crate::input::Partial;
 use crate::token::NEVER;
 
@@ -122,7 +123,9 @@ pub struct Connection {
     queue: Option<Box<Queue>>,
     /// What it keeps between two reads.
     pub partial: Option<Box<Partial>>,
-    /// Who it is; empty before the handshake.
+    /// What it holds of the node's counts.
+    pub place: Place,
+    /// Who it is; empty until its request is found good, and its user has room for it.
     pub user: Box<str>,
     /// Its channel's key in the shard.
     pub channel: u32,
@@ -171,10 +174,11 @@ pub struct Connection {
 
 impl Connection {
     /// A socket that has sent nothing yet.
-    pub fn new(stream: TcpStream, generation: u32, tick: u32) -> Connection {
+    pub fn new(stream: TcpStream, place: Place, generation: u32, tick: u32) -> Connection {
         Connection {
             stream,
             generation,
+            place,
             state: State::Request(None),
             queue: None,
             partial: None,
@@ -207,6 +211,14 @@ impl Connection {
     /// The socket, for registering it.
     pub fn stream(&mut self) -> &mut TcpStream {
         &mut self.stream
+    }
+
+    /// Where its client is, for people: by what it is counted, else where the socket says.
+    pub fn client(&self) -> Option<Address> {
+        match self.place {
+            Place::Client(address) => Some(address),
+            _ => self.stream.peer_addr().ok().map(|peer| peer.ip().into()),
+        }
     }
 
     /// Whether it is one of its channel's members.

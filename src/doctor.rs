@@ -8,7 +8,7 @@ use self::finding::{Finding, Level, show, sum_up};
 use self::fit::Load;
 use self::host::Host;
 use crate::bus::redis::inspect;
-use crate::config::{Action, RedisUrl, SettingError, Settings};
+use crate::config::{self, Action, RedisUrl, SettingError, Settings};
 use crate::keys::KeyRing;
 
 mod finding;
@@ -92,8 +92,6 @@ fn take_connections(
     (connections, rest, errors)
 }
 
-/// Descriptors for what is no client: streams, Redis, admin listener, epolls; rounded up.
-const OWN_FILES: u64 = 100;
 /// What a node takes before its first client: 4.8 MiB measured, rounded up.
 const START: u64 = 8 << 20;
 /// What pages of history may take in each shard, and events that wait for Redis, or the history of the local bus.
@@ -101,11 +99,10 @@ const PAGES: u64 = 4 << 20;
 const BUS: u64 = 64 << 20;
 
 fn load(settings: &Settings, connections: Option<u32>) -> Load {
-    let files = crate::metrics::open_file_limit().unwrap_or(1024);
-    let fits = files.saturating_sub(OWN_FILES).max(1);
+    let connections = connections.unwrap_or_else(|| settings.most_connections());
     Load {
-        connections: connections.map_or(fits, u64::from),
-        own_files: OWN_FILES,
+        connections: connections.into(),
+        own_files: u64::from(settings.own_files() + config::doorstep(connections)),
         addresses: settings.listen.len() as u64,
         own_memory: START + settings.feed_memory as u64 + PAGES * settings.shards.get() as u64 + BUS,
     }

@@ -11,23 +11,28 @@ use crate::close::Reason;
 use crate::config::{ClientPublish, Settings};
 use crate::connection::{Join, LastSeen};
 use crate::event::{ChannelName, DEFAULT_CHANNEL, EventId, is_user_id};
+use crate::guard::{Full, Guard, Place};
 use crate::http::{self, BodyLength, Head, Refusal, Response};
 use crate::keys::{self, KeyRing};
 use crate::metrics::Readiness;
 use crate::origin;
+use crate::proxy::{self, Preamble, Unreadable};
 use crate::token::{self, Grant, NEVER};
 use crate::web;
 
 /// The subprotocol of JSON mode.
 pub const SUBPROTOCOL: &str = "fanfare.v1";
 
+const UNTRUSTED_PREAMBLE: &str = "a PROXY header is taken from trusted proxies alone: is this peer yours, name its address with --trusted-proxy";
+const UNTRUSTED_FORWARD: &str = "X-Forwarded-For is taken from trusted proxies alone: is this peer yours, name its address with --trusted-proxy";
+const UNREADABLE_FORWARD: &str = "X-Forwarded-For has no readable address where the client's must be";
 const TOO_EARLY: &str = "nothing may follow the request before the upgrade is answered";
 
 /// What a request leads to.
 #[derive(Debug)]
 pub enum Verdict {
-    /// More bytes are needed.
-    Incomplete,
+    /// More bytes are needed. So many of these are read for good, and not to be shown again.
+    Incomplete(usize),
     /// The client may join, once the bus agrees.
     Join(Box<Join>),
     /// What was asked for, after which the connection ends.
@@ -45,6 +50,8 @@ pub struct Door {
     pub readiness: Arc<Readiness>,
     /// The keys of tokens.
     pub keys: Arc<KeyRing>,
+    /// The counts of connections, and the trusted proxies.
+    pub guard: Arc<Guard>,
 }
 
 /// A request that is not served: the answer, and the reason to count it under.
@@ -56,15 +63,24 @@ impl From<Refusal> for Refused {
     }
 }
 
-/// Reads the bytes of a request on the public listener and decides.
-pub fn decide(bytes: &[u8], door: &Door) -> Verdict {
-    let (head, length) = match http::parse(bytes) {
-        Ok(None) => return Verdict::Incomplete,
+/// Reads the bytes of a request on the public listener and decides. `place` is the connection's; it changes when a
+/// trusted proxy names the client.
+pub fn decide(bytes: &[u8], door: &Door, place: &mut Place) -> Verdict {
+    let request = match after_preambles(bytes, door, place) {
+        Ok(request) => request,
+        Err(verdict) => return verdict,
+    };
+    let (head, length) = match http::parse(request) {
+        Ok(None) => return Verdict::Incomplete(bytes.len() - request.len()),
         Ok(Some(parsed)) => parsed,
         Err(refusal) => return Verdict::Refuse(Response::from(refusal).to_closing_bytes(), Reason::Answered),
     };
     let decided = match head.path.strip_prefix("/ws/") {
-        Some(user) => upgrade(&head, user, bytes.len() > length, door),
+        Some(user) => match name_client(&head, door, place) {
+            Ok(()) => upgrade(&head, user, request.len() > length, door),
+            Err(Unseated::Full(full)) => return refuse_full(full),
+            Err(Unseated::Refused(refused)) => Err(refused),
+        },
         None => {
             let response = plain(&head, &door.readiness);
             return Verdict::Answer(response.to_bytes(&head, false));
@@ -76,6 +92,58 @@ pub fn decide(bytes: &[u8], door: &Door) -> Verdict {
             Verdict::Refuse(Response::from(refusal).to_bytes(&head, false), reason)
         }
     }
+}
+
+/// What follows the PROXY headers of trusted proxies, one from each that the connection has passed.
+fn after_preambles<'b>(bytes: &'b [u8], door: &Door, place: &mut Place) -> Result<&'b [u8], Verdict> {
+    let refuse = |text, reason| {
+        Err(Verdict::Refuse(Response::from(Refusal::new(400, text)).to_closing_bytes(), reason))
+    };
+    let mut rest = bytes;
+    while place.is_proxy() {
+        match proxy::preamble(rest) {
+            Preamble::Absent => return Ok(rest),
+            Preamble::Partial => return Err(Verdict::Incomplete(bytes.len() - rest.len())),
+            Preamble::Broken => return refuse("the PROXY header can't be read", Reason::Answered),
+            Preamble::Header { client, length } => {
+                rest = &rest[length..];
+                if let Some(client) = client {
+                    door.guard.name(place, client).map_err(refuse_full)?;
+                }
+            }
+        }
+    }
+    if proxy::is_preamble(rest) {
+        return refuse(UNTRUSTED_PREAMBLE, Reason::UntrustedProxy);
+    }
+    Ok(rest)
+}
+
+/// Why a client gets no seat.
+enum Unseated {
+    Full(Full),
+    Refused(Refused),
+}
+
+/// Takes the client's address from `X-Forwarded-For`, and sees to it that it has a seat.
+fn name_client(head: &Head<'_>, door: &Door, place: &mut Place) -> Result<(), Unseated> {
+    let refused = |text, reason| Err(Unseated::Refused(Refused(Refusal::new(400, text), reason)));
+    if place.full().is_none() && head.count("x-forwarded-for") > 0 {
+        if !place.is_proxy() {
+            return refused(UNTRUSTED_FORWARD, Reason::UntrustedProxy);
+        }
+        match proxy::forwarded_for(head, |ip| door.guard.trusts(ip)) {
+            Err(Unreadable) => return refused(UNREADABLE_FORWARD, Reason::Answered),
+            Ok(None) => {}
+            Ok(Some(client)) => door.guard.name(place, client).map_err(Unseated::Full)?,
+        }
+    }
+    place.full().map_or(Ok(()), |full| Err(Unseated::Full(full)))
+}
+
+/// The end of one for whom there is no room.
+fn refuse_full(full: Full) -> Verdict {
+    Verdict::Refuse(full.answer(), full.reason())
 }
 
 /// The answer to a client whose channel can't be joined now.
@@ -92,6 +160,11 @@ pub fn stopping() -> Bytes {
 /// The answer to a client that speaks before it was answered.
 pub fn too_early() -> Bytes {
     Response::from(Refusal::new(400, TOO_EARLY)).to_closing_bytes()
+}
+
+/// The answer to a request that was broken off.
+pub fn incomplete() -> Bytes {
+    Response::from(Refusal::new(400, "the request ended before it was complete")).to_closing_bytes()
 }
 
 /// The answer to a request that does not end.
@@ -130,7 +203,8 @@ fn upgrade(head: &Head<'_>, user: &str, more: bool, door: &Door) -> Result<Join,
         let refusal = Refusal::new(426, "this is a WebSocket: upgrade with version 13");
         return Err(refusal.with("Upgrade", "websocket").with("Sec-WebSocket-Version", "13").into());
     }
-    if head.body_length()? != BodyLength::Empty || more {
+    let has_body = head.count("transfer-encoding") > 0 || head.body_length()? != BodyLength::Empty;
+    if has_body || more {
         return refuse(400, TOO_EARLY);
     }
     let key = head.header("sec-websocket-key").filter(|key| is_key(key));
@@ -244,6 +318,8 @@ fn switching(key: &str, json: bool) -> Bytes {
 
 #[cfg(test)]
 mod tests {
+    use std::net::IpAddr;
+
     use super::*;
 
     fn request(target: &str, headers: &str) -> String {
@@ -259,11 +335,17 @@ mod tests {
             other => panic!("{other:?}"),
         };
         let keys = Arc::new(KeyRing::load(&settings).unwrap());
-        Door { settings, readiness: Arc::default(), keys }
+        let guard = Arc::new(Guard::new(&settings));
+        Door { settings, readiness: Arc::default(), keys, guard }
     }
 
     fn verdict(bytes: &[u8]) -> Verdict {
-        decide(bytes, &door(&[]))
+        decide_from("192.0.2.1", bytes, &door(&[])).0
+    }
+
+    fn decide_from(peer: &str, bytes: &[u8], door: &Door) -> (Verdict, Place) {
+        let mut place = door.guard.arrive(peer.parse().unwrap()).unwrap();
+        (decide(bytes, door, &mut place), place)
     }
 
     fn join(target: &str, headers: &str) -> Join {
@@ -311,6 +393,114 @@ mod tests {
         for value in ["=-1", "=x", "=9007199254740992", "=99999999999999999999", "=1.5", "=%ff", "=+1"] {
             assert_eq!(seen(value), LastSeen::Unknown, "{value}");
         }
+    }
+
+    #[test]
+    fn trusted_proxies_name_their_clients_however_the_bytes_are_cut() {
+        let door = door(&["--trusted-proxy", "10.0.0.0/8"]);
+        let upgrade = request("/ws/a", "");
+        let forward = |value: &str| request("/ws/a", &format!("X-Forwarded-For: {value}\r\n"));
+        let v2_local = b"\r\n\r\n\0\r\nQUIT\n\x20\0\0\0";
+        let v2 = b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0C\xC0\0\x02\x07\xC0\0\x02\x01\0\x01\0\x02";
+        for (begin, request, client) in [
+            (&b""[..], &upgrade, None),
+            (b"", &forward("192.0.2.7"), Some("192.0.2.7")),
+            (b"", &forward("192.0.2.7, 10.0.0.2"), Some("192.0.2.7")),
+            (b"", &forward("10.0.0.2"), None),
+            (b"PROXY TCP4 192.0.2.7 10.0.0.1 1 2\r\n", &upgrade, Some("192.0.2.7")),
+            (b"PROXY UNKNOWN\r\n", &forward("192.0.2.7"), Some("192.0.2.7")),
+            (b"PROXY TCP4 10.0.0.9 10.0.0.1 1 2\r\n", &forward("192.0.2.7"), Some("192.0.2.7")),
+            (
+                b"PROXY TCP4 10.0.0.9 10.0.0.1 1 2\r\nPROXY TCP4 192.0.2.7 10.0.0.1 1 2\r\n",
+                &upgrade,
+                Some("192.0.2.7"),
+            ),
+            (v2_local, &upgrade, None),
+            (v2, &upgrade, Some("192.0.2.7")),
+        ] {
+            let client =
+                client.map_or(Place::Proxy, |client| Place::Client(client.parse::<IpAddr>().unwrap().into()));
+            let bytes = [begin, request.as_bytes()].concat();
+            let (verdict, place) = decide_from("10.0.0.1", &bytes, &door);
+            assert!(matches!(verdict, Verdict::Join(_)), "{verdict:?}");
+            assert_eq!(place, client, "{}", String::from_utf8_lossy(&bytes));
+
+            // Byte by byte, as a shard keeps them.
+            let mut place = door.guard.arrive("10.0.0.1".parse().unwrap()).unwrap();
+            let mut kept = Vec::new();
+            for (at, byte) in bytes.iter().enumerate() {
+                kept.push(*byte);
+                match decide(&kept, &door, &mut place) {
+                    Verdict::Incomplete(read) => drop(kept.drain(..read)),
+                    Verdict::Join(_) => assert_eq!(at + 1, bytes.len()),
+                    other => panic!("{other:?} after {}", String::from_utf8_lossy(&kept)),
+                }
+            }
+            assert_eq!(place, client, "{}", String::from_utf8_lossy(&bytes));
+        }
+    }
+
+    #[test]
+    fn who_speaks_as_a_proxy_and_is_none_is_told_what_to_do() {
+        let door = door(&["--trusted-proxy", "10.0.0.0/8"]);
+        let forward = request("/ws/a", "X-Forwarded-For: 192.0.2.7\r\n");
+        let named = "PROXY TCP4 192.0.2.7 10.0.0.1 1 2\r\n";
+        for (peer, bytes, text) in [
+            ("192.0.2.1", forward.clone(), "X-Forwarded-For is taken from trusted proxies alone"),
+            ("192.0.2.1", "PROXY ".into(), "a PROXY header is taken from trusted proxies alone"),
+            ("192.0.2.1", "\r\n\r\n\0\r\nQUIT\n".into(), "a PROXY header is taken"),
+            ("10.0.0.1", named.to_owned() + &forward, "X-Forwarded-For is taken from trusted proxies alone"),
+            ("10.0.0.1", named.to_owned() + named, "a PROXY header is taken from trusted"),
+        ] {
+            let (verdict, _) = decide_from(peer, bytes.as_bytes(), &door);
+            let Verdict::Refuse(answer, Reason::UntrustedProxy) = verdict else {
+                panic!("{bytes}: {verdict:?}")
+            };
+            let answer = String::from_utf8(answer.to_vec()).unwrap();
+            assert!(answer.starts_with("HTTP/1.1 400 ") && answer.contains("--trusted-proxy"), "{answer}");
+            assert!(answer.contains(text), "{answer}");
+        }
+        for bytes in ["PROXY TCP4\r\n".to_owned(), request("/ws/a", "X-Forwarded-For: unknown\r\n")] {
+            let (verdict, _) = decide_from("10.0.0.1", bytes.as_bytes(), &door);
+            let Verdict::Refuse(answer, Reason::Answered) = verdict else { panic!("{bytes}: {verdict:?}") };
+            assert!(answer.starts_with(b"HTTP/1.1 400 "));
+        }
+        // What needs no client's address is there for everybody.
+        for path in ["/healthz", "/"] {
+            let bytes = request(path, "X-Forwarded-For: unknown\r\n");
+            for peer in ["192.0.2.1", "10.0.0.1"] {
+                let (verdict, _) = decide_from(peer, bytes.as_bytes(), &door);
+                assert!(matches!(verdict, Verdict::Answer(answer) if answer.starts_with(b"HTTP/1.1 200 ")));
+            }
+        }
+    }
+
+    #[test]
+    fn who_has_no_seat_is_told_before_anything_is_looked_at() {
+        let door = door(&["--max-connections", "2", "--max-per-address", "1", "--trusted-proxy", "10.0.0.1"]);
+        let bad = request("/ws/%ff", "Sec-WebSocket-Key: twice\r\n");
+        let status = |peer, bytes: &str| match decide_from(peer, bytes.as_bytes(), &door).0 {
+            Verdict::Refuse(answer, reason) => (String::from_utf8_lossy(&answer[9..12]).into_owned(), reason),
+            other => panic!("{other:?}"),
+        };
+        let first = decide_from("192.0.2.1", request("/ws/a", "").as_bytes(), &door);
+        assert!(matches!(first.0, Verdict::Join(_)));
+        assert_eq!(status("192.0.2.1", &bad), ("429".into(), Reason::AddressFull));
+        let forward = request("/ws/%ff", "X-Forwarded-For: 192.0.2.1\r\n");
+        assert_eq!(status("10.0.0.1", &forward), ("429".into(), Reason::AddressFull));
+        assert_eq!(
+            status("10.0.0.1", &format!("PROXY TCP4 192.0.2.1 10.0.0.9 1 2\r\n{bad}")).1,
+            Reason::AddressFull
+        );
+        let second = decide_from("192.0.2.2", request("/ws/a", "").as_bytes(), &door);
+        assert!(matches!(second.0, Verdict::Join(_)));
+        assert_eq!(status("192.0.2.3", &bad), ("503".into(), Reason::NodeFull));
+        assert_eq!(
+            status("10.0.0.1", &format!("PROXY TCP4 192.0.2.9 10.0.0.9 1 2\r\n{bad}")).1,
+            Reason::NodeFull
+        );
+        let (verdict, _) = decide_from("192.0.2.3", request("/healthz", "").as_bytes(), &door);
+        assert!(matches!(verdict, Verdict::Answer(answer) if answer.starts_with(b"HTTP/1.1 200 ")));
     }
 
     #[test]

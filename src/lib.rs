@@ -19,8 +19,10 @@
 //! | [`http`] | request heads in, responses out, over bytes alone |
 //! | [`web`] | the page and the browser client, embedded |
 //! | [`origin`] | which pages may connect |
+//! | [`proxy`] | what a proxy says about its client |
 //! | [`token`] | what a token allows its user; [`mint`] makes one to try |
 //! | [`keys`] | the keys in force: of tokens and of the admin listener |
+//! | [`guard`] | how many connections: of the node, an address, a user |
 //! | [`handshake`] | a request's bytes become a client who may join, or an answer |
 //! | [`input`] | a client's bytes become its messages |
 //! | [`pace`] | how fast a client may send |
@@ -62,8 +64,8 @@
 //! - Everything that grows has a limit, a constant or a setting, with its reason beside it.
 //!
 //! **Who knows what.** Only [`bus::redis`] knows fred. Only [`input`] and [`handshake`] know tungstenite. Pure rooms
-//! (`event`, `close`, `frame`, `foreign`, `config`, `http`, `origin`, `token`, `web`, `input`, `pace`, `feed`,
-//! `sequence`)
+//! (`event`, `close`, `frame`, `foreign`, `config`, `http`, `origin`, `proxy`, `guard`, `token`, `web`, `input`, `pace`,
+//! `feed`, `sequence`)
 //! know neither sockets nor runtimes: bytes are handed in, so each is tested alone.
 
 // In reading order.
@@ -79,11 +81,14 @@ pub mod config;
 
 pub mod http;
 pub mod origin;
+pub mod proxy;
 pub mod web;
 
 pub mod token;
 
 pub mod keys;
+
+pub mod guard;
 
 pub mod mint;
 

@@ -148,6 +148,11 @@ pub struct Metrics {
     pub accept_turns: Number,
     /// Connections that could not be accepted, for want of descriptors or memory.
     pub accept_failures: Number,
+    /// Connections answered at once, there being too many that wait for an answer: by [`crate::guard::Full`], `Node`
+    /// and `Address`.
+    pub turned_away: [Number; 2],
+    /// Most connections that this node takes.
+    pub max_connections: Number,
     /// Requests to the admin listener without the right key.
     pub admin_refused: Number,
     /// What was refused, for the log.
@@ -169,6 +174,8 @@ impl Metrics {
             shards: (0..shards).map(|_| ShardNumbers::default()).collect(),
             accept_turns: Number::default(),
             accept_failures: Number::default(),
+            turned_away: Default::default(),
+            max_connections: Number::default(),
             admin_refused: Number::default(),
             refusals: Refusals::default(),
             bus,

@@ -14,6 +14,7 @@ use crate::accept;
 use crate::admin::{self, AdminContext};
 use crate::bus::{self, Requests, Shards, ToShard};
 use crate::config::{RedisUrl, Settings};
+use crate::guard::Guard;
 use crate::handshake::Door;
 use crate::keys::KeyRing;
 use crate::listeners::Listeners;
@@ -41,12 +42,19 @@ pub async fn run(
     let readiness = Arc::new(Readiness::waiting_for_bus());
     let metrics = Arc::new(Metrics::new(settings.shards.get(), numbers.clone(), readiness.clone()));
     let (requests, asked) = mpsc::unbounded_channel();
-    let door = Door { settings: settings.clone(), readiness: readiness.clone(), keys: keys.clone() };
+    let guard = Arc::new(Guard::new(&settings));
+    metrics.max_connections.set(u64::from(settings.most_connections()));
+    let door = Door {
+        settings: settings.clone(),
+        readiness: readiness.clone(),
+        keys: keys.clone(),
+        guard: guard.clone(),
+    };
 
     tell_start(&settings, &listeners)?;
     let (shards, mut ended) = start_shards(&door, &requests, &metrics)?;
     let (stop_accepting, accepted) =
-        accept::start(listeners.public, listeners.shared, shards.clone(), metrics.clone())?;
+        accept::start(listeners.public, listeners.shared, shards.clone(), guard, metrics.clone())?;
     manager.ready();
     tokio::spawn(notify::attend(manager.clone(), metrics.clone()));
     if let Some(listener) = listeners.admin {
@@ -109,6 +117,7 @@ fn tell_start(settings: &Settings, listeners: &Listeners) -> io::Result<()> {
         admin = listeners.admin()?.to_string(),
         bus = settings.redis.as_ref().map_or_else(|| "local".into(), RedisUrl::to_string),
         shards = settings.shards,
+        max_connections = settings.most_connections(),
         max_channels = settings.max_channels,
         max_message = settings.max_message,
         history = settings.history,
@@ -116,6 +125,12 @@ fn tell_start(settings: &Settings, listeners: &Listeners) -> io::Result<()> {
         open_files = metrics::open_file_limit(),
         "started"
     );
+    let (most, fit) = (settings.most_connections(), settings.connections_that_fit());
+    if most > fit {
+        tracing::warn!(
+            "--max-connections {most}, but the limit on open files has room for {fit}: raise it (LimitNOFILE)"
+        );
+    }
     Ok(())
 }
 

@@ -20,6 +20,7 @@ use crate::config::Settings;
 use crate::connection::{Connection, State, Tally};
 use crate::event::{ChannelName, EventId};
 use crate::feed::Feed;
+use crate::guard::Place;
 use crate::handshake;
 use crate::http;
 use crate::input;
@@ -49,6 +50,10 @@ const SCRATCH: usize = 16 * 1024;
 /// Most messages taken from the inbox, and connections flushed in a pass, before others get their turn.
 const MESSAGES_A_TURN: usize = 1024;
 const FLUSHES_A_TURN: usize = 256;
+
+/// Connections read from or brought up to date, before passes under way get their turn: in a storm each of thousands
+/// has a handshake, a token and a page of history to be dealt with, and live events would wait behind all of them.
+const OTHERS_A_TURN: usize = 32;
 
 /// Sockets that epoll names at once.
 const EVENTS: usize = 1024;
@@ -220,6 +225,7 @@ pub fn run(wiring: Wiring) -> io::Result<()> {
             }
             let end = event.is_read_closed() || event.is_error();
             shard.on_ready(event.token(), event.is_readable() || end, event.is_writable(), end);
+            shard.let_pass(named);
         }
         more |= named == EVENTS;
         shard.work();
@@ -251,23 +257,32 @@ impl Shard {
 
     /// Goes on with what earlier turns left undone.
     fn work(&mut self) {
-        for id in std::mem::take(&mut self.unread) {
+        for (done, id) in std::mem::take(&mut self.unread).into_iter().enumerate() {
             if let Some(slot) = self.find(id) {
                 self.on_readable(slot, true);
             }
+            self.let_pass(done);
         }
-        for id in std::mem::take(&mut self.unflushed) {
+        for (done, id) in std::mem::take(&mut self.unflushed).into_iter().enumerate() {
             if let Some(slot) = self.find(id) {
                 self.flush(slot);
             }
+            self.let_pass(done);
         }
-        self.go_on(FLUSHES_A_TURN);
+        self.go_on(OTHERS_A_TURN);
         self.pass_on(FLUSHES_A_TURN);
+    }
+
+    /// Gives passes their turn between so many others.
+    fn let_pass(&mut self, done: usize) {
+        if (done + 1).is_multiple_of(OTHERS_A_TURN) {
+            self.pass_on(FLUSHES_A_TURN);
+        }
     }
 
     fn take(&mut self, message: ToShard) {
         match message {
-            ToShard::Socket(stream) => self.on_socket(stream),
+            ToShard::Socket(stream, place) => self.on_socket(stream, place),
             ToShard::Followed { channel, base, position, recent } => {
                 self.on_followed(&channel, base, position, recent);
             }
@@ -283,9 +298,10 @@ impl Shard {
         }
     }
 
-    fn on_socket(&mut self, stream: mio::net::TcpStream) {
+    fn on_socket(&mut self, stream: mio::net::TcpStream, place: Place) {
         self.generation = self.generation.wrapping_add(1);
-        let slot = self.connections.insert(Connection::new(stream, self.generation, self.tick)) as u32;
+        let connection = Connection::new(stream, place, self.generation, self.tick);
+        let slot = self.connections.insert(connection) as u32;
         let token = token_of(self.id_of(slot));
         let stream = self.connections[slot as usize].stream();
         if self.registry.register(stream, token, Interest::READABLE).is_err() {
@@ -340,7 +356,13 @@ impl Shard {
         self.metrics.shards[self.id].ends[reason as usize].add(1);
         let channel =
             feed.and_then(|key| self.channels.get(key as usize)).map(|channel| channel.name.as_str());
-        tracing::debug!(reason = reason.label(), user = ?connection.user, channel, "connection ends");
+        tracing::debug!(
+            reason = reason.label(),
+            user = ?connection.user,
+            client = connection.client().map(tracing::field::display),
+            channel,
+            "connection ends"
+        );
         connection.close(reason);
         if std::mem::take(&mut connection.paused) {
             self.unread.push(id);
@@ -349,7 +371,11 @@ impl Shard {
             return self.remove(slot);
         }
         let feed = feed.and_then(|key| self.channels.get(key as usize)?.feed.as_ref());
-        if connection.finish(feed, &mut self.tally) {
+        // Whoever had no seat is not waited for: its request has been read, so nothing can cut its answer short.
+        let turned_away = connection.place.full().is_some_and(|full| full.reason() == reason);
+        // Nor is whoever was silent for so long; the kernel goes on with what it has been given.
+        let silent = reason == Reason::HeartbeatTimeout;
+        if connection.finish(feed, &mut self.tally) && !silent && (connection.blocked || !turned_away) {
             if connection.blocked {
                 self.watch_room(slot);
             }
@@ -387,8 +413,10 @@ impl Shard {
         Some(key)
     }
 
+    /// Closes the socket and gives back what the connection held. Every connection ends here, once.
     fn remove(&mut self, slot: u32) {
-        self.connections.remove(slot as usize);
+        let connection = self.connections.remove(slot as usize);
+        self.door.guard.leave(connection.place, &connection.user);
         self.numbers().closed.add(1);
     }
 

@@ -38,13 +38,19 @@ async fn no_more_channels_than_allowed_are_followed() {
 #[tokio::test]
 async fn a_node_without_free_descriptors_serves_on_and_recovers() {
     let redis = Redis::start(&[]).await;
-    let node = Node::start_with_files(100, &["--redis", &redis.url(), "--shards", "1"]).await;
+    let flags = ["--redis", &redis.url(), "--shards", "1", "--max-connections", "1000"];
+    let node = Node::start_with_files(100, &flags).await;
     let mut first = Client::plain(&node, "first", "room").await;
     let mut held = Vec::new();
     for _ in 0..150 {
         held.push(TcpStream::connect(node.public).await.expect("the kernel completes it"));
     }
-    until("an accept that fails", || async { node.log().contains("LimitNOFILE").then_some(()) }).await;
+    // Whoever finds none is told at once, and can go elsewhere.
+    let mut late = Raw::connect(node.public).await;
+    let response = late.response().await;
+    response.expect_refusal(503);
+    assert!(response.header("retry-after").is_some(), "{response:?}");
+    late.expect_end().await;
     // Who is in is served, Redis included.
     for n in 0..10 {
         first.send(n.to_string()).await;
@@ -54,6 +60,10 @@ async fn a_node_without_free_descriptors_serves_on_and_recovers() {
     let mut second = Client::plain(&node, "second", "room").await;
     first.send("room again").await;
     assert_eq!(second.next_event().await.1["text"], "room again");
+    assert!(node.metric("fanfare_accept_failures_total").await > 50.0);
+    let told = node.log().matches("can't be accepted").count();
+    assert_eq!(told, 1, "one line, however many came: {}", node.log());
+    assert!(node.log().contains("--max-connections 1000, but the limit on open files"), "{}", node.log());
 }
 
 #[tokio::test]

@@ -30,6 +30,7 @@ use crowd::{Kind, Shared, canonical};
 use fanfare::bus::{PAGE, Page, Request, Shards, ToShard, page_begin};
 use fanfare::config::{Action, Settings};
 use fanfare::event::{ChannelName, Entry, EventId};
+use fanfare::guard::Guard;
 use fanfare::handshake::Door;
 use fanfare::keys::KeyRing;
 use fanfare::metrics::{BusNumbers, Metrics, Readiness};
@@ -217,7 +218,9 @@ fn start(shared: &Arc<Shared>, seed: u64, feed: &str) -> (Bus, SocketAddr) {
     let metrics = Arc::new(Metrics::new(1, numbers, Arc::new(Readiness::default())));
     let shards = Shards::new(vec![inbox_tx]).with_bells(vec![bell.clone()]);
     let keys = Arc::new(KeyRing::load(&settings).expect("no files to read"));
-    let door = Door { settings: Arc::new(settings), readiness: metrics.readiness.clone(), keys };
+    let guard = Arc::new(Guard::new(&settings));
+    let readiness = metrics.readiness.clone();
+    let door = Door { settings: Arc::new(settings), readiness, keys, guard: guard.clone() };
     let wiring = shard::Wiring {
         id: 0,
         door,
@@ -238,9 +241,10 @@ fn start(shared: &Arc<Shared>, seed: u64, feed: &str) -> (Bus, SocketAddr) {
     let addr = listener.local_addr().expect("it is bound");
     let accepted = shards.clone();
     tokio::spawn(async move {
-        while let Ok((socket, _)) = listener.accept().await {
+        while let Ok((socket, peer)) = listener.accept().await {
             let socket = socket.into_std().expect("a socket of tokio's");
-            accepted.tell(0, ToShard::Socket(mio::net::TcpStream::from_std(socket)));
+            let place = guard.arrive(peer.ip()).expect("there is room");
+            accepted.tell(0, ToShard::Socket(mio::net::TcpStream::from_std(socket), place));
         }
     });
     let name = ChannelName::parse(CHANNEL).expect("a name");

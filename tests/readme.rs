@@ -183,6 +183,10 @@ fn the_close_codes_are_those_of_the_code() {
         Reason::Unauthorized,
         Reason::TokenExpired,
         Reason::TooFast,
+        Reason::NodeFull,
+        Reason::AddressFull,
+        Reason::UserFull,
+        Reason::UntrustedProxy,
     ];
     let sent: BTreeMap<_, _> = ALL.iter().filter_map(|reason| reason.close()).collect();
     let shown: BTreeMap<u16, String> = rows(section("### Staying, and leaving"))

@@ -27,7 +27,7 @@ fn recovering() -> Options {
 
 #[tokio::test]
 async fn clients_come_through_nginx_also_when_a_node_is_gone() {
-    let (_redis, a, b) = cluster(&[]).await;
+    let (_redis, a, b) = cluster(&["--trusted-proxy", "127.0.0.1"]).await;
     let nginx = Nginx::before(&[a.public, b.public]).await;
     let mut clients = Vec::new();
     for _ in 0..4 {
@@ -64,7 +64,9 @@ async fn clients_come_through_nginx_also_when_a_node_is_gone() {
 
 /// Starts a node at this address, whose clients come by way of nginx.
 async fn node(redis: &Redis, at: SocketAddr, nginx: &Nginx) -> Node {
-    let mut node = Node::on(redis, &["--listen", &at.to_string(), "--drain", "3s"]).await;
+    let mut node =
+        Node::on(redis, &["--listen", &at.to_string(), "--drain", "3s", "--trusted-proxy", "127.0.0.1"])
+            .await;
     node.public = nginx.addr;
     node
 }

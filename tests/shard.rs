@@ -10,6 +10,7 @@ use common::{http, until};
 use fanfare::bus::{Request, Shards, ToShard};
 use fanfare::config::{Action, Settings};
 use fanfare::event::EventId;
+use fanfare::guard::Guard;
 use fanfare::handshake::Door;
 use fanfare::keys::KeyRing;
 use fanfare::metrics::{BusNumbers, Metrics, Readiness};
@@ -22,6 +23,7 @@ struct Shard {
     shards: Shards,
     asked: mpsc::UnboundedReceiver<Request>,
     metrics: Arc<Metrics>,
+    guard: Arc<Guard>,
 }
 
 impl Shard {
@@ -36,7 +38,9 @@ impl Shard {
         let metrics = Arc::new(Metrics::new(1, numbers, Arc::new(Readiness::default())));
         let shards = Shards::new(vec![inbox_tx]).with_bells(vec![bell.clone()]);
         let keys = Arc::new(KeyRing::load(&settings).expect("no files to read"));
-        let door = Door { settings: Arc::new(settings), readiness: metrics.readiness.clone(), keys };
+        let guard = Arc::new(Guard::new(&settings));
+        let readiness = metrics.readiness.clone();
+        let door = Door { settings: Arc::new(settings), readiness, keys, guard: guard.clone() };
         let wiring = shard::Wiring {
             id: 0,
             door,
@@ -49,7 +53,7 @@ impl Shard {
             takes_binary: false,
         };
         std::thread::spawn(|| shard::run(wiring).expect("a poll that works"));
-        Shard { shards, asked, metrics }
+        Shard { shards, asked, metrics, guard }
     }
 
     /// A client's end of a connection; the shard has the other. What `bytes` are it finds there already.
@@ -60,7 +64,8 @@ impl Shard {
         let (mut client, socket) = (client.expect("it is listening"), accepted.expect("one comes").0);
         client.write_all(bytes).await.expect("there is room");
         let socket = socket.into_std().expect("a socket of tokio's");
-        self.shards.tell(0, ToShard::Socket(mio::net::TcpStream::from_std(socket)));
+        let place = self.guard.arrive(addr.ip()).expect("there is room");
+        self.shards.tell(0, ToShard::Socket(mio::net::TcpStream::from_std(socket), place));
         client
     }
 

@@ -58,7 +58,7 @@ const fn spec(
 }
 
 /// All settings, in the order shown.
-pub(super) static TABLE: [Spec; 26] = [
+pub(super) static TABLE: [Spec; 30] = [
     spec(
         "listen",
         List,
@@ -123,6 +123,16 @@ pub(super) static TABLE: [Spec; 26] = [
         ],
     ),
     spec(
+        "trusted-proxy",
+        List,
+        "CIDR,...",
+        "",
+        &[
+            "Addresses or networks of proxies in front, such as 10.0.0.7 or fd00::/8. From them alone a",
+            "client's address is taken: from a PROXY header (version 1 or 2), else X-Forwarded-For.",
+        ],
+    ),
+    spec(
         "redis",
         Value,
         "URL",
@@ -168,6 +178,33 @@ pub(super) static TABLE: [Spec; 26] = [
     ),
     spec("history-ttl", Value, "TIME", "24h", &["How long history outlives a channel's last event."]),
     spec("publish-timeout", Value, "TIME", "5s", &["How long an event may wait for the bus."]),
+    spec(
+        "max-connections",
+        Value,
+        "CONNECTIONS",
+        "auto",
+        &["Connections of this node; more get 503. auto: what the limit on open files has room for."],
+    ),
+    spec(
+        "max-per-address",
+        Value,
+        "CONNECTIONS",
+        "auto",
+        &[
+            "Connections of one client address (of IPv6: one /64); more get 429. auto: 1024, but none for",
+            "loopback. 0: no cap.",
+        ],
+    ),
+    spec(
+        "max-per-user",
+        Value,
+        "CONNECTIONS",
+        "auto",
+        &[
+            "Connections of one user on this node; more get 429. auto: 100 with --jwt-key, none without,",
+            "since then anyone can take any name. 0: no cap.",
+        ],
+    ),
     spec("max-channels", Value, "CHANNELS", "10000", &["Channels this node follows at once."]),
     spec("max-message", Value, "SIZE", "64KiB", &["Longest message taken from a client, at most 16MiB."]),
     spec(
@@ -244,7 +281,7 @@ const GROUPS: [(&str, &str); 6] = [
     ("listen", "Addresses"),
     ("open", "Access"),
     ("redis", "Bus"),
-    ("max-channels", "Clients"),
+    ("max-connections", "Clients"),
     ("shards", "Machine"),
     ("log", "Log"),
 ];

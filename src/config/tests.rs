@@ -25,11 +25,13 @@ fn nothing_given_means_the_defaults_that_help_shows() {
     let settings = run(&[], &[]);
     for (spec, (name, shown)) in TABLE.iter().zip(settings.shown()) {
         assert_eq!(spec.name, name);
-        if name != "shards" {
+        if !matches!(name, "shards" | "max-connections") {
             assert_eq!(shown, spec.default, "--{name}");
         }
     }
     assert_eq!(settings.shards, std::thread::available_parallelism().unwrap());
+    let files = open_file_limit().unwrap_or(u64::from(u32::MAX));
+    assert!((1..=files).contains(&u64::from(settings.most_connections())));
     assert_eq!(settings.log_targets().default_level(), Some(LevelFilter::INFO));
 }
 
@@ -43,6 +45,7 @@ fn every_setting_is_read_from_its_flag_in_both_forms_and_from_its_variable() {
         ("admin-key", "/etc/fanfare/admin.key"),
         ("client-publish", "own"),
         ("allow-origin", "https://example.com,https://*.example.org:8443"),
+        ("trusted-proxy", "10.0.0.7/32,fd00::/8"),
         ("redis", "redis://10.0.0.1:6379/2"),
         ("redis-prefix", "app:live"),
         ("redis-durable", "true"),
@@ -50,6 +53,9 @@ fn every_setting_is_read_from_its_flag_in_both_forms_and_from_its_variable() {
         ("history", "1000"),
         ("history-ttl", "5m"),
         ("publish-timeout", "250ms"),
+        ("max-connections", "1000000"),
+        ("max-per-address", "0"),
+        ("max-per-user", "5"),
         ("max-channels", "7"),
         ("max-message", "1KiB"),
         ("message-rate", "20"),
@@ -107,6 +113,39 @@ fn lists_come_by_comma_and_by_repeating_the_flag() {
 }
 
 #[test]
+fn proxies_are_networks_or_single_addresses() {
+    let given = "10.0.0.7,10.1.0.0/16,::1,fd00::/8,::ffff:10.2.0.0/112,::ffff:10.3.0.1,::/0,0.0.0.0/0";
+    let shown: Vec<_> =
+        run(&["--trusted-proxy", given], &[]).trusted_proxy.iter().map(IpNet::to_string).collect();
+    let expected = [
+        "10.0.0.7/32",
+        "10.1.0.0/16",
+        "::1/128",
+        "fd00::/8",
+        "10.2.0.0/16",
+        "10.3.0.1/32",
+        "::/0",
+        "0.0.0.0/0",
+    ];
+    assert_eq!(shown, expected);
+}
+
+#[test]
+fn caps_are_numbers_or_none_or_what_fits() {
+    let caps = |text: &str| {
+        let settings = run(&["--max-per-address", text, "--max-per-user", text], &[]);
+        assert_eq!(settings.max_per_address, settings.max_per_user);
+        settings.max_per_user
+    };
+    assert_eq!((caps("auto"), caps("0")), (Cap::Auto, Cap::Off));
+    assert_eq!(caps("1"), Cap::Most(NonZeroU32::MIN));
+    assert_eq!(run(&["--max-connections", "7"], &[]).most_connections(), 7);
+    // Every shard takes descriptors of its own.
+    let fit = |shards| run(&["--shards", shards], &[]).most_connections();
+    assert!(fit("1") > fit("2") || fit("1") == u32::MAX);
+}
+
+#[test]
 fn help_and_version_win_over_everything_and_help_fits_the_page() {
     assert_eq!(
         read(&["--nonsense", "--version"], &[]),
@@ -145,6 +184,15 @@ fn each_wrong_setting_is_named_and_explained() {
         (&["--admin", "on"], "is none of"),
         (&["--allow-origin", "example.com"], "not an origin"),
         (&["--allow-origin", "null"], "not an origin"),
+        (&["--trusted-proxy", "10.0.0.1/8"], "did you mean 10.0.0.0/8?"),
+        (&["--trusted-proxy", "fd00::1/64"], "did you mean fd00::/64?"),
+        (&["--trusted-proxy", "10.0.0.0/33"], "no address or network"),
+        (&["--trusted-proxy", "nginx"], "no address or network"),
+        (&["--trusted-proxy", "10.0.0.1:80"], "no address or network"),
+        (&["--max-connections", "0"], "between 1 and"),
+        (&["--max-connections", "many"], "between 1 and"),
+        (&["--max-per-address", "-1"], "neither a number of connections"),
+        (&["--max-per-user", "4294967296"], "neither a number of connections"),
         (&["--redis", "redis-cluster://a:1"], "not supported yet"),
         (&["--redis", ""], "--redis: is empty"),
         (&["--redis-prefix", "a b"], "no blanks"),

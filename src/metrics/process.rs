@@ -31,7 +31,7 @@ impl Process {
     }
 }
 
-/// The limit on open files and sockets of this process.
+/// The limit on open files and sockets of this process, if there is one and it can be read.
 pub fn open_file_limit() -> Option<u64> {
     read("limits", max_fds)
 }

@@ -11,6 +11,7 @@ use super::process::Process;
 use super::{Metrics, STATUSES, ShardNumbers};
 use crate::close::LABELS;
 use crate::frame::ErrorCode;
+use crate::guard::Full;
 
 /// What Prometheus calls it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -92,6 +93,12 @@ pub(super) static TABLE: &[Family] = &[
         "Open connections, those still in their handshake among them.",
         Shards(Sum, ShardNumbers::load),
     ),
+    family(
+        "fanfare_max_connections",
+        Gauge,
+        "Most connections that this node takes.",
+        One(|view| view.metrics.max_connections.get().into()),
+    ),
     family("fanfare_joins_total", Counter, "Connections upgraded.", Shards(Sum, |shard| shard.joins.get())),
     family(
         "fanfare_ends_total",
@@ -114,8 +121,17 @@ pub(super) static TABLE: &[Family] = &[
     family(
         "fanfare_accept_failures_total",
         Counter,
-        "Connections not accepted, for want of descriptors or memory.",
+        "Connections not taken, for want of descriptors or memory.",
         One(|view| view.metrics.accept_failures.get().into()),
+    ),
+    family(
+        "fanfare_turned_away_total",
+        Counter,
+        "Connections answered with 503 or 429 before they asked, so many being refused at once, by reason.",
+        Labels("reason", |view| {
+            let count = |full: Full| view.metrics.turned_away[full as usize].get();
+            [Full::Node, Full::Address].map(|full| (full.reason().label(), count(full))).into()
+        }),
     ),
     family(
         "fanfare_messages_total",

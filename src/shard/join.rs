@@ -100,7 +100,6 @@ impl Shard {
         connection.json = joining.json;
         connection.may_publish = joining.may_publish;
         connection.expires = joining.expires;
-        connection.user = joining.user;
         connection.heard = self.tick;
         connection.heartbeat = self.tick;
         self.channels[key as usize].add(slot, &mut self.connections, &self.hasher);

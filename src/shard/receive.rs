@@ -10,6 +10,7 @@ use crate::config::ClientPublish;
 use crate::connection::State;
 use crate::event::EventId;
 use crate::frame::{self, ClientFrame, ErrorCode};
+use crate::guard::Full;
 use crate::handshake::{self, Verdict};
 use crate::input::{self, Incoming};
 use crate::pace;
@@ -79,10 +80,12 @@ impl Shard {
 
     fn on_end(&mut self, slot: u32) {
         // A client may close its sending half and wait for the answer to its request.
-        if matches!(self.connections[slot as usize].state, State::Joining(_)) {
-            return;
+        match self.connections[slot as usize].state {
+            State::Joining(_) => {}
+            // A proxy takes an end without an answer for a dead node.
+            State::Request(Some(_)) => self.refuse(slot, handshake::incomplete(), Reason::Answered),
+            _ => self.end_or_remove(slot),
         }
-        self.end_or_remove(slot);
     }
 
     fn end_or_remove(&mut self, slot: u32) {
@@ -97,23 +100,28 @@ impl Shard {
         let connection = &mut self.connections[slot as usize];
         let State::Request(kept) = &mut connection.state else { return };
         let verdict = match kept {
-            None => handshake::decide(bytes, &self.door),
+            None => handshake::decide(bytes, &self.door, &mut connection.place),
             Some(kept) => {
                 kept.extend_from_slice(bytes);
-                handshake::decide(kept, &self.door)
+                handshake::decide(kept, &self.door, &mut connection.place)
             }
         };
         match verdict {
-            Verdict::Incomplete => {
-                kept.get_or_insert_with(|| Box::new(bytes.to_vec()));
-            }
+            Verdict::Incomplete(read) => match kept {
+                None => *kept = Some(Box::new(bytes[read..].to_vec())),
+                Some(kept) => drop(kept.drain(..read)),
+            },
             Verdict::Answer(answer) => self.answer(slot, answer, Reason::Answered),
             Verdict::Refuse(answer, reason) => self.refuse(slot, answer, reason),
             // It waited to be accepted when the node began to stop.
             Verdict::Join(_) if self.drain.is_some() => {
                 self.refuse(slot, handshake::stopping(), Reason::Draining);
             }
-            Verdict::Join(join) => {
+            Verdict::Join(mut join) => {
+                if !self.door.guard.seat_user(&join.user) {
+                    return self.refuse(slot, Full::User.answer(), Full::User.reason());
+                }
+                connection.user = std::mem::take(&mut join.user);
                 connection.state = State::Joining(join);
                 self.join(slot, Asked::Nothing);
             }

@@ -33,6 +33,15 @@ impl Raw {
         Raw { to, socket: BufReader::new(socket) }
     }
 
+    /// Connects from another address of this machine than 127.0.0.1.
+    pub async fn connect_from(source: [u8; 4], to: SocketAddr) -> Raw {
+        let socket = TcpSocket::new_v4().expect("a socket");
+        socket.bind((source, 0).into()).expect("all of 127.0.0.0/8 is this machine's");
+        let socket = within("a connection", socket.connect(to)).await.expect("the listener accepts");
+        socket.set_nodelay(true).expect("a TCP socket");
+        Raw { to, socket: BufReader::new(socket) }
+    }
+
     /// Connects with receive buffers so small that the server soon feels that nobody reads.
     pub async fn connect_with_small_buffers(to: SocketAddr) -> Raw {
         let socket = TcpSocket::new_v4().expect("a socket");
@@ -72,6 +81,11 @@ impl Raw {
         within("bytes to go out", self.socket.get_mut().write_all(bytes))
             .await
             .expect("the connection is open");
+    }
+
+    /// Closes the sending half.
+    pub async fn end_sending(&mut self) {
+        self.socket.get_mut().shutdown().await.expect("the connection is open");
     }
 
     /// Sends bytes, unless the peer takes none for half a second; then false.

@@ -1,0 +1,285 @@
+//! How many connections: of the whole node, of one address, of one user. Shards share the counts; they are touched
+//! when a connection comes, is named and ends, never on the way out.
+//!
+//! Whoever is over a cap still waits for a moment on the doorstep, so that its request gets a real answer. The
+//! doorstep is small: when it is full too, the accept loop answers at once.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::hash::{BuildHasher, Hash, RandomState};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+use std::sync::{LazyLock, Mutex};
+
+use bytes::Bytes;
+use ipnet::IpNet;
+
+use crate::close::Reason;
+use crate::config::{self, Cap, Settings};
+use crate::http::Response;
+
+/// Most connections of one address, unless said otherwise: a large office behind one address has fewer, and a
+/// program that opens more is one to talk about. Loopback is free, since a proxy on the same machine may not be named.
+pub const PER_ADDRESS: u32 = 1024;
+
+/// Most connections of one user, unless said otherwise, and only where tokens say who that is: without them a
+/// stranger could lock out anyone whose name it takes.
+pub const PER_USER: u32 = 100;
+
+/// Seconds after which one who found no place may come again.
+const RETRY_AFTER: &str = "5";
+
+/// Whose connection it is, as it is counted: an IPv4 address, or the /64 of an IPv6 one, which is the least that
+/// one customer is given (RFC 6177), so that nobody gets a new count by the next of its own addresses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Address {
+    /// IPv4, also when it came mapped into IPv6.
+    V4([u8; 4]),
+    /// The first half of an IPv6 address.
+    V6([u8; 8]),
+}
+
+impl Address {
+    fn is_loopback(self) -> bool {
+        match self {
+            Address::V4([first, ..]) => first == 127,
+            Address::V6(half) => half == [0; 8], // of ::1; nobody else has it
+        }
+    }
+}
+
+impl From<IpAddr> for Address {
+    fn from(ip: IpAddr) -> Address {
+        match ip.to_canonical() {
+            IpAddr::V4(ip) => Address::V4(ip.octets()),
+            IpAddr::V6(ip) => {
+                let [half, _] = [0, 8].map(|at| ip.octets()[at..at + 8].try_into().expect("8 of 16 bytes"));
+                Address::V6(half)
+            }
+        }
+    }
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match *self {
+            Address::V4(octets) => Ipv4Addr::from(octets).fmt(f),
+            Address::V6(half) if half == [0; 8] => Ipv6Addr::LOCALHOST.fmt(f),
+            Address::V6(half) => {
+                write!(f, "{}/64", Ipv6Addr::from_bits(u128::from(u64::from_be_bytes(half)) << 64))
+            }
+        }
+    }
+}
+
+/// What is full.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Full {
+    /// The node: `--max-connections`.
+    Node,
+    /// The client's address: `--max-per-address`.
+    Address,
+    /// The user: `--max-per-user`.
+    User,
+}
+
+impl Full {
+    /// Why the connection ends.
+    pub fn reason(self) -> Reason {
+        match self {
+            Full::Node => Reason::NodeFull,
+            Full::Address => Reason::AddressFull,
+            Full::User => Reason::UserFull,
+        }
+    }
+
+    /// The HTTP answer; made once, since it may be needed often.
+    pub fn answer(self) -> Bytes {
+        static ANSWERS: LazyLock<[Bytes; 3]> = LazyLock::new(|| {
+            [
+                (503, "this node has all the connections it may have: try another, or later"),
+                (429, "too many connections from this address: close some, or try later"),
+                (429, "too many connections of this user: close some, or try later"),
+            ]
+            .map(|(status, text)| {
+                Response::line(status, text).with("Retry-After", RETRY_AFTER).to_closing_bytes()
+            })
+        });
+        ANSWERS[self as usize].clone()
+    }
+}
+
+/// What a connection holds of the counts, from accept to the end of its socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// A seat: it comes from a trusted proxy, which has not named a client, and is counted for nobody.
+    Proxy,
+    /// A seat, counted for this address.
+    Client(Address),
+    /// No seat, for this reason: it waits on the doorstep until its request can be answered.
+    Doorstep {
+        /// What is full.
+        full: Full,
+        /// It comes from a trusted proxy.
+        proxy: bool,
+    },
+}
+
+impl Place {
+    /// Whether its peer is a trusted proxy, who may name the client.
+    pub fn is_proxy(self) -> bool {
+        matches!(self, Place::Proxy | Place::Doorstep { proxy: true, .. })
+    }
+
+    /// Why it has no seat.
+    pub fn full(self) -> Option<Full> {
+        match self {
+            Place::Doorstep { full, .. } => Some(full),
+            Place::Proxy | Place::Client(_) => None,
+        }
+    }
+}
+
+/// The counts and their caps.
+#[derive(Debug)]
+pub struct Guard {
+    trusted: Box<[IpNet]>,
+    max_seats: u32,
+    max_doorstep: u32,
+    per_address: Cap,
+    /// `None`: users are not counted.
+    per_user: Option<u32>,
+    seats: AtomicU32,
+    doorstep: AtomicU32,
+    addresses: Mutex<HashMap<Address, u32>>,
+    /// By hash: two users in 2^64 would share a cap, and a name is too long to keep twice.
+    users: Mutex<HashMap<u64, u32>>,
+    hasher: RandomState,
+}
+
+impl Guard {
+    /// Nobody is there yet.
+    pub fn new(settings: &Settings) -> Guard {
+        Guard {
+            trusted: settings.trusted_proxy.clone().into(),
+            max_seats: settings.most_connections(),
+            max_doorstep: config::doorstep(settings.most_connections()),
+            per_address: settings.max_per_address,
+            per_user: match settings.max_per_user {
+                Cap::Auto => (!settings.jwt_key.is_empty()).then_some(PER_USER),
+                Cap::Off => None,
+                Cap::Most(most) => Some(most.get()),
+            },
+            seats: AtomicU32::new(0),
+            doorstep: AtomicU32::new(0),
+            addresses: Mutex::default(),
+            users: Mutex::default(),
+            hasher: RandomState::new(),
+        }
+    }
+
+    /// Whether this is a proxy that may name its clients.
+    pub fn trusts(&self, ip: IpAddr) -> bool {
+        let ip = ip.to_canonical();
+        self.trusted.iter().any(|net| net.contains(&ip))
+    }
+
+    /// A connection has come. Only the accept loop calls this. To be given back with [`Guard::leave`].
+    ///
+    /// # Errors
+    /// What is full, when there is no room on the doorstep either.
+    pub fn arrive(&self, peer: IpAddr) -> Result<Place, Full> {
+        let proxy = self.trusts(peer);
+        let address = Address::from(peer);
+        let full = if self.seats.load(Relaxed) >= self.max_seats {
+            Full::Node
+        } else if proxy || self.count(address) {
+            self.seats.fetch_add(1, Relaxed);
+            return Ok(if proxy { Place::Proxy } else { Place::Client(address) });
+        } else {
+            Full::Address
+        };
+        if self.doorstep.load(Relaxed) >= self.max_doorstep {
+            return Err(full);
+        }
+        self.doorstep.fetch_add(1, Relaxed);
+        Ok(Place::Doorstep { full, proxy })
+    }
+
+    /// A trusted proxy names the client of its connection. Whoever has no seat keeps its reason.
+    ///
+    /// # Errors
+    /// The client's address is full, and so is the doorstep: it is to be answered at once.
+    pub fn name(&self, place: &mut Place, client: IpAddr) -> Result<(), Full> {
+        debug_assert!(place.is_proxy(), "{place:?} names nobody");
+        let proxy = self.trusts(client); // its own address is never counted
+        match place {
+            Place::Doorstep { proxy: before, .. } => *before = proxy,
+            _ if proxy => {}
+            _ if self.count(client.into()) => *place = Place::Client(client.into()),
+            _ => {
+                self.seats.fetch_sub(1, Relaxed);
+                *place = Place::Doorstep { full: Full::Address, proxy };
+                if self.doorstep.fetch_add(1, Relaxed) >= self.max_doorstep {
+                    return Err(Full::Address);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// A connection's socket has ended. `user` is empty unless [`Guard::seat_user`] took it.
+    pub fn leave(&self, place: Place, user: &str) {
+        match place {
+            Place::Doorstep { .. } => {
+                self.doorstep.fetch_sub(1, Relaxed);
+            }
+            Place::Proxy => {
+                self.seats.fetch_sub(1, Relaxed);
+            }
+            Place::Client(address) => {
+                self.seats.fetch_sub(1, Relaxed);
+                discount(&self.addresses, &address);
+            }
+        }
+        if self.per_user.is_some() && !user.is_empty() {
+            discount(&self.users, &self.hasher.hash_one(user));
+        }
+    }
+
+    /// Counts one more connection of this user; false when that would be too many.
+    pub fn seat_user(&self, user: &str) -> bool {
+        self.per_user.is_none_or(|most| add(&self.users, self.hasher.hash_one(user), most))
+    }
+
+    /// Counts one more connection of this address; false when that would be too many.
+    fn count(&self, address: Address) -> bool {
+        let most = match self.per_address {
+            Cap::Auto if address.is_loopback() => u32::MAX,
+            Cap::Auto => PER_ADDRESS,
+            Cap::Off => u32::MAX,
+            Cap::Most(most) => most.get(),
+        };
+        add(&self.addresses, address, most)
+    }
+}
+
+fn add<K: Hash + Eq>(counts: &Mutex<HashMap<K, u32>>, key: K, most: u32) -> bool {
+    let mut counts = counts.lock().expect("nothing panics while holding it");
+    let count = counts.entry(key).or_insert(0);
+    let room = *count < most;
+    *count += u32::from(room);
+    room
+}
+
+fn discount<K: Hash + Eq>(counts: &Mutex<HashMap<K, u32>>, key: &K) {
+    let mut counts = counts.lock().expect("nothing panics while holding it");
+    let count = counts.get_mut(key).expect("whoever leaves was counted");
+    *count -= 1;
+    if *count == 0 {
+        counts.remove(key);
+    }
+}
+
+#[cfg(test)]
+mod tests;
