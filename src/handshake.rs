@@ -162,6 +162,11 @@ pub fn too_early() -> Bytes {
     Response::from(Refusal::new(400, TOO_EARLY)).to_closing_bytes()
 }
 
+/// The answer to a request that was broken off.
+pub fn incomplete() -> Bytes {
+    Response::from(Refusal::new(400, "the request ended before it was complete")).to_closing_bytes()
+}
+
 /// The answer to a request that does not end.
 pub fn too_slow() -> Bytes {
     Response::from(Refusal::new(408, "the request was not complete in time")).to_closing_bytes()
@@ -198,7 +203,8 @@ fn upgrade(head: &Head<'_>, user: &str, more: bool, door: &Door) -> Result<Join,
         let refusal = Refusal::new(426, "this is a WebSocket: upgrade with version 13");
         return Err(refusal.with("Upgrade", "websocket").with("Sec-WebSocket-Version", "13").into());
     }
-    if head.body_length()? != BodyLength::Empty || more {
+    let has_body = head.count("transfer-encoding") > 0 || head.body_length()? != BodyLength::Empty;
+    if has_body || more {
         return refuse(400, TOO_EARLY);
     }
     let key = head.header("sec-websocket-key").filter(|key| is_key(key));

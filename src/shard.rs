@@ -336,7 +336,7 @@ impl Shard {
         let feed = self.leave(slot);
         let id = self.id_of(slot);
         let connection = &mut self.connections[slot as usize];
-        if matches!(connection.state, State::Closing) {
+        if matches!(connection.state, State::Closing { .. }) {
             return;
         }
         self.metrics.shards[self.id].ends[reason as usize].add(1);
@@ -359,7 +359,9 @@ impl Shard {
         let feed = feed.and_then(|key| self.channels.get(key as usize)?.feed.as_ref());
         // Whoever had no seat is not waited for: its request has been read, so nothing can cut its answer short.
         let turned_away = connection.place.full().is_some_and(|full| full.reason() == reason);
-        if connection.finish(feed, &mut self.tally) && (connection.blocked || !turned_away) {
+        // Nor is whoever was silent for so long; the kernel goes on with what it has been given.
+        let silent = reason == Reason::HeartbeatTimeout;
+        if connection.finish(feed, &mut self.tally) && !silent && (connection.blocked || !turned_away) {
             if connection.blocked {
                 self.watch_room(slot);
             }

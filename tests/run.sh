@@ -63,4 +63,11 @@ say "Testing"
 cargo test "$@" &
 tests=$!
 wait "$tests"
+
+if (($# == 0)); then # those named by arguments are cargo's
+    say "Testing the WebSocket with Autobahn"
+    tests/autobahn.sh &
+    tests=$!
+    wait "$tests"
+fi
 say "All tests passed"

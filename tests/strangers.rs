@@ -1,273 +1,409 @@
-//! Strangers behind a real nginx: a thousand bad handshakes of every kind take no node out and disturb no client.
+//! What strangers can send to the public port, and what they get. Each row of the table is shown by the tests named
+//! beside it; those that are nowhere else are below, in the same order.
+//!
+//! | input | answer | tests |
+//! |---|---|---|
+//! | silence, or a byte at a time, before the request is complete | 408 at 5 s in all | `silence_and_dripping_are_answered_408_after_five_seconds` |
+//! | request line over 8 KiB; headers over 16 KiB or 64 | 414; 431 | `heads_that_are_too_long_get_their_answer` |
+//! | POST, HEAD, PUT on `/ws` | 405 with `Allow` | `other_methods_get_405_though_their_body_is_still_coming` |
+//! | GET without Upgrade; version not 13 | 426 with `Sec-WebSocket-Version: 13` | `what_is_no_upgrade_to_version_13_gets_426` |
+//! | bad or doubled key, missing or doubled Host, bare LF, Transfer-Encoding, a body, bytes before the 101 | 400 | `upgrades_that_are_not_quite_right_get_400` |
+//! | TLS hello, HTTP/2 preface, garbage; a request that ends half-way | 400 | `other_protocols_get_400` |
+//! | unmasked frame, RSV bit, unknown opcode, control frame over 125 or fragmented, bad continuation, bad close code | 1002 | `frames_against_the_protocol_close_with_1002`, `frames::broken_frames_close_with_1002` |
+//! | invalid UTF-8 in text, also across fragments, or in a close reason | 1007 | `a_close_reason_that_is_not_utf8_closes_with_1007`, `frames::text_that_is_not_utf8_closes_with_1007` |
+//! | binary frame | 1003 | `frames::what_is_not_text_closes_with_1003` |
+//! | message or declared length over the limit, up to 2^63 | 1009, nothing allocated | `declared_lengths_cost_no_memory`, `frames::what_is_too_long_closes_with_1009` |
+//! | endless empty or tiny fragments; a frame begun and not ended in 10 s | 1008 | `endless_fragments_close_with_1008`, `frames::a_message_that_is_begun_and_not_ended_closes_with_1008` |
+//! | ping flood, message flood | `error` frame, then 4029 | `rates::a_message_flood_gets_error_frames_with_their_ref_and_then_4029`, `rates::a_flood_of_pings_or_pongs_is_one_too`, `rates::a_flooder_that_never_reads_costs_no_memory` |
+//! | peer that never reads | nothing but its cursor; ended by heartbeat timeout | `slow::a_reader_that_never_reads_again_is_ended_and_frees_its_place`, `slow::stalled_readers_cost_no_memory_and_miss_nothing_on_redis` |
+//! | half-open peer | gone within heartbeat and timeout | `a_half_open_peer_is_gone_within_heartbeat_and_timeout` |
+//! | foreign or `null` Origin | 403 | `access::pages_of_foreign_sites_are_refused` |
+//! | missing, bad, expired token | 401 | `tokens::without_a_good_token_nobody_comes_in_and_no_token_is_shown` |
+//! | user id or channel with control characters, too long, not UTF-8 | 400; log lines stay one line | `bad_names_get_400_and_break_no_log_line` |
+//! | per-address connection flood, per-user and per-node caps | 429 / 503 with `Retry-After` | `guard::one_address_can_not_take_the_places_of_others`, `guard::a_user_has_so_many_connections_and_others_have_theirs`, `guard::a_full_node_says_503_and_serves_on`, `guard::a_flood_past_the_caps_is_answered_at_once_and_disturbs_nobody` |
+//! | a PROXY header, or `X-Forwarded-For`, from others than trusted proxies | 400 | `guard::who_is_no_trusted_proxy_is_told_to_be_named` |
+//! | any of these through nginx | nginx takes no node out | `behind_nginx::a_thousand_bad_handshakes_are_answered_and_take_no_node_out` |
+//! | out of file descriptors | 503, one log line and a metric; the accept loop goes on | `limits::a_node_without_free_descriptors_serves_on_and_recovers` |
+//! | `lastEventId` negative, huge, text, future | `recovered:false`, at most one shared read | `strange_ids_cost_one_shared_read_at_most`, `protocol::what_is_no_known_id_is_not_recovered` |
+//! | `channel` that names another program's Redis channel | an ordinary channel of that name | `a_channel_named_like_redis_own_is_an_ordinary_one` |
+//! | endless new channels | 503 past `--max-channels` | `limits::no_more_channels_than_allowed_are_followed`, `tokens::a_token_is_good_for_its_channels_and_publishes_where_it_may` |
 
 mod common;
 
-use std::cell::Cell;
-use std::net::SocketAddr;
-use std::process::Command;
+use std::time::{Duration, Instant};
 
-use common::process::Directory;
-use common::{Client, Nginx, Node, Options, Raw, Redis};
-use futures_util::future::join_all;
-use futures_util::stream::{self, StreamExt};
+use common::raw::{frame_bytes, opcode::*};
+use common::{Client, Node, Raw, Redis, Response, http, until, within};
 use serde_json::json;
+use tokio::io::{AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::TcpStream;
 
-const SECRET: &str = "a secret that is long enough for HS256";
-const BAD: usize = 1000;
-/// Who has all the connections that one address may have.
-const CROWDED: [u8; 4] = [127, 0, 0, 3];
+const KEY: &str = "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n";
+const UPGRADE: &str = "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n";
 
-fn token(key: &str, user: &str) -> String {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_fanfare"));
-    let output = command.args(["token", "--jwt-key", key, "--user", user]).output();
-    String::from_utf8(output.expect("the binary can be run").stdout).expect("text").trim_end().to_owned()
+/// What the node answers to these bytes. The answer must arrive whole, and the connection end in order after it: a reset
+/// would take the answer from whoever has not read it yet.
+async fn answer(node: &Node, bytes: &[u8]) -> Response {
+    let socket = TcpStream::connect(node.public).await.expect("it listens");
+    let (read, mut write) = socket.into_split();
+    let bytes = bytes.to_vec();
+    let writer = tokio::spawn(async move {
+        let _ = write.write_all(&bytes).await; // the answer may come before all is sent
+        write // open until the answer is read
+    });
+    let mut read = BufReader::new(read);
+    let response = within("an answer", http::read_response(&mut read, false)).await;
+    let response = response.unwrap_or_else(|error| panic!("{error}"));
+    let mut rest = Vec::new();
+    within("the end", read.read_to_end(&mut rest)).await.expect("an end in order");
+    assert!(rest.is_empty(), "more came: {}", String::from_utf8_lossy(&rest));
+    drop(writer.await);
+    response
 }
 
-/// A bad handshake: where from, what is sent, and the statuses that may answer it, from the node or from nginx itself.
-/// None: the client does not wait for one.
-struct Bad {
-    from: [u8; 4],
-    bytes: Vec<u8>,
-    statuses: &'static [u16],
+async fn expect(node: &Node, bytes: impl AsRef<[u8]>, status: u16) -> Response {
+    let bytes = bytes.as_ref();
+    let response = answer(node, bytes).await;
+    let shown = String::from_utf8_lossy(&bytes[..bytes.len().min(200)]);
+    assert_eq!(response.status, status, "{shown}: {response:?}");
+    response.expect_refusal(status);
+    response
 }
 
-fn upgrade(target: &str, headers: &str) -> String {
-    format!(
-        "GET {target} HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
-         Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n{headers}\r\n"
-    )
-}
-
-/// One of every kind that is not a 503.
-fn kinds(key: &str) -> Vec<Bad> {
-    let target = format!("/ws/alice?token={}", token(key, "alice"));
-    let greedy = format!("/ws/greedy?token={}", token(key, "greedy"));
-    let good = upgrade(&target, "");
-    let long = "x".repeat(9000);
-    let part = "x".repeat(7000);
-    let many: String = (0..70).map(|n| format!("X-{n}: 1\r\n")).collect();
-    let kind = |bytes: String, statuses| Bad { from: [127, 0, 0, 1], bytes: bytes.into(), statuses };
-    let with = |headers: &str, statuses| kind(upgrade(&target, headers), statuses);
-    vec![
-        // Methods and versions.
-        kind(good.replace("GET", "POST"), &[405]),
-        kind(good.replace("GET", "HEAD"), &[405]),
-        kind(good.replace("GET", "PUT"), &[405]),
-        kind(
-            format!(
-                "POST {target} HTTP/1.1\r\nHost: a\r\nContent-Length: 100000\r\n\r\n{}",
-                "x".repeat(100_000)
-            ),
-            &[405],
-        ),
-        kind(good.replace("Upgrade: websocket\r\n", ""), &[426]),
-        kind(good.replace("Version: 13", "Version: 8"), &[426]),
-        kind(good.replace("Sec-WebSocket-Version: 13\r\n", ""), &[426]),
-        // Keys, hosts, bodies, lines.
-        kind(good.replace("dGhl", "dG="), &[400]),
-        kind(good.replace("Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n", ""), &[400]),
-        with("Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n", &[400]),
-        kind(good.replace("Host: a\r\n", ""), &[400]),
-        with("Host: a\r\n", &[400]),
-        with("Content-Length: 5\r\n", &[400]).followed_by("hello"),
-        with("Transfer-Encoding: chunked\r\n", &[400]).followed_by("5\r\nhello\r\n0\r\n\r\n"),
-        with("Transfer-Encoding: gzip\r\n", &[400, 501]),
-        kind(upgrade("/ws/alice", "").replace("\r\n", "\n"), &[401]), // nginx takes bare LF and sends CRLF
-        // Too long, too many.
-        kind(upgrade(&format!("{target}&x={long}"), ""), &[414]),
-        with(&format!("X-1: {part}\r\nX-2: {part}\r\nX-3: {part}\r\n"), &[431]),
-        with(&format!("X-1: {long}\r\n"), &[400]),
-        with(&many, &[431]),
-        // Who it is.
-        with("Origin: https://example.com\r\n", &[403]),
-        with("Origin: null\r\n", &[403]),
-        kind(upgrade("/ws/alice", ""), &[401]),
-        kind(upgrade("/ws/alice?token=a.b.c", ""), &[401]),
-        kind(upgrade(&target.replace("/ws/alice", "/ws/bob"), ""), &[401]),
-        with("X-Forwarded-For: unknown\r\n", &[400]),
-        // Where to.
-        kind(upgrade("/ws/%0A", ""), &[400]),
-        kind(upgrade("/ws/%00", ""), &[400]),
-        kind(upgrade("/ws/%FF", ""), &[400]),
-        kind(upgrade(&format!("/ws/{}", "u".repeat(129)), ""), &[400]),
-        kind(upgrade(&format!("{target}&channel=a%20b"), ""), &[400]),
-        kind(upgrade(&format!("{target}&channel="), ""), &[400]),
-        kind(upgrade("/nowhere", ""), &[404]),
-        // Too many connections.
-        kind(upgrade(&greedy, ""), &[429]),
-        Bad { from: CROWDED, ..with("", &[429]) },
-        // What is no HTTP/1.1.
-        kind("\x16\x03\x01\x02\0\x01\0\x01\u{fc}\x03\x03\r\n\r\n".into(), &[400]),
-        kind("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".into(), &[400, 405, 505]),
-        kind("PROXY TCP4 192.0.2.1 127.0.0.1 1 2\r\n".to_owned() + &good, &[400]),
-        kind("nonsense\r\n\r\n".into(), &[400]),
-        // Gone before the end, or before the answer.
-        kind(good[..good.len() - 10].into(), &[]),
-        kind(upgrade("/ws/alice", ""), &[]),
-        kind(good.clone(), &[]),
-    ]
-}
-
-impl Bad {
-    fn followed_by(mut self, body: &str) -> Bad {
-        self.bytes.extend_from_slice(body.as_bytes());
-        self
-    }
-
-    async fn happens(&self, at: SocketAddr) {
-        let mut raw = Raw::connect_from(self.from, at).await;
-        raw.write_some(&self.bytes).await; // nginx may have answered before it has read all
-        if !self.statuses.is_empty() {
-            let status = raw.status().await;
-            let begin = String::from_utf8_lossy(&self.bytes[..self.bytes.len().min(300)]);
-            assert!(self.statuses.contains(&status), "{status} instead of {:?} to {begin}", self.statuses);
-        }
-    }
-}
-
-/// Two nodes, nginx in front of them, and valid clients of both.
-struct Scene {
-    key: String,
-    nodes: [Node; 2],
-    nginx: Nginx,
-    clients: Vec<Client>,
-    /// Connections that fill a user's and an address's places, and channels.
-    _held: Vec<Raw>,
-    _redis: Redis,
-    _directory: Directory,
-}
-
-impl Scene {
-    async fn set(start_nginx: impl AsyncFnOnce(&[SocketAddr]) -> Nginx) -> Scene {
-        let directory = Directory::new();
-        let file = directory.path().join("key");
-        std::fs::write(&file, SECRET).expect("a file");
-        let key = file.to_str().expect("UTF-8").to_owned();
-        let redis = Redis::start(&[]).await;
-        let flags = [
-            "--jwt-key",
-            &key,
-            "--trusted-proxy",
-            "127.0.0.1",
-            "--max-per-user",
-            "2",
-            "--max-per-address",
-            "2",
-            "--max-channels",
-            "2",
-        ];
-        let (a, b) = tokio::join!(Node::on(&redis, &flags), Node::on(&redis, &flags));
-        let nginx = start_nginx(&[a.public, b.public]).await;
-        let mut held = Vec::new();
-        for (from, user) in [(CROWDED, "a"), (CROWDED, "b"), ([127, 0, 0, 1], "greedy")] {
-            // In the default channel, which with the clients' is all that the nodes may follow. nginx may go to the
-            // fuller node, and be refused there.
-            while held.len() < if user == "greedy" { 8 } else { 4 } {
-                let mut raw = Raw::connect_from(from, nginx.addr).await;
-                if raw.upgrade(&format!("/ws/{user}?token={}", token(&key, user)), &[]).await.status != 101 {
-                    break;
-                }
-                held.push(raw);
-            }
-        }
-        assert_eq!(held.len(), 8, "both nodes are full for them");
-        let mut clients = Vec::new();
-        for number in 0..6 {
-            clients.push(client(&nginx, &key, &format!("user{number}")).await);
-        }
-        Scene { key, nodes: [a, b], nginx, clients, _held: held, _redis: redis, _directory: directory }
-    }
-
-    /// Bad handshakes, twenty at a time, while clients publish and get every event.
-    async fn plays(&mut self, kinds: &[Bad]) {
-        let at = self.nginx.addr;
-        let over = Cell::new(false);
-        let bad = async {
-            let all = stream::iter((0..BAD).map(|number| kinds[number % kinds.len()].happens(at)));
-            all.buffer_unordered(20).collect::<Vec<()>>().await;
-            over.set(true);
-        };
-        let events = async {
-            let mut events = 0;
-            while !over.get() {
-                // Each client in its turn publishes through nginx, and all get it.
-                let sender = events % self.clients.len();
-                let (answer, before) = self.clients[sender].send_for_ack(json!({ "data": events })).await;
-                let id = answer.expect("it is published");
-                let expected = json!({ "sender": format!("user{sender}"), "data": events });
-                for (number, client) in self.clients.iter_mut().enumerate() {
-                    if number == sender && !before.is_empty() {
-                        assert_eq!((before.len(), &before[0]["data"]), (1, &expected["data"]));
-                    } else {
-                        client.expect_event(id, &expected).await;
-                    }
-                }
-                events += 1;
-            }
-            events
-        };
-        let ((), events) = tokio::join!(bad, events);
-        assert!(events > 20, "only {events} events came meanwhile");
-    }
-
-    /// No node was taken out: new clients reach both, and nginx has nothing to say about its upstreams.
-    async fn stands(&self) {
-        let joins = async || join_all(self.nodes.iter().map(|node| node.metric("fanfare_joins_total"))).await;
-        let before = joins().await;
-        let mut new = Vec::new();
-        for number in 0..4 {
-            new.push(client(&self.nginx, &self.key, &format!("new{number}")).await);
-        }
-        let after = joins().await;
-        assert!(before[0] < after[0] && before[1] < after[1], "{before:?}, then {after:?}");
-        let about: Vec<_> =
-            self.nginx.errors().into_iter().filter(|line| line.contains("upstream")).collect();
-        assert!(about.is_empty(), "{about:#?}");
-        // Whom nginx asked has answered, unless the client had gone (499).
-        let silent = |line: &&String| {
-            let mut words = line.split(' ').filter(|word| !word.is_empty());
-            let status = words.next().unwrap_or_default();
-            matches!(status, "502" | "504") || (status != "499" && line.contains(':') && line.ends_with('-'))
-        };
-        let requests = self.nginx.requests();
-        let silent: Vec<_> = requests.iter().filter(silent).collect();
-        assert!(silent.is_empty(), "{silent:#?}");
-    }
-}
-
-async fn client(nginx: &Nginx, key: &str, user: &str) -> Client {
-    let options = Options {
-        query: format!("channel=room&token={}", token(key, user)),
-        subprotocol: Some(common::client::JSON_MODE),
-        ..Options::default()
-    };
-    let mut client = Client::try_open(nginx.addr, user, &options).await.expect("a way in");
-    client.welcome().await;
-    client
-}
-
-/// With nginx's own rule, by which one silent close takes a node out for 10 seconds.
 #[tokio::test]
-async fn a_thousand_bad_handshakes_are_answered_and_take_no_node_out() {
-    let mut scene = Scene::set(Nginx::unforgiving_before).await;
-    let kinds = kinds(&scene.key);
-    scene.plays(&kinds).await;
-    scene.stands().await;
+async fn silence_and_dripping_are_answered_408_after_five_seconds() {
+    let node = Node::start(&[]).await;
+    let begun = Instant::now();
+    let silent = expect(&node, b"", 408);
+    let dripping = async {
+        let mut raw = Raw::connect(node.public).await;
+        let request = format!("GET /ws/a HTTP/1.1\r\nHost: a\r\nCookie: {}\r\n", "x".repeat(1000));
+        for byte in request.as_bytes() {
+            if begun.elapsed() > Duration::from_secs(8) || !raw.write_some(&[*byte]).await {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        raw.response().await.expect_refusal(408);
+    };
+    let told = async {
+        silent.await;
+        begun.elapsed()
+    };
+    let (told, ()) = tokio::join!(told, dripping);
+    assert!((5.0..7.0).contains(&told.as_secs_f64()), "{told:?}");
+    assert_eq!(node.metric_of("fanfare_ends_total", r#"reason="request_timeout""#).await, 2.0);
 }
 
-/// As README sets it up: also refusals with 503, which nginx tries on the other node, take no node out.
 #[tokio::test]
-async fn refusals_with_503_go_to_the_other_node_and_take_none_out() {
-    let mut scene = Scene::set(Nginx::before).await;
-    let key = scene.key.clone();
-    let full = |number: usize| {
-        let user = format!("full{number}"); // one each, since those who wait for the answer count too
-        let target = format!("/ws/{user}?token={}&channel=new{number}", token(&key, &user));
-        Bad { from: [127, 0, 0, 1], bytes: upgrade(&target, "").into(), statuses: &[503] }
+async fn heads_that_are_too_long_get_their_answer() {
+    let node = Node::start(&[]).await;
+    let head = |line: &str, headers: &str| format!("GET {line} HTTP/1.1\r\nHost: a\r\n{headers}\r\n");
+    for length in [9 << 10, 20 << 10, 4 << 20] {
+        let long = "x".repeat(length);
+        expect(&node, head(&format!("/ws/{long}"), ""), 414).await;
+        expect(&node, long, 414).await;
+    }
+    for length in [17 << 10, 20 << 10, 4 << 20] {
+        let long = "x".repeat(length);
+        expect(&node, head("/ws/a", &format!("Cookie: {long}\r\n")), 431).await;
+    }
+    expect(&node, head("/ws/a", &"A: b\r\n".repeat(64)), 431).await;
+    // The limits themselves are allowed.
+    let cookie = format!("{UPGRADE}{KEY}Cookie: {}\r\n", "x".repeat(16_000));
+    let mut raw = Raw::connect(node.public).await;
+    raw.write(head("/ws/a", &cookie).as_bytes()).await;
+    assert_eq!(raw.response().await.status, 101);
+}
+
+#[tokio::test]
+async fn other_methods_get_405_though_their_body_is_still_coming() {
+    let node = Node::start(&[]).await;
+    for method in ["POST", "PUT", "DELETE", "PATCH", "OPTIONS"] {
+        for body in [0, 10, 100_000, 4 << 20] {
+            let head = format!("{method} /ws/a HTTP/1.1\r\nHost: a\r\nContent-Length: {body}\r\n\r\n");
+            let response = expect(&node, [head.as_bytes(), &vec![b'x'; body]].concat(), 405).await;
+            assert_eq!(response.header("allow"), Some("GET"));
+        }
+    }
+    let mut raw = Raw::connect(node.public).await;
+    raw.write(b"HEAD /ws/a HTTP/1.1\r\nHost: a\r\n\r\n").await;
+    let rest = String::from_utf8(raw.rest().await).expect("text");
+    assert!(rest.starts_with("HTTP/1.1 405 ") && rest.contains("\r\nAllow: GET\r\n"), "{rest}");
+    assert!(rest.ends_with("\r\n\r\n"), "an answer to HEAD has no body: {rest}");
+}
+
+#[tokio::test]
+async fn what_is_no_upgrade_to_version_13_gets_426() {
+    let node = Node::start(&[]).await;
+    for headers in [
+        String::new(),
+        KEY.into(),
+        format!("Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\n{KEY}"),
+        format!("Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\n{KEY}"),
+        format!("Connection: Upgrade\r\nUpgrade: h2c\r\nSec-WebSocket-Version: 13\r\n{KEY}"),
+        format!("Connection: Upgrade\r\nUpgrade: websocket\r\n{KEY}"),
+        format!("{UPGRADE}{KEY}").replace("13", "8"),
+        format!("{UPGRADE}{KEY}").replace("13", "130"),
+    ] {
+        let response = expect(&node, format!("GET /ws/a HTTP/1.1\r\nHost: a\r\n{headers}\r\n"), 426).await;
+        assert_eq!(response.header("sec-websocket-version"), Some("13"), "{headers}");
+    }
+    let old = format!("GET /ws/a HTTP/1.0\r\nHost: a\r\n{UPGRADE}{KEY}\r\n");
+    expect(&node, old, 426).await;
+}
+
+#[tokio::test]
+async fn upgrades_that_are_not_quite_right_get_400() {
+    let node = Node::start(&[]).await;
+    let good = format!("GET /ws/a HTTP/1.1\r\nHost: a\r\n{UPGRADE}{KEY}\r\n");
+    let with = |header: &str| good.replace("\r\n\r\n", &format!("\r\n{header}\r\n\r\n"));
+    for (what, bytes) in [
+        ("no key", good.replace(KEY, "")),
+        ("a short key", good.replace("b25jZQ", "b25j")),
+        ("a key of other signs", good.replace("dGhl", "d*hl")),
+        ("a doubled key", with(KEY.trim_end())),
+        ("no Host", good.replace("Host: a\r\n", "")),
+        ("a doubled Host", with("Host: a")),
+        ("a Host that is none", good.replace("Host: a", "Host: a/b")),
+        ("bare LF", good.replace("\r\n", "\n")),
+        ("one bare LF", good.replacen("\r\n", "\n", 1)),
+        ("a bare CR", good.replace("Host: a", "Host: a\r")),
+        ("a folded header", with("X: a\r\n b")),
+        ("a space before the colon", with("X : a")),
+        ("NUL", with("X: \0")),
+        ("chunked", with("Transfer-Encoding: chunked")),
+        ("another coding", with("Transfer-Encoding: gzip")),
+        ("both lengths", with("Transfer-Encoding: chunked\r\nContent-Length: 4")),
+        ("a body", with("Content-Length: 4") + "body"),
+        ("a length that is none", with("Content-Length: -1")),
+        ("two lengths", with("Content-Length: 4\r\nContent-Length: 5")),
+        ("bytes before the 101", good.clone() + "\u{1}"),
+        ("another request before the 101", good.repeat(2)),
+    ] {
+        let response = answer(&node, bytes.as_bytes()).await;
+        assert_eq!(response.status, 400, "{what}: {response:?}");
+    }
+    assert_eq!(node.metric("fanfare_joins_total").await, 0.0);
+    let mut raw = Raw::connect(node.public).await;
+    raw.write(good.as_bytes()).await;
+    assert_eq!(raw.response().await.status, 101, "but for all that it is good");
+}
+
+#[tokio::test]
+async fn other_protocols_get_400() {
+    let node = Node::start(&[]).await;
+    let hello = [&[0x16, 3, 1, 2, 0, 1, 0, 1, 0xFC, 3, 3][..], &[7; 500]].concat();
+    assert!(expect(&node, hello, 400).await.body.contains("TLS"));
+    assert!(expect(&node, "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400).await.body.contains("HTTP/2"));
+    for garbage in [
+        &b"\0"[..],
+        b"\xFF\xFE\xFD\r\n\r\n",
+        b"\r\n\r\n\r\n",
+        b"HELO example.com\r\n\r\n",
+        b"GET\r\n\r\n",
+        b"GET /ws/a\r\n\r\n",
+        b"GET ws/a HTTP/1.1\r\nHost: a\r\n\r\n",
+        b"GET /ws/\xC3\xBC HTTP/1.1\r\nHost: a\r\n\r\n",
+        b"*1\r\n$4\r\nPING\r\n",
+        b"\x05\x01\0",
+    ] {
+        expect(&node, garbage, 400).await;
+    }
+    // What is ended half-way is no silent end either: a proxy would take that for a dead node.
+    let mut raw = Raw::connect(node.public).await;
+    raw.write(b"GET /ws/a HTTP/1.1\r\nHost:").await;
+    raw.end_sending().await;
+    raw.response().await.expect_refusal(400);
+    raw.expect_end().await;
+}
+
+async fn expect_close(node: &Node, what: &str, bytes: &[u8], code: u16) {
+    let mut raw = Raw::upgraded(node.public, "/ws/raw?channel=room").await;
+    raw.write(bytes).await;
+    assert_eq!(raw.expect_close().await, code, "{what}");
+}
+
+#[tokio::test]
+async fn frames_against_the_protocol_close_with_1002() {
+    let node = Node::start(&[]).await;
+    for opcode in [3, 4, 5, 6, 7, 11, 12, 13, 14, 15] {
+        expect_close(&node, &format!("opcode {opcode}"), &frame_bytes(true, opcode, true, b"a"), 1002).await;
+    }
+    for bit in [0x40, 0x20, 0x10] {
+        for opcode in [TEXT, PING, CLOSE] {
+            let mut frame = frame_bytes(true, opcode, true, b"");
+            frame[0] |= bit;
+            expect_close(&node, &format!("bit {bit:x} of {opcode}"), &frame, 1002).await;
+        }
+    }
+    for opcode in [PING, PONG, CLOSE] {
+        expect_close(&node, "not final", &frame_bytes(false, opcode, true, b""), 1002).await;
+        expect_close(&node, "too long", &frame_bytes(true, opcode, true, &[b'a'; 126]), 1002).await;
+    }
+    for code in [0u16, 1, 999, 1004, 1005, 1006, 1015, 1016, 2000, 2999, 5000, 65535] {
+        let close = frame_bytes(true, CLOSE, true, &code.to_be_bytes());
+        expect_close(&node, &format!("close code {code}"), &close, 1002).await;
+    }
+}
+
+#[tokio::test]
+async fn a_close_reason_that_is_not_utf8_closes_with_1007() {
+    let node = Node::start(&[]).await;
+    expect_close(&node, "reason", &frame_bytes(true, CLOSE, true, b"\x03\xE8\xFF"), 1007).await;
+}
+
+#[tokio::test]
+async fn declared_lengths_cost_no_memory() {
+    let node = Node::start(&["--shards", "1"]).await;
+    let mut held = Vec::new();
+    for _ in 0..200 {
+        held.push(Raw::upgraded(node.public, "/ws/a?channel=room").await);
+    }
+    let before = node.resident();
+    for (raw, length) in
+        held.iter_mut().zip([1 << 20, 1 << 32, 1 << 62, i64::MAX as u64, u64::MAX].repeat(40))
+    {
+        let head = [&[0x81, 0xFF][..], &length.to_be_bytes(), &[1, 2, 3, 4]].concat();
+        raw.write(&head).await;
+        assert_eq!(raw.expect_close().await, 1009, "{length}");
+    }
+    // Nor does what is allowed cost anything before it comes.
+    held.clear();
+    for _ in 0..200 {
+        let mut raw = Raw::upgraded(node.public, "/ws/a?channel=room").await;
+        // The pong tells that what came with the ping was read.
+        let begun = [&frame_bytes(true, PING, true, b"")[..], &[0x81, 0xFE, 0xFF, 0xFF, 1, 2, 3, 4, 5]];
+        raw.write(&begun.concat()).await;
+        assert_eq!(raw.next().await, Some((PONG, Vec::new())));
+        held.push(raw);
+    }
+    let grown = node.resident().saturating_sub(before);
+    assert!(grown < 4 << 20, "{grown} bytes for 200 begins of 64 KiB");
+}
+
+#[tokio::test]
+async fn endless_fragments_close_with_1008() {
+    let node = Node::start(&[]).await;
+    for payload in [&b""[..], b"a"] {
+        let mut raw = Raw::upgraded(node.public, "/ws/raw?channel=room").await;
+        raw.frame(false, TEXT, payload).await;
+        let more = frame_bytes(false, CONTINUATION, true, payload).repeat(1000);
+        let mut sent = 0;
+        while sent < 100_000 && raw.write_some(&more).await {
+            sent += 1000;
+        }
+        assert_eq!(raw.expect_close().await, 1008);
+    }
+}
+
+#[tokio::test]
+async fn a_half_open_peer_is_gone_within_heartbeat_and_timeout() {
+    let node = Node::start(&["--heartbeat", "2s", "--heartbeat-timeout", "1s"]).await;
+    // A peer whose machine has lost power: nothing comes from it any more, no end either.
+    let begun = Instant::now();
+    let dead = Raw::upgraded(node.public, "/ws/a").await;
+    until("its end", || async { (node.metric("fanfare_connections").await == 0.0).then_some(()) }).await;
+    let gone = begun.elapsed();
+    assert!((2.9..5.0).contains(&gone.as_secs_f64()), "{gone:?}");
+    assert_eq!(node.metric_of("fanfare_ends_total", r#"reason="heartbeat_timeout""#).await, 1.0);
+    drop(dead);
+}
+
+#[tokio::test]
+async fn bad_names_get_400_and_break_no_log_line() {
+    let node = Node::start(&["--log", "trace"]).await;
+    let long = "a".repeat(129);
+    for name in ["", "%0A", "%0D%0Aevil", "%00", "%1B[2J", "%7F", "%C2%85", "%FF", "%C3", "%zz", "a/b", &long]
+    {
+        let request = |target: &str| format!("GET {target} HTTP/1.1\r\nHost: a\r\n{UPGRADE}{KEY}\r\n");
+        expect(&node, request(&format!("/ws/{name}")), 400).await;
+        expect(&node, request(&format!("/ws/a?channel={name}")), 400).await;
+    }
+    // What is no control character may be strange all the same, and is shown where connections end.
+    for (name, shown) in [("%E2%80%A8evil", r"\u{2028}evil"), ("%E2%80%AEevil", r"\u{202e}evil")] {
+        let mut raw = Raw::upgraded(node.public, &format!("/ws/{name}")).await;
+        raw.frame(true, CLOSE, b"").await;
+        until("its end in the log", || async { node.log().contains(shown).then_some(()) }).await;
+    }
+    let log = node.log();
+    let lines: Vec<_> = log.lines().filter(|line| line.starts_with("! ")).collect();
+    for line in &lines {
+        assert!(line.starts_with("! 20") && !line.contains(['\u{1b}', '\u{2028}', '\0']), "{line:?}");
+    }
+    assert!(lines.iter().any(|line| line.contains("connection ends")), "{log}");
+}
+
+#[tokio::test]
+async fn strange_ids_cost_one_shared_read_at_most() {
+    let redis = Redis::start(&[]).await;
+    let node = Node::on(&redis, &["--shards", "1"]).await;
+    let _stays = Client::plain(&node, "stays", "room").await;
+    let head = *node.publish_numbers("room", 0..5).await.last().expect("five");
+    let reads = || async { redis.info("cmdstat_xrange").await };
+    let reads_before = reads().await;
+    for strange in ["-1", "abc", "%FF", "1.5", "99999999999999999999", "9007199254740992"] {
+        let (_, welcome) = Client::resume(&node, "a", "room", strange).await;
+        assert_eq!(welcome["recovered"], false, "{strange}");
+    }
+    assert_eq!(reads().await, reads_before, "what is no id is not looked for");
+    // Those who come together from the future share a look: the first may be alone in its own.
+    let calls = |stat: &str| {
+        let calls =
+            stat.split_once("calls=").and_then(|(_, rest)| rest.split(',').next()?.parse::<u64>().ok());
+        calls.unwrap_or(0)
     };
-    let kinds: Vec<_> = (0..20).map(full).chain(kinds(&key)).collect();
-    scene.plays(&kinds).await;
-    scene.stands().await;
-    let tried_twice = scene.nginx.requests().iter().filter(|line| line.contains("503, 503")).count();
-    assert!(tried_twice > 0, "{:?}", scene.nginx.requests());
+    let futures = (1..=50).map(|n| Client::resume(&node, "a", "room", head + n));
+    for (_, welcome) in futures_util::future::join_all(futures).await {
+        assert_eq!((&welcome["recovered"], &welcome["lastEventId"]), (&json!(false), &json!(head)));
+    }
+    let more = calls(&reads().await) - calls(&reads_before);
+    assert!((1..=25).contains(&more), "{more} reads for 50 clients");
+}
+
+#[tokio::test]
+async fn a_channel_named_like_redis_own_is_an_ordinary_one() {
+    let redis = Redis::start(&[]).await;
+    let node = Node::on(&redis, &[]).await;
+    for channel in ["__sentinel__:hello", "__keyspace@0__", "other-program:jobs"] {
+        let mut raw = Raw::connect(node.public).await;
+        let joined = raw.upgrade(&format!("/ws/a?channel={channel}"), &[]).await;
+        if channel.contains('@') {
+            joined.expect_refusal(400); // no channel has such a name
+            continue;
+        }
+        assert_eq!(joined.status, 101);
+        let mut program = redis.client().await;
+        let named = program.call(&["PUBSUB", "NUMSUB", channel]).await;
+        assert_eq!(named.list()[1].int(), 0, "the node listens to {channel}");
+        program.call(&["PUBLISH", channel, r#"{"secret":1}"#]).await;
+        let mut listener = redis.client().await;
+        listener.subscribe(channel).await;
+        raw.frame(true, TEXT, b"hi").await;
+        let text = raw.next_text().await;
+        assert!(text.starts_with(r#"{"sender":"a","text":"hi","id":"#), "{text}");
+        // Nothing of it has reached whoever really listens there.
+        program.call(&["PUBLISH", channel, "marker"]).await;
+        assert_eq!(listener.message().await, b"marker");
+        let exists = program.call(&["EXISTS", &format!("fanfare:{{{channel}}}:events"), channel]).await;
+        assert_eq!(exists.int(), 1, "only the key with the prefix");
+    }
+}
+
+#[test]
+fn every_test_of_the_table_exists() {
+    let source = include_str!("strangers.rs");
+    let rows = source.lines().filter_map(|line| line.strip_prefix("//! | ")).skip(1);
+    let mut tests = 0;
+    for row in rows {
+        let named = row.trim_end_matches(" |").rsplit(" | ").next().expect("a row has cells");
+        for test in named.split(", ").map(|test| test.trim_matches('`')) {
+            let (file, name) = test.split_once("::").unwrap_or(("strangers", test));
+            let path = format!("{}/tests/{file}.rs", env!("CARGO_MANIFEST_DIR"));
+            let found = std::fs::read_to_string(&path).expect(&path);
+            assert!(found.contains(&format!("async fn {name}()")), "there is no test {test}");
+            tests += 1;
+        }
+    }
+    assert!(tests > 25);
 }

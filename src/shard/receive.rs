@@ -61,7 +61,7 @@ impl Shard {
                 // A client may only speak after the upgrade; what it says here would be lost.
                 State::Joining(_) => self.refuse(slot, handshake::too_early(), Reason::Answered),
                 State::Live | State::History | State::Missed => self.on_frames(slot, length),
-                State::Closing => {}
+                State::Closing { .. } => {}
             }
             if self.find(id).is_none() || new.is_none() {
                 return;
@@ -80,15 +80,17 @@ impl Shard {
 
     fn on_end(&mut self, slot: u32) {
         // A client may close its sending half and wait for the answer to its request.
-        if matches!(self.connections[slot as usize].state, State::Joining(_)) {
-            return;
+        match self.connections[slot as usize].state {
+            State::Joining(_) => {}
+            // A proxy takes an end without an answer for a dead node.
+            State::Request(Some(_)) => self.refuse(slot, handshake::incomplete(), Reason::Answered),
+            _ => self.end_or_remove(slot),
         }
-        self.end_or_remove(slot);
     }
 
     fn end_or_remove(&mut self, slot: u32) {
         match self.connections[slot as usize].state {
-            State::Closing => self.remove(slot),
+            State::Closing { .. } => self.remove(slot),
             _ => self.end(slot, Reason::PeerGone),
         }
     }

@@ -83,6 +83,11 @@ impl Raw {
             .expect("the connection is open");
     }
 
+    /// Closes the sending half.
+    pub async fn end_sending(&mut self) {
+        self.socket.get_mut().shutdown().await.expect("the connection is open");
+    }
+
     /// Sends bytes, unless the peer takes none for half a second; then false.
     pub async fn write_some(&mut self, bytes: &[u8]) -> bool {
         let write = self.socket.get_mut().write_all(bytes);

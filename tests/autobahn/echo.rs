@@ -1,0 +1,115 @@
+//! What Autobahn's fuzzing client is let loose on: the shard that serves fanfare's clients, with a bus that sends
+//! every message back to its channel as it was, text or binary. So the suite judges the very code that reads, answers,
+//! closes and writes; only what becomes of a message between is replaced. `tests/autobahn.sh` starts it, and gives
+//! each of the suite's connections a channel that no other has at the time.
+
+use std::error::Error;
+use std::io::{self, Write};
+use std::net::TcpListener;
+use std::sync::Arc;
+use std::thread;
+use std::time::Instant;
+
+use fanfare::bus::{Publish, Request, Shards, ToShard};
+use fanfare::config::{Action, Settings};
+use fanfare::event::{Entry, EventId};
+use fanfare::guard::Guard;
+use fanfare::handshake::Door;
+use fanfare::keys::KeyRing;
+use fanfare::metrics::{BusNumbers, Metrics, Readiness};
+use fanfare::shard;
+use tokio::sync::mpsc;
+
+/// The suite's messages are as long as 16 MiB and as many as it likes, and it expects no pings.
+const FLAGS: [&str; 10] = [
+    "--shards",
+    "1",
+    "--max-message",
+    "16MiB",
+    "--feed-memory",
+    "64MiB",
+    "--message-rate",
+    "0",
+    "--heartbeat",
+    "1h",
+];
+
+/// First byte of an unfragmented binary frame (RFC 6455 section 5.2).
+const BINARY: u8 = 0x82;
+
+/// What a text became on its way to the bus.
+#[derive(serde::Deserialize)]
+struct Chat {
+    text: String,
+}
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let Ok(Action::Run(settings)) = Settings::from(FLAGS.map(Into::into), []) else {
+        return Err("these settings should be good".into());
+    };
+    let (poll, bell) = shard::poll()?;
+    let (inbox_tx, inbox) = mpsc::unbounded_channel();
+    let (requests, asked) = mpsc::unbounded_channel();
+    let metrics = Arc::new(Metrics::new(1, Arc::new(BusNumbers::default()), Arc::new(Readiness::default())));
+    let shards = Shards::new(vec![inbox_tx]).with_bells(vec![bell.clone()]);
+    let keys = KeyRing::load(&settings).map_err(|_| "there are no keys to load")?;
+    let guard = Arc::new(Guard::new(&settings));
+    let door = Door {
+        settings: Arc::new(settings),
+        readiness: metrics.readiness.clone(),
+        keys: Arc::new(keys),
+        guard: guard.clone(),
+    };
+    let wiring = shard::Wiring {
+        id: 0,
+        door,
+        requests,
+        shards: shards.clone(),
+        poll,
+        inbox,
+        bell,
+        metrics,
+        takes_binary: true,
+    };
+    thread::spawn(|| shard::run(wiring));
+    let bus = shards.clone();
+    thread::spawn(|| echo(asked, bus));
+
+    let listener = TcpListener::bind("127.0.0.1:0")?;
+    writeln!(io::stdout(), "{}", listener.local_addr()?.port())?;
+    loop {
+        let (socket, peer) = listener.accept()?;
+        socket.set_nonblocking(true)?;
+        socket.set_nodelay(true)?;
+        let place = guard.arrive(peer.ip()).map_err(|_| "the suite has too many connections")?;
+        shards.tell(0, ToShard::Socket(mio::net::TcpStream::from_std(socket), place));
+    }
+}
+
+/// The bus.
+fn echo(mut asked: mpsc::UnboundedReceiver<Request>, shards: Shards) {
+    let position = EventId(1); // events without id don't move it
+    while let Some(request) = asked.blocking_recv() {
+        match request {
+            Request::Follow { channel, shard } => {
+                shards
+                    .tell(shard, ToShard::Followed { channel, base: position, position, recent: Vec::new() });
+            }
+            Request::Publish(Publish { channel, event, answer, .. }) => {
+                let chat: Option<Chat> = event
+                    .starts_with(br#"{"sender":"autobahn","text":"#)
+                    .then(|| serde_json::from_slice(&event).expect("fanfare writes JSON"));
+                let mut entry =
+                    Entry::raw(position, chat.as_ref().map_or(&event[..], |chat| chat.text.as_bytes()));
+                if chat.is_none() {
+                    let mut frame = entry.bytes.to_vec();
+                    frame[0] = BINARY;
+                    entry.bytes = frame.into();
+                }
+                shards.tell(0, ToShard::Entry { channel, entry, arrived: Instant::now() });
+                shards.answer(answer, Ok(position));
+            }
+            Request::Unfollow { .. } | Request::Read { .. } | Request::Look { .. } => {}
+        }
+    }
+}
