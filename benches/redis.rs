@@ -8,15 +8,14 @@
 mod support;
 
 use std::collections::VecDeque;
-use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{Ipv4Addr, TcpListener, TcpStream};
-use std::process::{Command, Stdio};
+use std::io::Write;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use support::args::Args;
 use support::crowd::Crowd;
-use support::process::{Cores, Process, Server};
+use support::process::{Cores, Server};
+use support::redis::{Redis, command, reply};
 use support::report::{self, count, median};
 
 const ARGUMENTS: &[(&str, &str)] = &[
@@ -54,10 +53,9 @@ fn main() -> Result<()> {
     let cores = Cores::split()?;
     let started = Instant::now();
 
-    let redis = Redis::start(args.text("redis-server").unwrap_or("redis-server"), &cores)?;
-    let url = format!("redis://127.0.0.1:{}", redis.port);
+    let redis = Redis::start(args.text("redis-server").unwrap_or("redis-server"), Some(&cores))?;
     let binary = args.text("server").unwrap_or(env!("CARGO_BIN_EXE_fanfare"));
-    let node = Server::fanfare(binary, None, &["--redis", &url], &[])?;
+    let node = Server::fanfare(binary, None, &["--redis", &redis.url()], &[])?;
     let mut crowd = Crowd::new(node.addr, size)?;
     crowd.grow(1)?;
 
@@ -140,67 +138,4 @@ fn fcall(redis: &Redis, crowd: &mut Crowd, size: usize, time: Duration) -> Resul
         }
     }
     crowd.wait_for_all()
-}
-
-/// A redis-server of our own.
-struct Redis {
-    process: Process,
-    port: u16,
-}
-
-impl Redis {
-    fn start(program: &str, cores: &Cores) -> Result<Redis> {
-        let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port();
-        let mut command = Command::new(program);
-        command.args(["--bind", "127.0.0.1", "--port", &port.to_string()]);
-        command.args(["--save", "", "--appendonly", "no"]).stdout(Stdio::null());
-        let redis = Redis { process: Process::on_server_core("Redis", cores, &mut command)?, port };
-        let deadline = Instant::now() + Duration::from_secs(10);
-        while redis.version().is_err() {
-            ensure!(Instant::now() < deadline, "{program} does not answer on port {port}");
-            std::thread::sleep(Duration::from_millis(20));
-        }
-        Ok(redis)
-    }
-
-    fn connect(&self) -> Result<BufReader<TcpStream>> {
-        let stream = TcpStream::connect((Ipv4Addr::LOCALHOST, self.port))?;
-        stream.set_nodelay(true)?;
-        stream.set_read_timeout(Some(Duration::from_secs(10)))?;
-        Ok(BufReader::new(stream))
-    }
-
-    fn version(&self) -> Result<String> {
-        let mut connection = self.connect()?;
-        connection.get_mut().write_all(&command(&["INFO", "server"]))?;
-        let info = reply(&mut connection)?;
-        let version = info.lines().find_map(|line| line.strip_prefix("redis_version:"));
-        Ok(format!("Redis {}", version.context("INFO without redis_version")?.trim()))
-    }
-}
-
-/// A command in RESP.
-fn command(words: &[&str]) -> Vec<u8> {
-    let mut out = format!("*{}\r\n", words.len());
-    for word in words {
-        out.push_str(&format!("${}\r\n{word}\r\n", word.len()));
-    }
-    out.into_bytes()
-}
-
-/// One reply: an integer, a status or a bulk string, as text. An error reply is an error.
-fn reply(connection: &mut BufReader<TcpStream>) -> Result<String> {
-    let mut line = String::new();
-    ensure!(connection.read_line(&mut line)? > 0, "Redis closed the connection");
-    let rest = line.get(1..).unwrap_or_default().trim_end();
-    match line.as_bytes()[0] {
-        b':' | b'+' => Ok(rest.to_owned()),
-        b'$' => {
-            let mut bulk = vec![0; rest.parse::<usize>()? + 2];
-            connection.read_exact(&mut bulk)?;
-            bulk.truncate(bulk.len() - 2);
-            Ok(String::from_utf8(bulk)?)
-        }
-        _ => bail!("Redis says {line:?}"),
-    }
 }

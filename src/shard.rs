@@ -51,6 +51,10 @@ const SCRATCH: usize = 16 * 1024;
 const MESSAGES_A_TURN: usize = 1024;
 const FLUSHES_A_TURN: usize = 256;
 
+/// Connections read from or brought up to date, before passes under way get their turn: in a storm each of thousands
+/// has a handshake, a token and a page of history to be dealt with, and live events would wait behind all of them.
+const OTHERS_A_TURN: usize = 32;
+
 /// Sockets that epoll names at once.
 const EVENTS: usize = 1024;
 
@@ -221,6 +225,7 @@ pub fn run(wiring: Wiring) -> io::Result<()> {
             }
             let end = event.is_read_closed() || event.is_error();
             shard.on_ready(event.token(), event.is_readable() || end, event.is_writable(), end);
+            shard.let_pass(named);
         }
         more |= named == EVENTS;
         shard.work();
@@ -252,18 +257,27 @@ impl Shard {
 
     /// Goes on with what earlier turns left undone.
     fn work(&mut self) {
-        for id in std::mem::take(&mut self.unread) {
+        for (done, id) in std::mem::take(&mut self.unread).into_iter().enumerate() {
             if let Some(slot) = self.find(id) {
                 self.on_readable(slot, true);
             }
+            self.let_pass(done);
         }
-        for id in std::mem::take(&mut self.unflushed) {
+        for (done, id) in std::mem::take(&mut self.unflushed).into_iter().enumerate() {
             if let Some(slot) = self.find(id) {
                 self.flush(slot);
             }
+            self.let_pass(done);
         }
-        self.go_on(FLUSHES_A_TURN);
+        self.go_on(OTHERS_A_TURN);
         self.pass_on(FLUSHES_A_TURN);
+    }
+
+    /// Gives passes their turn between so many others.
+    fn let_pass(&mut self, done: usize) {
+        if (done + 1).is_multiple_of(OTHERS_A_TURN) {
+            self.pass_on(FLUSHES_A_TURN);
+        }
     }
 
     fn take(&mut self, message: ToShard) {

@@ -172,8 +172,13 @@ impl Crowd {
 
     /// Publishes `events` events, one every `period`, and waits until everybody has each.
     pub fn publish_steadily(&mut self, events: u32, period: Duration) -> Result<()> {
+        self.publish_while(|published| published < events, period)
+    }
+
+    /// The same for as long as it is to go on.
+    fn publish_while(&mut self, go_on: impl Fn(u32) -> bool, period: Duration) -> Result<()> {
         let start = Instant::now();
-        for event in 0..events {
+        for event in (0..).take_while(|event| go_on(*event)) {
             let due = start + period * event;
             loop {
                 let now = Instant::now();
@@ -190,9 +195,15 @@ impl Crowd {
 
     /// As [`Crowd::publish_steadily`], and returns how long events took from due to read, for a sample.
     pub fn publish_and_time(&mut self, events: u32, period: Duration) -> Result<Vec<Duration>> {
-        let samples = self.clients.len().div_ceil(SAMPLE) * events as usize;
-        self.tally.latencies = Some(Vec::with_capacity(samples));
-        self.publish_steadily(events, period)?;
+        self.time_while(|published| published < events, period)
+    }
+
+    /// The same for as long as it is to go on.
+    pub fn time_while(&mut self, go_on: impl Fn(u32) -> bool, period: Duration) -> Result<Vec<Duration>> {
+        let before = self.published;
+        self.tally.latencies = Some(Vec::new());
+        self.publish_while(go_on, period)?;
+        let samples = self.clients.len().div_ceil(SAMPLE) * (self.published - before) as usize;
         let latencies = self.tally.latencies.take().expect("nothing else takes it");
         // Frames that a read cut in two are not timed. Live, there are hardly any.
         ensure!(latencies.len() * 100 >= samples * 95, "only {} of {samples} samples", latencies.len());

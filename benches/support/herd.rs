@@ -87,7 +87,6 @@ impl Herd {
         self.members.len() - self.asking - self.welcomed
     }
 
-    /// Whether everybody who is there has everything up to this id, and no more.
     fn all_at(&self, id: u64) -> bool {
         let there = |member: &&Member| member.stage != Stage::Away;
         self.members.iter().filter(there).all(|member| member.position == Some(id))
@@ -96,6 +95,17 @@ impl Herd {
     /// Ends these connections at once, without a word.
     pub fn cut(&mut self, which: Range<usize>) {
         which.for_each(|number| self.lose(number));
+    }
+
+    /// Has those who are away come back as newcomers.
+    pub fn forget(&mut self) {
+        self.members.iter_mut().for_each(|member| member.position = None);
+    }
+
+    /// The lowest id that somebody has who is there.
+    pub fn lowest(&self) -> Option<u64> {
+        let there = self.members.iter().filter(|member| member.stage == Stage::Welcomed);
+        there.filter_map(|member| member.position).min()
     }
 
     fn lose(&mut self, number: usize) {
@@ -136,7 +146,17 @@ impl Herd {
         Ok(())
     }
 
-    /// Reads until everybody who is there has everything up to this id.
+    /// Reads until everybody who is there has this id, and maybe later ones.
+    pub fn wait_beyond(&mut self, id: u64, on_event: OnEvent<'_>) -> Result<()> {
+        let mut seen = (0, Instant::now());
+        while self.lowest().is_some_and(|lowest| lowest < id) {
+            self.turn(Duration::from_millis(100), on_event)?;
+            self.goes_on(&mut seen)?;
+        }
+        Ok(())
+    }
+
+    /// Reads until everybody who is there has everything up to this id, and no more.
     pub fn wait_for(&mut self, id: u64, on_event: OnEvent<'_>) -> Result<()> {
         let mut seen = (0, Instant::now());
         while !self.all_at(id) {

@@ -10,5 +10,6 @@ pub mod files;
 pub mod floor;
 pub mod herd;
 pub mod process;
+pub mod redis;
 pub mod report;
 pub mod wire;

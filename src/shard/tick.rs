@@ -26,6 +26,9 @@ const MESSAGE_TIME: Duration = Duration::from_secs(10);
 const MISSED_PART: usize = 20;
 const MISSED_LEAST: usize = 16;
 
+/// Room that lists of connections keep: some 8 KiB each.
+const LISTED: usize = 256;
+
 /// The end of the node, spread over some time.
 #[derive(Debug)]
 pub(super) struct Drain {
@@ -48,10 +51,15 @@ impl Shard {
         self.tick = self.tick.wrapping_add(1);
         self.numbers().turns.add(1);
         let now = Instant::now();
-        while let Some((_, id)) = self.handshakes.front().copied().filter(|(due, _)| *due <= now) {
-            self.handshakes.pop_front();
+        while let Some((due, id)) = self.handshakes.front().copied() {
             let request = |slot: &u32| matches!(self.connections[*slot as usize].state, State::Request(_));
-            if let Some(slot) = self.find(id).filter(request) {
+            let late = self.find(id).filter(request);
+            if late.is_some() && due > now {
+                break;
+            }
+            // Nearly all have come in long before; five seconds of a storm would be remembered else.
+            self.handshakes.pop_front();
+            if let Some(slot) = late {
                 match self.connections[slot as usize].place.full() {
                     Some(full) => self.refuse(slot, full.answer(), full.reason()),
                     None => self.refuse(slot, handshake::too_slow(), Reason::RequestTimeout),
@@ -86,6 +94,7 @@ impl Shard {
             }
         }
         self.drop_idle_pages();
+        self.give_back();
         if self.id == 0 {
             self.metrics.refusals.tell_overdue();
         }
@@ -102,6 +111,14 @@ impl Shard {
             self.drop_channel(key);
             self.ask(Request::Unfollow { channel, shard: self.id });
         }
+    }
+
+    /// Gives back what lists took while thousands were in them at once.
+    fn give_back(&mut self) {
+        self.handshakes.shrink_to(LISTED.max(self.handshakes.len() * 2));
+        self.lingering.shrink_to(LISTED.max(self.lingering.len() * 2));
+        self.answered.shrink_to(LISTED.max(self.answered.len() * 2));
+        self.missed.shrink_to(LISTED.max(self.missed.len() * 2));
     }
 
     /// Looks after a slice of the slab, so that every connection has its turn several times in a heartbeat.
