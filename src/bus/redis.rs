@@ -38,7 +38,9 @@ mod publisher;
 mod reason;
 mod scripts;
 mod terms;
-mod wire;
+pub mod wire;
+
+pub use self::scripts::{Taken, page, taken}; // for the fuzz targets, as wire is
 
 /// How often deadlines are looked at. Publish and canary times are met within this.
 const TICK: Duration = Duration::from_millis(100);
