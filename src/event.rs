@@ -159,6 +159,12 @@ impl Entry {
         }
     }
 
+    /// Where the frame begins that holds byte `offset`.
+    pub fn frame_begin(&self, offset: u32) -> u32 {
+        let ends = self.ends.as_deref().unwrap_or_default();
+        ends[..ends.partition_point(|end| *end <= offset)].last().copied().unwrap_or(0)
+    }
+
     /// Where the frame ends that holds byte `offset`.
     pub fn frame_end(&self, offset: u32) -> u32 {
         match &self.ends {
