@@ -17,8 +17,9 @@ use tokio::sync::oneshot;
 use crate::bus::{Shards, ToShard};
 use crate::config::{HeartbeatFormat, Settings};
 use crate::guard::{Full, Guard, Place};
-use crate::http::HEAD_MAX;
+use crate::http::{self, HEAD_MAX};
 use crate::metrics::Metrics;
+use crate::refusals::Class;
 
 /// Connections that the kernel holds until they are accepted; it takes the smaller of this and
 /// net.core.somaxconn. A storm of reconnects waits here instead of retrying after a second.
@@ -185,7 +186,10 @@ impl Acceptor {
                         Ok(place) => self.hand_over(stream, place),
                         Err(full) => {
                             self.metrics.turned_away[full as usize].add(1);
-                            turn_away(stream, &full.answer());
+                            let (answer, why) = (full.answer(), full.reason().label());
+                            let class = Class { what: "connection", why, status: http::status_of(&answer) };
+                            self.metrics.refusals.note(class, &http::body_of(&answer));
+                            turn_away(stream, &answer);
                         }
                     }
                 }

@@ -19,6 +19,10 @@ use crate::metrics::Metrics;
 /// Time between two looks at what the status says.
 const STATUS: Duration = Duration::from_secs(2);
 
+/// Least time between two looks. The accept loop makes two turns a second, so `WatchdogSec=1` is the shortest that a
+/// node can live with; less only makes it look in vain.
+const LEAST: Duration = Duration::from_millis(100);
+
 /// Looks at the threads in a watchdog's time. Half of it is what systemd asks for; with more, a thread that is late
 /// once does not cost the process its life.
 const LOOKS: u32 = 4;
@@ -36,7 +40,10 @@ impl Manager {
     pub fn from_env() -> Manager {
         let Some(path) = std::env::var_os("NOTIFY_SOCKET") else { return Manager::default() };
         match open(&path) {
-            Ok(socket) => Manager { socket: Some(socket), watchdog: sd_notify::watchdog_enabled() },
+            Ok(socket) => {
+                let watchdog = sd_notify::watchdog_enabled().filter(|time| !time.is_zero());
+                Manager { socket: Some(socket), watchdog }
+            }
             Err(error) => {
                 tracing::warn!(%error, ?path, "NOTIFY_SOCKET can't be used: systemd is told nothing");
                 Manager::default()
@@ -94,7 +101,7 @@ pub async fn attend(manager: Arc<Manager>, metrics: Arc<Metrics>) {
         return;
     }
     let time = manager.watchdog.map_or(STATUS, |watchdog| STATUS.min(watchdog / LOOKS));
-    let mut looks = tokio::time::interval(time.max(Duration::from_millis(1)));
+    let mut looks = tokio::time::interval(time.max(LEAST));
     looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut watch = Watch::default();
     let mut stood = 0;

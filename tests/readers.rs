@@ -43,7 +43,7 @@ const CHANNEL: &str = "room";
 const USERS: u64 = 3;
 
 /// Events that history holds: fewer than some readers are behind now and then.
-const HISTORY: usize = 700;
+const HISTORY: usize = 150;
 
 /// The bus: it gives ids, keeps history, and answers.
 struct Bus {
@@ -274,18 +274,26 @@ async fn readers_of_every_pace_see_all_in_order_or_are_told() {
     let mut readers = Vec::new();
     for n in 0..18 {
         let kind = [Kind::Recovering, Kind::Json, Kind::Plain][n % 3];
-        let (user, slow) = (n as u64 / 3 % USERS, n >= 6);
+        let (user, stalls) = (n as u64 / 3 % USERS, (n >= 6).then_some(40));
         let name = format!("{kind:?} {n} of user{user}");
         shared.stands(&name, 0);
         let home = (n % 2 == 0).then_some(0); // else it leaves and comes back
-        let plan = watchers::Plan { name, user: format!("user{user}"), kind, home, door: Some(addr), slow };
+        let plan = watchers::Plan {
+            name,
+            user: format!("user{user}"),
+            kind,
+            home,
+            door: Some(addr),
+            stalls,
+            narrow: stalls.is_some(),
+        };
         readers.push(tokio::spawn(watchers::watch(shared.clone(), plan, seed * 100 + n as u64)));
     }
     for step in 0..steps {
         if bus.dice.below(3) > 0 {
             bus.publish();
         }
-        if bus.dice.below(1500) == 0 {
+        if bus.dice.below(400) == 0 {
             bus.anchor();
         }
         bus.answer();

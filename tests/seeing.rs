@@ -146,6 +146,7 @@ async fn the_dashboard_shows_what_there_is() {
         queries.push((annotation["datasource"]["uid"].clone(), annotation["expr"].clone()));
     }
     assert!(queries.len() > 20);
+    let mut shown = BTreeSet::new();
     for (datasource, expr) in &queries {
         assert_eq!(datasource, "${datasource}", "{expr}");
         let expr = expr.as_str().expect("text");
@@ -155,8 +156,11 @@ async fn the_dashboard_shows_what_there_is() {
             let family = bucket.unwrap_or(name);
             assert!(known.contains(family), "{name} in {expr} is no metric");
             assert_eq!(bucket.is_some(), text.contains(&format!("# TYPE {family} histogram")), "{expr}");
+            shown.insert(family);
         }
     }
+    let hidden: Vec<_> = known.difference(&shown).collect();
+    assert_eq!(hidden, [&"fanfare_build_info"], "what is counted and not shown helps nobody");
 }
 
 /// Lines of a node's log that hold this.
@@ -255,7 +259,11 @@ async fn what_a_replica_refuses_is_told_once_and_again_when_it_changes() {
         async move { (tried.await >= before + ours + 6).then_some(()) }
     })
     .await;
-    assert_eq!((lines(&node, "FCALL").len(), lines(&node, "WARN").len()), (1, 2), "{}", node.log());
+    assert_eq!(lines(&node, "FCALL").len(), 1, "{}", node.log());
+    // On a machine that is slow for seconds Redis may be silent in between, which is a change.
+    let told = lines(&node, "the bus does not work");
+    let told: Vec<_> = told.iter().filter_map(|line| line.split_once("WARN")).map(|(_, what)| what).collect();
+    assert!(!told.is_empty() && told.windows(2).all(|pair| pair[0] != pair[1]), "{}", node.log());
     replica.promote().await;
     node.ready().await;
     assert_eq!(lines(&node, "FCALL fanfare_publish is to be had").len(), 1, "{}", node.log());

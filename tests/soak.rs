@@ -189,15 +189,21 @@ async fn faults_at_random_for_a_while() {
     let mut dice = Dice(seed);
     let (start, mut faults, mut acked, mut told) = (Instant::now(), 0, 0, 0);
     let redis = Redis::start(&["--appendonly", "yes", "--maxmemory-policy", "noeviction"]).await;
-    let flags = ["--publish-timeout", "3s", "--feed-memory", "256KiB"];
+    // Hardly a second of events in memory: whoever stalls or stays away reads history.
+    let flags = ["--publish-timeout", "3s", "--feed-memory", "64KiB"];
     let mut world = World::on(redis, &flags).await;
     for round in 0.. {
         let left = length.saturating_sub(start.elapsed());
         if left.is_zero() {
             break;
         }
-        let crowd =
-            Crowd { seed: seed + round, roamers: 6, channel: format!("soak{round}"), ..Crowd::default() };
+        let crowd = Crowd {
+            seed: seed + round,
+            roamers: 6,
+            slow: 3,
+            channel: format!("soak{round}"),
+            ..Crowd::default()
+        };
         let run = Run::start(&world, crowd).await;
         let began = Instant::now();
         while began.elapsed() < left.min(ROUND) {

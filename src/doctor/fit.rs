@@ -3,7 +3,6 @@
 use super::finding::Finding;
 use super::host::Host;
 use crate::accept::SEND_BUFFER;
-use crate::config::show_size;
 
 /// What one idle connection takes of our memory: 185 bytes measured (benches/idle), rounded up since tables grow by
 /// doubling.
@@ -12,9 +11,8 @@ const OURS: u64 = 256;
 const KERNELS: u64 = 4096;
 /// What one takes that has stalled with a full send buffer; the kernel counts double (socket(7)).
 const STALLED: u64 = 2 * SEND_BUFFER as u64;
-/// One in so many may stall at once before the kernel is short of memory for all: more than a bad day on mobile
-/// networks shows.
-const STALLING: u64 = 10;
+/// One in so many may stall at once before the kernel is short of memory for all. Others who read slowly hold less.
+const STALLING: u64 = 100;
 /// The longest queue of connections to be accepted that a node asks for.
 const QUEUE: u64 = 65_535;
 
@@ -41,7 +39,7 @@ pub fn judge(host: &Host, load: &Load) -> Vec<Finding> {
 }
 
 fn sysctl(name: &str, value: impl std::fmt::Display) -> String {
-    format!("/etc/sysctl.d/fanfare.conf: {name} = {value}")
+    format!("/etc/sysctl.d/99-fanfare.conf: {name} = {value}")
 }
 
 fn open_files(host: &Host, load: &Load) -> Finding {
@@ -137,22 +135,26 @@ fn tcp_memory(host: &Host, load: &Load) -> Finding {
     let (Some(have), Some(page)) = (host.tcp_memory, host.page) else {
         return Finding::unread(WHAT, "sysctl net.ipv4.tcp_mem");
     };
-    let wanted = load.connections.div_ceil(STALLING) * STALLED;
+    // A socket is charged a whole page while as much as one short event has not been acknowledged.
+    let all = load.connections * page;
+    let wanted = all + load.connections.div_ceil(STALLING) * STALLED;
     let text = format!(
-        "net.ipv4.tcp_mem lets {} clients stall at once, each with {} in its send buffer",
-        have / STALLED,
-        show_size(STALLED)
+        "{} for all sockets (net.ipv4.tcp_mem), of which an event to everybody takes {} until clients have it: then {} \
+         clients may stall at once, each with {} in its send buffer",
+        about(have),
+        about(all),
+        have.saturating_sub(all) / STALLED,
+        about(STALLED),
     );
     if have >= wanted {
         return Finding::ok(WHAT, text);
     }
-    let text = text + "; past that the kernel drops segments of all. One in ten should be able to";
-    let pages = wanted.div_ceil(page);
+    let text = text + "; past that the kernel drops segments of all. One in a hundred should be able to";
     if host.memory.is_some_and(|memory| wanted > memory / 2) {
-        let need = about(wanted);
-        let text = format!("{text}: for {} connections that takes {need}", load.connections);
+        let text = format!("{text}: with {} connections that takes {}", load.connections, about(wanted));
         return Finding::warning(WHAT, text).remedy("more memory, or fewer connections on more nodes");
     }
+    let pages = wanted.div_ceil(page);
     let three = format!("{} {} {pages}", pages / 2, pages / 4 * 3);
     Finding::warning(WHAT, text).remedy(sysctl("net.ipv4.tcp_mem", three))
 }
@@ -188,7 +190,8 @@ fn handshakes(host: &Host, load: &Load) -> Finding {
 
 fn ports(host: &Host, load: &Load) -> Finding {
     const WHAT: &str = "ports of a proxy";
-    const MOST: u64 = 65_535 - 1024 + 1;
+    // Above the ports that nodes listen on.
+    const MOST: u64 = 65_535 - 10_240 + 1;
     let Some((first, last)) = host.ports else {
         return Finding::unread(WHAT, "sysctl net.ipv4.ip_local_port_range, on the proxy's host");
     };
@@ -206,7 +209,7 @@ fn ports(host: &Host, load: &Load) -> Finding {
     let mut finding = Finding::warning(WHAT, text + "; clients that come without a proxy are not concerned");
     if each < MOST {
         finding = finding.remedy(
-            "on the proxy's host, ".to_owned() + &sysctl("net.ipv4.ip_local_port_range", "1024 65535"),
+            "on the proxy's host, ".to_owned() + &sysctl("net.ipv4.ip_local_port_range", "10240 65535"),
         );
     }
     let wanted = connections.div_ceil(MOST);
@@ -251,7 +254,7 @@ mod tests {
             somaxconn: Some(65_535),
             syn_backlog: Some(512),
             syn_cookies: Some(true),
-            ports: Some((1024, 65_535)),
+            ports: Some((10_240, 65_535)),
             tcp_memory: Some(30 << 30),
             page: Some(4096),
             memory: Some(60 << 30),
@@ -277,7 +280,7 @@ mod tests {
             (Host { somaxconn: Some(4096), ..good() }, ("accept queue", Level::Warning)),
             (Host { syn_cookies: Some(false), ..good() }, ("TCP handshakes", Level::Warning)),
             (Host { ports: Some((32_768, 60_999)), ..good() }, ("ports of a proxy", Level::Warning)),
-            (Host { tcp_memory: Some(1 << 30), ..good() }, ("TCP memory", Level::Warning)),
+            (Host { tcp_memory: Some(300 << 20), ..good() }, ("TCP memory", Level::Warning)),
             (
                 Host { memory: Some(300 << 20), tcp_memory: Some(2 << 30), ..good() },
                 ("memory", Level::Problem),
@@ -304,7 +307,7 @@ mod tests {
     fn the_limit_of_all_processes_comes_before_that_of_one() {
         let host = Host { files: Some((1024, 1024)), files_a_process: Some(10_000), ..good() };
         let finding = open_files(&host, &load(20_000));
-        assert_eq!(finding.remedy[0], "/etc/sysctl.d/fanfare.conf: fs.nr_open = 32768");
+        assert_eq!(finding.remedy[0], "/etc/sysctl.d/99-fanfare.conf: fs.nr_open = 32768");
         assert_eq!(finding.remedy[1], "fanfare.service: LimitNOFILE=20100");
         assert!(finding.remedy[2].starts_with("or as root"), "{finding:?}");
     }
@@ -312,7 +315,7 @@ mod tests {
     #[test]
     fn a_million_behind_a_proxy_needs_many_addresses() {
         let finding = ports(&good(), &load(1_000_000));
-        assert_eq!(finding.remedy, ["16 addresses of this node in --listen, each in the proxy's upstream"]);
+        assert_eq!(finding.remedy, ["19 addresses of this node in --listen, each in the proxy's upstream"]);
         let small = ports(&Host { ports: Some((32_768, 60_999)), ..good() }, &load(28_232));
         assert_eq!(small.level, Level::Ok);
     }
@@ -321,11 +324,11 @@ mod tests {
     fn tcp_memory_that_would_take_half_of_all_is_not_advised() {
         let host = Host { tcp_memory: Some(1 << 20), memory: Some(1 << 30), ..good() };
         assert_eq!(
-            tcp_memory(&host, &load(100_000)).remedy,
+            tcp_memory(&host, &load(200_000)).remedy,
             ["more memory, or fewer connections on more nodes"]
         );
         let finding = tcp_memory(&host, &load(10_000));
-        assert_eq!(finding.remedy, ["/etc/sysctl.d/fanfare.conf: net.ipv4.tcp_mem = 32000 48000 64000"]);
+        assert_eq!(finding.remedy, ["/etc/sysctl.d/99-fanfare.conf: net.ipv4.tcp_mem = 8200 12300 16400"]);
     }
 
     #[test]

@@ -26,8 +26,11 @@ impl Shard {
         let kind = entry.kind.clone();
         feed.append(entry);
         if let Kind::Private(user) = &kind {
-            self.brought.push((None, arrived));
-            for slot in channel.connections_of(user, &self.connections, &self.hasher) {
+            let slots = channel.connections_of(user, &self.connections, &self.hasher);
+            if !slots.is_empty() {
+                self.brought.push((None, arrived));
+            }
+            for slot in slots {
                 self.connections[slot as usize].look_at_all();
                 self.flush(slot);
             }

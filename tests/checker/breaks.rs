@@ -45,7 +45,7 @@ pub static BREAKS: [Break; 22] = [
     way("an event's addressee gets lost", &[Private, OneId], true, addressee_lost),
     way("a loss is not announced", &[Missing], true, reset_withheld),
     way("a welcome promises what was lost", &[Missing, Position], true, welcome_lies),
-    way("an event comes again behind an announcement", &[Twice, Order], true, again_behind),
+    way("an event comes again behind an announcement", &[Twice, Order], false, again_behind),
     way("a ping tells a position ahead of the client's", &[Missing, Order], true, stands_ahead),
     way("a welcome's head lies ahead", &[Position], false, head_ahead),
     way("an event gets a lower id than one acknowledged before it", &[Time], false, late),
@@ -371,15 +371,8 @@ fn again_behind(history: &mut History, dice: &mut Dice) -> Option<String> {
     });
     let place = pick(&told, dice)?;
     let what = describe(history, place);
-    let may_fall = history.ids_may_fall;
     let seen = &mut history.watchers[place.watcher].seen;
     let again = seen[..place.note].iter().rev().find(|(_, seen)| matches!(seen, Seen::Event(..)))?.clone();
-    // Where ids may fall, the announcement may even lead back to just before it.
-    if let (true, Seen::Event(id, ..)) = (may_fall, &again.1)
-        && let Seen::Welcomed { at, head, .. } = &mut seen[place.note].1
-    {
-        (*at, *head) = (id - 1, id - 1);
-    }
     seen.insert(place.note + 1, again);
     Some(what)
 }

@@ -1,6 +1,6 @@
 //! What a client may take for granted, and what it saw of that: one claim from each announcement to the next.
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::BTreeSet;
 
 use super::history::{Moment, Seen, Watcher};
 use super::rules::{Breach, Rule};
@@ -33,7 +33,6 @@ pub fn claims(watcher: &Watcher, ids_may_fall: bool, breaches: &mut Vec<Breach>)
     let mut done: Vec<Claim> = Vec::new();
     let mut claim: Option<Claim> = None;
     let mut connected = false;
-    let mut ever: HashSet<&str> = HashSet::new();
     let mut object =
         |rule, text: String| breaches.push(Breach { rule, text: format!("{}: {text}", watcher.name) });
     for (moment, seen) in &watcher.seen {
@@ -93,10 +92,6 @@ pub fn claims(watcher: &Watcher, ids_may_fall: bool, breaches: &mut Vec<Breach>)
                     object(Rule::Order, format!("{body} with id {id} came at position {position:?}"));
                     continue;
                 }
-                // Not even behind an announcement. Without recovery it comes back to where another node stands.
-                if watcher.recovers && !ever.insert(body) {
-                    object(Rule::Twice, format!("{body} with id {id} came again"));
-                }
                 claim.after.get_or_insert(id.saturating_sub(1));
                 claim.position = Some(*id);
                 claim.seen.insert(*id);
@@ -123,7 +118,10 @@ pub fn claims(watcher: &Watcher, ids_may_fall: bool, breaches: &mut Vec<Breach>)
                 }
                 claim.position = claim.position.max(Some(*at));
             }
-            Seen::Ended(_) => {
+            Seen::Ended(code) => {
+                if *code == Some(4008) && watcher.recovers {
+                    object(Rule::Form, "it was told by a close, not by a reset".into());
+                }
                 if !connected {
                     object(Rule::Form, "it ended twice".into());
                 }

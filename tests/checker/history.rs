@@ -105,7 +105,7 @@ pub struct History {
     /// Every client that was noted.
     pub watchers: Vec<Watcher>,
     /// There were two primaries at once, or Redis lost all it knew while its clock was set back. Then the promise
-    /// holds within each run, and a client may be led to lower ids, behind an announcement; that later events have
-    /// higher ids can't be had.
+    /// holds within each run, and a client may be led to lower ids, behind an announcement, and from there sees again
+    /// what it had seen of that run; that later events have higher ids can't be had.
     pub ids_may_fall: bool,
 }

@@ -12,7 +12,7 @@ use serde_json::Value;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-use crate::checker::{Attempt, Breach, History, Moment, Outcome, Watcher, judge};
+use crate::checker::{Attempt, Breach, History, Moment, Outcome, Seen, Watcher, judge};
 use crate::common::client::JSON_MODE;
 use crate::common::stream::{Dice, Nodes};
 use crate::common::{Redis, until};
@@ -93,6 +93,8 @@ pub struct Shared {
     /// Set when clients are to stop.
     pub over: watch::Sender<bool>,
     moment: AtomicU64,
+    /// The highest id acknowledged.
+    highest: AtomicU64,
     attempts: Mutex<Vec<Attempt>>,
     waits: Mutex<Vec<(String, Duration)>>,
     /// Where each client stands.
@@ -109,6 +111,7 @@ impl Shared {
             quiet: watch::Sender::new(false),
             over: watch::Sender::new(false),
             moment: AtomicU64::new(1),
+            highest: AtomicU64::new(0),
             attempts: Mutex::default(),
             waits: Mutex::default(),
             positions: Mutex::default(),
@@ -122,7 +125,25 @@ impl Shared {
 
     /// Notes what became of an event.
     pub fn note(&self, attempt: Attempt) {
+        if let Outcome::Acked(id) = attempt.outcome {
+            self.highest.fetch_max(id, Ordering::SeqCst);
+        }
         self.attempts.lock().expect("nothing panics while holding it").push(attempt);
+    }
+
+    /// How many events had this outcome so far, of publishers whose line begins so.
+    pub fn count(&self, line: &str, outcome: Outcome) -> usize {
+        let attempts = self.attempts.lock().expect("nothing panics while holding it");
+        attempts.iter().filter(|a| a.outcome == outcome && a.line.starts_with(line)).count()
+    }
+
+    /// How far most of those who watch are behind what was acknowledged, in events.
+    pub fn lag(&self) -> u64 {
+        let positions = self.positions.lock().expect("nothing panics while holding it");
+        let mut positions: Vec<u64> = positions.values().copied().collect();
+        positions.sort_unstable();
+        let most = positions.get(positions.len() / 2).copied().unwrap_or_default();
+        self.highest.load(Ordering::SeqCst).saturating_sub(most)
     }
 
     /// Notes how long a publisher waited for an answer.
@@ -153,7 +174,8 @@ impl Shared {
     /// Who does not stand there yet.
     pub fn behind(&self, id: u64) -> Vec<String> {
         let positions = self.positions.lock().expect("nothing panics while holding it");
-        positions.iter().filter(|(_, at)| **at < id).map(|(name, _)| name.clone()).collect()
+        let behind = positions.iter().filter(|(_, at)| **at < id);
+        behind.map(|(name, at)| format!("{name} at {at}")).collect()
     }
 }
 
@@ -176,10 +198,18 @@ impl Run {
     pub async fn at(nodes: &Nodes, count: usize, redis: &Redis, crowd: Crowd) -> Run {
         let shared = Arc::new(Shared::new(&crowd.channel, nodes.clone(), redis.port()));
         let mut watchers = Vec::new();
-        let mut watcher = |user: u64, kind: Kind, home: Option<usize>, slow: bool| {
+        let mut watcher = |user: u64, kind: Kind, home: Option<usize>, stalls: Option<u64>| {
             let name = format!("{kind:?} {} of user{user}", watchers.len());
             shared.stands(&name, 0);
-            let plan = watchers::Plan { name, user: format!("user{user}"), kind, home, door: None, slow };
+            let plan = watchers::Plan {
+                name,
+                user: format!("user{user}"),
+                kind,
+                home,
+                door: None,
+                stalls,
+                narrow: false,
+            };
             watchers.push(tokio::spawn(watchers::watch(
                 shared.clone(),
                 plan,
@@ -189,13 +219,13 @@ impl Run {
         for home in 0..count {
             for user in 0..crowd.users {
                 for kind in [Kind::Recovering, Kind::Json, Kind::Plain] {
-                    watcher(user, kind, Some(home), false);
+                    watcher(user, kind, Some(home), None);
                 }
             }
         }
         for n in 0..crowd.roamers {
             let kind = [Kind::Recovering, Kind::Json, Kind::Plain][n as usize % 3];
-            watcher(n % crowd.users, kind, None, n < crowd.slow);
+            watcher(n % crowd.users, kind, None, (n < crowd.slow).then_some(400));
         }
         let mut publishers: Vec<JoinHandle<()>> = Vec::new();
         let users: Arc<[String]> = (0..crowd.users + 1).map(|user| format!("user{user}")).collect();
@@ -263,14 +293,17 @@ impl Run {
             }
         });
         if waited.await.is_err() {
-            let behind = self.shared.behind(id);
-            let nodes = self.shared.nodes.all();
-            let mut stats = String::new();
-            for node in nodes {
-                stats += &format!("\n{}: {}", node.public, node.admin("GET", "/stats", b"").await.body);
-            }
-            panic!("they don't come to {id}: {behind:?}{stats}");
+            panic!("{}", self.standing(id).await);
         }
+    }
+
+    /// Who is behind an id, and what the nodes say.
+    async fn standing(&self, id: u64) -> String {
+        let mut text = format!("they don't come to {id}: {:#?}", self.shared.behind(id));
+        for node in self.shared.nodes.all() {
+            text += &format!("\n{}: {}", node.public, node.admin("GET", "/stats", b"").await.body);
+        }
+        text
     }
 
     /// Ends the run: publishers stop, everybody reads to the end, and the judge speaks. Fails the test if he objects.
@@ -279,7 +312,7 @@ impl Run {
         let breaches = judge(&ended.verdict.history);
         let shown = &breaches[..breaches.len().min(20)];
         assert!(breaches.is_empty(), "the promise is broken {} times:\n{shown:#?}", breaches.len());
-        assert!(ended.reached, "not everybody came to the end");
+        assert!(ended.missing.is_none(), "{}", ended.missing.unwrap_or_default());
         for watcher in &ended.verdict.history.watchers {
             assert!(watcher.stayed || watcher.home.is_none(), "{} was not there at the end", watcher.name);
             assert!(watcher.events() > 20, "{} has seen next to nothing", watcher.name);
@@ -292,9 +325,9 @@ impl Run {
         judge(&self.finish().await.verdict.history)
     }
 
-    async fn finish(self) -> Ended {
+    async fn finish(mut self) -> Ended {
         self.shared.quiet.send_replace(true);
-        for publisher in self.publishers {
+        for publisher in std::mem::take(&mut self.publishers) {
             publisher.await.expect("a publisher that was told what it must");
         }
         // Somebody may come back without recovery after the last event, and never see it: then there is another.
@@ -309,7 +342,10 @@ impl Run {
                 }
             }
         });
-        let reached = ended.await.is_ok();
+        let missing = match ended.await {
+            Ok(()) => None,
+            Err(_) => Some(self.standing(self.shared.acked().1).await),
+        };
         self.shared.over.send_replace(true);
         let mut history = self.history;
         for watcher in self.watchers {
@@ -317,13 +353,14 @@ impl Run {
         }
         history.attempts = self.shared.attempts();
         let waits = std::mem::take(&mut *self.shared.waits.lock().expect("all have ended"));
-        Ended { verdict: Verdict { history, waits }, reached }
+        Ended { verdict: Verdict { history, waits }, missing }
     }
 }
 
 struct Ended {
     verdict: Verdict,
-    reached: bool,
+    /// Who did not come to the end.
+    missing: Option<String>,
 }
 
 /// A run that kept the promise.
@@ -338,6 +375,12 @@ impl Verdict {
     /// How many events had this outcome.
     pub fn count(&self, wanted: impl Fn(Outcome) -> bool) -> usize {
         self.history.attempts.iter().filter(|attempt| wanted(attempt.outcome)).count()
+    }
+
+    /// Whether anybody saw this event.
+    pub fn came(&self, body: &str) -> bool {
+        let is = |seen: &Seen| matches!(seen, Seen::Event(_, other, _) if other == body);
+        self.history.watchers.iter().any(|watcher| watcher.seen.iter().any(|(_, seen)| is(seen)))
     }
 
     /// How many events were acknowledged.
@@ -379,7 +422,7 @@ impl Verdict {
 
 /// What a client was told, but for events.
 fn told(watcher: &Watcher) -> Vec<String> {
-    let seen = watcher.seen.iter().filter(|(_, seen)| !matches!(seen, crate::checker::Seen::Event(..)));
+    let seen = watcher.seen.iter().filter(|(_, seen)| !matches!(seen, Seen::Event(..)));
     seen.map(|(_, seen)| format!("{seen:?}")).collect()
 }
 

@@ -18,12 +18,12 @@ struct Pair {
 }
 
 impl Pair {
-    async fn start() -> Pair {
+    async fn start(node_flags: &[&str]) -> Pair {
         let primary = Redis::start(&[]).await;
         let link = Proxy::to(primary.port()).await;
         let replica = Redis::replica_by(&link).await;
         let sentinel = Redis::sentinel_for(&primary).await;
-        let (a, b) = tokio::join!(node(&sentinel), node(&sentinel));
+        let (a, b) = tokio::join!(node(&sentinel, node_flags), node(&sentinel, node_flags));
         Pair { primary, replica, link, sentinel, nodes: Nodes::new([a, b]) }
     }
 
@@ -31,6 +31,9 @@ impl Pair {
     /// replica has.
     async fn lose(&mut self, run: &Run) -> u64 {
         run.goes_on(50).await;
+        // A primary may be slow to begin with a replica; it is to have some, and the function.
+        until("the replica to follow", || async { (self.replica.head("room").await > 0).then_some(()) })
+            .await;
         self.link.silence(Silence { up: true, down: true });
         run.goes_on(50).await;
         let (kept, given) = (self.replica.head("room").await, self.primary.head("room").await);
@@ -64,9 +67,9 @@ impl Pair {
     }
 }
 
-async fn node(sentinel: &Redis) -> Node {
+async fn node(sentinel: &Redis, flags: &[&str]) -> Node {
     let url = format!("redis-sentinel://127.0.0.1:{}?sentinelServiceName=main", sentinel.port());
-    Node::start(&[&["--redis", &url], &FLAGS[..]].concat()).await
+    Node::start(&[&["--redis", &url], &FLAGS[..], flags].concat()).await
 }
 
 async fn go_on(pair: &Pair, run: Run, lost: u64) {
@@ -81,7 +84,7 @@ async fn go_on(pair: &Pair, run: Run, lost: u64) {
 
 #[tokio::test]
 async fn a_failover_loses_acknowledged_writes_and_a_node_comes_first() {
-    let mut pair = Pair::start().await;
+    let mut pair = Pair::start(&[]).await;
     let run = Run::at(&pair.nodes, 2, &pair.primary, Crowd::default()).await;
     run.programs_go_to_nobody();
     let kept = pair.lose(&run).await;
@@ -92,8 +95,37 @@ async fn a_failover_loses_acknowledged_writes_and_a_node_comes_first() {
 }
 
 #[tokio::test]
+async fn a_failover_is_announced_though_redis_was_called_durable() {
+    let mut pair = Pair::start(&["--redis-durable"]).await;
+    let run = Run::at(&pair.nodes, 2, &pair.primary, Crowd::default()).await;
+    run.programs_go_to_nobody();
+    let kept = pair.lose(&run).await;
+    // The first to come is a program, who has seen none of what is lost: only the run tells.
+    pair.fail_over_unseen(kept).await;
+    run.programs_go_to(&pair.replica);
+    publishers::one(&run.shared, "the first").await;
+    pair.signal_nodes("CONT");
+    go_on(&pair, run, kept).await;
+}
+
+#[tokio::test]
+async fn a_failover_loses_acknowledged_writes_and_a_new_node_publishes_first() {
+    let mut pair = Pair::start(&[]).await;
+    let run = Run::at(&pair.nodes, 2, &pair.primary, Crowd { programs: 0, ..Crowd::default() }).await;
+    let kept = pair.lose(&run).await;
+    let given = pair.primary.head("room").await;
+    pair.fail_over_unseen(kept).await;
+    let third = node(&pair.sentinel, &[]).await;
+    let id = publishers::post_to(&run.shared, &third, "the first").await;
+    assert!(id > given, "it has no id that was given before");
+    pair.signal_nodes("CONT");
+    run.programs_go_to(&pair.replica);
+    go_on(&pair, run, kept).await;
+}
+
+#[tokio::test]
 async fn a_failover_loses_acknowledged_writes_and_a_program_comes_first() {
-    let mut pair = Pair::start().await;
+    let mut pair = Pair::start(&[]).await;
     let run = Run::at(&pair.nodes, 2, &pair.primary, Crowd::default()).await;
     run.programs_go_to_nobody();
     let kept = pair.lose(&run).await;
@@ -108,13 +140,13 @@ async fn a_failover_loses_acknowledged_writes_and_a_program_comes_first() {
 
 #[tokio::test]
 async fn a_failover_loses_acknowledged_writes_and_a_joiner_comes_first() {
-    let mut pair = Pair::start().await;
+    let mut pair = Pair::start(&[]).await;
     let run = Run::at(&pair.nodes, 2, &pair.primary, Crowd { programs: 0, ..Crowd::default() }).await;
     let kept = pair.lose(&run).await;
     let given = pair.primary.head("room").await;
     pair.fail_over_unseen(kept).await;
     // A new node, which has never seen any of it, and a client that comes to it with a lost id.
-    let third = Arc::new(node(&pair.sentinel).await);
+    let third = Arc::new(node(&pair.sentinel, &[]).await);
     let options = Options { query: format!("channel=room&lastEventId={given}"), ..Options::default() };
     let mut joiner = Client::try_open(third.public, "joiner", &options).await.expect("the node is ready");
     let welcome = joiner.welcome().await;

@@ -15,6 +15,9 @@ use crate::world::World;
 /// Longer than a node waits for a lost Redis before it gives the connections up.
 const LONG: Duration = Duration::from_secs(6);
 
+/// Hardly a second of events in memory: whoever stalls or stays away reads history.
+const SHORT: [&str; 2] = ["--feed-memory", "64KiB"];
+
 #[tokio::test]
 async fn answers_to_publishes_are_lost_and_publishes_retried() {
     let world = World::start(&[], &[]).await;
@@ -72,8 +75,8 @@ async fn answers_to_publishes_come_late() {
 
 #[tokio::test]
 async fn redis_stopped_for_seconds() {
-    let world = World::start(&[], &[]).await;
-    let run = Run::start(&world, Crowd::default()).await;
+    let world = World::start(&[], &SHORT).await;
+    let run = Run::start(&world, Crowd { roamers: 6, slow: 3, ..Crowd::default() }).await;
     run.goes_on(50).await;
     world.redis.freeze();
     world.unready().await;
@@ -87,8 +90,8 @@ async fn redis_stopped_for_seconds() {
 
 #[tokio::test]
 async fn client_kill_in_a_loop() {
-    let world = World::start(&[], &[]).await;
-    let run = Run::start(&world, Crowd { programs: 0, ..Crowd::default() }).await;
+    let world = World::start(&[], &SHORT).await;
+    let run = Run::start(&world, Crowd { programs: 0, roamers: 6, slow: 3, ..Crowd::default() }).await;
     let mut redis = world.redis.client().await;
     let mut killed = 0;
     for round in 0..12 {
@@ -227,6 +230,24 @@ async fn flood(world: &World, count: usize) {
             answers += buffer[..length].iter().filter(|byte| **byte == b':').count();
         }
     }
+}
+
+#[tokio::test]
+async fn single_messages_are_lost_under_traffic() {
+    let world = World::start(&[], &[]).await;
+    let run = Run::start(&world, Crowd::default()).await;
+    for n in 1..=30 {
+        for way in &world.ways {
+            way.drop_message_with(r#""text":"#).await;
+        }
+        for way in &world.ways {
+            until("a message to be lost", || async { (way.dropped() >= n).then_some(()) }).await;
+        }
+        run.goes_on(5).await;
+    }
+    run.flows().await;
+    run.end().await.nobody_was_told();
+    assert!(world.metric("fanfare_bus_holes_total").await >= 30.0, "and were read from history");
 }
 
 #[tokio::test]

@@ -25,6 +25,9 @@ const ANSWER: Duration = Duration::from_secs(15);
 /// How long a plain client's text may stay away while its connection lives: longer than any fault here.
 const SILENCE: Duration = Duration::from_secs(30);
 
+/// Events that most who watch may be behind before publishers become slower.
+const LAG: u64 = 500;
+
 /// Between two attempts to connect.
 const RETRY: Duration = Duration::from_millis(50);
 
@@ -53,6 +56,12 @@ struct Sent {
 impl Plan {
     fn is_quiet(&self) -> bool {
         *self.shared.quiet.borrow()
+    }
+
+    /// The time until the next event. Where this machine is too slow for all who read on it, publishers are slower too:
+    /// what is tested are faults.
+    fn pause(&self) -> Duration {
+        self.pace * (1 + self.shared.lag() / LAG).min(10) as u32
     }
 
     /// The next event: a text of its own, one in three for one user.
@@ -123,7 +132,7 @@ pub async fn json_client(mut plan: Plan) {
                 }
                 waiting.push_back((n, sent));
                 open = client.try_send(frame.to_string()).await;
-                let pause = plan.pace;
+                let pause = plan.pause();
                 // Answers and events are read meanwhile.
                 let _ = timeout(pause, async {
                     while open {
@@ -159,7 +168,8 @@ async fn hear(
     let outcome = match frame["type"].as_str() {
         Some("ack") => Outcome::Acked(position(&frame["id"])),
         Some("error") if frame["code"] == "unknown" => Outcome::Unknown,
-        Some("error") => Outcome::Refused,
+        Some("error") if frame["code"] == "unavailable" => Outcome::Refused,
+        Some("error") => panic!("{name}: {text}"),
         _ => return true,
     };
     // Answers come in the order of the events: so a client can tell without a reference which one is meant.
@@ -188,7 +198,7 @@ pub async fn plain_client(mut plan: Plan) {
                 waiting.push_back(sent);
                 open = client.try_send(text).await;
             }
-            let _ = timeout(plan.pace, async {
+            let _ = timeout(plan.pause(), async {
                 while open {
                     open = come_back(&plan, &name, &line, &mut client, &mut waiting).await;
                 }
@@ -216,7 +226,9 @@ async fn come_back(
     let text = match client.next_frame().await {
         Frame::Text(text) => text,
         Frame::Ping(_) | Frame::Pong(_) => return true,
-        Frame::Close(..) | Frame::Lost(_) => return false,
+        // It goes on, missed events, or could not publish.
+        Frame::Close(1012 | 1013 | 4008, _) | Frame::Lost(_) => return false,
+        Frame::Close(code, reason) => panic!("{name} was closed with {code}: {reason}"),
     };
     let frame: Value = serde_json::from_str(&text).expect("JSON");
     if frame["sender"] != name || frame.get("id").is_none() {
@@ -247,7 +259,7 @@ pub async fn poster(mut plan: Plan) {
         if outcome == Outcome::Unknown {
             lines += 1; // it may be taken even after what comes next, by another node
         }
-        sleep(plan.pace).await;
+        sleep(plan.pause()).await;
     }
 }
 
@@ -274,17 +286,26 @@ async fn post(channel: &str, node: &Node, sent: &Sent) -> Outcome {
 /// Publishes an end of the run, if that can be done now, and gives its id.
 pub async fn end(shared: &Arc<Shared>, n: u64) -> Option<u64> {
     let node = shared.nodes.any(&mut Dice(n));
-    let sent = Sent { text: format!("end {n}"), to: None, begun: shared.now(), at: Instant::now() };
-    let outcome = post(&shared.channel, &node, &sent).await;
-    let body = canonical(&posted(&sent));
-    let (line, ended) = (format!("end {n}"), shared.now());
-    shared.note(Attempt { line, body, to: None, begun: sent.begun, ended, outcome });
+    let id = post_once(shared, &node, &format!("end {n}")).await;
+    if id.is_none() {
+        sleep(RETRY).await;
+    }
+    id
+}
+
+/// Publishes one event by POST to this node where it must work, and gives its id.
+pub async fn post_to(shared: &Arc<Shared>, node: &Node, name: &str) -> u64 {
+    post_once(shared, node, name).await.unwrap_or_else(|| panic!("{name}: not published"))
+}
+
+async fn post_once(shared: &Arc<Shared>, node: &Node, name: &str) -> Option<u64> {
+    let sent = Sent { text: name.into(), to: None, begun: shared.now(), at: Instant::now() };
+    let outcome = post(&shared.channel, node, &sent).await;
+    let (body, begun, ended) = (canonical(&posted(&sent)), sent.begun, shared.now());
+    shared.note(Attempt { line: name.into(), body, to: None, begun, ended, outcome });
     match outcome {
         Outcome::Acked(id) => Some(id),
-        _ => {
-            sleep(RETRY).await;
-            None
-        }
+        _ => None,
     }
 }
 
@@ -312,7 +333,7 @@ pub async fn program(mut plan: Plan) {
         if outcome == Outcome::Unknown {
             lines += 1;
         }
-        sleep(plan.pace).await;
+        sleep(plan.pause()).await;
     }
 }
 

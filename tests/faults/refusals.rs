@@ -37,8 +37,8 @@ async fn redis_out_of_memory() {
     let run = Run::start(&world, Crowd::default()).await;
     let mut redis = world.redis.client().await;
     let refusals = || async {
-        let refused = world.metric("fanfare_bus_refused_total").await;
-        (refused >= 10.0).then_some(())
+        let each = ["json", "post", "fcall"].iter().all(|way| run.shared.count(way, Outcome::Refused) >= 3);
+        each.then_some(())
     };
     run.goes_on(30).await;
     redis.call(&["CONFIG", "SET", "maxmemory", "1"]).await;
@@ -100,6 +100,43 @@ async fn the_clock_is_set_back_and_a_program_comes_first_after_the_wipe() {
     let head = world.redis.head("room").await;
     assert!(head > run.shared.acked().1 - 100_000_000 && head > id, "ids are above all again");
     run.end().await.everybody_was_told(1..=2);
+}
+
+#[tokio::test]
+async fn answers_stay_away_for_longer_than_anyone_waits() {
+    let world = World::start(&[], &["--publish-timeout", "1s"]).await;
+    let run = Run::start(&world, Crowd { clients: 2, ..Crowd::default() }).await;
+    let count = |outcome| run.shared.count("json", outcome) + run.shared.count("post", outcome);
+    // What is in flight may happen to be of those who are never told.
+    for round in 0.. {
+        assert!(round < 10, "nobody was told that it may or may not have been published");
+        run.goes_on(30).await;
+        let refused = count(Outcome::Refused);
+        for way in &world.ways {
+            way.silence(crate::common::Silence { down: true, up: false });
+        }
+        // Redis takes what was sent, and nobody hears of it: that is neither taken nor refused. What waits is refused.
+        until("refusals", || async { (count(Outcome::Refused) >= refused + 5).then_some(()) }).await;
+        for way in &world.ways {
+            way.silence(crate::common::Silence::default());
+        }
+        world.ready().await;
+        run.flows().await;
+        if count(Outcome::Unknown) >= 4 {
+            break;
+        }
+    }
+    let verdict = run.end().await;
+    verdict.nobody_was_told();
+    // The judge looks that nothing refused came; and what was taken is not what was refused.
+    let unknown = verdict
+        .history
+        .attempts
+        .iter()
+        .filter(|attempt| attempt.outcome == Outcome::Unknown && !attempt.line.starts_with("plain"));
+    assert!(unknown.filter(|attempt| verdict.came(&attempt.body)).count() > 0, "Redis took none of them");
+    let slowest = verdict.slowest(|line| line.starts_with("json") || line.starts_with("post"));
+    assert!(slowest < Duration::from_secs(1) + Duration::from_millis(1500), "an answer after {slowest:?}");
 }
 
 #[tokio::test]

@@ -18,6 +18,9 @@ const RETRY: Duration = Duration::from_millis(50);
 /// The longest that a slow client does not read at a time.
 const STALL: Duration = Duration::from_millis(400);
 
+/// The longest that a slow client which comes and goes stays away.
+const AWAY: Duration = Duration::from_secs(2);
+
 /// Who watches.
 pub struct Plan {
     /// Its name.
@@ -30,8 +33,11 @@ pub struct Plan {
     pub home: Option<usize>,
     /// Where it connects, if that is no node.
     pub door: Option<SocketAddr>,
-    /// It stalls now and then, with little room for what comes meanwhile.
-    pub slow: bool,
+    /// It stalls once in so many frames, 200 ms on the whole, and now and then stays away for a second. In that time
+    /// the stream must not bring as many, or it never comes to the end.
+    pub stalls: Option<u64>,
+    /// There is little room in its socket, so that frames come in parts; some 50 KB a second is all it can take.
+    pub narrow: bool,
 }
 
 struct Notes {
@@ -82,7 +88,7 @@ pub async fn watch(shared: Arc<Shared>, plan: Plan, seed: u64) -> Watcher {
             (_, None) => format!("channel={channel}&lastEventId="),
             (_, Some(at)) => format!("channel={channel}&lastEventId={at}"),
         };
-        let options = Options { query, subprotocol: plan.kind.subprotocol(), small_buffer: plan.slow };
+        let options = Options { query, subprotocol: plan.kind.subprotocol(), small_buffer: plan.narrow };
         let Ok(mut client) = Client::try_open(door, &plan.user, &options).await else {
             failures += 1;
             tokio::time::sleep(RETRY).await;
@@ -96,7 +102,7 @@ pub async fn watch(shared: Arc<Shared>, plan: Plan, seed: u64) -> Watcher {
         let frames = if plan.home.is_some() { u64::MAX } else { 1 + dice.below(60) };
         let mut welcomed = !recovers;
         for _ in 0..frames {
-            if plan.slow && dice.below(40) == 0 {
+            if plan.stalls.is_some_and(|frames| dice.below(frames) == 0) {
                 let time = STALL.mul_f64(dice.below(100) as f64 / 100.0);
                 tokio::time::sleep(time).await; // that it stalls is what is tested
             }
@@ -122,7 +128,10 @@ pub async fn watch(shared: Arc<Shared>, plan: Plan, seed: u64) -> Watcher {
                     }
                 }
                 Frame::Ping(_) | Frame::Pong(_) => {}
-                Frame::Close(code, _) => {
+                Frame::Close(code, reason) => {
+                    // Only one without recovery frames is told by a close that it missed something.
+                    let due = code == 1012 || (code == 4008 && !recovers);
+                    assert!(due, "{} was closed with {code}: {reason}", plan.name);
                     if welcomed {
                         notes.note(Seen::Ended(Some(code)));
                     }
@@ -140,6 +149,11 @@ pub async fn watch(shared: Arc<Shared>, plan: Plan, seed: u64) -> Watcher {
         }
         if welcomed {
             notes.note(Seen::Ended(None));
+        }
+        drop(client);
+        if plan.home.is_none() && plan.stalls.is_some_and(|frames| dice.below(frames / 20) == 0) {
+            let time = AWAY.mul_f64(dice.below(100) as f64 / 100.0);
+            tokio::time::sleep(time).await; // as above
         }
     }
     notes.watcher
