@@ -257,3 +257,25 @@ pub fn text_frame(text: &[u8]) -> Bytes {
     put_text_frame(&mut bytes, text);
     bytes.freeze()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_frame_begins_where_the_one_before_it_ends() {
+        let texts: [&[u8]; 3] = [b"{\"id\":7}", b"{\"n\":1,\"id\":8}", b"{\"id\":9}"];
+        let several = Entry::events(EventId(7), texts.into_iter());
+        let one = Entry::events(EventId(7), texts.into_iter().take(1));
+        for entry in [&several, &one] {
+            for offset in 0..entry.bytes.len() as u32 {
+                let (begin, end) = (entry.frame_begin(offset), entry.frame_end(offset));
+                assert!(
+                    begin <= offset && offset < end && entry.is_boundary(begin),
+                    "{offset}: {begin}..{end}"
+                );
+                assert_eq!(entry.frames_until(end), entry.frames_until(begin) + 1);
+            }
+        }
+    }
+}
