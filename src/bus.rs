@@ -353,3 +353,21 @@ pub async fn run(settings: &Settings, wiring: Wiring) -> Result<(), Unusable> {
         Some(url) => redis::run(settings, url, wiring).await,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every small history: what is proven is just what can be shown to miss nothing.
+    #[test]
+    fn a_position_is_proven_if_and_only_if_history_holds_all_that_follows_it_in_its_run() {
+        for (base, head) in (0..6_u64).flat_map(|base| (base..8).map(move |head| (base, head))) {
+            for (oldest, at) in (base + 1..=head + 1).flat_map(|oldest| (0..10).map(move |at| (oldest, at))) {
+                let of_this_run = base <= at && at <= head;
+                let held = (at + 1..=head).all(|id| oldest <= id);
+                let proven = is_proven(EventId(at), EventId(base), EventId(head), EventId(oldest));
+                assert_eq!(proven, of_this_run && held, "{at}: base {base}, head {head}, oldest {oldest}");
+            }
+        }
+    }
+}

@@ -73,7 +73,10 @@ pub enum State {
     /// It missed events and can only be told by a close, which is due.
     Missed,
     /// Its last words are on their way; then it waits for the peer's end.
-    Closing,
+    Closing {
+        /// They are out, and our end is closed.
+        finished: bool,
+    },
 }
 
 /// What came of writing.
@@ -179,8 +182,6 @@ pub struct Connection {
     pub expires: u32,
     /// When the last sign of life came, in ticks of the shard.
     pub heard: u32,
-    /// Our end is closed.
-    finished: bool,
     /// It waits for a page of history.
     pub waits_for_page: bool,
     /// Publishes without an answer yet.
@@ -221,7 +222,6 @@ impl Connection {
             may_publish: false,
             expires: NEVER,
             heard: tick,
-            finished: false,
             waits_for_page: false,
             unanswered: 0,
             heartbeat: tick,
@@ -578,7 +578,7 @@ impl Connection {
         if let Some((code, text)) = reason.close().filter(|_| self.is_open()) {
             self.enqueue(frame::close(code, text));
         }
-        self.state = State::Closing;
+        self.state = State::Closing { finished: false };
     }
 
     /// Writes its last words, and closes our end once they are out. `false`: the socket is dead.
@@ -589,9 +589,9 @@ impl Connection {
             self.keep_rest(&entry, &mut Copies::default(), tally);
         }
         match self.flush_queue(tally) {
-            Flushed::All if self.finished => true,
+            Flushed::All if matches!(self.state, State::Closing { finished: true }) => true,
             Flushed::All => {
-                self.finished = true;
+                self.state = State::Closing { finished: true };
                 self.stream.shutdown(std::net::Shutdown::Write).is_ok()
             }
             Flushed::Dead => false,

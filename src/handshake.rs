@@ -23,8 +23,8 @@ use crate::web;
 /// The subprotocol of JSON mode.
 pub const SUBPROTOCOL: &str = "fanfare.v1";
 
-const UNTRUSTED_PREAMBLE: &str = "a PROXY header is taken from trusted proxies alone: is this peer yours, name its address with --trusted-proxy";
-const UNTRUSTED_FORWARD: &str = "X-Forwarded-For is taken from trusted proxies alone: is this peer yours, name its address with --trusted-proxy";
+const UNTRUSTED_PREAMBLE: &str = "a PROXY header is taken from trusted proxies alone: if this peer is one of yours, name its address with --trusted-proxy";
+const UNTRUSTED_FORWARD: &str = "X-Forwarded-For is taken from trusted proxies alone: if this peer is one of yours, name its address with --trusted-proxy";
 const UNREADABLE_FORWARD: &str = "X-Forwarded-For has no readable address where the client's must be";
 const TOO_EARLY: &str = "nothing may follow the request before the upgrade is answered";
 

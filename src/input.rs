@@ -85,7 +85,7 @@ impl Default for Partial {
     }
 }
 
-/// Reads a client's bytes into `messages`; tells how many. The rest is the begin of a frame, at most 131 bytes of it,
+/// Reads a client's bytes into `messages`; tells how many. The rest is the begin of a frame, at most 130 bytes of it,
 /// or comes after the last of [`MESSAGES_AT_ONCE`] messages. After an error, and after a close, it means nothing.
 pub fn read(
     partial: &mut Option<Box<Partial>>,
@@ -110,7 +110,7 @@ pub fn read(
         let parsed = FrameHeader::parse(&mut cursor).map_err(|error| reason(&error))?;
         let Some((header, length)) = parsed else { break };
         let head = cursor.position() as usize;
-        let mask = check(&header, length, limits)?;
+        let mask = check(&header, head, length, limits)?;
         let length = length as usize; // at most max_message
         let fragments = partial.as_ref().map_or(0, |partial| partial.fragments);
         let whole = data.len() - at - head >= length;
@@ -152,10 +152,15 @@ pub fn read(
     Ok(at)
 }
 
-/// What a frame's head alone forbids, before anything is kept for it. Gives the mask.
-fn check(header: &FrameHeader, length: u64, limits: Limits) -> Result<[u8; 4], Reason> {
+/// What a frame's head (of `head` bytes) alone forbids, before anything is kept for it. Gives the mask.
+fn check(header: &FrameHeader, head: usize, length: u64, limits: Limits) -> Result<[u8; 4], Reason> {
     let reserved = header.rsv1 || header.rsv2 || header.rsv3;
-    let Some(mask) = header.mask.filter(|_| !reserved) else {
+    let shortest = match length {
+        0..=125 => 6,
+        126..=0xFFFF => 8,
+        _ => 14,
+    };
+    let Some(mask) = header.mask.filter(|_| !reserved && head == shortest) else {
         return Err(Reason::Protocol); // RFC 6455 sections 5.1 and 5.2
     };
     match header.opcode {
@@ -352,6 +357,8 @@ mod tests {
             (unmasked, Reason::Protocol),
             (frame(0xC1, b"rsv"), Reason::Protocol),
             (frame(0x83, b"opcode"), Reason::Protocol),
+            (vec![0x81, 0xFE, 0, 1, 0, 0, 0, 0, b'a'], Reason::Protocol),
+            (vec![0x81, 0xFF, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, b'a'], Reason::Protocol),
             (frame(0x8B, b"opcode"), Reason::Protocol),
             (frame(0x89, &[0; 126]), Reason::Protocol),
             (frame(0x09, b"fragmented ping"), Reason::Protocol),

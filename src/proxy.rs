@@ -1,5 +1,8 @@
 //! What a proxy says about its client: the PROXY protocol at a connection's begin, and `X-Forwarded-For` in its
 //! request. Whether that is to be believed is for others to know.
+//!
+//! The PROXY header is read here, since the crates that do so read less strictly: proxy-header 0.1 takes `PROXYxTCP4` and
+//! a port `+1`, and ppp 2.3, which takes the latter too, fails on a header that comes byte by byte.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::str::FromStr;

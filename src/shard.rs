@@ -350,7 +350,7 @@ impl Shard {
         let feed = self.leave(slot);
         let id = self.id_of(slot);
         let connection = &mut self.connections[slot as usize];
-        if matches!(connection.state, State::Closing) {
+        if matches!(connection.state, State::Closing { .. }) {
             return;
         }
         self.metrics.shards[self.id].ends[reason as usize].add(1);

@@ -315,7 +315,10 @@ async fn readers_of_every_pace_see_all_in_order_or_are_told() {
         if behind.is_empty() {
             break;
         }
-        assert!(begun.elapsed() < Duration::from_secs(60), "they don't come to the end: {behind:?}");
+        assert!(
+            begun.elapsed() < Duration::from_secs(60),
+            "seed {seed}: they don't come to the end: {behind:?}"
+        );
     }
     shared.over.send_replace(true);
     let mut history = History::default();

@@ -55,7 +55,10 @@ async fn clients_come_through_nginx_also_when_a_node_is_gone() {
         client.welcome().await;
         clients.push(client);
     }
-    assert!(nginx.errors().iter().any(|line| line.contains("Connection refused")), "{:?}", nginx.errors());
+    until("nginx to tell of the node that is gone", || async {
+        nginx.errors().iter().any(|line| line.contains("Connection refused")).then_some(())
+    })
+    .await;
     drop(clients);
     // A connection's line is written when it is over.
     until("nginx to note what it did", || async { (nginx.requests().len() == 8).then_some(()) }).await;

@@ -9,7 +9,11 @@ export PATH=$PATH:/usr/sbin # where Debian has nginx
 
 export SOAK_SECONDS=${SOAK_SECONDS:-120}
 if [[ ${1:-} == --soak ]]; then
-    SOAK_SECONDS=${2:?--soak needs a number of seconds}
+    SOAK_SECONDS=${2:-}
+    if ! [[ $SOAK_SECONDS =~ ^[0-9]+$ ]]; then
+        echo "--soak needs a number of seconds, as in: tests/run.sh --soak 3600" >&2
+        exit 2
+    fi
     shift 2
 fi
 

@@ -3,13 +3,13 @@
 mod common;
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use common::raw::{frame_bytes, opcode};
 use common::{http, until};
-use fanfare::bus::{Request, Shards, ToShard};
+use fanfare::bus::{Page, Request, Shards, ToShard};
 use fanfare::config::{Action, Settings};
-use fanfare::event::EventId;
+use fanfare::event::{ChannelName, Entry, EventId};
 use fanfare::guard::Guard;
 use fanfare::handshake::Door;
 use fanfare::keys::KeyRing;
@@ -21,6 +21,8 @@ use tokio::sync::mpsc;
 
 struct Shard {
     shards: Shards,
+    /// What the shard beside it is told.
+    other: mpsc::UnboundedReceiver<ToShard>,
     asked: mpsc::UnboundedReceiver<Request>,
     metrics: Arc<Metrics>,
     guard: Arc<Guard>,
@@ -36,7 +38,8 @@ impl Shard {
         let (requests, asked) = mpsc::unbounded_channel();
         let numbers = Arc::new(BusNumbers::default());
         let metrics = Arc::new(Metrics::new(1, numbers, Arc::new(Readiness::default())));
-        let shards = Shards::new(vec![inbox_tx]).with_bells(vec![bell.clone()]);
+        let (other_tx, other) = mpsc::unbounded_channel();
+        let shards = Shards::new(vec![inbox_tx, other_tx]).with_bells(vec![bell.clone()]);
         let keys = Arc::new(KeyRing::load(&settings).expect("no files to read"));
         let guard = Arc::new(Guard::new(&settings));
         let readiness = metrics.readiness.clone();
@@ -53,7 +56,7 @@ impl Shard {
             takes_binary: false,
         };
         std::thread::spawn(|| shard::run(wiring).expect("a poll that works"));
-        Shard { shards, asked, metrics, guard }
+        Shard { shards, other, asked, metrics, guard }
     }
 
     /// A client's end of a connection; the shard has the other. What `bytes` are it finds there already.
@@ -96,13 +99,19 @@ impl Drop for Shard {
 }
 
 fn upgrade() -> Vec<u8> {
+    upgrade_after("")
+}
+
+/// The request of a client that goes on from somewhere, or says nothing of it.
+fn upgrade_after(query: &str) -> Vec<u8> {
     let headers = [
         ("Connection", "Upgrade"),
         ("Upgrade", "websocket"),
         ("Sec-WebSocket-Version", "13"),
         ("Sec-WebSocket-Key", "dGhlIHNhbXBsZSBub25jZQ=="),
     ];
-    http::request_bytes(([127, 0, 0, 1], 1).into(), "GET", "/ws/alice?channel=a", &headers, b"")
+    let path = format!("/ws/alice?channel=a{query}");
+    http::request_bytes(([127, 0, 0, 1], 1).into(), "GET", &path, &headers, b"")
 }
 
 #[tokio::test]
@@ -139,7 +148,92 @@ async fn the_end_of_a_client_is_seen_though_nothing_was_read_when_it_came() {
         shard.shards.answer(publish.answer, Ok(EventId(id)));
     }
     // Long before a heartbeat could tell.
-    let begun = std::time::Instant::now();
+    let begun = Instant::now();
     shard.closed(2).await;
     assert!(begun.elapsed() < Duration::from_secs(10), "only the heartbeat has noticed");
+}
+
+/// Events with these ids, for everybody, in one entry.
+fn events(ids: std::ops::RangeInclusive<u64>) -> Entry {
+    let texts: Vec<String> = ids.clone().map(|id| format!(r#"{{"n":{id},"id":{id}}}"#)).collect();
+    Entry::events(EventId(*ids.start()), texts.iter().map(String::as_bytes))
+}
+
+impl Shard {
+    fn gets(&self, entry: Entry) {
+        let channel = ChannelName::parse("a").expect("a name");
+        self.shards.tell(0, ToShard::Entry { channel, entry, arrived: Instant::now() });
+    }
+}
+
+/// The ids of all events that come to a client, up to this one; and that it was let in as recovered.
+async fn ids_up_to(client: &mut TcpStream, last: u64) -> Vec<u64> {
+    let (mut bytes, end) = (Vec::new(), format!(r#""id":{last}}}"#));
+    let read = async {
+        while !bytes.windows(end.len()).any(|part| part == end.as_bytes()) {
+            assert!(client.read_buf(&mut bytes).await.expect("it is connected") > 0, "it was closed");
+        }
+    };
+    let waited = tokio::time::timeout(Duration::from_secs(60), read).await;
+    let text = String::from_utf8_lossy(&bytes);
+    assert!(waited.is_ok() && text.contains(r#""recovered":true"#), "{text}");
+    let ids = text.split(r#""id":"#).skip(1).map(|rest| rest.split('}').next().expect("it ends"));
+    ids.map(|id| id.parse().expect("an id")).collect()
+}
+
+#[tokio::test]
+async fn entries_that_come_before_the_word_that_it_is_followed_are_kept_if_they_are_new() {
+    let mut shard = Shard::start();
+    let mut client = shard.client(&upgrade_after("&lastEventId=1000")).await;
+    let Request::Follow { channel, .. } = shard.asks().await else { panic!("it asks to follow") };
+    // As when another shard passes the channel on: these came from the bus meanwhile.
+    shard.gets(events(999..=1000));
+    shard.gets(events(1001..=1002));
+    let (base, position) = (EventId(900), EventId(1000));
+    shard.shards.tell(0, ToShard::Followed { channel, base, position, recent: Vec::new() });
+    shard.gets(events(1003..=1003));
+    assert_eq!(ids_up_to(&mut client, 1003).await, [1001, 1002, 1003]);
+}
+
+#[tokio::test]
+async fn a_shard_gives_what_is_in_memory_only_if_it_stands_where_the_bus_says() {
+    let mut shard = Shard::start();
+    let _client = shard.client(&upgrade()).await;
+    shard.follows().await;
+    shard.gets(events(1001..=1002));
+    // The second and third are what the bus says when this shard's part is of another time.
+    for (base, position, held) in [(1000, 1002, true), (2000, 2000, false), (1000, 1005, false)] {
+        let (base, position) = (EventId(base), EventId(position));
+        let channel = ChannelName::parse("a").expect("a name");
+        shard.shards.tell(0, ToShard::Share { channel, base, position, with: 1 });
+        let told = tokio::time::timeout(Duration::from_secs(60), shard.other.recv()).await;
+        let Ok(Some(ToShard::Followed { base: to_base, position: to_position, recent, .. })) = told else {
+            panic!("the other is told that it follows: {told:?}")
+        };
+        assert_eq!((to_base, to_position, !recent.is_empty()), (base, position, held));
+    }
+}
+
+#[tokio::test]
+async fn a_page_that_knows_more_than_the_feed_brings_nothing_twice() {
+    let mut shard = Shard::start();
+    let mut client = shard.client(&upgrade_after("&lastEventId=1002")).await;
+    let Request::Follow { channel, .. } = shard.asks().await else { panic!("it asks to follow") };
+    let (base, position) = (EventId(1000), EventId(1005));
+    shard.shards.tell(0, ToShard::Followed { channel, base, position, recent: Vec::new() });
+    let Request::Read { channel, after, .. } = shard.asks().await else { panic!("it asks for history") };
+    // History has what the messages of Pub/Sub have yet to bring.
+    let page = Page { base, head: EventId(1008), oldest: EventId(1001), entries: vec![events(1001..=1008)] };
+    shard.shards.tell(0, ToShard::Page { channel, after, result: Ok(Arc::new(page)) });
+    assert_eq!(ids_up_to(&mut client, 1005).await, [1003, 1004, 1005]);
+    shard.gets(events(1006..=1007));
+    shard.gets(events(1008..=1009));
+    let text = async {
+        let mut bytes = Vec::new();
+        while !bytes.windows(9).any(|part| part == br#""id":1009"#) {
+            assert!(client.read_buf(&mut bytes).await.expect("it is connected") > 0, "it was closed");
+        }
+        String::from_utf8_lossy(&bytes).matches(r#""id":"#).count()
+    };
+    assert_eq!(tokio::time::timeout(Duration::from_secs(60), text).await, Ok(4));
 }

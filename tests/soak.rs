@@ -36,6 +36,20 @@ fn say(text: &str) {
     let _ = writeln!(std::io::stderr(), "{text}"); // who can't hear it can't be helped
 }
 
+/// Says how to have the same again, below all that a failure prints.
+struct Again(u64);
+
+impl Drop for Again {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            say(&format!(
+                "soak: failed. The same faults again: SOAK_SEED={} tests/run.sh --soak SECONDS --test soak",
+                self.0
+            ));
+        }
+    }
+}
+
 /// Lets one thing go wrong, and right again.
 async fn fault(world: &mut World, run: &Run, dice: &mut Dice) -> String {
     let place = dice.below(2) as usize;
@@ -186,6 +200,7 @@ async fn faults_at_random_for_a_while() {
         || SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).expect("after 1970").as_micros() as u64;
     let seed = number("SOAK_SEED").unwrap_or_else(|| clock() % 1_000_000);
     say(&format!("soak: {length:?} with SOAK_SEED={seed}"));
+    let _again = Again(seed);
     let mut dice = Dice(seed);
     let (start, mut faults, mut acked, mut told) = (Instant::now(), 0, 0, 0);
     let redis = Redis::start(&["--appendonly", "yes", "--maxmemory-policy", "noeviction"]).await;

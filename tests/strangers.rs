@@ -1,5 +1,6 @@
 //! What strangers can send to the public port, and what they get. Each row of the table is shown by the tests named
-//! beside it; those that are nowhere else are below, in the same order.
+//! beside it; those that are nowhere else are below, in the same order. `behind_nginx` shows that none of it makes a proxy
+//! take a node for dead.
 //!
 //! | input | answer | tests |
 //! |---|---|---|
@@ -20,7 +21,11 @@
 //! | foreign or `null` Origin | 403 | `access::pages_of_foreign_sites_are_refused` |
 //! | missing, bad, expired token | 401 | `tokens::without_a_good_token_nobody_comes_in_and_no_token_is_shown` |
 //! | user id or channel with control characters, too long, not UTF-8 | 400; log lines stay one line | `bad_names_get_400_and_break_no_log_line` |
-//! | out of file descriptors | the accept loop goes on | `limits::a_node_without_free_descriptors_serves_on_and_recovers` |
+//! | per-address connection flood, per-user and per-node caps | 429 / 503 with `Retry-After` | `guard::one_address_can_not_take_the_places_of_others`, `guard::a_user_has_so_many_connections_and_others_have_theirs`, `guard::a_full_node_says_503_and_serves_on`, `guard::a_flood_past_the_caps_is_answered_at_once_and_disturbs_nobody` |
+//! | a PROXY header, or `X-Forwarded-For`, from others than trusted proxies | 400 | `guard::who_is_no_trusted_proxy_is_told_to_be_named` |
+//! | any of these through nginx | nginx takes no node out | `behind_nginx::a_thousand_bad_handshakes_are_answered_and_take_no_node_out` |
+//! | per-address connection flood, per-user and per-node caps | 429 / 503 with `Retry-After` | `guard::one_address_can_not_take_the_places_of_others`, `guard::a_user_has_so_many_connections_and_others_have_theirs`, `guard::a_full_node_says_503_and_serves_on`, `guard::a_flood_past_the_caps_is_answered_at_once_and_disturbs_nobody` |
+//! | out of file descriptors | 503, one log line and a metric; the accept loop goes on | `limits::a_node_without_free_descriptors_serves_on_and_recovers` |
 //! | `lastEventId` negative, huge, text, future | `recovered:false`, at most one shared read | `strange_ids_cost_one_shared_read_at_most`, `protocol::what_is_no_known_id_is_not_recovered` |
 //! | `channel` that names another program's Redis channel | an ordinary channel of that name | `a_channel_named_like_redis_own_is_an_ordinary_one` |
 //! | endless new channels | 503 past `--max-channels` | `limits::no_more_channels_than_allowed_are_followed`, `tokens::a_token_is_good_for_its_channels_and_publishes_where_it_may` |
@@ -234,6 +239,8 @@ async fn frames_against_the_protocol_close_with_1002() {
             expect_close(&node, &format!("bit {bit:x} of {opcode}"), &frame, 1002).await;
         }
     }
+    // RFC 6455 section 5.2: a length is written as short as it can be.
+    expect_close(&node, "a long length", &[0x81, 0xFE, 0, 1, 0, 0, 0, 0, b'a'], 1002).await;
     for opcode in [PING, PONG, CLOSE] {
         expect_close(&node, "not final", &frame_bytes(false, opcode, true, b""), 1002).await;
         expect_close(&node, "too long", &frame_bytes(true, opcode, true, &[b'a'; 126]), 1002).await;
@@ -402,5 +409,5 @@ fn every_test_of_the_table_exists() {
             tests += 1;
         }
     }
-    assert!(tests > 25);
+    assert!(tests > 30, "{tests}");
 }

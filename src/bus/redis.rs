@@ -38,7 +38,9 @@ mod publisher;
 mod reason;
 mod scripts;
 mod terms;
-mod wire;
+pub mod wire;
+
+pub use self::scripts::{Taken, page, taken}; // for the fuzz targets, as wire is
 
 /// How often deadlines are looked at. Publish and canary times are met within this.
 const TICK: Duration = Duration::from_millis(100);
@@ -61,6 +63,7 @@ enum Outcome {
     Read(u64, ChannelName, Purpose, Result<Page, CallError>),
     Page(u64, ChannelName, EventId, Result<Page, CallError>),
     CanarySent(u64, Result<(), CallError>),
+    Library(u64, Result<(), CallError>),
 }
 
 /// Why a channel is read.
@@ -129,6 +132,8 @@ struct Bus {
     warned_of_size: Option<Instant>,
     /// Why other programs can't publish by FCALL, as far as was told to the log.
     no_library: Option<Arc<str>>,
+    /// When it is loaded again, if Redis has refused.
+    next_load: Instant,
 }
 
 /// Runs until every sender of requests is gone.
@@ -163,6 +168,7 @@ pub async fn run(settings: &Settings, url: &RedisUrl, wiring: Wiring) -> Result<
         next_sweep: Instant::now() + IDLE,
         warned_of_size: None,
         no_library: None,
+        next_load: Instant::now(),
     };
     let mut messages: Option<broadcast::Receiver<Message>> = None;
     let mut tick = tokio::time::interval(TICK);
@@ -239,6 +245,11 @@ impl Bus {
             Outcome::CanarySent(generation, result) if self.link.is_current(generation) => {
                 self.canary_sent(result);
             }
+            Outcome::Library(generation, result) if self.link.is_current(generation) => match result {
+                Ok(()) => self.tell_of_library(None),
+                Err(CallError::Refused(words)) => self.tell_of_library(Some(words)),
+                Err(CallError::Lost(_)) => {} // the session tells of its end itself
+            },
             // These come once for each call, whichever session made it.
             Outcome::Published(generation, channel, result) => self.published(generation, &channel, result),
             Outcome::Read(generation, channel, purpose, result) => {

@@ -252,3 +252,45 @@ impl Channel {
         after
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::guard::Place;
+
+    /// Connections that nothing is written to.
+    fn connections(count: u32) -> Slab<Connection> {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
+        let address = listener.local_addr().expect("it is bound");
+        let connect = |n| {
+            let stream = mio::net::TcpStream::connect(address).expect("it listens");
+            Connection::new(stream, Place::Proxy, n, 0)
+        };
+        (0..count).map(|n| (n as usize, connect(n))).collect()
+    }
+
+    #[test]
+    fn a_pass_comes_once_to_everyone_who_stays_whoever_leaves_meanwhile() {
+        let (hasher, now) = (RandomState::new(), Instant::now());
+        for count in 1..7_u32 {
+            let mut connections = connections(count);
+            for (visited, leaver) in
+                (0..=count as usize).flat_map(|at| (0..count).map(move |slot| (at, slot)))
+            {
+                let mut channel = Channel::new(ChannelName::parse("c").expect("a name"), 1);
+                (0..count).for_each(|slot| channel.add(slot, &mut connections, &hasher));
+                let mut seen = channel.members[..visited].to_vec();
+                channel.pass = Some(Pass { next: visited, ..Pass::new(now, now) });
+                channel.remove(leaver, &mut connections, &hasher);
+                let next = channel.pass.as_ref().expect("it goes on").next;
+                seen.extend_from_slice(&channel.members[next..]);
+                seen.retain(|slot| *slot != leaver);
+                seen.sort_unstable();
+                let stay: Vec<u32> = (0..count).filter(|slot| *slot != leaver).collect();
+                assert_eq!(seen, stay, "{leaver} of {count} left after {visited} had their turn");
+                let places = channel.members.iter().map(|slot| connections[*slot as usize].member);
+                assert!(places.eq(0..count - 1), "everyone knows its place");
+            }
+        }
+    }
+}

@@ -147,7 +147,7 @@ impl Shard {
             }
             State::History => return self.catch_up(slot, None),
             State::Missed => connection.flush_queue(&mut self.tally),
-            State::Closing => {
+            State::Closing { .. } => {
                 if !connection.finish(None, &mut self.tally) {
                     self.remove(slot);
                 }

@@ -61,7 +61,7 @@ impl Shard {
                 // A client may only speak after the upgrade; what it says here would be lost.
                 State::Joining(_) => self.refuse(slot, handshake::too_early(), Reason::Answered),
                 State::Live | State::History | State::Missed => self.on_frames(slot, length),
-                State::Closing => {}
+                State::Closing { .. } => {}
             }
             if self.find(id).is_none() || new.is_none() {
                 return;
@@ -90,7 +90,7 @@ impl Shard {
 
     fn end_or_remove(&mut self, slot: u32) {
         match self.connections[slot as usize].state {
-            State::Closing => self.remove(slot),
+            State::Closing { .. } => self.remove(slot),
             _ => self.end(slot, Reason::PeerGone),
         }
     }

@@ -220,7 +220,7 @@ impl Shard {
     /// the answer when it asks, and only at the `last` moment unasked.
     fn let_go(&mut self, slot: usize, last: bool) -> bool {
         match self.connections.get(slot).map(|connection| &connection.state) {
-            None | Some(State::Closing) => return false,
+            None | Some(State::Closing { .. }) => return false,
             Some(State::Request(_)) if !last => return false,
             Some(State::Request(_) | State::Joining(_)) => {
                 self.answer(slot as u32, handshake::stopping(), Reason::Draining);

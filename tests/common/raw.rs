@@ -105,6 +105,12 @@ impl Raw {
         read.unwrap_or_else(|error| panic!("{error}"))
     }
 
+    /// Reads the head of an HTTP response and gives its status.
+    pub async fn status(&mut self) -> u16 {
+        let read = within("an HTTP response", http::read_response(&mut self.socket, true)).await;
+        read.unwrap_or_else(|error| panic!("{error}")).status
+    }
+
     /// Reads one whole, unmasked, final frame: opcode and payload. `None` at the end of the connection.
     pub async fn next(&mut self) -> Option<(u8, Vec<u8>)> {
         within("a frame", async {

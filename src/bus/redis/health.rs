@@ -3,6 +3,7 @@
 
 use std::borrow::Cow;
 use std::collections::VecDeque;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::link::{self, CallError, ConnectError, Script, Session};
@@ -21,6 +22,9 @@ const CANARY_LATE: Duration = Duration::from_secs(2);
 
 /// Without a canary for so long the connections are given up.
 const CANARY_LOST: Duration = Duration::from_secs(4);
+
+/// Time between two attempts to load the function for other programs, where Redis has refused it.
+const LOAD_EVERY: Duration = Duration::from_secs(2);
 
 /// The first wait before a new attempt to connect; it doubles each time.
 const BACKOFF_MIN: Duration = Duration::from_millis(100);
@@ -160,6 +164,38 @@ impl Bus {
         });
     }
 
+    /// What came of loading the function for other programs: said when it changes.
+    pub(super) fn tell_of_library(&mut self, refused: Option<Arc<str>>) {
+        self.next_load = Instant::now() + LOAD_EVERY;
+        if self.no_library == refused {
+            return;
+        }
+        match &refused {
+            None => tracing::info!("FCALL fanfare_publish is to be had"),
+            Some(words) => {
+                let text =
+                    "FCALL fanfare_publish is not to be had, all else works: Redis refuses FUNCTION LOAD";
+                tracing::warn!("{text} ({words})");
+            }
+        }
+        self.no_library = refused;
+    }
+
+    /// Redis works and has refused the function before: a replica that was promoted, a full Redis that has room again.
+    fn load_again(&mut self, now: Instant) {
+        let Some(session) = self.link.session.as_ref().filter(|_| self.no_library.is_some()) else { return };
+        if now < self.next_load {
+            return;
+        }
+        self.next_load = now + LOAD_EVERY;
+        let (caller, terms) = (session.caller(), self.terms.clone());
+        let (outcomes, generation) = (self.outcomes.clone(), self.link.generation);
+        tokio::spawn(async move {
+            let result = caller.load_library(&terms).await;
+            let _ = outcomes.send(Outcome::Library(generation, result));
+        });
+    }
+
     /// A session is there: subscribe again to everything, from our own table.
     pub(super) fn connected(&mut self, session: Session) {
         if session.is_over() {
@@ -167,15 +203,7 @@ impl Bus {
             self.set_trouble(Some(Trouble::away(words)), words);
             return self.back_off();
         }
-        if self.no_library != session.no_library {
-            self.no_library = session.no_library.clone();
-            match &self.no_library {
-                Some(words) => tracing::warn!(
-                    "FCALL fanfare_publish is not to be had, all else works: Redis refuses FUNCTION LOAD ({words})"
-                ),
-                None => tracing::info!("FCALL fanfare_publish is to be had"),
-            }
-        }
+        self.tell_of_library(session.no_library.clone());
         let mut names = vec![self.terms.canary()];
         let followed = self.channels.iter().filter(|(_, channel)| channel.follow.is_some());
         names.extend(followed.flat_map(|(name, _)| self.terms.lanes(name)));
@@ -300,6 +328,7 @@ impl Bus {
         self.numbers.round_trips.observe(took);
         self.link.failures = 0;
         self.set_trouble(None, "");
+        self.load_again(now);
         for (name, base, head) in lines.filter_map(wire::canary_line) {
             let Some((name, _)) = self.channels.get_key_value(name) else { continue };
             let name = name.clone();

@@ -162,6 +162,11 @@ impl std::fmt::Debug for Caller {
 }
 
 impl Caller {
+    /// Loads the function for other programs again, which Redis has refused before.
+    pub async fn load_library(&self, terms: &Terms) -> Result<(), CallError> {
+        load_library(&self.client, terms).await
+    }
+
     /// Runs a script with these keys. A script that Redis has forgotten is sent again whole.
     pub async fn call(
         &self,
@@ -264,7 +269,7 @@ pub async fn connect(
     let (open, watch_open) = watch::channel(());
     let caller = Caller { client: client.clone(), hashes: Arc::new(hashes), open: watch_open };
     check_permissions(&client, terms).await?;
-    let no_library = load_library(&client, terms).await;
+    let no_library = load_library(&client, terms).await.err().map(|error| error.text());
 
     let (orders, orders_rx) = mpsc::unbounded_channel();
     let report = reports.clone();
@@ -361,10 +366,10 @@ pub async fn check_permissions(client: &Client, terms: &Terms) -> Result<(), Con
     )))
 }
 
-/// Other programs publish by FCALL; nodes don't need it. Gives the reason why it is not to be had.
-async fn load_library(client: &Client, terms: &Terms) -> Option<Arc<str>> {
+/// Other programs publish by FCALL; nodes don't need it.
+async fn load_library(client: &Client, terms: &Terms) -> Result<(), CallError> {
     let args = vec!["LOAD".into(), "REPLACE".into(), scripts::library(terms).into()];
-    command(client, "FUNCTION", args).await.err().map(|error| error.text())
+    command(client, "FUNCTION", args).await.map(|_| ())
 }
 
 /// Carries out orders one after the other; what has gathered goes in one SUBSCRIBE. Redis answers on this

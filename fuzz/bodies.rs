@@ -1,0 +1,321 @@
+//! What is held of any bytes at all: the bodies of the fuzz targets. `tests/seeds.rs` runs every seed through them, on a
+//! stable compiler and with the other tests.
+
+use std::sync::{Arc, OnceLock};
+
+use bytes::Bytes;
+use fanfare::bus::redis::{page, taken, wire};
+use fanfare::close::Reason;
+use fanfare::config::{Action, Settings};
+use fanfare::event::{ChannelName, Entry, EventId, is_user_id};
+use fanfare::frame::{self, ClientFrame};
+use fanfare::guard::Guard;
+use fanfare::handshake::{self, Door, Verdict};
+use fanfare::input::{self, Incoming, Limits, MESSAGES_AT_ONCE};
+use fanfare::keys::KeyRing;
+use fanfare::{foreign, http};
+use fred::types::Resp3Frame;
+use serde_json::Value;
+use serde_json::value::RawValue;
+
+/// The key of the tokens that seeds of requests carry.
+const KEY: &str = "0123456789abcdef0123456789abcdef";
+
+/// Takes a byte that says how the rest is to be read.
+fn choice<'a>(data: &mut &'a [u8]) -> u8 {
+    let all: &'a [u8] = data;
+    let Some((first, rest)) = all.split_first() else { return 0 };
+    *data = rest;
+    *first
+}
+
+// ---- requests ----
+
+fn door(with_tokens: bool) -> &'static Door {
+    static DOORS: OnceLock<[Door; 2]> = OnceLock::new();
+    let doors = DOORS.get_or_init(|| {
+        let file = std::env::temp_dir().join(format!("fanfare-fuzz-{}.key", std::process::id()));
+        std::fs::write(&file, KEY).expect("there is room for a key");
+        let key = format!("--jwt-key={}", file.display());
+        let doors = [&[][..], &[key.as_str()]].map(|flags| {
+            let flags = [&["--trusted-proxy=10.0.0.0/8"], flags].concat();
+            let Ok(Action::Run(settings)) = Settings::from(flags.iter().map(|flag| flag.into()), []) else {
+                panic!("these settings are good")
+            };
+            let keys = Arc::new(KeyRing::load(&settings).expect("the key is there"));
+            let guard = Arc::new(Guard::new(&settings));
+            Door { settings: Arc::new(settings), readiness: Arc::default(), keys, guard }
+        });
+        let _ = std::fs::remove_file(file);
+        doors
+    });
+    &doors[usize::from(with_tokens)]
+}
+
+/// What a connection from this peer gets whose bytes come in these pieces, as the shard reads them.
+fn decide<'a>(pieces: impl Iterator<Item = &'a [u8]>, door: &Door, peer: [u8; 4]) -> Verdict {
+    let mut place = door.guard.arrive(peer.into()).expect("there is room for one");
+    let mut kept = Vec::new();
+    let mut verdict = Verdict::Incomplete(0);
+    for piece in pieces {
+        kept.extend_from_slice(piece);
+        verdict = handshake::decide(&kept, door, &mut place);
+        match &verdict {
+            Verdict::Incomplete(read) => drop(kept.drain(..*read)),
+            _ => break,
+        }
+        assert!(kept.len() <= http::HEAD_MAX + 4096, "{} bytes are kept of a request", kept.len());
+    }
+    door.guard.leave(place, "");
+    verdict
+}
+
+/// An answer is one whole HTTP response, whatever of the request is repeated in it.
+fn check_answer(answer: &[u8]) -> u16 {
+    let mut headers = [httparse::EMPTY_HEADER; 16];
+    let mut response = httparse::Response::new(&mut headers);
+    let head = response.parse(answer).expect("a response").unwrap();
+    let value = |name: &str| {
+        let found = response.headers.iter().find(|header| header.name.eq_ignore_ascii_case(name));
+        found.map(|header| std::str::from_utf8(header.value).expect("ASCII"))
+    };
+    let status = response.code.expect("a status");
+    if status != 101 {
+        assert_eq!(value("connection"), Some("close"));
+        let length: usize = value("content-length").expect("a length").parse().expect("a number");
+        assert!(
+            [0, length].contains(&(answer.len() - head)),
+            "the body is as long as said, or left out (HEAD)"
+        );
+    }
+    status
+}
+
+/// The head of a request, with what a proxy may put before it: first byte, whether tokens are asked for and whether it
+/// comes from a trusted proxy; second, in pieces of how many bytes.
+pub fn request(mut data: &[u8]) {
+    let flags = choice(&mut data);
+    let size = usize::from(choice(&mut data)) + 1;
+    let (door, peer) = (door(flags & 1 > 0), if flags & 2 > 0 { [10, 0, 0, 1] } else { [192, 0, 2, 1] });
+    let whole = decide(std::iter::once(data), door, peer);
+    let split = decide(data.chunks(size), door, peer);
+    for verdict in [&whole, &split] {
+        match verdict {
+            Verdict::Incomplete(_) => assert!(data.len() <= http::HEAD_MAX + 4096, "it goes on for ever"),
+            Verdict::Answer(answer) => drop(check_answer(answer)),
+            Verdict::Refuse(answer, _) => assert!(check_answer(answer) >= 400),
+            Verdict::Join(join) => {
+                assert!(is_user_id(&join.user) && ChannelName::parse(join.channel.as_str()).is_some());
+                assert_eq!(check_answer(&join.response), 101);
+            }
+        }
+    }
+    match (&whole, &split) {
+        (Verdict::Join(whole), Verdict::Join(split)) => {
+            assert_eq!((&whole.user, &whole.channel), (&split.user, &split.channel));
+            assert_eq!((whole.last_seen, whole.json), (split.last_seen, split.json));
+        }
+        (Verdict::Join(_), other) => panic!("good whole, and in pieces {other:?}"),
+        (Verdict::Incomplete(_), other) => assert!(matches!(other, Verdict::Incomplete(_)), "{other:?}"),
+        (_, Verdict::Incomplete(_)) => panic!("whole {whole:?}, and waited for in pieces"),
+        // What follows a good request is not known yet when it has come in a piece of its own.
+        _ => {}
+    }
+}
+
+// ---- frames ----
+
+/// What a client's bytes come to when they come in pieces of this size, as the shard reads them.
+fn read(data: &[u8], size: usize, limits: Limits) -> (Result<(), Reason>, Vec<Incoming>) {
+    let (mut partial, mut messages, mut rest) = (None, Vec::new(), Vec::new());
+    for piece in data.chunks(size) {
+        rest.extend_from_slice(piece);
+        loop {
+            let mut some = Vec::new();
+            let read = input::read(&mut partial, &mut rest, limits, &mut some);
+            let more = some.len() == MESSAGES_AT_ONCE;
+            assert!(some.len() <= MESSAGES_AT_ONCE);
+            messages.append(&mut some);
+            match read {
+                Ok(read) => drop(rest.drain(..read)),
+                Err(reason) => return (Err(reason), messages),
+            }
+            if matches!(messages.last(), Some(Incoming::Close(_))) {
+                return (Ok(()), messages);
+            }
+            if !more {
+                break;
+            }
+        }
+        assert!(rest.len() <= 130, "{} bytes are kept between two reads", rest.len());
+    }
+    (Ok(()), messages)
+}
+
+/// Frames of a client: first byte, whether binary is taken and whether the rest is bytes as they come, or a list of
+/// frames to be masked (first byte, length, payload); second, in pieces of how many bytes.
+pub fn frames(mut data: &[u8]) {
+    const MASK: [u8; 4] = [0x37, 0xFA, 0x21, 0x3D];
+    let flags = choice(&mut data);
+    let size = usize::from(choice(&mut data)) + 1;
+    let limits = Limits { max_message: 1000, binary: flags & 1 > 0 };
+    let mut bytes = Vec::new();
+    if flags & 2 > 0 {
+        bytes.extend_from_slice(data);
+    } else {
+        while let [first, length, rest @ ..] = data {
+            // 253 and 254 are written the long ways, and 255 is longer than it may be.
+            let length = usize::from(*length);
+            let payload = &rest[..length.min(rest.len())];
+            bytes.push(*first);
+            match length {
+                0..=125 => bytes.push(0x80 | payload.len() as u8),
+                126..=253 => {
+                    bytes.push(0xFE);
+                    bytes.extend((payload.len() as u16).to_be_bytes());
+                }
+                254 => {
+                    bytes.push(0xFF);
+                    bytes.extend((payload.len() as u64).to_be_bytes());
+                }
+                _ => {
+                    bytes.push(0xFF);
+                    bytes.extend((payload.len() as u64 | 1 << 63).to_be_bytes());
+                }
+            }
+            bytes.extend(MASK);
+            bytes.extend(payload.iter().zip(MASK.iter().cycle()).map(|(byte, mask)| byte ^ mask));
+            data = &rest[payload.len()..];
+        }
+    }
+    let whole = read(&bytes, bytes.len().max(1), limits);
+    let split = read(&bytes, size, limits);
+    assert_eq!(whole, split);
+    for message in &whole.1 {
+        match message {
+            Incoming::Text(text) => assert!(text.len() <= 1000),
+            Incoming::Binary(bytes) => assert!(limits.binary && bytes.len() <= 1000),
+            Incoming::Ping(payload) => assert!(payload.len() <= 125),
+            Incoming::Pong | Incoming::Close(_) => {}
+        }
+    }
+}
+
+// ---- what comes from Redis and from backends ----
+
+/// An entry holds whole text frames, as many as it says, each one line of UTF-8.
+fn check_entry(entry: &Entry) {
+    let (mut at, mut frames) = (0, 0);
+    while at < entry.bytes.len() {
+        assert!(entry.is_boundary(at as u32));
+        let [first, length, ..] = entry.bytes[at..] else { panic!("a head") };
+        assert_eq!(first, 0x81);
+        let (head, length) = match length {
+            126 => (4, usize::from(u16::from_be_bytes([entry.bytes[at + 2], entry.bytes[at + 3]]))),
+            127 => (10, u64::from_be_bytes(entry.bytes[at + 2..at + 10].try_into().expect("eight")) as usize),
+            short => (2, usize::from(short)),
+        };
+        let text = &entry.bytes[at + head..at + head + length];
+        assert!(std::str::from_utf8(text).is_ok());
+        at += head + length;
+        frames += 1;
+        assert_eq!((entry.frame_end((at - 1) as u32), entry.frames_until(at as u32)), (at as u32, frames));
+    }
+    assert_eq!((at, frames), (entry.bytes.len(), entry.frames()));
+    assert_eq!(entry.before().0 + frames as u64, entry.last.0);
+}
+
+/// An event is one line with one JSON object, and takes an id as its last member, which is read back.
+fn check_event(event: &[u8]) -> Value {
+    let text = std::str::from_utf8(event).expect("UTF-8");
+    assert!(!text.contains(['\n', '\r']), "{text}");
+    let value: Value = match serde_json::from_str::<&RawValue>(text) {
+        // Numbers may be larger than a Value holds, and stay as they were written.
+        Ok(_) => serde_json::from_str(text).unwrap_or_default(),
+        Err(error) => panic!("{error}: {text}"),
+    };
+    assert!(text.starts_with('{') && text.ends_with('}'));
+    let id = EventId(1_764_000_000_001_045);
+    assert_eq!(wire::id_of(&frame::with_id(event, id)), Some(id));
+    value
+}
+
+/// What other programs write to Redis, post, or answer: the first byte says what the rest is.
+pub fn bus(mut data: &[u8]) {
+    match choice(&mut data) % 8 {
+        0 => drop(wire::broadcast(data).inspect(check_entry)),
+        1 => drop(wire::private(data).inspect(check_entry)),
+        2 => {
+            // A stream: one event a line, for one user where it begins with TAB.
+            let history: Vec<(Bytes, Option<Arc<str>>)> = data
+                .split(|byte| *byte == b'\n')
+                .map(|line| match line.strip_prefix(b"\t") {
+                    Some(event) => (Bytes::copy_from_slice(event), Some("bob".into())),
+                    None => (Bytes::copy_from_slice(line), None),
+                })
+                .collect();
+            let frames = history
+                .iter()
+                .flat_map(|(event, user)| {
+                    [event.clone(), Bytes::from(user.clone().map_or(String::new(), |user| user.to_string()))]
+                })
+                .map(|data| Resp3Frame::BlobString { data, attributes: None });
+            let heads = [1, 9, 2].map(|data| Resp3Frame::Number { data, attributes: None });
+            let data = heads.into_iter().chain(frames).collect();
+            let mut page = page(&Resp3Frame::Array { data, attributes: None }).expect("that is a page");
+            page.entries.iter().for_each(check_entry);
+            wire::whole(&mut page, EventId(1));
+            for pair in page.entries.windows(2) {
+                assert_eq!(pair[0].last, pair[1].before());
+            }
+        }
+        kind @ (3 | 4) => {
+            let to = (kind == 4).then_some("bob");
+            if let Ok(event) = foreign::published(data, to) {
+                let value = check_event(&event);
+                assert_eq!(value.get("to").and_then(Value::as_str), to.filter(|_| value.is_object()));
+                assert!(value.get("id").is_none());
+            }
+        }
+        5 => {
+            if let Some(event) = foreign::bare(data) {
+                assert!(!event.contains(['\n', '\r']), "{event}");
+                assert!(serde_json::from_str::<&RawValue>(&event).is_ok(), "{event}");
+                assert!(event.starts_with('{') && event.ends_with('}'), "{event}");
+                check_entry_raw(&Entry::raw(EventId(1), event.as_bytes()));
+            }
+        }
+        6 => {
+            let Ok(text) = std::str::from_utf8(data) else { return };
+            let _ = wire::canary_line(text);
+            match frame::parse_client_frame("al\"ice", text) {
+                Ok(ClientFrame::Publish(publish)) => drop(check_event(&publish.event)),
+                Ok(ClientFrame::Ping) => {}
+                Err(bad) => {
+                    drop(frame::error(frame::ErrorCode::Invalid, bad.message, bad.reference.as_deref()))
+                }
+            }
+        }
+        _ => {
+            // A script's answer: numbers of eight bytes, some of them wrapped otherwise.
+            let data = data
+                .chunks(9)
+                .map(|item| match item {
+                    [0, number @ ..] if number.len() == 8 => Resp3Frame::Number {
+                        data: i64::from_be_bytes(number.try_into().expect("eight")),
+                        attributes: None,
+                    },
+                    [1, ..] => Resp3Frame::Null,
+                    text => Resp3Frame::BlobString { data: Bytes::copy_from_slice(text), attributes: None },
+                })
+                .collect();
+            let frame = Resp3Frame::Array { data, attributes: None };
+            drop((taken(&frame), page(&frame)));
+        }
+    }
+}
+
+fn check_entry_raw(entry: &Entry) {
+    assert_eq!((entry.frames(), entry.ids()), (1, 0));
+    assert!(entry.is_boundary(entry.bytes.len() as u32));
+}
