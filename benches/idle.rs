@@ -1,19 +1,24 @@
 //! What an idle connection costs: memory and CPU of a whole fanfare process, beside the floor
-//! (`support/floor.rs`) in the same run.
+//! (`support/floor.rs`) in the same run. And what a stalled one costs: as many clients that have stopped reading, while
+//! events go on until the feed has left them behind.
 //!
 //! `cargo bench --bench idle -- --connections 10000`; `--help` lists the arguments.
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a bench is there to print")]
 
 mod support;
 
+use std::io::{Read, Write};
+use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use socket2::{Domain, Socket, Type};
 use support::args::Args;
 use support::crowd::Crowd;
 use support::files::allow_files;
 use support::process::{Cores, Memory, Server};
 use support::report::{self, mib};
+use support::wire;
 
 const ARGUMENTS: &[(&str, &str)] = &[
     ("connections", "idle clients; the slope is taken from half to one and a half of it [10000]"),
@@ -32,6 +37,16 @@ const TO: usize = 15;
 /// For the slope alone, so that it shows what connections use and not what the allocator keeps: memory given
 /// back goes at once, and the kernel doesn't round up to huge pages. Everything else is taken as it comes.
 const EXACT: [(&str, &str); 2] = [("MIMALLOC_PURGE_DELAY", "0"), ("MIMALLOC_ALLOW_THP", "0")];
+
+/// Feeds and histories for the stalled: filled before anyone comes, so that what grows then is theirs.
+const FILLED: [&str; 4] = ["--feed-memory", "1MiB", "--history", "1000"];
+
+/// Bytes of a text that the stalled don't read, and how many: twice what their sockets and the feed hold.
+const TEXT: usize = 8192;
+const UNREAD: u32 = 300;
+
+/// How long an upgrade may take.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 struct Idle {
     start: Memory,
@@ -58,12 +73,16 @@ fn main() -> Result<()> {
     let binary = args.text("server").unwrap_or(env!("CARGO_BIN_EXE_fanfare"));
     let beat = Duration::from_secs(heartbeat);
     let start_floor = |_: &[(&str, &str)]| Server::floor(&cores, false, beat);
-    let start_ours = |environment: &[(&str, &str)]| match binary {
+    let start_with = |environment: &[(&str, &str)], flags: &[&str]| match binary {
         "floor" => start_floor(environment),
-        binary => Server::fanfare(binary, Some(&cores), &["--heartbeat", &period], environment),
+        binary => {
+            let flags = [&["--heartbeat", &period], flags].concat();
+            Server::fanfare(binary, Some(&cores), &flags, environment)
+        }
     };
-    let ours = measure(start_ours, connections, time)?;
+    let ours = measure(|environment| start_with(environment, &[]), connections, time)?;
     let floor = measure(start_floor, connections, time)?;
+    let [idle, stalled] = stalled(start_with, connections)?;
     let binary = std::fs::metadata(if binary == "floor" { "/proc/self/exe" } else { binary })?.len();
 
     println!("\n{connections} idle connections, heartbeats every {heartbeat} s; {}\n", cores.machine());
@@ -105,6 +124,18 @@ fn main() -> Result<()> {
         "\nBytes per connection: the slope over {} points, with {exact}. The rest is as started.",
         TO - FROM + 1
     );
+    println!(
+        "\nThe same clients idle, then stalled: they read nothing, and the feed has left them behind.\n"
+    );
+    let row = |what: &str, value: fn(&Held) -> f64| {
+        let each = |held: &Held| format!("{:.0} B", value(held) / connections as f64);
+        vec![what.to_owned(), each(&idle), each(&stalled)]
+    };
+    let rows = [
+        row("resident, a connection", |held| held.resident),
+        row("kernel's buffers of both sides, a connection", |held| held.kernel),
+    ];
+    report::table(&["what", "idle", "stalled"], &rows);
     eprintln!("\n{:.0} s in all", started.elapsed().as_secs_f64());
     Ok(())
 }
@@ -159,4 +190,66 @@ fn slope(server: &Server, connections: usize) -> Result<f64> {
     let resident: Vec<String> = points.iter().map(|(_, bytes)| mib(*bytes as u64)).collect();
     eprintln!("  {}: resident, tenths {FROM} to {TO}: {}", server.process.name, resident.join(", "));
     Ok(report::slope(&points))
+}
+
+/// What connections hold, in bytes, all together.
+struct Held {
+    resident: f64,
+    kernel: f64,
+}
+
+/// What as many connections hold while they are idle, and when they have stalled.
+fn stalled(
+    start: impl Fn(&[(&str, &str)], &[&str]) -> Result<Server>,
+    connections: usize,
+) -> Result<[Held; 2]> {
+    let server = start(&EXACT, &FILLED)?;
+    let mut live = Crowd::new(server.addr, TEXT)?;
+    live.grow(1)?;
+    live.publish_steadily(1200, Duration::from_millis(1))?;
+    live.idle(SETTLE)?;
+    let (resident, kernel) = (server.process.memory()?.resident as f64, kernel_buffers()?);
+    let held = || -> Result<Held> {
+        let now = server.process.memory()?.resident as f64;
+        Ok(Held { resident: now - resident, kernel: kernel_buffers()? - kernel })
+    };
+    let clients: Vec<TcpStream> =
+        (0..connections).map(|number| sleeper(server.addr, number)).collect::<Result<_>>()?;
+    live.idle(SETTLE)?;
+    let idle = held()?;
+    live.publish_steadily(UNREAD, Duration::from_millis(20))?;
+    live.idle(SETTLE)?;
+    let stalled = held()?;
+    // The kernel holds no more than 128 KiB of payload for each; all that was sent would be 2.4 MB.
+    ensure!(stalled.kernel > (connections * TEXT) as f64, "they have not stalled");
+    drop(clients);
+    Ok([idle, stalled])
+}
+
+/// A client that will read nothing but the answer to its request.
+fn sleeper(addr: std::net::SocketAddr, number: usize) -> Result<TcpStream> {
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
+    socket.set_recv_buffer_size(4096)?; // so that it is the server's buffers that fill
+    socket.connect(&addr.into())?;
+    let mut stream = TcpStream::from(socket);
+    stream.set_read_timeout(Some(PATIENCE))?;
+    let request = format!(
+        "GET /ws/stalled{number} HTTP/1.1\r\nHost: {addr}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\
+         Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {}\r\n\r\n",
+        wire::KEY
+    );
+    stream.write_all(request.as_bytes())?;
+    let mut answer = vec![0; 1024];
+    let length = stream.read(&mut answer)?;
+    let head = wire::http_head(&answer[..length]).context("half an answer")?;
+    ensure!(answer[head].starts_with(b"HTTP/1.1 101"), "{}", String::from_utf8_lossy(&answer[..length]));
+    Ok(stream)
+}
+
+/// Bytes that the kernel holds for all TCP sockets (proc(5)).
+fn kernel_buffers() -> Result<f64> {
+    let text = std::fs::read_to_string("/proc/net/sockstat")?;
+    let pages =
+        text.lines().find(|line| line.starts_with("TCP:")).and_then(|line| line.split(' ').next_back());
+    Ok(pages.context("no memory in /proc/net/sockstat")?.parse::<f64>()? * rustix::param::page_size() as f64)
 }

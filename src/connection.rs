@@ -3,7 +3,7 @@
 //! A plain struct in a shard's slab whose methods never wait. It holds a few numbers; what it has to say to this
 //! client alone waits in a queue that exists only while something is in it.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::io::{self, IoSlice, Read, Write};
 use std::time::Instant;
 
@@ -109,10 +109,33 @@ pub struct Tally {
     pub resets: u64,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Queue {
     frames: VecDeque<Bytes>,
     bytes: usize,
+}
+
+impl Default for Queue {
+    /// There is mostly one frame, and thousands who stall may have one each.
+    fn default() -> Queue {
+        Queue { frames: VecDeque::with_capacity(1), bytes: 0 }
+    }
+}
+
+/// Frames of one entry that goes, each copied once for all who have its begin: their rest must not keep the others.
+#[derive(Debug, Default)]
+pub struct Copies(BTreeMap<u32, Bytes>);
+
+impl Copies {
+    /// What follows byte `offset` of the frame that holds it.
+    fn rest(&mut self, entry: &Entry, offset: u32) -> Bytes {
+        let (begin, end) = (entry.frame_begin(offset), entry.frame_end(offset));
+        let frame = self.0.entry(end).or_insert_with(|| match entry.frames() {
+            1 => entry.bytes.clone(),
+            _ => Bytes::copy_from_slice(&entry.bytes[begin as usize..end as usize]),
+        });
+        frame.slice((offset - begin) as usize..)
+    }
 }
 
 /// One connection.
@@ -213,10 +236,12 @@ impl Connection {
         &mut self.stream
     }
 
-    /// Where its client is, for people: by what it is counted, else where the socket says.
+    /// Where its client is, for people: by what it is counted, else where the socket says. `None` also for one whom a
+    /// proxy has named in vain, since that name was not kept.
     pub fn client(&self) -> Option<Address> {
         match self.place {
             Place::Client(address) => Some(address),
+            Place::Doorstep { named: true, .. } => None,
             _ => self.stream.peer_addr().ok().map(|peer| peer.ip().into()),
         }
     }
@@ -321,10 +346,10 @@ impl Connection {
     }
 
     /// The feed lets go of the entry it stands in: keeps the rest of the frame whose begin the socket has.
-    pub fn keep_rest(&mut self, entry: &Entry, tally: &mut Tally) {
+    pub fn keep_rest(&mut self, entry: &Entry, copies: &mut Copies, tally: &mut Tally) {
         tally.deliveries += 1;
         let end = entry.frame_end(self.cursor.offset);
-        let rest = Bytes::copy_from_slice(&entry.bytes[self.cursor.offset as usize..end as usize]);
+        let rest = copies.rest(entry, self.cursor.offset);
         let queue = self.queue.get_or_insert_default();
         queue.bytes += rest.len();
         queue.frames.push_front(rest);
@@ -372,7 +397,7 @@ impl Connection {
             Flushed::All => self.position = page.position(),
             _ if self.is_inside_frame(page) => {
                 let entry = page.get(self.cursor.entry).expect("a cursor inside a frame is inside an entry");
-                self.keep_rest(&entry.clone(), tally);
+                self.keep_rest(&entry.clone(), &mut Copies::default(), tally);
             }
             _ => {}
         }
@@ -563,7 +588,7 @@ impl Connection {
         if let Some(feed) = feed.filter(|feed| self.is_inside_frame(feed)) {
             let entry =
                 feed.get(self.cursor.entry).expect("a cursor inside a frame is inside an entry").clone();
-            self.keep_rest(&entry, tally);
+            self.keep_rest(&entry, &mut Copies::default(), tally);
         }
         match self.flush_queue(tally) {
             Flushed::All if matches!(self.state, State::Closing { finished: true }) => true,

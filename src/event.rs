@@ -159,6 +159,12 @@ impl Entry {
         }
     }
 
+    /// Where the frame begins that holds byte `offset`.
+    pub fn frame_begin(&self, offset: u32) -> u32 {
+        let ends = self.ends.as_deref().unwrap_or_default();
+        ends[..ends.partition_point(|end| *end <= offset)].last().copied().unwrap_or(0)
+    }
+
     /// Where the frame ends that holds byte `offset`.
     pub fn frame_end(&self, offset: u32) -> u32 {
         match &self.ends {
@@ -250,4 +256,26 @@ pub fn text_frame(text: &[u8]) -> Bytes {
     let mut bytes = BytesMut::with_capacity(text.len() + FRAME_HEAD_MAX);
     put_text_frame(&mut bytes, text);
     bytes.freeze()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_frame_begins_where_the_one_before_it_ends() {
+        let texts: [&[u8]; 3] = [b"{\"id\":7}", b"{\"n\":1,\"id\":8}", b"{\"id\":9}"];
+        let several = Entry::events(EventId(7), texts.into_iter());
+        let one = Entry::events(EventId(7), texts.into_iter().take(1));
+        for entry in [&several, &one] {
+            for offset in 0..entry.bytes.len() as u32 {
+                let (begin, end) = (entry.frame_begin(offset), entry.frame_end(offset));
+                assert!(
+                    begin <= offset && offset < end && entry.is_boundary(begin),
+                    "{offset}: {begin}..{end}"
+                );
+                assert_eq!(entry.frames_until(end), entry.frames_until(begin) + 1);
+            }
+        }
+    }
 }

@@ -88,6 +88,7 @@ async fn stalled_readers_cost_no_memory_and_miss_nothing_on_redis() {
     let redis = Redis::start(&[]).await;
     let node = Node::on(&redis, &["--feed-memory", "1MiB"]).await;
     stalled_readers_cost_nothing_and_miss_nothing(&node).await;
+    assert!(node.metric("fanfare_bus_reads_total").await > 0.0, "they caught up from history");
 }
 
 #[tokio::test]

@@ -5,7 +5,7 @@ use std::time::Instant;
 use super::Shard;
 use super::channel::{PageState, Pass};
 use crate::close::Reason;
-use crate::connection::{Flushed, State};
+use crate::connection::{Copies, Flushed, State};
 use crate::event::{ChannelName, Entry, EventId, Kind};
 use crate::feed::{Cursor, Feed, Start};
 
@@ -63,9 +63,10 @@ impl Shard {
             let number = feed.start();
             let Some(entry) = feed.pop() else { continue };
             self.feed_bytes -= Feed::cost(&entry);
+            let mut copies = Copies::default();
             while let Some((_, slot)) = channel.begun.first().copied().filter(|begun| begun.0 <= number) {
                 channel.begun.pop_first();
-                self.connections[slot as usize].keep_rest(&entry, &mut self.tally);
+                self.connections[slot as usize].keep_rest(&entry, &mut copies, &mut self.tally);
             }
         }
     }
