@@ -236,10 +236,12 @@ impl Connection {
         &mut self.stream
     }
 
-    /// Where its client is, for people: by what it is counted, else where the socket says.
+    /// Where its client is, for people: by what it is counted, else where the socket says. `None` also for one whom a
+    /// proxy has named in vain, since that name was not kept.
     pub fn client(&self) -> Option<Address> {
         match self.place {
             Place::Client(address) => Some(address),
+            Place::Doorstep { named: true, .. } => None,
             _ => self.stream.peer_addr().ok().map(|peer| peer.ip().into()),
         }
     }

@@ -122,6 +122,8 @@ pub enum Place {
         full: Full,
         /// It comes from a trusted proxy.
         proxy: bool,
+        /// Its client is another than its peer, by the word of a trusted proxy.
+        named: bool,
     },
 }
 
@@ -203,7 +205,7 @@ impl Guard {
             return Err(full);
         }
         self.doorstep.fetch_add(1, Relaxed);
-        Ok(Place::Doorstep { full, proxy })
+        Ok(Place::Doorstep { full, proxy, named: false })
     }
 
     /// A trusted proxy names the client of its connection. Whoever has no seat keeps its reason.
@@ -214,12 +216,12 @@ impl Guard {
         debug_assert!(place.is_proxy(), "{place:?} names nobody");
         let proxy = self.trusts(client); // its own address is never counted
         match place {
-            Place::Doorstep { proxy: before, .. } => *before = proxy,
+            Place::Doorstep { full, .. } => *place = Place::Doorstep { full: *full, proxy, named: true },
             _ if proxy => {}
             _ if self.count(client.into()) => *place = Place::Client(client.into()),
             _ => {
                 self.seats.fetch_sub(1, Relaxed);
-                *place = Place::Doorstep { full: Full::Address, proxy };
+                *place = Place::Doorstep { full: Full::Address, proxy, named: true };
                 if self.doorstep.fetch_add(1, Relaxed) >= self.max_doorstep {
                     return Err(Full::Address);
                 }

@@ -10,7 +10,7 @@ const QUIET: Duration = Duration::from_secs(10);
 /// What was refused, and why: the named values of a closed set, never a stranger's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Class {
-    /// `request` or `message`.
+    /// `request`, `connection`, `message` or `admin request`.
     pub what: &'static str,
     /// The reason's label, or the error's code.
     pub why: &'static str,
@@ -19,8 +19,8 @@ pub struct Class {
 }
 
 /// A line that is due.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Line {
+#[derive(Debug, PartialEq, Eq)]
+struct Line {
     class: Class,
     text: String,
     /// How many refusals it tells of.
@@ -36,8 +36,7 @@ struct Told {
     untold: u64,
 }
 
-/// What was refused lately, all threads together. The lock is held for a few comparisons; the answer that goes with
-/// each refusal costs a hundred times as much.
+/// What was refused lately, all threads together. The lock is held for a few comparisons, and only by refusals.
 #[derive(Debug, Default)]
 pub struct Refusals(Mutex<Vec<Told>>);
 

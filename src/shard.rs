@@ -388,7 +388,13 @@ impl Shard {
     /// Sends an HTTP answer to a client that may not join, and ends.
     fn refuse(&mut self, slot: u32, answer: bytes::Bytes, reason: Reason) {
         let class = Class { what: "request", why: reason.label(), status: http::status_of(&answer) };
-        self.metrics.refusals.note(class, &http::body_of(&answer));
+        let mut text = http::body_of(&answer);
+        if reason == Reason::UntrustedProxy
+            && let Some(peer) = self.connections[slot as usize].client()
+        {
+            text = format!("{} (it is {peer})", text.trim_end()).into(); // what the operator has to name
+        }
+        self.metrics.refusals.note(class, &text);
         self.answer(slot, answer, reason);
     }
 

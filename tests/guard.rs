@@ -216,6 +216,8 @@ async fn who_is_no_trusted_proxy_is_told_to_be_named() {
     }
     expect(proxied(&node, "127.0.0.3").await, &upgrade, 400, "--trusted-proxy").await;
     assert_eq!(ends(&node, "untrusted_proxy").await, 4.0);
+    let told = "name its address with --trusted-proxy (it is 127.0.0.1)";
+    assert!(node.log().contains(told), "{}", node.log());
     for begin in [&b"PROXY TCP4 192.0.2.7\r\n"[..], b"PROXY TCP4 192.0.2.7 127.0.0.1 1 2\n", b"PROXY \r\n"] {
         expect(Raw::connect_from(PROXY, node.public).await, begin, 400, "").await;
     }

@@ -100,7 +100,7 @@ fn trusted_proxies_name_clients_and_are_never_counted_themselves() {
     guard.name(&mut first, ip("192.0.2.1")).unwrap();
     guard.name(&mut second, ip("192.0.2.1")).unwrap();
     assert!(first.full().is_none() && !first.is_proxy());
-    assert_eq!(second, Place::Doorstep { full: Full::Address, proxy: false });
+    assert_eq!(second, Place::Doorstep { full: Full::Address, proxy: false, named: true });
     // A proxy that comes through another names the client in its turn.
     guard.name(&mut chained, ip("fd00::1")).unwrap();
     assert_eq!(chained, Place::Proxy);
