@@ -64,9 +64,8 @@
 //! - Everything that grows has a limit, a constant or a setting, with its reason beside it.
 //!
 //! **Who knows what.** Only [`bus::redis`] knows fred. Only [`input`] and [`handshake`] know tungstenite. Pure rooms
-//! (`event`, `close`, `frame`, `foreign`, `config`, `http`, `origin`, `proxy`, `guard`, `token`, `web`, `input`, `pace`,
-//! `feed`, `sequence`)
-//! know neither sockets nor runtimes: bytes are handed in, so each is tested alone.
+//! (`event`, `close`, `frame`, `foreign`, `config`, `http`, `web`, `origin`, `proxy`, `token`, `guard`, `input`, `pace`,
+//! `feed`, `sequence`) know neither sockets nor runtimes: bytes are handed in, so each is tested alone.
 
 // In reading order.
 

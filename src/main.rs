@@ -24,6 +24,9 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 const WRONG_SETTINGS: u8 = 2;
 
 fn main() -> ExitCode {
+    // Each connection is a descriptor, and shells allow 1024 where they could have many more. What can't be raised is
+    // shown by --check and reckoned with.
+    let _ = rlimit::increase_nofile_limit(u64::MAX);
     let mut args = std::env::args_os().skip(1).peekable();
     if args.next_if(|first| first == "token").is_some() {
         return match mint::run(args, std::env::var_os("FANFARE_JWT_KEY")) {

@@ -95,18 +95,22 @@ fn the_settings_table_is_what_help_says() {
 fn flags_and_metrics_in_the_text_exist() {
     let help = help();
     let metrics = Metrics::new(1, Arc::default(), Arc::new(Readiness::default())).prometheus();
-    let mut flags = 0;
+    let (mut flags, mut series) = (0, 0);
     for code in inline_code(README).into_iter().chain(inline_code(CHANGELOG)) {
         let name = code.split(' ').next().unwrap();
         if name.starts_with("--") {
             flags += 1;
             assert!(help.split_whitespace().any(|word| word == name), "{name} is no flag");
         }
-        if name.ends_with("_total") || name.starts_with("process_") {
-            assert!(metrics.contains(&format!("\n{name}")), "{name} is no metric");
+        let words = code.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
+        for word in words.filter(|word| word.starts_with("fanfare_") || word.starts_with("process_")) {
+            let is_metric = [" ", "{"].iter().any(|next| metrics.contains(&format!("\n{word}{next}")));
+            let histogram = metrics.contains(&format!("\n# TYPE {word} histogram"));
+            assert!(is_metric || histogram || word == "fanfare_publish", "{word} is no metric");
+            series += 1;
         }
     }
-    assert!(flags > 18, "only {flags} flags were found: the text was not understood");
+    assert!(flags > 18 && series > 10, "{flags} flags, {series} metrics: the text was not understood");
 }
 
 #[test]

@@ -220,3 +220,18 @@ async fn nothing_is_open_to_others_by_accident() {
     assert!(output.status.success(), "{output:?}");
     assert!(!text(&output.stdout).contains("0123456789"), "{output:?}");
 }
+
+#[tokio::test]
+async fn as_many_open_files_are_used_as_may_be() {
+    let connections = |limits: &str| {
+        let script = format!("{limits} && exec \"$0\" --check");
+        let output = Command::new("sh").args(["-c", &script, env!("CARGO_BIN_EXE_fanfare")]).output();
+        let output = output.expect("sh is there");
+        let said = text(&output.stdout);
+        let line = said.lines().find(|line| line.contains("FANFARE_MAX_CONNECTIONS")).map(str::to_owned);
+        line.unwrap_or_else(|| panic!("{limits}: {said}{}", text(&output.stderr)))
+    };
+    let all = connections("ulimit -n 2000");
+    assert_ne!(all, connections("ulimit -n 500"), "the limit is heeded");
+    assert_eq!(all, connections("ulimit -Sn 500 && ulimit -Hn 2000"), "a shell's lower one is raised");
+}

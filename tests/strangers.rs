@@ -23,13 +23,12 @@
 //! | user id or channel with control characters, too long, not UTF-8 | 400; log lines stay one line | `bad_names_get_400_and_break_no_log_line` |
 //! | per-address connection flood, per-user and per-node caps | 429 / 503 with `Retry-After` | `guard::one_address_can_not_take_the_places_of_others`, `guard::a_user_has_so_many_connections_and_others_have_theirs`, `guard::a_full_node_says_503_and_serves_on`, `guard::a_flood_past_the_caps_is_answered_at_once_and_disturbs_nobody` |
 //! | a PROXY header, or `X-Forwarded-For`, from others than trusted proxies | 400 | `guard::who_is_no_trusted_proxy_is_told_to_be_named` |
-//! | any of these through nginx | nginx takes no node out | `behind_nginx::a_thousand_bad_handshakes_are_answered_and_take_no_node_out` |
-//! | per-address connection flood, per-user and per-node caps | 429 / 503 with `Retry-After` | `guard::one_address_can_not_take_the_places_of_others`, `guard::a_user_has_so_many_connections_and_others_have_theirs`, `guard::a_full_node_says_503_and_serves_on`, `guard::a_flood_past_the_caps_is_answered_at_once_and_disturbs_nobody` |
 //! | out of file descriptors | 503, one log line and a metric; the accept loop goes on | `limits::a_node_without_free_descriptors_serves_on_and_recovers` |
 //! | `lastEventId` negative, huge, text, future | `recovered:false`, at most one shared read | `strange_ids_cost_one_shared_read_at_most`, `protocol::what_is_no_known_id_is_not_recovered` |
 //! | `channel` that names another program's Redis channel | an ordinary channel of that name | `a_channel_named_like_redis_own_is_an_ordinary_one` |
 //! | endless new channels | 503 past `--max-channels` | `limits::no_more_channels_than_allowed_are_followed`, `tokens::a_token_is_good_for_its_channels_and_publishes_where_it_may` |
 //! | the same, let go of at once | forgotten by Redis in minutes | `channels_that_never_had_an_event_are_soon_forgotten_by_redis` |
+//! | any of these through nginx | nginx takes no node out | `behind_nginx::a_thousand_bad_handshakes_are_answered_and_take_no_node_out` |
 
 mod common;
 

@@ -3,8 +3,11 @@
 
 use super::link::CallError;
 
+const NOT_PERMITTED: &str =
+    "Redis does not permit its user all that a node does: see its ACL rules, and README for those needed";
+
 /// What Redis or the way to it says, by its beginning, and what that means.
-const MEANINGS: [(&str, &str); 13] = [
+const MEANINGS: [(&str, &str); 14] = [
     ("LOADING", "Redis is loading its data: wait until it has"),
     ("BUSY", "Redis is busy with another program's script: wait, or end it with SCRIPT KILL"),
     (
@@ -26,9 +29,10 @@ const MEANINGS: [(&str, &str); 13] = [
     ),
     ("NOAUTH", "Redis wants a login: put USER:PASSWORD@ into --redis"),
     ("WRONGPASS", "Redis refuses the login: mend the user or the password in --redis"),
+    ("NOPERM", NOT_PERMITTED),
     (
-        "NOPERM",
-        "Redis does not permit its user all that a node does: see its ACL rules, and README for those needed",
+        "ERR The user executing the script can't", // NOPERM, met within a script
+        NOT_PERMITTED,
     ),
     (
         "DENIED",
@@ -80,7 +84,7 @@ pub fn away(words: &str) -> &'static str {
 pub const SILENT: &str = "Redis is silent: it hangs, is overloaded, or the network loses its answers";
 
 fn known(words: &str) -> Option<&'static str> {
-    // A script's own error carries that of the command which failed behind a few words.
+    // A script's error begins with that of the command which failed, too.
     MEANINGS.iter().find(|(begin, _)| words.starts_with(begin)).map(|(_, meaning)| *meaning)
 }
 
@@ -96,6 +100,7 @@ mod tests {
             ("LOADING Redis is loading the dataset in memory", "wait"),
             ("WRONGPASS invalid username-password pair or user is disabled.", "password in --redis"),
             ("NOPERM this user has no permissions to run the 'subscribe' command", "ACL"),
+            ("ERR The user executing the script can't run this command or subcommand script: c6", "ACL"),
             ("WRONGTYPE Operation against a key", "the log has its words"),
         ] {
             assert!(refused(words).contains(part), "{words}");
