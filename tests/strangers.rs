@@ -129,11 +129,13 @@ async fn other_methods_get_405_though_their_body_is_still_coming() {
             assert_eq!(response.header("allow"), Some("GET"));
         }
     }
-    let mut raw = Raw::connect(node.public).await;
-    raw.write(b"HEAD /ws/a HTTP/1.1\r\nHost: a\r\n\r\n").await;
-    let rest = String::from_utf8(raw.rest().await).expect("text");
-    assert!(rest.starts_with("HTTP/1.1 405 ") && rest.contains("\r\nAllow: GET\r\n"), "{rest}");
-    assert!(rest.ends_with("\r\n\r\n"), "an answer to HEAD has no body: {rest}");
+    for path in ["/ws/a", "/ws"] {
+        let mut raw = Raw::connect(node.public).await;
+        raw.write(format!("HEAD {path} HTTP/1.1\r\nHost: a\r\n\r\n").as_bytes()).await;
+        let rest = String::from_utf8(raw.rest().await).expect("text");
+        assert!(rest.starts_with("HTTP/1.1 405 ") && rest.contains("\r\nAllow: GET\r\n"), "{rest}");
+        assert!(rest.ends_with("\r\n\r\n"), "an answer to HEAD has no body: {rest}");
+    }
 }
 
 #[tokio::test]
