@@ -313,7 +313,7 @@ async fn unfinished_messages_of_many_have_a_limit_together() {
         one.len() + r#"{"sender":"honest","text":"","id":1764000000001045}"#.len()
     );
     let grown = node.resident().saturating_sub(before);
-    assert!(grown < 192 << 20, "{} MiB for unfinished messages of {} MiB", grown >> 20, 640 * 900 >> 10);
+    assert!(grown < 192 << 20, "{} MiB for unfinished messages of {} MiB", grown >> 20, (640 * 900) >> 10);
     assert_eq!(held[0].expect_close().await, 1008, "the oldest goes first");
     let ended = node.metric_of("fanfare_ends_total", r#"reason="unfinished""#).await;
     assert!((540.0..600.0).contains(&ended), "{ended}");
