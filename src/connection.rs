@@ -172,6 +172,10 @@ pub struct Connection {
     pub watched: bool,
     /// Nothing is read from it until it takes what waits for it, or the bus has answered it.
     pub paused: bool,
+    /// It is on the shard's list of those who have more to read,
+    pub reads_later: bool,
+    /// and of those who have more to write.
+    pub writes_later: bool,
     /// It gets recovery frames.
     pub recovers: bool,
     /// It speaks `fanfare.v1`.
@@ -217,6 +221,8 @@ impl Connection {
             blocked: false,
             watched: false,
             paused: false,
+            reads_later: false,
+            writes_later: false,
             recovers: false,
             json: false,
             may_publish: false,

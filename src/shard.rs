@@ -263,12 +263,14 @@ impl Shard {
     fn work(&mut self) {
         for (done, id) in std::mem::take(&mut self.unread).into_iter().enumerate() {
             if let Some(slot) = self.find(id) {
+                self.connections[slot as usize].reads_later = false;
                 self.on_readable(slot, true);
             }
             self.let_pass(done);
         }
         for (done, id) in std::mem::take(&mut self.unflushed).into_iter().enumerate() {
             if let Some(slot) = self.find(id) {
+                self.connections[slot as usize].writes_later = false;
                 self.flush(slot);
             }
             self.let_pass(done);
@@ -320,8 +322,24 @@ impl Shard {
         if writable && self.connections[slot as usize].blocked {
             self.try_again(slot);
         }
-        if readable && self.find(id).is_some() {
+        // Whoever has more to read has its turn anyway, to the end. It must not get one more for every word of epoll, or
+        // a few who send without a pause would be read from ever more often in a turn, and all others wait.
+        if readable && self.find(id).is_some() && !self.connections[slot as usize].reads_later {
             self.on_readable(slot, end);
+        }
+    }
+
+    /// Reads from a connection in the next turn.
+    fn read_later(&mut self, slot: u32) {
+        if !std::mem::replace(&mut self.connections[slot as usize].reads_later, true) {
+            self.unread.push(self.id_of(slot));
+        }
+    }
+
+    /// Writes to a connection in the next turn.
+    fn write_later(&mut self, slot: u32) {
+        if !std::mem::replace(&mut self.connections[slot as usize].writes_later, true) {
+            self.unflushed.push(self.id_of(slot));
         }
     }
 
@@ -369,12 +387,13 @@ impl Shard {
         );
         connection.close(reason);
         if std::mem::take(&mut connection.paused) {
-            self.unread.push(id);
+            self.read_later(slot);
         }
         if reason == Reason::PeerGone {
             return self.remove(slot);
         }
         let feed = feed.and_then(|key| self.channels.get(key as usize)?.feed.as_ref());
+        let connection = &mut self.connections[slot as usize];
         // Whoever had no seat is not waited for: its request has been read, so nothing can cut its answer short.
         let turned_away = connection.place.full().is_some_and(|full| full.reason() == reason);
         // Nor is whoever was silent for so long; the kernel goes on with what it has been given.

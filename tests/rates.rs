@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use common::raw::{frame_bytes, opcode::*};
 use common::{Client, Node, Raw, until};
 use serde_json::{Value, json};
+use tokio::task::JoinSet;
 
 /// Joins `room` as `flood`; with a subprotocol in JSON mode, else in plain mode.
 async fn join(node: &Node, query: &str, subprotocol: &str) -> Raw {
@@ -240,4 +241,39 @@ async fn a_flooder_that_never_reads_costs_no_memory() {
         until("the node to answer", || async { (node.get("/healthz").await.status == 200).then_some(()) })
             .await;
     }
+}
+
+#[tokio::test]
+async fn who_sends_without_a_pause_gets_no_more_turns_than_others() {
+    let node = Node::start(&["--shards", "1", "--message-rate", "0"]).await;
+    // The dearest bytes there are: many fragments of nothing, of which each message has as many as it may.
+    let message = [
+        frame_bytes(false, TEXT, true, b""),
+        frame_bytes(false, CONTINUATION, true, b"").repeat(1990),
+        frame_bytes(true, CONTINUATION, true, b"e"),
+    ]
+    .concat();
+    let mut floods = JoinSet::new();
+    for _ in 0..4 {
+        let mut raw = Raw::upgraded(node.public, "/ws/flood?channel=flood").await;
+        let message = message.clone();
+        floods.spawn(async move {
+            loop {
+                raw.write(&message).await;
+            }
+        });
+    }
+    let mut calm = Raw::upgraded(node.public, "/ws/calm?channel=calm").await;
+    let received = || node.metric("fanfare_received_bytes_total");
+    until("a long flood", || async { (received().await > 8e6).then_some(()) }).await;
+    // What is read from the others until a ping is answered. The test may be slow to ask, so the best of some counts.
+    let mut least = f64::MAX;
+    for _ in 0..10 {
+        let before = received().await;
+        calm.frame(true, PING, b"").await;
+        assert_eq!(calm.next().await, Some((PONG, Vec::new())));
+        least = least.min(received().await - before);
+    }
+    let turn = 4.0 * f64::from(16 << 10);
+    assert!(least < 6.0 * turn, "{} turns of everybody until a ping is answered", least / turn);
 }

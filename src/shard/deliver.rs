@@ -162,7 +162,7 @@ impl Shard {
         match flushed {
             Flushed::Blocked => self.watch_room(slot),
             Flushed::All | Flushed::Behind => self.reconsider(slot),
-            Flushed::More => self.unflushed.push(self.id_of(slot)),
+            Flushed::More => self.write_later(slot),
             Flushed::Missed => self.miss(slot),
             Flushed::Dead => self.end(slot, Reason::PeerGone),
         }

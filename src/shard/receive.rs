@@ -70,7 +70,7 @@ impl Shard {
                 return self.on_end(slot);
             }
             if length == self.scratch.len() {
-                return self.unread.push(id);
+                return self.read_later(slot);
             }
             if !to_end {
                 return; // a short read has emptied the socket (epoll(7)); what comes later is told anew
@@ -309,7 +309,7 @@ impl Shard {
         let eased = connection.queued() <= QUEUE_MAX / 2 && connection.unanswered <= UNANSWERED_MAX / 2;
         if connection.paused && eased {
             connection.paused = false;
-            self.unread.push(self.id_of(slot));
+            self.read_later(slot);
         }
     }
 }
