@@ -266,7 +266,8 @@ impl Settings {
             max_connections: input.get("max-connections", |text| match text {
                 "auto" => Ok(None),
                 count => {
-                    parse_count(count, 1, u64::from(u32::MAX)).map(|count| NonZeroU32::new(count as u32))
+                    let count = parse_count(count, 1, u64::from(u32::MAX)).map_err(nor_auto)?;
+                    Ok(NonZeroU32::new(count as u32))
                 }
             }),
             max_per_address: input.get("max-per-address", parse_cap),
@@ -292,7 +293,7 @@ impl Settings {
             shards: input.get("shards", |text| match text {
                 // One shard when the system doesn't tell how many cores there are.
                 "auto" => Ok(std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN)),
-                count => parse_nonzero(count, SHARDS_MAX),
+                count => parse_nonzero(count, SHARDS_MAX).map_err(nor_auto),
             }),
             feed_memory: input.get("feed-memory", |text| {
                 usize::try_from(parse_size(text)?)
@@ -596,6 +597,11 @@ fn parse_drain(text: &str) -> Result<Duration, String> {
 fn parse_count(text: &str, least: u64, most: u64) -> Result<u64, String> {
     let in_range = text.parse().ok().filter(|count| (least..=most).contains(count));
     in_range.ok_or_else(|| format!("{text:?} is not a whole number between {least} and {most}"))
+}
+
+/// Where the system can choose, too.
+fn nor_auto(problem: String) -> String {
+    problem + ", nor auto"
 }
 
 fn parse_nonzero(text: &str, most: usize) -> Result<NonZeroUsize, String> {

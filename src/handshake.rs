@@ -177,8 +177,9 @@ fn plain(head: &Head<'_>, readiness: &Readiness) -> Response {
     if !known {
         return Response::line(404, "not found: the WebSocket is at /ws/{user_id}, a page to try it at /");
     }
-    if !matches!(head.method, "GET" | "HEAD") {
-        return Response::line(405, "only GET and HEAD are allowed here").with("Allow", "GET, HEAD");
+    let allowed = if head.path == "/ws" { "GET" } else { "GET, HEAD" };
+    if !allowed.split(", ").any(|method| method == head.method) {
+        return Response::line(405, &format!("{} takes {allowed}", head.path)).with("Allow", allowed);
     }
     match head.path {
         "/healthz" => Response::line(200, "ok"),

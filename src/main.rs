@@ -31,10 +31,7 @@ fn main() -> ExitCode {
     if args.next_if(|first| first == "token").is_some() {
         return match mint::run(args, std::env::var_os("FANFARE_JWT_KEY")) {
             Ok(text) => print(&text),
-            Err(problem) => {
-                eprintln!("fanfare token: {problem}");
-                WRONG_SETTINGS.into()
-            }
+            Err(problem) => complain(&format!("fanfare token: {problem}\n")),
         };
     }
     if args.next_if(|first| first == "doctor").is_some() {
@@ -86,7 +83,12 @@ fn main() -> ExitCode {
 }
 
 fn refuse(errors: &[SettingError]) -> ExitCode {
-    eprint!("{}", config::report(errors));
+    complain(&config::report(errors))
+}
+
+/// A full disk behind standard error takes the text, but not the exit code: by that systemd knows not to try again.
+fn complain(text: &str) -> ExitCode {
+    let _ = std::io::stderr().write_all(text.as_bytes());
     WRONG_SETTINGS.into()
 }
 

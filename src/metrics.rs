@@ -195,9 +195,7 @@ impl Metrics {
     pub fn thread_name(place: usize) -> String {
         place.checked_sub(1).map_or("accept".into(), |shard| format!("shard-{shard}"))
     }
-}
 
-impl Metrics {
     /// Open connections of all shards.
     pub fn connections(&self) -> u64 {
         self.shards.iter().map(ShardNumbers::load).sum()
@@ -235,7 +233,7 @@ impl Readiness {
         *self.bus.lock().expect("nothing panics while holding it") = trouble;
     }
 
-    /// The node takes no more clients.
+    /// The node is stopping: balancers are to send nobody any more. Whoever comes all the same is taken for a while yet.
     pub fn drain(&self) {
         self.draining.store(true, Ordering::Relaxed);
     }

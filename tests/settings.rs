@@ -28,6 +28,15 @@ fn text(bytes: &[u8]) -> &str {
     std::str::from_utf8(bytes).expect("UTF-8")
 }
 
+#[test]
+fn wrong_settings_have_their_exit_code_on_a_full_disk_too() {
+    for args in [&["--bogus"][..], &["token", "--user", "a", "--jwt-key", "/nope"], &["doctor", "--bogus"]] {
+        let full = std::fs::OpenOptions::new().write(true).open("/dev/full").expect("Linux has it");
+        let status = fanfare(args, &[]).stderr(full).status().expect("the binary can be run");
+        assert_eq!(status.code(), Some(2), "{args:?}: systemd would start it again and again");
+    }
+}
+
 #[tokio::test]
 async fn help_and_version_go_to_standard_output() {
     let help = run(&["--help"], &[]).await;

@@ -27,6 +27,7 @@
 //! | `lastEventId` negative, huge, text, future | `recovered:false`, at most one shared read | `strange_ids_cost_one_shared_read_at_most`, `protocol::what_is_no_known_id_is_not_recovered` |
 //! | `channel` that names another program's Redis channel | an ordinary channel of that name | `a_channel_named_like_redis_own_is_an_ordinary_one` |
 //! | endless new channels | 503 past `--max-channels` | `limits::no_more_channels_than_allowed_are_followed`, `tokens::a_token_is_good_for_its_channels_and_publishes_where_it_may` |
+//! | the same, let go of at once | forgotten by Redis in minutes | `channels_that_never_had_an_event_are_soon_forgotten_by_redis` |
 //! | any of these through nginx | nginx takes no node out | `behind_nginx::a_thousand_bad_handshakes_are_answered_and_take_no_node_out` |
 
 mod common;
@@ -127,11 +128,13 @@ async fn other_methods_get_405_though_their_body_is_still_coming() {
             assert_eq!(response.header("allow"), Some("GET"));
         }
     }
-    let mut raw = Raw::connect(node.public).await;
-    raw.write(b"HEAD /ws/a HTTP/1.1\r\nHost: a\r\n\r\n").await;
-    let rest = String::from_utf8(raw.rest().await).expect("text");
-    assert!(rest.starts_with("HTTP/1.1 405 ") && rest.contains("\r\nAllow: GET\r\n"), "{rest}");
-    assert!(rest.ends_with("\r\n\r\n"), "an answer to HEAD has no body: {rest}");
+    for path in ["/ws/a", "/ws"] {
+        let mut raw = Raw::connect(node.public).await;
+        raw.write(format!("HEAD {path} HTTP/1.1\r\nHost: a\r\n\r\n").as_bytes()).await;
+        let rest = String::from_utf8(raw.rest().await).expect("text");
+        assert!(rest.starts_with("HTTP/1.1 405 ") && rest.contains("\r\nAllow: GET\r\n"), "{rest}");
+        assert!(rest.ends_with("\r\n\r\n"), "an answer to HEAD has no body: {rest}");
+    }
 }
 
 #[tokio::test]
@@ -391,6 +394,29 @@ async fn a_channel_named_like_redis_own_is_an_ordinary_one() {
         let exists = program.call(&["EXISTS", &format!("fanfare:{{{channel}}}:events"), channel]).await;
         assert_eq!(exists.int(), 1, "only the key with the prefix");
     }
+}
+
+#[tokio::test]
+async fn channels_that_never_had_an_event_are_soon_forgotten_by_redis() {
+    const SOON: i64 = 10 * 60 * 1000;
+    let redis = Redis::start(&[]).await;
+    let node = Node::on(&redis, &[]).await;
+    let mut program = redis.client().await;
+    // What Redis was told last, by canaries too, of which two begin after this.
+    let mut lifetime = async || {
+        let canaries = || node.metric("fanfare_bus_round_trip_seconds_count");
+        let before = canaries().await;
+        until("two canaries", || async { (canaries().await >= before + 3.0).then_some(()) }).await;
+        program.call(&["PTTL", "fanfare:{named}:meta"]).await.int()
+    };
+    let _stays = Client::plain(&node, "a", "named").await;
+    let kept = lifetime().await;
+    assert!((1..=SOON).contains(&kept), "anyone may name any number of channels: {kept} ms for one");
+    node.publish_numbers("named", 0..1).await;
+    assert!(lifetime().await > SOON, "ids of events must not be given again");
+    // Nor ids that were given before Redis lost them.
+    redis.client().await.call(&["FLUSHALL"]).await;
+    assert!(lifetime().await > SOON);
 }
 
 #[test]

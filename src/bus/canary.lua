@@ -7,7 +7,11 @@ local lines = {ARGV[4]}
 for i = 5, #ARGV, 3 do
   local name = ARGV[3] .. ':{' .. ARGV[i] .. '}'
   local head, base = look(name, run, original, durable, ttl, tonumber(ARGV[i + 1]), tonumber(ARGV[i + 2]))
-  redis.call('PEXPIRE', name .. ':meta', 2 * ttl)
+  local meta, keep = name .. ':meta', 2 * ttl
+  if head == base and redis.call('PTTL', meta) <= UNUSED then
+    keep = math.min(UNUSED, keep) -- it still had no event
+  end
+  redis.call('PEXPIRE', meta, keep)
   lines[#lines + 1] = ARGV[i] .. ' ' .. show(base) .. ' ' .. show(head)
 end
 return redis.call('PUBLISH', KEYS[1], table.concat(lines, '\n'))

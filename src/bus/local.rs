@@ -280,12 +280,14 @@ impl Local {
         }
     }
 
-    /// Makes room for new channels: of those that nobody follows, the half that was not used for longest goes.
+    /// Makes room for new channels: of those that nobody follows, the half that was not used for longest goes. First
+    /// those without history, of which anyone may have named any number.
     fn forget_half(&mut self) {
         let unfollowed = self.channels.iter().filter(|(_, channel)| !channel.is_followed());
-        let mut unfollowed: Vec<_> = unfollowed.map(|(name, channel)| (channel.used, name.clone())).collect();
+        let mut unfollowed: Vec<_> =
+            unfollowed.map(|(name, channel)| (channel.events > 0, channel.used, name.clone())).collect();
         unfollowed.sort_unstable();
-        for (_, name) in &unfollowed[..unfollowed.len().div_ceil(2)] {
+        for (_, _, name) in &unfollowed[..unfollowed.len().div_ceil(2)] {
             self.forget(name, true);
         }
     }

@@ -18,6 +18,10 @@ local function clock()
   return tonumber(time[1]) * 1000000 + tonumber(time[2])
 end
 
+-- How long a channel that nobody follows is remembered if it never had an event: anyone may name any number of
+-- channels, and Redis must not hold them for days. Whoever comes back later is told that events may be missing.
+local UNUSED = 10 * 60 * 1000
+
 -- The channel's head and base, after looking whether acknowledged events may be gone: no meta, another run,
 -- a head behind what the caller has seen, or a base behind the one it knows. Then the channel gets a new base,
 -- ahead of every id that anyone may have seen, and an empty history.
@@ -46,7 +50,8 @@ local function look(name, run, original, durable, ttl, seen, known)
   end
   redis.call('DEL', name .. ':events')
   redis.call('HSET', meta, 'head', show(anchor), 'base', show(anchor), 'run', run)
-  redis.call('PEXPIRE', meta, 2 * ttl)
+  -- Where there were events their ids must not be given again, so that is remembered for as long as after an event.
+  redis.call('PEXPIRE', meta, highest == 0 and math.min(UNUSED, 2 * ttl) or 2 * ttl)
   return anchor, anchor
 end
 

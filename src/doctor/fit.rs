@@ -45,24 +45,24 @@ fn sysctl(name: &str, value: impl std::fmt::Display) -> String {
 fn open_files(host: &Host, load: &Load) -> Finding {
     const WHAT: &str = "open files";
     let needed = load.connections + load.own_files;
-    let Some((soft, hard)) = host.files else { return Finding::unread(WHAT, "ulimit -n") };
+    let Some(most) = host.files else { return Finding::unread(WHAT, "ulimit -n") };
     let whose = "of this shell; a service has its own, LimitNOFILE";
-    if soft >= needed {
-        return Finding::ok(WHAT, format!("{needed} needed, {} allowed (the limit {whose})", shown(soft)));
+    if most >= needed {
+        return Finding::ok(WHAT, format!("{needed} needed, {} allowed (the limit {whose})", shown(most)));
     }
     let text = format!(
-        "{needed} needed, one for each connection and {} for the node itself, but {soft} allowed (the limit {whose}): \
+        "{needed} needed, one for each connection and {} for the node itself, but {most} allowed (the limit {whose}): \
          {} clients will be turned away",
         load.own_files,
-        needed - soft,
+        needed - most,
     );
     let mut finding = Finding::problem(WHAT, text);
     if host.files_a_process.is_some_and(|most| most < needed) {
         finding = finding.remedy(sysctl("fs.nr_open", needed.next_power_of_two()));
     }
-    finding = finding.remedy(format!("fanfare.service: LimitNOFILE={needed}"));
-    let by_hand = if hard >= needed { "in this shell" } else { "as root, before fanfare is started" };
-    finding.remedy(format!("or {by_hand}: ulimit -n {needed}"))
+    finding
+        .remedy(format!("fanfare.service: LimitNOFILE={needed}"))
+        .remedy(format!("or as root, before fanfare is started: ulimit -n {needed}"))
 }
 
 fn shown(limit: u64) -> String {
@@ -247,7 +247,7 @@ mod tests {
 
     fn good() -> Host {
         Host {
-            files: Some((2_000_000, 2_000_000)),
+            files: Some(2_000_000),
             files_a_process: Some(2_000_000),
             files_of_host: Some((1000, u64::MAX)),
             watches: Some(10_000_000),
@@ -274,7 +274,7 @@ mod tests {
     fn each_want_is_found_alone() {
         assert_eq!(levels(&good(), 50_000), []);
         for (host, found) in [
-            (Host { files: Some((50_099, 60_000)), ..good() }, ("open files", Level::Problem)),
+            (Host { files: Some(50_099), ..good() }, ("open files", Level::Problem)),
             (Host { files_of_host: Some((1000, 51_000)), ..good() }, ("files of the host", Level::Problem)),
             (Host { watches: Some(49_999), ..good() }, ("epoll watches", Level::Problem)),
             (Host { somaxconn: Some(4096), ..good() }, ("accept queue", Level::Warning)),
@@ -305,7 +305,7 @@ mod tests {
 
     #[test]
     fn the_limit_of_all_processes_comes_before_that_of_one() {
-        let host = Host { files: Some((1024, 1024)), files_a_process: Some(10_000), ..good() };
+        let host = Host { files: Some(1024), files_a_process: Some(10_000), ..good() };
         let finding = open_files(&host, &load(20_000));
         assert_eq!(finding.remedy[0], "/etc/sysctl.d/99-fanfare.conf: fs.nr_open = 32768");
         assert_eq!(finding.remedy[1], "fanfare.service: LimitNOFILE=20100");

@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 /// Facts about the host. Sizes in bytes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Host {
-    /// Open files that a process may have, and to what it may raise that (getrlimit(2)).
-    pub files: Option<(u64, u64)>,
+    /// Open files that this process may have; it has raised that as far as it may.
+    pub files: Option<u64>,
     /// The most that any process may be given (`fs.nr_open`).
     pub files_a_process: Option<u64>,
     /// Open files of the whole host: in use, and most (`fs.file-nr`).
@@ -72,12 +72,13 @@ fn kibibytes(text: &str, name: &str) -> Option<u64> {
     line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
 }
 
-/// Soft and hard limit of proc(5)'s limits.
-fn open_files(limits: &str) -> Option<(u64, u64)> {
+/// The limit that holds, of proc(5)'s limits.
+fn open_files(limits: &str) -> Option<u64> {
     let line = limits.lines().find_map(|line| line.strip_prefix("Max open files"))?;
-    let limit = |text: &str| if text == "unlimited" { Some(u64::MAX) } else { text.parse().ok() };
-    let mut parts = line.split_ascii_whitespace();
-    Some((limit(parts.next()?)?, limit(parts.next()?)?))
+    match line.split_ascii_whitespace().next()? {
+        "unlimited" => Some(u64::MAX),
+        limit => limit.parse().ok(),
+    }
 }
 
 /// What the tightest of this process's cgroups leaves: version 2 (`0::/path`), else 1 (`4:memory:/path`).
@@ -142,7 +143,7 @@ mod tests {
             ],
         );
         let expected = Host {
-            files: Some((1024, u64::MAX)),
+            files: Some(1024),
             files_a_process: Some(1_048_576),
             files_of_host: Some((1504, i64::MAX as u64)),
             ports: Some((32_768, 60_999)),
