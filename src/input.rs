@@ -66,12 +66,29 @@ pub struct Partial {
     remaining: usize,
     /// Frames so far of a message whose last one has yet to come.
     fragments: usize,
+    /// Bytes of the message that the context has.
+    held: usize,
+    /// The shard has it among the unfinished messages.
+    pub noted: bool,
 }
 
 impl Partial {
     /// Nothing yet.
     pub fn new() -> Partial {
-        Partial { since: Instant::now(), unread: Vec::new(), context: None, remaining: 0, fragments: 0 }
+        Partial {
+            since: Instant::now(),
+            unread: Vec::new(),
+            context: None,
+            remaining: 0,
+            fragments: 0,
+            held: 0,
+            noted: false,
+        }
+    }
+
+    /// Bytes of the unfinished message that have come.
+    pub fn held(&self) -> usize {
+        self.held
     }
 
     fn is_idle(&self) -> bool {
@@ -98,6 +115,7 @@ pub fn read(
         if let Some(begun) = partial.as_deref_mut().filter(|partial| partial.remaining > 0) {
             let length = begun.remaining.min(data.len() - at);
             begun.remaining -= length;
+            begun.held += length;
             let context = begun.context.get_or_insert_with(|| new_context(limits));
             feed(context, &data[at..at + length], messages)?;
             at += length;

@@ -33,10 +33,12 @@ mod deliver;
 mod join;
 mod receive;
 mod tick;
+mod unfinished;
 
 use channel::Channel;
 use join::Asked;
 use tick::{Drain, TICK};
+use unfinished::Unfinished;
 
 /// How long a request may take to be complete.
 const REQUEST_TIME: Duration = Duration::from_secs(5);
@@ -123,6 +125,7 @@ pub struct Shard {
     parked: Vec<ConnectionId>,
     /// Connections that missed events and are to be closed, some at every tick.
     missed: VecDeque<ConnectionId>,
+    unfinished: Unfinished,
     drain: Option<Drain>,
     tick: u32,
     heartbeat_slot: usize,
@@ -181,6 +184,7 @@ pub fn run(wiring: Wiring) -> io::Result<()> {
         lingering: VecDeque::new(),
         parked: Vec::new(),
         missed: VecDeque::new(),
+        unfinished: Unfinished::new(&settings),
         drain: None,
         tick: 0,
         heartbeat_slot: 0,

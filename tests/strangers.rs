@@ -15,6 +15,7 @@
 //! | binary frame | 1003 | `frames::what_is_not_text_closes_with_1003` |
 //! | message or declared length over the limit, up to 2^63 | 1009, nothing allocated | `declared_lengths_cost_no_memory`, `frames::what_is_too_long_closes_with_1009` |
 //! | endless empty or tiny fragments; a frame begun and not ended in 10 s | 1008 | `endless_fragments_close_with_1008`, `frames::a_message_that_is_begun_and_not_ended_closes_with_1008` |
+//! | unfinished messages on very many connections | 64 MiB for all; the oldest close with 1008 | `unfinished_messages_of_many_have_a_limit_together` |
 //! | ping flood, message flood | `error` frame, then 4029 | `rates::a_message_flood_gets_error_frames_with_their_ref_and_then_4029`, `rates::a_flood_of_pings_or_pongs_is_one_too`, `rates::a_flooder_that_never_reads_costs_no_memory` |
 //! | peer that never reads | nothing but its cursor; ended by heartbeat timeout | `slow::a_reader_that_never_reads_again_is_ended_and_frees_its_place`, `slow::stalled_readers_cost_no_memory_and_miss_nothing_on_redis` |
 //! | half-open peer | gone within heartbeat and timeout | `a_half_open_peer_is_gone_within_heartbeat_and_timeout` |
@@ -286,6 +287,36 @@ async fn declared_lengths_cost_no_memory() {
     }
     let grown = node.resident().saturating_sub(before);
     assert!(grown < 4 << 20, "{grown} bytes for 200 begins of 64 KiB");
+}
+
+#[tokio::test]
+async fn unfinished_messages_of_many_have_a_limit_together() {
+    let node = Node::start(&["--shards", "1", "--max-message", "1MiB"]).await;
+    let before = node.resident();
+    // Ten times as much as fits, some of it in one frame and some in two.
+    let (one, two) = (vec![b'x'; 900 << 10], vec![b'y'; 450 << 10]);
+    let whole = frame_bytes(true, TEXT, true, &one);
+    let first = frame_bytes(false, TEXT, true, &two);
+    let rest = frame_bytes(true, CONTINUATION, true, &two);
+    let halves = [&first[..], &rest[..rest.len() - 1]].concat();
+    let mut held = Vec::new();
+    for n in 0..640 {
+        let mut raw = Raw::upgraded(node.public, "/ws/a?channel=room").await;
+        raw.write(if n % 2 == 0 { &whole[..whole.len() - 1] } else { &halves }).await;
+        held.push(raw);
+    }
+    // A message on its way meanwhile ends, and comes.
+    let mut honest = Raw::upgraded(node.public, "/ws/honest?channel=other").await;
+    honest.write(&whole).await;
+    assert_eq!(
+        honest.next_text().await.len(),
+        one.len() + r#"{"sender":"honest","text":"","id":1764000000001045}"#.len()
+    );
+    let grown = node.resident().saturating_sub(before);
+    assert!(grown < 192 << 20, "{} MiB for unfinished messages of {} MiB", grown >> 20, (640 * 900) >> 10);
+    assert_eq!(held[0].expect_close().await, 1008, "the oldest goes first");
+    let ended = node.metric_of("fanfare_ends_total", r#"reason="unfinished""#).await;
+    assert!((540.0..600.0).contains(&ended), "{ended}");
 }
 
 #[tokio::test]

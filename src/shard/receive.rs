@@ -164,7 +164,8 @@ impl Shard {
             }
             connection.paused = connection.queued() > QUEUE_MAX || connection.unanswered >= UNANSWERED_MAX;
             if connection.paused || !more {
-                return connection.keep(&self.scratch[begin..length]);
+                connection.keep(&self.scratch[begin..length]);
+                return self.note_unfinished(slot, length);
             }
         }
     }
