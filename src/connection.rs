@@ -5,6 +5,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io::{self, IoSlice, Read, Write};
+use std::sync::Arc;
 use std::time::Instant;
 
 use bytes::Bytes;
@@ -109,32 +110,39 @@ pub struct Tally {
     pub resets: u64,
 }
 
-#[derive(Debug)]
+/// What waits for one client alone.
+#[derive(Debug, Default)]
+enum Waiting {
+    #[default]
+    Nothing,
+    /// The last `left` bytes of a frame that the feed, or a page, has let go of, and whose begin the socket has. All who
+    /// have it share it: thousands who stall cost no more than thousands who don't.
+    Rest { frame: Arc<Bytes>, left: u32 },
+    /// Frames of its own, behind such a rest if there was one.
+    Frames(Box<Queue>),
+}
+
+#[derive(Debug, Default)]
 struct Queue {
     frames: VecDeque<Bytes>,
     bytes: usize,
 }
 
-impl Default for Queue {
-    /// There is mostly one frame, and thousands who stall may have one each.
-    fn default() -> Queue {
-        Queue { frames: VecDeque::with_capacity(1), bytes: 0 }
-    }
-}
-
-/// Frames of one entry that goes, each copied once for all who have its begin: their rest must not keep the others.
+/// Frames of entries that go, each once for all who have its begin: their rest must not keep the whole entry.
 #[derive(Debug, Default)]
-pub struct Copies(BTreeMap<u32, Bytes>);
+pub struct Copies(BTreeMap<Cursor, Arc<Bytes>>);
 
 impl Copies {
-    /// What follows byte `offset` of the frame that holds it.
-    fn rest(&mut self, entry: &Entry, offset: u32) -> Bytes {
-        let (begin, end) = (entry.frame_begin(offset), entry.frame_end(offset));
-        let frame = self.0.entry(end).or_insert_with(|| match entry.frames() {
-            1 => entry.bytes.clone(),
-            _ => Bytes::copy_from_slice(&entry.bytes[begin as usize..end as usize]),
+    /// The frame in which this cursor stands, and how much of it is ahead.
+    fn rest(&mut self, entry: &Entry, cursor: Cursor) -> (Arc<Bytes>, u32) {
+        let (begin, end) = (entry.frame_begin(cursor.offset), entry.frame_end(cursor.offset));
+        let frame = self.0.entry(Cursor { offset: end, ..cursor }).or_insert_with(|| {
+            Arc::new(match entry.frames() {
+                1 => entry.bytes.clone(),
+                _ => Bytes::copy_from_slice(&entry.bytes[begin as usize..end as usize]),
+            })
         });
-        frame.slice((offset - begin) as usize..)
+        (frame.clone(), end - cursor.offset)
     }
 }
 
@@ -146,7 +154,7 @@ pub struct Connection {
     pub generation: u32,
     /// What it is doing.
     pub state: State,
-    queue: Option<Box<Queue>>,
+    waiting: Waiting,
     /// What it keeps between two reads.
     pub partial: Option<Box<Partial>>,
     /// What it holds of the node's counts.
@@ -208,7 +216,7 @@ impl Connection {
             generation,
             place,
             state: State::Request(None),
-            queue: None,
+            waiting: Waiting::Nothing,
             partial: None,
             user: Box::default(),
             channel: NONE,
@@ -287,14 +295,34 @@ impl Connection {
 
     /// Has a frame wait for its turn.
     pub fn enqueue(&mut self, frame: Bytes) {
-        let queue = self.queue.get_or_insert_default();
+        let queue = self.own_queue();
         queue.bytes += frame.len();
         queue.frames.push_back(frame);
     }
 
+    /// What waits, as frames of its own.
+    fn own_queue(&mut self) -> &mut Queue {
+        if !matches!(self.waiting, Waiting::Frames(_)) {
+            let mut queue = Box::<Queue>::default();
+            if let Waiting::Rest { frame, left } = &self.waiting {
+                queue.bytes = *left as usize;
+                queue.frames.push_back(frame.slice(frame.len() - *left as usize..));
+            }
+            self.waiting = Waiting::Frames(queue);
+        }
+        match &mut self.waiting {
+            Waiting::Frames(queue) => queue,
+            _ => unreachable!("it was made so above"),
+        }
+    }
+
     /// Bytes that wait for this client alone.
     pub fn queued(&self) -> usize {
-        self.queue.as_ref().map_or(0, |queue| queue.bytes)
+        match &self.waiting {
+            Waiting::Nothing => 0,
+            Waiting::Rest { left, .. } => *left as usize,
+            Waiting::Frames(queue) => queue.bytes,
+        }
     }
 
     /// Has it stand at `cursor`, with everything up to `position`.
@@ -355,10 +383,14 @@ impl Connection {
     pub fn keep_rest(&mut self, entry: &Entry, copies: &mut Copies, tally: &mut Tally) {
         tally.deliveries += 1;
         let end = entry.frame_end(self.cursor.offset);
-        let rest = copies.rest(entry, self.cursor.offset);
-        let queue = self.queue.get_or_insert_default();
-        queue.bytes += rest.len();
-        queue.frames.push_front(rest);
+        let (frame, left) = copies.rest(entry, self.cursor);
+        if self.queued() == 0 {
+            self.waiting = Waiting::Rest { frame, left };
+        } else {
+            let queue = self.own_queue();
+            queue.bytes += left as usize;
+            queue.frames.push_front(frame.slice(frame.len() - left as usize..));
+        }
         self.position = position_at(entry, end);
         let whole = end as usize == entry.bytes.len();
         self.cursor = if whole {
@@ -394,7 +426,7 @@ impl Connection {
 
     /// Writes what a page of history has for it. The page may go afterwards: a frame whose begin the socket has
     /// is kept whole.
-    pub fn flush_page(&mut self, page: &Feed, tally: &mut Tally) -> Flushed {
+    pub fn flush_page(&mut self, page: &Feed, copies: &mut Copies, tally: &mut Tally) -> Flushed {
         let Start::At(cursor) = page.find(self.position) else { return Flushed::Behind };
         self.cursor = cursor;
         self.current = false;
@@ -403,7 +435,7 @@ impl Connection {
             Flushed::All => self.position = page.position(),
             _ if self.is_inside_frame(page) => {
                 let entry = page.get(self.cursor.entry).expect("a cursor inside a frame is inside an entry");
-                self.keep_rest(&entry.clone(), &mut Copies::default(), tally);
+                self.keep_rest(entry, copies, tally);
             }
             _ => {}
         }
@@ -430,19 +462,27 @@ impl Connection {
         let mut burst = 0;
         loop {
             // Frames for this client alone go between two frames of the feed, never into one.
-            let inside = self.queue.is_some() && self.is_inside_frame(feed);
+            let inside = self.queued() > 0 && self.is_inside_frame(feed);
             let mut numbers = [0u64; SLICES];
             let mut slices = [IoSlice::new(&[]); SLICES];
             let mut count = 0;
             let mut queued = 0;
             let mut size = 0;
             let mut missed = false;
-            if let Some(queue) = self.queue.as_ref().filter(|_| !inside) {
-                for frame in queue.frames.iter().take(SLICES / 2) {
-                    slices[queued] = IoSlice::new(frame);
-                    size += frame.len();
-                    queued += 1;
+            match &self.waiting {
+                Waiting::Rest { frame, left } if !inside => {
+                    slices[0] = IoSlice::new(&frame[frame.len() - *left as usize..]);
+                    size = *left as usize;
+                    queued = 1;
                 }
+                Waiting::Frames(queue) if !inside => {
+                    for frame in queue.frames.iter().take(SLICES / 2) {
+                        slices[queued] = IoSlice::new(frame);
+                        size += frame.len();
+                        queued += 1;
+                    }
+                }
+                _ => {}
             }
             let mut next = self.cursor.entry;
             while queued + count < SLICES && size < BURST {
@@ -495,7 +535,7 @@ impl Connection {
 
     /// The common case, live: one entry lies ahead and nothing waits for this client alone. `None`: it is another.
     fn write_one(&mut self, feed: &Feed, tally: &mut Tally) -> Option<Flushed> {
-        if self.queue.is_some() || self.cursor.offset > 0 {
+        if !matches!(self.waiting, Waiting::Nothing) || self.cursor.offset > 0 {
             return None;
         }
         let Some(number) = feed.next_for(self.cursor.entry, self.reader()) else { return Some(Flushed::All) };
@@ -530,22 +570,36 @@ impl Connection {
         }
     }
 
-    /// Takes what was written off the queue; the rest was written from the feed.
+    /// Takes what was written of the first `frames` that wait; the rest was written from the feed.
     fn take_queued(&mut self, mut written: usize, frames: usize) -> usize {
-        let Some(queue) = self.queue.as_mut().filter(|_| frames > 0) else { return written };
-        for _ in 0..frames {
-            let front = &mut queue.frames[0];
-            let part = written.min(front.len());
-            written -= part;
-            queue.bytes -= part;
-            if part < front.len() {
-                *front = front.slice(part..);
-                break;
-            }
-            queue.frames.pop_front();
+        if frames == 0 {
+            return written;
         }
-        if queue.frames.is_empty() {
-            self.queue = None;
+        let left = match &mut self.waiting {
+            Waiting::Nothing => 0,
+            Waiting::Rest { left, .. } => {
+                let part = written.min(*left as usize);
+                written -= part;
+                *left -= part as u32;
+                *left as usize
+            }
+            Waiting::Frames(queue) => {
+                for _ in 0..frames {
+                    let front = &mut queue.frames[0];
+                    let part = written.min(front.len());
+                    written -= part;
+                    queue.bytes -= part;
+                    if part < front.len() {
+                        *front = front.slice(part..);
+                        break;
+                    }
+                    queue.frames.pop_front();
+                }
+                queue.frames.len()
+            }
+        };
+        if left == 0 {
+            self.waiting = Waiting::Nothing;
         }
         written
     }

@@ -94,9 +94,11 @@ fn take_connections(
 
 /// What a node takes before its first client: 4.8 MiB measured, rounded up.
 const START: u64 = 8 << 20;
-/// What pages of history may take in each shard, and events that wait for Redis, or the history of the local bus.
+/// What pages of history may take in each shard, events that wait for Redis (or the history of the local bus), and what
+/// clients have begun to send.
 const PAGES: u64 = 4 << 20;
 const BUS: u64 = 64 << 20;
+const UNFINISHED: u64 = 64 << 20;
 
 fn load(settings: &Settings, connections: Option<u32>) -> Load {
     let connections = connections.unwrap_or_else(|| settings.most_connections());
@@ -104,7 +106,11 @@ fn load(settings: &Settings, connections: Option<u32>) -> Load {
         connections: connections.into(),
         own_files: u64::from(settings.own_files() + config::doorstep(connections)),
         addresses: settings.listen.len() as u64,
-        own_memory: START + settings.feed_memory as u64 + PAGES * settings.shards.get() as u64 + BUS,
+        own_memory: START
+            + settings.feed_memory as u64
+            + PAGES * settings.shards.get() as u64
+            + BUS
+            + UNFINISHED,
     }
 }
 

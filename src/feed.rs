@@ -11,7 +11,7 @@ use crate::event::{Entry, EventId, Kind};
 const ENTRY_OVERHEAD: usize = 128;
 
 /// A place in a feed.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Cursor {
     /// The entry to be written next.
     pub entry: u64,

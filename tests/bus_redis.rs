@@ -1,5 +1,5 @@
 //! The Redis bus against real Redis servers, and against what goes wrong with them.
-#![allow(clippy::unwrap_used)] // clippy.toml excepts test functions, not the helpers beside them
+#![allow(clippy::unwrap_used)] // clippy.toml excepts test functions, not those beside them
 
 #[path = "bus/history.rs"]
 mod history;

@@ -93,7 +93,7 @@ impl Process {
         for task in
             std::fs::read_dir(self.proc("task")).with_context(|| format!("{} has ended", self.name))?
         {
-            // A thread that ends between two reads is a helper that did next to nothing.
+            // A thread that ends between two reads has done next to nothing.
             let Ok(text) = std::fs::read_to_string(task?.path().join("schedstat")) else { continue };
             let first = text.split(' ').next().unwrap_or_default();
             nanos += first.parse::<u64>().context("this kernel has no schedstat (CONFIG_SCHED_INFO)")?;

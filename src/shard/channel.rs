@@ -8,7 +8,7 @@ use hashbrown::HashTable;
 use slab::Slab;
 
 use crate::bus::{ConnectionId, Page, is_proven, page_begin};
-use crate::connection::{Connection, NONE};
+use crate::connection::{Connection, Copies, NONE};
 use crate::event::{ChannelName, Entry, EventId};
 use crate::feed::Feed;
 
@@ -31,6 +31,8 @@ pub struct ReadyPage {
     pub feed: Feed,
     /// Its size in memory, in bytes.
     pub cost: usize,
+    /// Frames in which sockets were when it was last read from.
+    pub copies: Copies,
     /// When it was last read from, in ticks of the shard.
     pub used: u32,
 }
@@ -47,6 +49,7 @@ impl ReadyPage {
             oldest: page.oldest,
             feed: Feed::of(page.base, after, &entries),
             cost: entries.iter().map(Feed::cost).sum(),
+            copies: Copies::default(),
             used: tick,
         }
     }
@@ -224,7 +227,7 @@ impl Channel {
     }
 
     /// The page of history after this position, if it is here.
-    pub fn ready_page(&mut self, after: EventId, tick: u32) -> Option<&ReadyPage> {
+    pub fn ready_page(&mut self, after: EventId, tick: u32) -> Option<&mut ReadyPage> {
         match self.pages.get_mut(&after) {
             Some(PageState::Ready(page)) => {
                 page.used = tick;

@@ -208,7 +208,7 @@ impl Shard {
             if !page.proves(position) {
                 return self.tell_lost(slot);
             }
-            match connection.flush_page(&page.feed, &mut self.tally) {
+            match connection.flush_page(&page.feed, &mut page.copies, &mut self.tally) {
                 Flushed::All => {}
                 other => return self.after_flush(slot, other),
             }

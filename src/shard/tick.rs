@@ -121,14 +121,12 @@ impl Shard {
         self.missed.shrink_to(LISTED.max(self.missed.len() * 2));
     }
 
-    /// Looks after a slice of the slab, so that every connection has its turn several times in a heartbeat.
+    /// Looks after a slice of the slab, so that every connection has its turn once a second, and several times in a
+    /// short heartbeat: what has no timer of its own (heartbeats, silence, a token's end) is seen here.
     fn heartbeats(&mut self, now: Instant) {
         let heartbeat = ticks(self.settings.heartbeat);
         let timeout = ticks(self.settings.heartbeat_timeout);
-        let mut turns = (heartbeat.min(timeout) / 4).max(1);
-        if self.door.keys.asks_for_tokens() {
-            turns = turns.min(SECOND); // a token's end has no timer of its own: it is seen here
-        }
+        let turns = (heartbeat.min(timeout) / 4).clamp(1, SECOND);
         let seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs() as u32);
         let slots = self.connections.capacity();
         for _ in 0..slots.div_ceil(turns as usize) {

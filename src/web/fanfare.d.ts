@@ -48,7 +48,7 @@ export type FanfareState =
   | { state: "waiting"; delay: number; code: number; reason: string }
   /**
    * Over for good: 1000 after `close()`, 4001 (the token ended and no fresh one helped), 4003 (not allowed), or
-   * 1002, 1003, 1007, 1008 (the other side finds this client's protocol wrong).
+   * 1002, 1003, 1007 (the other side finds this client's protocol wrong).
    */
   | { state: "closed"; code: number; reason: string };
 
@@ -75,7 +75,7 @@ export interface FanfareEventMap<E> {
   gap: (info: { lastEventId: number; from: "welcome" | "reset" }) => void;
   /**
    * A token function failed (its own error), the server refused something that no `send` waits for, a message
-   * was too long (1009), or the connection is over for good.
+   * was too long (1009) or too long on its way (1008), or the connection is over for good.
    */
   error: (error: FanfareError | Error) => void;
 }

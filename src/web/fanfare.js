@@ -13,8 +13,8 @@ const STEADY = 10_000; // ms that a connection must have lived for the next loss
 // Answered with a ping that carries our position. (Scripts neither see nor send WebSocket pings.)
 const PROBE = '{"type":"ping"}';
 
-// After these, trying again repeats the mistake. (Not 1009: it blames one long message, not the connection.)
-const FATAL = new Set([1002, 1003, 1007, 1008, 4003]);
+const FATAL = new Set([1002, 1003, 1007, 4003]); // after these, trying again repeats the mistake
+const BLAMED = new Set([1008, 1009]); // one message took too long on its way, or is too long: not the connection's fault
 const BUSY = new Set([1013, 4029]); // the server wants fewer attempts, or fewer messages
 
 const failure = (code, message) => Object.assign(new Error(message || code), { name: "FanfareError", code });
@@ -158,7 +158,7 @@ export class Fanfare {
     const delay = this.#busy ? 5_000 + Math.random() * (LONGEST - 5_000) : Math.random() * ceiling;
     this.#after(delay, () => this.#open());
     this.#change("waiting", { delay, code, reason });
-    if (code === 1009) this.#emit("error", failure(code, reason || "a message was too long"));
+    if (BLAMED.has(code)) this.#emit("error", failure(code, reason || "a message was not taken"));
   }
 
   #end(code, reason) {
