@@ -14,7 +14,7 @@ mod render;
 mod table;
 
 pub use histogram::Histogram;
-pub use process::open_file_limit;
+pub use process::{max_fds, open_file_limit};
 
 /// One number, shown as a Prometheus counter or gauge. Relaxed: numbers are read one by one.
 #[derive(Debug, Default)]

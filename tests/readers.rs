@@ -25,16 +25,10 @@ use std::time::{Duration, Instant};
 use checker::{Attempt, History, Outcome, judge};
 use common::client::{JSON_MODE, position};
 use common::stream::{Dice, Nodes};
-use common::{Client, Options};
+use common::{Client, Lone, Options};
 use crowd::{Kind, Shared, canonical};
 use fanfare::bus::{PAGE, Page, Request, Shards, ToShard, page_begin};
-use fanfare::config::{Action, Settings};
 use fanfare::event::{ChannelName, Entry, EventId};
-use fanfare::guard::Guard;
-use fanfare::handshake::Door;
-use fanfare::keys::KeyRing;
-use fanfare::metrics::{BusNumbers, Metrics, Readiness};
-use fanfare::shard;
 use serde_json::json;
 use tokio::net::TcpSocket;
 use tokio::sync::mpsc;
@@ -208,31 +202,7 @@ fn start(shared: &Arc<Shared>, seed: u64, feed: &str) -> (Bus, SocketAddr) {
         "--heartbeat-format",
         "both",
     ];
-    let Ok(Action::Run(settings)) = Settings::from(flags.map(Into::into), []) else {
-        panic!("these settings are good")
-    };
-    let (poll, bell) = shard::poll().expect("a poll");
-    let (inbox_tx, inbox) = mpsc::unbounded_channel();
-    let (requests, asked) = mpsc::unbounded_channel();
-    let numbers = Arc::new(BusNumbers::default());
-    let metrics = Arc::new(Metrics::new(1, numbers, Arc::new(Readiness::default())));
-    let shards = Shards::new(vec![inbox_tx]).with_bells(vec![bell.clone()]);
-    let keys = Arc::new(KeyRing::load(&settings).expect("no files to read"));
-    let guard = Arc::new(Guard::new(&settings));
-    let readiness = metrics.readiness.clone();
-    let door = Door { settings: Arc::new(settings), readiness, keys, guard: guard.clone() };
-    let wiring = shard::Wiring {
-        id: 0,
-        door,
-        requests,
-        shards: shards.clone(),
-        poll,
-        inbox,
-        bell,
-        metrics,
-        takes_binary: false,
-    };
-    std::thread::spawn(|| shard::run(wiring).expect("a poll that works"));
+    let Lone { shards, asked, guard, .. } = Lone::start(&flags, false).expect("a shard");
 
     let socket = TcpSocket::new_v4().expect("a socket");
     socket.set_send_buffer_size(4 << 10).expect("a TCP socket");

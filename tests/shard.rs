@@ -6,57 +6,17 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use common::raw::{frame_bytes, opcode};
-use common::{http, until};
-use fanfare::bus::{Page, Request, Shards, ToShard};
-use fanfare::config::{Action, Settings};
+use common::{Lone, http, until};
+use fanfare::bus::{Page, Request, ToShard};
 use fanfare::event::{ChannelName, Entry, EventId};
-use fanfare::guard::Guard;
-use fanfare::handshake::Door;
-use fanfare::keys::KeyRing;
-use fanfare::metrics::{BusNumbers, Metrics, Readiness};
-use fanfare::shard;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::mpsc;
 
-struct Shard {
-    shards: Shards,
-    /// What the shard beside it is told.
-    other: mpsc::UnboundedReceiver<ToShard>,
-    asked: mpsc::UnboundedReceiver<Request>,
-    metrics: Arc<Metrics>,
-    guard: Arc<Guard>,
-}
+struct Shard(Lone);
 
 impl Shard {
     fn start() -> Shard {
-        let Ok(Action::Run(settings)) = Settings::from(["--shards".into(), "1".into()], []) else {
-            panic!("these settings are good")
-        };
-        let (poll, bell) = shard::poll().expect("a poll");
-        let (inbox_tx, inbox) = mpsc::unbounded_channel();
-        let (requests, asked) = mpsc::unbounded_channel();
-        let numbers = Arc::new(BusNumbers::default());
-        let metrics = Arc::new(Metrics::new(1, numbers, Arc::new(Readiness::default())));
-        let (other_tx, other) = mpsc::unbounded_channel();
-        let shards = Shards::new(vec![inbox_tx, other_tx]).with_bells(vec![bell.clone()]);
-        let keys = Arc::new(KeyRing::load(&settings).expect("no files to read"));
-        let guard = Arc::new(Guard::new(&settings));
-        let readiness = metrics.readiness.clone();
-        let door = Door { settings: Arc::new(settings), readiness, keys, guard: guard.clone() };
-        let wiring = shard::Wiring {
-            id: 0,
-            door,
-            requests,
-            shards: shards.clone(),
-            poll,
-            inbox,
-            bell,
-            metrics: metrics.clone(),
-            takes_binary: false,
-        };
-        std::thread::spawn(|| shard::run(wiring).expect("a poll that works"));
-        Shard { shards, other, asked, metrics, guard }
+        Shard(Lone::start(&["--shards", "1"], false).expect("a shard"))
     }
 
     /// A client's end of a connection; the shard has the other. What `bytes` are it finds there already.
@@ -67,26 +27,26 @@ impl Shard {
         let (mut client, socket) = (client.expect("it is listening"), accepted.expect("one comes").0);
         client.write_all(bytes).await.expect("there is room");
         let socket = socket.into_std().expect("a socket of tokio's");
-        let place = self.guard.arrive(addr.ip()).expect("there is room");
-        self.shards.tell(0, ToShard::Socket(mio::net::TcpStream::from_std(socket), place));
+        let place = self.0.guard.arrive(addr.ip()).expect("there is room");
+        self.0.shards.tell(0, ToShard::Socket(mio::net::TcpStream::from_std(socket), place));
         client
     }
 
     /// The next thing it asks of the bus.
     async fn asks(&mut self) -> Request {
-        let asked = tokio::time::timeout(Duration::from_secs(60), self.asked.recv()).await;
+        let asked = tokio::time::timeout(Duration::from_secs(60), self.0.asked.recv()).await;
         asked.expect("it asks within a minute").expect("it runs")
     }
 
     async fn follows(&mut self) {
         let Request::Follow { channel, .. } = self.asks().await else { panic!("it asks to follow") };
         let (base, position) = (EventId(1000), EventId(1000));
-        self.shards.tell(0, ToShard::Followed { channel, base, position, recent: Vec::new() });
+        self.0.shards.tell(0, ToShard::Followed { channel, base, position, recent: Vec::new() });
     }
 
     async fn closed(&self, many: u64) {
         until("connections to be closed", || async {
-            (self.metrics.shards[0].closed.get() >= many).then_some(())
+            (self.0.metrics.shards[0].closed.get() >= many).then_some(())
         })
         .await;
     }
@@ -94,7 +54,7 @@ impl Shard {
 
 impl Drop for Shard {
     fn drop(&mut self) {
-        self.shards.tell(0, ToShard::Drain(Duration::ZERO));
+        self.0.shards.tell(0, ToShard::Drain(Duration::ZERO));
     }
 }
 
@@ -123,7 +83,7 @@ async fn a_channel_whose_first_client_never_came_in_is_let_go() {
     drop(client);
     shard.closed(1).await;
     let (base, position) = (EventId(1000), EventId(1000));
-    shard.shards.tell(0, ToShard::Followed { channel, base, position, recent: Vec::new() });
+    shard.0.shards.tell(0, ToShard::Followed { channel, base, position, recent: Vec::new() });
     assert!(matches!(shard.asks().await, Request::Unfollow { .. }));
 }
 
@@ -145,7 +105,7 @@ async fn the_end_of_a_client_is_seen_though_nothing_was_read_when_it_came() {
     shard.closed(1).await;
     for id in 1001..=1510 {
         let Request::Publish(publish) = shard.asks().await else { panic!("it publishes") };
-        shard.shards.answer(publish.answer, Ok(EventId(id)));
+        shard.0.shards.answer(publish.answer, Ok(EventId(id)));
     }
     // Long before a heartbeat could tell.
     let begun = Instant::now();
@@ -162,7 +122,7 @@ fn events(ids: std::ops::RangeInclusive<u64>) -> Entry {
 impl Shard {
     fn gets(&self, entry: Entry) {
         let channel = ChannelName::parse("a").expect("a name");
-        self.shards.tell(0, ToShard::Entry { channel, entry, arrived: Instant::now() });
+        self.0.shards.tell(0, ToShard::Entry { channel, entry, arrived: Instant::now() });
     }
 }
 
@@ -190,7 +150,7 @@ async fn entries_that_come_before_the_word_that_it_is_followed_are_kept_if_they_
     shard.gets(events(999..=1000));
     shard.gets(events(1001..=1002));
     let (base, position) = (EventId(900), EventId(1000));
-    shard.shards.tell(0, ToShard::Followed { channel, base, position, recent: Vec::new() });
+    shard.0.shards.tell(0, ToShard::Followed { channel, base, position, recent: Vec::new() });
     shard.gets(events(1003..=1003));
     assert_eq!(ids_up_to(&mut client, 1003).await, [1001, 1002, 1003]);
 }
@@ -205,8 +165,8 @@ async fn a_shard_gives_what_is_in_memory_only_if_it_stands_where_the_bus_says() 
     for (base, position, held) in [(1000, 1002, true), (2000, 2000, false), (1000, 1005, false)] {
         let (base, position) = (EventId(base), EventId(position));
         let channel = ChannelName::parse("a").expect("a name");
-        shard.shards.tell(0, ToShard::Share { channel, base, position, with: 1 });
-        let told = tokio::time::timeout(Duration::from_secs(60), shard.other.recv()).await;
+        shard.0.shards.tell(0, ToShard::Share { channel, base, position, with: 1 });
+        let told = tokio::time::timeout(Duration::from_secs(60), shard.0.other.recv()).await;
         let Ok(Some(ToShard::Followed { base: to_base, position: to_position, recent, .. })) = told else {
             panic!("the other is told that it follows: {told:?}")
         };
@@ -220,11 +180,11 @@ async fn a_page_that_knows_more_than_the_feed_brings_nothing_twice() {
     let mut client = shard.client(&upgrade_after("&lastEventId=1002")).await;
     let Request::Follow { channel, .. } = shard.asks().await else { panic!("it asks to follow") };
     let (base, position) = (EventId(1000), EventId(1005));
-    shard.shards.tell(0, ToShard::Followed { channel, base, position, recent: Vec::new() });
+    shard.0.shards.tell(0, ToShard::Followed { channel, base, position, recent: Vec::new() });
     let Request::Read { channel, after, .. } = shard.asks().await else { panic!("it asks for history") };
     // History has what the messages of Pub/Sub have yet to bring.
     let page = Page { base, head: EventId(1008), oldest: EventId(1001), entries: vec![events(1001..=1008)] };
-    shard.shards.tell(0, ToShard::Page { channel, after, result: Ok(Arc::new(page)) });
+    shard.0.shards.tell(0, ToShard::Page { channel, after, result: Ok(Arc::new(page)) });
     assert_eq!(ids_up_to(&mut client, 1005).await, [1003, 1004, 1005]);
     shard.gets(events(1006..=1007));
     shard.gets(events(1008..=1009));

@@ -3,6 +3,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use crate::metrics::max_fds;
+
 /// Facts about the host. Sizes in bytes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Host {
@@ -44,7 +46,7 @@ impl Host {
         let page = text("proc/self/smaps").and_then(|text| kibibytes(&text, "KernelPageSize:"));
         let conntrack = |name: &str| number(&format!("net.netfilter.nf_conntrack_{name}"));
         Host {
-            files: text("proc/self/limits").and_then(|text| open_files(&text)),
+            files: text("proc/self/limits").and_then(|text| max_fds(&text)),
             files_a_process: number("fs.nr_open"),
             files_of_host: numbers("fs.file-nr").and_then(|found| Some((*found.first()?, *found.get(2)?))),
             watches: number("fs.epoll.max_user_watches"),
@@ -70,15 +72,6 @@ fn numbers(text: &str) -> Vec<u64> {
 fn kibibytes(text: &str, name: &str) -> Option<u64> {
     let line = text.lines().find_map(|line| line.strip_prefix(name))?;
     line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
-}
-
-/// The limit that holds, of proc(5)'s limits.
-fn open_files(limits: &str) -> Option<u64> {
-    let line = limits.lines().find_map(|line| line.strip_prefix("Max open files"))?;
-    match line.split_ascii_whitespace().next()? {
-        "unlimited" => Some(u64::MAX),
-        limit => limit.parse().ok(),
-    }
 }
 
 /// What the tightest of this process's cgroups leaves: version 2 (`0::/path`), else 1 (`4:memory:/path`).

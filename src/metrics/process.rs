@@ -54,9 +54,13 @@ fn cpu_seconds(stat: &str) -> Option<f64> {
     Some((user + system) as f64 / TICKS_PER_SECOND)
 }
 
-fn max_fds(limits: &str) -> Option<u64> {
+/// The limit on open files that holds, of proc(5)'s `limits`.
+pub fn max_fds(limits: &str) -> Option<u64> {
     let line = limits.lines().find_map(|line| line.strip_prefix("Max open files"))?;
-    line.split_ascii_whitespace().next()?.parse().ok()
+    match line.split_ascii_whitespace().next()? {
+        "unlimited" => Some(u64::MAX),
+        limit => limit.parse().ok(),
+    }
 }
 
 fn open_fds() -> Option<u64> {

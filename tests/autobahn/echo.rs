@@ -3,21 +3,19 @@
 //! closes and writes; only what becomes of a message between is replaced. `tests/autobahn.sh` starts it, and gives
 //! each of the suite's connections a channel that no other has at the time.
 
+#[allow(dead_code)] // it has a shard beside it for tests
+#[path = "../common/lone.rs"]
+mod lone;
+
 use std::error::Error;
 use std::io::{self, Write};
 use std::net::TcpListener;
-use std::sync::Arc;
 use std::thread;
 use std::time::Instant;
 
 use fanfare::bus::{Publish, Request, Shards, ToShard};
-use fanfare::config::{Action, Settings};
 use fanfare::event::{Entry, EventId};
-use fanfare::guard::Guard;
-use fanfare::handshake::Door;
-use fanfare::keys::KeyRing;
-use fanfare::metrics::{BusNumbers, Metrics, Readiness};
-use fanfare::shard;
+use lone::Lone;
 use tokio::sync::mpsc;
 
 /// The suite's messages are as long as 16 MiB and as many as it likes, and it expects no pings.
@@ -44,34 +42,7 @@ struct Chat {
 }
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let Ok(Action::Run(settings)) = Settings::from(FLAGS.map(Into::into), []) else {
-        return Err("these settings should be good".into());
-    };
-    let (poll, bell) = shard::poll()?;
-    let (inbox_tx, inbox) = mpsc::unbounded_channel();
-    let (requests, asked) = mpsc::unbounded_channel();
-    let metrics = Arc::new(Metrics::new(1, Arc::new(BusNumbers::default()), Arc::new(Readiness::default())));
-    let shards = Shards::new(vec![inbox_tx]).with_bells(vec![bell.clone()]);
-    let keys = KeyRing::load(&settings).map_err(|_| "there are no keys to load")?;
-    let guard = Arc::new(Guard::new(&settings));
-    let door = Door {
-        settings: Arc::new(settings),
-        readiness: metrics.readiness.clone(),
-        keys: Arc::new(keys),
-        guard: guard.clone(),
-    };
-    let wiring = shard::Wiring {
-        id: 0,
-        door,
-        requests,
-        shards: shards.clone(),
-        poll,
-        inbox,
-        bell,
-        metrics,
-        takes_binary: true,
-    };
-    thread::spawn(|| shard::run(wiring));
+    let Lone { shards, asked, guard, .. } = Lone::start(&FLAGS, true)?;
     let bus = shards.clone();
     thread::spawn(|| echo(asked, bus));
 

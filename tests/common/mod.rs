@@ -7,6 +7,7 @@
 
 pub mod client;
 pub mod http;
+pub mod lone;
 pub mod nginx;
 pub mod node;
 pub mod process;
@@ -19,6 +20,7 @@ use std::time::Duration;
 
 pub use client::{Client, Frame, Options};
 pub use http::Response;
+pub use lone::Lone;
 pub use nginx::Nginx;
 pub use node::Node;
 pub use proxy::{Proxy, Silence};

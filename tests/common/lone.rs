@@ -1,0 +1,61 @@
+//! A shard alone, wired as a node wires it, with whoever starts it as its bus.
+
+use std::error::Error;
+use std::sync::Arc;
+use std::thread;
+
+use fanfare::bus::{Request, Shards, ToShard};
+use fanfare::config::{Action, Settings};
+use fanfare::guard::Guard;
+use fanfare::handshake::Door;
+use fanfare::keys::KeyRing;
+use fanfare::metrics::{BusNumbers, Metrics, Readiness};
+use fanfare::shard;
+use tokio::sync::mpsc;
+
+/// A shard that runs, and all that speaks with it.
+pub struct Lone {
+    /// The way to it (number 0), and to a shard beside it that is not there.
+    pub shards: Shards,
+    /// What the shard beside it is told.
+    pub other: mpsc::UnboundedReceiver<ToShard>,
+    /// What it asks of the bus.
+    pub asked: mpsc::UnboundedReceiver<Request>,
+    /// What it counts.
+    pub metrics: Arc<Metrics>,
+    /// Where its connections are counted.
+    pub guard: Arc<Guard>,
+}
+
+impl Lone {
+    /// Starts one with these settings.
+    pub fn start(flags: &[&str], takes_binary: bool) -> Result<Lone, Box<dyn Error>> {
+        let Ok(Action::Run(settings)) = Settings::from(flags.iter().map(Into::into), []) else {
+            return Err("these settings should be good".into());
+        };
+        let (poll, bell) = shard::poll()?;
+        let (inbox_tx, inbox) = mpsc::unbounded_channel();
+        let (requests, asked) = mpsc::unbounded_channel();
+        let (other_tx, other) = mpsc::unbounded_channel();
+        let numbers = Arc::new(BusNumbers::default());
+        let metrics = Arc::new(Metrics::new(1, numbers, Arc::new(Readiness::default())));
+        let shards = Shards::new(vec![inbox_tx, other_tx]).with_bells(vec![bell.clone()]);
+        let keys = Arc::new(KeyRing::load(&settings).map_err(|_| "there are no keys to load")?);
+        let guard = Arc::new(Guard::new(&settings));
+        let readiness = metrics.readiness.clone();
+        let door = Door { settings: Arc::new(settings), readiness, keys, guard: guard.clone() };
+        let wiring = shard::Wiring {
+            id: 0,
+            door,
+            requests,
+            shards: shards.clone(),
+            poll,
+            inbox,
+            bell,
+            metrics: metrics.clone(),
+            takes_binary,
+        };
+        thread::spawn(|| shard::run(wiring).expect("a poll that works"));
+        Ok(Lone { shards, other, asked, metrics, guard })
+    }
+}
