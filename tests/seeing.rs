@@ -272,3 +272,24 @@ async fn what_a_replica_refuses_is_told_once_and_again_when_it_changes() {
     until("the log to tell of FCALL", to_be_had).await;
     assert!(replica.client().await.fcall("room", b"{}", None).await.int() > 0);
 }
+
+#[tokio::test]
+async fn a_channel_whose_data_is_wrong_is_logged_with_its_key() {
+    let redis = Redis::start(&[]).await;
+    let node = Node::on(&redis, &[]).await;
+    let _client = Client::plain(&node, "alice", "room").await;
+    let mut raw = redis.client().await;
+    raw.call(&["DEL", "fanfare:{room}:meta"]).await;
+    raw.call(&["SET", "fanfare:{room}:meta", "x"]).await;
+    let faults = || node.log().lines().filter(|line| line.contains("fanfare:{room}:meta")).count();
+    until("a line with the key", || async { (faults() > 0).then_some(()) }).await;
+    for _ in 0..3 {
+        let refused = node.admin("POST", "/publish?channel=room", b"{}").await;
+        assert_eq!(refused.status, 503, "{}", refused.body);
+        assert!(refused.body.contains("this channel's data"), "{}", refused.body);
+    }
+    assert_eq!(faults(), 1, "{}", node.log());
+    let mut other = Client::plain(&node, "bob", "other").await;
+    node.publish("other", &json!({"text": "hi"})).await;
+    other.next_event().await;
+}

@@ -8,7 +8,7 @@ local needed = {
   {'PUBLISH', name .. ':to', 'x'},
   {'PUBLISH', KEYS[2], 'x'},
   {'PING'}, {'TIME'}, {'INFO'},
-  {'HMGET', meta, 'head'}, {'HSET', meta, 'head', '1'}, {'PEXPIRE', meta, '1'},
+  {'HMGET', meta, 'head'}, {'HSET', meta, 'head', '1'}, {'HDEL', meta, 'head'}, {'PEXPIRE', meta, '1'},
   {'XADD', events, '*', 'e', 'x'}, {'XRANGE', events, '-', '+'}, {'XREVRANGE', events, '+', '-'},
   {'XTRIM', events, 'MAXLEN', '1'}, {'PEXPIRE', events, '1'}, {'DEL', events},
   {'GET', from}, {'SET', from, 'x'},

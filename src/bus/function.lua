@@ -77,11 +77,13 @@ local function publish(keys, args)
   end
 
   local run, original = current_run()
-  local head = look(name, run, original, SETTINGS.durable, SETTINGS.ttl, 0, 0)
+  local head = position(name, run, original, SETTINGS.durable, SETTINGS.ttl, 0, 0)
   local messages
   head, messages = append(name, head, {item .. '"id":', user}, 1, SETTINGS.history, SETTINGS.ttl)
   announce(name, messages, SETTINGS.bare[channel] and channel or '')
   return head
 end
 
-redis.register_function('fanfare_publish', publish)
+redis.register_function('fanfare_publish', function(keys, args)
+  return guarded(keys[1], publish, keys, args)
+end)

@@ -4,7 +4,7 @@
 //! `Outcome`. Rooms: `link` (the connections), `scripts` (what runs in Redis), `wire` (messages to
 //! entries), `publisher` and `follow` (one channel's two directions), `out` and `inward` (what the task does
 //! with them), `pages` (history for those who are behind), `health` (canary, sessions, readiness), `reason` (what is
-//! wrong, in plain words).
+//! wrong, in plain words), `faults` (the log of channels whose data in Redis is wrong).
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
@@ -15,6 +15,7 @@ use fred::types::{Message, Resp3Frame};
 use tokio::sync::broadcast::error::{RecvError, TryRecvError};
 use tokio::sync::{Semaphore, broadcast, mpsc};
 
+use self::faults::FaultLog;
 use self::follow::Follow;
 use self::health::{Canaries, Link};
 use self::link::{CallError, ConnectError, Report, Session};
@@ -27,6 +28,7 @@ use crate::config::{RedisUrl, Settings};
 use crate::event::{ChannelName, EventId};
 use crate::metrics::{BusNumbers, Readiness};
 
+mod faults;
 mod follow;
 mod health;
 pub mod inspect;
@@ -130,6 +132,7 @@ struct Bus {
     rounds: VecDeque<ChannelName>,
     next_sweep: Instant,
     warned_of_size: Option<Instant>,
+    faults: FaultLog,
     /// Why other programs can't publish by FCALL, as far as was told to the log.
     no_library: Option<Arc<str>>,
     /// When it is loaded again, if Redis has refused.
@@ -167,6 +170,7 @@ pub async fn run(settings: &Settings, url: &RedisUrl, wiring: Wiring) -> Result<
         rounds: VecDeque::new(),
         next_sweep: Instant::now() + IDLE,
         warned_of_size: None,
+        faults: FaultLog::default(),
         no_library: None,
         next_load: Instant::now(),
     };
@@ -294,7 +298,7 @@ impl Bus {
             CallError::Lost(text) => self.session_over(text),
             // A primary that was demoted, its connections still open: the next connection finds the new one.
             CallError::Refused(text) if text.starts_with("READONLY") => self.session_over(text),
-            CallError::Refused(_) => {}
+            CallError::Refused(text) => self.faults.log(text),
         }
     }
 }

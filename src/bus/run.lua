@@ -55,27 +55,95 @@ local function look(name, run, original, durable, ttl, seen, known)
   return anchor, anchor
 end
 
+-- JavaScript holds whole numbers below this exactly, and every id is below it.
+local ID_LIMIT = 2 ^ 53
+
+local function is_id(value)
+  return value >= 0 and value < ID_LIMIT and value == math.floor(value)
+end
+
+-- Ends a `guarded` function: the data of one channel is wrong. Nodes know this by the first word.
+local function fault(key, text)
+  error({err = 'FAULT ' .. key .. ': ' .. text})
+end
+
+local function is_sound(head, base, seen, known)
+  return is_id(head) and is_id(base) and base <= head and seen <= head and known <= base
+end
+
+-- The channel's head and base, as `look` finds them. Values in `meta` that no script writes count as lost. Where the
+-- ids that were given leave no room for a base above them, the channel stands at the last id and takes no more events.
+local function position(name, run, original, durable, ttl, seen, known)
+  local meta = name .. ':meta'
+  local head, base = look(name, run, original, durable, ttl, seen, known)
+  if is_sound(head, base, seen, known) then
+    return head, base
+  end
+  -- `look` puts a base less than 2^21 above the highest id.
+  local no_room = head == base and head >= ID_LIMIT and head < ID_LIMIT + 2 ^ 21
+  if not no_room then
+    redis.call('HDEL', meta, 'head', 'base')
+    head, base = look(name, run, original, durable, ttl, seen, known)
+  end
+  if not is_sound(head, base, seen, known) then
+    head, base = ID_LIMIT - 1, ID_LIMIT - 1
+    redis.call('HSET', meta, 'head', show(head), 'base', show(base))
+  end
+  return head, base
+end
+
+-- Calls a function that works on one channel. If that fails for a fault in the channel's own data, the result is an
+-- error that names the key, so that it costs this channel alone.
+local function guarded(name, work, ...)
+  local done, result = pcall(work, ...)
+  if done then
+    return result
+  end
+  local text = type(result) == 'table' and result.err or tostring(result)
+  if string.find(text, '^WRONGTYPE') then
+    local meta = name .. ':meta'
+    local key = redis.pcall('HMGET', meta, 'head').err and meta or name .. ':events'
+    return {err = 'FAULT ' .. key .. ': another program has put a value of the wrong type there: delete this key'}
+  elseif string.find(text, '^FAULT ') then
+    return {err = text}
+  end
+  error(result)
+end
+
 -- Stores the events and tells everyone: items are texts up to the id's digits (ending in "id":), each followed
 -- by the user it is for, or ''. Returns the new head, and what to tell.
 local function append(name, head, items, start, history, ttl)
   local events = name .. ':events'
   local call = redis.call
   local messages, lines = {}, {}
+  if head + (#items - start + 1) / 2 >= ID_LIMIT then
+    fault(name .. ':meta', 'no ids are left below 2^53: delete this key and ' .. events ..
+      ' once no node has had a client in the channel for two minutes')
+  end
   for i = start, #items, 2 do
     head = head + 1
     local digits = show(head)
     local json = items[i] .. digits .. '}'
     local user = items[i + 1]
+    local added
     if user == '' then
-      call('XADD', events, digits .. '-0', 'e', json)
+      added = redis.pcall('XADD', events, digits .. '-0', 'e', json)
       lines[#lines + 1] = json
     else
-      call('XADD', events, digits .. '-0', 'e', json, 'to', user)
+      added = redis.pcall('XADD', events, digits .. '-0', 'e', json, 'to', user)
       if lines[1] then
         messages[#messages + 1] = lines
         lines = {}
       end
       messages[#messages + 1] = user .. '\n' .. json
+    end
+    if type(added) == 'table' then
+      if i == start and string.find(added.err, 'equal or smaller') then
+        -- Another program has set the head back. The next call finds none, and anchors above these events.
+        call('HDEL', name .. ':meta', 'head', 'base')
+        fault(events, 'it has events beyond the last id: the channel gets a new base')
+      end
+      error(added)
     end
   end
   if lines[1] then

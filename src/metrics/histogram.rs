@@ -24,6 +24,11 @@ impl Histogram {
         self.counts[BOUNDS.partition_point(|bound| *bound < micros)].add(1);
         self.micros.add(micros);
     }
+
+    /// How many there were.
+    pub fn count(&self) -> u64 {
+        Times::of([self]).count()
+    }
 }
 
 /// What histograms hold at one moment, added up.

@@ -329,7 +329,14 @@ impl Bus {
         self.link.failures = 0;
         self.set_trouble(None, "");
         self.load_again(now);
-        for (name, base, head) in lines.filter_map(wire::canary_line) {
+        for (name, position) in lines.filter_map(wire::canary_line) {
+            let (base, head) = match position {
+                Ok(position) => position,
+                Err(fault) => {
+                    self.faults.log(fault);
+                    continue;
+                }
+            };
             let Some((name, _)) = self.channels.get_key_value(name) else { continue };
             let name = name.clone();
             let Some(channel) = self.channels.get_mut(&name) else { continue };

@@ -9,6 +9,7 @@ use tokio::sync::broadcast::error::RecvError;
 use super::follow::Follow;
 use super::link::{CallError, Caller, Script};
 use super::terms::Lane;
+use super::wire::FAULT;
 use super::{Bus, Outcome, Purpose, reason, scripts, wire};
 use crate::bus::{BusError, Page, ShardId, ToShard};
 use crate::event::{ChannelName, Entry, EventId, Kind};
@@ -274,6 +275,10 @@ impl Bus {
         let text: Arc<str> = reason::of(error).into();
         let follow = self.channels.get_mut(name).and_then(|channel| channel.follow.as_mut());
         match (purpose, follow) {
+            // It can't be published to either, and the next tick would ask again.
+            (Purpose::Learn, _) if matches!(error, CallError::Refused(words) if words.starts_with(FAULT)) => {
+                self.refuse_unsent(name, &text);
+            }
             (Purpose::Start(ticket), Some(follow)) if follow.ticket == ticket => {
                 self.refuse_join(name, &text)
             }

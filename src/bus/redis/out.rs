@@ -1,11 +1,13 @@
 //! What the bus does with events on their way to Redis.
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use fred::types::{Resp3Frame, Value};
 
 use super::link::{CallError, Script, is_passing};
 use super::publisher::Due;
+use super::wire::FAULT;
 use super::{Bus, Outcome, Purpose, reason, scripts};
 use crate::bus::{Publish, PublishError};
 use crate::event::{ChannelName, EventId};
@@ -13,8 +15,10 @@ use crate::event::{ChannelName, EventId};
 /// Bytes of events that may wait for Redis, all channels together. While it is away this is what a node holds.
 const WAITING_MAX: usize = 64 << 20;
 
-/// What Redis says when it refuses a script before running it: certainly nothing was done.
-const REFUSALS: [&str; 7] = ["OOM", "READONLY", "NOPERM", "MISCONF", "NOREPLICAS", "NOAUTH", "WRONGPASS"];
+/// What Redis says when it refuses a script before running it, and what the script says before its first event:
+/// certainly nothing was published.
+const REFUSALS: [&str; 8] =
+    ["OOM", "READONLY", "NOPERM", "MISCONF", "NOREPLICAS", "NOAUTH", "WRONGPASS", FAULT];
 
 /// Whether this error came before the script ran. One from inside names the script.
 fn is_certain(error: &str) -> bool {
@@ -125,6 +129,16 @@ impl Bus {
                 }
             }
         }
+    }
+
+    /// Refuses the events that wait for a channel, none of which was sent yet.
+    pub(super) fn refuse_unsent(&mut self, name: &ChannelName, why: &Arc<str>) {
+        let Some(channel) = self.channels.get_mut(name) else { return };
+        let before = channel.publisher.bytes();
+        let due = channel.publisher.refuse_unsent(why);
+        self.waiting_bytes -= before - channel.publisher.bytes();
+        self.settle(due);
+        self.touched.push(name.clone());
     }
 
     pub(super) fn expire(&mut self, name: &ChannelName, now: Instant) {

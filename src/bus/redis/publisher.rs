@@ -138,6 +138,13 @@ impl Publisher {
         })
     }
 
+    /// Refuses what waits for a first call.
+    pub fn refuse_unsent(&mut self, why: &Arc<str>) -> Vec<Due> {
+        let waiting = std::mem::take(&mut self.waiting);
+        self.bytes -= waiting.iter().map(|event| cost(&event.item)).sum::<usize>();
+        waiting.into_iter().map(|event| (event.answer, Err(PublishError::Refused(why.clone())))).collect()
+    }
+
     /// No answer came: the same call is to be made again. `sent`: it may have reached Redis.
     pub fn lost(&mut self, sent: bool) {
         self.calling = false;

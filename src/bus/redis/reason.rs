@@ -2,12 +2,14 @@
 //! and often nothing that an operator could change.
 
 use super::link::CallError;
+use super::wire::FAULT;
 
 const NOT_PERMITTED: &str =
     "Redis does not permit its user all that a node does: see its ACL rules, and README for those needed";
 
 /// What Redis or the way to it says, by its beginning, and what that means.
-const MEANINGS: [(&str, &str); 14] = [
+const MEANINGS: [(&str, &str); 15] = [
+    (FAULT, "this channel's data in Redis is wrong, as the log says: the other channels work"),
     ("LOADING", "Redis is loading its data: wait until it has"),
     ("BUSY", "Redis is busy with another program's script: wait, or end it with SCRIPT KILL"),
     (

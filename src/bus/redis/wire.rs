@@ -9,6 +9,9 @@ use bytes::Bytes;
 use crate::bus::Page;
 use crate::event::{Entry, EventId};
 
+/// Begins the error of a script that met wrong data in one channel, as `run.lua` writes it. The key follows.
+pub const FAULT: &str = "FAULT ";
+
 /// The id of an event as clients see it.
 pub fn id_of(line: &[u8]) -> Option<EventId> {
     let rest = line.strip_suffix(b"}")?;
@@ -98,13 +101,17 @@ pub fn whole(page: &mut Page, asked: EventId) {
     }
 }
 
-/// A channel's line in a canary: its name, base and head.
-pub fn canary_line(line: &str) -> Option<(&str, EventId, EventId)> {
-    let mut parts = line.split(' ');
-    let channel = parts.next()?;
-    let base = EventId::parse(parts.next()?.as_bytes())?;
-    let head = EventId::parse(parts.next()?.as_bytes())?;
-    Some((channel, base, head))
+/// A channel's base and head, or the fault in its data.
+pub type Position<'a> = Result<(EventId, EventId), &'a str>;
+
+/// A channel's line in a canary: its name and position.
+pub fn canary_line(line: &str) -> Option<(&str, Position<'_>)> {
+    let (channel, rest) = line.split_once(' ')?;
+    if rest.starts_with(FAULT) {
+        return Some((channel, Err(rest)));
+    }
+    let (base, head) = rest.split_once(' ')?;
+    Some((channel, Ok((EventId::parse(base.as_bytes())?, EventId::parse(head.as_bytes())?))))
 }
 
 #[cfg(test)]
@@ -127,6 +134,15 @@ mod tests {
         assert_eq!((entry.before(), entry.last), (EventId(6), EventId(8)));
         assert!(broadcast(b"{\"id\":7}\n{\"id\":9}").is_none());
         assert!(broadcast(b"hello").is_none());
+    }
+
+    #[test]
+    fn a_probe_line_is_a_position_or_a_fault() {
+        assert_eq!(canary_line("room 5 7"), Some(("room", Ok((EventId(5), EventId(7))))));
+        assert_eq!(canary_line("room FAULT p:{room}:meta: x"), Some(("room", Err("FAULT p:{room}:meta: x"))));
+        for none in ["", "room", "room 5", "room 5 7 9", "room x 7", "room 5 9007199254740992"] {
+            assert_eq!(canary_line(none), None, "{none}");
+        }
     }
 
     #[test]
