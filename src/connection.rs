@@ -348,25 +348,30 @@ impl Connection {
         self.current = false;
     }
 
-    /// The position to show: an entry that is not for this client does not keep it back.
-    pub fn shown_position(&self, feed: &Feed) -> EventId {
-        match self.state {
-            State::Live if self.is_up_to_date(feed) => feed.position(),
-            // What is said now comes behind the frame whose begin the socket has.
-            State::Live if self.is_inside_frame(feed) => {
-                let entry = feed.get(self.cursor.entry).expect("a cursor inside a frame is inside an entry");
-                position_at(entry, entry.frame_end(self.cursor.offset))
-            }
-            _ => self.position,
+    /// The position to send in a frame that is enqueued now. Entries for other users do not hold it back.
+    pub fn shown_position(&mut self, feed: &Feed) -> EventId {
+        if !matches!(self.state, State::Live) {
+            return self.position;
         }
+        if self.is_inside_frame(feed) {
+            // The rest of the frame that the socket has in part is written first.
+            let entry = feed.get(self.cursor.entry).expect("a cursor inside a frame is inside an entry");
+            return position_at(entry, entry.frame_end(self.cursor.offset));
+        }
+        self.skip_others(feed);
+        self.position
     }
 
-    /// Whether it has everything the feed has for it.
-    fn is_up_to_date(&self, feed: &Feed) -> bool {
-        !self.blocked
-            && self.current
-            && feed.has_lost_nothing(self.cursor, true)
-            && feed.next_for(self.cursor.entry, self.reader()).is_none()
+    /// Moves the cursor over entries for other users, so that a position that was sent once never goes back.
+    fn skip_others(&mut self, feed: &Feed) {
+        if !self.current || !feed.has_lost_nothing(self.cursor, true) {
+            return;
+        }
+        let next = feed.next_for(self.cursor.entry, self.reader()).unwrap_or(feed.end());
+        if next > self.cursor.entry {
+            self.cursor = Cursor { entry: next, offset: 0 };
+            self.position = feed.position_before(next);
+        }
     }
 
     fn reader(&self) -> Reader<'_> {
@@ -476,7 +481,9 @@ impl Connection {
                     queued = 1;
                 }
                 Waiting::Frames(queue) if !inside => {
-                    for frame in queue.frames.iter().take(SLICES / 2) {
+                    // All of them before any event, as many writes as it takes: welcome, reset and ping tell
+                    // positions that hold only at their place in the stream.
+                    for frame in queue.frames.iter().take(SLICES) {
                         slices[queued] = IoSlice::new(frame);
                         size += frame.len();
                         queued += 1;

@@ -116,6 +116,11 @@ impl Feed {
         self.start + self.slots.len() as u64
     }
 
+    /// The position of a client that has everything before the entry with this number, which is held or the next to come.
+    pub fn position_before(&self, number: u64) -> EventId {
+        number.checked_sub(1).and_then(|previous| self.get(previous)).map_or(self.before, |entry| entry.last)
+    }
+
     /// The entry with this number, while it is held.
     pub fn get(&self, number: u64) -> Option<&Entry> {
         let index = number.checked_sub(self.start)?;

@@ -32,6 +32,8 @@ mod channel;
 mod deliver;
 mod join;
 mod receive;
+#[cfg(test)]
+mod tests;
 mod tick;
 mod unfinished;
 
@@ -150,13 +152,12 @@ pub fn poll() -> io::Result<(Poll, Arc<Bell>)> {
     Ok((poll, Arc::new(bell)))
 }
 
-/// Runs a shard until it has drained.
-pub fn run(wiring: Wiring) -> io::Result<()> {
-    let Wiring { mut poll, mut inbox, bell, .. } = wiring;
+/// A shard without connections, and what wakes it: its poll, its inbox and the bell.
+fn assemble(wiring: Wiring) -> io::Result<(Shard, Poll, mpsc::UnboundedReceiver<ToShard>, Arc<Bell>)> {
+    let Wiring { poll, inbox, bell, .. } = wiring;
     let registry = poll.registry().try_clone()?;
-    let mut events = Events::with_capacity(EVENTS);
     let settings = wiring.door.settings.clone();
-    let mut shard = Shard {
+    let shard = Shard {
         id: wiring.id,
         door: wiring.door,
         requests: wiring.requests,
@@ -198,6 +199,13 @@ pub fn run(wiring: Wiring) -> io::Result<()> {
         started: Instant::now(),
         settings,
     };
+    Ok((shard, poll, inbox, bell))
+}
+
+/// Runs a shard until it has drained.
+pub fn run(wiring: Wiring) -> io::Result<()> {
+    let (mut shard, mut poll, mut inbox, bell) = assemble(wiring)?;
+    let mut events = Events::with_capacity(EVENTS);
     let mut next_tick = Instant::now() + TICK;
     let mut more = false;
     while !shard.has_ended() {

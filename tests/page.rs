@@ -357,7 +357,7 @@ async fn the_client_does_what_each_answer_asks_for() {
     browser.open(&format!("http://{}/healthz", node.public)).await;
     let result = browser.run_client(include_str!("page/client.js")).await;
     assert_eq!(result["failed"], json!([]), "{result}");
-    assert_eq!(result["passed"], json!(16));
+    assert_eq!(result["passed"], json!(17));
 }
 
 #[tokio::test]

@@ -4,8 +4,8 @@ mod common;
 
 use std::time::Duration;
 
-use common::client::position;
-use common::raw::opcode;
+use common::client::{JSON_MODE, position};
+use common::raw::{frame_bytes, opcode};
 use common::{Client, Node, Raw, Redis};
 use serde_json::{Value, json};
 
@@ -176,4 +176,80 @@ async fn a_reader_that_never_reads_again_is_ended_and_frees_its_place() {
     // What the kernel still had is events in order, then nothing.
     let rest = raw.rest().await;
     assert!(rest.len() < 6_000_000, "{}", rest.len());
+}
+
+/// Reads frames of a client for whom every event is, until its position is `end`; counts pings and resets. An event is
+/// the next after the client's position, a ping tells just that position, and only a reset moves it on.
+async fn read_positions(raw: &mut Raw, at: &mut u64, end: u64) -> (u64, u64) {
+    let (mut pings, mut resets) = (0, 0);
+    while *at < end {
+        let frame: Value = serde_json::from_str(&raw.next_text().await).expect("JSON");
+        match frame["type"].as_str() {
+            Some("ping") => {
+                assert_eq!(position(&frame["lastEventId"]), *at, "ping {pings}, after {resets} resets");
+                pings += 1;
+            }
+            Some("reset") => {
+                assert!(position(&frame["lastEventId"]) > *at, "forward from {at}: {frame}");
+                *at = position(&frame["lastEventId"]);
+                resets += 1;
+            }
+            _ => {
+                assert_eq!(position(&frame["id"]), *at + 1, "after {pings} pings and {resets} resets");
+                *at += 1;
+            }
+        }
+    }
+    (pings, resets)
+}
+
+fn pings(count: usize) -> Vec<u8> {
+    frame_bytes(true, opcode::TEXT, true, br#"{"type":"ping"}"#).repeat(count)
+}
+
+#[tokio::test]
+async fn a_reset_comes_before_the_events_behind_the_gap() {
+    const PINGS: usize = 900; // more than go into one write, and fewer than --message-rate takes at once
+    let node = Node::start(&["--feed-memory", "64KiB", "--history", "1000"]).await;
+    let mut raw = Raw::connect_with_small_buffers(node.public).await;
+    let path = "/ws/stalled?channel=room&lastEventId=";
+    assert_eq!(raw.upgrade(path, &[("Sec-WebSocket-Protocol", JSON_MODE)]).await.status, 101);
+    let welcome: Value = serde_json::from_str(&raw.next_text().await).expect("JSON");
+    let mut at = position(&welcome["lastEventId"]);
+
+    let mut ids = Vec::new();
+    publish(&node, 0..400, &mut ids).await;
+    let first = ids[0] + 150; // more than the socket takes, so that it reads history now
+    read_positions(&mut raw, &mut at, first).await;
+    raw.write(&pings(PINGS)).await;
+    common::until("the pings to be read", || async {
+        (node.metric("fanfare_messages_total").await >= PINGS as f64).then_some(())
+    })
+    .await;
+    publish(&node, 400..1700, &mut ids).await;
+
+    let told = read_positions(&mut raw, &mut at, ids[1699]).await;
+    assert_eq!(told, (PINGS as u64, 1), "pings and resets");
+}
+
+#[tokio::test]
+async fn pings_tell_positions_in_order_to_a_fast_reader() {
+    let node = Node::start(&["--message-rate", "0"]).await;
+    let mut raw = Raw::connect(node.public).await;
+    let path = "/ws/fast?channel=room&lastEventId=";
+    assert_eq!(raw.upgrade(path, &[("Sec-WebSocket-Protocol", JSON_MODE)]).await.status, 101);
+    let welcome: Value = serde_json::from_str(&raw.next_text().await).expect("JSON");
+    let mut at = position(&welcome["lastEventId"]);
+    // Events of its own between pings: they come back while the next pings are read.
+    let event = frame_bytes(true, opcode::TEXT, true, br#"{"text":"x"}"#);
+    for round in 1..=40 {
+        raw.write(&[event.clone(), pings(640)].concat().repeat(4)).await;
+        let end = at + 4;
+        let (mut seen, _) = read_positions(&mut raw, &mut at, end).await;
+        while seen < 4 * 640 {
+            let ping: Value = serde_json::from_str(&raw.next_text().await).expect("JSON");
+            assert_eq!(ping, json!({"type": "ping", "lastEventId": at}), "round {round}");
+            seen += 1;
+        }
+    }
 }

@@ -116,7 +116,7 @@ export class Fanfare {
 
   #welcome({ lastEventId, head, recovered }) {
     const resumed = this.#last !== null;
-    this.#last = lastEventId;
+    this.#last = recovered ? Math.max(this.#last, lastEventId) : lastEventId; // back only with a gap
     this.#head = head;
     this.#since = performance.now();
     this.#watch();

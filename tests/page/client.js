@@ -123,6 +123,22 @@ const tests = {
     equal([heard("message").length, fanfare.lastEventId, heard("recovered")], [2, 51, []]);
   },
 
+  async its_id_goes_back_only_with_a_gap() {
+    const { fanfare, last, live, heard } = client();
+    await live(100);
+    last().says({ text: "a", id: 105 });
+    last().says({ type: "ping", lastEventId: 103 });
+    last().says({ text: "b", id: 104 });
+    last().says({ type: "ping" });
+    equal([fanfare.lastEventId, heard("message").length, heard("gap")], [105, 1, []]);
+    last().ends(1006);
+    await pass(1_000);
+    await live(102, 110); // an answer to another question
+    equal([fanfare.lastEventId, heard("gap")], [105, []]);
+    last().says({ type: "reset", lastEventId: 90 });
+    equal([fanfare.lastEventId, heard("gap")], [90, [{ lastEventId: 90, from: "reset" }]]);
+  },
+
   async sending_settles_as_the_server_says() {
     const { fanfare, last, live } = client();
     const outcome = (promise) => promise.then((id) => id, ({ name, code }) => `${name} ${code}`);

@@ -1,0 +1,461 @@
+//! Checks every frame that clients get, under any order of events, pages, evictions, pings and short writes. The shard
+//! is real and runs step by step; its sockets are Unix pairs with small buffers, so that short writes need no waiting.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::io::{Read, Write};
+use std::net::Ipv4Addr;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+
+use proptest::prelude::*;
+use serde_json::Value;
+use socket2::SockRef;
+
+use super::*;
+use crate::bus::{Answer, PAGE, Page, PublishError, page_begin};
+use crate::config::Action;
+use crate::event::Entry;
+use crate::guard::Guard;
+use crate::handshake::Door;
+use crate::keys::KeyRing;
+use crate::metrics::{BusNumbers, Readiness};
+
+/// Events that history holds.
+const HISTORY: usize = 60;
+
+/// What happens next.
+#[derive(Clone, Debug)]
+enum Step {
+    /// The bus takes events of this size for everybody.
+    Publish { count: u64, size: usize },
+    /// The bus takes an event for one user.
+    PublishTo { user: usize, size: usize },
+    /// An event without id comes.
+    Raw,
+    /// The sequence starts again, further on.
+    Anchor,
+    /// A client sends this many pings.
+    Ping { client: usize, count: usize },
+    /// A client publishes this often.
+    Send { client: usize, count: usize },
+    /// A client reads this many bytes.
+    Read { client: usize, bytes: usize },
+    /// A client leaves and comes back.
+    Rejoin { client: usize },
+    /// The bus answers what it was asked.
+    Answer,
+    /// A turn of the shard's loop.
+    Turn,
+    /// A tick.
+    Tick,
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let client = 0..CLIENTS.len();
+    let size = prop_oneof![4 => 0..200_usize, 2 => 200..3000_usize];
+    prop_oneof![
+        6 => (1..5_u64, size.clone()).prop_map(|(count, size)| Step::Publish { count, size }),
+        2 => (0..3_usize, size).prop_map(|(user, size)| Step::PublishTo { user, size }),
+        1 => Just(Step::Raw),
+        1 => Just(Step::Anchor),
+        3 => (client.clone(), 1..120_usize).prop_map(|(client, count)| Step::Ping { client, count }),
+        1 => (client.clone(), 1..40_usize).prop_map(|(client, count)| Step::Send { client, count }),
+        5 => (client.clone(), 1..8000_usize).prop_map(|(client, bytes)| Step::Read { client, bytes }),
+        1 => client.prop_map(|client| Step::Rejoin { client }),
+        4 => Just(Step::Answer),
+        8 => Just(Step::Turn),
+        2 => Just(Step::Tick),
+    ]
+}
+
+/// How a client speaks.
+#[derive(Clone, Copy, PartialEq)]
+enum Mode {
+    Json,
+    Recovering,
+    Plain,
+}
+
+/// The clients' users and modes.
+const CLIENTS: [(&str, Mode); 5] = [
+    ("alice", Mode::Json),
+    ("bob", Mode::Json),
+    ("alice", Mode::Recovering),
+    ("bob", Mode::Plain),
+    ("carol", Mode::Json),
+];
+
+/// One client's side.
+struct Client {
+    socket: UnixStream,
+    unsent: Vec<u8>,
+    unparsed: Vec<u8>,
+    upgraded: bool,
+    /// The position that it would resume from.
+    at: Option<u64>,
+}
+
+struct Testbed {
+    shard: Shard,
+    asked: mpsc::UnboundedReceiver<Request>,
+    guard: Arc<Guard>,
+    name: ChannelName,
+    clients: Vec<Client>,
+    base: u64,
+    head: u64,
+    follows: bool,
+    /// What history holds.
+    history: VecDeque<(u64, Option<String>, String)>,
+    /// Every event's receiver.
+    given: BTreeMap<u64, Option<String>>,
+    _poll: Poll,
+}
+
+impl Testbed {
+    fn new() -> Testbed {
+        let flags = [
+            "--shards=1",
+            "--max-message=4KiB",
+            "--feed-memory=8KiB",
+            "--message-rate=0",
+            "--heartbeat=1s",
+            "--heartbeat-timeout=1h",
+            "--heartbeat-format=both",
+        ];
+        let Ok(Action::Run(settings)) = Settings::from(flags.iter().map(Into::into), []) else {
+            panic!("these settings are good")
+        };
+        let (poll, bell) = poll().expect("a poll");
+        let (inbox_tx, inbox) = mpsc::unbounded_channel();
+        let (requests, asked) = mpsc::unbounded_channel();
+        let metrics = Metrics::new(1, Arc::new(BusNumbers::default()), Arc::new(Readiness::default()));
+        let metrics = Arc::new(metrics);
+        let keys = Arc::new(KeyRing::load(&settings).expect("no keys are needed"));
+        let guard = Arc::new(Guard::new(&settings));
+        let readiness = metrics.readiness.clone();
+        let door = Door { settings: Arc::new(settings), readiness, keys, guard: guard.clone() };
+        let shards = Shards::new(vec![inbox_tx]);
+        let wiring =
+            Wiring { id: 0, door, requests, shards, poll, inbox, bell, metrics, takes_binary: false };
+        let (shard, poll, ..) = assemble(wiring).expect("a shard");
+        let mut testbed = Testbed {
+            shard,
+            asked,
+            guard,
+            name: ChannelName::parse("c").expect("a name"),
+            clients: Vec::new(),
+            base: 1000,
+            head: 1000,
+            follows: false,
+            history: VecDeque::new(),
+            given: BTreeMap::new(),
+            _poll: poll,
+        };
+        for number in 0..CLIENTS.len() {
+            let client = testbed.connect(number, None);
+            testbed.clients.push(client);
+        }
+        testbed
+    }
+
+    fn connect(&mut self, number: usize, at: Option<u64>) -> Client {
+        let (ours, theirs) = UnixStream::pair().expect("two sockets");
+        for socket in [&ours, &theirs] {
+            socket.set_nonblocking(true).expect("a socket");
+        }
+        SockRef::from(&theirs).set_send_buffer_size(4 << 10).expect("a socket");
+        let theirs = std::net::TcpStream::from(OwnedFd::from(theirs));
+        let place = self.guard.arrive(Ipv4Addr::LOCALHOST.into()).expect("there is room");
+        self.shard.take(ToShard::Socket(mio::net::TcpStream::from_std(theirs), place));
+        let (user, mode) = CLIENTS[number];
+        let query = match (mode, at) {
+            (Mode::Plain, _) => String::new(),
+            (_, None) => "&lastEventId=".to_owned(),
+            (_, Some(at)) => format!("&lastEventId={at}"),
+        };
+        let protocol = if mode == Mode::Json { "Sec-WebSocket-Protocol: fanfare.v1\r\n" } else { "" };
+        let request = format!(
+            "GET /ws/{user}?channel=c{query} HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
+             Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n{protocol}\r\n"
+        );
+        (&ours).write_all(request.as_bytes()).expect("there is room");
+        let (unsent, unparsed) = (Vec::new(), Vec::new());
+        Client { socket: ours, unsent, unparsed, upgraded: false, at }
+    }
+
+    fn run(&mut self, step: &Step) -> Result<(), TestCaseError> {
+        match step {
+            Step::Publish { count, size } => {
+                let first = self.head + 1;
+                (0..*count).for_each(|_| self.give(None, *size));
+                self.tell(first);
+            }
+            Step::PublishTo { user, size } => {
+                self.give(Some(["alice", "bob", "nobody"][*user].to_owned()), *size);
+                self.tell(self.head);
+            }
+            Step::Raw if self.follows => self.entry(Entry::raw(EventId(self.head), br#"{"raw":1}"#)),
+            Step::Raw => {}
+            Step::Anchor => {
+                self.head += 1000;
+                self.base = self.head;
+                self.history.clear();
+                if self.follows {
+                    self.entry(Entry::reset(EventId(self.base)));
+                }
+            }
+            Step::Ping { client, count } => {
+                let ping = match CLIENTS[*client].1 {
+                    Mode::Json => masked(1, br#"{"type":"ping"}"#),
+                    Mode::Recovering | Mode::Plain => masked(9, b""),
+                };
+                self.clients[*client].sends(&ping.repeat(*count));
+            }
+            Step::Send { client, count } => {
+                let text = match CLIENTS[*client].1 {
+                    Mode::Json => r#"{"text":"a","ref":1}"#,
+                    Mode::Recovering | Mode::Plain => "a",
+                };
+                self.clients[*client].sends(&masked(1, text.as_bytes()).repeat(*count));
+            }
+            Step::Read { client, bytes } => self.read(*client, *bytes)?,
+            Step::Rejoin { client } => {
+                let at = self.clients[*client].at.filter(|_| CLIENTS[*client].1 != Mode::Plain);
+                self.clients[*client] = self.connect(*client, at);
+            }
+            Step::Answer => self.answer(),
+            Step::Turn => self.turn(),
+            Step::Tick => self.shard.on_tick(),
+        }
+        Ok(())
+    }
+
+    fn turn(&mut self) {
+        self.clients.iter_mut().for_each(|client| client.sends(&[]));
+        let all: Vec<u32> = self.shard.connections.iter().map(|(slot, _)| slot as u32).collect();
+        for slot in all {
+            self.shard.on_ready(token_of(self.shard.id_of(slot)), true, true, true);
+        }
+        self.shard.work();
+    }
+
+    /// Gives the next id.
+    fn give(&mut self, to: Option<String>, size: usize) {
+        self.head += 1;
+        let text = format!(r#"{{"text":"{}","id":{}}}"#, "x".repeat(size), self.head);
+        self.given.insert(self.head, to.clone());
+        self.history.push_back((self.head, to, text));
+        if self.history.len() > HISTORY {
+            self.history.pop_front();
+        }
+    }
+
+    fn tell(&mut self, first: u64) {
+        if self.follows {
+            self.entries(first, self.head).into_iter().for_each(|entry| self.entry(entry));
+        }
+    }
+
+    fn entry(&mut self, entry: Entry) {
+        self.shard.take(ToShard::Entry { channel: self.name.clone(), entry, arrived: Instant::now() });
+    }
+
+    fn entries(&self, first: u64, last: u64) -> Vec<Entry> {
+        let held: Vec<_> = self.history.iter().filter(|(id, ..)| (first..=last).contains(id)).collect();
+        let together = |a: &&(u64, Option<String>, String), b: &&_| {
+            let (_, to, _): &&(u64, Option<String>, String) = b;
+            a.1.is_none() && to.is_none()
+        };
+        let entry = |some: &[&(u64, Option<String>, String)]| match &some[0].1 {
+            Some(user) => Entry::private(EventId(some[0].0), user.as_str().into(), some[0].2.as_bytes()),
+            None => Entry::events(EventId(some[0].0), some.iter().map(|(_, _, text)| text.as_bytes())),
+        };
+        held.chunk_by(together).map(entry).collect()
+    }
+
+    fn answer(&mut self) {
+        while let Ok(request) = self.asked.try_recv() {
+            let message = match request {
+                Request::Follow { channel, .. } => {
+                    self.follows = true;
+                    let (base, position) = (EventId(self.base), EventId(self.head));
+                    ToShard::Followed { channel, base, position, recent: Vec::new() }
+                }
+                Request::Unfollow { .. } => {
+                    self.follows = false;
+                    continue;
+                }
+                Request::Read { channel, after, .. } => {
+                    // Some answers end before their page does.
+                    let end = page_begin(after).0 + PAGE;
+                    let oldest = self.history.front().map_or(self.head + 1, |(id, ..)| *id);
+                    let end = if after.0.is_multiple_of(3) { end.min(oldest.max(after.0) + 7) } else { end };
+                    let page = Page {
+                        base: EventId(self.base),
+                        head: EventId(self.head),
+                        oldest: EventId(oldest),
+                        entries: self.entries(after.0 + 1, end),
+                    };
+                    ToShard::Page { channel, after, result: Ok(Arc::new(page)) }
+                }
+                Request::Look { channel, .. } => ToShard::Looked { channel, result: Ok(()) },
+                Request::Publish(publish) => {
+                    let Answer::Connection(connection, reference) = publish.answer else { continue };
+                    let result = if self.head.is_multiple_of(4) {
+                        Err(PublishError::Unknown)
+                    } else {
+                        self.give(None, 10);
+                        self.tell(self.head);
+                        Ok(EventId(self.head))
+                    };
+                    ToShard::Published { connection, reference, result }
+                }
+            };
+            self.shard.take(message);
+        }
+    }
+
+    fn read(&mut self, number: usize, bytes: usize) -> Result<(), TestCaseError> {
+        let client = &mut self.clients[number];
+        let mut buffer = vec![0; bytes];
+        match client.socket.read(&mut buffer) {
+            Ok(read) => client.unparsed.extend(&buffer[..read]),
+            Err(_) => return Ok(()),
+        }
+        loop {
+            let client = &mut self.clients[number];
+            if !client.upgraded {
+                let head = b"\r\n\r\n";
+                let Some(end) = client.unparsed.windows(4).position(|four| four == head) else {
+                    return Ok(());
+                };
+                prop_assert!(client.unparsed.starts_with(b"HTTP/1.1 101"));
+                client.unparsed.drain(..end + 4);
+                client.upgraded = true;
+            }
+            let Some((opcode, text)) = take_frame(&mut client.unparsed) else { return Ok(()) };
+            match opcode {
+                1 => self.check_frame(number, &serde_json::from_slice(&text).expect("JSON"))?,
+                8 => {
+                    let code = u16::from_be_bytes([text[0], text[1]]);
+                    prop_assert!(matches!(code, 4008 | 1013) && CLIENTS[number].1 == Mode::Plain, "{}", code);
+                    client.at = None;
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// Checks one frame against what the client had before.
+    fn check_frame(&mut self, number: usize, frame: &Value) -> Result<(), TestCaseError> {
+        let user = CLIENTS[number].0;
+        let mine = |to: &Option<String>| to.as_deref().is_none_or(|to| to == user);
+        let at = self.clients[number].at;
+        // The first event that it has not had.
+        let due = at.and_then(|at| self.given.range(at + 1..).find(|(_, to)| mine(to))).map(|(id, _)| *id);
+        let position = frame["lastEventId"].as_u64();
+        let now = match frame["type"].as_str() {
+            Some("welcome") if frame["recovered"] == true && at.is_some() => {
+                prop_assert_eq!(position, at, "client {} resumes where it was", number);
+                position
+            }
+            Some("welcome") => position,
+            Some("reset") => {
+                prop_assert!(position >= at, "client {}: a reset goes back from {:?}: {}", number, at, frame);
+                position
+            }
+            Some("ping") => {
+                let Some(position) = position else { return Ok(()) };
+                prop_assert!(Some(position) >= at, "client {} had {:?}, then {}", number, at, frame);
+                prop_assert!(
+                    due.is_none_or(|due| due > position),
+                    "client {} lacks {:?}: {}",
+                    number,
+                    due,
+                    frame
+                );
+                Some(position)
+            }
+            Some(_) => return Ok(()),
+            None => match frame["id"].as_u64() {
+                None => return Ok(()),
+                id if at.is_none() => id,
+                id => {
+                    prop_assert_eq!(id, due, "client {} had {:?}", number, at);
+                    id
+                }
+            },
+        };
+        self.clients[number].at = now;
+        Ok(())
+    }
+
+    /// Every client reads to the head.
+    fn settle(&mut self) -> Result<(), TestCaseError> {
+        for _ in 0..2000 {
+            self.answer();
+            self.turn();
+            self.shard.on_tick();
+            for number in 0..CLIENTS.len() {
+                self.read(number, 4000)?;
+            }
+            let behind = |(number, client): (usize, &Client)| {
+                let mine = |to: &Option<String>| to.as_deref().is_none_or(|to| to == CLIENTS[number].0);
+                let at = client.at.unwrap_or(self.head);
+                self.given.range(at + 1..).any(|(_, to)| mine(to))
+            };
+            let busy = !self.asked.is_empty() || self.shard.has_work();
+            if !busy && !self.clients.iter().enumerate().any(behind) {
+                return Ok(());
+            }
+        }
+        let at: Vec<_> = self.clients.iter().map(|client| client.at).collect();
+        prop_assert!(false, "at {:?} of {}", at, self.head);
+        Ok(())
+    }
+}
+
+impl Client {
+    /// Sends as much as there is room for. Before the upgrade a client may not speak.
+    fn sends(&mut self, bytes: &[u8]) {
+        if !self.upgraded {
+            return;
+        }
+        self.unsent.extend(bytes);
+        if let Ok(written) = self.socket.write(&self.unsent) {
+            self.unsent.drain(..written);
+        }
+    }
+}
+
+/// A client's frame with up to 125 bytes, masked with zeros.
+fn masked(opcode: u8, payload: &[u8]) -> Vec<u8> {
+    [&[0x80 | opcode, 0x80 | payload.len() as u8, 0, 0, 0, 0], payload].concat()
+}
+
+/// Takes a whole frame from the front.
+fn take_frame(bytes: &mut Vec<u8>) -> Option<(u8, Vec<u8>)> {
+    let (head, length) = match *bytes.get(1)? {
+        126 => (4, usize::from(u16::from_be_bytes(bytes.get(2..4)?.try_into().ok()?))),
+        short => (2, usize::from(short)),
+    };
+    let payload = bytes.get(head..head + length)?.to_vec();
+    let opcode = bytes[0] & 15;
+    bytes.drain(..head + length);
+    Some((opcode, payload))
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(128))]
+
+    /// A client gets its events in order and without a gap, unless a reset or a welcome comes before the gap. A ping
+    /// shows a position up to which it has all of its events, and that no later ping goes behind.
+    #[test]
+    fn positions_hold_at_their_place_on_the_wire(steps in prop::collection::vec(step(), 1..400)) {
+        let mut testbed = Testbed::new();
+        for step in &steps {
+            testbed.run(step)?;
+        }
+        testbed.settle()?;
+    }
+}
