@@ -82,6 +82,8 @@ pub struct Settings {
     pub shards: NonZeroUsize,
     /// Events of history the bus keeps for each channel.
     pub history: u64,
+    /// Bytes of history the bus keeps for each channel.
+    pub history_bytes: usize,
     /// How long history outlives a channel's last event.
     pub history_ttl: Duration,
     /// Recent events in memory, all channels together, in bytes.
@@ -256,6 +258,7 @@ impl Settings {
                 names => parse_list(names, parse_channel),
             }),
             history: input.get("history", |text| parse_count(text, HISTORY_MIN, u64::from(u32::MAX))),
+            history_bytes: input.get("history-bytes", parse_memory),
             history_ttl: input.get("history-ttl", parse_positive_duration),
             publish_timeout: input.get("publish-timeout", parse_positive_duration),
             max_connections: input.get("max-connections", |text| match text {
@@ -290,10 +293,7 @@ impl Settings {
                 "auto" => Ok(std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN)),
                 count => parse_nonzero(count, SHARDS_MAX).map_err(nor_auto),
             }),
-            feed_memory: input.get("feed-memory", |text| {
-                usize::try_from(parse_size(text)?)
-                    .map_err(|_| format!("{text:?} is more than this machine can address"))
-            }),
+            feed_memory: input.get("feed-memory", parse_memory),
             log: input.get("log", parse_log),
             log_format: input.get("log-format", |text| match text {
                 "text" => Ok(LogFormat::Text),
@@ -336,9 +336,12 @@ impl Settings {
         if self.bare_channels.len() > self.max_channels.get() {
             input.conflict("max-channels", "is fewer than --bare-channels names".into());
         }
-        if self.feed_memory < self.max_message {
-            let problem = format!("must be at least --max-message ({})", show_size(self.max_message as u64));
-            input.conflict("feed-memory", problem);
+        for (name, size) in [("feed-memory", self.feed_memory), ("history-bytes", self.history_bytes)] {
+            if size < self.max_message {
+                let problem =
+                    format!("must be at least --max-message ({})", show_size(self.max_message as u64));
+                input.conflict(name, problem);
+            }
         }
     }
 
@@ -396,6 +399,7 @@ impl Settings {
                 },
             ),
             ("history", self.history.to_string()),
+            ("history-bytes", show_size(self.history_bytes as u64)),
             ("history-ttl", show_duration(self.history_ttl)),
             ("publish-timeout", show_duration(self.publish_timeout)),
             ("max-connections", self.most_connections().to_string()),
@@ -564,6 +568,10 @@ fn parse_drain(text: &str) -> Result<Duration, String> {
         duration if duration <= DRAIN_MAX => Ok(duration),
         _ => Err(format!("must be at most {}", show_duration(DRAIN_MAX))),
     }
+}
+
+fn parse_memory(text: &str) -> Result<usize, String> {
+    usize::try_from(parse_size(text)?).map_err(|_| format!("{text:?} is more than this machine can address"))
 }
 
 fn parse_count(text: &str, least: u64, most: u64) -> Result<u64, String> {

@@ -143,6 +143,43 @@ async fn large_events_are_delivered_replayed_and_resumed() {
 }
 
 #[tokio::test]
+async fn local_history_has_a_limit_in_bytes_for_each_channel() {
+    let flags = ["--history-bytes", "64KiB", "--feed-memory", "64KiB"];
+    let node = Node::start(&flags).await;
+    let event = json!({"text": "x".repeat(10_000)});
+    let mut ids = Vec::new();
+    for _ in 0..20 {
+        ids.push(node.publish("room", &event).await);
+    }
+    let small = node.publish_numbers("other", 0..20).await;
+    let recovers = async |channel: &str, last: u64| {
+        let (_client, welcome) = Client::resume(&node, "a", channel, last).await;
+        welcome["recovered"] == true
+    };
+    assert!(!recovers("room", ids[10]).await);
+    assert!(recovers("room", ids[15]).await);
+    assert!(recovers("other", small[0]).await);
+}
+
+#[tokio::test]
+async fn a_busy_channel_does_not_evict_local_history_of_others() {
+    let node = Node::start(&["--max-message", "1MiB", "--feed-memory", "1MiB"]).await;
+    let quiet = node.publish_numbers("quiet", 0..20).await;
+    let large = json!({"text": "x".repeat(1_000_000)});
+    let mut noise = Vec::new();
+    for _ in 0..100 {
+        noise.push(node.publish("noise", &large).await); // more than all histories may take together
+    }
+    let (mut back, welcome) = Client::resume(&node, "back", "quiet", quiet[0]).await;
+    assert_eq!(welcome["recovered"], true, "{welcome}");
+    back.expect_numbers(&quiet[1..], 1).await;
+    let (_late, welcome) = Client::resume(&node, "late", "noise", noise[10]).await;
+    assert_eq!(welcome["recovered"], false, "{welcome}");
+    let (_soon, welcome) = Client::resume(&node, "soon", "noise", noise[70]).await;
+    assert_eq!(welcome["recovered"], true, "{welcome}");
+}
+
+#[tokio::test]
 async fn history_ends_some_time_after_the_last_event() {
     let (redis, a, b) = cluster(&["--history-ttl", "1s", "--feed-memory", "64KiB"]).await;
     let (mut stays, _) = Client::resume(&a, "stays", "room", "").await;

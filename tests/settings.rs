@@ -63,6 +63,7 @@ async fn help_and_version_go_to_standard_output() {
         "drain-notice",
         "shards",
         "history",
+        "history-bytes",
         "history-ttl",
         "feed-memory",
         "heartbeat",

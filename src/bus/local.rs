@@ -22,6 +22,9 @@ const ENTRY_MAX: usize = 64 * 1024;
 /// Most memory that all histories together take, in bytes. The feeds share what is in both.
 const MEMORY_MAX: usize = 64 * 1024 * 1024;
 
+/// The part of that which is freed when it is full: finding the largest histories looks at every channel.
+const FREED_PART: usize = 16;
+
 /// How often history is looked through for what is too old.
 const SWEEP: Duration = Duration::from_secs(30);
 
@@ -72,6 +75,8 @@ struct Channel {
     history: VecDeque<Entry>,
     /// How many events that is.
     events: u64,
+    /// And how much memory.
+    bytes: usize,
     /// Which shards follow.
     followers: Vec<bool>,
     /// When it was last published to, or let go of.
@@ -87,11 +92,26 @@ impl Channel {
         EventId(self.head.0 - self.events).next()
     }
 
-    /// Lets the oldest entry go; gives the memory that frees, in bytes.
-    fn pop(&mut self) -> usize {
-        let Some(entry) = self.history.pop_front() else { return 0 };
-        self.events -= entry.ids();
-        Feed::cost(&entry)
+    fn push(&mut self, entry: Entry) {
+        self.events += entry.ids();
+        self.bytes += Feed::cost(&entry);
+        self.history.push_back(entry);
+    }
+
+    /// Evicts the oldest entry.
+    fn pop(&mut self) {
+        if let Some(entry) = self.history.pop_front() {
+            self.events -= entry.ids();
+            self.bytes -= Feed::cost(&entry);
+        }
+    }
+
+    /// Evicts what is beyond this many events or bytes. The last entry stays, however large it is.
+    fn trim(&mut self, events: u64, bytes: usize) {
+        while self.history.len() > 1 && (self.bytes > bytes || self.events - self.history[0].ids() >= events)
+        {
+            self.pop();
+        }
     }
 }
 
@@ -102,12 +122,9 @@ struct Local {
     followed: usize,
     max_channels: usize,
     history: u64,
+    history_bytes: usize,
     history_ttl: Duration,
-    /// Every entry of every history by its last id, oldest first: the order in which they go when memory is short.
-    /// Those that went earlier may still be among them.
-    ages: VecDeque<(ChannelName, EventId)>,
-    /// What all histories hold, in entries and in bytes.
-    entries: usize,
+    /// Bytes that all histories hold.
     memory: usize,
     /// No id at or below this is given any more.
     given: EventId,
@@ -123,11 +140,10 @@ impl Local {
             followed: 0,
             max_channels: settings.max_channels.get(),
             history: settings.history,
+            history_bytes: settings.history_bytes,
             history_ttl: settings.history_ttl,
-            ages: VecDeque::new(),
             memory: 0,
             given: EventId(0),
-            entries: 0,
             now: Instant::now(),
         }
     }
@@ -144,6 +160,7 @@ impl Local {
                 head: anchor,
                 history: VecDeque::new(),
                 events: 0,
+                bytes: 0,
                 followers: vec![false; self.shards],
                 used: Instant::now(),
             };
@@ -193,35 +210,25 @@ impl Local {
                 ToShard::Entry { channel: name.clone(), entry: entry.clone(), arrived: self.now },
             );
         }
-        self.ages.push_back((name.clone(), entry.last));
-        self.entries += 1;
-        self.memory += Feed::cost(&entry);
-        channel.events += entry.ids();
-        channel.history.push_back(entry);
-        while channel.history.front().is_some_and(|first| channel.events - first.ids() >= self.history) {
-            self.memory -= channel.pop();
-            self.entries -= 1;
+        let before = channel.bytes;
+        channel.push(entry);
+        channel.trim(self.history, self.history_bytes);
+        self.memory = self.memory - before + channel.bytes;
+        if self.memory > MEMORY_MAX {
+            self.evict_from_largest(MEMORY_MAX - MEMORY_MAX / FREED_PART);
         }
-        self.trim();
     }
 
-    fn trim(&mut self) {
-        let holds = |channels: &HashMap<ChannelName, Channel>, name: &ChannelName, last: EventId| {
-            channels
-                .get(name)
-                .and_then(|channel| channel.history.front())
-                .is_some_and(|first| first.last <= last)
-        };
-        while self.memory > MEMORY_MAX {
-            let Some((name, last)) = self.ages.pop_front() else { return };
-            if holds(&self.channels, &name, last) {
-                let channel = self.channels.get_mut(&name).expect("it holds the entry");
-                self.memory -= channel.pop();
-                self.entries -= 1;
+    /// Evicts until all histories fit into `target` bytes. The largest give, down to one common size, so that a busy
+    /// channel can't evict the history of quiet ones.
+    fn evict_from_largest(&mut self, target: usize) {
+        let size = common_size(self.channels.values().map(|channel| channel.bytes).collect(), target);
+        self.memory = 0;
+        for channel in self.channels.values_mut() {
+            while channel.bytes > size {
+                channel.pop();
             }
-        }
-        if self.ages.len() > 1024 + 2 * self.entries {
-            self.ages.retain(|(name, last)| holds(&self.channels, name, *last));
+            self.memory += channel.bytes;
         }
     }
 
@@ -295,10 +302,9 @@ impl Local {
     /// Forgets a channel's history, and the channel with it where nobody needs it.
     fn forget(&mut self, name: &ChannelName, whole: bool) {
         let Some(channel) = self.channels.get_mut(name) else { return };
-        self.entries -= channel.history.len();
-        while !channel.history.is_empty() {
-            self.memory -= channel.pop();
-        }
+        self.memory -= channel.bytes;
+        (channel.events, channel.bytes) = (0, 0);
+        channel.history.clear();
         self.given = self.given.max(channel.head);
         if whole {
             self.channels.remove(name);
@@ -306,8 +312,43 @@ impl Local {
     }
 }
 
+/// The largest size to which all sizes above it must be cut so that the sum is at most `target`.
+fn common_size(mut sizes: Vec<usize>, target: usize) -> usize {
+    sizes.sort_unstable();
+    let (mut left, mut count) = (target, sizes.len());
+    for size in &sizes {
+        let share = left / count;
+        if *size > share {
+            return share;
+        }
+        left -= size;
+        count -= 1;
+    }
+    usize::MAX
+}
+
 /// Microseconds since 1970.
 fn clock() -> u64 {
     let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
     since.map_or(1, |since| since.as_micros() as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn the_largest_histories_give_first(sizes in prop::collection::vec(0_usize..1000, 0..20), target in 0_usize..5000) {
+            let size = common_size(sizes.clone(), target);
+            let cut = |size: usize| sizes.iter().map(|own| (*own).min(size)).sum::<usize>();
+            prop_assert!(cut(size) <= target);
+            if size == usize::MAX {
+                prop_assert!(sizes.iter().sum::<usize>() <= target);
+            } else {
+                prop_assert!(cut(size + 1) > target, "no more is evicted than needed");
+            }
+        }
+    }
 }

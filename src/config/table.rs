@@ -58,7 +58,7 @@ const fn spec(
 }
 
 /// All settings, in the order shown.
-pub(super) static TABLE: [Spec; 30] = [
+pub(super) static TABLE: [Spec; 31] = [
     spec(
         "listen",
         List,
@@ -175,6 +175,16 @@ pub(super) static TABLE: [Spec; 30] = [
         "EVENTS",
         "10000",
         &["Events kept for each channel, for clients that come back. At least 1000."],
+    ),
+    spec(
+        "history-bytes",
+        Value,
+        "SIZE",
+        "64MiB",
+        &[
+            "Memory of each channel's history without --redis: large events keep fewer than --history. At",
+            "least --max-message.",
+        ],
     ),
     spec("history-ttl", Value, "TIME", "24h", &["How long history outlives a channel's last event."]),
     spec("publish-timeout", Value, "TIME", "5s", &["How long an event may wait for the bus."]),

@@ -51,6 +51,7 @@ fn every_setting_is_read_from_its_flag_in_both_forms_and_from_its_variable() {
         ("redis-durable", "true"),
         ("bare-channels", "news,chat"),
         ("history", "1000"),
+        ("history-bytes", "2MiB"),
         ("history-ttl", "5m"),
         ("publish-timeout", "250ms"),
         ("max-connections", "5"),
