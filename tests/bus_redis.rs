@@ -11,6 +11,8 @@ mod node;
 mod order;
 #[path = "bus/outside.rs"]
 mod outside;
+#[path = "bus/promotions.rs"]
+mod promotions;
 #[path = "bus/publishing.rs"]
 mod publishing;
 #[path = "bus/redis_server.rs"]

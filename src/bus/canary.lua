@@ -2,11 +2,11 @@
 -- then for each followed channel: its name, the highest id seen, the base known.
 -- Publishes the number and a line "name base head" for each channel, and keeps their keys. Where a channel's data is
 -- wrong its line is "name FAULT key: text".
-local durable, ttl = ARGV[1] == '1', tonumber(ARGV[2])
-local run, original = current_run()
+local ttl = tonumber(ARGV[2])
+local epoch = current_epoch(ARGV[3], ARGV[1] == '1') -- also without channels: a promotion must be seen in time
 
 local function compare(name, seen, known)
-  local head, base = position(name, run, original, durable, ttl, tonumber(seen), tonumber(known))
+  local head, base = position(name, epoch, ttl, tonumber(seen), tonumber(known))
   local meta, keep = name .. ':meta', 2 * ttl
   if head == base and redis.call('PTTL', meta) <= UNUSED then
     keep = math.min(UNUSED, keep) -- it still had no event

@@ -1,6 +1,7 @@
 -- KEYS[1] a channel P:{C}, KEYS[2] the node's own Pub/Sub channel. ARGV: the bare channels.
 -- Answers what this user may not do: better told at once than found out one by one.
 local name, meta, events, from = KEYS[1], KEYS[1] .. ':meta', KEYS[1] .. ':events', KEYS[1] .. ':from:x'
+local mark = string.match(name, '^(.-):{') .. ':epoch'
 local needed = {
   {'SUBSCRIBE', name, name .. ':to', KEYS[2]},
   {'UNSUBSCRIBE'},
@@ -9,6 +10,7 @@ local needed = {
   {'PUBLISH', KEYS[2], 'x'},
   {'PING'}, {'TIME'}, {'INFO'},
   {'HMGET', meta, 'head'}, {'HSET', meta, 'head', '1'}, {'HDEL', meta, 'head'}, {'PEXPIRE', meta, '1'},
+  {'HMGET', mark, 'epoch'}, {'HSET', mark, 'epoch', 'x'},
   {'XADD', events, '*', 'e', 'x'}, {'XRANGE', events, '-', '+'}, {'XREVRANGE', events, '+', '-'},
   {'XTRIM', events, 'MAXLEN', '1'}, {'PEXPIRE', events, '1'}, {'DEL', events},
   {'GET', from}, {'SET', from, 'x'},

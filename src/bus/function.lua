@@ -76,8 +76,8 @@ local function publish(keys, args)
     item = item .. '"to":' .. cjson.encode(user) .. ','
   end
 
-  local run, original = current_run()
-  local head = position(name, run, original, SETTINGS.durable, SETTINGS.ttl, 0, 0)
+  local epoch = current_epoch(prefix_of(name), SETTINGS.durable)
+  local head = position(name, epoch, SETTINGS.ttl, 0, 0)
   local messages
   head, messages = append(name, head, {item .. '"id":', user}, 1, SETTINGS.history, SETTINGS.ttl)
   announce(name, messages, SETTINGS.bare[channel] and channel or '')

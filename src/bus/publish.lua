@@ -2,12 +2,13 @@
 -- 5 history length, 6 the bare channel or '', 7 node, 8 number of the call, 9 retry (1 or 0),
 -- 10 for how many ms the number is remembered, then pairs: text up to the id's digits, user or ''.
 -- Answers {1, first id, base, head}, or {0, 0, base, head}: it may or may not have been taken, and won't be now.
+local epoch = current_epoch(prefix_of(KEYS[1]), ARGV[1] == '1')
+
 local function publish()
   local name = KEYS[1]
   local ttl = tonumber(ARGV[2])
   local number, known = tonumber(ARGV[8]), tonumber(ARGV[4])
-  local run, original = current_run()
-  local head, base = position(name, run, original, ARGV[1] == '1', ttl, tonumber(ARGV[3]), known)
+  local head, base = position(name, epoch, ttl, tonumber(ARGV[3]), known)
 
   local from = name .. ':from:' .. ARGV[7]
   local stored = redis.call('GET', from)

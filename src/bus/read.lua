@@ -1,11 +1,11 @@
 -- KEYS[1] P:{C}. ARGV: 1 durable, 2 history ttl in ms, 3 the highest id seen, 4 the base known, 5 first id wanted,
 -- 6 last id wanted, 7 at most so many events, 8 about so many bytes (one event at least).
 -- Answers {base, head, oldest, event, user or '', event, user or '', ...}, all from one moment.
+local epoch = current_epoch(prefix_of(KEYS[1]), ARGV[1] == '1')
+
 local function read()
   local name = KEYS[1]
-  local run, original = current_run()
-  local durable, ttl = ARGV[1] == '1', tonumber(ARGV[2])
-  local head, base = position(name, run, original, durable, ttl, tonumber(ARGV[3]), tonumber(ARGV[4]))
+  local head, base = position(name, epoch, tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4]))
   local events = name .. ':events'
   local oldest = redis.call('XRANGE', events, '-', '+', 'COUNT', 1)[1]
   local answer = {base, head, oldest and tonumber(string.match(oldest[1], '^%d+')) or head + 1}

@@ -1,4 +1,4 @@
--- Shared by all scripts: the run of a channel, and re-anchoring. A channel `name` is P:{C}; its other keys
+-- Shared by all scripts: the epoch of Redis' data, and of a channel. A channel `name` is P:{C}; its other keys
 -- are derived from it, so an FCALL needs to name only one.
 
 -- Digits of an id: Lua's own printing rounds from 2^53 / 100 on.
@@ -6,37 +6,71 @@ local function show(id)
   return string.format('%.0f', id)
 end
 
--- What tells this run of Redis from any other, and whether it never was a copy of another.
-local function current_run()
-  local info = redis.call('INFO', 'server', 'replication')
-  local copied_from = string.match(info, 'master_replid2:(%x+)')
-  return string.match(info, 'run_id:(%x+)') .. ' ' .. copied_from, not string.find(copied_from, '[^0]')
-end
-
 local function clock()
   local time = redis.call('TIME')
   return tonumber(time[1]) * 1000000 + tonumber(time[2])
+end
+
+-- The prefix of the channel `name`.
+local function prefix_of(name)
+  return string.match(name, '^(.-):{')
+end
+
+-- A primary without replicas frees its replication backlog after repl-backlog-ttl and then looks as if it had never been
+-- promoted. So a changed replication id proves no promotion only where the mark was written at most this many milliseconds
+-- before: repl-backlog-ttl is at least 2 s (`fanfare doctor` checks it), and every node's probe writes the mark.
+local MARK_FRESH = 2000
+-- Age in milliseconds at which a script writes the mark again. Probes run once a second.
+local MARK_EVERY = 1000
+
+-- The epoch of the server's data. Between two scripts that see the same epoch, Redis lost no acknowledged write.
+--
+-- A primary keeps its master_replid, and no other primary ever has it: each start and each promotion takes a new one. It
+-- also changes when the first replica attaches and when the backlog is freed (replication.c: changeReplicationId), and
+-- nothing is lost then. The mark, a hash in the data, carries the epoch over such a change. Where the operator vouches for
+-- the disk (`durable`) it also carries the epoch over a restart, unless a replica was attached in this epoch: a promoted
+-- replica can look like a restart.
+local function current_epoch(prefix, durable)
+  local key = prefix .. ':epoch'
+  local mark = redis.call('HMGET', key, 'epoch', 'run', 'replid', 'at', 'copied')
+  local epoch, age = mark[1], math.floor(clock() / 1000) - (tonumber(mark[4]) or 0)
+  local info = redis.call('INFO', 'replication')
+  local replid = string.match(info, 'master_replid:(%x+)')
+  local copied = string.find(info, 'connected_slaves:[1-9]') and '1' or '0'
+  local same = epoch and mark[3] == replid
+  if same and age >= 0 and age < MARK_EVERY and (copied == '0' or mark[5] == '1') then
+    return epoch
+  end
+  local run = string.match(redis.call('INFO', 'server'), 'run_id:(%x+)')
+  if not run or not replid then
+    error({err = 'ERR INFO shows no run_id or no master_replid, so a loss of events would go unnoticed'})
+  end
+  local promoted = string.find(info, 'master_replid2:0*[1-9a-f]')
+  local changed = mark[2] == run and age >= 0 and age <= MARK_FRESH
+  local restarted = mark[2] ~= run and durable and mark[5] == '0'
+  if not same and not (epoch and not promoted and (changed or restarted)) then
+    epoch = replid
+  elseif mark[5] == '1' then
+    copied = '1'
+  end
+  local at = show(math.floor(clock() / 1000))
+  redis.call('HSET', key, 'epoch', epoch, 'run', run, 'replid', replid, 'at', at, 'copied', copied)
+  return epoch
 end
 
 -- How long a channel that nobody follows is remembered if it never had an event: anyone may name any number of
 -- channels, and Redis must not hold them for days. Whoever comes back later is told that events may be missing.
 local UNUSED = 10 * 60 * 1000
 
--- The channel's head and base, after looking whether acknowledged events may be gone: no meta, another run,
--- a head behind what the caller has seen, or a base behind the one it knows. Then the channel gets a new base,
--- ahead of every id that anyone may have seen, and an empty history.
-local function look(name, run, original, durable, ttl, seen, known)
+-- The channel's head and base. Where acknowledged events may be lost (no meta, another epoch, a head behind what the caller has
+-- seen, a base behind the one it knows) the channel gets a new base above every id that anyone may have seen, and its
+-- history is emptied.
+local function check_epoch(name, epoch, ttl, seen, known)
   local meta = name .. ':meta'
   local kept = redis.call('HMGET', meta, 'head', 'base', 'run')
   local head, base = tonumber(kept[1]), tonumber(kept[2])
-  if head and base and head >= seen and base >= known then
-    if kept[3] == run then
-      return head, base
-    end
-    if durable and original then
-      redis.call('HSET', meta, 'run', run)
-      return head, base
-    end
+  if head and base and head >= seen and base >= known and kept[3] == epoch then
+    return head, base
   end
   local highest = math.max(head or 0, seen, known)
   local last = redis.call('XREVRANGE', name .. ':events', '+', '-', 'COUNT', 1)[1]
@@ -49,7 +83,7 @@ local function look(name, run, original, durable, ttl, seen, known)
     anchor = highest + 2 ^ 20 + anchor % 2 ^ 20
   end
   redis.call('DEL', name .. ':events')
-  redis.call('HSET', meta, 'head', show(anchor), 'base', show(anchor), 'run', run)
+  redis.call('HSET', meta, 'head', show(anchor), 'base', show(anchor), 'run', epoch)
   -- Where there were events their ids must not be given again, so that is remembered for as long as after an event.
   redis.call('PEXPIRE', meta, highest == 0 and math.min(UNUSED, 2 * ttl) or 2 * ttl)
   return anchor, anchor
@@ -71,19 +105,19 @@ local function is_sound(head, base, seen, known)
   return is_id(head) and is_id(base) and base <= head and seen <= head and known <= base
 end
 
--- The channel's head and base, as `look` finds them. Values in `meta` that no script writes count as lost. Where the
+-- The channel's head and base, as `check_epoch` finds them. Values in `meta` that no script writes count as lost. Where the
 -- ids that were given leave no room for a base above them, the channel stands at the last id and takes no more events.
-local function position(name, run, original, durable, ttl, seen, known)
+local function position(name, epoch, ttl, seen, known)
   local meta = name .. ':meta'
-  local head, base = look(name, run, original, durable, ttl, seen, known)
+  local head, base = check_epoch(name, epoch, ttl, seen, known)
   if is_sound(head, base, seen, known) then
     return head, base
   end
-  -- `look` puts a base less than 2^21 above the highest id.
+  -- `check_epoch` puts a base less than 2^21 above the highest id.
   local no_room = head == base and head >= ID_LIMIT and head < ID_LIMIT + 2 ^ 21
   if not no_room then
     redis.call('HDEL', meta, 'head', 'base')
-    head, base = look(name, run, original, durable, ttl, seen, known)
+    head, base = check_epoch(name, epoch, ttl, seen, known)
   end
   if not is_sound(head, base, seen, known) then
     head, base = ID_LIMIT - 1, ID_LIMIT - 1
@@ -100,12 +134,14 @@ local function guarded(name, work, ...)
     return result
   end
   local text = type(result) == 'table' and result.err or tostring(result)
-  if string.find(text, '^WRONGTYPE') then
-    local meta = name .. ':meta'
-    local key = redis.pcall('HMGET', meta, 'head').err and meta or name .. ':events'
-    return {err = 'FAULT ' .. key .. ': another program has put a value of the wrong type there: delete this key'}
-  elseif string.find(text, '^FAULT ') then
+  if string.find(text, '^FAULT ') then
     return {err = text}
+  end
+  local meta, events = name .. ':meta', name .. ':events'
+  local wrong = redis.pcall('HMGET', meta, 'head').err and meta
+    or redis.pcall('XRANGE', events, '-', '+', 'COUNT', 1).err and events
+  if string.find(text, '^WRONGTYPE') and wrong then
+    return {err = 'FAULT ' .. wrong .. ': another program has put a value of the wrong type there: delete this key'}
   end
   error(result)
 end

@@ -193,10 +193,7 @@ pub(super) static TABLE: [Spec; 31] = [
         Value,
         "CONNECTIONS",
         "auto",
-        &[
-            "Connections of this node; more get 503. auto: what the limit on open files has room for, and",
-            "never more than that.",
-        ],
+        &["Connections of this node; more get 503. auto: what the limit on open files has room for."],
     ),
     spec(
         "max-per-address",

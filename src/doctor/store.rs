@@ -147,9 +147,9 @@ fn persistence(facts: &Facts, settings: &Settings) -> Finding {
     }
     let sentinel = settings.redis.as_ref().is_some_and(|url| url.0.contains("-sentinel://"));
     if settings.redis_durable && (sentinel || facts.replicas > 0) {
-        let text = "--redis-durable says that this Redis is never replaced by a copy, but it has replicas or Sentinels: \
-                    what a failover loses would be lost in silence";
-        return Finding::problem(WHAT, text).remedy("leave out --redis-durable");
+        let text = "--redis-durable says that this Redis is never replaced by a replica, but it has replicas or \
+                    Sentinels. It has no effect once a replica was attached: restarts are announced to clients";
+        return Finding::warning(WHAT, text).remedy("leave out --redis-durable");
     }
     match (append, sync) {
         ("yes", "always") => Finding::ok(WHAT, "every write is on disk before it is acknowledged"),
@@ -178,6 +178,11 @@ fn replicas(facts: &Facts) -> Finding {
         return Finding::ok(WHAT, "none");
     }
     let remedy = "redis.conf: min-replicas-to-write 1";
+    if facts.config.get("repl-backlog-ttl").map(String::as_str) == Some("1") {
+        let text = "repl-backlog-ttl is 1 s: a promotion can be over before a node's probe sees it, and what it loses \
+                    would not be announced";
+        return Finding::problem(WHAT, text).remedy("redis.conf: repl-backlog-ttl 3600");
+    }
     match facts.config.get("min-replicas-to-write").map(String::as_str) {
         None => {
             Finding::unread(WHAT, "min-replicas-to-write, which bounds what a failover loses").remedy(remedy)
@@ -370,10 +375,11 @@ mod tests {
             (small, &[], ("Pub/Sub buffer", Warning)),
             (everysec, durable, ("persistence", Problem)),
             (with(&[("appendonly", "no")]), durable, ("persistence", Problem)),
-            (Facts { replicas: 1, ..good() }, durable, ("persistence", Problem)),
+            (Facts { replicas: 1, ..good() }, durable, ("persistence", Warning)),
             (with(&[("appendonly", "no")]), &[], ("persistence", Warning)),
             (with(&[("appendfsync", "no")]), &[], ("persistence", Warning)),
             (Facts { replicas: 1, ..with(&[("min-replicas-to-write", "0")]) }, &[], ("replicas", Warning)),
+            (Facts { replicas: 1, ..with(&[("repl-backlog-ttl", "1")]) }, &[], ("replicas", Problem)),
             (Facts { clock: (-60.0, 0.01), ..good() }, &[], ("clock", Warning)),
         ] {
             assert_eq!(bad(&facts, flags), [found], "{facts:?} {flags:?}");

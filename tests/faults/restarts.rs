@@ -100,9 +100,8 @@ async fn redis_comes_back_empty_while_nodes_hold_ids_ahead_of_its_clock() {
     // Years ahead: as if the clock had been wrong when the channel began.
     let far = (1_u64 << 52).to_string();
     let meta = ["HSET", "fanfare:{room}:meta", "head", &far, "base", &far, "run"];
-    let run_id = redis.info("run_id").await;
-    let token = format!("{run_id} {}", redis.info("master_replid2").await);
-    redis.client().await.call(&[&meta[..], &[&token]].concat()).await;
+    let epoch = redis.info("master_replid").await;
+    redis.client().await.call(&[&meta[..], &[&epoch]].concat()).await;
     let mut world = World::on(redis, &[]).await;
     // Programs that come first know nothing of what nodes have seen: see the test of the clock.
     let run = Run::start(&world, Crowd { programs: 0, ..Crowd::default() }).await;

@@ -148,7 +148,14 @@ async fn clock(client: &Client, facts: &mut Facts) -> Result<(), ConnectError> {
 
 async fn settings(client: &Client) -> Result<HashMap<String, String>, ConnectError> {
     let mut found = HashMap::new();
-    for name in ["client-output-buffer-limit", "appendonly", "appendfsync", "save", "min-replicas-to-write"] {
+    for name in [
+        "client-output-buffer-limit",
+        "appendonly",
+        "appendfsync",
+        "save",
+        "min-replicas-to-write",
+        "repl-backlog-ttl",
+    ] {
         // One by one: a service may show some and hide others.
         if let Some(answer) = ask(client, "CONFIG", vec!["GET".into(), name.into()]).await?
             && let [name, value] = &scripts::pairs(&answer)[..]
