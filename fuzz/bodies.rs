@@ -16,7 +16,6 @@ use fanfare::keys::KeyRing;
 use fanfare::{foreign, http};
 use fred::types::Resp3Frame;
 use serde_json::Value;
-use serde_json::value::RawValue;
 
 /// The key of the tokens that seeds of requests carry.
 const KEY: &str = "0123456789abcdef0123456789abcdef";
@@ -216,7 +215,7 @@ fn check_entry(entry: &Entry) {
             short => (2, usize::from(short)),
         };
         let text = &entry.bytes[at + head..at + head + length];
-        assert!(std::str::from_utf8(text).is_ok());
+        assert!(serde_json::from_slice::<Value>(text).is_ok(), "{}", text.escape_ascii());
         at += head + length;
         frames += 1;
         assert_eq!((entry.frame_end((at - 1) as u32), entry.frames_until(at as u32)), (at as u32, frames));
@@ -229,11 +228,7 @@ fn check_entry(entry: &Entry) {
 fn check_event(event: &[u8]) -> Value {
     let text = std::str::from_utf8(event).expect("UTF-8");
     assert!(!text.contains(['\n', '\r']), "{text}");
-    let value: Value = match serde_json::from_str::<&RawValue>(text) {
-        // Numbers may be larger than a Value holds, and stay as they were written.
-        Ok(_) => serde_json::from_str(text).unwrap_or_default(),
-        Err(error) => panic!("{error}: {text}"),
-    };
+    let value: Value = serde_json::from_str(text).unwrap_or_else(|error| panic!("{error}: {text}"));
     assert!(text.starts_with('{') && text.ends_with('}'));
     let id = EventId(1_764_000_000_001_045);
     assert_eq!(wire::id_of(&frame::with_id(event, id)), Some(id));
@@ -273,14 +268,14 @@ pub fn bus(mut data: &[u8]) {
             let to = (kind == 4).then_some("bob");
             if let Ok(event) = foreign::published(data, to) {
                 let value = check_event(&event);
-                assert_eq!(value.get("to").and_then(Value::as_str), to.filter(|_| value.is_object()));
+                assert_eq!(value.get("to").and_then(Value::as_str), to);
                 assert!(value.get("id").is_none());
             }
         }
         5 => {
-            if let Some(event) = foreign::bare(data) {
+            if let Some(foreign::Bare { event, .. }) = foreign::bare(data) {
                 assert!(!event.contains(['\n', '\r']), "{event}");
-                assert!(serde_json::from_str::<&RawValue>(&event).is_ok(), "{event}");
+                assert!(serde_json::from_str::<Value>(&event).is_ok(), "{event}");
                 assert!(event.starts_with('{') && event.ends_with('}'), "{event}");
                 check_entry_raw(&Entry::raw(EventId(1), event.as_bytes()));
             }
@@ -292,7 +287,7 @@ pub fn bus(mut data: &[u8]) {
                 Ok(ClientFrame::Publish(publish)) => drop(check_event(&publish.event)),
                 Ok(ClientFrame::Ping) => {}
                 Err(bad) => {
-                    drop(frame::error(frame::ErrorCode::Invalid, bad.message, bad.reference.as_deref()))
+                    drop(frame::error(frame::ErrorCode::Invalid, &bad.message, bad.reference.as_deref()))
                 }
             }
         }

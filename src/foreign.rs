@@ -1,14 +1,14 @@
 //! What other programs send, made into events: the body of `POST /publish`, and a plain Redis `PUBLISH`.
 
 use std::borrow::Cow;
-use std::collections::HashMap;
-use std::fmt;
 
 use bytes::Bytes;
-use serde::de::{Deserializer, MapAccess, Visitor};
+use serde::Deserialize;
 use serde_json::value::RawValue;
 
-use crate::frame::put_on_one_line;
+use crate::event::EventId;
+use crate::frame::{given, put_on_one_line};
+use crate::json::{self, BadJson, DEPTH_MAX, Fault};
 
 /// The `type`s of frames that only the server sends: no event may look like one.
 pub const CONTROL_TYPES: [&str; 5] = ["welcome", "reset", "ping", "error", "ack"];
@@ -16,9 +16,9 @@ pub const CONTROL_TYPES: [&str; 5] = ["welcome", "reset", "ping", "error", "ack"
 /// Why a body is no event.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BadEvent {
-    /// It is not JSON.
-    #[error("the body must be one JSON value: {0}")]
-    NotJson(String),
+    /// Not every client could read it.
+    #[error("invalid event: {0}")]
+    Invalid(#[from] BadJson),
     /// The server alone sets `id`, and the query sets `to`.
     #[error(r#"the key "{0}" is reserved: the bus sets "id", and the query parameter "to" sets "to""#)]
     ReservedKey(&'static str),
@@ -30,12 +30,16 @@ pub enum BadEvent {
 /// The event for a JSON body: one line from `{` to `}`, without `id`. An object is taken as it is, byte for byte
 /// but for line breaks; any other value becomes `{"data":…}`. Where it is for one user, `to` comes first.
 pub fn published(body: &[u8], to: Option<&str>) -> Result<Bytes, BadEvent> {
-    let not_json = |error: serde_json::Error| BadEvent::NotJson(error.to_string());
-    let value: &RawValue = serde_json::from_slice(body).map_err(not_json)?;
-    let json = value.get();
+    let json = json_in(body)?;
     let members = match json.strip_prefix('{').and_then(|rest| rest.strip_suffix('}')) {
         Some(members) => {
-            check(json)?;
+            let reserved = Reserved::of(json)?;
+            if let Some(key) = reserved.key() {
+                return Err(BadEvent::ReservedKey(key));
+            }
+            if let Some(control) = reserved.control_type() {
+                return Err(BadEvent::ReservedType(control));
+            }
             members.trim_ascii()
         }
         None => json,
@@ -57,71 +61,90 @@ pub fn published(body: &[u8], to: Option<&str>) -> Result<Bytes, BadEvent> {
     Ok(event.into())
 }
 
-/// Looks at every key of an object, also at one that comes twice: which of the two counts is the reader's choice.
-fn check(object: &str) -> Result<(), BadEvent> {
-    let mut deserializer = serde_json::Deserializer::from_str(object);
-    match deserializer.deserialize_map(Keys) {
-        Ok(None) => Ok(()),
-        Ok(Some(bad)) => Err(bad),
-        Err(error) => Err(BadEvent::NotJson(error.to_string())),
+/// The JSON value in `text`, if an event may be it, or hold it as `data`.
+fn json_in(text: &[u8]) -> Result<&str, BadJson> {
+    let is_object = text.trim_ascii_start().starts_with(b"{");
+    json::check(text, if is_object { DEPTH_MAX } else { DEPTH_MAX - 1 })?;
+    Ok(std::str::from_utf8(text).expect("checked").trim_ascii())
+}
+
+/// Members by which an event could pass for something else.
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Reserved<'a> {
+    #[serde(borrow, deserialize_with = "given")]
+    id: Option<&'a RawValue>,
+    #[serde(borrow, deserialize_with = "given")]
+    to: Option<&'a RawValue>,
+    #[serde(borrow, deserialize_with = "given", rename = "type")]
+    kind: Option<&'a RawValue>,
+}
+
+impl Reserved<'_> {
+    /// Those of an object that [`json::check`] accepts.
+    fn of(object: &str) -> Result<Reserved<'_>, BadJson> {
+        serde_json::from_str(object).map_err(|_| BadJson { fault: Fault::Syntax, at: 0 })
+    }
+
+    fn key(&self) -> Option<&'static str> {
+        self.id.map(|_| "id").or(self.to.map(|_| "to"))
+    }
+
+    fn control_type(&self) -> Option<&'static str> {
+        #[derive(Deserialize)]
+        struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
+        let text: Text<'_> = serde_json::from_str(self.kind?.get()).ok()?;
+        CONTROL_TYPES.into_iter().find(|control| *control == text.0)
     }
 }
 
-/// Walks over an object's keys and yields what is wrong with the first bad one.
-struct Keys;
-
-impl<'de> Visitor<'de> for Keys {
-    type Value = Option<BadEvent>;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("an object")
-    }
-
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
-        let mut bad = None;
-        while let Some(key) = map.next_key::<Text<'de>>()? {
-            let value = map.next_value::<&RawValue>()?;
-            let found = match &*key.0 {
-                "id" => Some(BadEvent::ReservedKey("id")),
-                "to" => Some(BadEvent::ReservedKey("to")),
-                "type" => control_type(value).map(BadEvent::ReservedType),
-                _ => None,
-            };
-            bad = bad.or(found);
-        }
-        Ok(bad)
-    }
+/// What clients see of a plain `PUBLISH` on a bare channel.
+#[derive(Debug)]
+pub struct Bare {
+    /// The event.
+    pub event: String,
+    /// Why an object or array is shown as text.
+    pub fault: Option<BadJson>,
 }
 
-fn control_type(value: &RawValue) -> Option<&'static str> {
-    let text: Text<'_> = serde_json::from_str(value.get()).ok()?;
-    CONTROL_TYPES.into_iter().find(|control| *control == text.0)
-}
-
-/// What clients see of a plain `PUBLISH` on a bare channel: an object without `id` and control `type` as it is,
-/// anything else as `{"data":…}`. `None` for a node's own copies, which begin with a TAB.
-pub fn bare(message: &[u8]) -> Option<String> {
+/// Makes an event of a plain `PUBLISH`: an object without `id` and control `type` stays as it is, other JSON becomes
+/// `{"data":…}`, and what no event may hold becomes a string there. `None` for a node's own copies, which begin with a
+/// TAB.
+pub fn bare(message: &[u8]) -> Option<Bare> {
     if message.first() == Some(&b'\t') {
         return None;
     }
-    let text = String::from_utf8_lossy(message);
-    let one_line = || text.replace(['\r', '\n'], " ");
-    if let Ok(members) = serde_json::from_str::<HashMap<Cow<'_, str>, &RawValue>>(&text) {
-        let control = members.get("type").and_then(|value| control_type(value));
-        if !members.contains_key("id") && control.is_none() {
-            return Some(one_line().trim().to_owned());
-        }
+    if let Ok(object) = json_in(message)
+        && object.starts_with('{')
+        && Reserved::of(object)
+            .is_ok_and(|reserved| reserved.id.is_none() && reserved.control_type().is_none())
+    {
+        return Some(Bare { event: on_one_line(object), fault: None });
     }
-    let data = match serde_json::from_str::<&RawValue>(&text) {
-        Ok(_) => one_line(),
-        Err(_) => serde_json::to_string(&*text).expect("a string is always JSON"),
-    };
-    Some(format!(r#"{{"data":{}}}"#, data.trim()))
+    Some(match json::check(message, DEPTH_MAX - 1) {
+        Ok(()) => {
+            let data = on_one_line(String::from_utf8_lossy(message).trim_ascii());
+            Bare { event: format!(r#"{{"data":{data}}}"#), fault: None }
+        }
+        Err(bad) => {
+            let looks_like_json = matches!(message.trim_ascii_start().first(), Some(b'{' | b'['));
+            Bare { event: text_event(message, None), fault: looks_like_json.then_some(bad) }
+        }
+    })
 }
 
-/// A string with its escapes undone, borrowed where it has none.
-#[derive(serde::Deserialize)]
-struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
+fn on_one_line(json: &str) -> String {
+    json.replace(['\r', '\n'], " ")
+}
+
+/// The event that stands for a text that is no JSON for events: `{"data":"the text"}`, with the id if it has one.
+pub fn text_event(text: &[u8], id: Option<EventId>) -> String {
+    let text = serde_json::Value::from(String::from_utf8_lossy(text));
+    match id {
+        Some(id) => format!(r#"{{"data":{text},"id":{id}}}"#),
+        None => format!(r#"{{"data":{text}}}"#),
+    }
+}
 
 #[cfg(test)]
 mod tests {
@@ -137,8 +160,8 @@ mod tests {
         for (body, expected) in [
             (r#"{"sender":"a","text":"hi"}"#, r#"{"sender":"a","text":"hi"}"#),
             (
-                r#" {"n":12345678901234567890123, "f":1.50e400} "#,
-                r#"{"n":12345678901234567890123, "f":1.50e400}"#,
+                r#" {"n":12345678901234567890123, "f":1.50e300} "#,
+                r#"{"n":12345678901234567890123, "f":1.50e300}"#,
             ),
             ("{\r\n \"b\": 1,\n \"a\": \"\\n\"\n}\n", r#"{"b": 1,  "a": "\n"}"#),
             ("{}", "{}"),
@@ -163,7 +186,7 @@ mod tests {
         for body in [
             r#"{"id":1}"#,
             r#"{"id":null}"#,
-            r#"{"a":1,"id":2,"a":3}"#,
+            r#"{"a":1,"id":2,"b":3}"#,
             r#"{"\u0069d":1}"#,
             r#"{"i\u0064":1}"#,
             "{\n\"id\"\n:\n1}",
@@ -175,8 +198,6 @@ mod tests {
         for control in CONTROL_TYPES {
             for body in [
                 format!(r#"{{"type":"{control}"}}"#),
-                format!(r#"{{"type":"chat","type":"{control}"}}"#),
-                format!(r#"{{"type":"{control}","type":"chat"}}"#),
                 format!(r#"{{"typ\u0065":"\u{:04x}{}"}}"#, control.as_bytes()[0], &control[1..]),
             ] {
                 let error = published(body.as_bytes(), None).unwrap_err();
@@ -186,25 +207,31 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_one_json_value_is_refused() {
-        for body in [
-            "",
-            " ",
-            "{",
-            "{}}",
-            "{} {}",
-            "hi",
-            "{\"a\":01}",
-            "{'a':1}",
-            "{\"a\":1,}",
-            "NaN",
-            "\u{feff}{}",
-            "\"\n\"",
-        ] {
-            assert!(matches!(published(body.as_bytes(), None), Err(BadEvent::NotJson(_))), "{body}");
+    fn what_no_event_may_hold_is_refused() {
+        let whole: [&[u8]; 6] =
+            [b"", b" ", b"{} {}", b"\"\n\"", b"\"\xff\"", b"{\"type\":\"chat\",\"type\":\"ping\"}"];
+        for body in whole {
+            assert!(matches!(published(body, None), Err(BadEvent::Invalid(_))), "{}", body.escape_ascii());
         }
-        assert!(published(b"\"\xff\"", None).is_err());
-        assert!(published(b"{\"\xff\":1}", None).is_err());
+        for case in json::cases::cases() {
+            // By itself a value is wrapped, unless it is an object.
+            let value = if case.value.starts_with(b"{") { case.event() } else { case.value.clone() };
+            for body in [&case.event(), &value] {
+                match (published(body, Some("bob")), case.error()) {
+                    (Ok(event), None) => {
+                        assert_eq!(json::check(&event, DEPTH_MAX), Ok(()), "{}", case.name())
+                    }
+                    (Err(bad), Some(words)) => {
+                        assert!(
+                            *body == case.value || bad.to_string().contains(words),
+                            "{}: {bad}",
+                            case.name()
+                        );
+                    }
+                    (result, _) => panic!("{}: {result:?}", case.name()),
+                }
+            }
+        }
     }
 
     fn json() -> impl Strategy<Value = serde_json::Value> {
@@ -249,7 +276,7 @@ mod tests {
 
     #[test]
     fn a_plain_publish_is_shown_or_wrapped() {
-        let shown = |message: &[u8]| bare(message).unwrap();
+        let shown = |message: &[u8]| bare(message).unwrap().event;
         assert_eq!(shown(b" {\"a\":\n1} "), r#"{"a": 1}"#);
         assert_eq!(shown(br#"{"id":null}"#), r#"{"data":{"id":null}}"#);
         assert_eq!(shown(br#"{"type":"ping"}"#), r#"{"data":{"type":"ping"}}"#);
@@ -258,6 +285,21 @@ mod tests {
         assert_eq!(shown(b"[1,2]"), r#"{"data":[1,2]}"#);
         assert_eq!(shown(b"hello \"you\"\n"), r#"{"data":"hello \"you\"\n"}"#);
         assert_eq!(shown(b"\xff"), "{\"data\":\"\u{fffd}\"}");
-        assert_eq!(bare(b"\t{}"), None);
+        assert!(bare(b"\t{}").is_none());
+        let deepest = format!("{{\"id\":{}{}}}", "[".repeat(DEPTH_MAX - 1), "]".repeat(DEPTH_MAX - 1));
+        assert!(shown(deepest.as_bytes()).starts_with(r#"{"data":"{\"id\""#));
+        for case in json::cases::cases() {
+            let event = case.event();
+            let bare = bare(&event).unwrap();
+            assert_eq!(json::check(bare.event.as_bytes(), DEPTH_MAX), Ok(()), "{}", case.name());
+            match case.error() {
+                None => assert!(bare.fault.is_none(), "{}", case.name()),
+                Some(words) => {
+                    let shown: serde_json::Value = serde_json::from_str(&bare.event).unwrap();
+                    assert_eq!(shown["data"], *String::from_utf8_lossy(&event), "{}", case.name());
+                    assert!(bare.fault.unwrap().to_string().contains(words), "{}", case.name());
+                }
+            }
+        }
     }
 }

@@ -7,13 +7,10 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 
 use crate::event::{EventId, is_user_id, text_frame};
+use crate::json;
 
 /// Longest `ref` of a client's frame, as JSON text, in bytes: it is kept while the publish is under way.
 const REFERENCE_MAX: usize = 128;
-
-/// Deepest `data` of a client's frame, in arrays and objects within each other. Many JSON readers recurse, and one
-/// client must not break the others of its channel (serde_json itself stops at 128).
-const DEPTH_MAX: usize = 128;
 
 /// A ping without payload (RFC 6455 section 5.5.2).
 pub const PING: Bytes = Bytes::from_static(&[0x89, 0]);
@@ -125,7 +122,7 @@ pub struct ClientPublish {
 #[derive(Debug, PartialEq, Eq)]
 pub struct BadFrame {
     /// What is wrong.
-    pub message: &'static str,
+    pub message: Cow<'static, str>,
     /// The client's reference, where it could be read.
     pub reference: Option<Box<str>>,
 }
@@ -154,7 +151,7 @@ struct Reference<'a> {
 
 /// `null` is a value too, where `Option` alone would read it as absent: a private message whose addressee got lost
 /// must not go to everybody.
-fn given<'de, D: serde::Deserializer<'de>, T: Deserialize<'de>>(
+pub fn given<'de, D: serde::Deserializer<'de>, T: Deserialize<'de>>(
     deserializer: D,
 ) -> Result<Option<T>, D::Error> {
     T::deserialize(deserializer).map(Some)
@@ -163,13 +160,20 @@ fn given<'de, D: serde::Deserializer<'de>, T: Deserialize<'de>>(
 /// Reads what a JSON mode client sent: `{"text":…}` or `{"data":…}`, with `to` and `ref` where it likes, or
 /// `{"type":"ping"}`.
 pub fn parse_client_frame(sender: &str, text: &str) -> Result<ClientFrame, BadFrame> {
-    let bad = |message, reference| Err(BadFrame { message, reference });
+    let bad = |message: &'static str, reference| Err(BadFrame { message: message.into(), reference });
+    let invalid = |what, error: json::BadJson, reference| {
+        Err(BadFrame { message: format!("invalid {what}: {error}").into(), reference })
+    };
     let members: Members<'_> = match serde_json::from_str(text) {
         Ok(members) => members,
         Err(_) => {
+            let reference = reference_in(text);
+            if let Err(error) = json::check(text.as_bytes(), json::DEPTH_MAX) {
+                return invalid("frame", error, reference);
+            }
             return bad(
                 r#"send a JSON object with "text" or "data", and with "to" and "ref" if needed"#,
-                reference_in(text),
+                reference,
             );
         }
     };
@@ -193,10 +197,10 @@ pub fn parse_client_frame(sender: &str, text: &str) -> Result<ClientFrame, BadFr
     let event = Event::by(sender, to.as_deref());
     let event = match (members.text, members.data) {
         (Some(text), None) => event.with_text(&text),
-        (None, Some(data)) if depth(data.get()) > DEPTH_MAX => {
-            return bad(r#""data" must not be nested deeper than 128"#, reference);
-        }
-        (None, Some(data)) => event.with_data(data.get()),
+        (None, Some(data)) => match json::check(data.get().as_bytes(), json::DEPTH_MAX - 1) {
+            Ok(()) => event.with_data(data.get()),
+            Err(error) => return invalid(r#""data""#, error, reference),
+        },
         _ => return bad(r#"give either "text" or "data""#, reference),
     };
     Ok(ClientFrame::Publish(ClientPublish { event, to, reference }))
@@ -208,29 +212,11 @@ pub fn reference_in(text: &str) -> Option<Box<str>> {
     valid_reference(found.reference?.get())
 }
 
-/// How deep arrays and objects of a JSON text are within each other.
-fn depth(json: &str) -> usize {
-    let (mut depth, mut deepest, mut in_string, mut escaped) = (0usize, 0, false, false);
-    for byte in json.bytes() {
-        match byte {
-            _ if escaped => escaped = false,
-            b'\\' => escaped = in_string,
-            b'"' => in_string = !in_string,
-            b'[' | b'{' if !in_string => {
-                depth += 1;
-                deepest = deepest.max(depth);
-            }
-            b']' | b'}' if !in_string => depth = depth.saturating_sub(1),
-            _ => {}
-        }
-    }
-    deepest
-}
-
-fn valid_reference(json: &str) -> Option<Box<str>> {
+fn valid_reference(text: &str) -> Option<Box<str>> {
     let scalar =
-        json.starts_with('"') || json.starts_with('-') || json.starts_with(|c: char| c.is_ascii_digit());
-    (scalar && json.len() <= REFERENCE_MAX).then(|| json.into())
+        text.starts_with('"') || text.starts_with('-') || text.starts_with(|c: char| c.is_ascii_digit());
+    let valid = scalar && text.len() <= REFERENCE_MAX && json::check(text.as_bytes(), 0).is_ok();
+    valid.then(|| text.into())
 }
 
 /// The first frame of a client that asked for recovery frames.
@@ -353,11 +339,31 @@ mod tests {
     }
 
     #[test]
-    fn data_is_not_nested_deeper_than_readers_recurse() {
-        let nested = |depth| format!(r#"{{"data":{}{}}}"#, "[".repeat(depth), "]".repeat(depth));
-        assert!(parse_client_frame("alice", &nested(DEPTH_MAX)).is_ok());
-        assert!(parse_client_frame("alice", &nested(DEPTH_MAX + 1)).is_err());
-        assert_eq!(depth(r#"{"a":["[[[\"[[",{}],"b":[]}"#), 3);
+    fn data_and_references_keep_the_rule_of_events() {
+        for case in json::cases::cases() {
+            let Ok(value) = std::str::from_utf8(&case.value) else { continue }; // input closes with 1007
+            let result = parse_client_frame("alice", &format!("{{\"ref\":7,\"data\":{value}}}"));
+            match case.error() {
+                None => {
+                    let Ok(ClientFrame::Publish(publish)) = result else { panic!("{}", case.name()) };
+                    assert_eq!(json::check(&publish.event, json::DEPTH_MAX), Ok(()), "{}", case.name());
+                }
+                Some(words) => {
+                    let bad = result.expect_err(&case.name());
+                    assert!(bad.message.contains(words), "{}: {}", case.name(), bad.message);
+                }
+            }
+        }
+        let refused = |text| parse_client_frame("alice", text).unwrap_err();
+        for text in [r#"{"text":"a","ref":1e999}"#, r#"{"text":"a","ref":"\ud800"}"#] {
+            assert!(refused(text).message.contains("ref"), "{text}");
+        }
+        let lone = refused(r#"{"ref":7,"text":"\ud800"}"#);
+        assert_eq!(lone.message, "invalid frame: a \\u escape is half of a surrogate pair, at byte 17");
+        assert_eq!(lone.reference.as_deref(), Some("7"));
+        let twice = refused(r#"{"ref":7,"data":1,"data":2}"#);
+        assert_eq!(twice.message, "invalid frame: an object has two members of the same name, at byte 27");
+        assert_eq!(twice.reference.as_deref(), Some("7"));
     }
 
     #[test]

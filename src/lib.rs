@@ -14,6 +14,7 @@
 //! | [`event`] | ids, names, entries: events framed once for every socket of the node |
 //! | [`close`] | why a connection ended: close code, log field and metric label in one |
 //! | [`frame`] | the JSON that clients send and get |
+//! | [`json`] | the JSON that an event may hold |
 //! | [`foreign`] | what other programs send, made into events |
 //! | [`config`] | settings: flags and variables, every error at once |
 //! | [`http`] | request heads in, responses out, over bytes alone |
@@ -64,7 +65,7 @@
 //! - Everything that grows has a limit, a constant or a setting, with its reason beside it.
 //!
 //! **Who knows what.** Only [`bus::redis`] knows fred. Only [`input`] and [`handshake`] know tungstenite. Pure rooms
-//! (`event`, `close`, `frame`, `foreign`, `config`, `http`, `web`, `origin`, `proxy`, `token`, `guard`, `input`, `pace`,
+//! (`event`, `close`, `frame`, `json`, `foreign`, `config`, `http`, `web`, `origin`, `proxy`, `token`, `guard`, `input`, `pace`,
 //! `feed`, `sequence`) know neither sockets nor runtimes: bytes are handed in, so each is tested alone.
 
 // In reading order.
@@ -73,6 +74,7 @@ pub mod event;
 
 pub mod close;
 pub mod frame;
+pub mod json;
 
 pub mod foreign;
 

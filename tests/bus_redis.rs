@@ -1,6 +1,8 @@
 //! The Redis bus against real Redis servers, and against what goes wrong with them.
 #![allow(clippy::unwrap_used)] // clippy.toml excepts test functions, not those beside them
 
+#[path = "common/cases.rs"]
+mod cases;
 #[path = "bus/damage.rs"]
 mod damage;
 #[path = "bus/history.rs"]

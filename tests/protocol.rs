@@ -2,6 +2,7 @@
 
 mod common;
 
+use common::cases::cases;
 use common::client::{JSON_MODE, position};
 use common::{Client, Frame, Node, Options, Raw, until, within};
 use serde_json::{Value, json};
@@ -556,5 +557,51 @@ async fn an_idle_node_ends_at_sigterm_and_sigint() {
         let node = Node::start(&[]).await;
         node.signal(signal);
         assert_eq!(node.ended().await.code(), Some(0), "{signal}");
+    }
+}
+
+#[tokio::test]
+async fn clients_and_backends_publish_json_by_the_rule() {
+    let node = Node::start(&["--message-rate", "0"]).await;
+    let (mut alice, _) = Client::json(&node, "alice", "room").await;
+    let mut bob = Client::plain(&node, "bob", "room").await;
+    for (number, case) in cases().into_iter().enumerate() {
+        let mut expected = Vec::new();
+        let posted = node.admin("POST", "/publish?channel=room", &case.event()).await;
+        match case.error() {
+            None => {
+                assert_eq!(posted.status, 200, "{}: {}", case.name(), posted.body);
+                expected.push(serde_json::from_slice(&case.event()).expect("JSON"));
+            }
+            Some(words) => {
+                let refused = posted.status == 400 && posted.body.contains(words);
+                assert!(refused, "{}: {posted:?}", case.name());
+            }
+        }
+        // A message that is not UTF-8 closes the connection instead, with 1007.
+        if let Ok(value) = std::str::from_utf8(&case.value) {
+            alice.send(format!(r#"{{"ref":{number},"data":{value}}}"#)).await;
+            let answer = loop {
+                let frame = alice.next_json().await;
+                if matches!(frame["type"].as_str(), Some("ack" | "error")) {
+                    break frame;
+                }
+            };
+            match case.error() {
+                None => {
+                    assert_eq!(answer["type"], "ack", "{}: {answer}", case.name());
+                    let data: Value = serde_json::from_str(value).expect("JSON");
+                    expected.push(json!({"sender": "alice", "data": data}));
+                }
+                Some(words) => {
+                    let message = answer["message"].as_str().unwrap_or_default();
+                    let refused = answer["code"] == "invalid" && message.contains(words);
+                    assert!(refused, "{}: {answer}", case.name());
+                }
+            }
+        }
+        for event in expected {
+            assert_eq!(bob.next_event().await.1, event, "{}", case.name());
+        }
     }
 }

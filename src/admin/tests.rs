@@ -115,8 +115,8 @@ async fn publishes_and_answers_with_the_id() {
 async fn refuses_what_is_no_event_and_leaves_the_bus_alone() {
     let mut house = willing();
     for (target, body, part) in [
-        ("/publish", "hi", "one JSON value"),
-        ("/publish", "", "one JSON value"),
+        ("/publish", "hi", "not JSON"),
+        ("/publish", "", "not JSON"),
         ("/publish", r#"{"id":1}"#, "reserved"),
         ("/publish", r#"{"type":"reset"}"#, "reserved"),
         ("/publish?channel=", "1", "channel must be"),

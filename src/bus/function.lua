@@ -3,28 +3,105 @@
 
 local CONTROL = {welcome = true, reset = true, ping = true, error = true, ack = true}
 
--- Redis's JSON decoder takes any bytes, but WebSocket text must be UTF-8 (RFC 3629).
+-- The JSON that an event may hold: I-JSON (RFC 7493), as in json.rs. cjson reads it, and takes more than that: numbers
+-- like 1. and -.5, two members of one name, control characters in strings. Those show in the text without its strings.
+local DEPTH_MAX, NUMBER_MAX = 64, 128
+
+-- Made by the first call: a library has neither cjson nor string while it is loaded.
+local decoder, too_long
+local function prepare()
+  decoder = cjson.new()
+  decoder.decode_max_depth(DEPTH_MAX)
+  decoder.decode_invalid_numbers(false) -- no NaN, no hexadecimal
+  too_long = '%f[%d-]' .. string.rep('[%d.eE+-]', NUMBER_MAX + 1)
+end
+
+-- The sequences of UTF-8 beyond ASCII (RFC 3629).
+local SEQUENCES = {
+  '[\194-\223][\128-\191]',
+  '\224[\160-\191][\128-\191]',
+  '\237[\128-\159][\128-\191]',
+  '[\225-\236\238\239][\128-\191][\128-\191]',
+  '\240[\144-\191][\128-\191][\128-\191]',
+  '\244[\128-\143][\128-\191][\128-\191]',
+  '[\241-\243][\128-\191][\128-\191][\128-\191]',
+}
+
 local function is_utf8(text)
-  local at = string.find(text, '[\128-\255]')
-  while at do
-    local lead, second = string.byte(text, at, at + 1)
-    local tail, low, high
-    if lead >= 0xC2 and lead <= 0xDF then tail, low, high = 1, 0x80, 0xBF
-    elseif lead == 0xE0 then tail, low, high = 2, 0xA0, 0xBF
-    elseif lead == 0xED then tail, low, high = 2, 0x80, 0x9F
-    elseif lead >= 0xE1 and lead <= 0xEF then tail, low, high = 2, 0x80, 0xBF
-    elseif lead == 0xF0 then tail, low, high = 3, 0x90, 0xBF
-    elseif lead >= 0xF1 and lead <= 0xF3 then tail, low, high = 3, 0x80, 0xBF
-    elseif lead == 0xF4 then tail, low, high = 3, 0x80, 0x8F
-    else return false end
-    if not second or second < low or second > high then return false end
-    for i = at + 2, at + tail do
-      local byte = string.byte(text, i)
-      if not byte or byte < 0x80 or byte > 0xBF then return false end
+  for _, sequence in ipairs(SEQUENCES) do
+    if not string.find(text, '[\128-\255]') then
+      return true
     end
-    at = string.find(text, '[\128-\255]', at + tail + 1)
+    text = string.gsub(text, sequence, ' ')
   end
-  return true
+  return not string.find(text, '[\128-\255]')
+end
+
+-- Counts members in the objects of a decoded value, and takes them from those that its text has; returns the rest. It
+-- stops at 0: a large array without objects need not be walked.
+local function members_left(value, text_has, type, pairs)
+  local tables = {}
+  for key, item in pairs(value) do
+    if type(key) == 'string' then text_has = text_has - 1 end
+    if type(item) == 'table' then tables[#tables + 1] = item end
+  end
+  for _, item in ipairs(tables) do
+    if text_has == 0 then break end
+    text_has = members_left(item, text_has, type, pairs)
+  end
+  return text_has
+end
+
+-- What is wrong with the numbers in a JSON text without strings; nil if nothing.
+local function bad_numbers(text)
+  if string.find(text, too_long) then
+    return 'a number has more than ' .. NUMBER_MAX .. ' characters'
+  end
+  if string.find(text, '.', 1, true) and (string.find(text, '[^%d]%.') or string.find(text, '%.[^%d]')) then
+    return 'not JSON (RFC 8259)'
+  end
+  if string.find(text, '%d[eE]') then
+    for number in string.gmatch(text, '%f[%d.][%d.]+[eE][%d+-]+') do
+      if tonumber(number) == math.huge then
+        return 'a number is too large for a double'
+      end
+    end
+  end
+end
+
+-- The value of a JSON text; nil and what is wrong with it.
+local function decode(text)
+  if not is_utf8(text) then
+    return nil, 'not UTF-8'
+  end
+  if not decoder then prepare() end
+  local valid, value = pcall(decoder.decode, text)
+  if not valid then
+    if string.find(value, 'too many nested', 1, true) then
+      return nil, 'an event has more than ' .. DEPTH_MAX .. ' levels of arrays and objects'
+    elseif string.find(value, 'unicode escape', 1, true) then
+      return nil, 'not JSON (RFC 8259), or a \\u escape is half of a surrogate pair'
+    end
+    return nil, 'not JSON (RFC 8259)'
+  end
+  local plain = text
+  if string.find(plain, '\\', 1, true) then
+    plain = string.gsub(plain, '\\.', '')
+  end
+  -- A string with a control character keeps its quotes.
+  plain = string.gsub(plain, '"[^"%z\1-\31]*"', '')
+  if string.find(plain, '["%z]') then
+    return nil, 'not JSON (RFC 8259)'
+  end
+  local trouble = string.find(plain, '%d') and bad_numbers(plain)
+  if trouble then
+    return nil, trouble
+  end
+  local _, colons = string.gsub(plain, ':', '')
+  if colons > 0 and members_left(value, colons, type, pairs) > 0 then
+    return nil, 'an object has two members of the same name'
+  end
+  return value
 end
 
 local function is_user_id(name)
@@ -49,17 +126,17 @@ local function publish(keys, args)
   if #text > SETTINGS.max then
     return refuse('the event has ' .. #text .. ' bytes; --max-message allows ' .. SETTINGS.max)
   end
-  -- One event, one line. In JSON such bytes can only be blanks, or wrong.
-  text = string.gsub(text, '[%z\1-\31]', ' ')
+  local event, fault = decode(text)
+  if fault then
+    return refuse('invalid event: ' .. fault)
+  end
+  -- One event, one line. Blanks are all that may stand outside strings.
+  text = string.gsub(text, '[\t\r\n]', ' ')
   local first, last = string.find(text, '[^ ]'), #text
-  while first and string.byte(text, last) == 32 do last = last - 1 end
-  text = string.sub(text, first or 1, last)
-  -- A decoder of its own, as strict as clients are: no NaN, no hexadecimal.
-  local json = cjson.new()
-  json.decode_invalid_numbers(false)
-  local valid, event = pcall(json.decode, text)
-  if not valid or type(event) ~= 'table' or string.sub(text, 1, 1) ~= '{' or not is_utf8(text) then
-    return refuse('the event must be one JSON object in UTF-8')
+  while string.byte(text, last) == 32 do last = last - 1 end
+  text = string.sub(text, first, last)
+  if type(event) ~= 'table' or string.byte(text) ~= 123 then -- {
+    return refuse('the event must be a JSON object')
   end
   if event.id ~= nil or event.to ~= nil then
     return refuse('"id" and "to" are reserved: the id is given here, and the user is the argument after the event')

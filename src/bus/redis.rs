@@ -133,6 +133,7 @@ struct Bus {
     next_sweep: Instant,
     warned_of_size: Option<Instant>,
     faults: FaultLog,
+    warned_of_json: Option<Instant>,
     /// Why other programs can't publish by FCALL, as far as was told to the log.
     no_library: Option<Arc<str>>,
     /// When it is loaded again, if Redis has refused.
@@ -171,6 +172,7 @@ pub async fn run(settings: &Settings, url: &RedisUrl, wiring: Wiring) -> Result<
         next_sweep: Instant::now() + IDLE,
         warned_of_size: None,
         faults: FaultLog::default(),
+        warned_of_json: None,
         no_library: None,
         next_load: Instant::now(),
     };

@@ -230,10 +230,10 @@ impl Shard {
                     return Ok(());
                 }
                 Err(bad) => {
-                    self.metrics.refuse_message(self.id, ErrorCode::Invalid, bad.message);
+                    self.metrics.refuse_message(self.id, ErrorCode::Invalid, &bad.message);
                     connection.enqueue(frame::error(
                         ErrorCode::Invalid,
-                        bad.message,
+                        &bad.message,
                         bad.reference.as_deref(),
                     ));
                     return Ok(());

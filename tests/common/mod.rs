@@ -5,6 +5,7 @@
 
 #![allow(dead_code, unused_imports)] // each test binary uses its own part of this
 
+pub mod cases;
 pub mod client;
 pub mod http;
 pub mod lone;

@@ -22,7 +22,7 @@ const FILL_EVENTS: u64 = 1024;
 /// comes in parts.
 pub(super) const READ_BYTES: usize = 1 << 20;
 
-/// Least time between two warnings about oversized messages.
+/// Least time between two warnings about oversized messages, and between two about messages shown as text.
 const WARN_EVERY: Duration = Duration::from_secs(60);
 
 impl Bus {
@@ -156,16 +156,20 @@ impl Bus {
         let Some((name, channel)) = self.channels.get_key_value(channel) else { return };
         let Some(follow) = &channel.follow else { return };
         let Some(sequence) = &follow.sequence else { return };
-        let Some(shown) = foreign::bare(text) else { return };
         if text.len() > self.terms.max_message {
             self.numbers.oversized.add(1);
-            if self.warned_of_size.is_none_or(|at| at.elapsed() > WARN_EVERY) {
-                self.warned_of_size = Some(Instant::now());
+            if is_due(&mut self.warned_of_size) {
                 tracing::warn!(channel = %name, bytes = text.len(), "message dropped: longer than --max-message");
             }
             return;
         }
-        let entry = Entry::raw(sequence.position(), shown.as_bytes());
+        let Some(shown) = foreign::bare(text) else { return };
+        if let Some(fault) = shown.fault
+            && is_due(&mut self.warned_of_json)
+        {
+            tracing::warn!(channel = %name, "message of a plain PUBLISH shown as text: {fault}");
+        }
+        let entry = Entry::raw(sequence.position(), shown.event.as_bytes());
         tell(&self.shards, &follow.followers, name, entry, Instant::now());
     }
 
@@ -292,6 +296,15 @@ impl Bus {
         }
         self.judge(generation, error);
     }
+}
+
+/// Whether it is time for another warning; notes it then.
+fn is_due(warned: &mut Option<Instant>) -> bool {
+    let due = warned.is_none_or(|at| at.elapsed() > WARN_EVERY);
+    if due {
+        *warned = Some(Instant::now());
+    }
+    due
 }
 
 fn is_joining(channel: &super::Channel) -> bool {

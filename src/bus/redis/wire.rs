@@ -8,6 +8,8 @@ use bytes::Bytes;
 
 use crate::bus::Page;
 use crate::event::{Entry, EventId};
+use crate::foreign;
+use crate::json;
 
 /// Begins the error of a script that met wrong data in one channel, as `run.lua` writes it. The key follows.
 pub const FAULT: &str = "FAULT ";
@@ -23,31 +25,36 @@ pub fn id_of(line: &[u8]) -> Option<EventId> {
     EventId::parse(id).filter(|id| *id > EventId(0)) // before 0 there is nothing
 }
 
-/// WebSocket text must be UTF-8 (RFC 6455 section 8.1), and anyone may write to Redis.
-fn utf8(text: &[u8]) -> Cow<'_, [u8]> {
-    match String::from_utf8_lossy(text) {
-        Cow::Borrowed(text) => Cow::Borrowed(text.as_bytes()),
-        Cow::Owned(text) => Cow::Owned(text.into_bytes()),
+/// The event as clients get it. Every way to publish checks events, but anyone with write access to Redis may write to a
+/// stream, and so did older versions. What clients could not read becomes `{"data":"its text"}` with the same id.
+fn readable(event: &[u8], id: EventId) -> Cow<'_, [u8]> {
+    match json::check(event, json::DEPTH_MAX) {
+        Ok(()) => Cow::Borrowed(event),
+        Err(bad) => {
+            tracing::debug!(%id, "event in Redis is shown as text: {bad}");
+            Cow::Owned(foreign::text_event(event, Some(id)).into_bytes())
+        }
     }
 }
 
 /// The entry for a message of consecutive events, one a line. `None` for what is no such message.
 pub fn broadcast(message: &[u8]) -> Option<Entry> {
-    let message = utf8(message);
-    let mut lines = message.split(|byte| *byte == b'\n');
+    let lines = message.split(|byte| *byte == b'\n');
     let first = id_of(lines.clone().next()?)?;
-    let entry = Entry::events(first, lines.clone());
-    let last = if entry.frames() == 1 { first } else { id_of(lines.next_back()?)? };
+    let ids = (first.0..).map(EventId);
+    let events: Vec<Cow<'_, [u8]>> = lines.clone().zip(ids).map(|(line, id)| readable(line, id)).collect();
+    let entry = Entry::events(first, events.iter().map(|event| &**event));
+    let last = if entry.frames() == 1 { first } else { id_of(lines.last()?)? };
     (entry.last == last).then_some(entry)
 }
 
 /// The entry for a message `<user>\n<event>`.
 pub fn private(message: &[u8]) -> Option<Entry> {
-    let message = utf8(message);
     let at = message.iter().position(|byte| *byte == b'\n')?;
-    let user = std::str::from_utf8(&message[..at]).ok()?;
+    let user = String::from_utf8_lossy(&message[..at]);
     let event = &message[at + 1..];
-    Some(Entry::private(id_of(event)?, user.into(), event))
+    let id = id_of(event)?;
+    Some(Entry::private(id, user.into(), &readable(event, id)))
 }
 
 /// Most bytes gathered in one entry of history: a slow socket gets it in pieces anyway.
@@ -67,8 +74,8 @@ pub fn entries(history: &[(Bytes, Option<Arc<str>>)]) -> Vec<Entry> {
         }
     };
     for (text, user) in history {
-        let text = utf8(text);
-        let Some(id) = id_of(&text) else { continue };
+        let Some(id) = id_of(text) else { continue };
+        let text = readable(text, id);
         if let Some(user) = user {
             flush(&mut run, next, &mut entries);
             entries.push(Entry::private(id, user.clone(), &text));
