@@ -297,8 +297,9 @@ impl Scanner<'_> {
             return Err(Fault::NumberTooLong);
         }
         // Without an exponent a number of so few digits is far below the largest double, 1.8e308.
-        let number = std::str::from_utf8(number).map_err(|_| Fault::Syntax)?;
-        if exponent && !number.parse().is_ok_and(f64::is_finite) {
+        let is_finite =
+            |number| std::str::from_utf8(number).is_ok_and(|text| text.parse().is_ok_and(f64::is_finite));
+        if exponent && !is_finite(number) {
             return Err(Fault::NumberTooLarge);
         }
         Ok(())

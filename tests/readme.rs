@@ -154,7 +154,7 @@ fn what_the_server_sends_is_shown_as_it_is() {
         frame::json_ping(Some(head)),
         frame::json_ping(None),
         frame::error(ErrorCode::Unavailable, &late.to_string(), None),
-        frame::error(ErrorCode::Invalid, refused.message, refused.reference.as_deref()),
+        frame::error(ErrorCode::Invalid, &refused.message, refused.reference.as_deref()),
         frame::ack("7", EventId(1_764_000_000_001_047)),
     ];
     let protocol = section("## Protocol");

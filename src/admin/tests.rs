@@ -211,7 +211,7 @@ async fn answers_expect_100_continue_before_the_body_comes() {
 #[tokio::test]
 async fn closes_after_what_it_cant_read_to_the_end() {
     let mut house = willing();
-    let long = "1".repeat(MAX + 1);
+    let long = format!("[\"{}\"]", "1".repeat(MAX - 3));
     for (request, expected) in [
         (post("/publish", &long), 413),
         (post("/publish", &"1".repeat(8 << 20)), 413),
@@ -231,7 +231,7 @@ async fn closes_after_what_it_cant_read_to_the_end() {
         assert!(head.contains("Connection: close\r\n"), "{head}");
         assert_eq!(stream.read(&mut [0]).await.unwrap(), 0, "an orderly end, no reset: {request}");
     }
-    assert_eq!(house.ask(post("/publish", &long[1..])).await.0, 200, "the longest body that fits");
+    assert_eq!(house.ask(post("/publish", &long.replacen('1', "", 1))).await.0, 200, "the longest body that fits");
     assert!(house.taken.recv().await.is_some());
 }
 

@@ -39,12 +39,12 @@ fn readable(event: &[u8], id: EventId) -> Cow<'_, [u8]> {
 
 /// The entry for a message of consecutive events, one a line. `None` for what is no such message.
 pub fn broadcast(message: &[u8]) -> Option<Entry> {
-    let lines = message.split(|byte| *byte == b'\n');
+    let mut lines = message.split(|byte| *byte == b'\n');
     let first = id_of(lines.clone().next()?)?;
     let ids = (first.0..).map(EventId);
     let events: Vec<Cow<'_, [u8]>> = lines.clone().zip(ids).map(|(line, id)| readable(line, id)).collect();
     let entry = Entry::events(first, events.iter().map(|event| &**event));
-    let last = if entry.frames() == 1 { first } else { id_of(lines.last()?)? };
+    let last = if entry.frames() == 1 { first } else { id_of(lines.next_back()?)? };
     (entry.last == last).then_some(entry)
 }
 
