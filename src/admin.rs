@@ -25,8 +25,6 @@ mod tests;
 use listener::Stream;
 pub use listener::{Listener, Open};
 
-/// Connections at once; more wait to be accepted. Backends keep a few each, and a scraper one.
-const CONNECTIONS_MAX: usize = 256;
 /// How long a kept connection may wait for its next request. Longer than a scraper's usual 15 to 60 s.
 const IDLE: Duration = Duration::from_secs(75);
 /// How long a request may take to arrive once it has begun.
@@ -52,6 +50,8 @@ pub struct AdminContext {
     pub metrics: Arc<Metrics>,
     /// The key to it.
     pub keys: Arc<KeyRing>,
+    /// Connections at once; more wait to be accepted.
+    pub connections: usize,
     /// Longest body, in bytes.
     pub max_message: usize,
     /// How long the bus may take to answer a publish.
@@ -60,11 +60,7 @@ pub struct AdminContext {
 
 /// Serves until dropped; its connections end with it.
 pub async fn serve(listener: Listener, context: AdminContext) {
-    serve_at_most(CONNECTIONS_MAX, listener, context).await;
-}
-
-async fn serve_at_most(most: usize, listener: Listener, context: AdminContext) {
-    let slots = Arc::new(Semaphore::new(most));
+    let slots = Arc::new(Semaphore::new(context.connections));
     let mut connections = JoinSet::new();
     loop {
         let slot = slots.clone().acquire_owned().await.expect("the semaphore is never closed");

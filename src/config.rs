@@ -15,11 +15,13 @@ use crate::metrics::open_file_limit;
 use crate::origin::OriginRule;
 use crate::pace::RATE_MAX;
 
+mod files;
 mod input;
 mod redis_url;
 mod table;
 mod units;
 
+pub use files::rejection_slots;
 pub use redis_url::RedisUrl;
 
 use input::Input;
@@ -35,15 +37,6 @@ pub const HISTORY_MIN: u64 = 1000;
 const PREFIX_MAX: usize = 64;
 /// More shards than any machine has cores.
 const SHARDS_MAX: usize = 1024;
-/// Descriptors for everything but clients: standard streams, Redis, the admin listener and its clients;
-const OWN_FILES: u32 = 40;
-/// for each shard its epoll and its waker, for each public listener itself;
-const FILES_A_SHARD: u32 = 2;
-/// and for clients past `--max-connections`, for the moment that it takes to tell them so: one for so many
-/// connections, at least and at most so many.
-const DOORSTEP_PART: u32 = 8;
-const DOORSTEP_MIN: u32 = 8;
-const DOORSTEP_MAX: u32 = 256;
 /// Longest `--drain` and `--drain-notice`. systemd is told of both in microseconds that fit 32 bits: 71 minutes.
 const DRAIN_MAX: Duration = Duration::from_secs(1800);
 const _: () = assert!(2 * DRAIN_MAX.as_micros() + 600_000_000 < u32::MAX as u128);
@@ -77,7 +70,7 @@ pub struct Settings {
     pub redis_durable: bool,
     /// Channels that are also plain Redis channels of the same name.
     pub bare_channels: Vec<ChannelName>,
-    /// Connections this node takes; `None`: what there are descriptors for.
+    /// Most connections; `None`: as many as fit. See [`Settings::most_connections`].
     pub max_connections: Option<NonZeroU32>,
     /// Connections of one client address.
     pub max_per_address: Cap,
@@ -115,6 +108,8 @@ pub struct Settings {
     pub log: String,
     /// How log lines look.
     pub log_format: LogFormat,
+    /// The limit on open files of this process, if there is one that can be read. Not a setting; read with them.
+    pub open_files: Option<u32>,
 }
 
 /// Where the admin listener is.
@@ -305,26 +300,8 @@ impl Settings {
                 "json" => Ok(LogFormat::Json),
                 _ => Err(format!("{text:?} is neither text nor json")),
             }),
+            open_files: open_file_limit().and_then(|limit| u32::try_from(limit).ok()),
         }
-    }
-
-    /// Connections this node takes: as many as said, else as many as there are descriptors for.
-    pub fn most_connections(&self) -> u32 {
-        self.max_connections.map_or_else(|| self.connections_that_fit(), NonZeroU32::get)
-    }
-
-    /// How many connections the limit on open files leaves room for.
-    pub fn connections_that_fit(&self) -> u32 {
-        let files = open_file_limit().and_then(|limit| u32::try_from(limit).ok());
-        files.map_or(u32::MAX, |files| {
-            let rest = files.saturating_sub(self.own_files());
-            rest.saturating_sub(DOORSTEP_MAX).max(rest / (DOORSTEP_PART + 1) * DOORSTEP_PART).max(1)
-        })
-    }
-
-    /// Descriptors for what is no client.
-    pub fn own_files(&self) -> u32 {
-        OWN_FILES + FILES_A_SHARD * self.shards.get() as u32 + self.listen.len() as u32
     }
 
     /// What the settings must be to each other.
@@ -485,11 +462,6 @@ impl fmt::Display for Cap {
             Cap::Most(most) => most.fmt(f),
         }
     }
-}
-
-/// How many clients may wait for their refusal at a node that takes so many.
-pub fn doorstep(connections: u32) -> u32 {
-    (connections / DOORSTEP_PART).clamp(DOORSTEP_MIN, DOORSTEP_MAX)
 }
 
 /// Values by comma; a wrong one is named.

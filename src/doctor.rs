@@ -2,6 +2,7 @@
 //! what to change. It reads and changes nothing.
 
 use std::ffi::OsString;
+use std::num::NonZeroU32;
 use std::path::Path;
 
 use self::finding::{Finding, Level, show, sum_up};
@@ -101,10 +102,15 @@ const BUS: u64 = 64 << 20;
 const UNFINISHED: u64 = 64 << 20;
 
 fn load(settings: &Settings, connections: Option<u32>) -> Load {
-    let connections = connections.unwrap_or_else(|| settings.most_connections());
+    let asked = connections.or(settings.max_connections.map(NonZeroU32::get));
+    let connections = asked.unwrap_or_else(|| settings.most_connections());
+    let unlimited = Settings { open_files: None, ..settings.clone() };
+    let own_files =
+        |settings: &Settings| u64::from(settings.own_files() + config::rejection_slots(connections));
     Load {
         connections: connections.into(),
-        own_files: u64::from(settings.own_files() + config::doorstep(connections)),
+        own_files: own_files(settings),
+        own_files_unlimited: own_files(&unlimited),
         addresses: settings.listen.len() as u64,
         own_memory: START
             + settings.feed_memory as u64

@@ -165,7 +165,7 @@ impl Guard {
         Guard {
             trusted: settings.trusted_proxy.clone().into(),
             max_seats: settings.most_connections(),
-            max_doorstep: config::doorstep(settings.most_connections()),
+            max_doorstep: config::rejection_slots(settings.most_connections()),
             per_address: settings.max_per_address,
             per_user: match settings.max_per_user {
                 Cap::Auto => (!settings.jwt_key.is_empty()).then_some(PER_USER),

@@ -18,7 +18,7 @@ use crate::guard::Guard;
 use crate::handshake::Door;
 use crate::keys::KeyRing;
 use crate::listeners::Listeners;
-use crate::metrics::{self, BusNumbers, Metrics, Readiness};
+use crate::metrics::{BusNumbers, Metrics, Readiness};
 use crate::notify::{self, Manager};
 use crate::shard;
 
@@ -62,6 +62,7 @@ pub async fn run(
             requests,
             metrics: metrics.clone(),
             keys,
+            connections: settings.admin_connections() as usize,
             max_message: settings.max_message,
             publish_timeout: settings.publish_timeout,
         };
@@ -122,13 +123,13 @@ fn tell_start(settings: &Settings, listeners: &Listeners) -> io::Result<()> {
         max_message = settings.max_message,
         history = settings.history,
         feed_memory = settings.feed_memory,
-        open_files = metrics::open_file_limit(),
+        open_files = settings.open_files,
         "started"
     );
-    let (most, fit) = (settings.most_connections(), settings.connections_that_fit());
-    if most > fit {
+    if let Some(asked) = settings.max_connections.filter(|asked| asked.get() > settings.most_connections()) {
         tracing::warn!(
-            "--max-connections {most}, but the limit on open files has room for {fit}: raise it (LimitNOFILE)"
+            max_connections = settings.most_connections(),
+            "--max-connections {asked} is more than the limit on open files allows: raise it (LimitNOFILE)"
         );
     }
     Ok(())

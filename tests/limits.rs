@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use common::client::position;
 use common::{Client, Frame, Node, Options, Raw, Redis, cluster, until};
+use futures_util::future::join_all;
 use serde_json::json;
 use tokio::net::TcpStream;
 
@@ -38,9 +39,9 @@ async fn no_more_channels_than_allowed_are_followed() {
 #[tokio::test]
 async fn a_node_without_free_descriptors_serves_on_and_recovers() {
     let redis = Redis::start(&[]).await;
-    let flags = ["--redis", &redis.url(), "--shards", "1", "--max-connections", "1000"];
-    let node = Node::start_with_files(100, &flags).await;
+    let node = Node::on(&redis, &["--shards", "1"]).await;
     let mut first = Client::plain(&node, "first", "room").await;
+    node.limit_files(60); // after it has divided more: as when the whole host is short of files
     let mut held = Vec::new();
     for _ in 0..150 {
         held.push(TcpStream::connect(node.public).await.expect("the kernel completes it"));
@@ -66,7 +67,56 @@ async fn a_node_without_free_descriptors_serves_on_and_recovers() {
     assert!(node.metric("fanfare_accept_failures_total").await > 50.0);
     let told = node.log().matches("can't be accepted").count();
     assert_eq!(told, 1, "one line, however many came: {}", node.log());
-    assert!(node.log().contains("--max-connections 1000, but the limit on open files"), "{}", node.log());
+}
+
+#[tokio::test]
+async fn own_descriptors_are_counted_for_every_shard() {
+    const FILES: f64 = 500.0;
+    let redis = Redis::start(&[]).await;
+    for shards in ["1", "9", "65"] {
+        let flags = ["--shards", shards, "--listen", "127.0.0.1:0,127.0.0.1:0", "--redis", &redis.url()];
+        let node = Node::start_with_files(FILES as u32, &flags).await;
+        let _client = Client::plain(&node, "a", "room").await;
+        let connections = node.metric("fanfare_max_connections").await;
+        // Clients waiting for their 503 have an eighth more, and admin clients an eighth of all.
+        let all = node.descriptors() as f64 + connections * 9.0 / 8.0 + FILES / 8.0;
+        assert!(all <= FILES, "{all} with {shards} shards");
+        assert!(all >= FILES * 0.9, "{all} with {shards} shards: too many are reserved");
+    }
+}
+
+#[tokio::test]
+async fn clients_never_take_the_descriptors_of_redis() {
+    let mut redis = Redis::start(&[]).await;
+    let flags = ["--redis", &redis.url(), "--shards", "4", "--max-connections", "1000"];
+    let node = Node::start_with_files(300, &flags).await;
+    let most = node.metric("fanfare_max_connections").await as usize;
+    assert!((100..300).contains(&most), "{most}");
+    let warning = "--max-connections 1000 is more than the limit on open files allows";
+    assert!(node.log().contains(warning), "{}", node.log());
+    until("the end of the readiness probes", || async {
+        (node.metric("fanfare_connections").await == 0.0).then_some(())
+    })
+    .await;
+    let mut clients = Vec::new();
+    for number in 0..most {
+        clients.push(Client::resume(&node, &format!("user{number}"), "room", "").await.0);
+    }
+    // More than may wait for their 503, and more than the admin listener serves. None sends a byte.
+    let silent = join_all((0..200).map(|_| TcpStream::connect(node.public))).await;
+    let admin = join_all((0..100).map(|_| TcpStream::connect(node.admin))).await;
+    redis.kill();
+    redis.up().await;
+    let mut publisher = redis.client().await;
+    let event = br#"{"n":1}"#;
+    redis.subscribed("fanfare:{room}", 1).await;
+    let id = publisher.fcall("room", event, None).await.int() as u64;
+    for client in &mut clients {
+        client.next_control("reset").await;
+        client.expect_event(id, &json!({"n": 1})).await;
+    }
+    assert!(!node.log().contains("can't be accepted"), "{}", node.log());
+    drop((silent, admin));
 }
 
 #[tokio::test]

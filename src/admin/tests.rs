@@ -28,7 +28,14 @@ fn context(requests: Requests) -> AdminContext {
         panic!("defaults")
     };
     let keys = Arc::new(KeyRing::load(&settings).unwrap());
-    AdminContext { requests, metrics, keys, max_message: MAX, publish_timeout: Duration::from_secs(5) }
+    AdminContext {
+        requests,
+        metrics,
+        keys,
+        connections: CONNECTIONS,
+        max_message: MAX,
+        publish_timeout: Duration::from_secs(5),
+    }
 }
 
 /// An admin listener over a bus that answers the n-th publish with `outcome(n)`; `None` is no answer at all.
@@ -55,7 +62,7 @@ fn house(outcome: fn(u64) -> Option<Result<EventId, PublishError>>) -> House {
             }
         }
     });
-    tasks.spawn(serve_at_most(CONNECTIONS, listener, context));
+    tasks.spawn(serve(listener, context));
     House { addr, metrics, taken, _tasks: tasks }
 }
 

@@ -193,7 +193,10 @@ pub(super) static TABLE: [Spec; 31] = [
         Value,
         "CONNECTIONS",
         "auto",
-        &["Connections of this node; more get 503. auto: what the limit on open files has room for."],
+        &[
+            "Connections of this node; more get 503. auto: what the limit on open files has room for, and",
+            "never more than that.",
+        ],
     ),
     spec(
         "max-per-address",

@@ -21,8 +21,10 @@ const QUEUE: u64 = 65_535;
 pub struct Load {
     /// Clients at once.
     pub connections: u64,
-    /// Descriptors for everything else.
+    /// Descriptors for everything else, under the limit that holds now.
     pub own_files: u64,
+    /// The same under a limit that is no obstacle: the admin listener then serves more clients.
+    pub own_files_unlimited: u64,
     /// Public addresses.
     pub addresses: u64,
     /// What the node takes without any client, at most, in bytes.
@@ -50,10 +52,11 @@ fn open_files(host: &Host, load: &Load) -> Finding {
     if most >= needed {
         return Finding::ok(WHAT, format!("{needed} needed, {} allowed (the limit {whose})", shown(most)));
     }
+    let needed = load.connections + load.own_files_unlimited;
     let text = format!(
         "{needed} needed, one for each connection and {} for the node itself, but {most} allowed (the limit {whose}): \
          {} clients will be turned away",
-        load.own_files,
+        load.own_files_unlimited,
         needed - most,
     );
     let mut finding = Finding::problem(WHAT, text);
@@ -242,7 +245,7 @@ mod tests {
     use crate::doctor::finding::Level;
 
     fn load(connections: u64) -> Load {
-        Load { connections, own_files: 100, addresses: 1, own_memory: 100 << 20 }
+        Load { connections, own_files: 100, own_files_unlimited: 100, addresses: 1, own_memory: 100 << 20 }
     }
 
     fn good() -> Host {

@@ -146,6 +146,19 @@ impl Node {
         line.split_whitespace().nth(1).and_then(|kb| kb.parse::<u64>().ok()).expect("a number of kB") * 1024
     }
 
+    /// Descriptors it has open.
+    pub fn descriptors(&self) -> u64 {
+        let open = std::fs::read_dir(format!("/proc/{}/fd", self.process.pid())).expect("the node runs");
+        open.count() as u64
+    }
+
+    /// Changes its limit on open files.
+    pub fn limit_files(&self, files: u64) {
+        let pid = self.process.pid().to_string();
+        let status = Command::new("prlimit").args(["--pid", &pid, &format!("--nofile={files}")]).status();
+        assert!(status.expect("prlimit is there").success(), "can't limit files to {files}");
+    }
+
     /// What it logged so far.
     pub fn log(&self) -> String {
         self.process.output().join("\n")
