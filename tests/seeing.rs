@@ -267,9 +267,9 @@ async fn what_a_replica_refuses_is_told_once_and_again_when_it_changes() {
     replica.promote().await;
     node.ready().await;
     // Also on a connection that was made before: the node tries again.
-    let to_be_had =
-        || async { (lines(&node, "FCALL fanfare_publish is to be had").len() == 1).then_some(()) };
-    until("the log to tell of FCALL", to_be_had).await;
+    let available =
+        || async { (lines(&node, "FCALL fanfare_publish is available").len() == 1).then_some(()) };
+    until("the log to tell of FCALL", available).await;
     assert!(replica.client().await.fcall("room", b"{}", None).await.int() > 0);
 }
 

@@ -1,4 +1,4 @@
--- KEYS[1] a channel P:{C}, KEYS[2] the node's own Pub/Sub channel. ARGV: the bare channels.
+-- KEYS[1] a channel P:{C}, KEYS[2] the node's own Pub/Sub channel, KEYS[3] P:settings. ARGV: the bare channels.
 -- Answers what this user may not do: better told at once than found out one by one.
 local name, meta, events, from = KEYS[1], KEYS[1] .. ':meta', KEYS[1] .. ':events', KEYS[1] .. ':from:x'
 local mark = string.match(name, '^(.-):{') .. ':epoch'
@@ -14,6 +14,7 @@ local needed = {
   {'XADD', events, '*', 'e', 'x'}, {'XRANGE', events, '-', '+'}, {'XREVRANGE', events, '+', '-'},
   {'XTRIM', events, 'MAXLEN', '1'}, {'PEXPIRE', events, '1'}, {'DEL', events},
   {'GET', from}, {'SET', from, 'x'},
+  {'TYPE', KEYS[3]}, {'DEL', KEYS[3]}, {'HSET', KEYS[3], 'x', 'x'}, {'PEXPIRE', KEYS[3], '1'},
 }
 for _, bare in ipairs(ARGV) do
   needed[#needed + 1] = {'SUBSCRIBE', bare}

@@ -1,5 +1,5 @@
 -- FCALL fanfare_publish 1 P:{C} <JSON object> [to]: what a node's publish does, for any program.
--- SETTINGS stands before this text: bare (a set of channel names), max, history, ttl (in ms), durable.
+-- VERSION stands before this text. What a prefix is set to is in the hash P:settings, which its nodes write.
 
 local CONTROL = {welcome = true, reset = true, ping = true, error = true, ack = true}
 
@@ -113,18 +113,39 @@ local function refuse(text)
   return redis.error_reply('ERR fanfare_publish: ' .. text)
 end
 
+-- What the nodes of a prefix are set to, or nil and why not.
+local function settings_of(prefix)
+  local key = prefix .. ':settings'
+  local found = redis.pcall('HMGET', key, 'max_message', 'history', 'history_ttl', 'durable', 'bare_channels')
+  if found.err then
+    return nil, 'can not read ' .. key .. ': ' .. found.err
+  end
+  local settings = {
+    max = tonumber(found[1]), history = tonumber(found[2]), ttl = tonumber(found[3]),
+    durable = found[4] == '1', bare = ' ' .. (found[5] or '') .. ' ',
+  }
+  if not (settings.max and settings.history and settings.ttl) then
+    return nil, 'no node has the --redis-prefix "' .. prefix .. '" (there is no ' .. key .. ')'
+  end
+  return settings
+end
+
 local function publish(keys, args)
   local name = keys[1]
-  local channel = name and string.match(name, '^[^{}]+:{([%w_.:-]+)}$')
+  local prefix, channel = string.match(name or '', '^([^{}]+):{([%w_.:-]+)}$')
   if #keys ~= 1 or not channel or #channel > 128 then
     return refuse('give one key, <prefix>:{<channel>}, as in FCALL fanfare_publish 1 fanfare:{ws_broadcast} ...')
   end
   if #args < 1 or #args > 2 then
     return refuse('give a JSON object and, for one user alone, the user id')
   end
+  local settings, why = settings_of(prefix)
+  if not settings then
+    return refuse(why)
+  end
   local text = args[1]
-  if #text > SETTINGS.max then
-    return refuse('the event has ' .. #text .. ' bytes; --max-message allows ' .. SETTINGS.max)
+  if #text > settings.max then
+    return refuse('the event has ' .. #text .. ' bytes; --max-message allows ' .. settings.max)
   end
   local event, fault = decode(text)
   if fault then
@@ -153,14 +174,19 @@ local function publish(keys, args)
     item = item .. '"to":' .. cjson.encode(user) .. ','
   end
 
-  local epoch = current_epoch(prefix_of(name), SETTINGS.durable)
-  local head = position(name, epoch, SETTINGS.ttl, 0, 0)
+  local epoch = current_epoch(prefix, settings.durable)
+  local head = position(name, epoch, settings.ttl, 0, 0)
   local messages
-  head, messages = append(name, head, {item .. '"id":', user}, 1, SETTINGS.history, SETTINGS.ttl)
-  announce(name, messages, SETTINGS.bare[channel] and channel or '')
+  head, messages = append(name, head, {item .. '"id":', user}, 1, settings.history, settings.ttl)
+  local is_bare = string.find(settings.bare, ' ' .. channel .. ' ', 1, true)
+  announce(name, messages, is_bare and channel or '')
   return head
 end
 
-redis.register_function('fanfare_publish', function(keys, args)
-  return guarded(keys[1], publish, keys, args)
-end)
+redis.register_function{
+  function_name = 'fanfare_publish',
+  description = VERSION,
+  callback = function(keys, args)
+    return guarded(keys[1], publish, keys, args)
+  end,
+}

@@ -1,7 +1,7 @@
 //! The bus across nodes: ids and history in Redis, Pub/Sub as the hint, one sequence for each followed channel.
 //!
 //! One task owns everything here. What waits for Redis is spawned, owns nothing, and comes back as an
-//! `Outcome`. Rooms: `link` (the connections), `scripts` (what runs in Redis), `wire` (messages to
+//! `Outcome`. Rooms: `link` (the connections), `library` (what other programs call), `scripts` (what runs in Redis), `wire` (messages to
 //! entries), `publisher` and `follow` (one channel's two directions), `out` and `inward` (what the task does
 //! with them), `pages` (history for those who are behind), `health` (canary, sessions, readiness), `reason` (what is
 //! wrong, in plain words), `faults` (the log of channels whose data in Redis is wrong).
@@ -18,6 +18,7 @@ use tokio::sync::{Semaphore, broadcast, mpsc};
 use self::faults::FaultLog;
 use self::follow::Follow;
 use self::health::{Canaries, Link};
+use self::library::Write;
 use self::link::{CallError, ConnectError, Report, Session};
 use self::pages::Pages;
 use self::publisher::Publisher;
@@ -33,6 +34,7 @@ mod follow;
 mod health;
 pub mod inspect;
 mod inward;
+mod library;
 mod link;
 mod out;
 mod pages;
@@ -136,7 +138,9 @@ struct Bus {
     warned_of_json: Option<Instant>,
     /// Why other programs can't publish by FCALL, as far as was told to the log.
     no_library: Option<Arc<str>>,
-    /// When it is loaded again, if Redis has refused.
+    /// What this process writes of the library: its own once, then what is missing.
+    library_write: Write,
+    /// When to look next whether it is missing.
     next_load: Instant,
 }
 
@@ -174,6 +178,7 @@ pub async fn run(settings: &Settings, url: &RedisUrl, wiring: Wiring) -> Result<
         faults: FaultLog::default(),
         warned_of_json: None,
         no_library: None,
+        library_write: Write::Replace,
         next_load: Instant::now(),
     };
     let mut messages: Option<broadcast::Receiver<Message>> = None;

@@ -1,5 +1,7 @@
 //! Other programs, other settings, and a Redis that will not do.
 
+use std::time::Duration;
+
 use fanfare::bus::BusError;
 use fanfare::event::EventId;
 use serde_json::Value;
@@ -7,7 +9,7 @@ use tokio::time::timeout;
 
 use crate::cases::cases;
 use crate::node::{Node, event, mark, settings, until};
-use crate::redis_server::{PATIENCE, RedisServer, free_port};
+use crate::redis_server::{PATIENCE, RedisServer, Reply, free_port};
 
 #[tokio::test]
 async fn fcall_publishes_like_a_node() {
@@ -276,4 +278,75 @@ async fn a_node_starts_without_redis_and_joins_when_it_comes() {
     node.until_ready().await;
     let id = timeout(PATIENCE, result).await.unwrap().unwrap().unwrap();
     assert_eq!(node.follow("room", 0).await.position, id);
+}
+
+#[tokio::test]
+async fn fcall_follows_the_settings_of_its_prefix() {
+    let redis = RedisServer::start();
+    let of = |prefix: &str, history: u64, hours: u64, max_message: usize| {
+        let mut settings = settings(&redis.url());
+        settings.redis_prefix = prefix.into();
+        (settings.history, settings.max_message) = (history, max_message);
+        settings.history_ttl = Duration::from_secs(hours * 3600);
+        settings
+    };
+    let _large = Node::ready(of("large", 3000, 24, 4096)).await;
+    let _small = Node::ready(of("small", 1000, 1, 1024)).await;
+    let mut raw = redis.raw();
+    let event = format!("{{\"a\":\"{}\"}}", "x".repeat(2000));
+    for (prefix, history, hours, takes_it) in [("large", 3000, 24, true), ("small", 1000, 1, false)] {
+        let key = format!("{prefix}:{{room}}");
+        let answers = raw.repeat(&["FCALL", "fanfare_publish", "1", &key, "{}"], 4000);
+        assert!(answers.iter().all(|answer| answer.number() > 0));
+        let events = format!("{key}:events");
+        let kept = raw.command(&["XLEN", &events]).number();
+        assert!((history..history + 200).contains(&kept), "{prefix} keeps {kept}");
+        let millis = raw.command(&["PTTL", &events]).number();
+        assert!((hours - 1..=hours).contains(&(millis / 3_600_000)), "{prefix} keeps them for {millis} ms");
+        let answer = raw.command(&["FCALL", "fanfare_publish", "1", &key, &event]);
+        assert_eq!(matches!(answer, Reply::Number(_)), takes_it, "{answer:?}");
+    }
+    let before = raw.command(&["DBSIZE"]);
+    let answer = raw.command(&["FCALL", "fanfare_publish", "1", "typo:{room}", "{}"]);
+    assert!(answer.error().contains("no node has the --redis-prefix \"typo\""), "{answer:?}");
+    assert_eq!(raw.command(&["DBSIZE"]), before, "nothing is stored for it");
+}
+
+#[tokio::test]
+async fn fcall_works_again_after_a_flush() {
+    let redis = RedisServer::start();
+    let node = Node::ready(settings(&redis.url())).await;
+    let mut raw = redis.raw();
+    for flush in [
+        &["FUNCTION", "FLUSH"][..],
+        &["FUNCTION", "DELETE", "fanfare1"],
+        &["FLUSHALL"],
+        &["DEL", "fanfare:settings"],
+    ] {
+        raw.command(flush);
+        let fcall = ["FCALL", "fanfare_publish", "1", "fanfare:{room}", "{}"];
+        assert!(matches!(raw.command(&fcall), Reply::Error(_)), "{flush:?}");
+        until("FCALL works", || matches!(redis.raw().command(&fcall), Reply::Number(_))).await;
+        assert_eq!(node.readiness.trouble(), None);
+    }
+}
+
+#[tokio::test]
+async fn the_newest_version_of_the_function_stays() {
+    let redis = RedisServer::start();
+    let mut raw = redis.raw();
+    let mut load = |version: &str| {
+        let text = format!(
+            "#!lua name=fanfare1\nredis.register_function{{function_name = 'fanfare_publish', \
+             description = '{version}', callback = function() return 7 end}}"
+        );
+        raw.command(&["FUNCTION", "LOAD", "REPLACE", &text]);
+    };
+    let fcall = || redis.raw().command(&["FCALL", "fanfare_publish", "1", "fanfare:{room}", "{}"]);
+    load("99.0.0");
+    let _node = Node::ready(settings(&redis.url())).await;
+    assert_eq!(fcall(), Reply::Number(7), "a node of an older version leaves it");
+    load("0.0.1");
+    until("the node replaces an older one", || fcall() != Reply::Number(7)).await;
+    assert!(fcall().number() > 7);
 }

@@ -195,6 +195,21 @@ impl Redis {
         Resp::connect(SocketAddr::from(([127, 0, 0, 1], self.port))).await
     }
 
+    /// Wipes it, but for the settings of FCALL: so a program can publish before a node has written them again.
+    pub async fn flush_all_but_settings(&self) {
+        let mut client = self.client().await;
+        let settings = until("the settings of FCALL", || async {
+            let settings = self.client().await.call(&["HGETALL", "fanfare:settings"]).await;
+            (!settings.list().is_empty()).then_some(settings)
+        })
+        .await;
+        let fields: Vec<_> = settings.list().iter().map(|field| field.text()).collect();
+        client.call(&["MULTI"]).await;
+        client.call(&["FLUSHALL"]).await;
+        client.call(&[&["HSET", "fanfare:settings"][..], &fields].concat()).await;
+        client.call(&["EXEC"]).await;
+    }
+
     /// Waits until this many clients are subscribed to a Redis channel.
     pub async fn subscribed(&self, channel: &str, count: i64) {
         let client = &tokio::sync::Mutex::new(self.client().await);

@@ -6,6 +6,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::library::Write;
 use super::link::{self, CallError, ConnectError, Script, Session};
 use super::terms::random;
 use super::{Bus, Outcome, reason, scripts, wire};
@@ -23,7 +24,7 @@ const CANARY_LATE: Duration = Duration::from_secs(2);
 /// Without a canary for so long the connections are given up.
 const CANARY_LOST: Duration = Duration::from_secs(4);
 
-/// Time between two attempts to load the function for other programs, where Redis has refused it.
+/// Time between two looks whether the function and settings for other programs are there.
 const LOAD_EVERY: Duration = Duration::from_secs(2);
 
 /// The first wait before a new attempt to connect; it doubles each time.
@@ -146,6 +147,7 @@ impl Bus {
         self.link.generation += 1;
         let generation = self.link.generation;
         let (config, terms, outcomes) = (self.config.clone(), self.terms.clone(), self.outcomes.clone());
+        let write = self.library_write;
         let reports = {
             let outcomes = outcomes.clone();
             move |report| {
@@ -154,7 +156,8 @@ impl Bus {
         };
         tokio::spawn(async move {
             let made =
-                tokio::time::timeout(link::SESSION_TIMEOUT, link::connect(config, &terms, reports)).await;
+                tokio::time::timeout(link::SESSION_TIMEOUT, link::connect(config, &terms, write, reports))
+                    .await;
             let outcome = match made {
                 Ok(Ok(made)) => Outcome::Connected(generation, Box::new(made)),
                 Ok(Err(error)) => Outcome::NotConnected(generation, error),
@@ -167,31 +170,33 @@ impl Bus {
     /// What came of loading the function for other programs: said when it changes.
     pub(super) fn tell_of_library(&mut self, refused: Option<Arc<str>>) {
         self.next_load = Instant::now() + LOAD_EVERY;
+        if refused.is_none() {
+            self.library_write = Write::Missing;
+        }
         if self.no_library == refused {
             return;
         }
         match &refused {
-            None => tracing::info!("FCALL fanfare_publish is to be had"),
+            None => tracing::info!("FCALL fanfare_publish is available"),
             Some(words) => {
-                let text =
-                    "FCALL fanfare_publish is not to be had, all else works: Redis refuses FUNCTION LOAD";
-                tracing::warn!("{text} ({words})");
+                tracing::warn!("FCALL fanfare_publish is unavailable, all else works: Redis says {words}");
             }
         }
         self.no_library = refused;
     }
 
-    /// Redis works and has refused the function before: a replica that was promoted, a full Redis that has room again.
+    /// Redis works: the function and settings for other programs are written where they are missing, as after FUNCTION
+    /// FLUSH, FLUSHALL, an eviction, or on a replica that was promoted.
     fn load_again(&mut self, now: Instant) {
-        let Some(session) = self.link.session.as_ref().filter(|_| self.no_library.is_some()) else { return };
+        let Some(session) = &self.link.session else { return };
         if now < self.next_load {
             return;
         }
         self.next_load = now + LOAD_EVERY;
-        let (caller, terms) = (session.caller(), self.terms.clone());
+        let (caller, terms, write) = (session.caller(), self.terms.clone(), self.library_write);
         let (outcomes, generation) = (self.outcomes.clone(), self.link.generation);
         tokio::spawn(async move {
-            let result = caller.load_library(&terms).await;
+            let result = caller.provide_library(&terms, write).await;
             let _ = outcomes.send(Outcome::Library(generation, result));
         });
     }

@@ -1,5 +1,5 @@
-//! A look at a Redis before a launch, for `fanfare doctor`. It reads and changes nothing: the function that nodes load
-//! stays as it is, so that those that run already keep their settings of it.
+//! A look at a Redis before a launch, for `fanfare doctor`. It reads and changes nothing, not
+//! even the function that nodes load.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};

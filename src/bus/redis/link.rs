@@ -17,6 +17,7 @@ use tokio::sync::{broadcast, mpsc, watch};
 use tokio::task::AbortHandle;
 use tokio::time::timeout;
 
+use super::library::{self, Write};
 use super::scripts::{self, bytes};
 use super::terms::Terms;
 
@@ -162,9 +163,9 @@ impl std::fmt::Debug for Caller {
 }
 
 impl Caller {
-    /// Loads the function for other programs again, which Redis has refused before.
-    pub async fn load_library(&self, terms: &Terms) -> Result<(), CallError> {
-        load_library(&self.client, terms).await
+    /// See [`library::provide`].
+    pub async fn provide_library(&self, terms: &Terms, write: Write) -> Result<(), CallError> {
+        library::provide(&self.client, terms, write).await
     }
 
     /// Runs a script with these keys. A script that Redis has forgotten is sent again whole.
@@ -194,7 +195,8 @@ impl Caller {
     }
 }
 
-fn script_args(script: Value, keys: &[&str], args: Vec<Value>) -> Vec<Value> {
+/// The arguments of EVAL or EVALSHA.
+pub fn script_args(script: Value, keys: &[&str], args: Vec<Value>) -> Vec<Value> {
     let mut all = Vec::with_capacity(2 + keys.len() + args.len());
     all.push(script);
     all.push(Value::Integer(keys.len() as i64));
@@ -242,6 +244,7 @@ pub fn not_connected(error: Error) -> ConnectError {
 pub async fn connect(
     config: Config,
     terms: &Terms,
+    write: Write,
     reports: impl Fn(Report) + Clone + Send + Sync + 'static,
 ) -> Result<(Session, broadcast::Receiver<Message>), ConnectError> {
     let mut tasks = Tasks(Vec::new());
@@ -269,7 +272,7 @@ pub async fn connect(
     let (open, watch_open) = watch::channel(());
     let caller = Caller { client: client.clone(), hashes: Arc::new(hashes), open: watch_open };
     check_permissions(&client, terms).await?;
-    let no_library = load_library(&client, terms).await.err().map(|error| error.text());
+    let no_library = library::provide(&client, terms, write).await.err().map(|error| error.text());
 
     let (orders, orders_rx) = mpsc::unbounded_channel();
     let report = reports.clone();
@@ -345,7 +348,8 @@ pub async fn check_server(client: &Client) -> Result<String, ConnectError> {
 pub async fn check_permissions(client: &Client, terms: &Terms) -> Result<(), ConnectError> {
     let channel = format!("{}:{{x}}", terms.prefix);
     let bare = terms.bare.iter().map(|channel| Value::from(channel.as_str())).collect();
-    let args = script_args(Value::from_static_str(scripts::CHECK), &[&channel, &terms.canary()], bare);
+    let keys = [&*channel, &terms.canary(), &terms.settings_key()];
+    let args = script_args(Value::from_static_str(scripts::CHECK), &keys, bare);
     let refused = match command(client, "EVAL", args).await {
         Ok(frame) => scripts::texts(&frame),
         Err(CallError::Lost(text)) => return Err(ConnectError::Away(text.to_string())),
@@ -364,12 +368,6 @@ pub async fn check_permissions(client: &Client, terms: &Terms) -> Result<(), Con
         refused.join(", "),
         prefix = terms.prefix,
     )))
-}
-
-/// Other programs publish by FCALL; nodes don't need it.
-async fn load_library(client: &Client, terms: &Terms) -> Result<(), CallError> {
-    let args = vec!["LOAD".into(), "REPLACE".into(), scripts::library(terms).into()];
-    command(client, "FUNCTION", args).await.map(|_| ())
 }
 
 /// Carries out orders one after the other; what has gathered goes in one SUBSCRIBE. Redis answers on this

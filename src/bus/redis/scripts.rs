@@ -26,21 +26,8 @@ pub const CANARY: &str =
 /// Writes nothing.
 pub const CHECK: &str = concat!("#!lua flags=no-writes,allow-oom\n", include_str!("../check.lua"));
 
-/// The library that serves `FCALL fanfare_publish`. Its name carries a version: a later one takes its place.
-/// Where deployments share a Redis, the settings of the node that loaded it last hold for all.
-pub fn library(terms: &Terms) -> String {
-    let bare: Vec<String> = terms.bare.iter().map(|name| format!("['{name}'] = true")).collect();
-    format!(
-        "#!lua name=fanfare1\nlocal SETTINGS = {{bare = {{{}}}, max = {}, history = {}, ttl = {}, durable = {}}}\n{}\n{}",
-        bare.join(", "),
-        terms.max_message,
-        terms.history,
-        terms.ttl_ms,
-        terms.durable,
-        include_str!("../run.lua"),
-        include_str!("../function.lua"),
-    )
-}
+/// Stores the settings of this prefix for other programs' FCALL.
+pub const SETTINGS: &str = concat!("#!lua flags=allow-oom\n", include_str!("../settings.lua"));
 
 /// What every call on a channel carries: what this node knows of it.
 #[derive(Clone, Copy, Debug, Default)]
@@ -59,7 +46,8 @@ impl Known {
     }
 }
 
-fn number(value: u64) -> Value {
+/// A number as an argument.
+pub fn number(value: u64) -> Value {
     Value::Integer(i64::try_from(value).expect("ids, sizes and milliseconds are below 2^63"))
 }
 
@@ -174,11 +162,13 @@ pub fn scanned(frame: &Resp3Frame) -> Option<(String, Vec<String>)> {
     Some((text(cursor)?, texts(keys)))
 }
 
-fn text(frame: &Resp3Frame) -> Option<String> {
+/// A string.
+pub fn text(frame: &Resp3Frame) -> Option<String> {
     bytes(frame).map(|text| String::from_utf8_lossy(&text).into_owned())
 }
 
-fn array(frame: &Resp3Frame) -> Option<&[Resp3Frame]> {
+/// A list.
+pub fn array(frame: &Resp3Frame) -> Option<&[Resp3Frame]> {
     match frame {
         Resp3Frame::Array { data, .. } => Some(data),
         _ => None,

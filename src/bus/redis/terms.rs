@@ -38,6 +38,9 @@ const MILLIS_MAX: u64 = 1 << 46;
 /// At least an hour.
 const NUMBER_TTL_MIN_MS: u64 = 3_600_000;
 
+/// Three days.
+const SETTINGS_TTL_MIN_MS: u64 = 3 * 24 * 3_600_000;
+
 /// What a Pub/Sub channel of Redis carries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Lane<'a> {
@@ -77,6 +80,16 @@ impl Terms {
     /// Where this node's canary goes.
     pub fn canary(&self) -> String {
         format!("{}:node:{}", self.prefix, self.node)
+    }
+
+    /// The hash of settings that FCALL follows under this prefix.
+    pub fn settings_key(&self) -> String {
+        format!("{}:settings", self.prefix)
+    }
+
+    /// How long that outlives the last node, in milliseconds: as long as a channel's sequence, and over a weekend.
+    pub fn settings_ttl_ms(&self) -> u64 {
+        SETTINGS_TTL_MIN_MS.max(2 * self.ttl_ms)
     }
 
     /// The Pub/Sub channels that a followed channel needs.
