@@ -29,6 +29,7 @@ chromium chromium
 chromium-driver chromedriver
 prometheus promtool
 openssl openssl
+python3 python3
 nginx nginx
 systemd systemd-analyze
 strace strace
