@@ -238,7 +238,11 @@ async fn closes_after_what_it_cant_read_to_the_end() {
         assert!(head.contains("Connection: close\r\n"), "{head}");
         assert_eq!(stream.read(&mut [0]).await.unwrap(), 0, "an orderly end, no reset: {request}");
     }
-    assert_eq!(house.ask(post("/publish", &long.replacen('1', "", 1))).await.0, 200, "the longest body that fits");
+    assert_eq!(
+        house.ask(post("/publish", &long.replacen('1', "", 1))).await.0,
+        200,
+        "the longest body that fits"
+    );
     assert!(house.taken.recv().await.is_some());
 }
 
