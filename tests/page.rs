@@ -8,6 +8,7 @@ use std::net::{SocketAddr, TcpStream};
 use std::process::Command;
 use std::time::Duration;
 
+use common::cases::cases;
 use common::process::{Directory, Process};
 use common::redis::free_port;
 use common::{Node, Redis, http, until};
@@ -357,7 +358,18 @@ async fn the_client_does_what_each_answer_asks_for() {
     browser.open(&format!("http://{}/healthz", node.public)).await;
     let result = browser.run_client(include_str!("page/client.js")).await;
     assert_eq!(result["failed"], json!([]), "{result}");
-    assert_eq!(result["passed"], json!(17));
+    assert_eq!(result["passed"], json!(19));
+}
+
+#[tokio::test]
+async fn a_browser_reads_every_event_that_is_accepted() {
+    let node = Node::start(&[]).await;
+    let browser = Browser::start().await;
+    browser.open(&format!("http://{}/healthz", node.public)).await;
+    let cases = cases().into_iter().filter(|case| case.error().is_none());
+    let texts: Vec<String> = cases.map(|case| String::from_utf8(case.event()).expect("UTF-8")).collect();
+    let script = "texts.filter((text) => { try { JSON.parse(text); } catch { return true; } })";
+    assert_eq!(browser.run(&format!("const texts = {}; return {script};", json!(texts))).await, json!([]));
 }
 
 #[tokio::test]

@@ -54,7 +54,7 @@ export type FanfareState =
 
 /**
  * `code` is a word when it is about a message: `offline` (not sent), `unknown` (it may or may not have been
- * published) or what the server says; the close code when it is about a connection.
+ * published) or what the server says; `unreadable` for a frame that is skipped; the close code when it is about a connection.
  */
 export interface FanfareError extends Error {
   name: "FanfareError";
@@ -70,12 +70,13 @@ export interface FanfareEventMap<E> {
   recovered: (info: { lastEventId: number; head: number }) => void;
   /**
    * Events before `lastEventId` may be missing: load the state anew. `from` tells whether the server said so
-   * on connecting (`welcome`) or in the middle of a connection (`reset`).
+   * on connecting (`welcome`) or in the middle of a connection (`reset`), or a frame was skipped (`unreadable`).
    */
-  gap: (info: { lastEventId: number; from: "welcome" | "reset" }) => void;
+  gap: (info: { lastEventId: number; from: "welcome" | "reset" | "unreadable" }) => void;
   /**
    * A token function failed (its own error), the server refused something that no `send` waits for, a message
-   * was too long (1009) or too long on its way (1008), or the connection is over for good.
+   * was too long (1009) or too long on its way (1008), a frame was no JSON object and is skipped (`unreadable`), or the
+   * connection is over for good.
    */
   error: (error: FanfareError | Error) => void;
 }

@@ -82,7 +82,7 @@ export class Fanfare {
       if (this.#socket !== attempt) return; // closed or given up meanwhile
       if (token) url.searchParams.set("token", token);
       const socket = (this.#socket = new WebSocket(url, "fanfare.v1"));
-      socket.onmessage = ({ data }) => socket === this.#socket && this.#frame(JSON.parse(data));
+      socket.onmessage = ({ data }) => socket === this.#socket && this.#receive(data);
       socket.onclose = ({ code, reason }) => socket === this.#socket && this.#lost(code, reason);
     } catch (error) {
       if (this.#socket !== attempt) return;
@@ -91,27 +91,45 @@ export class Fanfare {
     }
   }
 
-  #frame(frame) {
+  #receive(data) {
     this.#heard = performance.now();
+    let frame = null;
+    try { frame = JSON.parse(data); } catch {}
+    if (typeof frame === "object" && frame !== null && !Array.isArray(frame)) return this.#frame(frame);
+    // No server of this version sends this. An event has its id at the end: skip it, or each resume would bring it again.
+    const [, id = 0] = /"id":(\d{1,16})}$/.exec(String(data).slice(-22)) ?? [];
+    const live = this.#state === "live";
+    if (live) this.#last = Math.max(this.#last, id);
+    this.#emit("error", failure("unreadable", "the server sent a frame that is no JSON object"));
+    if (live) this.#emit("gap", { lastEventId: this.#last, from: "unreadable" });
+  }
+
+  #frame(frame) {
     if (typeof frame.id === "number" && frame.type !== "ack") {
       if (frame.id <= this.#last) return; // had it already
       this.#last = frame.id;
       return this.#emit("message", frame, { recovered: frame.id <= this.#head });
     }
-    const sent = this.#pending.get(frame.ref);
-    this.#pending.delete(frame.ref);
     switch (frame.type) {
       case "welcome": return this.#welcome(frame);
-      case "ack": return sent?.resolve(frame.id);
+      case "ack": return this.#answered(frame)?.resolve(frame.id);
       case "ping": return (this.#last = Math.max(this.#last, frame.lastEventId ?? 0));
       case "reset":
         this.#last = frame.lastEventId;
         return this.#emit("gap", { lastEventId: this.#last, from: "reset" });
-      case "error":
-        if (sent) return sent.reject(failure(frame.code, frame.message));
-        return this.#emit("error", failure(frame.code, frame.message));
+      case "error": {
+        const error = failure(frame.code, frame.message);
+        const sent = this.#answered(frame);
+        return sent ? sent.reject(error) : this.#emit("error", error);
+      }
       default: this.#emit("message", frame, { recovered: false }); // from the bare channel: without id
     }
+  }
+
+  #answered({ ref }) {
+    const sent = this.#pending.get(ref);
+    this.#pending.delete(ref);
+    return sent;
   }
 
   #welcome({ lastEventId, head, recovered }) {

@@ -14,7 +14,8 @@ class FakeSocket {
   }
   send(text) { this.sent.push(JSON.parse(text)); }
   close(code) { this.closed = code; }
-  says(frame) { this.onmessage({ data: JSON.stringify(frame) }); }
+  says(frame) { this.sends(JSON.stringify(frame)); }
+  sends(data) { this.onmessage({ data }); }
   ends(code, reason = "") { this.onclose({ code, reason }); }
 }
 
@@ -137,6 +138,38 @@ const tests = {
     equal([fanfare.lastEventId, heard("gap")], [105, []]);
     last().says({ type: "reset", lastEventId: 90 });
     equal([fanfare.lastEventId, heard("gap")], [90, [{ lastEventId: 90, from: "reset" }]]);
+  },
+
+  async unreadable_frames_are_skipped() {
+    const { fanfare, last, live, heard } = client();
+    await settle();
+    last().sends("a proxy's words");
+    equal([fanfare.lastEventId, heard("error").length, heard("gap")], [null, 1, []]);
+    await live(100);
+    last().sends('{"a":1.,"id":105}');
+    equal([fanfare.lastEventId, heard("gap")], [105, [{ lastEventId: 105, from: "unreadable" }]]);
+    const frames = ["", "null", "7", '"id"', "[1]", '{"id":107', '{"a":.5,"id":99}', new Blob(["{}"])];
+    for (const data of frames) last().sends(data);
+    equal(heard("error").map(({ code }) => code), Array(frames.length + 2).fill("unreadable"));
+    equal([fanfare.lastEventId, heard("message"), fanfare.state], [105, [], "live"]);
+    last().says({ text: "a", id: 106 });
+    last().sends('{"text":"deep","data":{"id":107},"id":1e3}'); // an id as no server writes it is one all the same
+    equal(heard("message").map(({ id }) => id), [106, 1000]);
+    last().ends(1006);
+    await pass(1_000);
+    equal(last().url.searchParams.get("lastEventId"), "1000");
+  },
+
+  async frames_of_unknown_shape_are_events() {
+    const { fanfare, last, live, heard } = client();
+    await live();
+    const sent = fanfare.send("hi");
+    const frames = [{}, { type: null }, { type: ["ack"], ref: 1 }, { type: "news", ref: 1 }, { id: "7", ref: 1 }, { id: null }];
+    for (const frame of frames) last().says(frame);
+    last().sends('{"__proto__":{"id":200},"constructor":1,"hasOwnProperty":2}');
+    equal([heard("message").length, fanfare.lastEventId, heard("error")], [frames.length + 1, 100, []]);
+    last().says({ type: "ack", ref: 1, id: 101 });
+    equal(await sent, 101); // only an answer settles it
   },
 
   async sending_settles_as_the_server_says() {
