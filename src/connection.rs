@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::io::{self, IoSlice, Read, Write};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use mio::net::TcpStream;
@@ -24,6 +24,14 @@ const SLICES: usize = 64;
 
 /// Most bytes that one connection writes before others get their turn.
 const BURST: usize = 256 * 1024;
+
+/// A reader this slow still has its pong in time, in bytes a second: what is on its way when a ping is written takes
+/// that long to read before it.
+const SLOWEST_READER: u32 = 32 * 1024;
+
+/// Most bytes on their way to a client: more than the kernels of node, proxy and client hold with Linux' defaults
+/// (`tcp_rmem` 6 MiB and `tcp_wmem` 4 MiB at most).
+const ON_THE_WAY_MAX: u32 = 16 * 1024 * 1024;
 
 /// No user has an earlier or later connection.
 pub const NONE: u32 = u32::MAX;
@@ -176,6 +184,8 @@ pub struct Connection {
     current: bool,
     /// Its socket is full.
     pub blocked: bool,
+    /// Its socket was full when its heartbeat was last looked at.
+    pub was_blocked: bool,
     /// It is told when its socket has room again.
     pub watched: bool,
     /// Nothing is read from it until it takes what waits for it, or the bus has answered it.
@@ -192,8 +202,11 @@ pub struct Connection {
     pub may_publish: bool,
     /// When its token ends, in seconds since 1970.
     pub expires: u32,
-    /// When the last sign of life came, in ticks of the shard.
+    /// When the last sign of life came, in ticks of the shard: bytes from it, or where its socket is full, room.
     pub heard: u32,
+    /// Bytes written since the last ping that was answered, and how many of them before the one that is not.
+    unconfirmed: u32,
+    before_ping: u32,
     /// It waits for a page of history.
     pub waits_for_page: bool,
     /// Publishes without an answer yet.
@@ -201,7 +214,7 @@ pub struct Connection {
     /// When the last heartbeat was sent, in ticks of the shard.
     pub heartbeat: u32,
     /// A pong is due from it.
-    pub pinged: bool,
+    pinged: bool,
     /// Until when what it has sent is paid for, on the shard's clock; see [`crate::pace`].
     pub paid_until: u64,
     /// What it sent that was not taken, as long as that counts.
@@ -227,6 +240,7 @@ impl Connection {
             live_from: 0,
             current: false,
             blocked: false,
+            was_blocked: false,
             watched: false,
             paused: false,
             reads_later: false,
@@ -236,6 +250,8 @@ impl Connection {
             may_publish: false,
             expires: NEVER,
             heard: tick,
+            unconfirmed: 0,
+            before_ping: 0,
             waits_for_page: false,
             unanswered: 0,
             heartbeat: tick,
@@ -323,6 +339,33 @@ impl Connection {
             Waiting::Rest { left, .. } => *left as usize,
             Waiting::Frames(queue) => queue.bytes,
         }
+    }
+
+    /// Enqueues a ping.
+    pub fn ping(&mut self) {
+        if !std::mem::replace(&mut self.pinged, true) {
+            self.before_ping = self.unconfirmed;
+        }
+        self.enqueue(frame::PING);
+    }
+
+    /// Takes a pong: whether it answers a ping. Then the client has read what was written before that.
+    pub fn take_pong(&mut self) -> bool {
+        let answers = std::mem::take(&mut self.pinged);
+        if answers {
+            self.unconfirmed = self.unconfirmed.saturating_sub(self.before_ping);
+        }
+        answers
+    }
+
+    /// How long the client may take to read what is on its way to it.
+    pub fn reading_time(&self) -> Duration {
+        Duration::from_secs(1) * self.unconfirmed.min(ON_THE_WAY_MAX) / SLOWEST_READER
+    }
+
+    fn count_written(&mut self, written: usize, tally: &mut Tally) {
+        tally.bytes += written as u64;
+        self.unconfirmed = self.unconfirmed.saturating_add(written as u32);
     }
 
     /// Has it stand at `cursor`, with everything up to `position`.
@@ -525,7 +568,7 @@ impl Connection {
                     None => continue,
                 },
             };
-            tally.bytes += written as u64;
+            self.count_written(written, tally);
             let rest = self.take_queued(written, queued);
             self.advance(feed, &numbers[..count], rest, tally);
             if written < size {
@@ -552,7 +595,7 @@ impl Connection {
         let entry = feed.get(number).filter(|entry| entry.kind != Kind::Reset)?;
         match self.stream.write(&entry.bytes) {
             Ok(written) => {
-                tally.bytes += written as u64;
+                self.count_written(written, tally);
                 if written == entry.bytes.len() {
                     tally.deliveries += entry.frames() as u64;
                     return Some(Flushed::All); // the caller puts the cursor at the end

@@ -5,12 +5,14 @@ mod common;
 use std::cell::Cell;
 use std::net::SocketAddr;
 use std::process::Command;
+use std::time::Duration;
 
 use common::process::Directory;
+use common::raw::opcode;
 use common::{Client, Nginx, Node, Options, Raw, Redis};
 use futures_util::future::join_all;
 use futures_util::stream::{self, StreamExt};
-use serde_json::json;
+use serde_json::{Value, json};
 
 const SECRET: &str = "a secret that is long enough for HS256";
 const BAD: usize = 1000;
@@ -273,4 +275,23 @@ async fn refusals_with_503_go_to_the_other_node_and_take_none_out() {
     scene.stands().await;
     let tried_twice = scene.nginx.requests().iter().filter(|line| line.contains("503, 503")).count();
     assert!(tried_twice > 0, "{:?}", scene.nginx.requests());
+}
+
+/// The node has written it long before the client has read it: nginx and the kernels hold megabytes, and pings wait
+/// behind them.
+#[tokio::test]
+async fn a_slow_reader_gets_a_large_event() {
+    const SIZE: usize = 6_000_000;
+    let flags = ["--heartbeat", "1s", "--heartbeat-timeout", "2s", "--max-message", "8MiB"];
+    let node = Node::start(&[&flags[..], &["--trusted-proxy", "127.0.0.1"]].concat()).await;
+    let nginx = Nginx::with_large_buffers_before(&[node.public]).await;
+    let mut raw = Raw::upgraded(nginx.addr, "/ws/slow?channel=room").await;
+    let first = node.publish("room", &json!({ "text": "x".repeat(SIZE) })).await;
+    let frame = raw.next_slowly(60_000, Duration::from_millis(100)).await; // ten seconds: slowness is what is tested
+    let (opcode::TEXT, text) = frame else { panic!("{} instead of a text", frame.0) };
+    let event: Value = serde_json::from_slice(&text).expect("JSON");
+    assert_eq!((event["id"].as_u64(), event["text"].as_str().map(str::len)), (Some(first), Some(SIZE)));
+    raw.frame(true, opcode::PONG, b"").await;
+    let second = node.publish("room", &json!({})).await;
+    assert_eq!(raw.next_text().await, json!({ "id": second }).to_string());
 }

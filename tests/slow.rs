@@ -253,3 +253,21 @@ async fn pings_tell_positions_in_order_to_a_fast_reader() {
         }
     }
 }
+
+#[tokio::test]
+async fn pongs_do_not_keep_a_client_that_never_reads() {
+    let flags = ["--heartbeat", "1s", "--heartbeat-timeout", "1s", "--feed-memory", "1MiB"];
+    let node = Node::start(&flags).await;
+    let mut raw = stalled(&node, "").await;
+    publish(&node, 0..300, &mut Vec::new()).await; // more than the socket takes
+    let pong = frame_bytes(true, opcode::PONG, true, b"");
+    common::within("its end", async {
+        while node.metric("fanfare_connections").await > 0.0 {
+            raw.write_some(&pong).await;
+            tokio::time::sleep(Duration::from_millis(100)).await; // below --message-rate
+        }
+    })
+    .await;
+    let ended = node.metric(r#"fanfare_ends_total{reason="heartbeat_timeout"}"#).await;
+    assert_eq!(ended, 1.0);
+}

@@ -112,7 +112,7 @@ impl Shard {
         }
     }
 
-    /// Writes to a socket that was full. If it takes anything, its peer has taken something: a sign of life.
+    /// Writes to a socket that was full. If it takes anything, its peer has read something, which shows that it lives.
     pub(super) fn try_again(&mut self, slot: u32) {
         let id = self.id_of(slot);
         let connection = &mut self.connections[slot as usize];

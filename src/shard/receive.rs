@@ -52,7 +52,10 @@ impl Shard {
                 return self.end_or_remove(slot);
             };
             if let Some(new) = new.filter(|new| *new > 0) {
-                connection.heard = self.tick;
+                // A client that sends and does not read is no better than a silent one.
+                if !connection.blocked {
+                    connection.heard = self.tick;
+                }
                 self.tally.received += new as u64;
             }
             match connection.state {
@@ -174,7 +177,7 @@ impl Shard {
         let now = self.started.elapsed();
         for message in messages {
             let connection = &mut self.connections[slot as usize];
-            let is_heartbeat = message == Incoming::Pong && std::mem::take(&mut connection.pinged);
+            let is_heartbeat = message == Incoming::Pong && connection.take_pong();
             let pace = self.pace.filter(|_| !is_heartbeat && !matches!(message, Incoming::Close(_)));
             let verdict = pace.map_or(pace::Verdict::Taken, |pace| {
                 pace.judge(&mut connection.paid_until, &mut connection.refused, now)

@@ -157,7 +157,14 @@ impl Shard {
         if connection.paused && !connection.blocked {
             connection.heard = self.tick; // it waits for the bus: nobody reads what it may have said
         }
-        if answers && self.tick.wrapping_sub(connection.heard) >= heartbeat.saturating_add(timeout) {
+        let was_blocked = std::mem::replace(&mut connection.was_blocked, connection.blocked);
+        if connection.blocked && !was_blocked {
+            connection.heard = self.tick; // it had room until now
+        }
+        // A pong comes when all that was written before the ping is read. A full socket shows progress by itself.
+        let reading_time = if connection.blocked { 0 } else { ticks(connection.reading_time()) };
+        let silence = heartbeat.saturating_add(timeout).saturating_add(reading_time);
+        if answers && self.tick.wrapping_sub(connection.heard) >= silence {
             return self.end(slot, Reason::HeartbeatTimeout);
         }
         if connection.blocked {
@@ -178,8 +185,7 @@ impl Shard {
             return; // it has not taken the last one
         }
         if format != HeartbeatFormat::Json {
-            connection.pinged = true;
-            connection.enqueue(frame::PING);
+            connection.ping();
         }
         if format != HeartbeatFormat::Ping {
             let feed = self.channels[connection.channel as usize].feed.as_ref();

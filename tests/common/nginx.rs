@@ -20,19 +20,24 @@ pub struct Nginx {
 impl Nginx {
     /// Starts one in front of these nodes, and waits until it takes connections.
     pub async fn before(nodes: &[SocketAddr]) -> Nginx {
-        Nginx::start(nodes, " max_fails=0").await
+        Nginx::start(nodes, " max_fails=0", true).await
+    }
+
+    /// One whose sockets to clients have the kernel's own buffers, as nginx has it unless told otherwise.
+    pub async fn with_large_buffers_before(nodes: &[SocketAddr]) -> Nginx {
+        Nginx::start(nodes, " max_fails=0", false).await
     }
 
     /// One that takes a node out for 10 seconds when a single request fails on it, as nginx does unless told otherwise.
     pub async fn unforgiving_before(nodes: &[SocketAddr]) -> Nginx {
-        Nginx::start(nodes, "").await
+        Nginx::start(nodes, "", true).await
     }
 
-    async fn start(nodes: &[SocketAddr], rule: &str) -> Nginx {
+    async fn start(nodes: &[SocketAddr], rule: &str, limit_buffers: bool) -> Nginx {
         let directory = Directory::new();
         let addr = SocketAddr::from(([127, 0, 0, 1], free_port()));
         let settings = directory.path().join("nginx.conf");
-        std::fs::write(&settings, whole(&documented(nodes, rule, addr), &directory))
+        std::fs::write(&settings, whole(&documented(nodes, rule, limit_buffers, addr), &directory))
             .expect("the directory is ours");
         let mut command = Command::new("nginx"); // in /usr/sbin, which users' PATH on Debian lacks
         command.env("PATH", format!("{}:/usr/sbin", std::env::var("PATH").unwrap_or_default()));
@@ -64,8 +69,8 @@ impl Drop for Nginx {
     }
 }
 
-/// README's block, with these nodes, this rule on when they fail, and this address.
-fn documented(nodes: &[SocketAddr], rule: &str, addr: SocketAddr) -> String {
+/// README's block, with these nodes, this rule on when they fail, with or without its limit on buffers, and this address.
+fn documented(nodes: &[SocketAddr], rule: &str, limit_buffers: bool, addr: SocketAddr) -> String {
     let block = README.split_once("```nginx\n").and_then(|(_, rest)| rest.split_once("```\n"));
     let (block, _) = block.expect("README shows a configuration of nginx");
     let mut text = String::new();
@@ -81,9 +86,11 @@ fn documented(nodes: &[SocketAddr], rule: &str, addr: SocketAddr) -> String {
                     }
                 }
             }
-            Some(("listen", _)) => {
+            Some(("listen", options)) => {
                 listens += 1;
-                text += &format!("    listen {addr};\n");
+                let buffer = " sndbuf=128k";
+                assert!(options.contains(buffer), "README's buffer is another: {line}");
+                text += &format!("    listen {addr}{};\n", if limit_buffers { buffer } else { "" });
             }
             _ => text += &format!("{line}\n"),
         }

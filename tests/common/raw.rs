@@ -114,20 +114,47 @@ impl Raw {
     /// Reads one whole, unmasked, final frame: opcode and payload. `None` at the end of the connection.
     pub async fn next(&mut self) -> Option<(u8, Vec<u8>)> {
         within("a frame", async {
-            let mut head = [0; 2];
-            self.socket.read_exact(&mut head).await.ok()?;
-            assert_eq!(head[0] & 0xF0, 0x80, "fin without reserved bits: {head:?}");
-            assert_eq!(head[1] & 0x80, 0, "a server's frame is not masked");
-            let length = match head[1] {
-                126 => u64::from(self.socket.read_u16().await.ok()?),
-                127 => self.socket.read_u64().await.ok()?,
-                short => u64::from(short),
-            };
-            let mut payload = vec![0; usize::try_from(length).expect("64 bits")];
+            let (opcode, length) = self.head().await?;
+            let mut payload = vec![0; length];
             self.socket.read_exact(&mut payload).await.ok()?;
-            Some((head[0] & 0x0F, payload))
+            Some((opcode, payload))
         })
         .await
+    }
+
+    /// Reads one whole frame that is no ping, at most so many bytes at a time with a pause after each.
+    pub async fn next_slowly(&mut self, most: usize, pause: Duration) -> (u8, Vec<u8>) {
+        loop {
+            let (opcode, mut length) = self.head().await.expect("a frame");
+            let mut payload = Vec::new();
+            while length > 0 {
+                let part = length.min(most);
+                let begin = payload.len();
+                payload.resize(begin + part, 0);
+                let read = self.socket.read_exact(&mut payload[begin..]);
+                let read = within("a part of a frame", read).await;
+                read.unwrap_or_else(|error| panic!("after {begin} bytes of a frame: {error}"));
+                length -= part;
+                tokio::time::sleep(pause).await;
+            }
+            if opcode != opcode::PING {
+                return (opcode, payload);
+            }
+        }
+    }
+
+    /// Opcode and length of the next frame, which is unmasked and final.
+    async fn head(&mut self) -> Option<(u8, usize)> {
+        let mut head = [0; 2];
+        self.socket.read_exact(&mut head).await.ok()?;
+        assert_eq!(head[0] & 0xF0, 0x80, "fin without reserved bits: {head:?}");
+        assert_eq!(head[1] & 0x80, 0, "a server's frame is not masked");
+        let length = match head[1] {
+            126 => u64::from(self.socket.read_u16().await.ok()?),
+            127 => self.socket.read_u64().await.ok()?,
+            short => u64::from(short),
+        };
+        Some((head[0] & 0x0F, usize::try_from(length).expect("64 bits")))
     }
 
     /// The next frame that is text.
