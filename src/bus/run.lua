@@ -23,13 +23,19 @@ local MARK_FRESH = 2000
 -- Age in milliseconds at which a script writes the mark again. Probes run once a second.
 local MARK_EVERY = 1000
 
+-- Whether the process started after a time in milliseconds, or in the same second.
+local function started_after(server, at)
+  local uptime, written = tonumber(string.match(server, 'uptime_in_seconds:(%d+)') or ''), tonumber(at or '')
+  return uptime and written and math.floor(clock() / 1000000) - uptime >= math.floor(written / 1000)
+end
+
 -- The epoch of the server's data. Between two scripts that see the same epoch, Redis lost no acknowledged write.
 --
 -- A primary keeps its master_replid, and no other primary ever has it: each start and each promotion takes a new one. It
 -- also changes when the first replica attaches and when the backlog is freed (replication.c: changeReplicationId), and
 -- nothing is lost then. The mark, a hash in the data, carries the epoch over such a change. Where the operator vouches for
--- the disk (`durable`) it also carries the epoch over a restart, unless a replica was attached in this epoch: a promoted
--- replica can look like a restart.
+-- the disk (`durable`) it also carries the epoch over a restart. A promoted replica can look like a restart, so that holds
+-- only for a process that started after the mark was written, and only if no replica was attached in this epoch.
 local function current_epoch(prefix, durable)
   local key = prefix .. ':epoch'
   local mark = redis.call('HMGET', key, 'epoch', 'run', 'replid', 'at', 'copied')
@@ -41,13 +47,14 @@ local function current_epoch(prefix, durable)
   if same and age >= 0 and age < MARK_EVERY and (copied == '0' or mark[5] == '1') then
     return epoch
   end
-  local run = string.match(redis.call('INFO', 'server'), 'run_id:(%x+)')
+  local server = redis.call('INFO', 'server')
+  local run = string.match(server, 'run_id:(%x+)')
   if not run or not replid then
     error({err = 'ERR INFO shows no run_id or no master_replid, so a loss of events would go unnoticed'})
   end
   local promoted = string.find(info, 'master_replid2:0*[1-9a-f]')
   local changed = mark[2] == run and age >= 0 and age <= MARK_FRESH
-  local restarted = mark[2] ~= run and durable and mark[5] == '0'
+  local restarted = mark[2] ~= run and durable and mark[5] == '0' and started_after(server, mark[4])
   if not same and not (epoch and not promoted and (changed or restarted)) then
     epoch = replid
   elseif mark[5] == '1' then
