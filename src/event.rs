@@ -85,7 +85,7 @@ pub fn is_user_id(name: &str) -> bool {
 pub enum Kind {
     /// One or more consecutive events for everybody in the channel.
     Events,
-    /// One event for one user's connections alone.
+    /// One or more consecutive events for one user's connections alone.
     Private(Arc<str>),
     /// An event without id, from the bare channel: live only, never replayed.
     Raw,
@@ -110,6 +110,15 @@ impl Entry {
     /// Consecutive events for everybody, the first with the id `first`; each is a JSON text that already
     /// carries its id. There is at least one.
     pub fn events<'a>(first: EventId, texts: impl Iterator<Item = &'a [u8]> + Clone) -> Entry {
+        Entry::addressed(first, None, texts)
+    }
+
+    /// The same for one user, or for everybody.
+    pub fn addressed<'a>(
+        first: EventId,
+        to: Option<Arc<str>>,
+        texts: impl Iterator<Item = &'a [u8]> + Clone,
+    ) -> Entry {
         let size = texts.clone().map(|text| text.len() + FRAME_HEAD_MAX).sum();
         let mut bytes = BytesMut::with_capacity(size);
         let mut ends = Vec::new();
@@ -119,12 +128,8 @@ impl Entry {
         }
         let last = EventId(first.0 + ends.len() as u64 - 1);
         let ends = (ends.len() > 1).then(|| ends.into());
-        Entry { kind: Kind::Events, last, bytes: bytes.freeze(), ends }
-    }
-
-    /// One event for one user.
-    pub fn private(id: EventId, user: Arc<str>, text: &[u8]) -> Entry {
-        Entry { kind: Kind::Private(user), last: id, bytes: text_frame(text), ends: None }
+        let kind = to.map_or(Kind::Events, Kind::Private);
+        Entry { kind, last, bytes: bytes.freeze(), ends }
     }
 
     /// An event without id that came when the channel stood at `position`.

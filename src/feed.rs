@@ -209,7 +209,8 @@ mod tests {
     }
 
     fn private(id: u64, user: &str) -> Entry {
-        Entry::private(EventId(id), user.into(), format!(r#"{{"to":"{user}","id":{id}}}"#).as_bytes())
+        let text = format!(r#"{{"to":"{user}","id":{id}}}"#);
+        Entry::addressed(EventId(id), Some(user.into()), [text.as_bytes()].into_iter())
     }
 
     fn walking(user: &str) -> Reader<'_> {

@@ -177,11 +177,9 @@ mod tests {
     }
 
     fn entry(run: u64, first: u64, count: u64, private: bool) -> Entry {
-        if private {
-            return Entry::private(EventId(first), "bob".into(), text(run, first).as_bytes());
-        }
         let texts: Vec<String> = (first..first + count).map(|id| text(run, id)).collect();
-        Entry::events(EventId(first), texts.iter().map(|text| text.as_bytes()))
+        let to = private.then(|| "bob".into());
+        Entry::addressed(EventId(first), to, texts.iter().map(|text| text.as_bytes()))
     }
 
     /// A channel as Redis holds it.
@@ -298,7 +296,6 @@ mod tests {
         for step in steps {
             match step {
                 Step::Publish { count, private, fate } => {
-                    let count = if private { 1 } else { count };
                     let first = redis.head + 1;
                     for id in first..first + count {
                         redis.given.insert(id, text(redis.run, id));

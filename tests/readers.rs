@@ -58,10 +58,10 @@ struct Bus {
 }
 
 impl Bus {
-    /// Publishes one to four events in one entry, or one for one user.
+    /// Publishes one to three events in one entry, for everybody or for one user.
     fn publish(&mut self) {
         let to = (self.dice.below(4) == 0).then(|| format!("user{}", self.dice.below(USERS + 1)));
-        let count = if to.is_some() { 1 } else { 1 + self.dice.below(4).saturating_sub(1) };
+        let count = 1 + self.dice.below(4).saturating_sub(1);
         let first = self.head + 1;
         for _ in 0..count {
             // Some take more than the sockets do, so that frames are begun and not ended.
@@ -122,27 +122,18 @@ impl Bus {
         self.head + 1 - self.events.len() as u64
     }
 
-    /// The events with these ids, as far as history holds them; those for everybody together.
+    /// The events with these ids, as far as history holds them; those for the same readers together.
     fn entries(&self, first: u64, last: u64) -> Vec<Entry> {
-        let (mut entries, mut open): (Vec<Entry>, Vec<&[u8]>) = (Vec::new(), Vec::new());
         let oldest = self.oldest();
-        let close = |open: &mut Vec<&[u8]>, next: u64, entries: &mut Vec<Entry>| {
-            let texts = std::mem::take(open);
-            if !texts.is_empty() {
-                entries.push(Entry::events(EventId(next - texts.len() as u64), texts.into_iter()));
-            }
-        };
-        for id in first.max(oldest)..=last.min(self.head) {
-            let (text, to) = &self.events[(id - oldest) as usize];
-            match to {
-                None => open.push(text.as_bytes()),
-                Some(user) => {
-                    close(&mut open, id, &mut entries);
-                    entries.push(Entry::private(EventId(id), user.as_str().into(), text.as_bytes()));
-                }
-            }
+        let (first, last) = (first.max(oldest), last.min(self.head));
+        let held: Vec<_> = (first..=last).map(|id| &self.events[(id - oldest) as usize]).collect();
+        let mut next = first;
+        let mut entries = Vec::new();
+        for run in held.chunk_by(|(_, to), (_, other)| to == other) {
+            let to = run[0].1.as_deref().map(Into::into);
+            entries.push(Entry::addressed(EventId(next), to, run.iter().map(|(text, _)| text.as_bytes())));
+            next += run.len() as u64;
         }
-        close(&mut open, last.min(self.head) + 1, &mut entries);
         entries
     }
 

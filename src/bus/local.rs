@@ -59,10 +59,12 @@ pub async fn run(settings: &Settings, mut wiring: Wiring) {
     }
 }
 
-/// Consecutive events of one channel on their way out.
+/// Consecutive events of one channel and for the same readers, on their way out.
 #[derive(Debug, Default)]
 struct Batch {
     channel: Option<ChannelName>,
+    /// The only user they are for.
+    to: Option<Arc<str>>,
     texts: Vec<Vec<u8>>,
     bytes: usize,
 }
@@ -172,7 +174,7 @@ impl Local {
     fn publish(&mut self, publish: Publish, batch: &mut Batch, wiring: &Wiring) {
         let Publish { channel: name, to, event, answer } = publish;
         let full = batch.bytes + event.len() > ENTRY_MAX;
-        if batch.channel.as_ref() != Some(&name) || to.is_some() || full {
+        if batch.channel.as_ref() != Some(&name) || batch.to != to || full {
             self.send(batch, wiring);
         }
         let now = self.now;
@@ -181,24 +183,21 @@ impl Local {
         channel.used = now;
         let id = channel.head;
         let text = frame::with_id(&event, id);
-        if let Some(user) = to {
-            self.keep_and_tell(&name, Entry::private(id, user, &text), wiring);
-        } else {
-            batch.channel = Some(name);
-            batch.bytes += text.len();
-            batch.texts.push(text);
-        }
+        batch.channel = Some(name);
+        batch.to = to;
+        batch.bytes += text.len();
+        batch.texts.push(text);
         wiring.numbers.published.add(1);
         wiring.shards.answer(answer, Ok(id));
     }
 
     /// Hands on what has gathered.
     fn send(&mut self, batch: &mut Batch, wiring: &Wiring) {
-        let Batch { channel, texts, .. } = std::mem::take(batch);
+        let Batch { channel, to, texts, .. } = std::mem::take(batch);
         let Some(name) = channel else { return };
         let head = self.channel(&name).head;
         let first = EventId(head.0 + 1 - texts.len() as u64);
-        self.keep_and_tell(&name, Entry::events(first, texts.iter().map(Vec::as_slice)), wiring);
+        self.keep_and_tell(&name, Entry::addressed(first, to, texts.iter().map(Vec::as_slice)), wiring);
     }
 
     fn keep_and_tell(&mut self, name: &ChannelName, entry: Entry, wiring: &Wiring) {

@@ -153,12 +153,12 @@ local function guarded(name, work, ...)
   error(result)
 end
 
--- Stores the events and tells everyone: items are texts up to the id's digits (ending in "id":), each followed
--- by the user it is for, or ''. Returns the new head, and what to tell.
+-- Stores the events: items are texts up to the id's digits (ending in "id":), each followed by the user it is for,
+-- or ''. Returns the new head and the messages to publish: consecutive events for the same readers share one.
 local function append(name, head, items, start, history, ttl)
   local events = name .. ':events'
   local call = redis.call
-  local messages, lines = {}, {}
+  local messages, message = {}, nil
   if head + (#items - start + 1) / 2 >= ID_LIMIT then
     fault(name .. ':meta', 'no ids are left below 2^53: delete this key and ' .. events ..
       ' once no node has had a client in the channel for two minutes')
@@ -171,14 +171,8 @@ local function append(name, head, items, start, history, ttl)
     local added
     if user == '' then
       added = redis.pcall('XADD', events, digits .. '-0', 'e', json)
-      lines[#lines + 1] = json
     else
       added = redis.pcall('XADD', events, digits .. '-0', 'e', json, 'to', user)
-      if lines[1] then
-        messages[#messages + 1] = lines
-        lines = {}
-      end
-      messages[#messages + 1] = user .. '\n' .. json
     end
     if type(added) == 'table' then
       if i == start and string.find(added.err, 'equal or smaller') then
@@ -188,9 +182,11 @@ local function append(name, head, items, start, history, ttl)
       end
       error(added)
     end
-  end
-  if lines[1] then
-    messages[#messages + 1] = lines
+    if not message or message.user ~= user then
+      message = {user = user}
+      messages[#messages + 1] = message
+    end
+    message[#message + 1] = json
   end
   call('HSET', name .. ':meta', 'head', show(head))
   call('PEXPIRE', name .. ':meta', 2 * ttl)
@@ -199,14 +195,15 @@ local function append(name, head, items, start, history, ttl)
   return head, messages
 end
 
--- Tells everyone, in id order. A refused PUBLISH must not look like a refused event: canaries heal it.
+-- Publishes the messages, in id order. A refused PUBLISH must not look like a refused event: canaries heal it.
 local function announce(name, messages, bare)
   local pcall = redis.pcall
   for _, message in ipairs(messages) do
-    if type(message) == 'string' then
-      pcall('PUBLISH', name .. ':to', message)
+    local lines = table.concat(message, '\n')
+    if message.user ~= '' then
+      pcall('PUBLISH', name .. ':to', message.user .. '\n' .. lines)
     else
-      pcall('PUBLISH', name, table.concat(message, '\n'))
+      pcall('PUBLISH', name, lines)
       if bare ~= '' then
         for _, json in ipairs(message) do
           pcall('PUBLISH', bare, '\t' .. json) -- the TAB tells nodes that it is a copy

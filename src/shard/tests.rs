@@ -262,15 +262,11 @@ impl Testbed {
 
     fn entries(&self, first: u64, last: u64) -> Vec<Entry> {
         let held: Vec<_> = self.history.iter().filter(|(id, ..)| (first..=last).contains(id)).collect();
-        let together = |a: &&(u64, Option<String>, String), b: &&_| {
-            let (_, to, _): &&(u64, Option<String>, String) = b;
-            a.1.is_none() && to.is_none()
+        let entry = |some: &[&(u64, Option<String>, String)]| {
+            let to = some[0].1.as_deref().map(Into::into);
+            Entry::addressed(EventId(some[0].0), to, some.iter().map(|(_, _, text)| text.as_bytes()))
         };
-        let entry = |some: &[&(u64, Option<String>, String)]| match &some[0].1 {
-            Some(user) => Entry::private(EventId(some[0].0), user.as_str().into(), some[0].2.as_bytes()),
-            None => Entry::events(EventId(some[0].0), some.iter().map(|(_, _, text)| text.as_bytes())),
-        };
-        held.chunk_by(together).map(entry).collect()
+        held.chunk_by(|a, b| a.1 == b.1).map(entry).collect()
     }
 
     fn answer(&mut self) {

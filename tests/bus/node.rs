@@ -226,19 +226,17 @@ impl Reader {
                 self.resets.push(entry.last.0);
                 self.position = entry.last;
             }
-            Kind::Private(user) => {
-                assert_eq!(entry.before(), self.position, "a gap or a double");
-                self.private.push((entry.last.0, user.to_string(), text(entry)));
-                self.position = entry.last;
-            }
-            Kind::Events => {
+            Kind::Private(_) | Kind::Events => {
                 assert_eq!(entry.before(), self.position, "a gap or a double");
                 while self.position < entry.last {
                     let rest = entry.after(self.position).unwrap();
                     self.position = self.position.next();
                     let text = text(&rest);
                     assert!(text.ends_with(&format!("\"id\":{}}}", self.position)), "{text}");
-                    self.events.push((self.position.0, text));
+                    match &entry.kind {
+                        Kind::Private(user) => self.private.push((self.position.0, user.to_string(), text)),
+                        _ => self.events.push((self.position.0, text)),
+                    }
                 }
             }
         }

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use fanfare::bus::{BusError, PAGE, PublishError};
+use fanfare::config::Settings;
 use fanfare::event::EventId;
 use tokio::time::{sleep, timeout};
 
@@ -149,4 +150,30 @@ async fn a_forgotten_script_is_sent_again() {
         reader.until(&mut node, id).await;
     }
     assert_eq!(reader.events.len(), 3);
+}
+
+#[tokio::test]
+async fn private_events_share_entries_as_public_ones_do() {
+    let redis = RedisServer::start();
+    let local = Settings { redis: None, ..settings("redis://127.0.0.1") };
+    for settings in [settings(&redis.url()), local] {
+        let mut node = Node::ready(settings).await;
+        let mut reader = node.follow("room", 0).await;
+        let mut last = None;
+        for to in [Some("bob"), Some("eve"), None] {
+            for n in 0..50 {
+                last = Some(node.publish_later("room", to, &event(n)));
+            }
+        }
+        let last = timeout(PATIENCE, last.unwrap()).await.unwrap().unwrap().expect("it is published");
+        let mut entries = 0;
+        while reader.position < last {
+            reader.next(&mut node).await;
+            entries += 1;
+        }
+        let count = |user| reader.private.iter().filter(|(_, to, _)| to == user).count();
+        assert_eq!((count("bob"), count("eve"), reader.events.len()), (50, 50, 50));
+        // The first call may go out before the rest has come, and divides one of them.
+        assert!(entries <= 4, "{entries} entries");
+    }
 }

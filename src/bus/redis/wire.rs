@@ -39,57 +39,55 @@ fn readable(event: &[u8], id: EventId) -> Cow<'_, [u8]> {
 
 /// The entry for a message of consecutive events, one a line. `None` for what is no such message.
 pub fn broadcast(message: &[u8]) -> Option<Entry> {
-    let mut lines = message.split(|byte| *byte == b'\n');
-    let first = id_of(lines.clone().next()?)?;
-    let ids = (first.0..).map(EventId);
-    let events: Vec<Cow<'_, [u8]>> = lines.clone().zip(ids).map(|(line, id)| readable(line, id)).collect();
-    let entry = Entry::events(first, events.iter().map(|event| &**event));
-    let last = if entry.frames() == 1 { first } else { id_of(lines.next_back()?)? };
-    (entry.last == last).then_some(entry)
+    lines(message, None)
 }
 
-/// The entry for a message `<user>\n<event>`.
+/// The entry for a message that begins with a line for the user whom its events are for.
 pub fn private(message: &[u8]) -> Option<Entry> {
     let at = message.iter().position(|byte| *byte == b'\n')?;
     let user = String::from_utf8_lossy(&message[..at]);
-    let event = &message[at + 1..];
-    let id = id_of(event)?;
-    Some(Entry::private(id, user.into(), &readable(event, id)))
+    lines(&message[at + 1..], Some(user.into()))
+}
+
+fn lines(text: &[u8], to: Option<Arc<str>>) -> Option<Entry> {
+    let mut lines = text.split(|byte| *byte == b'\n');
+    let first = id_of(lines.clone().next()?)?;
+    let ids = (first.0..).map(EventId);
+    let events: Vec<Cow<'_, [u8]>> = lines.clone().zip(ids).map(|(line, id)| readable(line, id)).collect();
+    let entry = Entry::addressed(first, to, events.iter().map(|event| &**event));
+    let last = if entry.frames() == 1 { first } else { id_of(lines.next_back()?)? };
+    (entry.last == last).then_some(entry)
 }
 
 /// Most bytes gathered in one entry of history: a slow socket gets it in pieces anyway.
 const GATHER_BYTES: usize = 64 << 10;
 
-/// Entries for events of history, in order: those for everybody, where consecutive, gathered. An event that
+/// Entries for events of history, in order: those for the same readers, where consecutive, gathered. An event that
 /// shows no id is left out, and is a gap like any other.
 pub fn entries(history: &[(Bytes, Option<Arc<str>>)]) -> Vec<Entry> {
     let mut entries = Vec::new();
     let mut run: Vec<Cow<'_, [u8]>> = Vec::new();
-    let (mut next, mut size) = (EventId(0), 0);
-    let flush = |run: &mut Vec<Cow<'_, [u8]>>, next: EventId, entries: &mut Vec<Entry>| {
-        if !run.is_empty() {
-            let first = EventId(next.0 - run.len() as u64);
-            entries.push(Entry::events(first, run.iter().map(|text| &**text)));
-            run.clear();
-        }
-    };
+    let (mut next, mut size, mut to) = (EventId(0), 0, &None);
+    let flush =
+        |run: &mut Vec<Cow<'_, [u8]>>, next: EventId, to: &Option<Arc<str>>, entries: &mut Vec<Entry>| {
+            if !run.is_empty() {
+                let first = EventId(next.0 - run.len() as u64);
+                entries.push(Entry::addressed(first, to.clone(), run.iter().map(|text| &**text)));
+                run.clear();
+            }
+        };
     for (text, user) in history {
         let Some(id) = id_of(text) else { continue };
         let text = readable(text, id);
-        if let Some(user) = user {
-            flush(&mut run, next, &mut entries);
-            entries.push(Entry::private(id, user.clone(), &text));
-            continue;
-        }
-        if id != next || size > GATHER_BYTES {
-            flush(&mut run, next, &mut entries);
-            size = 0;
+        if id != next || user != to || size > GATHER_BYTES {
+            flush(&mut run, next, to, &mut entries);
+            (size, to) = (0, user);
         }
         size += text.len();
         run.push(text);
         next = id.next();
     }
-    flush(&mut run, next, &mut entries);
+    flush(&mut run, next, to, &mut entries);
     entries
 }
 
@@ -124,6 +122,7 @@ pub fn canary_line(line: &str) -> Option<(&str, Position<'_>)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::event::Kind;
 
     #[test]
     fn the_id_is_read_from_the_end() {
@@ -153,12 +152,23 @@ mod tests {
     }
 
     #[test]
+    fn private_events_share_a_message() {
+        let entry = private(b"bob\n{\"id\":7}\n{\"id\":8}").unwrap();
+        assert_eq!((entry.before(), entry.last, entry.frames()), (EventId(6), EventId(8), 2));
+        assert_eq!(entry.kind, Kind::Private("bob".into()));
+        assert!(private(b"bob\n{\"id\":7}\n{\"id\":9}").is_none());
+        assert!(private(b"bob").is_none());
+    }
+
+    #[test]
     fn history_gathers_runs_and_keeps_order() {
-        let event = |id: u64| Bytes::from(format!(r#"{{"id":{id}}}"#));
-        let history =
-            vec![(event(1), None), (event(2), None), (event(3), Some("bob".into())), (event(4), None)];
+        let users = [None, None, Some("bob"), Some("bob"), Some("eve"), None];
+        let event = |(id, user): (usize, &Option<&str>)| {
+            (Bytes::from(format!(r#"{{"id":{}}}"#, id + 1)), user.map(Arc::from))
+        };
+        let history: Vec<_> = users.iter().enumerate().map(event).collect();
         let shape: Vec<_> = entries(&history).iter().map(|entry| (entry.before().0, entry.last.0)).collect();
-        assert_eq!(shape, [(0, 2), (2, 3), (3, 4)]);
+        assert_eq!(shape, [(0, 2), (2, 4), (4, 5), (5, 6)]);
     }
 
     #[test]
