@@ -108,6 +108,8 @@ pub enum Flushed {
 /// What reading and writing count.
 #[derive(Debug, Default)]
 pub struct Tally {
+    /// Calls of write.
+    pub writes: u64,
     /// Bytes taken from sockets.
     pub received: u64,
     /// Events handed to sockets.
@@ -180,7 +182,7 @@ pub struct Connection {
     /// The last event that it has, or that was not for it.
     pub position: EventId,
     live_from: u64,
-    /// It has had all that was for it alone.
+    /// Its last flush wrote everything there was, and its socket has not been full since.
     current: bool,
     /// Its socket is full.
     pub blocked: bool,
@@ -386,11 +388,6 @@ impl Connection {
         self.current = false;
     }
 
-    /// Something for this user alone may lie ahead: look at every entry.
-    pub fn look_at_all(&mut self) {
-        self.current = false;
-    }
-
     /// The position to send in a frame that is enqueued now. Entries for other users do not hold it back.
     pub fn shown_position(&mut self, feed: &Feed) -> EventId {
         if !matches!(self.state, State::Live) {
@@ -407,7 +404,7 @@ impl Connection {
 
     /// Moves the cursor over entries for other users, so that a position that was sent once never goes back.
     fn skip_others(&mut self, feed: &Feed) {
-        if !self.current || !feed.has_lost_nothing(self.cursor, true) {
+        if !self.current || !feed.holds_all_from(self.cursor.entry, &self.user) {
             return;
         }
         let next = feed.next_for(self.cursor.entry, self.reader()).unwrap_or(feed.end());
@@ -418,7 +415,7 @@ impl Connection {
     }
 
     fn reader(&self) -> Reader<'_> {
-        Reader { user: &self.user, live_from: self.live_from, current: self.current }
+        Reader { user: &self.user, live_from: self.live_from }
     }
 
     /// Whether its socket has part of a frame of the feed.
@@ -452,7 +449,9 @@ impl Connection {
     pub fn flush(&mut self, feed: &Feed, tally: &mut Tally) -> Flushed {
         if self.cursor.entry < feed.start() {
             // What it had begun to write was kept whole when the feed let go of it.
-            if self.position < feed.before() && !feed.has_lost_nothing(self.cursor, self.current) {
+            let held = self.current && feed.holds_all_from(self.cursor.entry, &self.user);
+            if self.position < feed.before() && !held {
+                self.current = false;
                 return match self.flush_queue(tally) {
                     Flushed::All => Flushed::Behind,
                     other => other,
@@ -462,12 +461,10 @@ impl Connection {
             self.position = self.position.max(feed.before());
         }
         let flushed = self.write_from(feed, tally);
-        if flushed == Flushed::All {
+        self.current = flushed == Flushed::All;
+        if self.current {
             self.cursor = Cursor { entry: feed.end(), offset: 0 };
             self.position = feed.position();
-            self.current = true;
-        } else if flushed == Flushed::Blocked {
-            self.current = false;
         }
         flushed
     }
@@ -557,6 +554,7 @@ impl Connection {
             if size == 0 {
                 return if missed { Flushed::Missed } else { Flushed::All };
             }
+            tally.writes += 1;
             let written = match &slices[..queued + count] {
                 [one] => self.stream.write(one),
                 many => self.stream.write_vectored(many),
@@ -593,6 +591,7 @@ impl Connection {
             return None;
         }
         let entry = feed.get(number).filter(|entry| entry.kind != Kind::Reset)?;
+        tally.writes += 1;
         match self.stream.write(&entry.bytes) {
             Ok(written) => {
                 self.count_written(written, tally);

@@ -3,12 +3,18 @@
 //! Entries are numbered from 0 for as long as the channel is followed. A cursor is an entry's number and a byte
 //! offset in it; a connection also keeps its position (the last event it has whole), which outlives the entry.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::hash::{BuildHasher, RandomState};
+use std::sync::Arc;
 
 use crate::event::{Entry, EventId, Kind};
 
-/// What an entry costs beside its bytes: slot, allocation head, trim order.
+/// What an entry costs beside its bytes: slot, index by kind, allocation head, trim order.
 const ENTRY_OVERHEAD: usize = 128;
+
+/// What a private entry costs beside that and its user's name: the name's allocation head (16 bytes) and 16 bytes in a
+/// B-tree whose leaves may be half empty.
+const PRIVATE_OVERHEAD: usize = 64;
 
 /// A place in a feed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -26,8 +32,6 @@ pub struct Reader<'a> {
     pub user: &'a str,
     /// Events without id before this entry are the past: they are never replayed.
     pub live_from: u64,
-    /// They have had all that was for them alone, so only entries for everybody can lie ahead.
-    pub current: bool,
 }
 
 /// Where a client that has everything up to some position finds what follows.
@@ -43,14 +47,8 @@ pub enum Start {
     Ahead,
 }
 
-#[derive(Debug)]
-struct Slot {
-    entry: Entry,
-    /// The first entry after this one that is not for one user alone; `u64::MAX` while there is none.
-    next_public: u64,
-}
-
-/// Recent entries of one channel.
+/// Recent entries of one channel, indexed by reader: finding the next entry for a reader takes O(log n), however many
+/// entries for others lie between.
 #[derive(Debug)]
 pub struct Feed {
     base: EventId,
@@ -62,13 +60,35 @@ pub struct Feed {
     start: u64,
     /// Entries before this number that are no longer held include one for everybody.
     lost: u64,
-    slots: VecDeque<Slot>,
+    entries: VecDeque<Entry>,
+    /// Numbers of the entries for everybody that are replayed: events and reset marks.
+    shared: VecDeque<u64>,
+    /// Numbers of the events without id.
+    plain: VecDeque<u64>,
+    /// Private entries by the hash of their user, then by number.
+    private: BTreeSet<(u64, u64)>,
+    hasher: RandomState,
+    /// Users with a private fan-out under way, each with the number after their last private entry that was evicted
+    /// meanwhile (0: none).
+    undelivered: HashMap<Arc<str>, u64>,
 }
 
 impl Feed {
     /// An empty feed that goes on after `position`; nothing before `base` is continuous with it.
     pub fn new(base: EventId, position: EventId) -> Feed {
-        Feed { base, before: position, position, start: 0, lost: 0, slots: VecDeque::new() }
+        Feed {
+            base,
+            before: position,
+            position,
+            start: 0,
+            lost: 0,
+            entries: VecDeque::new(),
+            shared: VecDeque::new(),
+            plain: VecDeque::new(),
+            private: BTreeSet::new(),
+            hasher: RandomState::new(),
+            undelivered: HashMap::new(),
+        }
     }
 
     /// A feed that holds these consecutive entries; `position` is what it stands at when there are none.
@@ -82,13 +102,17 @@ impl Feed {
 
     /// What is held of the last run without a break, oldest first; events without id are left out.
     pub fn recent(&self) -> impl Iterator<Item = &Entry> {
-        let begin = self.slots.partition_point(|slot| slot.entry.last <= self.base);
-        self.slots.range(begin..).map(|slot| &slot.entry).filter(|entry| entry.kind != Kind::Raw)
+        let begin = self.entries.partition_point(|entry| entry.last <= self.base);
+        self.entries.range(begin..).filter(|entry| entry.kind != Kind::Raw)
     }
 
     /// What `entry` counts against the memory for feeds, in bytes.
     pub fn cost(entry: &Entry) -> usize {
-        entry.bytes.len() + 4 * entry.frames() + ENTRY_OVERHEAD
+        let private = match &entry.kind {
+            Kind::Private(user) => user.len() + PRIVATE_OVERHEAD,
+            _ => 0,
+        };
+        entry.bytes.len() + 4 * entry.frames() + ENTRY_OVERHEAD + private
     }
 
     /// Positions before this are not continuous with what follows.
@@ -113,7 +137,7 @@ impl Feed {
 
     /// The number that the next entry will have.
     pub fn end(&self) -> u64 {
-        self.start + self.slots.len() as u64
+        self.start + self.entries.len() as u64
     }
 
     /// The position of a client that has everything before the entry with this number, which is held or the next to come.
@@ -124,7 +148,7 @@ impl Feed {
     /// The entry with this number, while it is held.
     pub fn get(&self, number: u64) -> Option<&Entry> {
         let index = number.checked_sub(self.start)?;
-        self.slots.get(usize::try_from(index).ok()?).map(|slot| &slot.entry)
+        self.entries.get(usize::try_from(index).ok()?)
     }
 
     /// Appends an entry that continues the feed, or a reset mark.
@@ -135,26 +159,54 @@ impl Feed {
             self.position
         );
         let number = self.end();
-        if !matches!(entry.kind, Kind::Private(_)) {
-            let private = |slot: &&mut Slot| matches!(slot.entry.kind, Kind::Private(_));
-            self.slots.iter_mut().rev().take_while(private).for_each(|slot| slot.next_public = number);
+        match &entry.kind {
+            Kind::Events | Kind::Reset => self.shared.push_back(number),
+            Kind::Raw => self.plain.push_back(number),
+            Kind::Private(user) => {
+                self.private.insert((self.hasher.hash_one(&**user), number));
+            }
         }
         if entry.kind == Kind::Reset {
             self.base = entry.last;
         }
         self.position = entry.last;
-        self.slots.push_back(Slot { entry, next_public: u64::MAX });
+        self.entries.push_back(entry);
     }
 
-    /// Lets the oldest entry go.
+    /// Evicts the oldest entry.
     pub fn pop(&mut self) -> Option<Entry> {
-        let slot = self.slots.pop_front()?;
+        let entry = self.entries.pop_front()?;
+        let number = self.start;
         self.start += 1;
-        self.before = slot.entry.last;
-        if !matches!(slot.entry.kind, Kind::Private(_)) {
-            self.lost = self.start;
+        self.before = entry.last;
+        match &entry.kind {
+            Kind::Events | Kind::Reset => {
+                self.shared.pop_front();
+                self.lost = self.start;
+            }
+            Kind::Raw => {
+                self.plain.pop_front();
+                self.lost = self.start;
+            }
+            Kind::Private(user) => {
+                self.private.remove(&(self.hasher.hash_one(&**user), number));
+                if let Some(lost) = self.undelivered.get_mut(user) {
+                    *lost = self.start;
+                }
+            }
         }
-        Some(slot.entry)
+        Some(entry)
+    }
+
+    /// A private fan-out to this user starts. Until [`Feed::finish_delivery`] the feed remembers whether it evicted a
+    /// private entry of theirs, so that no connection skips it.
+    pub fn start_delivery(&mut self, user: Arc<str>) {
+        self.undelivered.entry(user).or_default();
+    }
+
+    /// The private fan-out to this user has reached all their connections.
+    pub fn finish_delivery(&mut self, user: &str) {
+        self.undelivered.remove(user);
     }
 
     /// Where a client that has everything up to `position` goes on.
@@ -168,30 +220,57 @@ impl Feed {
         if position < self.before {
             return Start::Before;
         }
-        let index = self.slots.partition_point(|slot| slot.entry.last <= position);
-        let offset = self.slots.get(index).map_or(0, |slot| slot.entry.offset_after(position));
+        let index = self.entries.partition_point(|entry| entry.last <= position);
+        let offset = self.entries.get(index).map_or(0, |entry| entry.offset_after(position));
         Start::At(Cursor { entry: self.start + index as u64, offset })
     }
 
-    /// Whether a reader who stands before the first entry held has missed nothing that was for them.
-    pub fn has_lost_nothing(&self, cursor: Cursor, current: bool) -> bool {
-        cursor.entry >= self.start || (current && cursor.entry >= self.lost)
+    /// Whether no entry from `number` on that was for this user has been evicted. True only of a user's connection
+    /// that had everything before `number`, and to which every later private fan-out has come.
+    pub fn holds_all_from(&self, number: u64, user: &str) -> bool {
+        let held = |lost: &u64| number >= *lost;
+        number >= self.start || (held(&self.lost) && self.undelivered.get(user).is_none_or(held))
     }
 
     /// The first entry from `number` on that is for this reader.
     pub fn next_for(&self, number: u64, reader: Reader<'_>) -> Option<u64> {
         let number = number.max(self.start);
-        if reader.current {
-            let slot = self.slots.get((number - self.start) as usize)?;
-            let public = if matches!(slot.entry.kind, Kind::Private(_)) { slot.next_public } else { number };
-            return (public != u64::MAX).then_some(public);
+        if is_for(self.get(number)?, number, reader) {
+            return Some(number);
         }
-        (number..self.end()).find(|number| match &self.slots[(number - self.start) as usize].entry.kind {
-            Kind::Events | Kind::Reset => true,
-            Kind::Private(user) => &**user == reader.user,
-            Kind::Raw => *number >= reader.live_from,
-        })
+        let shared = first_from(&self.shared, number);
+        let plain = first_from(&self.plain, number.max(reader.live_from));
+        let own = self.next_private(number, reader);
+        [shared, plain, own].into_iter().flatten().min()
     }
+
+    fn next_private(&self, number: u64, reader: Reader<'_>) -> Option<u64> {
+        if self.private.is_empty() {
+            return None; // the hash is not worth its time
+        }
+        let hash = self.hasher.hash_one(reader.user);
+        let same_hash = self.private.range((hash, number)..=(hash, u64::MAX)).map(|(_, number)| *number);
+        // Users whose names have the same hash are next to each other here.
+        same_hash
+            .into_iter()
+            .find(|number| self.get(*number).is_some_and(|entry| is_for(entry, *number, reader)))
+    }
+}
+
+fn is_for(entry: &Entry, number: u64, reader: Reader<'_>) -> bool {
+    match &entry.kind {
+        Kind::Events | Kind::Reset => true,
+        Kind::Private(user) => &**user == reader.user,
+        Kind::Raw => number >= reader.live_from,
+    }
+}
+
+/// The first of these rising numbers that is not below `number`.
+fn first_from(numbers: &VecDeque<u64>, number: u64) -> Option<u64> {
+    if *numbers.back()? < number {
+        return None; // the common case: a reader near the end
+    }
+    numbers.get(numbers.partition_point(|other| *other < number)).copied()
 }
 
 #[cfg(test)]
@@ -213,8 +292,8 @@ mod tests {
         Entry::addressed(EventId(id), Some(user.into()), [text.as_bytes()].into_iter())
     }
 
-    fn walking(user: &str) -> Reader<'_> {
-        Reader { user, live_from: 0, current: false }
+    fn reader(user: &str) -> Reader<'_> {
+        Reader { user, live_from: 0 }
     }
 
     #[test]
@@ -247,33 +326,32 @@ mod tests {
     }
 
     #[test]
-    fn a_current_reader_hops_over_what_is_for_others() {
-        let mut feed = Feed::new(EventId(1), EventId(1));
-        feed.append(event(2));
-        (3..1000).for_each(|id| feed.append(private(id, "bob")));
-        let current = Reader { user: "alice", live_from: 0, current: true };
-        assert_eq!(feed.next_for(0, current), Some(0));
-        assert_eq!(feed.next_for(1, current), None);
-        feed.append(event(1000));
-        assert_eq!(feed.next_for(1, current), Some(998));
-        assert_eq!(feed.next_for(500, current), Some(998));
-        assert_eq!(feed.next_for(1, walking("bob")), Some(1));
-        assert_eq!(feed.next_for(1, walking("alice")), Some(998));
-    }
-
-    #[test]
     fn standing_before_what_is_for_others_is_not_falling_behind() {
         let mut feed = Feed::new(EventId(1), EventId(1));
         feed.append(private(2, "bob"));
         feed.append(private(3, "bob"));
         feed.append(event(4));
         feed.pop();
-        assert!(feed.has_lost_nothing(Cursor::default(), true));
-        assert!(!feed.has_lost_nothing(Cursor::default(), false));
+        assert!(feed.holds_all_from(0, "alice"));
         feed.pop();
         feed.pop();
-        assert!(!feed.has_lost_nothing(Cursor { entry: 2, offset: 0 }, true));
-        assert!(feed.has_lost_nothing(Cursor { entry: 3, offset: 0 }, false));
+        assert!(!feed.holds_all_from(2, "alice"));
+        assert!(feed.holds_all_from(3, "alice"));
+    }
+
+    #[test]
+    fn remembers_evictions_during_a_private_fan_out() {
+        let mut feed = Feed::new(EventId(1), EventId(1));
+        feed.append(private(2, "bob"));
+        feed.start_delivery("bob".into());
+        feed.append(private(3, "bob"));
+        assert!(feed.holds_all_from(0, "bob"));
+        feed.pop();
+        assert!(!feed.holds_all_from(0, "bob"));
+        assert!(feed.holds_all_from(1, "bob") && feed.holds_all_from(0, "alice"));
+        feed.finish_delivery("bob");
+        feed.pop();
+        assert!(feed.holds_all_from(1, "bob"));
     }
 
     #[test]
@@ -281,8 +359,8 @@ mod tests {
         let mut feed = Feed::new(EventId(1), EventId(1));
         feed.append(Entry::raw(EventId(1), b"{}"));
         feed.append(event(2));
-        assert_eq!(feed.next_for(0, Reader { live_from: 2, ..walking("alice") }), Some(1));
-        assert_eq!(feed.next_for(0, walking("alice")), Some(0));
+        assert_eq!(feed.next_for(0, Reader { live_from: 2, ..reader("alice") }), Some(1));
+        assert_eq!(feed.next_for(0, reader("alice")), Some(0));
     }
 
     proptest! {
@@ -320,7 +398,7 @@ mod tests {
                 Start::Before => prop_assert!(position < feed.before()),
                 Start::Broken => prop_assert!(false, "nothing was broken"),
                 Start::At(mut cursor) => {
-                    let reader = Reader { live_from: feed.end(), ..walking("alice") };
+                    let reader = Reader { user: "alice", live_from: feed.end() };
                     let mut seen = Vec::new();
                     while let Some(number) = feed.next_for(cursor.entry, reader) {
                         let offset = if number == cursor.entry { cursor.offset } else { 0 };
@@ -333,6 +411,35 @@ mod tests {
                     prop_assert_eq!(seen, expected);
                 }
             }
+        }
+
+        /// The index finds what a search of every entry would, for every reader and place, and shrinks with the feed.
+        #[test]
+        fn the_index_agrees_with_a_search(steps in prop::collection::vec(0u8..8, 1..200)) {
+            let mut feed = Feed::new(EventId(1000), EventId(1000));
+            for step in steps {
+                let next = feed.position().0 + 1;
+                match step {
+                    0 | 1 => feed.append(private(next, "alice")),
+                    2 | 3 => feed.append(private(next, "bob")),
+                    4 => feed.append(event(next)),
+                    5 => feed.append(Entry::raw(feed.position(), b"{}")),
+                    6 => feed.append(Entry::reset(EventId(next))),
+                    _ => drop(feed.pop()),
+                }
+            }
+            for user in ["alice", "bob", "carol"] {
+                for live_from in [0, feed.start() + 3, feed.end()] {
+                    let reader = Reader { user, live_from };
+                    for number in 0..=feed.end() {
+                        let searched = (number.max(feed.start())..feed.end())
+                            .find(|number| is_for(feed.get(*number).unwrap(), *number, reader));
+                        prop_assert_eq!(feed.next_for(number, reader), searched, "{:?} at {}", reader, number);
+                    }
+                }
+            }
+            while feed.pop().is_some() {}
+            prop_assert!(feed.shared.is_empty() && feed.plain.is_empty() && feed.private.is_empty());
         }
     }
 }

@@ -31,6 +31,7 @@ use crate::refusals::Class;
 mod channel;
 mod deliver;
 mod join;
+mod private;
 mod receive;
 #[cfg(test)]
 mod tests;
@@ -51,9 +52,12 @@ const LINGER: Duration = Duration::from_secs(5);
 /// One read takes this much; longer ones take turns.
 const SCRATCH: usize = 16 * 1024;
 
-/// Most messages taken from the inbox, and connections flushed in a pass, before others get their turn.
+/// Most messages taken from the inbox before others get their turn.
 const MESSAGES_A_TURN: usize = 1024;
-const FLUSHES_A_TURN: usize = 256;
+
+/// Most writes of fan-outs before others get their turn. Writes are counted and not connections, since one that has
+/// many small entries ahead takes many writes.
+const WRITES_A_TURN: u64 = 256;
 
 /// Connections read from or brought up to date, before passes under way get their turn: in a storm each of thousands
 /// has a handshake, a token and a page of history to be dealt with, and live events would wait behind all of them.
@@ -111,9 +115,10 @@ pub struct Shard {
     page_bytes: usize,
     /// Those whom the bus has answered.
     answered: VecDeque<(ConnectionId, Asked)>,
-    /// Channels with a pass under way.
+    /// Channels with a fan-out under way.
     passes: VecDeque<u32>,
-    /// What was brought to all ready sockets in this turn: when its pass began, and when it came to the node.
+    /// Fan-outs that have reached all ready sockets in this turn: when a public one began, and when the first of its
+    /// events arrived on this node.
     brought: Vec<(Option<Instant>, Instant)>,
     /// When this turn began.
     now: Instant,
@@ -284,13 +289,13 @@ impl Shard {
             self.let_pass(done);
         }
         self.go_on(OTHERS_A_TURN);
-        self.pass_on(FLUSHES_A_TURN);
+        self.pass_on(WRITES_A_TURN);
     }
 
     /// Gives passes their turn between so many others.
     fn let_pass(&mut self, done: usize) {
         if (done + 1).is_multiple_of(OTHERS_A_TURN) {
-            self.pass_on(FLUSHES_A_TURN);
+            self.pass_on(WRITES_A_TURN);
         }
     }
 

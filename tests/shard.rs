@@ -2,6 +2,8 @@
 
 mod common;
 
+use std::io::Read;
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -16,7 +18,11 @@ struct Shard(Lone);
 
 impl Shard {
     fn start() -> Shard {
-        Shard(Lone::start(&["--shards", "1"], false).expect("a shard"))
+        Shard::start_with(&[])
+    }
+
+    fn start_with(flags: &[&str]) -> Shard {
+        Shard(Lone::start(&[&["--shards", "1"], flags].concat(), false).expect("a shard"))
     }
 
     /// A client's end of a connection; the shard has the other. What `bytes` are it finds there already.
@@ -64,13 +70,17 @@ fn upgrade() -> Vec<u8> {
 
 /// The request of a client that goes on from somewhere, or says nothing of it.
 fn upgrade_after(query: &str) -> Vec<u8> {
+    upgrade_of("alice", &format!("a{query}"))
+}
+
+fn upgrade_of(user: &str, channel_and_query: &str) -> Vec<u8> {
     let headers = [
         ("Connection", "Upgrade"),
         ("Upgrade", "websocket"),
         ("Sec-WebSocket-Version", "13"),
         ("Sec-WebSocket-Key", "dGhlIHNhbXBsZSBub25jZQ=="),
     ];
-    let path = format!("/ws/alice?channel=a{query}");
+    let path = format!("/ws/{user}?channel={channel_and_query}");
     http::request_bytes(([127, 0, 0, 1], 1).into(), "GET", &path, &headers, b"")
 }
 
@@ -114,15 +124,26 @@ async fn the_end_of_a_client_is_seen_though_nothing_was_read_when_it_came() {
 }
 
 /// Events with these ids, for everybody, in one entry.
-fn events(ids: std::ops::RangeInclusive<u64>) -> Entry {
+fn events(ids: RangeInclusive<u64>) -> Entry {
+    addressed(ids, None)
+}
+
+/// The same for one user.
+fn addressed(ids: RangeInclusive<u64>, to: Option<&str>) -> Entry {
     let texts: Vec<String> = ids.clone().map(|id| format!(r#"{{"n":{id},"id":{id}}}"#)).collect();
-    Entry::events(EventId(*ids.start()), texts.iter().map(String::as_bytes))
+    Entry::addressed(EventId(*ids.start()), to.map(Into::into), texts.iter().map(String::as_bytes))
 }
 
 impl Shard {
     fn gets(&self, entry: Entry) {
-        let channel = ChannelName::parse("a").expect("a name");
-        self.0.shards.tell(0, ToShard::Entry { channel, entry, arrived: Instant::now() });
+        self.queue("a", entry);
+        self.0.shards.ring(0);
+    }
+
+    /// Gives it an entry without waking it.
+    fn queue(&self, channel: &str, entry: Entry) {
+        let channel = ChannelName::parse(channel).expect("a name");
+        self.0.shards.leave(0, ToShard::Entry { channel, entry, arrived: Instant::now() });
     }
 }
 
@@ -196,4 +217,99 @@ async fn a_page_that_knows_more_than_the_feed_brings_nothing_twice() {
         String::from_utf8_lossy(&bytes).matches(r#""id":"#).count()
     };
     assert_eq!(tokio::time::timeout(Duration::from_secs(60), text).await, Ok(4));
+}
+
+/// While 90 events go out to 1,200 readers, an event of another channel waits for a few hundred writes at most,
+/// whatever the events are. Sockets are ready in epoll in the order in which they were written to.
+#[tokio::test]
+async fn a_fan_out_to_many_leaves_others_their_turn() {
+    const READERS: usize = 1200;
+    let _ = rlimit::increase_nofile_limit(u64::MAX);
+    let mut shard = Shard::start();
+    let mut poll = mio::Poll::new().expect("epoll");
+    let mut clients = Vec::new();
+    for n in 0..=READERS {
+        let upgrade = if n < READERS { upgrade_of("alice", "a") } else { upgrade_of("bob", "b") };
+        let mut client = shard.client(&upgrade).await;
+        if n == 0 || n == READERS {
+            shard.follows().await;
+        }
+        let mut answer = Vec::new();
+        while !answer.ends_with(b"\r\n\r\n") {
+            assert!(client.read_buf(&mut answer).await.expect("it is connected") > 0, "it was closed");
+        }
+        let mut client = mio::net::TcpStream::from_std(client.into_std().expect("a socket of tokio's"));
+        poll.registry().register(&mut client, mio::Token(n), mio::Interest::READABLE).expect("room in epoll");
+        clients.push(client);
+    }
+    let to_alice = |id| addressed(id..=id, Some("alice"));
+    let plain = |id| Entry::raw(EventId(id), b"{}");
+    let public = |id| events(id..=id);
+    let (mut id, mut delivered, mut to_bob) = (1000, 0, 1000);
+    let mut seen = mio::Events::with_capacity(2 * READERS);
+    let mixes: [&[&dyn Fn(u64) -> Entry]; 4] =
+        [&[&to_alice], &[&public], &[&plain], &[&to_alice, &plain, &public]];
+    for (mix, name) in mixes.into_iter().zip(["private", "public", "plain", "mixed"]) {
+        for n in 0..90 {
+            let kind = mix[n % mix.len()];
+            let mut entry = kind(id + 1);
+            if entry.ids() == 0 {
+                entry = kind(id);
+            }
+            id = entry.last.0;
+            shard.queue("a", entry);
+        }
+        to_bob += 1;
+        shard.queue("b", events(to_bob..=to_bob));
+        shard.0.shards.ring(0);
+        delivered += 90 * READERS as u64 + 1;
+        until("everything to be delivered", || async {
+            (shard.0.metrics.shards[0].delivered.get() >= delivered).then_some(())
+        })
+        .await;
+        poll.poll(&mut seen, Some(Duration::ZERO)).expect("epoll");
+        let bob = seen.iter().position(|event| event.token().0 == READERS).expect("it got its event");
+        assert_eq!(seen.iter().count(), READERS + 1);
+        assert!(bob < READERS / 2, "{name}: {bob} others came first");
+        for client in &mut clients {
+            while client.read(&mut [0; 16 * 1024]).is_ok_and(|read| read > 0) {}
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_private_event_evicted_before_its_fan_out_is_read_from_history() {
+    const READERS: usize = 300; // more than a turn writes to
+    let _ = rlimit::increase_nofile_limit(u64::MAX);
+    let mut shard = Shard::start_with(&["--feed-memory", "16KiB", "--max-message", "8KiB"]);
+    let mut clients = Vec::new();
+    for n in 0..READERS {
+        clients.push(shard.client(&upgrade_after("&lastEventId=1000")).await);
+        if n == 0 {
+            shard.follows().await;
+        }
+    }
+    until("everyone to join", || async {
+        (shard.0.metrics.shards[0].joins.get() == READERS as u64).then_some(())
+    })
+    .await;
+    let padding = "x".repeat(8000);
+    let large = |id: u64| {
+        let text = format!(r#"{{"p":"{padding}","id":{id}}}"#);
+        Entry::addressed(EventId(id), Some("nobody here".into()), [text.as_bytes()].into_iter())
+    };
+    let mut entries = vec![addressed(1001..=1001, Some("alice"))];
+    entries.extend((1002..=1004).map(large));
+    for entry in &entries {
+        shard.queue("a", entry.clone());
+    }
+    shard.0.shards.ring(0);
+    let Request::Read { channel, after, .. } = shard.asks().await else { panic!("it asks for history") };
+    let (base, head, oldest) = (EventId(1000), EventId(1004), EventId(1001));
+    let page = Page { base, head, oldest, entries };
+    shard.0.shards.tell(0, ToShard::Page { channel, after, result: Ok(Arc::new(page)) });
+    shard.gets(events(1005..=1005));
+    for client in &mut clients {
+        assert_eq!(ids_up_to(client, 1005).await, [1001, 1005]);
+    }
 }

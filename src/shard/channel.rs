@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::hash::{BuildHasher, RandomState};
+use std::sync::Arc;
 use std::time::Instant;
 
 use hashbrown::HashTable;
@@ -12,13 +13,15 @@ use crate::connection::{Connection, Copies, NONE};
 use crate::event::{ChannelName, Entry, EventId};
 use crate::feed::Feed;
 
+use super::private::PrivateFanouts;
+
 /// A page of history that has been asked for.
 #[derive(Debug)]
 pub enum PageState {
     /// Under way; these wait for it.
     Reading(Vec<ConnectionId>),
     /// Here, for a while.
-    Ready(ReadyPage),
+    Ready(Box<ReadyPage>),
 }
 
 /// A page of history, to be read like a feed.
@@ -100,6 +103,10 @@ pub struct Channel {
     pub members: Vec<u32>,
     /// The pass under way.
     pub pass: Option<Pass>,
+    /// The private fan-outs under way.
+    pub private: PrivateFanouts,
+    /// Whether a private fan-out has the next turn.
+    private_next: bool,
     /// One connection of each user; the others hang on it.
     users: HashTable<u32>,
     /// Who has part of a frame in the socket: entry and slot.
@@ -126,6 +133,8 @@ impl Channel {
             early: Vec::new(),
             members: Vec::new(),
             pass: None,
+            private: PrivateFanouts::default(),
+            private_next: false,
             users: HashTable::new(),
             begun: BTreeSet::new(),
             joining: Vec::new(),
@@ -192,6 +201,7 @@ impl Channel {
 
     fn remove_user(&mut self, slot: u32, connections: &mut Slab<Connection>, hasher: &RandomState) {
         let (earlier, later) = connections[slot as usize].same_user;
+        self.private.skip(&connections[slot as usize].user, slot, later);
         if later != NONE {
             connections[later as usize].same_user.0 = earlier;
         }
@@ -209,21 +219,74 @@ impl Channel {
         }
     }
 
-    /// The slots of a user's connections.
-    pub fn connections_of(
-        &self,
-        user: &str,
+    /// Starts a fan-out to all members for what was just appended to the feed, unless one under way brings it.
+    pub fn start_public_fanout(&mut self, now: Instant, arrived: Instant) {
+        match &mut self.pass {
+            None if self.members.is_empty() => {}
+            None => self.pass = Some(Pass::new(now, arrived)),
+            Some(pass) if pass.next == 0 => {} // nobody was visited yet
+            Some(pass) => {
+                pass.again.get_or_insert(arrived);
+            }
+        }
+    }
+
+    /// The same for a private entry and its user's connections.
+    pub fn start_private_fanout(
+        &mut self,
+        user: Arc<str>,
+        arrived: Instant,
         connections: &Slab<Connection>,
         hasher: &RandomState,
-    ) -> Vec<u32> {
-        let same = |slot: &u32| &*connections[*slot as usize].user == user;
-        let mut next = self.users.find(hasher.hash_one(user), same).copied().unwrap_or(NONE);
-        let mut found = Vec::new();
-        while next != NONE {
-            found.push(next);
-            next = connections[next as usize].same_user.1;
+    ) {
+        let first = first_of(&self.users, &user, connections, hasher);
+        if first != NONE
+            && self.private.add(&user, first, arrived)
+            && let Some(feed) = &mut self.feed
+        {
+            feed.start_delivery(user);
         }
-        found
+    }
+
+    /// Whether a fan-out is under way.
+    pub fn has_fanout(&self) -> bool {
+        self.pass.is_some() || !self.private.is_empty()
+    }
+
+    /// Ends the fan-outs that have visited everyone, and notes them in `completed`. Those that more has arrived for
+    /// start again.
+    pub fn end_fanouts(
+        &mut self,
+        now: Instant,
+        completed: &mut Vec<(Option<Instant>, Instant)>,
+        connections: &Slab<Connection>,
+        hasher: &RandomState,
+    ) {
+        while let Some(pass) = self.pass.take_if(|pass| pass.next >= self.members.len()) {
+            completed.push((Some(pass.begun), pass.arrived));
+            self.pass = pass.again.map(|arrived| Pass::new(now, arrived));
+        }
+        let first = |user: &str| first_of(&self.users, user, connections, hasher);
+        while let Some((user, arrived, ended)) = self.private.end_next(first) {
+            completed.push((None, arrived));
+            if let Some(feed) = self.feed.as_mut().filter(|_| ended) {
+                feed.finish_delivery(&user);
+            }
+        }
+    }
+
+    /// The slot to visit next in the fan-outs under way. The public one and the private ones take turns.
+    pub fn next_visit(&mut self, connections: &Slab<Connection>) -> Option<u32> {
+        self.private_next = !self.private_next;
+        if (self.private_next || self.pass.is_none())
+            && let Some(slot) = self.private.next_visit(connections)
+        {
+            return Some(slot);
+        }
+        let pass = self.pass.as_mut()?;
+        let slot = self.members.get(pass.next).copied();
+        pass.next += 1;
+        slot
     }
 
     /// The page of history after this position, if it is here.
@@ -254,6 +317,12 @@ impl Channel {
         }
         after
     }
+}
+
+/// The slot of a user's first connection, to which the others are linked; `NONE` without one.
+fn first_of(users: &HashTable<u32>, user: &str, connections: &Slab<Connection>, hasher: &RandomState) -> u32 {
+    let same = |slot: &u32| &*connections[*slot as usize].user == user;
+    users.find(hasher.hash_one(user), same).copied().unwrap_or(NONE)
 }
 
 #[cfg(test)]
@@ -293,6 +362,37 @@ mod tests {
                 assert_eq!(seen, stay, "{leaver} of {count} left after {visited} had their turn");
                 let places = channel.members.iter().map(|slot| connections[*slot as usize].member);
                 assert!(places.eq(0..count - 1), "everyone knows its place");
+            }
+        }
+    }
+
+    #[test]
+    fn private_fan_out_reaches_all_that_stay() {
+        let (hasher, now) = (RandomState::new(), Instant::now());
+        for count in 1..6_u32 {
+            let mut connections = connections(count);
+            for (visited, leaver) in (0..count).flat_map(|at| (0..count).map(move |slot| (at, slot))) {
+                let mut channel = Channel::new(ChannelName::parse("c").expect("a name"), 1);
+                (0..count).for_each(|slot| channel.add(slot, &mut connections, &hasher));
+                let mut completed = Vec::new();
+                channel.start_private_fanout("".into(), now, &connections, &hasher);
+                for _ in 0..visited {
+                    channel.next_visit(&connections).expect("a connection that was not visited");
+                }
+                channel.start_private_fanout("".into(), now, &connections, &hasher);
+                channel.remove(leaver, &mut connections, &hasher);
+                let mut seen = Vec::new();
+                loop {
+                    channel.end_fanouts(now, &mut completed, &connections, &hasher);
+                    let Some(slot) = channel.next_visit(&connections) else { break };
+                    seen.push(slot);
+                }
+                assert!(!channel.has_fanout() && seen.len() + visited as usize <= 2 * count as usize);
+                seen.sort_unstable();
+                seen.dedup();
+                let stay: Vec<u32> = (0..count).filter(|slot| *slot != leaver).collect();
+                assert_eq!(seen, stay, "{leaver} of {count} left after {visited} visits");
+                assert_eq!(completed.len(), if visited == 0 || stay.is_empty() { 1 } else { 2 });
             }
         }
     }

@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use super::Shard;
-use super::channel::{PageState, Pass};
+use super::channel::PageState;
 use crate::close::Reason;
 use crate::connection::{Copies, Flushed, State};
 use crate::event::{ChannelName, Entry, EventId, Kind};
@@ -23,27 +23,20 @@ impl Shard {
         let Some(feed) = &mut channel.feed else { return channel.early.push(entry) };
         self.feed_bytes += Feed::cost(&entry);
         self.ages.push_back((key, channel.serial));
-        let kind = entry.kind.clone();
+        let to = match &entry.kind {
+            Kind::Private(user) => Some(user.clone()),
+            _ => None,
+        };
         feed.append(entry);
-        if let Kind::Private(user) = &kind {
-            let slots = channel.connections_of(user, &self.connections, &self.hasher);
-            if !slots.is_empty() {
-                self.brought.push((None, arrived));
+        let had_fanout = channel.has_fanout();
+        match to {
+            Some(user) => {
+                channel.start_private_fanout(user, arrived, &self.connections, &self.hasher);
             }
-            for slot in slots {
-                self.connections[slot as usize].look_at_all();
-                self.flush(slot);
-            }
-        } else if !channel.members.is_empty() {
-            match &mut channel.pass {
-                Some(pass) => {
-                    pass.again.get_or_insert(arrived);
-                }
-                None => {
-                    channel.pass = Some(Pass::new(self.now, arrived));
-                    self.passes.push_back(key);
-                }
-            }
+            None => channel.start_public_fanout(self.now, arrived),
+        }
+        if !had_fanout && channel.has_fanout() {
+            self.passes.push_back(key);
         }
         self.trim();
     }
@@ -71,32 +64,28 @@ impl Shard {
         }
     }
 
-    /// Goes on with the passes under way: everybody in a channel gets what has come since.
-    pub(super) fn pass_on(&mut self, mut budget: usize) {
+    /// Goes on with the fan-outs under way: every connection gets what has arrived since for it. A channel keeps its
+    /// turn for `budget` writes at most, and a connection that is visited without one counts as one.
+    pub(super) fn pass_on(&mut self, mut budget: u64) {
         while let Some(key) = self.passes.front().copied() {
             let channel = &mut self.channels[key as usize];
-            let pass = channel.pass.as_mut().expect("the list names channels with a pass under way");
-            if let Some(slot) = channel.members.get(pass.next).copied() {
-                if budget == 0 {
-                    self.passes.rotate_left(1);
-                    return;
-                }
-                budget -= 1;
-                pass.next += 1;
+            channel.end_fanouts(self.now, &mut self.brought, &self.connections, &self.hasher);
+            if !channel.has_fanout() {
+                self.passes.pop_front();
+                continue;
+            }
+            if budget == 0 {
+                self.passes.rotate_left(1);
+                return;
+            }
+            let before = self.tally.writes;
+            if let Some(slot) = channel.next_visit(&self.connections) {
                 let connection = &self.connections[slot as usize];
                 if !connection.blocked && matches!(connection.state, State::Live) {
                     self.flush(slot);
                 }
-                continue;
             }
-            self.brought.push((Some(pass.begun), pass.arrived));
-            if let Some(arrived) = pass.again {
-                *pass = Pass::new(self.now, arrived);
-                self.passes.rotate_left(1);
-            } else {
-                channel.pass = None;
-                self.passes.pop_front();
-            }
+            budget = budget.saturating_sub((self.tally.writes - before).max(1));
         }
     }
 

@@ -221,7 +221,7 @@ impl Shard {
                 let page = ReadyPage::new(&page, after, feed, self.tick);
                 self.page_bytes += page.cost;
                 self.page_ages.push_back((key, channel.serial, after));
-                channel.pages.insert(after, PageState::Ready(page));
+                channel.pages.insert(after, PageState::Ready(Box::new(page)));
                 self.answered.extend(waiting.into_iter().map(|id| (id, Asked::Page(after))));
             }
         }

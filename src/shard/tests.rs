@@ -28,8 +28,8 @@ const HISTORY: usize = 60;
 enum Step {
     /// The bus takes events of this size for everybody.
     Publish { count: u64, size: usize },
-    /// The bus takes an event for one user.
-    PublishTo { user: usize, size: usize },
+    /// The bus takes events of this size for one user.
+    PublishTo { user: usize, count: u64, size: usize },
     /// An event without id comes.
     Raw,
     /// The sequence starts again, further on.
@@ -46,6 +46,8 @@ enum Step {
     Answer,
     /// A turn of the shard's loop.
     Turn,
+    /// Fan-outs go on for this many writes.
+    Fanout { writes: u64 },
     /// A tick.
     Tick,
 }
@@ -55,7 +57,7 @@ fn step() -> impl Strategy<Value = Step> {
     let size = prop_oneof![4 => 0..200_usize, 2 => 200..3000_usize];
     prop_oneof![
         6 => (1..5_u64, size.clone()).prop_map(|(count, size)| Step::Publish { count, size }),
-        2 => (0..3_usize, size).prop_map(|(user, size)| Step::PublishTo { user, size }),
+        2 => (0..3_usize, 1..3_u64, size).prop_map(|(user, count, size)| Step::PublishTo { user, count, size }),
         1 => Just(Step::Raw),
         1 => Just(Step::Anchor),
         3 => (client.clone(), 1..120_usize).prop_map(|(client, count)| Step::Ping { client, count }),
@@ -63,7 +65,8 @@ fn step() -> impl Strategy<Value = Step> {
         5 => (client.clone(), 1..8000_usize).prop_map(|(client, bytes)| Step::Read { client, bytes }),
         1 => client.prop_map(|client| Step::Rejoin { client }),
         4 => Just(Step::Answer),
-        8 => Just(Step::Turn),
+        6 => Just(Step::Turn),
+        6 => (1..3_u64).prop_map(|writes| Step::Fanout { writes }),
         2 => Just(Step::Tick),
     ]
 }
@@ -190,9 +193,11 @@ impl Testbed {
                 (0..*count).for_each(|_| self.give(None, *size));
                 self.tell(first);
             }
-            Step::PublishTo { user, size } => {
-                self.give(Some(["alice", "bob", "nobody"][*user].to_owned()), *size);
-                self.tell(self.head);
+            Step::PublishTo { user, count, size } => {
+                let first = self.head + 1;
+                let user = ["alice", "bob", "nobody"][*user];
+                (0..*count).for_each(|_| self.give(Some(user.to_owned()), *size));
+                self.tell(first);
             }
             Step::Raw if self.follows => self.entry(Entry::raw(EventId(self.head), br#"{"raw":1}"#)),
             Step::Raw => {}
@@ -225,6 +230,7 @@ impl Testbed {
             }
             Step::Answer => self.answer(),
             Step::Turn => self.turn(),
+            Step::Fanout { writes } => self.shard.pass_on(*writes),
             Step::Tick => self.shard.on_tick(),
         }
         Ok(())
@@ -453,5 +459,57 @@ proptest! {
             testbed.run(step)?;
         }
         testbed.settle()?;
+    }
+}
+
+/// Whatever is sent to however many connections, a turn makes a bounded number of writes, and each connection takes few.
+#[test]
+fn a_burst_is_written_in_turns() {
+    const READERS: usize = 600;
+    let _ = rlimit::increase_nofile_limit(u64::MAX);
+    let mut testbed = Testbed::new();
+    let mut readers: Vec<_> = (0..READERS).map(|_| testbed.connect(2, Some(1000))).collect();
+    let mut buffer = [0; 64 * 1024];
+    let mut drain = |readers: &mut Vec<Client>| {
+        for reader in readers {
+            while reader.socket.read(&mut buffer).is_ok_and(|read| read > 0) {}
+        }
+    };
+    let live = |shard: &Shard| {
+        let state = |(_, connection): (usize, &Connection)| matches!(connection.state, State::Live);
+        shard.connections.iter().filter(|connection| state(*connection)).count()
+    };
+    while live(&testbed.shard) < READERS + CLIENTS.len() {
+        testbed.turn();
+        testbed.answer();
+    }
+    for name in ["public", "private", "plain", "mixed"] {
+        drain(&mut readers);
+        for n in 0..30 {
+            match (name, n % 3) {
+                ("plain", _) | ("mixed", 0) => testbed.entry(Entry::raw(EventId(testbed.head), b"{}")),
+                ("private", _) | ("mixed", 1) => {
+                    testbed.give(Some("alice".to_owned()), 0);
+                    testbed.tell(testbed.head);
+                }
+                _ => {
+                    testbed.give(None, 0);
+                    testbed.tell(testbed.head);
+                }
+            }
+        }
+        let (mut total, mut turns) = (0, 0);
+        while testbed.shard.has_work() {
+            let before = testbed.shard.tally.writes;
+            testbed.shard.work();
+            let writes = testbed.shard.tally.writes - before;
+            assert!(writes <= WRITES_A_TURN, "{name}: {writes} writes in a turn");
+            (total, turns) = (total + writes, turns + 1);
+        }
+        let most = READERS + CLIENTS.len();
+        assert!(
+            total >= READERS as u64 && total <= 2 * most as u64,
+            "{name}: {total} writes in {turns} turns"
+        );
     }
 }
