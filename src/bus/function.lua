@@ -16,48 +16,49 @@ local function prepare()
   too_long = '%f[%d-]' .. string.rep('[%d.eE+-]', NUMBER_MAX + 1)
 end
 
--- The sequences of UTF-8 beyond ASCII (RFC 3629).
-local SEQUENCES = {
-  '[\194-\223][\128-\191]',
-  '\224[\160-\191][\128-\191]',
-  '\237[\128-\159][\128-\191]',
-  '[\225-\236\238\239][\128-\191][\128-\191]',
-  '\240[\144-\191][\128-\191][\128-\191]',
-  '\244[\128-\143][\128-\191][\128-\191]',
-  '[\241-\243][\128-\191][\128-\191][\128-\191]',
-}
-
+-- Whether a text is UTF-8 (RFC 3629): takes its sequences away, and looks whether anything is left.
 local function is_utf8(text)
-  for _, sequence in ipairs(SEQUENCES) do
-    if not string.find(text, '[\128-\255]') then
-      return true
-    end
-    text = string.gsub(text, sequence, ' ')
+  if not string.find(text, '[\128-\255]') then
+    return true
   end
-  return not string.find(text, '[\128-\255]')
+  local rest = string.gsub(text, '[%z\1-\127]+', ' ')
+  rest = string.gsub(rest, '[\194-\223][\128-\191]', ' ')
+  if not string.find(rest, '[\128-\255]') then
+    return true
+  end
+  -- Not overlong, no surrogates, nothing beyond U+10FFFF.
+  if string.find(rest, '\224[\128-\159]') or string.find(rest, '\237[\160-\191]')
+    or string.find(rest, '\240[\128-\143]') or string.find(rest, '\244[\144-\191]') then
+    return false
+  end
+  rest = string.gsub(rest, '[\224-\239][\128-\191][\128-\191]', ' ')
+  rest = string.gsub(rest, '[\240-\244][\128-\191][\128-\191][\128-\191]', ' ')
+  return not string.find(rest, '[\128-\255]')
 end
 
--- Counts members in the objects of a decoded value, and takes them from those that its text has; returns the rest. It
--- stops at 0: a large array without objects need not be walked.
-local function members_left(value, text_has, type, pairs)
-  local tables = {}
-  for key, item in pairs(value) do
-    if type(key) == 'string' then text_has = text_has - 1 end
-    if type(item) == 'table' then tables[#tables + 1] = item end
+-- Takes the members of a decoded value's objects from the count of those in its text; returns the rest. It stops at 0: an
+-- array without objects is not walked. (A decoded object has names alone, so it has no [1].)
+local function members_left(value, left)
+  if value[1] == nil then
+    for _ in pairs(value) do left = left - 1 end
   end
-  for _, item in ipairs(tables) do
-    if text_has == 0 then break end
-    text_has = members_left(item, text_has, type, pairs)
+  if left > 0 then
+    for _, item in pairs(value) do
+      if type(item) == 'table' then
+        left = members_left(item, left)
+        if left == 0 then break end
+      end
+    end
   end
-  return text_has
+  return left
 end
 
 -- What is wrong with the numbers in a JSON text without strings; nil if nothing.
 local function bad_numbers(text)
-  if string.find(text, too_long) then
+  if #text > NUMBER_MAX and string.find(text, too_long) then
     return 'a number has more than ' .. NUMBER_MAX .. ' characters'
   end
-  if string.find(text, '.', 1, true) and (string.find(text, '[^%d]%.') or string.find(text, '%.[^%d]')) then
+  if string.find(text, '.', 1, true) and (string.find(text, '%D%.') or string.find(text, '%.%D')) then
     return 'not JSON (RFC 8259)'
   end
   if string.find(text, '%d[eE]') then
@@ -90,7 +91,7 @@ local function decode(text)
   end
   -- A string with a control character keeps its quotes.
   plain = string.gsub(plain, '"[^"%z\1-\31]*"', '')
-  if string.find(plain, '["%z]') then
+  if string.find(plain, '"', 1, true) or string.find(plain, '\0', 1, true) then
     return nil, 'not JSON (RFC 8259)'
   end
   local trouble = string.find(plain, '%d') and bad_numbers(plain)
@@ -98,7 +99,7 @@ local function decode(text)
     return nil, trouble
   end
   local _, colons = string.gsub(plain, ':', '')
-  if colons > 0 and members_left(value, colons, type, pairs) > 0 then
+  if colons > 0 and members_left(value, colons) > 0 then
     return nil, 'an object has two members of the same name'
   end
   return value

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use fanfare::bus::BusError;
 use fanfare::event::EventId;
+use fanfare::json;
 use serde_json::Value;
 use tokio::time::timeout;
 
@@ -94,6 +95,40 @@ async fn fcall_judges_json_by_the_rule() {
     for ((id, text), (given, event)) in reader.events.iter().zip(expected) {
         let (mut text, event) = (value(text), value(event));
         assert_eq!((*id, text["data"].take()), (given, event["data"].clone()));
+    }
+}
+
+#[tokio::test]
+async fn fcall_and_the_node_judge_alike() {
+    let redis = RedisServer::start();
+    let _node = Node::ready(settings(&redis.url())).await;
+    let mut raw = redis.raw();
+    let mut random: u64 = 1;
+    let mut below = |limit: usize| {
+        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (random >> 33) as usize % limit
+    };
+    let bytes = b"\"\"\"\\\\{}[],::.eE+-0019u d8ab\x00\t\x1f\x7f\x80\xc3\xa9\xed\xf0\xff";
+    for case in cases() {
+        for _ in 0..20 {
+            let mut event = case.event();
+            for _ in 0..=below(2) {
+                let at = 1 + below(event.len() - 1);
+                match below(3) {
+                    0 => event[at] = bytes[below(bytes.len())],
+                    1 => event.insert(at, bytes[below(bytes.len())]),
+                    _ => drop(event.drain(at..(at + 1 + below(3)).min(event.len()))),
+                }
+            }
+            let reply = raw.command(&[b"FCALL", &b"fanfare_publish"[..], b"1", b"fanfare:{room}", &event]);
+            let taken = matches!(reply, Reply::Number(_));
+            assert_eq!(
+                json::check(&event, json::DEPTH_MAX).is_ok(),
+                taken,
+                "{}: {reply:?}",
+                event.escape_ascii()
+            );
+        }
     }
 }
 
