@@ -1,7 +1,8 @@
 //! The keys that open this node, read from files at start and again at SIGHUP.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::Read;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, RwLock};
 
@@ -18,12 +19,17 @@ const FILE_MAX: u64 = 64 * 1024;
 /// Shortest `--admin-key`, in bytes: it is open to guessing over the network.
 const ADMIN_KEY_MIN: usize = 16;
 
+/// Permission of all users of the machine to read a file (chmod(1)).
+const OTHERS_READ: u32 = 0o004;
+
 /// Every key in force. Immutable: a reload makes new ones.
 #[derive(Debug)]
 pub struct Keys {
     admin: Option<AdminKey>,
     /// Clients' tokens must be signed by one of these.
     pub tokens: Vec<Key>,
+    /// Files with secrets that every user of the machine can read.
+    exposed: Vec<PathBuf>,
 }
 
 /// The keys in force, and where they came from. Looked at once a handshake, never on the way out.
@@ -43,7 +49,7 @@ impl KeyRing {
         let ring = KeyRing {
             admin_file: settings.admin_key.clone(),
             token_files: settings.jwt_key.clone(),
-            current: RwLock::new(Arc::new(Keys { admin: None, tokens: Vec::new() })),
+            current: RwLock::new(Arc::new(Keys { admin: None, tokens: Vec::new(), exposed: Vec::new() })),
         };
         ring.reload()?;
         Ok(ring)
@@ -59,7 +65,7 @@ impl KeyRing {
             .admin_file
             .as_deref()
             .and_then(|path| noted("admin-key", path, AdminKey::parse, &mut errors));
-        let tokens = self
+        let tokens: Vec<Key> = self
             .token_files
             .iter()
             .filter_map(|path| noted("jwt-key", path, Key::parse, &mut errors))
@@ -67,8 +73,20 @@ impl KeyRing {
         if !errors.is_empty() {
             return Err(errors);
         }
-        *self.current.write().expect("nothing panics while holding it") = Arc::new(Keys { admin, tokens });
+        let token_secrets = self.token_files.iter().zip(&tokens).filter(|(_, key)| key.is_secret());
+        let secrets = self.admin_file.iter().chain(token_secrets.map(|(path, _)| path));
+        let exposed = secrets.filter(|path| is_exposed(path)).cloned().collect();
+        let keys = Arc::new(Keys { admin, tokens, exposed });
+        *self.current.write().expect("nothing panics while holding it") = keys;
         Ok(())
+    }
+
+    /// Logs a warning for each file with a secret that every user of the machine can read.
+    pub fn warn_of_exposed_files(&self) {
+        for path in &self.current().exposed {
+            let path = path.display();
+            tracing::warn!("every user of this machine can read the secret in {path}: chmod o-r {path}");
+        }
     }
 
     /// The keys in force now.
@@ -130,6 +148,10 @@ impl std::fmt::Debug for AdminKey {
     }
 }
 
+fn is_exposed(path: &Path) -> bool {
+    fs::metadata(path).is_ok_and(|found| found.permissions().mode() & OTHERS_READ != 0)
+}
+
 /// Reads one file; what is wrong with it is noted under its setting.
 fn noted<T>(
     name: &str,
@@ -146,8 +168,13 @@ fn noted<T>(
         .ok()
 }
 
-fn read(path: &Path) -> Result<Vec<u8>, String> {
+/// Reads a key file. Anything but a regular file is refused: opening a FIFO blocks until somebody writes to it.
+pub(crate) fn read(path: &Path) -> Result<Vec<u8>, String> {
     let mut content = Vec::new();
+    let found = fs::metadata(path).map_err(|error| format!("can't be opened: {error}"))?;
+    if !found.is_file() {
+        return Err("must be a regular file".into());
+    }
     let file = File::open(path).map_err(|error| format!("can't be opened: {error}"))?;
     file.take(FILE_MAX + 1).read_to_end(&mut content).map_err(|error| format!("can't be read: {error}"))?;
     if content.len() as u64 > FILE_MAX {

@@ -61,6 +61,7 @@ fn main() -> ExitCode {
         return print(&settings.to_string());
     }
     start_logging(&settings);
+    keys.warn_of_exposed_files();
     let manager = Arc::new(Manager::from_env());
     // Before any thread is there: it takes its variables out of the environment.
     let inherited = Inherited::from_env().and_then(|inherited| {
@@ -154,7 +155,10 @@ fn serve(
 
 fn reread(keys: &KeyRing) {
     match keys.reload() {
-        Ok(()) if keys.has_files() => tracing::info!("the keys were read again"),
+        Ok(()) if keys.has_files() => {
+            tracing::info!("the keys were read again");
+            keys.warn_of_exposed_files();
+        }
         Ok(()) => tracing::info!("there are no key files to read again"),
         Err(errors) => {
             for error in errors {

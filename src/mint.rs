@@ -1,7 +1,7 @@
 //! `fanfare token`: makes a token for a test or a first look. In earnest the backend that knows the users does it.
 
 use std::ffi::OsString;
-use std::fs;
+use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use data_encoding::BASE64URL_NOPAD;
@@ -9,16 +9,18 @@ use ring::hmac;
 use serde_json::{Value, json};
 
 use crate::config::parse_duration;
-use crate::event::is_user_id;
+use crate::event::{ChannelName, is_user_id};
+use crate::keys;
 use crate::token::secret;
 
 const HELP: &str = "\
-Usage: fanfare token --user NAME --jwt-key FILE [--ttl TIME] [--channel NAME]... [--publish true|false|NAME]...
+Usage: fanfare token --user NAME --jwt-key FILE,... [--ttl TIME] [--channel NAME]... [--publish true|false|NAME]...
 
 Prints a token signed with HS256 for /ws/NAME.
 
   --user NAME       Who it is for (sub).
-  --jwt-key FILE    The secret that the nodes know by their --jwt-key. Or FANFARE_JWT_KEY.
+  --jwt-key FILE,...
+                    The key files of the nodes, or FANFARE_JWT_KEY. The first that holds a secret signs.
   --ttl TIME        How long it lasts (exp): a whole number and s, m, h or d; default 1h.
   --channel NAME    A channel it is good for, or a prefix that ends in *; may be repeated. Without it: all.
   --publish VALUE   true, false, or a channel or prefix to publish to; may be repeated. Without it: as
@@ -33,7 +35,7 @@ pub fn run(
     args: impl IntoIterator<Item = OsString>,
     key_variable: Option<OsString>,
 ) -> Result<String, String> {
-    let (mut user, mut ttl, mut file) = (None, Duration::from_secs(3600), key_variable);
+    let (mut user, mut ttl, mut files) = (None, Duration::from_secs(3600), Vec::new());
     let (mut channels, mut publish) = (Vec::new(), Vec::new());
     let mut args = args.into_iter();
     while let Some(arg) = args.next() {
@@ -49,37 +51,82 @@ pub fn run(
             return Err(format!("{flag}: there is no such flag; fanfare token --help shows all"));
         }
         let value = attached.or_else(|| args.next()).ok_or(format!("{flag}: needs a value"))?;
-        if flag == "--jwt-key" {
-            file = Some(value);
-            continue;
-        }
         let value = value.into_string().map_err(|_| format!("{flag}: the value is not UTF-8"))?;
         match flag {
             "--user" => user = Some(value),
             "--ttl" => ttl = parse_duration(&value).map_err(|problem| format!("--ttl: {problem}"))?,
-            "--channel" => channels.push(value),
+            "--jwt-key" => files.push(value),
+            "--channel" => channels.push(pattern(flag, value)?),
             _ => publish.push(value),
         }
     }
     let user = user.filter(|user| is_user_id(user));
     let user = user.ok_or("--user: needs 1 to 128 bytes without control characters")?;
-    let file = file.ok_or("--jwt-key: is needed, or FANFARE_JWT_KEY")?;
-    let file = std::path::Path::new(&file);
-    let wrong = |problem: String| format!("--jwt-key {}: {problem}", file.display());
-    let content = fs::read(file).map_err(|error| wrong(format!("can't be read: {error}")))?;
-    let secret = secret(&content).map_err(wrong)?;
+    let publish = publish_claim(publish)?;
+    if let Some(variable) = key_variable.filter(|variable| files.is_empty() && !variable.is_empty()) {
+        files.push(variable.into_string().map_err(|_| "FANFARE_JWT_KEY: the value is not UTF-8")?);
+    }
+    if files.is_empty() {
+        return Err("--jwt-key: is needed, or FANFARE_JWT_KEY".into());
+    }
+    let secret = first_secret(&files.join(","))?;
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_err(|_| "the clock stands before 1970")?;
     let mut claims = json!({"sub": user, "iat": now.as_secs(), "exp": (now + ttl).as_secs()});
     if !channels.is_empty() {
         claims["channels"] = channels.into();
     }
-    match publish.as_slice() {
-        [] => {}
-        [one] if one == "true" => claims["publish"] = true.into(),
-        [one] if one == "false" => claims["publish"] = false.into(),
-        _ => claims["publish"] = publish.into(),
+    if let Some(publish) = publish {
+        claims["publish"] = publish;
     }
-    Ok(format!("{}\n", sign(secret, &claims)))
+    Ok(format!("{}\n", sign(&secret, &claims)))
+}
+
+/// A channel, or a prefix that ends in `*`.
+fn pattern(flag: &str, value: String) -> Result<String, String> {
+    let name = value.strip_suffix('*').unwrap_or(&value);
+    if value != "*" && ChannelName::parse(name).is_none() {
+        let rule = "1 to 128 letters, digits, _ . : and -, or a prefix of one that ends in *";
+        return Err(format!("{flag}: {value:?} is not a channel: {rule}"));
+    }
+    Ok(value)
+}
+
+/// The `publish` claim; `None` when nothing was given. Other words for true and false would be channels of that
+/// name, which is hardly what was meant.
+fn publish_claim(values: Vec<String>) -> Result<Option<Value>, String> {
+    let is_word = |value: &str, words: &[&str]| words.iter().any(|word| value.eq_ignore_ascii_case(word));
+    match values.as_slice() {
+        [] => return Ok(None),
+        [one] if one == "true" => return Ok(Some(true.into())),
+        [one] if one == "false" => return Ok(Some(false.into())),
+        _ => {}
+    }
+    for value in &values {
+        if is_word(value, &["true", "false"]) {
+            return Err(format!(
+                "--publish: {value} excludes all other values, and is written in small letters"
+            ));
+        }
+        if is_word(value, &["yes", "no", "on", "off"]) {
+            return Err(format!("--publish: {value:?} is not a value: give true, false or a channel"));
+        }
+    }
+    let patterns: Result<Vec<_>, _> = values.into_iter().map(|value| pattern("--publish", value)).collect();
+    Ok(Some(patterns?.into()))
+}
+
+/// The first secret in these files, whose names are given by comma. A node takes tokens signed with any of them, but
+/// public keys sign nothing.
+fn first_secret(files: &str) -> Result<Vec<u8>, String> {
+    let mut problems = Vec::new();
+    for file in files.split(',').map(str::trim) {
+        let content = keys::read(Path::new(file));
+        match content.and_then(|content| Ok(secret(&content)?.to_vec())) {
+            Ok(secret) => return Ok(secret),
+            Err(problem) => problems.push(format!("--jwt-key {file}: {problem}")),
+        }
+    }
+    Err(problems.join("; "))
 }
 
 fn sign(secret: &[u8], claims: &Value) -> String {

@@ -2,7 +2,11 @@
 
 mod common;
 
-use common::process::Directory;
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+
+use common::process::{Directory, make_fifo};
 use common::{Client, Frame, Node, Options, Raw, http, until};
 use serde_json::json;
 
@@ -120,6 +124,14 @@ async fn the_admin_listener_asks_for_its_key() {
     })
     .await;
     assert_eq!(admin(&node, "GET", "/stats", &[right], b"").await.status, 200);
+    // A FIFO that nobody writes to holds up neither the reload nor the listener.
+    std::fs::remove_file(&file).expect("it is there");
+    make_fifo(&file);
+    node.signal("HUP");
+    let refused = || async { node.log().contains("must be a regular file").then_some(()) };
+    until("the reload of a FIFO to be refused", refused).await;
+    assert_eq!(admin(&node, "GET", "/stats", &[right], b"").await.status, 200);
+    std::fs::remove_file(&file).expect("it is there");
     std::fs::write(&file, "another-horse-battery").expect("a file");
     node.signal("HUP");
     until("the new key to be in force", || async {
@@ -202,4 +214,26 @@ async fn a_forbidden_message_ends_what_comes_after_it_in_the_same_read() {
     let mut good = Client::plain(&node, "good", "room").await;
     let id = node.publish("room", &json!({"n": 1})).await;
     assert!(matches!(good.next_frame().await, Frame::Text(text) if text.contains(&id.to_string())));
+}
+
+#[tokio::test]
+async fn secrets_that_everybody_can_read_are_named() {
+    let directory = Directory::new();
+    let [admin, token] = ["admin.key", "jwt.key"].map(|name| {
+        let path = directory.path().join(name);
+        std::fs::write(&path, "k".repeat(32)).expect("a file");
+        path
+    });
+    let mode =
+        |path: &Path, mode| std::fs::set_permissions(path, Permissions::from_mode(mode)).expect("ours");
+    mode(&admin, 0o644);
+    mode(&token, 0o640);
+    let flags = ["--admin-key", admin.to_str().expect("UTF-8"), "--jwt-key", token.to_str().expect("UTF-8")];
+    let node = Node::start(&flags).await;
+    let warning = |path: &Path| format!("chmod o-r {}", path.display());
+    assert!(node.log().contains(&warning(&admin)), "{}", node.log());
+    assert!(!node.log().contains(&warning(&token)), "{}", node.log());
+    mode(&token, 0o604);
+    node.signal("HUP");
+    until("a warning", || async { node.log().contains(&warning(&token)).then_some(()) }).await;
 }

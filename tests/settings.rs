@@ -6,7 +6,7 @@ use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt;
 use std::process::{Command, Output};
 
-use common::process::{Directory, Process};
+use common::process::{Directory, Process, make_fifo};
 use common::{DEADLINE, within};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpStream, UnixStream};
@@ -197,7 +197,11 @@ async fn nothing_is_open_to_others_by_accident() {
     let (key, short) = (directory.path().join("key"), directory.path().join("short"));
     std::fs::write(&key, "0123456789abcdef").expect("a file");
     std::fs::write(&short, "0123456789abcde\n").expect("a file");
+    let (long, fifo) = (directory.path().join("long"), directory.path().join("fifo"));
+    std::fs::write(&long, "k".repeat(70_000)).expect("a file");
+    make_fifo(&fifo);
     let (key, short) = (key.to_str().expect("UTF-8"), short.to_str().expect("UTF-8"));
+    let (long, fifo) = (long.to_str().expect("UTF-8"), fifo.to_str().expect("UTF-8"));
     for (args, part) in [
         (&["--listen", "0.0.0.0:0"][..], "--listen: 0.0.0.0:0 is open to others"),
         (
@@ -208,8 +212,10 @@ async fn nothing_is_open_to_others_by_accident() {
         (&["--jwt-key", key], "at least 32"),
         (&["--jwt-key", "/nowhere"], "--jwt-key /nowhere: can't be opened"),
         (&["--admin-key", "/nowhere/at/all"], "--admin-key /nowhere/at/all: can't be opened"),
-        (&["--admin-key", "/"], "can't be read"),
-        (&["--admin-key", "/dev/zero"], "too long"),
+        (&["--admin-key", "/"], "--admin-key /: must be a regular file"),
+        (&["--admin-key", "/dev/zero"], "--admin-key /dev/zero: must be a regular file"),
+        (&["--admin-key", fifo], "must be a regular file"),
+        (&["--admin-key", long], "too long"),
     ] {
         let output = run(args, &[]).await;
         assert_eq!(output.status.code(), Some(2), "{args:?}: {output:?}");

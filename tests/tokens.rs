@@ -219,7 +219,15 @@ fn wrong_arguments_make_no_token() {
         (&["--jwt-key", key][..], "--user"),
         (&["--user", "a"], "--jwt-key"),
         (&["--user", "a", "--jwt-key", short], "too short"),
-        (&["--user", "a", "--jwt-key", "/nowhere"], "can't be read"),
+        (&["--user", "a", "--jwt-key", "/nowhere"], "can't be opened"),
+        (&["--user", "a", "--jwt-key", &format!("{short},/nowhere")], "/nowhere: can't be opened"),
+        (&["--user", "a", "--jwt-key", key, "--channel", ""], "--channel: \"\" is not a channel"),
+        (&["--user", "a", "--jwt-key", key, "--channel", "a b"], "--channel: \"a b\""),
+        (&["--user", "a", "--jwt-key", key, "--publish", ""], "--publish: \"\""),
+        (&["--user", "a", "--jwt-key", key, "--publish", "yes"], "--publish: \"yes\" is not a value"),
+        (&["--user", "a", "--jwt-key", key, "--publish", "Off"], "true, false or a channel"),
+        (&["--user", "a", "--jwt-key", key, "--publish", "True"], "small letters"),
+        (&["--user", "a", "--jwt-key", key, "--publish", "true", "--publish", "a"], "excludes"),
         (&["--user", "a", "--jwt-key", key, "--ttl", "1"], "--ttl"),
         (&["--user", "a", "--jwt-key", key, "--nope"], "--nope"),
         (&["--user", "a", "--jwt-key"], "needs a value"),
@@ -229,5 +237,31 @@ fn wrong_arguments_make_no_token() {
         assert_eq!(output.status.code(), Some(2), "{args:?}");
         let errors = String::from_utf8_lossy(&output.stderr);
         assert!(output.stdout.is_empty() && errors.contains(part) && !errors.contains(SECRET), "{errors}");
+    }
+}
+
+#[tokio::test]
+async fn the_first_secret_of_several_files_signs() {
+    let keys = Keys::new();
+    keys.write("other", OTHER);
+    let public =
+        Command::new("openssl").args(["genpkey", "-algorithm", "ed25519"]).output().expect("openssl");
+    std::fs::write(keys.path("private"), public.stdout).expect("a file");
+    let mut openssl = Command::new("openssl");
+    openssl.args(["pkey", "-pubout", "-in"]).arg(keys.path("private")).arg("-out").arg(keys.path("public"));
+    assert!(openssl.status().expect("openssl").success());
+    let files = ["public", "key", "other"].map(|name| keys.path(name).display().to_string()).join(",");
+    let node = Node::start(&["--jwt-key", &files]).await;
+    let path = |token: &str| format!("/ws/a?token={token}");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_fanfare"));
+    let output = command.env("FANFARE_JWT_KEY", &files).args(["token", "--user", "a"]).output();
+    let output = output.expect("the binary can be run");
+    assert!(output.status.success(), "{output:?}");
+    let token = String::from_utf8(output.stdout).expect("text");
+    assert_eq!(status(&node, &path(token.trim_end()), &[]).await, 101);
+    for args in [&["--channel", "team.*", "--channel", "*"][..], &["--publish", "false"], &["--publish", "a"]]
+    {
+        let token = keys.token("key", &[&["--user", "a"], args].concat());
+        assert_eq!(status(&node, &path(&token), &[]).await, 101, "{args:?}");
     }
 }

@@ -1,10 +1,11 @@
 //! What was given on the command line and in the environment, before anyone judges the values.
 
+use std::cmp::Reverse;
 use std::collections::HashMap;
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 
 use super::SettingError;
-use super::table::{Shape, Spec, TABLE};
+use super::table::{PREFIX, Shape, Spec, TABLE};
 
 /// The texts given for each setting, and what was wrong so far.
 pub(super) struct Input {
@@ -105,14 +106,12 @@ impl Input {
 
     fn read_environment(&mut self, env: impl IntoIterator<Item = (OsString, OsString)>) {
         let ours = env.into_iter().filter_map(|(name, value)| Some((name.into_string().ok()?, value)));
-        let mut ours: Vec<_> = ours.filter(|(name, _)| name.starts_with("FANFARE_")).collect();
+        let mut ours: Vec<_> = ours.filter(|(name, _)| name.starts_with(PREFIX)).collect();
         ours.sort(); // errors come in the same order every time
         for (name, value) in ours {
             let Some(spec) = TABLE.iter().find(|spec| spec.variable() == name) else {
-                // Kubernetes sets FANFARE_PORT and the like beside a service called fanfare: only what looks
-                // like a slip of the pen is an error.
-                if let Some(known) = closest(&name, TABLE.iter().map(Spec::variable)) {
-                    self.wrong(&name, format!("there is no such setting; did you mean {known}?"));
+                if !is_service_link(&name, &value) {
+                    self.wrong(&name, unknown_variable(&name));
                 }
                 continue;
             };
@@ -152,6 +151,44 @@ impl Input {
     fn wrong(&mut self, setting: &str, problem: String) {
         self.errors.push(SettingError { setting: setting.into(), problem });
     }
+}
+
+/// What is wrong with a `FANFARE_` variable that is no setting. It is an error, not a warning: a mistyped
+/// `FANFARE_JWT_KEY` would leave the node without the protection that was asked for.
+fn unknown_variable(name: &str) -> String {
+    let known = || TABLE.iter().map(Spec::variable);
+    if let Some(known) = closest(name, known()) {
+        return format!("there is no such setting; did you mean {known}?");
+    }
+    let shared = |known: &String| name.bytes().zip(known.bytes()).take_while(|(a, b)| a == b).count();
+    match known().max_by_key(|known| (shared(known), Reverse(known.len()))) {
+        Some(known) if shared(&known) > PREFIX.len() => {
+            format!("there is no such setting; the nearest is {known}")
+        }
+        _ => "there is no such setting: fanfare --help shows all".into(),
+    }
+}
+
+/// Whether Kubernetes has set this variable beside a service whose name begins with `fanfare`: `…_SERVICE_HOST`,
+/// `…_SERVICE_PORT`, `…_SERVICE_PORT_NAME`, `…_PORT=tcp://…` and `…_PORT_80_TCP`, `…_PORT_80_TCP_ADDR` and so on.
+/// <https://kubernetes.io/docs/tutorials/services/connect-applications-service/#environment-variables>
+fn is_service_link(name: &str, value: &OsStr) -> bool {
+    const TRANSPORTS: [&str; 3] = ["TCP", "UDP", "SCTP"];
+    if name.ends_with("_SERVICE_HOST") || name.ends_with("_SERVICE_PORT") || name.contains("_SERVICE_PORT_") {
+        return true;
+    }
+    let is_url = |transport: &str| {
+        let scheme = format!("{}://", transport.to_ascii_lowercase());
+        value.as_encoded_bytes().starts_with(scheme.as_bytes())
+    };
+    if name.ends_with("_PORT") && TRANSPORTS.into_iter().any(is_url) {
+        return true;
+    }
+    let Some((_, rest)) = name.rsplit_once("_PORT_") else { return false };
+    let mut parts = rest.split('_');
+    let is_port = parts.next().is_some_and(|port| port.parse::<u16>().is_ok());
+    let is_transport = parts.next().is_some_and(|transport| TRANSPORTS.contains(&transport));
+    is_port && is_transport && matches!(parts.next(), None | Some("PROTO" | "PORT" | "ADDR"))
 }
 
 /// The known name that differs by the fewest letters, if that is few enough to be a typing error.

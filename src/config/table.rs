@@ -40,9 +40,12 @@ impl Spec {
     }
 }
 
+/// How every environment variable begins.
+pub(super) const PREFIX: &str = "FANFARE_";
+
 /// The environment variable of the setting `name`.
 pub(super) fn variable(name: &str) -> String {
-    format!("FANFARE_{}", name.to_ascii_uppercase().replace('-', "_"))
+    format!("{PREFIX}{}", name.to_ascii_uppercase().replace('-', "_"))
 }
 
 use Shape::{List, Switch, Value};

@@ -245,8 +245,26 @@ fn a_wrong_variable_is_named_as_a_variable() {
         errors(&[], &[("FANFARE_LISTN", "x")]),
         ["FANFARE_LISTN: there is no such setting; did you mean FANFARE_LISTEN?"]
     );
-    // What Kubernetes sets beside a service named fanfare.
-    run(&[], &[("FANFARE_PORT", "tcp://10.0.0.1:80"), ("FANFARE_SERVICE_HOST", "10.0.0.1"), ("HOME", "/")]);
+    assert_eq!(
+        errors(&[], &[("FANFARE_JWT_KEY_FILE", "/k")]),
+        ["FANFARE_JWT_KEY_FILE: there is no such setting; the nearest is FANFARE_JWT_KEY"]
+    );
+    for name in ["FANFARE_VERSION", "FANFARE_", "FANFARE_PORT", "FANFARE_PORT_80", "FANFARE_PORT_80_TCP_X"] {
+        assert!(errors(&[], &[(name, "1")])[0].starts_with(&format!("{name}: there is no such setting")));
+    }
+    let kubernetes = [
+        ("FANFARE_SERVICE_HOST", "10.0.0.1"),
+        ("FANFARE_SERVICE_PORT", "80"),
+        ("FANFARE_SERVICE_PORT_HTTP", "80"),
+        ("FANFARE_PORT", "tcp://10.0.0.1:80"),
+        ("FANFARE_PORT_80_TCP", "tcp://10.0.0.1:80"),
+        ("FANFARE_PORT_80_TCP_PROTO", "tcp"),
+        ("FANFARE_PORT_80_TCP_PORT", "80"),
+        ("FANFARE_PORT_80_TCP_ADDR", "10.0.0.1"),
+        ("FANFARE_REDIS_PORT", "tcp://10.0.0.2:6379"),
+        ("HOME", "/"),
+    ];
+    run(&[], &kubernetes);
 }
 
 #[test]

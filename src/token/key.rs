@@ -92,6 +92,11 @@ impl Key {
         }
     }
 
+    /// Whether it signs as well as verifies, so that its file must be kept secret.
+    pub fn is_secret(&self) -> bool {
+        matches!(self.0, Kind::Secret(_))
+    }
+
     /// Whether the signature is this key's.
     pub fn has_signed(&self, message: &[u8], signature: &[u8]) -> bool {
         match &self.0 {

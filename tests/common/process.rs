@@ -111,6 +111,12 @@ fn gather(mark: &'static str, from: impl Read + Send + 'static, to: Arc<Mutex<Ve
     });
 }
 
+/// Makes a FIFO, which nobody writes to.
+pub fn make_fifo(path: &Path) {
+    let made = Command::new("mkfifo").arg(path).status().expect("coreutils are there");
+    assert!(made.success(), "no FIFO at {}", path.display());
+}
+
 /// A directory of one test's own, removed with it.
 pub struct Directory(PathBuf);
 
