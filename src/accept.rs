@@ -103,7 +103,7 @@ pub fn start(
     let stop = Stop(waker.clone());
     let (end, ended) = oneshot::channel();
     let mut acceptor =
-        Acceptor { shards, guard, metrics, spare: spare(), stuck: false, starved: None, warned: None };
+        Acceptor { shards, guard, metrics, spare: spare(), stuck: false, log: AcceptLog::default() };
     let accept = move |listeners: &[TcpListener]| {
         let _waker = waker; // a call is lost when its waker is gone before the loop has heard it
         let mut events = Events::with_capacity(8);
@@ -162,10 +162,38 @@ struct Acceptor {
     spare: Option<File>,
     /// The last accept failed, and nobody could be told: the next one comes after a pause.
     stuck: bool,
-    /// There were no descriptors, or no memory, for the last client; and whether that was logged.
-    starved: Option<bool>,
+    log: AcceptLog,
+}
+
+/// Logs that connections can't be accepted for want of descriptors or memory: at most once a minute.
+#[derive(Debug, Default)]
+pub(crate) struct AcceptLog {
+    /// The last accept failed; and whether that was logged.
+    failing: Option<bool>,
     /// When it was logged last.
-    warned: Option<Instant>,
+    logged: Option<Instant>,
+}
+
+impl AcceptLog {
+    /// An accept failed: `what` says for whom, and what becomes of them.
+    pub fn failed(&mut self, what: &str, error: &io::Error) {
+        if self.failing.is_none() {
+            let now = Instant::now();
+            let log = self.logged.is_none_or(|last| now - last >= WARN_EVERY);
+            if log {
+                tracing::warn!(%error, "{what}: raise the limit on open files (LimitNOFILE)");
+                self.logged = Some(now);
+            }
+            self.failing = Some(log);
+        }
+    }
+
+    /// An accept succeeded.
+    pub fn succeeded(&mut self, what: &str) {
+        if self.failing.take() == Some(true) {
+            tracing::info!("{what} can be accepted again");
+        }
+    }
 }
 
 /// `None` when there is none to be had.
@@ -179,9 +207,7 @@ impl Acceptor {
         for _ in 0..ACCEPTS {
             match listener.accept() {
                 Ok((stream, peer)) => {
-                    if self.starved.take() == Some(true) {
-                        tracing::info!("connections can be accepted again");
-                    }
+                    self.log.succeeded("connections");
                     match self.guard.arrive(peer.ip()) {
                         Ok(place) => self.hand_over(stream, place),
                         Err(full) => {
@@ -215,15 +241,7 @@ impl Acceptor {
 
     fn starve(&mut self, error: &io::Error) {
         self.metrics.accept_failures.add(1);
-        if self.starved.is_none() {
-            let now = Instant::now();
-            let warn = self.warned.is_none_or(|last| now - last >= WARN_EVERY);
-            if warn {
-                tracing::warn!(%error, "connections can't be accepted and get 503: raise the limit on open files (LimitNOFILE)");
-                self.warned = Some(now);
-            }
-            self.starved = Some(warn);
-        }
+        self.log.failed("connections can't be accepted and get 503", error);
     }
 
     /// Tells one client that there is no room, with the descriptor that is kept for that. Without it clients would

@@ -1,45 +1,50 @@
-//! The admin listener: publish, metrics, stats. HTTP/1.1 with keep-alive, on the control thread.
+//! The admin listener: publish, metrics, stats. HTTP/1.1 with keep-alive, on a thread of its own, so that its requests
+//! hold up no event.
 
+use std::future::ready;
 use std::io;
 use std::sync::Arc;
+use std::thread;
 use std::time::Duration;
 
-use bytes::{Buf, Bytes, BytesMut};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::sync::{Semaphore, oneshot};
-use tokio::task::JoinSet;
-use tokio::time::{Instant, sleep, timeout, timeout_at};
+use bytes::Bytes;
+use tokio::runtime;
+use tokio::sync::{Semaphore, oneshot, watch};
+use tokio::task::{JoinSet, yield_now};
+use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
 
+use crate::accept::AcceptLog;
 use crate::bus::{Answer, Publish, PublishError, Request, Requests};
-use crate::event::{ChannelName, DEFAULT_CHANNEL, is_user_id};
+use crate::config::Settings;
+use crate::event::{ChannelName, DEFAULT_CHANNEL, EventId, is_user_id};
 use crate::foreign;
-use crate::http::{self, BodyLength, Head, Refusal, Response};
+use crate::http::{self, Head, Refusal, Response};
 use crate::keys::KeyRing;
 use crate::metrics::Metrics;
+use crate::origin;
 use crate::refusals::Class;
 
+mod conversation;
 mod listener;
 #[cfg(test)]
 mod tests;
 
-use listener::Stream;
+use conversation::{Waits, converse};
+use listener::{Accepting, SocketFile};
 pub use listener::{Listener, Open};
 
-/// How long a kept connection may wait for its next request. Longer than a scraper's usual 15 to 60 s.
-const IDLE: Duration = Duration::from_secs(75);
-/// How long a request may take to arrive once it has begun.
-const REQUEST_TIME: Duration = Duration::from_secs(10);
-/// How long a client may take to read an answer.
-const WRITE_TIME: Duration = Duration::from_secs(10);
-/// How long we go on reading after a last answer, so that the kernel doesn't throw it away with a reset
-/// because bytes of the client were left unread (RFC 9112 section 9.6).
-const LINGER_TIME: Duration = Duration::from_secs(1);
+/// Connections at least: systemd may hand over a socket though `--admin` is off, for which no descriptors are planned.
+const CONNECTIONS_MIN: usize = 4;
+/// The part of the connections that publishes leave to health and metrics, also while the bus does not answer.
+const RESERVED_PART: usize = 16;
 /// The bus answers within `--publish-timeout`; what it needs to notice that time is up comes on top.
 const BUS_GRACE: Duration = Duration::from_secs(5);
 /// Wait after a failed accept: without descriptors the next one fails too.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
-/// Bytes read at a time. Most requests fit.
-const READ: usize = 4096;
+/// Longest time between two signs of life for the watchdog.
+const TURN: Duration = Duration::from_millis(500);
+/// How long the last answers may take to be read, once the node waits for the bus no more.
+const LAST_ANSWERS: Duration = Duration::from_secs(1);
 
 /// What the admin listener works with.
 #[derive(Clone, Debug)]
@@ -50,155 +55,188 @@ pub struct AdminContext {
     pub metrics: Arc<Metrics>,
     /// The key to it.
     pub keys: Arc<KeyRing>,
-    /// Connections at once; more wait to be accepted.
-    pub connections: usize,
-    /// Longest body, in bytes.
-    pub max_message: usize,
-    /// How long the bus may take to answer a publish.
-    pub publish_timeout: Duration,
+    /// Longest body, time for the bus, hosts.
+    pub settings: Arc<Settings>,
 }
 
-/// Serves until dropped; its connections end with it.
-pub async fn serve(listener: Listener, context: AdminContext) {
-    let slots = Arc::new(Semaphore::new(context.connections));
+/// How far the end of the node has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Phase {
+    /// It has not begun.
+    Serving,
+    /// No more connections are accepted; requests that have begun get their answers.
+    Finishing,
+    /// Publishes that still wait for the bus are answered `unknown`.
+    Ending,
+}
+
+/// Returns once `least` is reached, or nobody is left to say so.
+async fn reached(mut phase: watch::Receiver<Phase>, least: Phase) {
+    while *phase.borrow_and_update() < least {
+        if phase.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+/// A running admin listener.
+#[derive(Debug)]
+pub struct Admin {
+    phase: watch::Sender<Phase>,
+    ended: oneshot::Receiver<()>,
+    _file: Option<SocketFile>,
+}
+
+/// Serves on a thread of its own, until [`Admin::finish`].
+pub fn start(listener: Listener, context: AdminContext) -> io::Result<Admin> {
+    let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
+    let (accepting, file) = {
+        let _entered = runtime.enter();
+        listener.into_accepting()?
+    };
+    // The last one is for a client that comes when all others are taken, until one of them has gone.
+    let connections = (context.settings.admin_connections() as usize).max(CONNECTIONS_MIN) - 1;
+    let publishes = connections - connections.div_ceil(RESERVED_PART);
+    let (phase, seen) = watch::channel(Phase::Serving);
+    let (end, ended) = oneshot::channel();
+    let body = move || {
+        runtime.block_on(serve([connections, publishes], accepting, context, seen));
+        let _ = end.send(()); // fails only when nobody waits for it
+    };
+    thread::Builder::new().name("admin".into()).spawn(body)?;
+    Ok(Admin { phase, ended, _file: file })
+}
+
+impl Admin {
+    /// Accepts no more connections, and returns once every request that has begun has its answer. Publishes wait for
+    /// the bus no longer than `patience`; it must go on meanwhile.
+    pub async fn finish(mut self, patience: Duration) {
+        self.phase.send_replace(Phase::Finishing);
+        if timeout(patience, &mut self.ended).await.is_err() {
+            self.phase.send_replace(Phase::Ending);
+            let _ = timeout(2 * LAST_ANSWERS, self.ended).await; // the process ends, whatever its clients do
+        }
+    }
+}
+
+/// What the connections share.
+#[derive(Debug)]
+struct Desk {
+    context: AdminContext,
+    /// Browsers can reach it, and no key keeps them out.
+    checks_host: bool,
+    publishes: Semaphore,
+    waits: Waits,
+    phase: watch::Receiver<Phase>,
+}
+
+impl Desk {
+    async fn reached(&self, least: Phase) {
+        reached(self.phase.clone(), least).await;
+    }
+}
+
+/// Serves so many connections and publishes at once, until it is to finish and all are answered. One connection more
+/// is accepted, and the one that waits longest for its peer is closed. More publishes get 503.
+async fn serve(
+    [most, publishes]: [usize; 2],
+    listener: Accepting,
+    context: AdminContext,
+    phase: watch::Receiver<Phase>,
+) {
+    let metrics = context.metrics.clone();
+    let desk = Arc::new(Desk {
+        checks_host: listener.is_tcp() && !context.keys.current().asks_for_admin_key(),
+        publishes: Semaphore::new(publishes),
+        waits: Waits::default(),
+        phase: phase.clone(),
+        context,
+    });
     let mut connections = JoinSet::new();
+    let spawn = |connections: &mut JoinSet<()>, stream| {
+        let desk = desk.clone();
+        connections.spawn(async move {
+            if let Err(error) = converse(stream, &desk).await {
+                tracing::debug!(%error, "an admin connection broke");
+            }
+        });
+    };
+    let mut log = AcceptLog::default();
+    let mut turns = interval(TURN);
+    turns.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut finishing = std::pin::pin!(reached(phase.clone(), Phase::Finishing));
     loop {
-        let slot = slots.clone().acquire_owned().await.expect("the semaphore is never closed");
         while connections.try_join_next().is_some() {}
-        match listener.accept().await {
+        let is_full = connections.len() > most;
+        let accepted = tokio::select! {
+            () = &mut finishing => break,
+            _ = turns.tick() => {
+                metrics.admin_turns.add(1);
+                continue;
+            }
+            _ = connections.join_next(), if is_full => continue,
+            accepted = listener.accept(), if !is_full => accepted,
+        };
+        match accepted {
             Ok(stream) => {
-                let context = context.clone();
-                connections.spawn(async move {
-                    if let Err(error) = converse(stream, &context).await {
-                        tracing::debug!(%error, "an admin connection broke");
-                    }
-                    drop(slot);
-                });
+                log.succeeded("admin connections");
+                spawn(&mut connections, stream);
+                if connections.len() > most {
+                    desk.waits.stop_longest();
+                }
             }
             Err(error) => {
-                tracing::warn!(%error, "the admin listener could not accept a connection");
+                metrics.accept_failures.add(1);
+                log.failed("admin connections can't be accepted and wait", &error);
                 sleep(ACCEPT_PAUSE).await;
             }
         }
     }
-}
-
-/// How far the bytes in hand go.
-#[derive(Debug)]
-#[expect(clippy::large_enum_variant, reason = "looked at and dropped where it is made")]
-enum Progress<'a> {
-    /// Not yet a whole request; `true` when the client waits for a word before it sends the body.
-    More { wants_continue: bool },
-    /// A request and its length in bytes.
-    Request { head: Head<'a>, body: &'a [u8], length: usize },
-}
-
-/// Looks at what has come. Nothing is kept between two looks but the bytes themselves.
-fn progress<'a>(bytes: &'a [u8], context: &AdminContext) -> Result<Progress<'a>, Refusal> {
-    let body_max = context.max_message;
-    let Some((head, start)) = http::parse(bytes)? else {
-        return Ok(Progress::More { wants_continue: false });
-    };
-    authorize(&head, context)?; // before a stranger's body takes memory
-    let body_length = match head.body_length()? {
-        BodyLength::Empty => 0,
-        BodyLength::Known(length) if length <= body_max as u64 => length as usize,
-        BodyLength::Known(_) => {
-            return Err(Refusal::new(413, format!("the body is too long: at most {body_max} bytes")));
-        }
-        BodyLength::Chunked => return Err(Refusal::new(411, "send the body with a Content-Length")),
-    };
-    let wants_continue = match head.header("expect") {
-        None => false,
-        Some(expected) if expected.eq_ignore_ascii_case("100-continue") => head.is_http_1_1,
-        Some(_) => return Err(Refusal::new(417, "no other expectation than 100-continue can be met")),
-    };
-    let length = start + body_length;
-    if bytes.len() < length {
-        return Ok(Progress::More { wants_continue });
-    }
-    Ok(Progress::Request { head, body: &bytes[start..length], length })
-}
-
-/// One connection: requests one after the other, each answered before the next is looked at.
-async fn converse(mut stream: impl Stream, context: &AdminContext) -> io::Result<()> {
-    let mut buffer = BytesMut::with_capacity(READ);
-    let mut told_to_continue = false;
-    let mut deadline = Instant::now() + IDLE;
+    // Clients that wait in the listener's queue would get a reset when it closes.
     loop {
-        match progress(&buffer, context) {
-            Err(refusal) => return close(stream, Response::from(refusal)).await,
-            Ok(Progress::Request { head, body, length }) => {
-                let response = answer(&head, body, context).await.unwrap_or_else(Response::from);
-                let keep_alive = head.keep_alive();
-                send(&mut stream, &response.to_bytes(&head, keep_alive)).await?;
-                if !keep_alive {
-                    return linger(stream).await;
-                }
-                buffer.advance(length);
-                told_to_continue = false;
-                deadline = Instant::now() + REQUEST_TIME;
-                if buffer.is_empty() {
-                    buffer = BytesMut::with_capacity(READ); // a long body's memory is not kept while idle
-                    deadline = Instant::now() + IDLE;
-                }
-                continue;
-            }
-            Ok(Progress::More { wants_continue: true }) if !told_to_continue => {
-                told_to_continue = true;
-                send(&mut stream, b"HTTP/1.1 100 Continue\r\n\r\n").await?;
-            }
-            Ok(Progress::More { .. }) => {}
+        yield_now().await; // lets the runtime look at the listener
+        tokio::select! {
+            biased;
+            Ok(stream) = listener.accept() => spawn(&mut connections, stream),
+            () = ready(()) => break,
         }
-        let was_idle = buffer.is_empty();
-        buffer.reserve(READ);
-        match timeout_at(deadline, stream.read_buf(&mut buffer)).await {
-            Ok(Ok(0)) => return Ok(()), // between requests or within one: nobody is there to be answered
-            Ok(Ok(_)) if was_idle => deadline = Instant::now() + REQUEST_TIME,
-            Ok(Ok(_)) => {}
-            Ok(Err(error)) => return Err(error),
-            Err(_) if was_idle => return Ok(()),
-            Err(_) => {
-                let seconds = REQUEST_TIME.as_secs();
-                let refusal =
-                    Refusal::new(408, format!("the request was not complete after {seconds} seconds"));
-                return close(stream, Response::from(refusal)).await;
-            }
-        }
+    }
+    drop(listener);
+    let cut = async {
+        reached(phase, Phase::Ending).await;
+        sleep(LAST_ANSWERS).await;
+    };
+    tokio::select! {
+        () = async { while connections.join_next().await.is_some() {} } => {}
+        () = cut => {}
     }
 }
 
-/// Whoever watches over the process may look at its health; all else needs the key, if there is one.
-fn authorize(head: &Head<'_>, context: &AdminContext) -> Result<(), Refusal> {
-    if matches!(head.path, "/healthz" | "/readyz") || context.keys.current().admit_admin(head) {
+/// Refuses a request that may not be made here. Health may be looked at without the key, for programs that watch
+/// over the process.
+fn authorize(head: &Head<'_>, desk: &Desk) -> Result<(), Refusal> {
+    let AdminContext { keys, metrics, settings, .. } = &desk.context;
+    let refuse = |why, refusal: Refusal| {
+        metrics.admin_refused.add(1);
+        let class = Class { what: "admin request", why, status: refusal.status };
+        metrics.refusals.note(class, &refusal.text);
+        Err(refusal)
+    };
+    // A page may give itself a name that points to this machine (DNS rebinding), and then read what is here. All
+    // browsers send Host.
+    let is_own = |host| origin::is_loopback_host(host) || origin::names_host(&settings.allow_origin, host);
+    if desk.checks_host && head.count("host") > 0 && !head.header("host").is_some_and(is_own) {
+        let text = "without --admin-key this listener is addressed as localhost or 127.0.0.1, or as a host that --allow-origin names";
+        return refuse("host", Refusal::new(403, text));
+    }
+    if matches!(head.path, "/healthz" | "/readyz") || keys.current().admit_admin(head) {
         return Ok(());
     }
-    context.metrics.admin_refused.add(1);
-    let class = Class { what: "admin request", why: "key", status: 401 };
-    context.metrics.refusals.note(class, "the key is missing or wrong: see --admin-key");
-    let text = "the admin key is missing or wrong: send Authorization: Bearer KEY";
-    Err(Refusal::new(401, text).with("WWW-Authenticate", "Bearer"))
+    let text = "the admin key is missing or wrong: send Authorization: Bearer KEY (--admin-key)";
+    refuse("key", Refusal::new(401, text).with("WWW-Authenticate", "Bearer"))
 }
 
-async fn send(stream: &mut impl Stream, bytes: &[u8]) -> io::Result<()> {
-    timeout(WRITE_TIME, stream.write_all(bytes)).await.map_err(|_| io::ErrorKind::TimedOut)?
-}
-
-async fn close(mut stream: impl Stream, response: Response) -> io::Result<()> {
-    send(&mut stream, &response.to_closing_bytes()).await?;
-    linger(stream).await
-}
-
-/// Says that nothing more comes, then reads what is still on its way, for a while.
-async fn linger(mut stream: impl Stream) -> io::Result<()> {
-    stream.shutdown().await?;
-    let mut scrap = [0; READ];
-    let drained = async { while stream.read(&mut scrap).await.is_ok_and(|count| count > 0) {} };
-    let _ = timeout(LINGER_TIME, drained).await; // whoever still sends has had time to read
-    Ok(())
-}
-
-async fn answer(head: &Head<'_>, body: &[u8], context: &AdminContext) -> Result<Response, Refusal> {
+async fn answer(head: &Head<'_>, body: &[u8], desk: &Desk) -> Result<Response, Refusal> {
     let allowed = match head.path {
         "/publish" => "POST",
         "/metrics" | "/stats" | "/healthz" | "/readyz" => "GET, HEAD",
@@ -210,29 +248,20 @@ async fn answer(head: &Head<'_>, body: &[u8], context: &AdminContext) -> Result<
     if !allowed.split(", ").any(|method| method == head.method) {
         return Err(Refusal::new(405, format!("{} takes {allowed}", head.path)).with("Allow", allowed));
     }
-    let metrics = context.metrics.clone();
+    let metrics = &desk.context.metrics;
     Ok(match head.path {
-        "/publish" => publish(head, body, context).await?,
-        "/metrics" => {
-            let text = render(move || metrics.prometheus()).await?;
-            Response::new(200, "text/plain; version=0.0.4; charset=utf-8", text)
-        }
-        "/stats" => Response::json(200, &render(move || metrics.stats_json()).await?),
+        "/publish" => publish(head, body, desk).await?,
+        "/metrics" => Response::new(200, "text/plain; version=0.0.4; charset=utf-8", metrics.prometheus()),
+        "/stats" => Response::json(200, &metrics.stats_json()),
         "/healthz" => Response::line(200, "ok"),
-        _ => match context.metrics.readiness.trouble() {
+        _ => match metrics.readiness.trouble() {
             None => Response::line(200, "ready"),
             Some(trouble) => Response::line(503, &trouble).with("Retry-After", "1"),
         },
     })
 }
 
-/// Reads the numbers away from the control thread, which carries every event: proc can be slow.
-async fn render(text: impl FnOnce() -> String + Send + 'static) -> Result<String, Refusal> {
-    let rendered = tokio::task::spawn_blocking(text).await;
-    rendered.map_err(|_| Refusal::new(503, "this node is stopping").with("Retry-After", "1"))
-}
-
-async fn publish(head: &Head<'_>, body: &[u8], context: &AdminContext) -> Result<Response, Refusal> {
+async fn publish(head: &Head<'_>, body: &[u8], desk: &Desk) -> Result<Response, Refusal> {
     if head.count("origin") > 0 {
         // Any page that a browser on this machine has open could publish here, without being able to read the
         // answer. Programs send no Origin.
@@ -240,7 +269,11 @@ async fn publish(head: &Head<'_>, body: &[u8], context: &AdminContext) -> Result
     }
     let (channel, to) = destination(head.query)?;
     let event = foreign::published(body, to.as_deref()).map_err(|bad| Refusal::new(400, bad.to_string()))?;
-    let id = match hand_over(channel, to, event, context).await {
+    let Ok(_permit) = desk.publishes.try_acquire() else {
+        let text = "too many publishes wait for the bus here: try again, or another node";
+        return Err(Refusal::new(503, text).with("Retry-After", "1"));
+    };
+    let id = match hand_over(channel, to, event, desk).await {
         Ok(id) => id,
         Err(error) => {
             let text = error.to_string();
@@ -248,7 +281,7 @@ async fn publish(head: &Head<'_>, body: &[u8], context: &AdminContext) -> Result
                 PublishError::Refused(_) => (503, "unavailable"),
                 PublishError::Unknown => (504, "unknown"),
             };
-            context.metrics.refusals.note(Class { what: "admin request", why, status }, &text);
+            desk.context.metrics.refusals.note(Class { what: "admin request", why, status }, &text);
             let refusal = Refusal::new(status, text);
             return Err(if status == 503 { refusal.with("Retry-After", "1") } else { refusal });
         }
@@ -285,15 +318,20 @@ async fn hand_over(
     channel: ChannelName,
     to: Option<Arc<str>>,
     event: Bytes,
-    context: &AdminContext,
-) -> Result<crate::event::EventId, PublishError> {
+    desk: &Desk,
+) -> Result<EventId, PublishError> {
     let (waiter, outcome) = oneshot::channel();
     let publish = Publish { channel, to, event, answer: Answer::Waiter(waiter) };
-    if context.requests.send(Request::Publish(publish)).is_err() {
+    if desk.context.requests.send(Request::Publish(publish)).is_err() {
         return Err(PublishError::Refused("this node is stopping".into()));
     }
-    match timeout(context.publish_timeout + BUS_GRACE, outcome).await {
-        Ok(Ok(result)) => result,
-        Ok(Err(_)) | Err(_) => Err(PublishError::Unknown),
+    let time = desk.context.settings.publish_timeout + BUS_GRACE;
+    tokio::select! {
+        biased;
+        outcome = timeout(time, outcome) => match outcome {
+            Ok(Ok(result)) => result,
+            Ok(Err(_)) | Err(_) => Err(PublishError::Unknown),
+        },
+        () = desk.reached(Phase::Ending) => Err(PublishError::Unknown),
     }
 }

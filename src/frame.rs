@@ -238,6 +238,9 @@ pub fn json_ping(position: Option<EventId>) -> Bytes {
     }
 }
 
+/// The text of an error frame with the code [`ErrorCode::Unavailable`].
+pub const NOT_PUBLISHED: &str = "not published: try again later";
+
 /// Why a client's message was not published; in its error frame, and a metric's label.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ErrorCode {

@@ -1,6 +1,7 @@
 //! From a request's bytes to a client who may join, or to an HTTP answer.
 
 use std::borrow::Cow;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -26,6 +27,9 @@ pub const SUBPROTOCOL: &str = "fanfare.v1";
 const UNTRUSTED_PREAMBLE: &str = "a PROXY header is taken from trusted proxies alone: if this peer is one of yours, name its address with --trusted-proxy";
 const UNTRUSTED_FORWARD: &str = "X-Forwarded-For is taken from trusted proxies alone: if this peer is one of yours, name its address with --trusted-proxy";
 const UNREADABLE_FORWARD: &str = "X-Forwarded-For has no readable address where the client's must be";
+const FOREIGN_ORIGIN: &str =
+    "pages of this origin may not connect here: name it with --allow-origin, or have the proxy pass on Host";
+const FOREIGN_HOST: &str = "pages connect to this address as localhost or 127.0.0.1: name their site with --allow-origin, or the proxy with --trusted-proxy";
 const TOO_EARLY: &str = "nothing may follow the request before the upgrade is answered";
 
 /// What a request leads to.
@@ -52,6 +56,17 @@ pub struct Door {
     pub keys: Arc<KeyRing>,
     /// The counts of connections, and the trusted proxies.
     pub guard: Arc<Guard>,
+    /// Public listeners on loopback addresses.
+    pub loopback: Arc<[SocketAddr]>,
+}
+
+impl Door {
+    /// Whether this connection came to a loopback listener, and not from a proxy that may pass on other names.
+    pub fn is_loopback(&self, stream: &mio::net::TcpStream) -> bool {
+        let came_to = || stream.local_addr().is_ok_and(|addr| self.loopback.contains(&addr));
+        let from_proxy = || stream.peer_addr().is_ok_and(|peer| self.guard.trusts(peer.ip()));
+        !self.loopback.is_empty() && came_to() && !from_proxy()
+    }
 }
 
 /// A request that is not served: the answer, and the reason to count it under.
@@ -63,21 +78,21 @@ impl From<Refusal> for Refused {
     }
 }
 
-/// Reads the bytes of a request on the public listener and decides. `place` is the connection's; it changes when a
-/// trusted proxy names the client.
-pub fn decide(bytes: &[u8], door: &Door, place: &mut Place) -> Verdict {
-    let request = match after_preambles(bytes, door, place) {
-        Ok(request) => request,
+/// Reads the bytes of a request on a public listener and decides. `place` is the connection's; it changes when a
+/// trusted proxy names the client. `loopback`: the listener takes clients of this machine alone, and this is one.
+pub fn decide(bytes: &[u8], door: &Door, place: &mut Place, loopback: bool) -> Verdict {
+    let (request, read) = match after_preambles(bytes, door, place) {
+        Ok(found) => found,
         Err(verdict) => return verdict,
     };
     let (head, length) = match http::parse(request) {
-        Ok(None) => return Verdict::Incomplete(bytes.len() - request.len()),
+        Ok(None) => return Verdict::Incomplete(read),
         Ok(Some(parsed)) => parsed,
         Err(refusal) => return Verdict::Refuse(Response::from(refusal).to_closing_bytes(), Reason::Answered),
     };
     let decided = match head.path.strip_prefix("/ws/") {
         Some(user) => match name_client(&head, door, place) {
-            Ok(()) => upgrade(&head, user, request.len() > length, door),
+            Ok(()) => upgrade(&head, user, request.len() > length, door, loopback),
             Err(Unseated::Full(full)) => return refuse_full(full),
             Err(Unseated::Refused(refused)) => Err(refused),
         },
@@ -94,29 +109,40 @@ pub fn decide(bytes: &[u8], door: &Door, place: &mut Place) -> Verdict {
     }
 }
 
-/// What follows the PROXY headers of trusted proxies, one from each that the connection has passed.
-fn after_preambles<'b>(bytes: &'b [u8], door: &Door, place: &mut Place) -> Result<&'b [u8], Verdict> {
+/// What follows the PROXY headers of trusted proxies, one from each that the connection has passed, and how many bytes
+/// need not be shown again.
+fn after_preambles<'b>(
+    bytes: &'b [u8],
+    door: &Door,
+    place: &mut Place,
+) -> Result<(&'b [u8], usize), Verdict> {
     let refuse = |text, reason| {
         Err(Verdict::Refuse(Response::from(Refusal::new(400, text)).to_closing_bytes(), reason))
     };
+    let mut read = 0;
     let mut rest = bytes;
     while place.is_proxy() {
         match proxy::preamble(rest) {
-            Preamble::Absent => return Ok(rest),
-            Preamble::Partial => return Err(Verdict::Incomplete(bytes.len() - rest.len())),
+            Preamble::Absent => return Ok((rest, read)),
+            Preamble::Partial => return Err(Verdict::Incomplete(read)),
             Preamble::Broken => return refuse("the PROXY header can't be read", Reason::Answered),
-            Preamble::Header { client, length } => {
+            Preamble::Header { client: Some(client), length } => {
+                read += length;
+                rest = &bytes[read..];
+                door.guard.name(place, client).map_err(refuse_full)?;
+            }
+            // It names no client, so what follows is not a proxy's: another PROXY header is refused. This one is shown
+            // again with the bytes to come, since nothing else remembers it.
+            Preamble::Header { client: None, length } => {
                 rest = &rest[length..];
-                if let Some(client) = client {
-                    door.guard.name(place, client).map_err(refuse_full)?;
-                }
+                break;
             }
         }
     }
     if proxy::is_preamble(rest) {
         return refuse(UNTRUSTED_PREAMBLE, Reason::UntrustedProxy);
     }
-    Ok(rest)
+    Ok((rest, read))
 }
 
 /// Why a client gets no seat.
@@ -183,9 +209,10 @@ fn plain(head: &Head<'_>, readiness: &Readiness) -> Response {
     }
     match head.path {
         "/healthz" => Response::line(200, "ok"),
+        // The reason is for operators: the admin listener and the log have it.
         "/readyz" => match readiness.trouble() {
             None => Response::line(200, "ready"),
-            Some(trouble) => Response::line(503, &trouble).with("Retry-After", "1"),
+            Some(_) => Response::line(503, "not ready").with("Retry-After", "1"),
         },
         "/ws" => Response::line(400, "the user id is missing: connect to /ws/{user_id}"),
         path => web::find(path).map_or_else(|| Response::line(404, "not found"), web::File::response),
@@ -193,7 +220,7 @@ fn plain(head: &Head<'_>, readiness: &Readiness) -> Response {
 }
 
 /// The checks of RFC 6455 section 4.2.1, and ours.
-fn upgrade(head: &Head<'_>, user: &str, more: bool, door: &Door) -> Result<Join, Refused> {
+fn upgrade(head: &Head<'_>, user: &str, more: bool, door: &Door, loopback: bool) -> Result<Join, Refused> {
     let refuse = |status, text: &'static str| Err(Refusal::new(status, text).into());
     if head.method != "GET" {
         return Err(Refusal::new(405, "a WebSocket begins with GET").with("Allow", "GET").into());
@@ -212,7 +239,7 @@ fn upgrade(head: &Head<'_>, user: &str, more: bool, door: &Door) -> Result<Join,
     let Some(key) = key.filter(|_| head.count("sec-websocket-key") == 1) else {
         return refuse(400, "Sec-WebSocket-Key must be given once, 16 bytes in base64");
     };
-    check_origin(head, &door.settings)?;
+    check_origin(head, &door.settings, loopback)?;
     let user = Some(user).filter(|user| !user.contains('/')).and_then(http::percent_decode);
     let user = user.filter(|user| is_user_id(user));
     let Some(user) = user else {
@@ -280,22 +307,21 @@ fn given_token<'a>(head: &Head<'a>) -> Result<Option<Cow<'a, str>>, Refusal> {
     }
 }
 
-/// A request without Origin is no browser's.
-fn check_origin(head: &Head<'_>, settings: &Settings) -> Result<(), Refused> {
-    let allowed = match head.count("origin") {
-        0 => return Ok(()),
-        1 => origin::is_allowed(
-            &settings.allow_origin,
-            head.header("origin").unwrap_or_default(),
-            head.header("host").unwrap_or_default(),
-        ),
-        _ => false,
-    };
-    if allowed {
-        return Ok(());
+/// A request without Origin is no browser's. A name that was made to point to this machine (DNS rebinding) is the
+/// Host of its page's requests, too: without rules a loopback listener takes loopback names only.
+fn check_origin(head: &Head<'_>, settings: &Settings, loopback: bool) -> Result<(), Refused> {
+    let refuse = |text| Err(Refused(Refusal::new(403, text), Reason::ForeignOrigin));
+    let host = head.header("host").unwrap_or_default();
+    match head.count("origin") {
+        0 => Ok(()),
+        1 if loopback && settings.allow_origin.is_empty() && !origin::is_loopback_host(host) => {
+            refuse(FOREIGN_HOST)
+        }
+        1 if origin::is_allowed(&settings.allow_origin, head.header("origin").unwrap_or_default(), host) => {
+            Ok(())
+        }
+        _ => refuse(FOREIGN_ORIGIN),
     }
-    let text = "pages of this origin may not connect here: name it with --allow-origin, or have the proxy pass on Host";
-    Err(Refused(Refusal::new(403, text), Reason::ForeignOrigin))
 }
 
 /// 16 bytes in base64 (RFC 6455 section 4.1): 22 digits and two signs of padding.
@@ -330,6 +356,9 @@ mod tests {
         )
     }
 
+    /// A PROXY header of version 2 by which the proxy speaks for itself.
+    const LOCAL_V2: &str = "\r\n\r\n\0\r\nQUIT\n\x20\0\0\0";
+
     fn door(flags: &[&str]) -> Door {
         let settings = match Settings::from(flags.iter().map(std::ffi::OsString::from), []) {
             Ok(crate::config::Action::Run(settings)) => Arc::new(settings),
@@ -337,7 +366,7 @@ mod tests {
         };
         let keys = Arc::new(KeyRing::load(&settings).unwrap());
         let guard = Arc::new(Guard::new(&settings));
-        Door { settings, readiness: Arc::default(), keys, guard }
+        Door { settings, readiness: Arc::default(), keys, guard, loopback: Arc::default() }
     }
 
     fn verdict(bytes: &[u8]) -> Verdict {
@@ -346,7 +375,7 @@ mod tests {
 
     fn decide_from(peer: &str, bytes: &[u8], door: &Door) -> (Verdict, Place) {
         let mut place = door.guard.arrive(peer.parse().unwrap()).unwrap();
-        (decide(bytes, door, &mut place), place)
+        (decide(bytes, door, &mut place, false), place)
     }
 
     fn join(target: &str, headers: &str) -> Join {
@@ -401,7 +430,6 @@ mod tests {
         let door = door(&["--trusted-proxy", "10.0.0.0/8"]);
         let upgrade = request("/ws/a", "");
         let forward = |value: &str| request("/ws/a", &format!("X-Forwarded-For: {value}\r\n"));
-        let v2_local = b"\r\n\r\n\0\r\nQUIT\n\x20\0\0\0";
         let v2 = b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0C\xC0\0\x02\x07\xC0\0\x02\x01\0\x01\0\x02";
         for (begin, request, client) in [
             (&b""[..], &upgrade, None),
@@ -416,7 +444,7 @@ mod tests {
                 &upgrade,
                 Some("192.0.2.7"),
             ),
-            (v2_local, &upgrade, None),
+            (LOCAL_V2.as_bytes(), &upgrade, None),
             (v2, &upgrade, Some("192.0.2.7")),
         ] {
             let client =
@@ -431,7 +459,7 @@ mod tests {
             let mut kept = Vec::new();
             for (at, byte) in bytes.iter().enumerate() {
                 kept.push(*byte);
-                match decide(&kept, &door, &mut place) {
+                match decide(&kept, &door, &mut place, false) {
                     Verdict::Incomplete(read) => drop(kept.drain(..read)),
                     Verdict::Join(_) => assert_eq!(at + 1, bytes.len()),
                     other => panic!("{other:?} after {}", String::from_utf8_lossy(&kept)),
@@ -452,6 +480,8 @@ mod tests {
             ("192.0.2.1", "\r\n\r\n\0\r\nQUIT\n".into(), "a PROXY header is taken"),
             ("10.0.0.1", named.to_owned() + &forward, "X-Forwarded-For is taken from trusted proxies alone"),
             ("10.0.0.1", named.to_owned() + named, "a PROXY header is taken from trusted"),
+            ("10.0.0.1", format!("PROXY UNKNOWN\r\n{named}"), "a PROXY header is taken from trusted"),
+            ("10.0.0.1", LOCAL_V2.to_owned() + named, "a PROXY header is taken from trusted"),
         ] {
             let (verdict, _) = decide_from(peer, bytes.as_bytes(), &door);
             let Verdict::Refuse(answer, Reason::UntrustedProxy) = verdict else {
@@ -460,6 +490,22 @@ mod tests {
             let answer = String::from_utf8(answer.to_vec()).unwrap();
             assert!(answer.starts_with("HTTP/1.1 400 ") && answer.contains("--trusted-proxy"), "{answer}");
             assert!(answer.contains(text), "{answer}");
+
+            if peer != "10.0.0.1" {
+                continue; // byte by byte its version 2 begins as a bad request
+            }
+            let mut place = door.guard.arrive(peer.parse().unwrap()).unwrap();
+            let mut kept = Vec::new();
+            let refused = bytes.bytes().any(|byte| {
+                kept.push(byte);
+                match decide(&kept, &door, &mut place, false) {
+                    Verdict::Incomplete(read) => drop(kept.drain(..read)),
+                    Verdict::Refuse(_, Reason::UntrustedProxy) => return true,
+                    other => panic!("{other:?} after {bytes}"),
+                }
+                false
+            });
+            assert!(refused, "{bytes}");
         }
         for bytes in ["PROXY TCP4\r\n".to_owned(), request("/ws/a", "X-Forwarded-For: unknown\r\n")] {
             let (verdict, _) = decide_from("10.0.0.1", bytes.as_bytes(), &door);
@@ -502,6 +548,28 @@ mod tests {
         );
         let (verdict, _) = decide_from("192.0.2.3", request("/healthz", "").as_bytes(), &door);
         assert!(matches!(verdict, Verdict::Answer(answer) if answer.starts_with(b"HTTP/1.1 200 ")));
+    }
+
+    #[test]
+    fn rebound_names_are_refused_on_loopback() {
+        let named = door(&["--allow-origin", "http://app.example:8080"]);
+        for (door, host, origin, loopback, joins) in [
+            (&door(&[]), "127.0.0.1:8080", "http://127.0.0.1:8080", true, true),
+            (&door(&[]), "localhost", "http://localhost:3000", true, true),
+            (&door(&[]), "[::1]:8080", "http://[::1]:8080", true, true),
+            (&door(&[]), "evil.example:8080", "http://evil.example:8080", true, false),
+            (&door(&[]), "evil.example:8080", "http://evil.example:8080", false, true), // to a public address
+            (&door(&[]), "127.0.0.1.evil.example", "http://127.0.0.1.evil.example", true, false),
+            (&door(&[]), "evil.example:8080", "", true, true), // no browser
+            (&named, "app.example:8080", "http://app.example:8080", true, true),
+            (&named, "evil.example:8080", "http://evil.example:8080", true, false),
+        ] {
+            let header = if origin.is_empty() { String::new() } else { format!("Origin: {origin}\r\n") };
+            let request = request("/ws/a", &header).replace("Host: a", &format!("Host: {host}"));
+            let mut place = door.guard.arrive("127.0.0.1".parse().unwrap()).unwrap();
+            let verdict = decide(request.as_bytes(), door, &mut place, loopback);
+            assert_eq!(matches!(verdict, Verdict::Join(_)), joins, "{host} {origin}: {verdict:?}");
+        }
     }
 
     #[test]

@@ -106,6 +106,11 @@ impl KeyRing {
 }
 
 impl Keys {
+    /// Whether requests to the admin listener need a key.
+    pub fn asks_for_admin_key(&self) -> bool {
+        self.admin.is_some()
+    }
+
     /// Whether this request may use the admin listener.
     pub fn admit_admin(&self, head: &Head<'_>) -> bool {
         let Some(key) = &self.admin else { return true };

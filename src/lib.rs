@@ -5,9 +5,10 @@
 //! out:  Redis ─► bus ─► sequence ─► shard: feed ─► each connection's cursor ─► socket
 //! ```
 //!
-//! Data goes one way. One control thread runs the bus, the admin listener and the signals (tokio, single-threaded);
-//! one thread accepts; one thread for each core is a shard (mio, no runtime). They talk by messages: a shard's inbox
-//! takes [`bus::ToShard`], the bus takes [`bus::Request`]. The rooms, in the order in which they are best read:
+//! Data goes one way. One control thread runs the bus and the signals, another the admin listener (tokio,
+//! single-threaded); one thread accepts; one thread for each core is a shard (mio, no runtime). They talk by messages: a
+//! shard's inbox takes [`bus::ToShard`], the bus takes [`bus::Request`]. The rooms, in the order in which they are best
+//! read:
 //!
 //! | room | what is done there |
 //! |---|---|

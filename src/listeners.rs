@@ -97,9 +97,7 @@ impl Listeners {
             settings.listen.iter().map(bind).collect()
         };
         let admin = match inherited.admin {
-            Some(open) => {
-                Some(admin::Listener::adopt(open).context("the admin socket from systemd can't be used")?)
-            }
+            Some(open) => Some(admin::Listener::adopt(open)),
             None => admin::Listener::bind(&settings.admin)
                 .with_context(|| format!("--admin {} can't be bound", settings.admin))?,
         };

@@ -146,6 +146,8 @@ pub struct Metrics {
     pub shards: Box<[ShardNumbers]>,
     /// Turns of the accept loop, two a second at least. Only the watchdog reads this.
     pub accept_turns: Number,
+    /// Turns of the admin listener's thread, two a second at least; 0 when there is none. Only the watchdog reads this.
+    pub admin_turns: Number,
     /// Connections that could not be accepted, for want of descriptors or memory.
     pub accept_failures: Number,
     /// Connections answered at once, there being too many that wait for an answer: by [`crate::guard::Full`], `Node`
@@ -153,7 +155,7 @@ pub struct Metrics {
     pub turned_away: [Number; 2],
     /// Most connections that this node takes.
     pub max_connections: Number,
-    /// Requests to the admin listener without the right key.
+    /// Requests to the admin listener without the right key, or under a name that is not this machine's.
     pub admin_refused: Number,
     /// What was refused, for the log.
     pub refusals: Refusals,
@@ -173,6 +175,7 @@ impl Metrics {
         Metrics {
             shards: (0..shards).map(|_| ShardNumbers::default()).collect(),
             accept_turns: Number::default(),
+            admin_turns: Number::default(),
             accept_failures: Number::default(),
             turned_away: Default::default(),
             max_connections: Number::default(),
@@ -188,12 +191,17 @@ impl Metrics {
     /// What each thread but this one has counted of its turns: a sign of life.
     pub fn turns(&self) -> Vec<u64> {
         let shards = self.shards.iter().map(|shard| shard.turns.get());
-        std::iter::once(self.accept_turns.get()).chain(shards).collect()
+        let admin = Some(self.admin_turns.get()).filter(|turns| *turns > 0);
+        std::iter::once(self.accept_turns.get()).chain(shards).chain(admin).collect()
     }
 
     /// The name of a thread, by its place in [`Metrics::turns`].
-    pub fn thread_name(place: usize) -> String {
-        place.checked_sub(1).map_or("accept".into(), |shard| format!("shard-{shard}"))
+    pub fn thread_name(&self, place: usize) -> String {
+        match place.checked_sub(1) {
+            None => "accept".into(),
+            Some(shard) if shard < self.shards.len() => format!("shard-{shard}"),
+            Some(_) => "admin".into(),
+        }
     }
 
     /// Open connections of all shards.

@@ -124,7 +124,7 @@ pub async fn attend(manager: Arc<Manager>, metrics: Arc<Metrics>) {
             Some(thread) => {
                 stood += 1;
                 if stood == LOOKS / 2 {
-                    let name = Metrics::thread_name(thread);
+                    let name = metrics.thread_name(thread);
                     tracing::warn!(
                         "the thread {name} stands still: systemd will end this node after {watchdog:?}"
                     );

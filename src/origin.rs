@@ -43,12 +43,15 @@ impl OriginRule {
     }
 
     fn allows(&self, site: &Site<'_>) -> bool {
-        let host = site.host.to_ascii_lowercase();
-        let right_host = match self.subdomains {
+        self.has_host(site.host) && site.scheme.eq_ignore_ascii_case(&self.scheme) && site.port == self.port
+    }
+
+    fn has_host(&self, host: &str) -> bool {
+        let host = host.to_ascii_lowercase();
+        match self.subdomains {
             true => host.strip_suffix(&self.host).is_some_and(|rest| rest.len() > 1 && rest.ends_with('.')),
             false => host == self.host,
-        };
-        right_host && site.scheme.eq_ignore_ascii_case(&self.scheme) && site.port == self.port
+        }
     }
 }
 
@@ -110,6 +113,17 @@ fn split_port(authority: &str) -> Option<(&str, Option<u16>)> {
         }
         _ => None,
     }
+}
+
+/// Whether a Host header names this machine alone: `localhost`, a name below it (RFC 6761 section 6.3), or a loopback
+/// address, with any port. No other machine's DNS can claim such a name.
+pub fn is_loopback_host(host: &str) -> bool {
+    split_port(host).is_some_and(|(host, _)| is_loopback(host))
+}
+
+/// Whether one of the rules is about the host that a Host header names, whatever the ports.
+pub fn names_host(rules: &[OriginRule], host: &str) -> bool {
+    split_port(host).is_some_and(|(host, _)| rules.iter().any(|rule| rule.has_host(host)))
 }
 
 fn default_port(scheme: &str) -> Option<u16> {
@@ -207,6 +221,32 @@ mod tests {
             "null",
         ] {
             assert!(!allowed(&rules, origin, "same.example"), "{origin}");
+        }
+    }
+
+    #[test]
+    fn a_host_is_loopback_or_named_by_a_rule() {
+        for host in
+            ["localhost", "LOCALHOST:1", "a.localhost", "127.0.0.1:9080", "127.9.9.9", "[::1]", "[::1]:80"]
+        {
+            assert!(is_loopback_host(host), "{host}");
+        }
+        for host in
+            ["", "a", "evil.example:9080", "localhost.evil.example", "10.0.0.1", "0.0.0.0", "[::]", "::1"]
+        {
+            assert!(!is_loopback_host(host), "{host}");
+        }
+        let rules =
+            ["https://example.com", "https://*.example.org"].map(|rule| OriginRule::parse(rule).unwrap());
+        for (host, named) in [
+            ("example.com", true),
+            ("EXAMPLE.com:9080", true),
+            ("a.example.org", true),
+            ("example.org", false),
+            ("evil.example", false),
+            ("", false),
+        ] {
+            assert_eq!(names_host(&rules, host), named, "{host}");
         }
     }
 

@@ -26,6 +26,9 @@ use crate::shard;
 /// for one that is stuck.
 const GRACE: Duration = Duration::from_secs(2);
 
+/// Most that a stop waits for publishes of backends, after the drain.
+const PATIENCE_MAX: Duration = Duration::from_secs(60);
+
 /// Serves until `shutdown` says why it is to stop, then lets every connection go and returns.
 ///
 /// # Errors
@@ -49,6 +52,11 @@ pub async fn run(
         readiness: readiness.clone(),
         keys: keys.clone(),
         guard: guard.clone(),
+        loopback: listeners
+            .public()?
+            .into_iter()
+            .filter(|addr| addr.ip().to_canonical().is_loopback())
+            .collect(),
     };
 
     tell_start(&settings, &listeners)?;
@@ -57,17 +65,8 @@ pub async fn run(
         accept::start(listeners.public, listeners.shared, shards.clone(), guard, metrics.clone())?;
     manager.ready();
     tokio::spawn(notify::attend(manager.clone(), metrics.clone()));
-    if let Some(listener) = listeners.admin {
-        let context = AdminContext {
-            requests,
-            metrics: metrics.clone(),
-            keys,
-            connections: settings.admin_connections() as usize,
-            max_message: settings.max_message,
-            publish_timeout: settings.publish_timeout,
-        };
-        tokio::spawn(admin::serve(listener, context));
-    }
+    let context = AdminContext { requests, metrics: metrics.clone(), keys, settings: settings.clone() };
+    let admin = listeners.admin.map(|listener| admin::start(listener, context)).transpose()?;
 
     let wiring =
         bus::Wiring { requests: asked, shards: shards.clone(), numbers, readiness: readiness.clone() };
@@ -80,7 +79,10 @@ pub async fn run(
 
     let (stopping, closed) = (Instant::now(), metrics.closed());
     tracing::info!(why, connections = metrics.connections(), "stopping");
-    manager.stopping(settings.drain_notice + settings.drain + 2 * GRACE);
+    // Admin requests that have begun when all connections have gone wait for the bus as long as they may, but not for
+    // long where the node is to stop soon.
+    let patience = settings.publish_timeout.min(settings.drain.max(GRACE)).min(PATIENCE_MAX);
+    manager.stopping(settings.drain_notice + settings.drain + patience + 3 * GRACE);
     readiness.drain();
     let drained = async {
         sleep(settings.drain_notice).await;
@@ -95,9 +97,13 @@ pub async fn run(
                 ended.recv().await;
             }
         };
-        timeout(settings.drain + GRACE, all_ended).await
+        let drained = timeout(settings.drain + GRACE, all_ended).await;
+        if let Some(admin) = admin {
+            admin.finish(patience).await;
+        }
+        drained
     };
-    // The bus goes on meanwhile: what clients have published gets its answer.
+    // The bus goes on meanwhile: what clients and backends have published gets its answer.
     tokio::select! {
         result = &mut bus => result?,
         result = drained => {

@@ -14,7 +14,7 @@ use mio::{Events, Interest, Poll, Registry, Token};
 use slab::Slab;
 use tokio::sync::mpsc;
 
-use crate::bus::{Bell, ConnectionId, Request, Requests, ShardId, Shards, ToShard};
+use crate::bus::{Bell, BusError, ConnectionId, Request, Requests, ShardId, Shards, ToShard};
 use crate::close::Reason;
 use crate::config::Settings;
 use crate::connection::{Connection, State, Tally};
@@ -393,7 +393,7 @@ impl Shard {
             feed.and_then(|key| self.channels.get(key as usize)).map(|channel| channel.name.as_str());
         tracing::debug!(
             reason = reason.label(),
-            user = ?connection.user,
+            user = &*connection.user,
             client = connection.client().map(tracing::field::display),
             channel,
             "connection ends"
@@ -518,9 +518,16 @@ impl Shard {
         numbers.page_bytes.set(self.page_bytes as u64);
     }
 
-    fn refuse_join(&mut self, id: ConnectionId, why: &str) {
+    /// What is wrong with the bus is for operators: strangers learn that they may try again.
+    fn refuse_join(&mut self, id: ConnectionId, why: &BusError) {
         if let Some(slot) = self.find(id).filter(|slot| self.is_joining(*slot)) {
-            self.refuse(slot, handshake::unavailable(why), Reason::Answered);
+            let answer = match why {
+                BusError::Away(_) => {
+                    handshake::unavailable("no client can join now: try again, or another node")
+                }
+                BusError::TooManyChannels => handshake::unavailable(&why.to_string()),
+            };
+            self.refuse(slot, answer, Reason::Answered);
         }
     }
 

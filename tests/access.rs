@@ -237,3 +237,44 @@ async fn secrets_that_everybody_can_read_are_named() {
     node.signal("HUP");
     until("a warning", || async { node.log().contains(&warning(&token)).then_some(()) }).await;
 }
+
+#[tokio::test]
+async fn a_page_under_a_rebound_name_gets_nothing() {
+    let node = Node::start(&[]).await;
+    let (public, admin_port) = (node.public.port(), node.admin.port());
+    let host = format!("evil.example:{public}");
+    let origin = format!("http://{host}");
+    // A browser sends the name under which it found the address.
+    let upgrade = async |node: &Node, host: &str, headers: &str| {
+        let mut raw = Raw::connect(node.public).await;
+        let request = format!(
+            "GET /ws/a HTTP/1.1\r\nHost: {host}\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
+             Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n{headers}\r\n"
+        );
+        raw.write(request.as_bytes()).await;
+        raw.response().await
+    };
+    let response = upgrade(&node, &host, &format!("Origin: {origin}\r\n")).await;
+    response.expect_refusal(403);
+    assert!(response.body.contains("--allow-origin") && response.body.contains("--trusted-proxy"));
+    for (method, path) in [("GET", "/stats"), ("GET", "/metrics"), ("GET", "/readyz"), ("POST", "/publish")] {
+        let mut raw = Raw::connect(node.admin).await;
+        let length = if method == "POST" { "Content-Length: 2\r\n\r\n{}" } else { "\r\n" };
+        let request = format!("{method} {path} HTTP/1.1\r\nHost: evil.example:{admin_port}\r\n{length}");
+        raw.write(request.as_bytes()).await;
+        raw.response().await.expect_refusal(403);
+    }
+    // Its own pages, and programs under any name, go on.
+    let own = format!("Origin: http://127.0.0.1:{public}\r\n");
+    assert_eq!(upgrade(&node, &format!("127.0.0.1:{public}"), &own).await.status, 101);
+    assert_eq!(upgrade(&node, "chat.internal", "").await.status, 101);
+
+    // A proxy on this machine passes on the names of its sites.
+    let page = "Origin: https://chat.example\r\nX-Forwarded-For: 192.0.2.1\r\n";
+    let proxied = Node::start(&["--trusted-proxy", "127.0.0.1"]).await;
+    assert_eq!(upgrade(&proxied, "chat.example", page).await.status, 101);
+    // Or it is not named, and the site is.
+    let named = Node::start(&["--allow-origin", "https://chat.example"]).await;
+    assert_eq!(upgrade(&named, "chat.example", "Origin: https://chat.example\r\n").await.status, 101);
+    assert_eq!(upgrade(&named, &host, &format!("Origin: {origin}\r\n")).await.status, 403);
+}

@@ -4,7 +4,8 @@ mod common;
 
 use std::time::{Duration, Instant};
 
-use common::{Client, Node, Raw, until, within};
+use common::proxy::Silence;
+use common::{Client, Node, Proxy, Raw, Redis, until, within};
 use futures_util::{SinkExt, StreamExt};
 use serde_json::json;
 use tokio::net::TcpStream;
@@ -129,7 +130,7 @@ async fn during_the_notice_clients_are_taken_and_nobody_is_closed() {
         (response.status == 503).then_some(response)
     })
     .await;
-    assert_eq!(response.body, "this node is stopping\n");
+    assert_eq!(response.body, "not ready\n");
     let mut after = Client::plain(&node, "b", "room").await;
     let id = node.publish("room", &json!({"n": 1})).await;
     for client in [&mut before, &mut after] {
@@ -194,4 +195,55 @@ async fn under_a_flood_everybody_who_reads_is_told() {
     let ends = readers.join_all().await;
     assert!(ends.iter().all(|(.., code)| *code == Some(1012)), "{ends:?}");
     assert!(node.ended().await.success());
+}
+
+/// A POST /publish on a connection of its own, up to its answer.
+async fn begin_publish(node: &Node, event: &str) -> Raw {
+    let mut raw = Raw::connect(node.admin).await;
+    let length = event.len();
+    let head = format!("POST /publish?channel=room HTTP/1.1\r\nHost: {}\r\n", node.admin);
+    raw.write(format!("{head}Content-Length: {length}\r\n\r\n{event}").as_bytes()).await;
+    raw
+}
+
+#[tokio::test]
+async fn a_publish_in_flight_is_answered_before_the_end() {
+    let redis = Redis::start(&[]).await;
+    let way = Proxy::to(redis.port()).await;
+    let flags = ["--redis", &way.url(), "--drain", "4s", "--log", "debug"];
+    let node = Node::start(&flags).await;
+    node.publish("room", &json!({"n": 0})).await;
+    let before = redis.head("room").await;
+    way.silence(Silence { up: false, down: true });
+    let mut publishing = begin_publish(&node, r#"{"n":1}"#).await;
+    until("Redis to take the event", || async { (redis.head("room").await > before).then_some(()) }).await;
+    let idle = Raw::connect(node.admin).await;
+    node.signal("TERM");
+    until("the stop", || async { node.log().contains("stopping").then_some(()) }).await;
+    tokio::time::sleep(Duration::from_millis(300)).await; // there is nobody else to wait for
+    way.silence(Silence::default());
+    let response = publishing.response().await;
+    assert_eq!((response.status, &response.json()["id"]), (200, &json!(before + 1)), "{response:?}");
+    assert_eq!(response.header("connection"), Some("close"));
+    drop(publishing);
+    assert!(node.ended().await.success());
+    drop(idle);
+}
+
+#[tokio::test]
+async fn a_publish_without_an_answer_is_answered_unknown() {
+    let redis = Redis::start(&[]).await;
+    let way = Proxy::to(redis.port()).await;
+    let node = Node::start(&["--redis", &way.url(), "--drain", "1s", "--publish-timeout", "10m"]).await;
+    node.publish("room", &json!({"n": 0})).await;
+    let before = redis.head("room").await;
+    way.silence(Silence { up: false, down: true });
+    let mut publishing = begin_publish(&node, r#"{"n":1}"#).await;
+    until("Redis to take the event", || async { (redis.head("room").await > before).then_some(()) }).await;
+    let begun = Instant::now();
+    node.signal("TERM");
+    publishing.response().await.expect_refusal(504);
+    drop(publishing);
+    assert!(node.ended().await.success());
+    assert!(begun.elapsed() < Duration::from_secs(2) + 2 * SLACK, "{:?}", begun.elapsed());
 }

@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 use std::process::Command;
 use std::sync::Arc;
 
-use fanfare::bus::PublishError;
 use fanfare::close::{REASONS, Reason};
 use fanfare::event::{Entry, EventId};
 use fanfare::frame::{self, ClientFrame, ErrorCode};
@@ -146,14 +145,13 @@ fn what_clients_may_send_is_taken() {
 fn what_the_server_sends_is_shown_as_it_is() {
     let (id, head) = (EventId(1_764_000_000_001_045), EventId(1_764_000_000_001_050));
     let refused = frame::parse_client_frame("alice", r#"{"text":"a","data":1,"ref":7}"#).unwrap_err();
-    let late = PublishError::Refused("the bus could not be reached in time".into());
     let frames = [
         frame::welcome(id, head, true),
         frame::welcome(head, head, false),
         Entry::reset(head).bytes,
         frame::json_ping(Some(head)),
         frame::json_ping(None),
-        frame::error(ErrorCode::Unavailable, &late.to_string(), None),
+        frame::error(ErrorCode::Unavailable, frame::NOT_PUBLISHED, None),
         frame::error(ErrorCode::Invalid, &refused.message, refused.reference.as_deref()),
         frame::ack("7", EventId(1_764_000_000_001_047)),
     ];

@@ -18,13 +18,17 @@ const BACKLOG: i32 = 128;
 
 /// A bound admin listener. A unix socket's file goes with it.
 #[derive(Debug)]
-pub struct Listener(Kind);
+pub struct Listener {
+    open: Open,
+    /// Of a unix socket that is ours.
+    file: Option<SocketFile>,
+}
 
+/// A listener that a tokio runtime watches.
 #[derive(Debug)]
-enum Kind {
+pub(super) enum Accepting {
     Tcp(TcpListener),
-    /// With its file, where it is ours.
-    Unix(UnixListener, Option<SocketFile>),
+    Unix(UnixListener),
 }
 
 /// A socket that listens, whoever opened it.
@@ -50,59 +54,68 @@ pub(super) trait Stream: AsyncRead + AsyncWrite + Unpin + Send {}
 impl<T: AsyncRead + AsyncWrite + Unpin + Send> Stream for T {}
 
 impl Listener {
-    /// Binds the address; `None` when there is to be no admin listener. Must be called within a tokio runtime.
+    /// Binds the address; `None` when there is to be no admin listener.
     pub fn bind(addr: &AdminAddr) -> io::Result<Option<Listener>> {
-        let kind = match addr {
+        let (open, file) = match addr {
             AdminAddr::Off => return Ok(None),
-            AdminAddr::Tcp(addr) => {
-                let listener = std::net::TcpListener::bind(addr)?;
-                listener.set_nonblocking(true)?;
-                Kind::Tcp(TcpListener::from_std(listener)?)
-            }
+            AdminAddr::Tcp(addr) => (Open::Tcp(std::net::TcpListener::bind(addr)?), None),
             AdminAddr::Unix(path) => {
                 let (listener, file) = bind_unix(path)?;
-                Kind::Unix(UnixListener::from_std(listener)?, Some(file))
+                (Open::Unix(listener), Some(file))
             }
         };
-        Ok(Some(Listener(kind)))
+        Ok(Some(Listener { open, file }))
     }
 
-    /// Takes one that is open. Must be called within a tokio runtime.
-    pub fn adopt(open: Open) -> io::Result<Listener> {
-        SockRef::from(&open).set_nonblocking(true)?;
-        Ok(Listener(match open {
-            Open::Tcp(listener) => Kind::Tcp(TcpListener::from_std(listener)?),
-            Open::Unix(listener) => Kind::Unix(UnixListener::from_std(listener)?, None),
-        }))
+    /// Takes one that is open.
+    pub fn adopt(open: Open) -> Listener {
+        Listener { open, file: None }
     }
 
     /// Where it is in truth: port 0 has become a real one.
     pub fn addr(&self) -> io::Result<AdminAddr> {
-        match &self.0 {
-            Kind::Tcp(listener) => listener.local_addr().map(AdminAddr::Tcp),
-            Kind::Unix(_, Some(file)) => Ok(AdminAddr::Unix(file.path.clone())),
-            Kind::Unix(listener, None) => {
+        match (&self.open, &self.file) {
+            (Open::Tcp(listener), _) => listener.local_addr().map(AdminAddr::Tcp),
+            (Open::Unix(_), Some(file)) => Ok(AdminAddr::Unix(file.path.clone())),
+            (Open::Unix(listener), None) => {
                 let addr = listener.local_addr()?;
                 Ok(AdminAddr::Unix(addr.as_pathname().unwrap_or(Path::new("")).into()))
             }
         }
     }
 
-    pub(super) async fn accept(&self) -> io::Result<Box<dyn Stream>> {
-        match &self.0 {
-            Kind::Tcp(listener) => {
+    /// Gives it to the current tokio runtime. The file goes when it is dropped.
+    pub(super) fn into_accepting(self) -> io::Result<(Accepting, Option<SocketFile>)> {
+        SockRef::from(&self.open).set_nonblocking(true)?;
+        let accepting = match self.open {
+            Open::Tcp(listener) => Accepting::Tcp(TcpListener::from_std(listener)?),
+            Open::Unix(listener) => Accepting::Unix(UnixListener::from_std(listener)?),
+        };
+        Ok((accepting, self.file))
+    }
+}
+
+impl Accepting {
+    /// Whether browsers can reach it.
+    pub fn is_tcp(&self) -> bool {
+        matches!(self, Accepting::Tcp(_))
+    }
+
+    pub async fn accept(&self) -> io::Result<Box<dyn Stream>> {
+        match self {
+            Accepting::Tcp(listener) => {
                 let (stream, _) = listener.accept().await?;
                 stream.set_nodelay(true)?; // answers are whole; nothing is gained by holding one back
                 Ok(Box::new(stream))
             }
-            Kind::Unix(listener, _) => Ok(Box::new(listener.accept().await?.0)),
+            Accepting::Unix(listener) => Ok(Box::new(listener.accept().await?.0)),
         }
     }
 }
 
 /// The file of a unix socket. Removed when dropped, unless another has taken its place.
 #[derive(Debug)]
-struct SocketFile {
+pub(super) struct SocketFile {
     path: PathBuf,
     device: u64,
     inode: u64,
@@ -131,7 +144,6 @@ fn bind_unix(path: &Path) -> io::Result<(std::os::unix::net::UnixListener, Socke
     // Before listen, while nobody can connect.
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(UNIX_MODE))?;
     socket.listen(BACKLOG)?;
-    socket.set_nonblocking(true)?;
     Ok((socket.into(), file))
 }
 
@@ -164,8 +176,8 @@ mod tests {
         Listener::bind(&AdminAddr::Unix(path.into())).map(Option::unwrap)
     }
 
-    #[tokio::test]
-    async fn a_unix_socket_is_private_and_goes_with_its_listener() {
+    #[test]
+    fn a_unix_socket_is_private_and_goes_with_its_listener() {
         let directory = directory("private");
         let path = directory.join("admin.sock");
         let listener = bind(&path).unwrap();
@@ -178,8 +190,8 @@ mod tests {
         std::fs::remove_dir_all(directory).unwrap();
     }
 
-    #[tokio::test]
-    async fn only_a_socket_that_nobody_listens_to_is_replaced() {
+    #[test]
+    fn only_a_socket_that_nobody_listens_to_is_replaced() {
         let directory = directory("stale");
         let path = directory.join("admin.sock");
         drop(std::os::unix::net::UnixListener::bind(&path).unwrap()); // std leaves the file
@@ -200,8 +212,8 @@ mod tests {
         std::fs::remove_dir_all(directory).unwrap();
     }
 
-    #[tokio::test]
-    async fn port_0_becomes_a_real_one_and_off_is_nothing() {
+    #[test]
+    fn port_0_becomes_a_real_one_and_off_is_nothing() {
         let listener = Listener::bind(&AdminAddr::Tcp("127.0.0.1:0".parse().unwrap())).unwrap().unwrap();
         let AdminAddr::Tcp(addr) = listener.addr().unwrap() else { panic!("a TCP address") };
         assert_ne!(addr.port(), 0);

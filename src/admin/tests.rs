@@ -3,6 +3,7 @@ use std::net::SocketAddr;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 
 use super::*;
 use crate::config::AdminAddr;
@@ -16,40 +17,49 @@ struct House {
     addr: SocketAddr,
     metrics: Arc<Metrics>,
     taken: mpsc::UnboundedReceiver<Taken>,
-    _tasks: JoinSet<()>,
+    phase: watch::Sender<Phase>,
+    tasks: JoinSet<()>,
 }
 
 const MAX: usize = 1000;
 const CONNECTIONS: usize = 8;
+const PUBLISHES: usize = 6;
 
-fn context(requests: Requests) -> AdminContext {
+fn context(requests: Requests, flags: &[&str]) -> AdminContext {
     let metrics = Arc::new(Metrics::new(1, Arc::default(), Arc::new(Readiness::default())));
-    let Ok(crate::config::Action::Run(settings)) = crate::config::Settings::from([], []) else {
-        panic!("defaults")
+    let flags = [&["--max-message", "1000"], flags].concat();
+    let Ok(crate::config::Action::Run(settings)) = Settings::from(flags.iter().map(Into::into), []) else {
+        panic!("{flags:?}")
     };
     let keys = Arc::new(KeyRing::load(&settings).unwrap());
-    AdminContext {
-        requests,
-        metrics,
-        keys,
-        connections: CONNECTIONS,
-        max_message: MAX,
-        publish_timeout: Duration::from_secs(5),
-    }
+    AdminContext { requests, metrics, keys, settings: Arc::new(settings) }
+}
+
+/// What one connection works with, and who says how far the end has come.
+fn desk() -> (watch::Sender<Phase>, Desk) {
+    let (sender, phase) = watch::channel(Phase::Serving);
+    let context = context(mpsc::unbounded_channel().0, &[]);
+    let (publishes, waits) = (Semaphore::new(PUBLISHES), Waits::default());
+    (sender, Desk { context, checks_host: true, publishes, waits, phase })
 }
 
 /// An admin listener over a bus that answers the n-th publish with `outcome(n)`; `None` is no answer at all.
 fn house(outcome: fn(u64) -> Option<Result<EventId, PublishError>>) -> House {
+    house_with(&[], outcome)
+}
+
+fn house_with(flags: &[&str], outcome: fn(u64) -> Option<Result<EventId, PublishError>>) -> House {
     let addr = AdminAddr::Tcp("127.0.0.1:0".parse().unwrap());
     let listener = Listener::bind(&addr).unwrap().unwrap();
     let AdminAddr::Tcp(addr) = listener.addr().unwrap() else { panic!("a TCP address") };
     let (requests, mut asked) = mpsc::unbounded_channel();
     let (tell, taken) = mpsc::unbounded_channel();
-    let context = context(requests);
+    let context = context(requests, flags);
     let metrics = context.metrics.clone();
     let mut tasks = JoinSet::new();
     tasks.spawn(async move {
         let mut count = 0;
+        let mut unanswered = Vec::new();
         while let Some(request) = asked.recv().await {
             let Request::Publish(publish) = request else { panic!("only publishes: {request:?}") };
             count += 1;
@@ -57,13 +67,16 @@ fn house(outcome: fn(u64) -> Option<Result<EventId, PublishError>>) -> House {
             let to = publish.to.as_deref().map(String::from);
             tell.send((publish.channel.to_string(), to, event)).unwrap();
             let Answer::Waiter(waiter) = publish.answer else { panic!("a waiter") };
-            if let Some(outcome) = outcome(count) {
-                let _ = waiter.send(outcome);
+            match outcome(count) {
+                Some(outcome) => drop(waiter.send(outcome)),
+                None => unanswered.push(waiter),
             }
         }
     });
-    tasks.spawn(serve(listener, context));
-    House { addr, metrics, taken, _tasks: tasks }
+    let (phase, seen) = watch::channel(Phase::Serving);
+    let (listener, _) = listener.into_accepting().unwrap();
+    tasks.spawn(serve([CONNECTIONS, PUBLISHES], listener, context, seen));
+    House { addr, metrics, taken, phase, tasks }
 }
 
 fn willing() -> House {
@@ -71,11 +84,11 @@ fn willing() -> House {
 }
 
 fn post(target: &str, body: &str) -> String {
-    format!("POST {target} HTTP/1.1\r\nHost: a\r\nContent-Length: {}\r\n\r\n{body}", body.len())
+    format!("POST {target} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {}\r\n\r\n{body}", body.len())
 }
 
 fn get(target: &str) -> String {
-    format!("GET {target} HTTP/1.1\r\nHost: a\r\n\r\n")
+    format!("GET {target} HTTP/1.1\r\nHost: localhost\r\n\r\n")
 }
 
 /// One response: status, head and body, by its Content-Length.
@@ -139,7 +152,8 @@ async fn refuses_what_is_no_event_and_leaves_the_bus_alone() {
         assert!(text.contains(part) && text.lines().count() == 1 && text.ends_with('\n'), "{text}");
         assert!(head.contains("Connection: keep-alive\r\n"), "{head}");
     }
-    let from_a_page = post("/publish", "1").replace("Host: a", "Host: a\r\nOrigin: https://evil.example");
+    let from_a_page =
+        post("/publish", "1").replace("Host: localhost", "Host: localhost\r\nOrigin: https://evil.example");
     assert_eq!(house.ask(from_a_page).await.0, 403);
     assert!(house.taken.try_recv().is_err());
 }
@@ -163,11 +177,11 @@ async fn says_whether_trying_again_is_safe() {
 
 #[tokio::test]
 async fn says_so_when_the_bus_is_gone() {
-    let context = context(mpsc::unbounded_channel().0);
+    let (_phase, desk) = desk();
     let (mut client, server) = tokio::io::duplex(4096);
     client.write_all(post("/publish", "1").as_bytes()).await.unwrap();
     let (_, (status, _, text)) =
-        tokio::join!(async { timeout(Duration::from_secs(5), converse(server, &context)).await }, async {
+        tokio::join!(async { timeout(Duration::from_secs(5), converse(server, &desk)).await }, async {
             let answer = response(&mut client, false).await;
             drop(client);
             answer
@@ -206,7 +220,8 @@ async fn keeps_the_connection_and_answers_pipelined_requests_in_order() {
 async fn answers_expect_100_continue_before_the_body_comes() {
     let house = willing();
     let mut stream = house.connect().await;
-    let request = "POST /publish HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\nExpect: 100-continue\r\n\r\n";
+    let request =
+        "POST /publish HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\nExpect: 100-continue\r\n\r\n";
     stream.write_all(request.as_bytes()).await.unwrap();
     assert_eq!(response(&mut stream, true).await.0, 100);
     stream.write_all(b"12").await.unwrap();
@@ -225,10 +240,10 @@ async fn closes_after_what_it_cant_read_to_the_end() {
         (post("/publish", "1").replace("Content-Length: 1", "Content-Length: 99999999999"), 413),
         (post("/publish", "1").replace("Content-Length: 1", "Transfer-Encoding: chunked"), 411),
         (post("/publish", "1").replace("Content-Length: 1", "Content-Length: x"), 400),
-        (post("/publish", "1").replace("Host: a", "Host: a\r\nExpect: cake"), 417),
+        (post("/publish", "1").replace("Host: localhost", "Host: localhost\r\nExpect: cake"), 417),
         ("hello\r\n\r\n".into(), 400),
         (format!("GET /{} HTTP/1.1\r\n", "a".repeat(9000)), 414),
-        (format!("GET / HTTP/1.1\r\nHost: a\r\n{}", "A: b\r\n".repeat(100)), 431),
+        (format!("GET / HTTP/1.1\r\nHost: localhost\r\n{}", "A: b\r\n".repeat(100)), 431),
         (get("/").replace("1.1", "3.0"), 505),
     ] {
         let mut stream = house.connect().await;
@@ -254,7 +269,7 @@ async fn other_paths_and_methods_get_honest_answers() {
     assert!(status == 405 && head.contains("Allow: POST\r\n"));
     let (status, head, _) = house.ask(post("/metrics", "1")).await;
     assert!(status == 405 && head.contains("Allow: GET, HEAD\r\n"));
-    let (status, head, body) = house.ask("HEAD /healthz HTTP/1.1\r\nHost: a\r\n\r\n").await;
+    let (status, head, body) = house.ask("HEAD /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n").await;
     assert!(status == 200 && head.contains("Content-Length: 3\r\n") && body.is_empty());
 
     let (status, head, text) = house.ask(get("/metrics")).await;
@@ -271,57 +286,142 @@ async fn other_paths_and_methods_get_honest_answers() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_request_that_never_ends_gets_408_and_an_idle_connection_is_closed() {
-    let context = context(mpsc::unbounded_channel().0);
-    let start = Instant::now();
-    let (mut client, server) = tokio::io::duplex(4096);
-    client.write_all(b"GET / HTTP/1.1\r\n").await.unwrap();
-    let ((), (status, ..)) = tokio::join!(async { converse(server, &context).await.unwrap() }, async {
-        let answer = response(&mut client, false).await;
-        drop(client);
-        answer
-    });
-    assert_eq!((status, start.elapsed()), (408, REQUEST_TIME));
-
-    let start = Instant::now();
-    let (mut client, server) = tokio::io::duplex(4096);
-    converse(server, &context).await.unwrap();
-    assert_eq!(start.elapsed(), IDLE);
-    assert_eq!(client.read(&mut [0]).await.unwrap(), 0, "closed without a word");
+async fn silence_and_slow_requests_end_in_time() {
+    let (_phase, desk) = desk();
+    let body = post("/publish", "1").replace("\r\n\r\n1", "\r\n\r\n");
+    for (sent, answers, status, time) in [
+        ("".to_owned(), 0, 0, conversation::HEAD_TIME),
+        ("GET / HTTP/1.1\r\n".into(), 0, 408, conversation::HEAD_TIME),
+        (body, 0, 408, Duration::from_secs(10)),
+        (get("/healthz"), 1, 0, conversation::IDLE_TIME),
+        (get("/healthz") + "GET", 1, 408, conversation::HEAD_TIME),
+    ] {
+        let start = Instant::now();
+        let (mut client, server) = tokio::io::duplex(4096);
+        client.write_all(sent.as_bytes()).await.unwrap();
+        let served = async {
+            converse(server, &desk).await.unwrap();
+            start.elapsed()
+        };
+        let (took, ()) = tokio::join!(served, async {
+            for _ in 0..answers {
+                assert_eq!(response(&mut client, false).await.0, 200);
+            }
+            if status > 0 {
+                assert_eq!(response(&mut client, false).await.0, status, "{sent}");
+            }
+            assert_eq!(client.read(&mut [0]).await.unwrap(), 0, "closed: {sent}");
+            drop(client);
+        });
+        assert_eq!(took, time, "{sent}");
+    }
 }
 
 #[tokio::test]
-async fn at_the_bound_further_connections_wait_until_one_ends() {
+async fn silent_connections_hold_no_place() {
     let house = willing();
-    let mut open = Vec::new();
-    for _ in 0..CONNECTIONS {
-        let mut stream = house.connect().await;
-        stream.write_all(get("/healthz").as_bytes()).await.unwrap();
-        assert_eq!(response(&mut stream, false).await.0, 200);
-        open.push(stream);
+    let mut silent = Vec::new();
+    for _ in 0..5 * CONNECTIONS {
+        silent.push(house.connect().await);
+        // Each finds a place at once, though nobody leaves.
+        assert_eq!(house.ask(get("/healthz")).await.0, 200);
     }
-    let mut late = house.connect().await;
-    late.write_all(get("/healthz").as_bytes()).await.unwrap();
-    let answer = tokio::spawn(async move { response(&mut late, false).await.0 });
-    // The first connection is served still, so the loop had its turn; the late one was not taken.
-    open[0].write_all(get("/readyz").as_bytes()).await.unwrap();
-    assert_eq!(response(&mut open[0], false).await.0, 200);
-    assert!(!answer.is_finished());
-    drop(open.pop());
-    assert_eq!(timeout(Duration::from_secs(20), answer).await.expect("its turn comes").unwrap(), 200);
+}
+
+#[tokio::test]
+async fn health_and_metrics_keep_a_place_while_publishes_wait() {
+    let mut house = house(|_| None);
+    let mut waiting = Vec::new();
+    for _ in 0..PUBLISHES {
+        let mut stream = house.connect().await;
+        stream.write_all(post("/publish", "1").as_bytes()).await.unwrap();
+        house.taken.recv().await.unwrap();
+        waiting.push(stream);
+    }
+    let (status, head, text) = house.ask(post("/publish", "1")).await;
+    assert_eq!((status, text.contains("too many publishes")), (503, true), "{text}");
+    assert!(head.contains("Retry-After: 1\r\n"), "{head}");
+    let mut silent = Vec::new();
+    for _ in 0..2 * CONNECTIONS {
+        silent.push(house.connect().await);
+        for path in ["/healthz", "/readyz", "/metrics"] {
+            assert_eq!(house.ask(get(path)).await.0, 200);
+        }
+    }
+    // Those that wait for the bus were not closed to make room.
+    house.phase.send_replace(Phase::Ending);
+    for stream in &mut waiting {
+        assert_eq!(response(stream, false).await.0, 504);
+    }
+}
+
+#[tokio::test]
+async fn a_stop_answers_what_has_begun_and_closes_what_is_idle() {
+    let mut house = house(|count| (count == 1).then_some(Ok(EventId(1))));
+    let mut idle = house.connect().await;
+    idle.write_all(post("/publish", "1").as_bytes()).await.unwrap();
+    assert_eq!(response(&mut idle, false).await.0, 200);
+    let mut waiting = house.connect().await;
+    waiting.write_all(post("/publish", "2").as_bytes()).await.unwrap();
+    for _ in 0..2 {
+        house.taken.recv().await.unwrap();
+    }
+    // One whose request is under way, and one that was opened and has sent nothing yet.
+    let (mut partial, mut new) = (house.connect().await, house.connect().await);
+    partial.write_all(b"GET /healthz HTTP/1.1\r\n").await.unwrap();
+    house.metrics.readiness.drain();
+    house.phase.send_replace(Phase::Finishing);
+    assert_eq!(idle.read(&mut [0]).await.unwrap(), 0, "closed at once");
+    partial.write_all(b"Host: localhost\r\n\r\n").await.unwrap();
+    new.write_all(get("/healthz").as_bytes()).await.unwrap();
+    for stream in [&mut partial, &mut new] {
+        let (status, head, _) = response(stream, false).await;
+        assert!(status == 200 && head.contains("Connection: close\r\n"), "{head}");
+    }
+    // The bus does not answer the second publish, so its client learns that its fate is unknown.
+    house.phase.send_replace(Phase::Ending);
+    let (status, _, text) = response(&mut waiting, false).await;
+    assert!(status == 504 && text.contains("may or may not"), "{text}");
+    assert!(TcpStream::connect(house.addr).await.is_err(), "the listener is closed");
+    drop((idle, waiting, partial, new));
+    drop(house.taken);
+    house.tasks.join_next().await.expect("the listener ends").unwrap();
+}
+
+#[tokio::test]
+async fn without_a_key_only_loopback_names_are_taken() {
+    let mut house = willing();
+    let named = |request: String, host: &str| request.replace("Host: localhost", &format!("Host: {host}"));
+    for host in ["evil.example", "evil.example:9080", "127.0.0.1.evil.example", "10.0.0.1", ""] {
+        for request in
+            [get("/metrics"), get("/stats"), get("/readyz"), get("/healthz"), post("/publish", "1")]
+        {
+            let (status, _, text) = house.ask(named(request, host)).await;
+            assert!(status == 403 && text.contains("--admin-key"), "{host}: {status} {text}");
+        }
+    }
+    for host in ["localhost", "127.0.0.1:9080", "[::1]:9080", "node.localhost"] {
+        assert_eq!(house.ask(named(get("/stats"), host)).await.0, 200, "{host}");
+    }
+    // Programs of HTTP/1.0 may send none; browsers always do.
+    assert_eq!(house.ask("GET /healthz HTTP/1.0\r\n\r\n").await.0, 200);
+    assert!(house.taken.try_recv().is_err());
+    let house = house_with(&["--allow-origin", "https://node.example"], |_| None);
+    assert_eq!(house.ask(named(get("/stats"), "node.example:9080")).await.0, 200);
+    assert_eq!(house.ask(named(get("/stats"), "evil.example")).await.0, 403);
 }
 
 #[tokio::test]
 async fn serves_a_unix_socket_alike() {
     let path = std::env::temp_dir().join(format!("fanfare-{}-admin.sock", std::process::id()));
     let listener = Listener::bind(&AdminAddr::Unix(path.clone())).unwrap().unwrap();
-    let context = context(mpsc::unbounded_channel().0);
-    let mut tasks = JoinSet::new();
-    tasks.spawn(serve(listener, context));
+    let admin = start(listener, context(mpsc::unbounded_channel().0, &[])).unwrap();
     let mut stream = UnixStream::connect(&path).await.unwrap();
-    stream.write_all(get("/healthz").as_bytes()).await.unwrap();
+    // No browser comes this way, so any name will do.
+    let request = get("/healthz").replace("localhost", "evil.example");
+    stream.write_all(request.as_bytes()).await.unwrap();
     assert_eq!(response(&mut stream, false).await.0, 200);
-    tasks.shutdown().await;
+    admin.finish(Duration::from_secs(20)).await;
     assert!(!path.exists(), "the file went with the listener");
     assert_eq!(stream.read(&mut [0]).await.unwrap(), 0, "and so did the connections");
 }

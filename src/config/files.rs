@@ -2,8 +2,8 @@
 
 use super::{AdminAddr, Settings};
 
-/// Descriptors of a node without shards and clients. 16 are open while it serves: standard streams, signals, runtime,
-/// accept loop, admin listener. The rest is for what comes and goes: two connections to Redis beside two that are
+/// Descriptors of a node without shards and clients. 20 are open while it serves: standard streams, signals, two
+/// runtimes, accept loop, admin listener. The rest is for what comes and goes: two connections to Redis beside two that are
 /// ending, name lookups, key files, and the files of `/proc` that `/metrics` reads.
 const NODE: u32 = 40;
 /// Of each shard: its epoll, the second handle with which sockets are registered, and its waker.

@@ -121,8 +121,9 @@ pub(super) static TABLE: [Spec; 31] = [
         "",
         &[
             "Sites whose pages may connect: https://example.com, https://*.example.com. Without it pages",
-            "of the very host and port that they connect to; on loopback hosts any port. Programs, which",
-            "send no Origin, always may.",
+            "of the very host and port that they connect to; on loopback hosts any port, and on loopback",
+            "addresses no other host unless a trusted proxy passes it on. Programs, which send no Origin,",
+            "always may. Without --admin-key these hosts may address --admin, too.",
         ],
     ),
     spec(

@@ -271,7 +271,7 @@ pub(super) static TABLE: &[Family] = &[
     family(
         "fanfare_admin_refused_total",
         Counter,
-        "Requests to the admin listener without the right key.",
+        "Requests to the admin listener without the right key, or with a Host that is not this machine's.",
         One(|view| view.metrics.admin_refused.get().into()),
     ),
     family(

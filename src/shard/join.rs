@@ -143,7 +143,7 @@ impl Shard {
     pub(super) fn on_not_followed(&mut self, name: &ChannelName, why: &BusError) {
         let Some(key) = self.names.get(name).copied() else { return };
         for id in std::mem::take(&mut self.channels[key as usize].joining) {
-            self.refuse_join(id, &why.to_string());
+            self.refuse_join(id, why);
         }
         self.drop_channel(key);
     }
@@ -163,7 +163,7 @@ impl Shard {
         for id in std::mem::take(&mut self.channels[key as usize].looking) {
             match &result {
                 Ok(()) => self.answered.push_back((id, Asked::Look)),
-                Err(why) => self.refuse_join(id, &why.to_string()),
+                Err(why) => self.refuse_join(id, why),
             }
         }
         self.look(key);
@@ -212,7 +212,7 @@ impl Shard {
         match result {
             Err(why) => {
                 for id in waiting {
-                    self.refuse_join(id, &why.to_string());
+                    self.refuse_join(id, &why);
                     self.parked.push(id);
                 }
             }

@@ -101,12 +101,13 @@ impl Shard {
     fn on_request_bytes(&mut self, slot: u32, length: usize) {
         let bytes = &self.scratch[..length];
         let connection = &mut self.connections[slot as usize];
+        let loopback = self.door.is_loopback(connection.stream());
         let State::Request(kept) = &mut connection.state else { return };
         let verdict = match kept {
-            None => handshake::decide(bytes, &self.door, &mut connection.place),
+            None => handshake::decide(bytes, &self.door, &mut connection.place, loopback),
             Some(kept) => {
                 kept.extend_from_slice(bytes);
-                handshake::decide(kept, &self.door, &mut connection.place)
+                handshake::decide(kept, &self.door, &mut connection.place, loopback)
             }
         };
         match verdict {
@@ -296,7 +297,9 @@ impl Shard {
                 if !connection.recovers {
                     return self.end(slot, Reason::PublishFailed);
                 }
-                connection.enqueue(frame::error(code, &text, reference));
+                // What is wrong with the bus is for operators.
+                let text = if code == ErrorCode::Unavailable { frame::NOT_PUBLISHED } else { &text };
+                connection.enqueue(frame::error(code, text, reference));
             }
         }
         if connection.queued() > 0 {

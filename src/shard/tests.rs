@@ -136,7 +136,13 @@ impl Testbed {
         let keys = Arc::new(KeyRing::load(&settings).expect("no keys are needed"));
         let guard = Arc::new(Guard::new(&settings));
         let readiness = metrics.readiness.clone();
-        let door = Door { settings: Arc::new(settings), readiness, keys, guard: guard.clone() };
+        let door = Door {
+            settings: Arc::new(settings),
+            readiness,
+            keys,
+            guard: guard.clone(),
+            loopback: Arc::default(),
+        };
         let shards = Shards::new(vec![inbox_tx]);
         let wiring =
             Wiring { id: 0, door, requests, shards, poll, inbox, bell, metrics, takes_binary: false };

@@ -43,7 +43,13 @@ impl Lone {
         let keys = Arc::new(KeyRing::load(&settings).map_err(|_| "there are no keys to load")?);
         let guard = Arc::new(Guard::new(&settings));
         let readiness = metrics.readiness.clone();
-        let door = Door { settings: Arc::new(settings), readiness, keys, guard: guard.clone() };
+        let door = Door {
+            settings: Arc::new(settings),
+            readiness,
+            keys,
+            guard: guard.clone(),
+            loopback: Arc::default(),
+        };
         let wiring = shard::Wiring {
             id: 0,
             door,

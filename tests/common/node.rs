@@ -74,10 +74,13 @@ impl Node {
             .await;
     }
 
-    /// Waits until `/readyz` says 503, and gives its reason.
+    /// Waits until `/readyz` says 503, and gives the reason, which the admin listener tells.
     pub async fn unready(&self) -> String {
         until("a node that is not ready", || async {
-            let response = self.get("/readyz").await;
+            if self.get("/readyz").await.status != 503 {
+                return None;
+            }
+            let response = self.admin("GET", "/readyz", b"").await;
             (response.status == 503).then_some(response.body)
         })
         .await

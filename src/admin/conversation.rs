@@ -1,0 +1,237 @@
+//! One connection to the admin listener: requests one after the other, each answered before the next is looked at.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use bytes::{Buf, BytesMut};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::sync::Notify;
+use tokio::task::yield_now;
+use tokio::time::{Instant, timeout, timeout_at};
+
+use super::listener::Stream;
+use super::{Desk, Phase, answer, authorize};
+use crate::http::{self, BodyLength, Head, Refusal, Response};
+
+/// How long a kept connection may wait for its next request. Longer than a scraper's usual 15 to 60 s.
+pub(super) const IDLE_TIME: Duration = Duration::from_secs(75);
+/// How long a request's head may take: from accept for the first one, from its first byte for others.
+pub(super) const HEAD_TIME: Duration = Duration::from_secs(5);
+/// How long a body may take after its head.
+const BODY_TIME: Duration = Duration::from_secs(10);
+/// How long a client may take to read an answer.
+const WRITE_TIME: Duration = Duration::from_secs(10);
+/// How long a new connection may take to begin its request when the node stops. It may have been opened before.
+const LAST_REQUEST_TIME: Duration = Duration::from_secs(1);
+/// How long we go on reading after a last answer, so that the kernel doesn't throw it away with a reset
+/// because bytes of the client were left unread (RFC 9112 section 9.6).
+const LINGER_TIME: Duration = Duration::from_secs(1);
+/// Bytes read at a time. Most requests fit.
+const READ: usize = 4096;
+
+/// Connections that wait for their peers, by how long they do. When there are too many connections, the one that
+/// waits longest is closed: silence holds no place.
+#[derive(Debug, Default)]
+pub(super) struct Waits(Mutex<Waiting>);
+
+#[derive(Debug, Default)]
+struct Waiting {
+    next: u64,
+    stops: BTreeMap<u64, Arc<Notify>>,
+}
+
+/// A connection's wait for its peer; over when dropped.
+struct Wait<'a> {
+    waits: &'a Waits,
+    number: u64,
+    stop: Arc<Notify>,
+}
+
+impl Waits {
+    fn begin(&self) -> Wait<'_> {
+        let stop = Arc::new(Notify::new());
+        let mut waiting = self.0.lock().expect("nothing panics while holding it");
+        let number = waiting.next;
+        waiting.next += 1;
+        waiting.stops.insert(number, stop.clone());
+        Wait { waits: self, number, stop }
+    }
+
+    /// Ends the wait that is longest.
+    pub fn stop_longest(&self) {
+        let mut waiting = self.0.lock().expect("nothing panics while holding it");
+        if let Some((_, stop)) = waiting.stops.pop_first() {
+            stop.notify_one();
+        }
+    }
+}
+
+impl Drop for Wait<'_> {
+    fn drop(&mut self) {
+        let mut waiting = self.waits.0.lock().expect("nothing panics while holding it");
+        waiting.stops.remove(&self.number);
+    }
+}
+
+/// What a connection waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    /// Its first request.
+    New,
+    /// Another request.
+    Idle,
+    /// The rest of a request's head.
+    Head,
+    /// The rest of a request's body.
+    Body,
+}
+
+impl Stage {
+    fn time(self) -> Duration {
+        match self {
+            Stage::New | Stage::Head => HEAD_TIME,
+            Stage::Idle => IDLE_TIME,
+            Stage::Body => BODY_TIME,
+        }
+    }
+
+    fn is_between_requests(self) -> bool {
+        matches!(self, Stage::New | Stage::Idle)
+    }
+}
+
+/// How far the bytes in hand go.
+#[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "looked at and dropped where it is made")]
+enum Progress<'a> {
+    /// Not yet a whole head.
+    Head,
+    /// A head, and not yet its whole body; `true` when the client waits for a word before it sends the body.
+    Body { wants_continue: bool },
+    /// A request and its length in bytes.
+    Request { head: Head<'a>, body: &'a [u8], length: usize },
+}
+
+/// Looks at what has come. Nothing is kept between two looks but the bytes themselves.
+fn progress<'a>(bytes: &'a [u8], desk: &Desk) -> Result<Progress<'a>, Refusal> {
+    let body_max = desk.context.settings.max_message;
+    let Some((head, start)) = http::parse(bytes)? else { return Ok(Progress::Head) };
+    authorize(&head, desk)?; // before a stranger's body takes memory
+    let body_length = match head.body_length()? {
+        BodyLength::Empty => 0,
+        BodyLength::Known(length) if length <= body_max as u64 => length as usize,
+        BodyLength::Known(_) => {
+            return Err(Refusal::new(413, format!("the body is too long: at most {body_max} bytes")));
+        }
+        BodyLength::Chunked => return Err(Refusal::new(411, "send the body with a Content-Length")),
+    };
+    let wants_continue = match head.header("expect") {
+        None => false,
+        Some(expected) if expected.eq_ignore_ascii_case("100-continue") => head.is_http_1_1,
+        Some(_) => return Err(Refusal::new(417, "no other expectation than 100-continue can be met")),
+    };
+    let length = start + body_length;
+    if bytes.len() < length {
+        return Ok(Progress::Body { wants_continue });
+    }
+    Ok(Progress::Request { head, body: &bytes[start..length], length })
+}
+
+/// Serves a connection until it ends.
+pub(super) async fn converse(mut stream: impl Stream, desk: &Desk) -> io::Result<()> {
+    let mut buffer = BytesMut::with_capacity(READ);
+    let mut told_to_continue = false;
+    let mut stopping = false;
+    let mut stage = Stage::New;
+    let mut deadline = Instant::now() + stage.time();
+    loop {
+        let next = match progress(&buffer, desk) {
+            Err(refusal) => return close(stream, Response::from(refusal), desk).await,
+            Ok(Progress::Request { head, body, length }) => {
+                let response = answer(&head, body, desk).await.unwrap_or_else(Response::from);
+                // A node that stops gives its clients the chance to go elsewhere with the next request.
+                let keep_alive = head.keep_alive() && !desk.context.metrics.readiness.is_draining();
+                send(&mut stream, &response.to_bytes(&head, keep_alive), desk).await?;
+                if !keep_alive {
+                    return linger(stream).await;
+                }
+                buffer.advance(length);
+                if buffer.is_empty() {
+                    buffer = BytesMut::with_capacity(READ); // a long body's memory is not kept while idle
+                }
+                told_to_continue = false;
+                stage = Stage::Idle;
+                deadline = Instant::now() + stage.time();
+                yield_now().await; // one request a turn: pipelined ones must not hold up other connections
+                continue;
+            }
+            Ok(Progress::Head) if buffer.is_empty() => stage,
+            Ok(Progress::Head) => Stage::Head,
+            Ok(Progress::Body { wants_continue }) => {
+                if wants_continue && !told_to_continue {
+                    told_to_continue = true;
+                    send(&mut stream, b"HTTP/1.1 100 Continue\r\n\r\n", desk).await?;
+                }
+                Stage::Body
+            }
+        };
+        if next != stage {
+            if (stage, next) != (Stage::New, Stage::Head) {
+                deadline = Instant::now() + next.time();
+            }
+            stage = next;
+        }
+        buffer.reserve(READ);
+        let wait = desk.waits.begin();
+        let read = tokio::select! {
+            biased;
+            read = timeout_at(deadline, stream.read_buf(&mut buffer)) => read,
+            () = wait.stop.notified() => return Ok(()),
+            () = desk.reached(Phase::Finishing), if stage.is_between_requests() && !stopping => {
+                if stage == Stage::Idle {
+                    return Ok(());
+                }
+                stopping = true;
+                deadline = deadline.min(Instant::now() + LAST_REQUEST_TIME);
+                continue;
+            }
+        };
+        match read {
+            Ok(Ok(0)) => return Ok(()), // between requests or within one: nobody is there to be answered
+            Ok(Ok(_)) => {}
+            Ok(Err(error)) => return Err(error),
+            Err(_) if stage.is_between_requests() => return Ok(()),
+            Err(_) => {
+                let seconds = stage.time().as_secs();
+                let refusal =
+                    Refusal::new(408, format!("the request was not complete after {seconds} seconds"));
+                return close(stream, Response::from(refusal), desk).await;
+            }
+        }
+    }
+}
+
+async fn send(stream: &mut impl Stream, bytes: &[u8], desk: &Desk) -> io::Result<()> {
+    let wait = desk.waits.begin();
+    tokio::select! {
+        biased;
+        sent = timeout(WRITE_TIME, stream.write_all(bytes)) => sent.map_err(|_| io::ErrorKind::TimedOut)?,
+        () = wait.stop.notified() => Err(io::ErrorKind::TimedOut.into()),
+    }
+}
+
+async fn close(mut stream: impl Stream, response: Response, desk: &Desk) -> io::Result<()> {
+    send(&mut stream, &response.to_closing_bytes(), desk).await?;
+    linger(stream).await
+}
+
+/// Says that nothing more comes, then reads what is still on its way, for a while.
+async fn linger(mut stream: impl Stream) -> io::Result<()> {
+    stream.shutdown().await?;
+    let mut scrap = [0; READ];
+    let drained = async { while stream.read(&mut scrap).await.is_ok_and(|count| count > 0) {} };
+    let _ = timeout(LINGER_TIME, drained).await; // a client that still sends has had time to read
+    Ok(())
+}
