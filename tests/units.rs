@@ -66,6 +66,17 @@ fn one_node_and_one_of_several_differ_only_in_where_they_listen() {
 }
 
 #[test]
+fn they_keep_secrets_and_show_how_to_bound_memory() {
+    for name in SERVICES {
+        let text = text(name);
+        let lines: Vec<&str> = text.lines().collect();
+        for line in ["LimitCORE=0", "KeyringMode=private", "#MemoryMax=1G"] {
+            assert!(lines.contains(&line), "{name} lacks {line}");
+        }
+    }
+}
+
+#[test]
 fn flags_and_variables_in_them_exist() {
     let help = Command::new(env!("CARGO_BIN_EXE_fanfare")).arg("--help").output().expect("it runs");
     let help = String::from_utf8(help.stdout).expect("UTF-8");
