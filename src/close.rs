@@ -48,10 +48,12 @@ pub enum Reason {
     UserFull,
     /// It speaks as a proxy and is none that is trusted.
     UntrustedProxy,
+    /// Its socket is full, and the node keeps too much for such clients. No close frame would get through.
+    SlowReader,
 }
 
 /// How many reasons there are.
-pub const REASONS: usize = 22;
+pub const REASONS: usize = 23;
 
 /// Every reason's label, by number.
 pub const LABELS: [&str; REASONS] = [
@@ -77,9 +79,10 @@ pub const LABELS: [&str; REASONS] = [
     "address_full",
     "user_full",
     "untrusted_proxy",
+    "slow_reader",
 ];
 
-const _: () = assert!(Reason::UntrustedProxy as usize + 1 == REASONS);
+const _: () = assert!(Reason::SlowReader as usize + 1 == REASONS);
 
 impl Reason {
     /// The label in logs and metrics.
@@ -100,7 +103,8 @@ impl Reason {
             | Reason::NodeFull
             | Reason::AddressFull
             | Reason::UserFull
-            | Reason::UntrustedProxy => None,
+            | Reason::UntrustedProxy
+            | Reason::SlowReader => None,
             Reason::Protocol => Some((1002, "protocol error")),
             Reason::Binary => Some((1003, "only text messages are taken")),
             Reason::InvalidText => Some((1007, "text must be UTF-8")),

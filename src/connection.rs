@@ -29,6 +29,9 @@ const BURST: usize = 256 * 1024;
 /// that long to read before it.
 const SLOWEST_READER: u32 = 32 * 1024;
 
+/// What a queued frame costs beside its bytes: its place in the queue and its allocations.
+const FRAME_OVERHEAD: usize = 64;
+
 /// Most bytes on their way to a client: more than the kernels of node, proxy and client hold with Linux' defaults
 /// (`tcp_rmem` 6 MiB and `tcp_wmem` 4 MiB at most).
 const ON_THE_WAY_MAX: u32 = 16 * 1024 * 1024;
@@ -118,6 +121,8 @@ pub struct Tally {
     pub bytes: u64,
     /// Reset frames written.
     pub resets: u64,
+    /// Bytes of frames that are kept though their entries are gone.
+    pub kept: u64,
 }
 
 /// What waits for one client alone.
@@ -136,6 +141,8 @@ enum Waiting {
 struct Queue {
     frames: VecDeque<Bytes>,
     bytes: usize,
+    /// The frame of which the first one is the rest.
+    rest_of: Option<Arc<Bytes>>,
 }
 
 /// Frames of entries that go, each once for all who have its begin: their rest must not keep the whole entry.
@@ -144,9 +151,10 @@ pub struct Copies(BTreeMap<Cursor, Arc<Bytes>>);
 
 impl Copies {
     /// The frame in which this cursor stands, and how much of it is ahead.
-    fn rest(&mut self, entry: &Entry, cursor: Cursor) -> (Arc<Bytes>, u32) {
+    fn rest(&mut self, entry: &Entry, cursor: Cursor, tally: &mut Tally) -> (Arc<Bytes>, u32) {
         let (begin, end) = (entry.frame_begin(cursor.offset), entry.frame_end(cursor.offset));
         let frame = self.0.entry(Cursor { offset: end, ..cursor }).or_insert_with(|| {
+            tally.kept += u64::from(end - begin);
             Arc::new(match entry.frames() {
                 1 => entry.bytes.clone(),
                 _ => Bytes::copy_from_slice(&entry.bytes[begin as usize..end as usize]),
@@ -325,6 +333,7 @@ impl Connection {
             if let Waiting::Rest { frame, left } = &self.waiting {
                 queue.bytes = *left as usize;
                 queue.frames.push_back(frame.slice(frame.len() - *left as usize..));
+                queue.rest_of = Some(frame.clone());
             }
             self.waiting = Waiting::Frames(queue);
         }
@@ -340,6 +349,21 @@ impl Connection {
             Waiting::Nothing => 0,
             Waiting::Rest { left, .. } => *left as usize,
             Waiting::Frames(queue) => queue.bytes,
+        }
+    }
+
+    /// What is kept until its socket takes it: bytes for this client alone, and the frame that it may share with others,
+    /// by its address, with its length.
+    pub fn unsent(&self) -> (u64, Option<(usize, u64)>) {
+        let shared = |frame: &Arc<Bytes>| (frame.as_ptr() as usize, frame.len() as u64);
+        match &self.waiting {
+            Waiting::Nothing => (0, None),
+            Waiting::Rest { frame, .. } => (0, Some(shared(frame))),
+            Waiting::Frames(queue) => {
+                let rest = queue.rest_of.as_ref().map_or(0, |_| queue.frames[0].len());
+                let own = queue.bytes - rest + queue.frames.len() * FRAME_OVERHEAD;
+                (own as u64, queue.rest_of.as_ref().map(shared))
+            }
         }
     }
 
@@ -428,13 +452,14 @@ impl Connection {
     pub fn keep_rest(&mut self, entry: &Entry, copies: &mut Copies, tally: &mut Tally) {
         tally.deliveries += 1;
         let end = entry.frame_end(self.cursor.offset);
-        let (frame, left) = copies.rest(entry, self.cursor);
+        let (frame, left) = copies.rest(entry, self.cursor, tally);
         if self.queued() == 0 {
             self.waiting = Waiting::Rest { frame, left };
         } else {
             let queue = self.own_queue();
             queue.bytes += left as usize;
             queue.frames.push_front(frame.slice(frame.len() - left as usize..));
+            queue.rest_of = Some(frame);
         }
         self.position = position_at(entry, end);
         let whole = end as usize == entry.bytes.len();
@@ -643,6 +668,7 @@ impl Connection {
                         break;
                     }
                     queue.frames.pop_front();
+                    queue.rest_of = None;
                 }
                 queue.frames.len()
             }

@@ -102,6 +102,8 @@ pub struct ShardNumbers {
     pub feed_bytes: Number,
     /// Bytes of pages of history (gauge).
     pub page_bytes: Number,
+    /// Bytes kept for clients whose sockets are full (gauge).
+    pub unsent_bytes: Number,
 }
 
 /// The statuses that requests are refused with; the last stands for all others.

@@ -37,6 +37,7 @@ mod receive;
 mod tests;
 mod tick;
 mod unfinished;
+mod unsent;
 
 use channel::Channel;
 use join::Asked;
@@ -133,6 +134,10 @@ pub struct Shard {
     /// Connections that missed events and are to be closed, some at every tick.
     missed: VecDeque<ConnectionId>,
     unfinished: Unfinished,
+    /// Connections for which something is kept, of those that the walk through the slab has come by.
+    unsent: Vec<u32>,
+    /// Bytes that may be kept before they are counted again.
+    unsent_room: u64,
     drain: Option<Drain>,
     tick: u32,
     heartbeat_slot: usize,
@@ -191,6 +196,8 @@ fn assemble(wiring: Wiring) -> io::Result<(Shard, Poll, mpsc::UnboundedReceiver<
         parked: Vec::new(),
         missed: VecDeque::new(),
         unfinished: Unfinished::new(&settings),
+        unsent: Vec::new(),
+        unsent_room: 0,
         drain: None,
         tick: 0,
         heartbeat_slot: 0,
@@ -410,7 +417,7 @@ impl Shard {
         // Whoever had no seat is not waited for: its request has been read, so nothing can cut its answer short.
         let turned_away = connection.place.full().is_some_and(|full| full.reason() == reason);
         // Nor is whoever was silent for so long; the kernel goes on with what it has been given.
-        let silent = reason == Reason::HeartbeatTimeout;
+        let silent = matches!(reason, Reason::HeartbeatTimeout | Reason::SlowReader);
         if connection.finish(feed, &mut self.tally) && !silent && (connection.blocked || !turned_away) {
             if connection.blocked {
                 self.watch_room(slot);
@@ -505,6 +512,9 @@ impl Shard {
 
     fn report(&mut self) {
         let tally = std::mem::take(&mut self.tally);
+        if tally.kept > 0 {
+            self.note_kept(tally.kept);
+        }
         let numbers = self.numbers();
         if tally.bytes > 0 || tally.resets > 0 {
             numbers.delivered.add(tally.deliveries);

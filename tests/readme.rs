@@ -189,6 +189,7 @@ fn the_close_codes_are_those_of_the_code() {
         Reason::AddressFull,
         Reason::UserFull,
         Reason::UntrustedProxy,
+        Reason::SlowReader,
     ];
     let sent: BTreeMap<_, _> = ALL.iter().filter_map(|reason| reason.close()).collect();
     let shown: BTreeMap<u16, String> = rows(section("### Staying, and leaving"))

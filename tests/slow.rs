@@ -254,6 +254,35 @@ async fn pings_tell_positions_in_order_to_a_fast_reader() {
     }
 }
 
+/// Each of them stalls in a frame of its own, which the node keeps for it once the feed has gone on.
+#[tokio::test]
+async fn stalled_readers_of_large_events_share_a_limit() {
+    const SIZE: usize = 15 << 20;
+    const LIMIT: f64 = (64 << 20) as f64;
+    let flags =
+        ["--shards", "1", "--max-message", "16MiB", "--feed-memory", "16MiB", "--history-bytes", "16MiB"];
+    let node = Node::start(&flags).await;
+    let mut live = Raw::upgraded(node.public, "/ws/live?channel=room").await;
+    let mut readers = Vec::new();
+    let mut largest = 0.0_f64;
+    for n in 0..7 {
+        readers.push(stalled(&node, "").await);
+        node.publish("room", &json!({"n": n, "padding": "x".repeat(SIZE)})).await;
+        let event: Value = serde_json::from_str(&live.next_text().await).expect("JSON");
+        assert_eq!(event["n"], n, "a client that reads gets all of them");
+        largest = largest.max(node.metric("fanfare_unsent_bytes").await);
+    }
+    let cut = || node.metric_of("fanfare_ends_total", r#"reason="slow_reader""#);
+    common::until("the costliest to be cut", || async { (cut().await >= 2.0).then_some(()) }).await;
+    let kept = node.metric("fanfare_unsent_bytes").await;
+    assert!(kept > 0.0 && kept.max(largest) <= LIMIT, "{kept} bytes are kept, {largest} were");
+    assert!(node.metric("fanfare_connections").await >= 4.0, "the others stay");
+    // The newest gets the whole of the frame in which it stalled.
+    let last = readers.last_mut().expect("there are some");
+    let event: Value = serde_json::from_str(&last.next_text().await).expect("JSON");
+    assert_eq!(event["n"], 6);
+}
+
 #[tokio::test]
 async fn pongs_do_not_keep_a_client_that_never_reads() {
     let flags = ["--heartbeat", "1s", "--heartbeat-timeout", "1s", "--feed-memory", "1MiB"];

@@ -18,6 +18,7 @@
 //! | unfinished messages on very many connections | 64 MiB for all; the oldest close with 1008 | `unfinished_messages_of_many_have_a_limit_together` |
 //! | ping flood, message flood | `error` frame, then 4029 | `rates::a_message_flood_gets_error_frames_with_their_ref_and_then_4029`, `rates::a_flood_of_pings_or_pongs_is_one_too`, `rates::a_flooder_that_never_reads_costs_no_memory` |
 //! | peer that never reads | nothing but its cursor; ended by heartbeat timeout | `slow::a_reader_that_never_reads_again_is_ended_and_frees_its_place`, `slow::pongs_do_not_keep_a_client_that_never_reads`, `slow::stalled_readers_cost_no_memory_and_miss_nothing_on_redis` |
+//! | peers that stall, each in a large frame of its own | 64 MiB for all; the costliest are cut | `slow::stalled_readers_of_large_events_share_a_limit` |
 //! | half-open peer | gone within heartbeat and timeout | `a_half_open_peer_is_gone_within_heartbeat_and_timeout` |
 //! | foreign or `null` Origin | 403 | `access::pages_of_foreign_sites_are_refused` |
 //! | missing, bad, expired token | 401 | `tokens::without_a_good_token_nobody_comes_in_and_no_token_is_shown` |

@@ -201,6 +201,12 @@ pub(super) static TABLE: &[Family] = &[
         "Pages of history in memory, for those who catch up.",
         Shards(Sum, |shard| shard.page_bytes.get()),
     ),
+    family(
+        "fanfare_unsent_bytes",
+        Gauge,
+        "Bytes kept for clients whose sockets are full: frames that have left the feed, and frames for one client.",
+        Shards(Sum, |shard| shard.unsent_bytes.get()),
+    ),
     // The bus.
     family(
         "fanfare_bus_events_total",

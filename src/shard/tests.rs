@@ -239,6 +239,10 @@ impl Testbed {
             Step::Fanout { writes } => self.shard.pass_on(*writes),
             Step::Tick => self.shard.on_tick(),
         }
+        for (_, connection) in &self.shard.connections {
+            let (own, frame) = connection.unsent();
+            prop_assert_eq!(connection.queued() > 0, own > 0 || frame.is_some(), "what waits is counted");
+        }
         Ok(())
     }
 

@@ -135,6 +135,8 @@ impl Shard {
             if self.heartbeat_slot == 0 {
                 let slow = std::mem::take(&mut self.slow);
                 self.numbers().slow.set(slow);
+                let unsent = std::mem::take(&mut self.unsent);
+                self.bound_unsent(unsent);
             }
             let Some(connection) = self.connections.get(slot).filter(|connection| connection.is_open())
             else {
@@ -145,6 +147,9 @@ impl Shard {
                 continue;
             }
             self.slow += u64::from(connection.is_behind());
+            if connection.blocked && connection.queued() > 0 {
+                self.unsent.push(slot as u32);
+            }
             self.look_after(slot as u32, heartbeat, timeout, now);
         }
     }
