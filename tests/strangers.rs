@@ -12,6 +12,7 @@
 //! | TLS hello, HTTP/2 preface, garbage; a request that ends half-way | 400 | `other_protocols_get_400` |
 //! | unmasked frame, RSV bit, unknown opcode, control frame over 125 or fragmented, bad continuation, bad close code | 1002 | `frames_against_the_protocol_close_with_1002`, `frames::broken_frames_close_with_1002` |
 //! | invalid UTF-8 in text, also across fragments, or in a close reason | 1007 | `a_close_reason_that_is_not_utf8_closes_with_1007`, `frames::text_that_is_not_utf8_closes_with_1007` |
+//! | JSON that not every client could read: names that come twice, `1e999`, lone surrogates, deep nesting | `error` frame, `invalid` | `protocol::clients_and_backends_publish_json_by_the_rule` |
 //! | binary frame | 1003 | `frames::what_is_not_text_closes_with_1003` |
 //! | message or declared length over the limit, up to 2^63 | 1009, nothing allocated | `declared_lengths_cost_no_memory`, `frames::what_is_too_long_closes_with_1009` |
 //! | endless empty or tiny fragments; a frame begun and not ended in 10 s | 1008 | `endless_fragments_close_with_1008`, `frames::a_message_that_is_begun_and_not_ended_closes_with_1008` |

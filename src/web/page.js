@@ -65,9 +65,9 @@ class Pane {
       this.#resumed = { count: 0, row: this.#notice("", "good"), lastEventId };
       this.#recount();
     });
+    const gaps = { welcome: "Not recovered", reset: "Reset", unreadable: "Skipped an event" };
     hear("gap", ({ from }) => this.#notice(
-      from === "reset" ? "Reset: events may be missing above. A real page now loads its state anew."
-        : "Not recovered: events may be missing above. A real page now loads its state anew.", "bad"));
+      `${gaps[from]}: events may be missing above. A real page now loads its state anew.`, "bad"));
     hear("error", (error) => this.#notice(error.message, "bad"));
   }
 

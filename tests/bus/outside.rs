@@ -46,6 +46,8 @@ async fn fcall_publishes_like_a_node() {
         (&["null"], "a JSON object"),
         (&["false"], "a JSON object"),
         (&["{\"a\":}"], "not JSON"),
+        (&["{}\0"], "not JSON"),
+        (&["\u{feff}{}"], "not JSON"),
         (&["{\"type\":\"welcome\",\"type\":\"chat\"}"], "same name"),
         (&["{\"t\\u006f\":\"bob\"}"], "reserved"),
         (&[""], "not JSON"),
