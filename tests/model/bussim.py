@@ -123,6 +123,7 @@ class Server:
         s.data, s.snaps, s.gen, s.off, s.subs, s.conns = Data(), [], 0, 0, {}, {}
         s.link, s.linkt = 0, 0           # replication link generation and its FIFO clock
         s.begin(0)
+        s.born = -10.0                   # uptime has whole seconds
 
     def begin(s, kept):
         """A new process. `kept`: the replid in its snapshot, if it loads one."""
