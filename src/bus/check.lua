@@ -1,6 +1,6 @@
 -- KEYS[1] a channel P:{C}, KEYS[2] the node's own Pub/Sub channel, KEYS[3] P:settings. ARGV: the bare channels.
--- Answers what this user may not do: better told at once than found out one by one.
-local name, meta, events, from = KEYS[1], KEYS[1] .. ':meta', KEYS[1] .. ':events', KEYS[1] .. ':from:x'
+-- Answers {what this user may not do, what this Redis does not have}, in words.
+local name, meta, events = KEYS[1], KEYS[1] .. ':meta', KEYS[1] .. ':events'
 local mark = string.match(name, '^(.-):{') .. ':epoch'
 local needed = {
   {'SUBSCRIBE', name, name .. ':to', KEYS[2]},
@@ -13,17 +13,36 @@ local needed = {
   {'HMGET', mark, 'epoch'}, {'HSET', mark, 'epoch', 'x'},
   {'XADD', events, '*', 'e', 'x'}, {'XRANGE', events, '-', '+'}, {'XREVRANGE', events, '+', '-'},
   {'XTRIM', events, 'MAXLEN', '1'}, {'PEXPIRE', events, '1'}, {'DEL', events},
-  {'GET', from}, {'SET', from, 'x'},
+  {'HGET', meta, 'from:x'}, {'HGETALL', meta},
   {'TYPE', KEYS[3]}, {'DEL', KEYS[3]}, {'HSET', KEYS[3], 'x', 'x'}, {'PEXPIRE', KEYS[3], '1'},
 }
 for _, bare in ipairs(ARGV) do
   needed[#needed + 1] = {'SUBSCRIBE', bare}
   needed[#needed + 1] = {'PUBLISH', bare, 'x'}
 end
-local refused = {}
+local refused, lacking = {}, {}
 for _, command in ipairs(needed) do
-  if not redis.acl_check_cmd(unpack(command)) then
+  local known, permitted = pcall(redis.acl_check_cmd, unpack(command))
+  if not known then
+    lacking[#lacking + 1] = 'the command ' .. command[1]
+  elseif not permitted then
     refused[#refused + 1] = command[1] .. (command[2] and ' ' .. command[2] or '')
   end
 end
-return refused
+-- What run.lua reads to notice a loss of events.
+local FIELDS = {server = {'run_id'}, replication = {'master_replid', 'master_replid2', 'connected_slaves'}}
+if #lacking == 0 and #refused == 0 then
+  for section, fields in pairs(FIELDS) do
+    local info = redis.pcall('INFO', section)
+    if type(info) ~= 'string' then
+      lacking[#lacking + 1] = 'INFO ' .. section .. ' in scripts (' .. tostring(info.err) .. ')'
+    else
+      for _, field in ipairs(fields) do
+        if not string.find(info, field .. ':%w') then
+          lacking[#lacking + 1] = field .. ' in INFO ' .. section
+        end
+      end
+    end
+  end
+end
+return {refused, lacking}

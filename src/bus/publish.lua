@@ -2,7 +2,21 @@
 -- 5 history length, 6 the bare channel or '', 7 node, 8 number of the call, 9 retry (1 or 0),
 -- 10 for how many ms the number is remembered, then pairs: text up to the id's digits, user or ''.
 -- Answers {1, first id, base, head}, or {0, 0, base, head}: it may or may not have been taken, and won't be now.
+-- Without pairs it asks what became of an earlier attempt, and answers {2, 0, base, head} if that was not taken: then the
+-- number is used up, so that it never will be.
 local epoch = current_epoch(prefix_of(KEYS[1]), ARGV[1] == '1')
+
+-- Deletes the numbers of nodes that last published here before `oldest`, in seconds: they retry nothing any more. A
+-- process has a new name each time it starts.
+local function forget_numbers(meta, oldest)
+  local fields = redis.call('HGETALL', meta)
+  for i = 1, #fields, 2 do
+    local last = string.find(fields[i], '^from:') and tonumber(string.match(fields[i + 1], ' (%d+)$'))
+    if last and last < oldest then
+      redis.call('HDEL', meta, fields[i])
+    end
+  end
+end
 
 local function publish()
   local name = KEYS[1]
@@ -10,26 +24,35 @@ local function publish()
   local number, known = tonumber(ARGV[8]), tonumber(ARGV[4])
   local head, base = position(name, epoch, ttl, tonumber(ARGV[3]), known)
 
-  local from = name .. ':from:' .. ARGV[7]
-  local stored = redis.call('GET', from)
+  -- A node's last number stands in `meta`: where it is evicted the sequence is, too, and the base changes.
+  local meta, from = name .. ':meta', 'from:' .. ARGV[7]
+  local now = math.floor(clock() / 1000000)
+  local stored = redis.call('HGET', meta, from)
   if stored then
-    local last, first, since = string.match(stored, '^(%d+) (%d+) (%d+)$')
+    local last, first = string.match(stored, '^(%d+) (%d+) ')
     if number <= tonumber(last) then
-      if number == tonumber(last) and tonumber(since) == base then
-        return {1, tonumber(first), base, head}
+      first = tonumber(first)
+      if number == tonumber(last) and first > base then
+        return {1, first, base, head}
       end
       return {0, 0, base, head}
     end
+  else
+    forget_numbers(meta, now - math.ceil(ARGV[10] / 1000))
   end
   if ARGV[9] == '1' and base ~= known then
     -- Whether the first attempt was taken can't be told any more: its traces may be gone with the old run.
     return {0, 0, base, head}
   end
 
+  if #ARGV < 11 then
+    redis.call('HSET', meta, from, ARGV[8] .. ' 0 ' .. show(now))
+    return {2, 0, base, head}
+  end
   local first = head + 1
   local messages
   head, messages = append(name, head, ARGV, 11, ARGV[5], ttl)
-  redis.call('SET', from, ARGV[8] .. ' ' .. show(first) .. ' ' .. show(base), 'PX', ARGV[10])
+  redis.call('HSET', meta, from, ARGV[8] .. ' ' .. show(first) .. ' ' .. show(now))
   announce(name, messages, ARGV[6])
   return {1, first, base, head}
 end

@@ -17,6 +17,7 @@ const COMING_BACK: Duration = Duration::from_secs(15);
 pub fn judge(facts: &Facts, settings: &Settings) -> Vec<Finding> {
     let mut findings = vec![connection(facts), role(facts), rights(facts), eviction(facts)];
     findings.extend([limit(facts), buffer(facts), persistence(facts, settings), replicas(facts)]);
+    findings.push(message_size(facts, settings));
     findings.extend([clock(facts), history(facts, settings), history_memory(facts, settings)]);
     findings
 }
@@ -40,6 +41,14 @@ fn role(facts: &Facts) -> Finding {
 }
 
 fn rights(facts: &Facts) -> Finding {
+    if let Some(lacking) = &facts.lacking {
+        return Finding::problem(
+            "commands",
+            format!("this Redis does not have {lacking}; no rights can help"),
+        )
+        .remedy("redis.conf: no rename-command for it")
+        .remedy("or another Redis: managed services can't be told to have it");
+    }
     match &facts.not_permitted {
         None => Finding::ok("rights", "this user may do all that a node does"),
         Some(text) => {
@@ -115,6 +124,28 @@ fn buffer(facts: &Facts) -> Finding {
     }
     let text = text + ": a node that lags by more is cut off. It comes back and reads history, at a price";
     Finding::warning(WHAT, text).remedy(remedy)
+}
+
+/// A command holds one event of any size, or up to 1 MiB of smaller ones.
+fn message_size(facts: &Facts, settings: &Settings) -> Finding {
+    const WHAT: &str = "message size";
+    let longest = settings.max_message as u64;
+    for (name, needed) in
+        [("proto-max-bulk-len", longest), ("client-query-buffer-limit", longest + (2 << 20))]
+    {
+        let limit = facts.config.get(name).and_then(|value| value.parse::<u64>().ok());
+        if limit.is_some_and(|limit| limit < needed) {
+            let text = format!(
+                "{name} is {}, but --max-message allows {}: Redis closes the connection of a node that sends one",
+                show(limit.unwrap_or_default()),
+                show_size(longest)
+            );
+            return Finding::problem(WHAT, text)
+                .remedy(format!("redis.conf: {name} {}", show(2 * needed)))
+                .remedy("or a smaller --max-message");
+        }
+    }
+    Finding::ok(WHAT, "Redis takes messages of --max-message")
 }
 
 /// Hard limit, soft limit and its seconds, of `normal 0 0 0 slave … pubsub 33554432 8388608 60`.
@@ -435,5 +466,16 @@ mod tests {
         let finding = history_memory(&small, &flags);
         assert_eq!(finding.level, Level::Warning);
         assert_eq!(finding.remedy.len(), 2, "{finding:?}");
+    }
+
+    #[test]
+    fn what_redis_lacks_and_messages_it_does_not_take_are_problems() {
+        let lacking = Facts { lacking: Some("the command XTRIM".into()), ..good() };
+        assert_eq!(bad(&lacking, &[]), [("commands", Level::Problem)]);
+        let short = with(&[("proto-max-bulk-len", "1048576")]);
+        assert_eq!(bad(&short, &[]), []);
+        assert_eq!(bad(&short, &["--max-message", "2MiB"]), [("message size", Level::Problem)]);
+        let small = with(&[("client-query-buffer-limit", "1048576")]);
+        assert_eq!(bad(&small, &[]), [("message size", Level::Problem)]);
     }
 }

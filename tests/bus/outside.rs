@@ -387,3 +387,44 @@ async fn the_newest_version_of_the_function_stays() {
     until("the node replaces an older one", || fcall() != Reply::Number(7)).await;
     assert!(fcall().number() > 7);
 }
+
+#[tokio::test]
+async fn a_command_that_was_renamed_away_is_named() {
+    for command in ["XTRIM", "PEXPIRE", "INFO", "EVAL", "SUBSCRIBE"] {
+        let redis = RedisServer::start_with(&["--save", "", "--rename-command", command, "hidden"]);
+        let node = Node::start(settings(&redis.url()));
+        let says = || node.readiness.trouble().is_some_and(|why| why.contains("rename-command"));
+        until(&format!("it says that {command} is missing"), says).await;
+        let why = node.readiness.trouble().unwrap();
+        assert!(!why.contains("grant"), "{why}");
+    }
+}
+
+/// What `check.lua` says of a Redis whose INFO in scripts is `info`, Lua text.
+fn check_with_info(redis: &RedisServer, info: &str) -> Vec<String> {
+    let script = format!(
+        "local redis = setmetatable({{pcall = function(_, section) return {info} end}}, {{__index = redis}})\n{}",
+        include_str!("../../src/bus/check.lua")
+    );
+    let keys = ["3", "fanfare:{x}", "fanfare:node:x", "fanfare:settings"];
+    match redis.raw().command(&[&["EVAL", &script][..], &keys].concat()) {
+        Reply::List(lists) => lists[1].list(),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_redis_that_hides_its_run_is_named() {
+    let redis = RedisServer::start();
+    assert_eq!(check_with_info(&redis, "redis.call('INFO', section)"), [""; 0]);
+    let all = "'run_id:ab\\r\\nmaster_replid:ab\\r\\nmaster_replid2:00\\r\\nconnected_slaves:0'";
+    assert_eq!(check_with_info(&redis, all), [""; 0]);
+    for field in ["run_id", "master_replid", "master_replid2", "connected_slaves"] {
+        let lacking = check_with_info(&redis, &all.replace(&format!("{field}:"), "x:"));
+        assert_eq!(lacking.len(), 1, "{field}: {lacking:?}");
+        assert!(lacking[0].starts_with(&format!("{field} in INFO ")), "{lacking:?}");
+    }
+    let refused = check_with_info(&redis, "{err = 'ERR not allowed from script'}");
+    assert!(refused.iter().all(|text| text.contains("in scripts (ERR not allowed from script)")));
+    assert_eq!(refused.len(), 2);
+}

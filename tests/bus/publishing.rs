@@ -177,3 +177,89 @@ async fn private_events_share_entries_as_public_ones_do() {
         assert!(entries <= 4, "{entries} entries");
     }
 }
+
+/// An eviction may take any key, also between a lost answer and its retry.
+#[tokio::test]
+async fn a_retry_doubles_nothing_whichever_key_is_evicted() {
+    let redis = RedisServer::start();
+    let proxy = Proxy::start(redis.port).await;
+    let mut node = Node::ready(settings(&proxy.url())).await;
+    let mut reader = node.follow("room", 0).await;
+    let first = node.publish("room", &event(0)).await.unwrap();
+    reader.until(&mut node, first).await;
+    let keys = redis.raw().command(&["KEYS", "fanfare:*"]).list();
+    assert!(keys.iter().any(|key| key.ends_with(":meta")) && keys.iter().any(|key| key.ends_with(":events")));
+    let mut unknown = 0;
+    for (n, key) in keys.iter().enumerate() {
+        let before = redis.head("room");
+        proxy.swallow(true);
+        let result = node.publish_later("room", None, &event(n + 1));
+        until("Redis has taken it", || redis.head("room") > before).await;
+        redis.raw().command(&["DEL", key]);
+        // Somebody else publishes meanwhile.
+        redis.raw().command(&["FCALL", "fanfare_publish", "1", "fanfare:{room}", "{}"]);
+        proxy.cut();
+        until("the answer is lost", || node.readiness.trouble().is_some()).await;
+        proxy.swallow(false);
+        match timeout(PATIENCE, result).await.unwrap().unwrap() {
+            Ok(id) => assert_eq!(id.0, before + 1, "{key}"),
+            Err(PublishError::Unknown) => unknown += 1,
+            Err(refused) => panic!("{key}: {refused}"),
+        }
+        node.until_ready().await;
+        let last = node.publish("room", "{\"last\":true}").await.unwrap();
+        reader.until(&mut node, last).await;
+        assert!(reader.count(&mark(n + 1)) <= 1, "{key}: it came twice");
+    }
+    assert!(unknown >= 1, "without meta nothing can be known");
+}
+
+#[tokio::test]
+async fn numbers_of_nodes_that_are_gone_are_forgotten() {
+    let redis = RedisServer::start();
+    let key = "fanfare:{room}:meta";
+    let numbers = || {
+        let fields = redis.raw().command(&["HKEYS", key]).list();
+        fields.into_iter().filter(|field| field.starts_with("from:")).collect::<Vec<_>>()
+    };
+    for n in 0..3 {
+        let node = Node::ready(settings(&redis.url())).await;
+        node.publish("room", &event(n)).await.unwrap();
+    }
+    let gone = numbers();
+    assert_eq!(gone.len(), 3);
+    // Two of them two hours ago.
+    for field in &gone[..2] {
+        let value = redis.raw().command(&["HGET", key, field]).text().to_owned();
+        let (numbers, seconds) = value.rsplit_once(' ').unwrap();
+        let earlier = seconds.parse::<u64>().unwrap() - 7200;
+        redis.raw().command(&["HSET", key, field, &format!("{numbers} {earlier}")]);
+    }
+    let node = Node::ready(settings(&redis.url())).await;
+    node.publish("room", &event(3)).await.unwrap();
+    let left = numbers();
+    assert_eq!(left.len(), 2);
+    assert!(left.contains(&gone[2]));
+}
+
+#[tokio::test]
+async fn an_event_longer_than_redis_takes_is_refused_for_certain() {
+    let redis = RedisServer::start_with(&["--save", "", "--proto-max-bulk-len", "1mb"]);
+    let mut large = settings(&redis.url());
+    large.max_message = 4 << 20;
+    let mut node = Node::ready(large).await;
+    let mut reader = node.follow("room", 0).await;
+    let id = node.publish("room", &event(1)).await.unwrap();
+    reader.until(&mut node, id).await;
+    for _ in 0..3 {
+        let event = format!("{{\"a\":\"{}\"}}", "x".repeat(2 << 20));
+        match node.publish("room", &event).await {
+            Err(PublishError::Refused(why)) => assert!(why.contains("proto-max-bulk-len"), "{why}"),
+            other => panic!("{other:?}"),
+        }
+    }
+    node.until_ready().await;
+    let id = node.publish("room", &event(2)).await.unwrap();
+    reader.until(&mut node, id).await;
+    assert_eq!((reader.events.len(), reader.resets.len()), (2, 0));
+}

@@ -225,6 +225,7 @@ impl Bus {
             ConnectError::Unusable(text) => return Err(Unusable(text)),
             ConnectError::Away(words) => (Trouble::away(&words), words),
             ConnectError::Refused(words) => (Trouble::refuses(&words), words),
+            ConnectError::Lacking(what) => (Trouble::Refuses(reason::lacking(&what).into()), String::new()),
             ConnectError::NotPermitted(text) => (Trouble::Refuses(text.into()), String::new()),
         };
         self.set_trouble(Some(trouble), &words);

@@ -48,6 +48,8 @@ pub struct Facts {
     pub config: HashMap<String, String>,
     /// What a node would not be permitted, and what to grant.
     pub not_permitted: Option<String>,
+    /// What it does not have that a node needs.
+    pub lacking: Option<String>,
     /// How far its clock is ahead of this host's, in seconds, and how uncertain that is.
     pub clock: (f64, f64),
     /// Channels that have history, the first of those found.
@@ -84,6 +86,7 @@ pub async fn inspect(settings: &Settings, url: &RedisUrl) -> Result<Facts, Strin
     match result {
         Ok(Ok(facts)) => Ok(facts),
         Ok(Err(ConnectError::Unusable(text) | ConnectError::NotPermitted(text))) => Err(text),
+        Ok(Err(ConnectError::Lacking(what))) => Err(reason::lacking(&what)),
         Ok(Err(ConnectError::Away(words))) => Err(format!("{} ({words})", reason::away(&words))),
         Ok(Err(ConnectError::Refused(words))) => Err(format!("{} ({words})", reason::refused(&words))),
         Err(_) => Err(format!("{} (no end within {LOOK_TIME:?})", reason::away("no answer"))),
@@ -107,6 +110,7 @@ async fn look(client: &Client, terms: &Terms) -> Result<Facts, ConnectError> {
     };
     match link::check_permissions(client, terms).await {
         Err(ConnectError::NotPermitted(text)) => facts.not_permitted = Some(text),
+        Err(ConnectError::Lacking(what)) => facts.lacking = Some(what),
         result => result?,
     }
     clock(client, &mut facts).await?;
@@ -155,6 +159,8 @@ async fn settings(client: &Client) -> Result<HashMap<String, String>, ConnectErr
         "save",
         "min-replicas-to-write",
         "repl-backlog-ttl",
+        "proto-max-bulk-len",
+        "client-query-buffer-limit",
     ] {
         // One by one: a service may show some and hide others.
         if let Some(answer) = ask(client, "CONFIG", vec!["GET".into(), name.into()]).await?

@@ -52,6 +52,8 @@ pub enum ConnectError {
     Refused(String),
     /// Redis permits too little, and what it should: in our words.
     NotPermitted(String),
+    /// Redis does not have these commands or fields, which a node needs.
+    Lacking(String),
 }
 
 /// Why a call has no result.
@@ -344,20 +346,27 @@ pub async fn check_server(client: &Client) -> Result<String, ConnectError> {
     Ok(info)
 }
 
-/// Whether Redis permits its user all that a node does. The script is sent whole: it is needed once.
+/// Whether Redis has, and permits its user, all that a node needs. The script is sent whole: it is needed once.
 pub async fn check_permissions(client: &Client, terms: &Terms) -> Result<(), ConnectError> {
     let channel = format!("{}:{{x}}", terms.prefix);
     let bare = terms.bare.iter().map(|channel| Value::from(channel.as_str())).collect();
     let keys = [&*channel, &terms.canary(), &terms.settings_key()];
     let args = script_args(Value::from_static_str(scripts::CHECK), &keys, bare);
-    let refused = match command(client, "EVAL", args).await {
-        Ok(frame) => scripts::texts(&frame),
+    let [refused, lacking] = match command(client, "EVAL", args).await {
+        Ok(frame) => match scripts::array(&frame) {
+            Some([refused, lacking]) => [scripts::texts(refused), scripts::texts(lacking)],
+            _ => return Err(ConnectError::Refused("an answer of a form that no script gives".into())),
+        },
         Err(CallError::Lost(text)) => return Err(ConnectError::Away(text.to_string())),
         Err(CallError::Refused(text)) if is_passing(&text) => {
             return Err(ConnectError::Away(text.to_string()));
         }
-        Err(CallError::Refused(text)) => vec![text.to_string()],
+        Err(CallError::Refused(text)) if text.starts_with("NOPERM") => [vec![text.to_string()], Vec::new()],
+        Err(CallError::Refused(text)) => return Err(ConnectError::Refused(text.to_string())),
     };
+    if !lacking.is_empty() {
+        return Err(ConnectError::Lacking(lacking.join(", ")));
+    }
     if refused.is_empty() {
         return Ok(());
     }

@@ -72,7 +72,7 @@ impl Bus {
         // A retry shows the base of its first attempt, so that the script sees whether the run has changed since.
         let shown = scripts::Known { base: batch.base, ..known };
         let mut args = scripts::publish_args(&self.terms, name, shown, batch.number, batch.retry);
-        for (item, to) in &batch.items {
+        for (item, to) in batch.items.iter().filter(|_| batch.withdrawn.is_none()) {
             args.push(Value::Bytes(item.clone()));
             args.push(Value::from(to.as_deref().unwrap_or_default()));
         }
@@ -97,13 +97,17 @@ impl Bus {
             Ok(frame) => match scripts::taken(frame) {
                 Some(taken) => {
                     channel.known.learn(taken.base, taken.head);
-                    publisher.taken(taken.first)
+                    if taken.refused { publisher.withdrew() } else { publisher.taken(taken.first) }
                 }
                 None => publisher.taken(None),
             },
             Err(CallError::Refused(text)) if is_passing(text) => {
                 publisher.lost(false);
                 Vec::new()
+            }
+            // Redis closes the connection with this answer, which may get lost: then it comes to a retry.
+            Err(CallError::Refused(text)) if text.starts_with("ERR Protocol error") => {
+                publisher.withdraw(reason::refused(text).into())
             }
             Err(CallError::Refused(text)) if is_certain(text) => {
                 publisher.refused(reason::refused(text).into())

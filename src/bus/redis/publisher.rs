@@ -34,6 +34,8 @@ pub struct Batch {
     pub base: EventId,
     /// An earlier attempt may have reached Redis.
     pub retry: bool,
+    /// Why Redis refused a retry before it ran. The next call sends no events and asks what became of the attempt before.
+    pub withdrawn: Option<Arc<str>>,
     /// Texts up to the id's digits, and whom they are for.
     pub items: Vec<(Bytes, Option<Arc<str>>)>,
     /// Who waits, and until when; `None` once answered.
@@ -107,7 +109,8 @@ impl Publisher {
     }
 
     fn gather(&mut self, base: EventId, number: u64) -> Batch {
-        let mut batch = Batch { number, base, retry: false, items: Vec::new(), answers: Vec::new() };
+        let (items, answers) = (Vec::new(), Vec::new());
+        let mut batch = Batch { number, base, retry: false, withdrawn: None, items, answers };
         let mut bytes = 0;
         while let Some(next) = self.waiting.front() {
             bytes += next.item.len();
@@ -136,6 +139,26 @@ impl Publisher {
             true => Err(PublishError::Unknown), // an earlier attempt may have come through
             false => Err(PublishError::Refused(why.clone())),
         })
+    }
+
+    /// Redis refused the call this time and always will. After an earlier attempt without an answer the next call asks
+    /// what became of that.
+    pub fn withdraw(&mut self, why: Arc<str>) -> Vec<Due> {
+        match &mut self.batch {
+            Some(batch) if batch.retry => {
+                batch.withdrawn = Some(why);
+                self.calling = false;
+                self.drop_answered();
+                Vec::new()
+            }
+            _ => self.refused(why),
+        }
+    }
+
+    /// No attempt was taken, as Redis says when asked.
+    pub fn withdrew(&mut self) -> Vec<Due> {
+        let why = self.batch.as_ref().and_then(|batch| batch.withdrawn.clone());
+        self.end(|_| Err(PublishError::Refused(why.clone().unwrap_or_default())))
     }
 
     /// Refuses what waits for a first call.
@@ -305,5 +328,21 @@ mod tests {
         publisher.call(EventId(5), &mut number);
         settle(publisher.refused("OOM".into()));
         assert_eq!(result.try_recv().unwrap(), Err(PublishError::Unknown));
+    }
+
+    #[test]
+    fn a_retry_that_is_too_long_asks_what_became_of_the_first_attempt() {
+        let (mut publisher, mut number, now) = (Publisher::default(), 0, Instant::now());
+        let (event, mut result) = publish("{}");
+        publisher.push(event, now);
+        publisher.call(EventId(5), &mut number);
+        publisher.lost(true);
+        publisher.call(EventId(5), &mut number);
+        settle(publisher.withdraw("too long".into()));
+        let asks = publisher.call(EventId(5), &mut number).unwrap();
+        assert_eq!((asks.number, asks.withdrawn.is_some()), (1, true));
+        settle(publisher.withdrew());
+        assert_eq!(result.try_recv().unwrap(), Err(PublishError::Refused("too long".into())));
+        assert!(publisher.is_idle());
     }
 }

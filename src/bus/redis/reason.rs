@@ -8,7 +8,15 @@ const NOT_PERMITTED: &str =
     "Redis does not permit its user all that a node does: see its ACL rules, and README for those needed";
 
 /// What Redis or the way to it says, by its beginning, and what that means.
-const MEANINGS: [(&str, &str); 15] = [
+const MEANINGS: [(&str, &str); 17] = [
+    (
+        "ERR unknown command",
+        "this Redis has no command that a node needs, as the log says: end its rename-command",
+    ),
+    (
+        "ERR Protocol error: invalid bulk length",
+        "Redis takes no message this long: raise its proto-max-bulk-len, or lower --max-message",
+    ),
     (FAULT, "this channel's data in Redis is wrong, as the log says: the other channels work"),
     ("LOADING", "Redis is loading its data: wait until it has"),
     ("BUSY", "Redis is busy with another program's script: wait, or end it with SCRIPT KILL"),
@@ -60,6 +68,11 @@ pub fn of(error: &CallError) -> &'static str {
 /// Redis is there and says no.
 pub fn refused(words: &str) -> &'static str {
     known(words).unwrap_or(REFUSES)
+}
+
+/// Redis does not have these commands or fields. No rights can help.
+pub fn lacking(what: &str) -> String {
+    format!("this Redis does not have {what}: end rename-command for it in redis.conf, or use another Redis")
 }
 
 /// There is no connection, or it broke.

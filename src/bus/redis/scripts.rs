@@ -81,6 +81,8 @@ pub fn publish_args(
 pub struct Taken {
     /// The first event's id; `None`: it may or may not have been taken.
     pub first: Option<EventId>,
+    /// It certainly was not taken, nor will be.
+    pub refused: bool,
     /// The channel's base and head then.
     pub base: EventId,
     /// The last id given.
@@ -93,7 +95,7 @@ pub fn taken(frame: &Resp3Frame) -> Option<Taken> {
     let ids: Vec<u64> = items.iter().map(integer).collect::<Option<_>>()?;
     let [status, first, base, head] = ids[..] else { return None };
     let first = (status == 1).then_some(EventId(first));
-    Some(Taken { first, base: EventId(base), head: EventId(head) })
+    Some(Taken { first, refused: status == 2, base: EventId(base), head: EventId(head) })
 }
 
 /// The arguments of [`READ`] for the ids `from` to `to`.
