@@ -1,12 +1,13 @@
 //! The bus across nodes: ids and history in Redis, Pub/Sub as the hint, one sequence for each followed channel.
 //!
 //! One task owns everything here. What waits for Redis is spawned, owns nothing, and comes back as an
-//! `Outcome`. Rooms: `link` (the connections), `library` (what other programs call), `scripts` (what runs in Redis), `wire` (messages to
+//! `Outcome`. Rooms: `link` (the connections), `address` (the name they are made to), `library` (what other programs call), `scripts` (what runs in Redis), `wire` (messages to
 //! entries), `publisher` and `follow` (one channel's two directions), `out` and `inward` (what the task does
 //! with them), `pages` (history for those who are behind), `health` (canary, sessions, readiness), `reason` (what is
 //! wrong, in plain words), `faults` (the log of channels whose data in Redis is wrong).
 
 use std::collections::{HashMap, HashSet, VecDeque};
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -29,6 +30,7 @@ use crate::config::{RedisUrl, Settings};
 use crate::event::{ChannelName, EventId};
 use crate::metrics::{BusNumbers, Readiness};
 
+mod address;
 mod faults;
 mod follow;
 mod health;
@@ -68,6 +70,7 @@ enum Outcome {
     Page(u64, ChannelName, EventId, Result<Page, CallError>),
     CanarySent(u64, Result<(), CallError>),
     Library(u64, Result<(), CallError>),
+    LookedUp(u64, Result<Vec<SocketAddr>, String>),
 }
 
 /// Why a channel is read.
@@ -261,6 +264,7 @@ impl Bus {
                 Err(CallError::Refused(words)) => self.tell_of_library(Some(words)),
                 Err(CallError::Lost(_)) => {} // the session tells of its end itself
             },
+            Outcome::LookedUp(generation, found) if self.link.is_current(generation) => self.looked_up(found),
             // These come once for each call, whichever session made it.
             Outcome::Published(generation, channel, result) => self.published(generation, &channel, result),
             Outcome::Read(generation, channel, purpose, result) => {

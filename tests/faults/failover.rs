@@ -1,7 +1,13 @@
 //! A replica takes over, without all that its primary had acknowledged; and a primary that does not know of it.
 
+use std::process::Command;
 use std::sync::Arc;
+use std::time::Duration;
 
+use serde_json::json;
+use tokio::net::{TcpListener, TcpStream};
+
+use crate::common::process::Directory;
 use crate::common::stream::Nodes;
 use crate::common::{Client, Node, Options, Proxy, Redis, Silence, until};
 use crate::crowd::{Crowd, Run};
@@ -183,4 +189,52 @@ async fn an_old_primary_still_takes_writes() {
     run.goes_on(30).await;
     run.flows().await;
     run.end().await.everybody_was_told(1..=20);
+}
+
+/// A name that DNS moves to another Redis, as managed services fail over, while the old one lives and answers.
+#[tokio::test]
+async fn a_name_that_moves_is_followed() {
+    let (old, new) = (Redis::start(&[]).await, Redis::start(&[]).await);
+    // A name has addresses, not ports: the new one is reached at another address and the same port.
+    let listener = TcpListener::bind(("127.0.0.2", old.port())).await.expect("the port is free there");
+    let target = new.port();
+    tokio::spawn(async move {
+        while let Ok((mut client, _)) = listener.accept().await {
+            tokio::spawn(async move {
+                let mut server = TcpStream::connect(("127.0.0.1", target)).await.expect("it runs");
+                let _ = tokio::io::copy_bidirectional(&mut client, &mut server).await;
+            });
+        }
+    });
+    let directory = Directory::new();
+    let (library, file) = (directory.path().join("name.so"), directory.path().join("address"));
+    let built = Command::new("cc")
+        .args(["-shared", "-fPIC", &format!("-DADDRESS_FILE=\"{}\"", file.display()), "-o"])
+        .arg(&library)
+        .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/faults/name.c"))
+        .status();
+    assert!(built.expect("cc is there").success());
+    std::fs::write(&file, "127.0.0.1").expect("the directory is ours");
+    let url = format!("redis://redis.test:{}", old.port());
+    let node = Node::start_unready_with("LD_PRELOAD", &library, &["--redis", &url]).await;
+    node.ready().await;
+    let (mut client, _) = Client::resume(&node, "a", "room", "").await;
+    let event = json!({"n": 1});
+    let one = node.publish("room", &event).await;
+    client.expect_event(one, &event).await;
+    assert_eq!(old.head("room").await, one);
+
+    // DNS is away for a while, which changes nothing.
+    std::fs::remove_file(&file).expect("it is there");
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    node.ready().await;
+    let moved = directory.path().join("moved");
+    std::fs::write(&moved, "127.0.0.2").expect("the directory is ours");
+    std::fs::rename(&moved, &file).expect("the directory is ours");
+    let reset = client.next_control("reset").await;
+    assert!(reset["lastEventId"].as_u64().expect("an id") > one);
+    let event = json!({"n": 2});
+    let two = node.publish("room", &event).await;
+    client.expect_event(two, &event).await;
+    assert_eq!((old.head("room").await, new.head("room").await), (one, two));
 }

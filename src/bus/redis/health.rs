@@ -3,9 +3,11 @@
 
 use std::borrow::Cow;
 use std::collections::VecDeque;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::address::{LOOKUP_EVERY, MOVED_AFTER};
 use super::library::Write;
 use super::link::{self, CallError, ConnectError, Script, Session};
 use super::terms::random;
@@ -71,6 +73,10 @@ pub(super) struct Link {
     next_attempt: Option<Instant>,
     failures: u32,
     trouble: Option<Trouble>,
+    /// When to look up the name of Redis again.
+    next_lookup: Instant,
+    /// Lookups in a row that did not have the connected address.
+    moved: u32,
     /// The ticket of the subscriptions with which this session began, while they are not in force.
     pending: Option<u64>,
 }
@@ -83,6 +89,8 @@ impl Link {
             next_attempt: Some(Instant::now()),
             failures: 0,
             trouble: Some(Trouble::Starting),
+            next_lookup: Instant::now(),
+            moved: 0,
             pending: None,
         }
     }
@@ -136,6 +144,9 @@ impl Bus {
         } else if silence > CANARY_LATE {
             self.set_trouble(Some(Trouble::Away(reason::SILENT)), "no canary came back");
         }
+        if now >= self.link.next_lookup {
+            self.look_up(now);
+        }
         if self.link.pending.is_none() && self.canaries.next.is_some_and(|at| at <= now) {
             self.canaries.next = Some(now + CANARY_EVERY);
             self.send_canary();
@@ -165,6 +176,30 @@ impl Bus {
             };
             let _ = outcomes.send(outcome);
         });
+    }
+
+    /// Looks whether the name of Redis still has the connected address.
+    fn look_up(&mut self, now: Instant) {
+        self.link.next_lookup = now + LOOKUP_EVERY;
+        let Some(peer) = self.link.session.as_ref().and_then(|session| session.peer.as_ref()) else { return };
+        let (name, outcomes, generation) = (peer.name.clone(), self.outcomes.clone(), self.link.generation);
+        tokio::spawn(async move {
+            let _ = outcomes.send(Outcome::LookedUp(generation, name.lookup().await));
+        });
+    }
+
+    /// Leaves a Redis that its name no longer has. A lookup that fails says nothing.
+    pub(super) fn looked_up(&mut self, found: Result<Vec<SocketAddr>, String>) {
+        let Some(peer) = self.link.session.as_ref().and_then(|session| session.peer.as_ref()) else { return };
+        let address = peer.address;
+        match found {
+            Ok(found) if found.contains(&address) => self.link.moved = 0,
+            Ok(found) if !found.is_empty() => self.link.moved += 1,
+            _ => {}
+        }
+        if self.link.moved >= MOVED_AFTER {
+            self.session_over(&format!("the name points elsewhere, no longer to {address}"));
+        }
     }
 
     /// What came of loading the function for other programs: said when it changes.
@@ -215,6 +250,7 @@ impl Bus {
         self.ticket += 1;
         session.subscribe(names, self.ticket);
         self.link.pending = Some(self.ticket);
+        (self.link.next_lookup, self.link.moved) = (Instant::now() + LOOKUP_EVERY, 0);
         self.link.session = Some(session);
         self.canaries.heard = Some(Instant::now());
         self.touched.extend(self.busy.iter().cloned());

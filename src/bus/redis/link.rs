@@ -17,6 +17,7 @@ use tokio::sync::{broadcast, mpsc, watch};
 use tokio::task::AbortHandle;
 use tokio::time::timeout;
 
+use super::address::{Name, Peer};
 use super::library::{self, Write};
 use super::scripts::{self, bytes};
 use super::terms::Terms;
@@ -106,6 +107,8 @@ enum Order {
 #[derive(Debug)]
 pub struct Session {
     caller: Caller,
+    /// Where it is connected, if by name.
+    pub peer: Option<Peer>,
     /// Why other programs can't publish by FCALL, if they can't: Redis' words.
     pub no_library: Option<Arc<str>>,
     orders: mpsc::UnboundedSender<Order>,
@@ -242,9 +245,30 @@ pub fn not_connected(error: Error) -> ConnectError {
     }
 }
 
-/// Makes both connections, checks that this Redis will do, and loads what runs in it.
+/// Connects to the first address of this Redis that will do.
 pub async fn connect(
     config: Config,
+    terms: &Terms,
+    write: Write,
+    reports: impl Fn(Report) + Clone + Send + Sync + 'static,
+) -> Result<(Session, broadcast::Receiver<Message>), ConnectError> {
+    let Some(name) = Name::of(&config) else { return connect_to(config, None, terms, write, reports).await };
+    let mut failure = ConnectError::Away("no addresses for the name".into());
+    for address in name.lookup().await.map_err(ConnectError::Away)? {
+        let peer = Peer { name: name.clone(), address };
+        let config = name.at(address, &config);
+        match connect_to(config, Some(peer), terms, write, reports.clone()).await {
+            Err(error @ ConnectError::Away(_)) => failure = error,
+            result => return result,
+        }
+    }
+    Err(failure)
+}
+
+/// Makes both connections, checks that this Redis will do, and loads what runs in it.
+async fn connect_to(
+    config: Config,
+    peer: Option<Peer>,
     terms: &Terms,
     write: Write,
     reports: impl Fn(Report) + Clone + Send + Sync + 'static,
@@ -294,7 +318,7 @@ pub async fn connect(
     });
     tasks.0.push(watcher.abort_handle());
     let tasks = std::mem::take(&mut tasks.0);
-    Ok((Session { caller, no_library, orders, tasks, _open: open }, messages))
+    Ok((Session { caller, peer, no_library, orders, tasks, _open: open }, messages))
 }
 
 /// Ends what was begun when a later step fails.

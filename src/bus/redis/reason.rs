@@ -88,6 +88,8 @@ pub fn away(words: &str) -> &'static str {
         "the TLS connection to Redis fails: see its certificate, and that the name in --redis is in it"
     } else if has(&["failed to lookup", "name resolution", "nodename", "no addresses"]) {
         "the name of Redis in --redis can't be resolved: mend it, or DNS"
+    } else if has(&["points elsewhere"]) {
+        "the name of Redis in --redis has another address now: the node connects to that"
     } else if has(&["no answer", "timeout", "timed out", "in time", "unresponsive"]) {
         "Redis does not answer: it hangs, is overloaded, or a firewall drops what is sent to it"
     } else {

@@ -1,0 +1,87 @@
+//! The addresses of the name in `--redis`, which may move to another Redis while the old one lives on.
+
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use fred::types::config::{Config, ServerConfig};
+use tokio::time::timeout;
+
+/// Time between two lookups of the name while it is connected. Names of services that fail over by DNS live for 5 s or
+/// longer, and resolvers cache them.
+pub const LOOKUP_EVERY: Duration = Duration::from_secs(3);
+
+/// Lookups in a row without the connected address until the node connects anew. Some name servers answer with a few of a
+/// name's addresses in turn.
+pub const MOVED_AFTER: u32 = 3;
+
+/// Longest wait for a lookup.
+const LOOKUP_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// A host by name.
+#[derive(Clone, Debug)]
+pub struct Name {
+    host: String,
+    port: u16,
+}
+
+/// Where a session is connected, if by name.
+#[derive(Clone, Debug)]
+pub struct Peer {
+    /// The name.
+    pub name: Name,
+    /// The address that it had.
+    pub address: SocketAddr,
+}
+
+impl Name {
+    /// The name of a stand-alone Redis; `None` for an IP address, a socket or Sentinels, which name the primary.
+    pub fn of(config: &Config) -> Option<Name> {
+        let ServerConfig::Centralized { server } = &config.server else { return None };
+        let host = server.host.to_string();
+        let is_address = host.trim_matches(['[', ']']).parse::<IpAddr>().is_ok();
+        (!is_address).then_some(Name { host, port: server.port })
+    }
+
+    /// Its addresses now.
+    pub async fn lookup(&self) -> Result<Vec<SocketAddr>, String> {
+        match timeout(LOOKUP_TIMEOUT, tokio::net::lookup_host((&*self.host, self.port))).await {
+            Ok(Ok(found)) => Ok(found.collect()),
+            Ok(Err(error)) => Err(error.to_string()),
+            Err(_) => Err("name resolution takes too long".into()),
+        }
+    }
+
+    /// The same Redis at one of its addresses, so that both connections of a session go there.
+    pub fn at(&self, address: SocketAddr, config: &Config) -> Config {
+        let mut config = config.clone();
+        if let ServerConfig::Centralized { server } = &mut config.server {
+            server.host = match address.ip() {
+                IpAddr::V4(ip) => ip.to_string().into(),
+                IpAddr::V6(ip) => format!("[{ip}]").into(),
+            };
+            server.tls_server_name = Some(self.host.clone().into()); // what the certificate is for
+        }
+        config
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_name_is_looked_up() {
+        let name = |url: &str| Name::of(&Config::from_url(url).unwrap());
+        for none in ["redis://127.0.0.1", "redis://[::1]:7000", "redis+unix:///run/redis.sock"] {
+            assert!(name(none).is_none(), "{none}");
+        }
+        let found = name("rediss://me:secret@redis.example:7000/3").unwrap();
+        assert_eq!((&*found.host, found.port), ("redis.example", 7000));
+        let config = Config::from_url("rediss://me:secret@redis.example:7000/3").unwrap();
+        let at = found.at("[2001:db8::1]:7000".parse().unwrap(), &config);
+        assert_eq!((at.database, &at.password), (config.database, &config.password));
+        let ServerConfig::Centralized { server } = &at.server else { panic!("{at:?}") };
+        assert_eq!((&*server.host, server.port), ("[2001:db8::1]", 7000));
+        assert_eq!(server.tls_server_name.as_deref(), Some("redis.example"));
+    }
+}
