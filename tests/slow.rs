@@ -12,6 +12,9 @@ use serde_json::{Value, json};
 /// Larger than what kernel buffers of a connection with a small receive window take.
 const EVENTS: u64 = 3000;
 
+/// A `--heartbeat-timeout` beyond any pause that a busy machine makes between two reads.
+const LONG: &str = "10m";
+
 /// One event's text: 3000 of these are 12 MB.
 fn padding() -> String {
     "x".repeat(4000)
@@ -86,7 +89,7 @@ async fn stalled_readers_cost_nothing_and_miss_nothing(node: &Node) {
 #[tokio::test]
 async fn stalled_readers_cost_no_memory_and_miss_nothing_on_redis() {
     let redis = Redis::start(&[]).await;
-    let node = Node::on(&redis, &["--feed-memory", "1MiB"]).await;
+    let node = Node::on(&redis, &["--feed-memory", "1MiB", "--heartbeat-timeout", LONG]).await;
     stalled_readers_cost_nothing_and_miss_nothing(&node).await;
     assert!(node.metric("fanfare_bus_reads_total").await > 0.0, "they caught up from history");
 }
@@ -94,15 +97,17 @@ async fn stalled_readers_cost_no_memory_and_miss_nothing_on_redis() {
 #[tokio::test]
 async fn stalled_readers_cost_no_memory_and_miss_nothing_on_the_local_bus() {
     // Its history is what is in memory, so half of the events must fit.
-    let node = Node::start(&["--history", "2000", "--feed-memory", "16MiB"]).await;
+    let node =
+        Node::start(&["--history", "2000", "--feed-memory", "16MiB", "--heartbeat-timeout", LONG]).await;
     stalled_readers_cost_nothing_and_miss_nothing(&node).await;
 }
 
 #[tokio::test]
 async fn a_reader_that_stalls_for_longer_than_history_lasts_is_told() {
     let redis = Redis::start(&[]).await;
-    let local = Node::start(&["--history", "1000", "--feed-memory", "1MiB"]).await;
-    let on_redis = Node::on(&redis, &["--history", "1000", "--feed-memory", "1MiB"]).await;
+    let flags = ["--history", "1000", "--feed-memory", "1MiB", "--heartbeat-timeout", LONG];
+    let local = Node::start(&flags).await;
+    let on_redis = Node::on(&redis, &flags).await;
     for node in [&local, &on_redis] {
         let mut ids = Vec::new();
         let mut recovering = stalled(node, "&lastEventId=").await;
@@ -210,7 +215,8 @@ fn pings(count: usize) -> Vec<u8> {
 #[tokio::test]
 async fn a_reset_comes_before_the_events_behind_the_gap() {
     const PINGS: usize = 900; // more than go into one write, and fewer than --message-rate takes at once
-    let node = Node::start(&["--feed-memory", "64KiB", "--history", "1000"]).await;
+    let node =
+        Node::start(&["--feed-memory", "64KiB", "--history", "1000", "--heartbeat-timeout", LONG]).await;
     let mut raw = Raw::connect_with_small_buffers(node.public).await;
     let path = "/ws/stalled?channel=room&lastEventId=";
     assert_eq!(raw.upgrade(path, &[("Sec-WebSocket-Protocol", JSON_MODE)]).await.status, 101);
@@ -259,8 +265,18 @@ async fn pings_tell_positions_in_order_to_a_fast_reader() {
 async fn stalled_readers_of_large_events_share_a_limit() {
     const SIZE: usize = 15 << 20;
     const LIMIT: f64 = (64 << 20) as f64;
-    let flags =
-        ["--shards", "1", "--max-message", "16MiB", "--feed-memory", "16MiB", "--history-bytes", "16MiB"];
+    let flags = [
+        "--shards",
+        "1",
+        "--max-message",
+        "16MiB",
+        "--feed-memory",
+        "16MiB",
+        "--history-bytes",
+        "16MiB",
+        "--heartbeat-timeout",
+        LONG,
+    ];
     let node = Node::start(&flags).await;
     let mut live = Raw::upgraded(node.public, "/ws/live?channel=room").await;
     let mut readers = Vec::new();
