@@ -18,6 +18,7 @@ use crate::bus::{Shards, ToShard};
 use crate::config::{HeartbeatFormat, Settings};
 use crate::guard::{Full, Guard, Place};
 use crate::http::{self, HEAD_MAX};
+use crate::memory_watch::MemoryWatch;
 use crate::metrics::Metrics;
 use crate::refusals::Class;
 
@@ -89,6 +90,7 @@ impl Drop for Stop {
 /// Accepts until the returned [`Stop`] is dropped. Then it accepts whoever waits already, unless the listeners are
 /// `shared` with the process that comes next; closes them, and the receiver is told.
 pub fn start(
+    settings: &Settings,
     mut listeners: Vec<TcpListener>,
     shared: bool,
     shards: Shards,
@@ -102,8 +104,15 @@ pub fn start(
     let waker = Arc::new(Waker::new(poll.registry(), STOP)?);
     let stop = Stop(waker.clone());
     let (end, ended) = oneshot::channel();
-    let mut acceptor =
-        Acceptor { shards, guard, metrics, spare: spare(), stuck: false, log: AcceptLog::default() };
+    let mut acceptor = Acceptor {
+        shards,
+        guard,
+        memory: MemoryWatch::new(settings, metrics.clone()),
+        metrics,
+        spare: spare(),
+        stuck: false,
+        log: AcceptLog::default(),
+    };
     let accept = move |listeners: &[TcpListener]| {
         let _waker = waker; // a call is lost when its waker is gone before the loop has heard it
         let mut events = Events::with_capacity(8);
@@ -124,6 +133,7 @@ pub fn start(
                 return;
             }
             acceptor.metrics.accept_turns.add(1);
+            acceptor.memory.on_turn();
             for event in &events {
                 match event.token() {
                     STOP if shared => return,
@@ -157,6 +167,7 @@ pub fn start(
 struct Acceptor {
     shards: Shards,
     guard: Arc<Guard>,
+    memory: MemoryWatch,
     metrics: Arc<Metrics>,
     /// A descriptor to give up for the moment in which a client is told that there are no more.
     spare: Option<File>,
@@ -208,7 +219,9 @@ impl Acceptor {
             match listener.accept() {
                 Ok((stream, peer)) => {
                     self.log.succeeded("connections");
-                    match self.guard.arrive(peer.ip()) {
+                    let admitted =
+                        if self.memory.admit() { self.guard.arrive(peer.ip()) } else { Err(Full::Node) };
+                    match admitted {
                         Ok(place) => self.hand_over(stream, place),
                         Err(full) => {
                             self.metrics.turned_away[full as usize].add(1);

@@ -17,11 +17,13 @@ use crate::pace::RATE_MAX;
 
 mod files;
 mod input;
+mod memory;
 mod redis_url;
 mod table;
 mod units;
 
 pub use files::rejection_slots;
+pub use memory::Memory;
 pub use redis_url::RedisUrl;
 
 use input::Input;
@@ -86,8 +88,9 @@ pub struct Settings {
     pub history_bytes: usize,
     /// How long history outlives a channel's last event.
     pub history_ttl: Duration,
-    /// Recent events in memory, all channels together, in bytes.
-    pub feed_memory: usize,
+    /// Recent events in memory, all channels together, in bytes; `None`: a part of what there is.
+    /// See [`Settings::feed_memory`].
+    pub feed_memory: Option<usize>,
     /// Time between two heartbeats of a connection.
     pub heartbeat: Duration,
     /// Silence after a heartbeat that ends the connection.
@@ -110,6 +113,8 @@ pub struct Settings {
     pub log_format: LogFormat,
     /// The limit on open files of this process, if there is one that can be read. Not a setting; read with them.
     pub open_files: Option<u32>,
+    /// The memory that there is. Not a setting either.
+    pub memory: Memory,
 }
 
 /// Where the admin listener is.
@@ -293,7 +298,10 @@ impl Settings {
                 "auto" => Ok(std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN)),
                 count => parse_nonzero(count, SHARDS_MAX).map_err(nor_auto),
             }),
-            feed_memory: input.get("feed-memory", parse_memory),
+            feed_memory: input.get("feed-memory", |text| match text {
+                "auto" => Ok(None),
+                size => parse_memory(size).map(Some).map_err(nor_auto),
+            }),
             log: input.get("log", parse_log),
             log_format: input.get("log-format", |text| match text {
                 "text" => Ok(LogFormat::Text),
@@ -301,6 +309,7 @@ impl Settings {
                 _ => Err(format!("{text:?} is neither text nor json")),
             }),
             open_files: open_file_limit().and_then(|limit| u32::try_from(limit).ok()),
+            memory: Memory::read(),
         }
     }
 
@@ -336,7 +345,7 @@ impl Settings {
         if self.bare_channels.len() > self.max_channels.get() {
             input.conflict("max-channels", "is fewer than --bare-channels names".into());
         }
-        for (name, size) in [("feed-memory", self.feed_memory), ("history-bytes", self.history_bytes)] {
+        for (name, size) in [("feed-memory", self.feed_memory()), ("history-bytes", self.history_bytes)] {
             if size < self.max_message {
                 let problem =
                     format!("must be at least --max-message ({})", show_size(self.max_message as u64));
@@ -421,7 +430,7 @@ impl Settings {
             ("drain", show_duration(self.drain)),
             ("drain-notice", show_duration(self.drain_notice)),
             ("shards", self.shards.to_string()),
-            ("feed-memory", show_size(self.feed_memory as u64)),
+            ("feed-memory", show_size(self.feed_memory() as u64)),
             ("log", self.log.clone()),
             (
                 "log-format",

@@ -93,14 +93,6 @@ fn take_connections(
     (connections, rest, errors)
 }
 
-/// What a node takes before its first client: 5.0 MiB measured, rounded up.
-const START: u64 = 8 << 20;
-/// What pages of history may take in each shard, events that wait for Redis (or the history of the local bus), and what
-/// clients have begun to send.
-const PAGES: u64 = 4 << 20;
-const BUS: u64 = 64 << 20;
-const UNFINISHED: u64 = 64 << 20;
-
 fn load(settings: &Settings, connections: Option<u32>) -> Load {
     let asked = connections.or(settings.max_connections.map(NonZeroU32::get));
     let connections = asked.unwrap_or_else(|| settings.most_connections());
@@ -112,11 +104,7 @@ fn load(settings: &Settings, connections: Option<u32>) -> Load {
         own_files: own_files(settings),
         own_files_unlimited: own_files(&unlimited),
         addresses: settings.listen.len() as u64,
-        own_memory: START
-            + settings.feed_memory as u64
-            + PAGES * settings.shards.get() as u64
-            + BUS
-            + UNFINISHED,
+        own_memory: settings.own_memory(),
     }
 }
 

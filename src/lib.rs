@@ -79,6 +79,7 @@ pub mod json;
 
 pub mod foreign;
 
+pub mod cgroup;
 pub mod config;
 
 pub mod http;
@@ -104,6 +105,7 @@ pub mod connection;
 pub mod shard;
 
 pub mod accept;
+pub mod memory_watch;
 
 pub mod bus;
 pub mod sequence;

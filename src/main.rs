@@ -58,7 +58,7 @@ fn main() -> ExitCode {
         Err(errors) => return refuse(&errors),
     };
     if check {
-        return print(&settings.to_string());
+        return print(&format!("{settings}{}", settings.division()));
     }
     start_logging(&settings);
     keys.warn_of_exposed_files();

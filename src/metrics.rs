@@ -1,6 +1,6 @@
 //! What the node counts, and whether it is ready. Written by the bus and the shards, read by the admin listener.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Instant, SystemTime};
 
@@ -58,6 +58,8 @@ pub struct BusNumbers {
     pub oversized: Number,
     /// Channels followed (gauge).
     pub channels: Number,
+    /// Bytes that the bus holds (gauge): histories of the local one, events that wait for Redis.
+    pub held_bytes: Number,
     /// Canaries' ways through the bus and back.
     pub round_trips: Histogram,
     /// Seconds within which every followed channel's position is compared with the bus (gauge).
@@ -155,6 +157,8 @@ pub struct Metrics {
     /// Connections answered at once, there being too many that wait for an answer: by [`crate::guard::Full`], `Node`
     /// and `Address`.
     pub turned_away: [Number; 2],
+    /// Bytes of incomplete messages of all shards, each shard's part.
+    pub partial_bytes: AtomicUsize,
     /// Most connections that this node takes.
     pub max_connections: Number,
     /// Requests to the admin listener without the right key, or under a name that is not this machine's.
@@ -180,6 +184,7 @@ impl Metrics {
             admin_turns: Number::default(),
             accept_failures: Number::default(),
             turned_away: Default::default(),
+            partial_bytes: AtomicUsize::default(),
             max_connections: Number::default(),
             admin_refused: Number::default(),
             refusals: Refusals::default(),
@@ -211,6 +216,14 @@ impl Metrics {
         self.shards.iter().map(ShardNumbers::load).sum()
     }
 
+    /// Bytes in the buffers that [`crate::config::Settings::buffer_memory`] limits.
+    pub fn buffered(&self) -> u64 {
+        let of_shard =
+            |shard: &ShardNumbers| shard.feed_bytes.get() + shard.page_bytes.get() + shard.unsent_bytes.get();
+        let partial = self.partial_bytes.load(Ordering::Relaxed) as u64;
+        self.bus.held_bytes.get() + partial + self.shards.iter().map(of_shard).sum::<u64>()
+    }
+
     /// Connections closed since the start.
     pub fn closed(&self) -> u64 {
         self.shards.iter().map(|shard| shard.closed.get()).sum()
@@ -227,6 +240,7 @@ impl Metrics {
 #[derive(Debug, Default)]
 pub struct Readiness {
     draining: AtomicBool,
+    memory_pressure: AtomicU32,
     bus: Mutex<Option<String>>,
 }
 
@@ -251,6 +265,16 @@ impl Readiness {
     /// Whether it is stopping.
     pub fn is_draining(&self) -> bool {
         self.draining.load(Ordering::Relaxed)
+    }
+
+    /// How often buffers are halved for want of memory.
+    pub fn memory_pressure(&self) -> u32 {
+        self.memory_pressure.load(Ordering::Relaxed)
+    }
+
+    /// Has buffers halved so often. Only the accept loop calls this.
+    pub fn set_memory_pressure(&self, halvings: u32) {
+        self.memory_pressure.store(halvings, Ordering::Relaxed);
     }
 
     /// `None` when ready, else the reason in a few words.

@@ -62,7 +62,7 @@ pub async fn run(
     tell_start(&settings, &listeners)?;
     let (shards, mut ended) = start_shards(&door, &requests, &metrics)?;
     let (stop_accepting, accepted) =
-        accept::start(listeners.public, listeners.shared, shards.clone(), guard, metrics.clone())?;
+        accept::start(&settings, listeners.public, listeners.shared, shards.clone(), guard, metrics.clone())?;
     manager.ready();
     tokio::spawn(notify::attend(manager.clone(), metrics.clone()));
     let context = AdminContext { requests, metrics: metrics.clone(), keys, settings: settings.clone() };
@@ -128,10 +128,17 @@ fn tell_start(settings: &Settings, listeners: &Listeners) -> io::Result<()> {
         max_channels = settings.max_channels,
         max_message = settings.max_message,
         history = settings.history,
-        feed_memory = settings.feed_memory,
+        feed_memory = settings.feed_memory(),
         open_files = settings.open_files,
         "started"
     );
+    if let Some(excess) = settings.memory_excess() {
+        tracing::warn!(
+            excess,
+            limit = settings.memory.limit(),
+            "the settings need more memory than there is: lower --max-connections or --feed-memory"
+        );
+    }
     if let Some(asked) = settings.max_connections.filter(|asked| asked.get() > settings.most_connections()) {
         tracing::warn!(
             max_connections = settings.most_connections(),

@@ -16,7 +16,7 @@
 //! | binary frame | 1003 | `frames::what_is_not_text_closes_with_1003` |
 //! | message or declared length over the limit, up to 2^63 | 1009, nothing allocated | `declared_lengths_cost_no_memory`, `frames::what_is_too_long_closes_with_1009` |
 //! | endless empty or tiny fragments; a frame begun and not ended in 10 s | 1008 | `endless_fragments_close_with_1008`, `frames::a_message_that_is_begun_and_not_ended_closes_with_1008` |
-//! | unfinished messages on very many connections | 64 MiB for all; the oldest close with 1008 | `unfinished_messages_of_many_have_a_limit_together` |
+//! | unfinished messages on very many connections | 64 MiB for all; the oldest close with 1008 | `unfinished_messages_of_many_have_a_limit_together`, `unfinished_messages_have_one_limit_over_all_shards` |
 //! | ping flood, message flood | `error` frame, then 4029 | `rates::a_message_flood_gets_error_frames_with_their_ref_and_then_4029`, `rates::a_flood_of_pings_or_pongs_is_one_too`, `rates::a_flooder_that_never_reads_costs_no_memory` |
 //! | peer that never reads | nothing but its cursor; ended by heartbeat timeout | `slow::a_reader_that_never_reads_again_is_ended_and_frees_its_place`, `slow::pongs_do_not_keep_a_client_that_never_reads`, `slow::stalled_readers_cost_no_memory_and_miss_nothing_on_redis` |
 //! | peers that stall, each in a large frame of its own | 64 MiB for all; the costliest are cut | `slow::stalled_readers_of_large_events_share_a_limit` |
@@ -319,6 +319,30 @@ async fn unfinished_messages_of_many_have_a_limit_together() {
     assert_eq!(held[0].expect_close().await, 1008, "the oldest goes first");
     let ended = node.metric_of("fanfare_ends_total", r#"reason="unfinished""#).await;
     assert!((540.0..600.0).contains(&ended), "{ended}");
+}
+
+#[tokio::test]
+async fn unfinished_messages_have_one_limit_over_all_shards() {
+    const CLIENTS: usize = 24;
+    let node = Node::start(&["--shards", "16", "--max-message", "8MiB"]).await;
+    let frame = frame_bytes(true, TEXT, true, &vec![b'x'; 7 << 20]);
+    let mut held = Vec::new();
+    let began = Instant::now();
+    for _ in 0..CLIENTS {
+        let mut raw = Raw::upgraded(node.public, "/ws/a?channel=room").await;
+        raw.write_some(&frame[..frame.len() - 1]).await;
+        held.push(raw);
+    }
+    // 64 MiB are nine of them.
+    until("the end of those that don't fit", || async {
+        let ended = node.metric_of("fanfare_ends_total", r#"reason="unfinished""#).await;
+        (ended >= (CLIENTS - 9) as f64).then_some(())
+    })
+    .await;
+    assert!(began.elapsed() < Duration::from_secs(10), "each has ten seconds where there is room");
+    let mut honest = Raw::upgraded(node.public, "/ws/honest?channel=other").await;
+    honest.frame(true, TEXT, b"hello").await;
+    assert!(honest.next_text().await.contains("hello"));
 }
 
 #[tokio::test]

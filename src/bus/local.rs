@@ -19,10 +19,7 @@ const BATCH: usize = 512;
 /// Most bytes of events in one entry, so that a frame for one client does not wait long for its turn.
 const ENTRY_MAX: usize = 64 * 1024;
 
-/// Most memory that all histories together take, in bytes. The feeds share what is in both.
-const MEMORY_MAX: usize = 64 * 1024 * 1024;
-
-/// The part of that which is freed when it is full: finding the largest histories looks at every channel.
+/// The part of memory for histories which is freed when it is full: finding the largest histories looks at every channel.
 const FREED_PART: usize = 16;
 
 /// How often history is looked through for what is too old.
@@ -53,6 +50,7 @@ pub async fn run(settings: &Settings, mut wiring: Wiring) {
                 }
                 bus.send(&mut batch, &wiring);
                 wiring.numbers.channels.set(bus.followed as u64);
+                wiring.numbers.held_bytes.set(bus.memory as u64);
             }
             _ = sweep.tick() => bus.sweep(Instant::now()),
         }
@@ -126,8 +124,9 @@ struct Local {
     history: u64,
     history_bytes: usize,
     history_ttl: Duration,
-    /// Bytes that all histories hold.
+    /// Bytes that all histories hold, and may hold. The feeds share what is in both.
     memory: usize,
+    memory_max: usize,
     /// No id at or below this is given any more.
     given: EventId,
     /// When the requests in hand were taken.
@@ -145,6 +144,7 @@ impl Local {
             history_bytes: settings.history_bytes,
             history_ttl: settings.history_ttl,
             memory: 0,
+            memory_max: settings.bus_memory(),
             given: EventId(0),
             now: Instant::now(),
         }
@@ -213,8 +213,9 @@ impl Local {
         channel.push(entry);
         channel.trim(self.history, self.history_bytes);
         self.memory = self.memory - before + channel.bytes;
-        if self.memory > MEMORY_MAX {
-            self.evict_from_largest(MEMORY_MAX - MEMORY_MAX / FREED_PART);
+        let most = self.memory_max >> wiring.readiness.memory_pressure();
+        if self.memory > most {
+            self.evict_from_largest(most - most / FREED_PART);
         }
     }
 

@@ -20,11 +20,11 @@ const REJECTION_MIN: u32 = 8;
 const REJECTION_MAX: u32 = 256;
 
 impl Settings {
-    /// Connections this node takes: `--max-connections`, but never more than there are descriptors for, since clients
-    /// would otherwise take those that a new connection to Redis needs.
+    /// Connections this node takes: `--max-connections`, else what descriptors and memory have room for. Never more
+    /// than there are descriptors for: clients would take those that a new connection to Redis needs.
     pub fn most_connections(&self) -> u32 {
         let fit = self.connections_that_fit();
-        self.max_connections.map_or(fit, |most| most.get().min(fit))
+        self.max_connections.map_or_else(|| fit.min(self.connections_in_memory()), |most| most.get().min(fit))
     }
 
     /// How many connections the limit on open files leaves room for.

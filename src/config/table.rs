@@ -198,8 +198,8 @@ pub(super) static TABLE: [Spec; 31] = [
         "CONNECTIONS",
         "auto",
         &[
-            "Connections of this node; more get 503. auto: what the limit on open files has room for, and",
-            "never more than that.",
+            "Connections of this node; more get 503. auto: what the limit on open files and the memory of",
+            "the cgroup or the machine have room for. Never more than the limit on open files allows.",
         ],
     ),
     spec(
@@ -280,8 +280,11 @@ pub(super) static TABLE: [Spec; 31] = [
         "feed-memory",
         Value,
         "SIZE",
-        "64MiB",
-        &["Recent events held in memory, all channels together. At least --max-message."],
+        "auto",
+        &[
+            "Recent events held in memory, all channels together. At least --max-message. auto: a sixteenth",
+            "of the memory of the cgroup or the machine, at most 64MiB.",
+        ],
     ),
     spec(
         "log",

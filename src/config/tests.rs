@@ -25,7 +25,7 @@ fn nothing_given_means_the_defaults_that_help_shows() {
     let settings = run(&[], &[]);
     for (spec, (name, shown)) in TABLE.iter().zip(settings.shown()) {
         assert_eq!(spec.name, name);
-        if !matches!(name, "shards" | "max-connections") {
+        if !matches!(name, "shards" | "max-connections" | "feed-memory") {
             assert_eq!(shown, spec.default, "--{name}");
         }
     }

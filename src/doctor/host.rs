@@ -1,8 +1,9 @@
 //! What Linux tells of this host, as far as it matters to a node. What can't be read is `None`, never a guess.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
+use crate::cgroup::{Groups, kibibytes};
 use crate::metrics::max_fds;
 
 /// Facts about the host. Sizes in bytes.
@@ -58,7 +59,7 @@ impl Host {
             tcp_memory: numbers("net.ipv4.tcp_mem").and_then(|found| found.get(2)?.checked_mul(page?)),
             page,
             memory: text("proc/meminfo").and_then(|text| kibibytes(&text, "MemAvailable:")),
-            cgroup: text("proc/self/cgroup").and_then(|text| cgroup_left(&text, &root.join("sys/fs/cgroup"))),
+            cgroup: Groups::read(root).left(u64::MAX),
             tracked: conntrack("count").and_then(|count| Some((count, conntrack("max")?))),
         }
     }
@@ -66,34 +67,6 @@ impl Host {
 
 fn numbers(text: &str) -> Vec<u64> {
     text.split_ascii_whitespace().map_while(|number| number.parse().ok()).collect()
-}
-
-/// A line `name:  123 kB`, in bytes.
-fn kibibytes(text: &str, name: &str) -> Option<u64> {
-    let line = text.lines().find_map(|line| line.strip_prefix(name))?;
-    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
-}
-
-/// What the tightest of this process's cgroups leaves: version 2 (`0::/path`), else 1 (`4:memory:/path`).
-fn cgroup_left(cgroups: &str, mount: &Path) -> Option<u64> {
-    let path_of = |is: fn(&str) -> bool| {
-        let paths = cgroups.lines().filter_map(|line| line.split_once(':')?.1.split_once(':'));
-        paths.filter(|(controllers, _)| is(controllers)).map(|(_, path)| path.trim_start_matches('/')).next()
-    };
-    let read = |path: PathBuf| fs::read_to_string(path).ok()?.trim().parse::<u64>().ok();
-    let left = |root: &Path, path: &str, limit: &str, used: &str| {
-        // A limit anywhere above holds too. Inside a container the path may not be there, only the root.
-        let places = Path::new(path).ancestors().map(|place| root.join(place));
-        let limits =
-            places.filter_map(|place| Some(read(place.join(limit))?.saturating_sub(read(place.join(used))?)));
-        limits.min()
-    };
-    // Version 1 writes "no limit" as the largest number of whole pages.
-    let real = |left: &u64| *left < 1 << 60;
-    let second = path_of(str::is_empty).and_then(|path| left(mount, path, "memory.max", "memory.current"));
-    let first = path_of(|controllers| controllers.split(',').any(|name| name == "memory"))
-        .and_then(|path| left(&mount.join("memory"), path, "memory.limit_in_bytes", "memory.usage_in_bytes"));
-    second.into_iter().chain(first).filter(real).min()
 }
 
 #[cfg(test)]
@@ -129,6 +102,7 @@ mod tests {
                 ("proc/self/smaps", "55-56 r--p\nSize: 4 kB\nKernelPageSize:        4 kB\n"),
                 ("proc/meminfo", "MemTotal:  100 kB\nMemAvailable:     80 kB\n"),
                 ("proc/self/cgroup", "0::/system.slice/fanfare.service\n"),
+                ("proc/self/mountinfo", "31 23 0:28 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n"),
                 ("sys/fs/cgroup/system.slice/memory.max", "1000\n"),
                 ("sys/fs/cgroup/system.slice/memory.current", "400\n"),
                 ("sys/fs/cgroup/system.slice/fanfare.service/memory.max", "max\n"),
@@ -157,8 +131,23 @@ mod tests {
         let limit = "sys/fs/cgroup/memory/a/b/memory.limit_in_bytes";
         let used = ("sys/fs/cgroup/memory/a/b/memory.usage_in_bytes", "1\n");
         let group = ("proc/self/cgroup", cgroups);
-        assert_eq!(host("one", &[group, used, (limit, "10\n")]).cgroup, Some(9));
-        assert_eq!(host("none", &[group, used, (limit, "9223372036854771712\n")]).cgroup, None);
+        let mount =
+            |group: &str| format!("35 31 0:32 {group} /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n");
+        let mounts = mount("/");
+        let mounts = ("proc/self/mountinfo", mounts.as_str());
+        assert_eq!(host("one", &[group, mounts, used, (limit, "10\n")]).cgroup, Some(9));
+        assert_eq!(host("none", &[group, mounts, used, (limit, "9223372036854771712\n")]).cgroup, None);
+        // The page cache is free for the taking.
+        let used = ("sys/fs/cgroup/memory/a/b/memory.usage_in_bytes", "8\n");
+        let stat =
+            ("sys/fs/cgroup/memory/a/b/memory.stat", "cache 5\ntotal_inactive_file 3\ntotal_active_file 1\n");
+        assert_eq!(host("cache", &[group, mounts, used, stat, (limit, "10\n")]).cgroup, Some(6));
+        // A container sees its own group as the top of the mount.
+        let container = mount("/a/b");
+        let container = ("proc/self/mountinfo", container.as_str());
+        let limit = "sys/fs/cgroup/memory/memory.limit_in_bytes";
+        let used = ("sys/fs/cgroup/memory/memory.usage_in_bytes", "1\n");
+        assert_eq!(host("container", &[group, container, used, (limit, "10\n")]).cgroup, Some(9));
     }
 
     #[test]

@@ -9,9 +9,6 @@ use crate::connection::{Copies, Flushed, State};
 use crate::event::{ChannelName, Entry, EventId, Kind};
 use crate::feed::{Cursor, Feed, Start};
 
-/// Most memory for pages of history in one shard, in bytes.
-const PAGES_MAX: usize = 4 * 1024 * 1024;
-
 /// Ticks that a page of history is kept after it was last read: those who ask for the same come together.
 const PAGE_TICKS: u32 = 20;
 
@@ -43,7 +40,8 @@ impl Shard {
 
     /// Lets the oldest entries of all feeds go until the rest fits.
     fn trim(&mut self) {
-        let limit = self.settings.feed_memory / self.settings.shards.get();
+        let part = self.settings.feed_memory() / self.settings.shards.get();
+        let limit = part >> self.door.readiness.memory_pressure();
         while self.feed_bytes > limit {
             let Some((key, serial)) = self.ages.pop_front() else { return };
             let Some(channel) =
@@ -233,7 +231,7 @@ impl Shard {
     /// Lets pages of history go when they take too much, the oldest first. One stays, however large: a reader takes
     /// it in many steps.
     pub(super) fn shed_pages(&mut self) {
-        while self.page_bytes > PAGES_MAX && self.page_ages.len() > 1 {
+        while self.page_bytes > self.settings.page_memory() && self.page_ages.len() > 1 {
             let Some((key, serial, after)) = self.page_ages.pop_front() else { return };
             self.drop_page(key, serial, after);
         }

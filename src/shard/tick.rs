@@ -50,6 +50,7 @@ impl Shard {
     pub(super) fn on_tick(&mut self) {
         self.tick = self.tick.wrapping_add(1);
         self.numbers().turns.add(1);
+        self.bound_unfinished();
         let now = Instant::now();
         while let Some((due, id)) = self.handshakes.front().copied() {
             let request = |slot: &u32| matches!(self.connections[*slot as usize].state, State::Request(_));

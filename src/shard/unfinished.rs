@@ -1,41 +1,44 @@
 //! Messages that were begun and not ended: each may wait for ten seconds, but together they must not fill the node.
 
 use std::collections::VecDeque;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::Instant;
 
-use super::Shard;
+use super::{SCRATCH, Shard};
 use crate::bus::ConnectionId;
 use crate::close::Reason;
 use crate::config::Settings;
 
-/// Most bytes of all unfinished messages of a node. A message that is under way is here for the time that its sender
-/// needs for it, so this is what a thousand clients send at once; a stranger with as many sockets as it likes gets
-/// no more either.
-const MOST: usize = 64 * 1024 * 1024;
-
-/// Messages of the longest kind for which a shard has room, however long that is.
-const LONGEST: usize = 4;
+/// The part of its share that a shard may count too much before it looks again.
+const UNCERTAIN: usize = 8;
 
 /// Messages that are noted before it is looked which of them are still there.
 const NOTED: usize = 1024;
 
-/// The unfinished messages of one shard. What they hold is not counted all the time, which would have to be right in
-/// every place where a connection ends: it is looked at again when as much may have come as there was room for.
+/// The unfinished messages of one shard. All shards add what they hold to one count. While that is above the node's
+/// limit, each shard that holds more than its share ends its oldest. Each shard's part of the count is never too small: it
+/// grows with every read, and is set right when it is looked at again.
 #[derive(Debug)]
 pub(super) struct Unfinished {
-    most: usize,
+    /// Most bytes of all unfinished messages of the node.
+    limit: usize,
+    /// This shard's share.
+    share: usize,
     /// Oldest first, by the begin of the message, which tells it from the connection's later ones.
     begun: VecDeque<(Instant, ConnectionId)>,
-    /// Bytes that may come before the next look,
-    room: usize,
-    /// and messages.
+    /// This shard's part of the count.
+    counted: usize,
+    /// How much of that has come since the last look.
+    unlooked: usize,
+    /// Messages at which it is looked again.
     next_look: usize,
 }
 
 impl Unfinished {
     pub(super) fn new(settings: &Settings) -> Unfinished {
-        let most = (MOST / settings.shards.get()).max(LONGEST * settings.max_message);
-        Unfinished { most, begun: VecDeque::new(), room: most, next_look: NOTED }
+        let limit = settings.partial_memory();
+        let share = limit / settings.shards.get();
+        Unfinished { limit, share, begun: VecDeque::new(), counted: 0, unlooked: 0, next_look: NOTED }
     }
 }
 
@@ -47,17 +50,32 @@ impl Shard {
         if partial.held() == 0 {
             return; // only the head of a frame, or what waits for its turn
         }
-        if !std::mem::replace(&mut partial.noted, true) {
+        let first = !std::mem::replace(&mut partial.noted, true);
+        // The first bytes of a message may have come with the end of another.
+        let new = if first { partial.held().max(new) } else { new };
+        if first {
             self.unfinished.begun.push_back((partial.since, id));
         }
-        self.unfinished.room = self.unfinished.room.saturating_sub(new);
-        if self.unfinished.room == 0 || self.unfinished.begun.len() >= self.unfinished.next_look {
-            self.bound_unfinished();
+        self.unfinished.counted += new;
+        self.unfinished.unlooked += new;
+        let all = self.metrics.partial_bytes.fetch_add(new, Relaxed) + new;
+        let uncertain = self.unfinished.unlooked > (self.unfinished.share / UNCERTAIN).max(SCRATCH);
+        let must_end = all > self.unfinished.limit && self.unfinished.counted > self.unfinished.share;
+        if uncertain || must_end || self.unfinished.begun.len() >= self.unfinished.next_look {
+            self.look_at_unfinished();
         }
     }
 
-    /// Where unfinished messages hold too much, ends the oldest: an honest one is soon over.
-    fn bound_unfinished(&mut self) {
+    /// Gives back what finished messages were counted with, and ends messages where other shards need the room.
+    pub(super) fn bound_unfinished(&mut self) {
+        let all = self.metrics.partial_bytes.load(Relaxed);
+        let idle = self.unfinished.unlooked == 0 && self.unfinished.begun.is_empty();
+        if !idle && (all > self.unfinished.limit / 2 || self.unfinished.begun.len() > NOTED) {
+            self.look_at_unfinished();
+        }
+    }
+
+    fn look_at_unfinished(&mut self) {
         let mut begun = std::mem::take(&mut self.unfinished.begun);
         let mut held = 0;
         begun.retain(|(since, id)| {
@@ -65,19 +83,29 @@ impl Shard {
             held += bytes.unwrap_or(0);
             bytes.is_some()
         });
-        if held > self.unfinished.most {
-            // Some more than needed, so that it is not looked again at once.
-            while held > self.unfinished.most / 4 * 3
+        let all = self.count_unfinished(held);
+        // The oldest first: an honest one is soon over. Some more than needed, so that it is not looked again at once.
+        if all > self.unfinished.limit && held > self.unfinished.share {
+            while held > self.unfinished.share / 4 * 3
                 && let Some((since, id)) = begun.pop_front()
             {
                 held -= self.held_since(since, id).unwrap_or(0);
                 self.end(id.slot, Reason::Unfinished);
             }
+            self.count_unfinished(held);
         }
         begun.shrink_to(NOTED.max(begun.len() * 2));
-        self.unfinished.room = self.unfinished.most - held;
         self.unfinished.next_look = NOTED + 2 * begun.len();
         self.unfinished.begun = begun;
+        self.unfinished.unlooked = 0;
+    }
+
+    /// Sets this shard's part of the count; gives the whole count.
+    fn count_unfinished(&mut self, held: usize) -> usize {
+        let before = std::mem::replace(&mut self.unfinished.counted, held);
+        // Every shard takes away only what it has added.
+        self.metrics.partial_bytes.fetch_add(held, Relaxed);
+        self.metrics.partial_bytes.fetch_sub(before, Relaxed) - before
     }
 
     /// What the message that this connection began then holds; `None` when it is over.

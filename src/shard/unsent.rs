@@ -7,10 +7,6 @@ use super::Shard;
 use crate::close::Reason;
 use crate::connection::State;
 
-/// Most bytes that a node keeps for clients whose sockets are full; an eighth more between two counts. Clients that
-/// stall in the same frame share it, so this is a thousand frames of the default `--max-message`.
-const UNSENT_MAX: u64 = 64 * 1024 * 1024;
-
 /// A connection for which something is kept.
 struct Holder {
     slot: u32,
@@ -43,8 +39,9 @@ impl Shard {
         }
         let others = self.metrics.shards.iter().map(|shard| shard.unsent_bytes.get()).sum::<u64>()
             - self.numbers().unsent_bytes.get();
+        let most = self.settings.unsent_memory();
         // What the other shards leave, at least this shard's part.
-        let allowed = UNSENT_MAX.saturating_sub(others).max(UNSENT_MAX / self.metrics.shards.len() as u64);
+        let allowed = most.saturating_sub(others).max(most / self.metrics.shards.len() as u64);
         if total > allowed {
             for holder in &mut holders {
                 let share = holder.frame.map_or(0, |key| frames[&key].0 / frames[&key].1);

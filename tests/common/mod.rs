@@ -6,6 +6,7 @@
 #![allow(dead_code, unused_imports)] // each test binary uses its own part of this
 
 pub mod cases;
+pub mod cgroup;
 pub mod client;
 pub mod http;
 pub mod lone;
@@ -19,6 +20,7 @@ pub mod stream;
 
 use std::time::Duration;
 
+pub use cgroup::Cgroup;
 pub use client::{Client, Frame, Options};
 pub use http::Response;
 pub use lone::Lone;

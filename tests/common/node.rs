@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::http::{self, Response};
 use super::process::Process;
-use super::{Redis, until};
+use super::{Cgroup, Redis, until};
 
 /// A running node on free ports. Dropping it kills it.
 pub struct Node {
@@ -36,6 +36,16 @@ impl Node {
     pub async fn start_with_files(files: u32, flags: &[&str]) -> Node {
         let mut command = Command::new("sh");
         command.args(["-c", &format!("ulimit -n {files} && exec \"$0\" \"$@\"")]);
+        command.arg(env!("CARGO_BIN_EXE_fanfare"));
+        let node = Node::start_by(command, flags).await;
+        node.ready().await;
+        node
+    }
+
+    /// Starts a node in a cgroup, and waits until it is ready.
+    pub async fn start_in(cgroup: &Cgroup, flags: &[&str]) -> Node {
+        let mut command = Command::new("sh");
+        command.args(["-c", &format!("echo $$ > '{}' && exec \"$0\" \"$@\"", cgroup.processes().display())]);
         command.arg(env!("CARGO_BIN_EXE_fanfare"));
         let node = Node::start_by(command, flags).await;
         node.ready().await;

@@ -12,9 +12,6 @@ use super::{Bus, Outcome, Purpose, reason, scripts};
 use crate::bus::{Publish, PublishError};
 use crate::event::{ChannelName, EventId};
 
-/// Bytes of events that may wait for Redis, all channels together. While it is away this is what a node holds.
-const WAITING_MAX: usize = 64 << 20;
-
 /// What Redis says when it refuses a script before running it, and what the script says before its first event:
 /// certainly nothing was published.
 const REFUSALS: [&str; 8] =
@@ -27,7 +24,7 @@ fn is_certain(error: &str) -> bool {
 
 impl Bus {
     pub(super) fn publish(&mut self, publish: Publish) {
-        if self.waiting_bytes > WAITING_MAX {
+        if self.waiting_bytes > self.terms.waiting_max {
             let full = PublishError::Refused("too many events wait for the bus".into());
             self.settle(vec![(publish.answer, Err(full))]);
             return;

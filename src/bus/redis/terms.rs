@@ -28,6 +28,8 @@ pub struct Terms {
     pub number_ttl_ms: u64,
     /// Channels followed at once.
     pub max_channels: usize,
+    /// Bytes of events that may wait for Redis, all channels together. While it is away this is what a node holds.
+    pub waiting_max: usize,
     /// This process, under a name that no other has or had.
     pub node: String,
 }
@@ -68,6 +70,7 @@ impl Terms {
             max_message: settings.max_message,
             publish_timeout: settings.publish_timeout,
             max_channels: settings.max_channels.get(),
+            waiting_max: settings.bus_memory(),
             node: format!("{:016x}{:016x}", random(), random()),
         }
     }

@@ -1,0 +1,125 @@
+//! The memory that this process may use: its cgroups, version 1 and 2 (cgroups(7)), and the machine.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// Version 1 writes "no limit" as the largest number of whole pages.
+const NO_LIMIT: u64 = 1 << 60;
+
+/// Cgroups with a memory limit: the one of this process and those above it.
+#[derive(Clone, Debug, Default)]
+pub struct Groups(Vec<Group>);
+
+#[derive(Clone, Debug)]
+struct Group {
+    limit: u64,
+    usage: PathBuf,
+    stat: PathBuf,
+    version: &'static Version,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+struct Version {
+    limit: &'static str,
+    usage: &'static str,
+    /// Lines of `memory.stat` with the page cache of files: the kernel frees it before it kills anything.
+    file_cache: [&'static str; 2],
+}
+
+static ONE: Version = Version {
+    limit: "memory.limit_in_bytes",
+    usage: "memory.usage_in_bytes",
+    file_cache: ["total_inactive_file ", "total_active_file "],
+};
+static TWO: Version =
+    Version { limit: "memory.max", usage: "memory.current", file_cache: ["inactive_file ", "active_file "] };
+
+impl Groups {
+    /// Reads `/proc/self` and the mounted cgroups, below this root.
+    pub fn read(root: &Path) -> Groups {
+        let text = |path: &str| fs::read_to_string(root.join(path)).unwrap_or_default();
+        let mounts = text("proc/self/mountinfo");
+        let mut groups = Vec::new();
+        for line in text("proc/self/cgroup").lines() {
+            let Some((controllers, path)) = line.split_once(':').and_then(|(_, rest)| rest.split_once(':'))
+            else {
+                continue;
+            };
+            let version = match controllers {
+                "" => &TWO,
+                _ if controllers.split(',').any(|name| name == "memory") => &ONE,
+                _ => continue,
+            };
+            let Some((top, below)) = mounts.lines().find_map(|line| mount(line, version)) else { continue };
+            // In a container the path may lie above what is mounted: then the mount is the container's own group.
+            let path = Path::new(path).strip_prefix(below).unwrap_or(Path::new(""));
+            let top = root.join(top.trim_start_matches('/'));
+            groups.extend(path.ancestors().filter_map(|path| Group::read(&top.join(path), version)));
+        }
+        Groups(groups)
+    }
+
+    /// The smallest limit.
+    pub fn limit(&self) -> Option<u64> {
+        self.0.iter().map(|group| group.limit).min()
+    }
+
+    /// The least that any group leaves. The page cache is looked at only where there seems to be less than `enough`.
+    pub fn left(&self, enough: u64) -> Option<u64> {
+        self.0.iter().filter_map(|group| group.left(enough)).min()
+    }
+}
+
+impl Group {
+    fn read(path: &Path, version: &'static Version) -> Option<Group> {
+        let limit = number(&path.join(version.limit)).filter(|limit| *limit < NO_LIMIT)?;
+        let (usage, stat) = (path.join(version.usage), path.join("memory.stat"));
+        Some(Group { limit, usage, stat, version })
+    }
+
+    fn left(&self, enough: u64) -> Option<u64> {
+        let used = number(&self.usage)?;
+        let left = self.limit.saturating_sub(used);
+        if left >= enough {
+            return Some(left);
+        }
+        let stat = fs::read_to_string(&self.stat).unwrap_or_default();
+        let value = |name| stat.lines().find_map(|line| line.strip_prefix(name)?.trim().parse::<u64>().ok());
+        let cache: u64 = self.version.file_cache.into_iter().filter_map(value).sum();
+        Some(self.limit.saturating_sub(used.saturating_sub(cache)))
+    }
+}
+
+/// Where a line of mountinfo (proc(5)) mounts the memory controller of this version, and which group is at the top.
+fn mount<'a>(line: &'a str, version: &Version) -> Option<(&'a str, &'a str)> {
+    let (place, kind) = line.split_once(" - ")?;
+    let mut place = place.split(' ').skip(3);
+    let (group, point) = (place.next()?, place.next()?);
+    let mut kind = kind.split(' ');
+    let is_its = match kind.next()? {
+        "cgroup2" => *version == TWO,
+        "cgroup" => *version == ONE && kind.nth(1)?.split(',').any(|name| name == "memory"),
+        _ => false,
+    };
+    is_its.then_some((point, group))
+}
+
+fn number(path: &Path) -> Option<u64> {
+    fs::read_to_string(path).ok()?.trim().parse().ok()
+}
+
+/// The machine's memory, of `/proc/meminfo`.
+pub fn machine_memory() -> Option<u64> {
+    kibibytes(&fs::read_to_string("/proc/meminfo").ok()?, "MemTotal:")
+}
+
+/// Memory of the machine that is free or can be freed without swapping.
+pub fn available_memory() -> Option<u64> {
+    kibibytes(&fs::read_to_string("/proc/meminfo").ok()?, "MemAvailable:")
+}
+
+/// A line `name:  123 kB`, in bytes.
+pub fn kibibytes(text: &str, name: &str) -> Option<u64> {
+    let line = text.lines().find_map(|line| line.strip_prefix(name))?;
+    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
+}

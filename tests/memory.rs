@@ -1,0 +1,80 @@
+//! What a node does in a small memory cgroup.
+
+mod common;
+
+use common::{Cgroup, Client, Node, Raw, until};
+use futures_util::future::join_all;
+use serde_json::json;
+
+const MIB: u64 = 1 << 20;
+
+#[tokio::test]
+async fn a_small_cgroup_survives_heavy_traffic() {
+    let Some(cgroup) = Cgroup::new(64 * MIB) else { return };
+    let node = Node::start_in(&cgroup, &["--message-rate", "0"]).await;
+    let mut reader = Client::plain(&node, "reader", "room0").await;
+    // They fill their sockets, and the channels' feeds and histories go on without them.
+    let mut stalled = Vec::new();
+    for number in 0..200 {
+        stalled.push(
+            Raw::upgraded(node.public, &format!("/ws/stalled{number}?channel=room{}", number % 8)).await,
+        );
+    }
+    let event = json!({"text": "x".repeat(60_000)});
+    let publishers = (1..8).map(|room| {
+        let (node, event) = (&node, &event);
+        async move {
+            for _ in 0..300 {
+                node.publish(&format!("room{room}"), event).await; // 144 MB of all rooms
+            }
+        }
+    });
+    let read = async {
+        for _ in 0..300 {
+            let id = node.publish("room0", &event).await;
+            reader.expect_event(id, &event).await;
+        }
+    };
+    tokio::join!(join_all(publishers), read);
+    assert_eq!(cgroup.kills(), 0, "{}", node.log());
+    let id = node.publish("room0", &json!({"n": 1})).await;
+    reader.expect_event(id, &json!({"n": 1})).await;
+}
+
+#[tokio::test]
+async fn clients_beyond_the_cgroup_get_503_before_the_kernel_kills() {
+    const CLIENTS: usize = 8000;
+    rlimit::increase_nofile_limit(u64::MAX).expect("a limit can be read");
+    let Some(cgroup) = Cgroup::new(12 * MIB) else { return };
+    // An explicit number wins over the one that would fit, so that only the kernel's count is left to go by.
+    let node = Node::start_in(&cgroup, &["--max-connections", "15000"]).await;
+    assert!(node.log().contains("the settings need more memory than there is"), "{}", node.log());
+    let mut first = Client::plain(&node, "first", "room").await;
+    let mut inside = Vec::new();
+    let mut rejected = 0;
+    while inside.len() + rejected < CLIENTS {
+        let batch = (0..100).map(|_| async {
+            let mut raw = Raw::connect(node.public).await;
+            let status = raw.upgrade("/ws/a?channel=room", &[]).await.status;
+            (raw, status)
+        });
+        for (raw, status) in join_all(batch).await {
+            match status {
+                101 => inside.push(raw),
+                503 => rejected += 1,
+                other => panic!("{other}"),
+            }
+        }
+    }
+    assert!(inside.len() > 1000 && rejected > 1000, "{} inside, {rejected} rejected", inside.len());
+    assert!(node.log().contains("memory is short"), "{}", node.log());
+    let id = node.publish("room", &json!({"n": 1})).await;
+    first.expect_event(id, &json!({"n": 1})).await;
+    assert_eq!(cgroup.kills(), 0, "{}", node.log());
+    drop(inside);
+    until("a place for a new client", || async {
+        let mut raw = Raw::connect(node.public).await;
+        (raw.upgrade("/ws/a?channel=room", &[]).await.status == 101).then_some(())
+    })
+    .await;
+}
