@@ -29,21 +29,25 @@ pub const PER_USER: u32 = 100;
 /// Seconds after which one who found no place may come again.
 const RETRY_AFTER: &str = "5";
 
-/// Whose connection it is, as it is counted: an IPv4 address, or the /64 of an IPv6 one, which is the least that
-/// one customer is given (RFC 6177), so that nobody gets a new count by the next of its own addresses.
+/// Bytes of an IPv6 address that are counted together: the /56 that a customer of an access network usually gets
+/// (RIPE-690 recommends /56 or /48). By /64 such a customer would have 256 times the cap of an address.
+const IPV6_PREFIX: usize = 7;
+
+/// Whose connection it is, as it is counted: an IPv4 address, or the /56 of an IPv6 one, so that nobody gets a new
+/// count by the next of its own addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Address {
     /// IPv4, also when it came mapped into IPv6.
     V4([u8; 4]),
-    /// The first half of an IPv6 address.
-    V6([u8; 8]),
+    /// The first bytes of an IPv6 address.
+    V6([u8; IPV6_PREFIX]),
 }
 
 impl Address {
     fn is_loopback(self) -> bool {
         match self {
             Address::V4([first, ..]) => first == 127,
-            Address::V6(half) => half == [0; 8], // of ::1; nobody else has it
+            Address::V6(prefix) => prefix == [0; IPV6_PREFIX], // of ::1; no other host has it
         }
     }
 }
@@ -53,8 +57,8 @@ impl From<IpAddr> for Address {
         match ip.to_canonical() {
             IpAddr::V4(ip) => Address::V4(ip.octets()),
             IpAddr::V6(ip) => {
-                let [half, _] = [0, 8].map(|at| ip.octets()[at..at + 8].try_into().expect("8 of 16 bytes"));
-                Address::V6(half)
+                let prefix = ip.octets().first_chunk().copied();
+                Address::V6(prefix.expect("an address is longer than its prefix"))
             }
         }
     }
@@ -64,9 +68,11 @@ impl fmt::Display for Address {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match *self {
             Address::V4(octets) => Ipv4Addr::from(octets).fmt(f),
-            Address::V6(half) if half == [0; 8] => Ipv6Addr::LOCALHOST.fmt(f),
-            Address::V6(half) => {
-                write!(f, "{}/64", Ipv6Addr::from_bits(u128::from(u64::from_be_bytes(half)) << 64))
+            Address::V6(_) if self.is_loopback() => Ipv6Addr::LOCALHOST.fmt(f),
+            Address::V6(prefix) => {
+                let mut octets = [0; 16];
+                octets[..IPV6_PREFIX].copy_from_slice(&prefix);
+                write!(f, "{}/{}", Ipv6Addr::from(octets), 8 * IPV6_PREFIX)
             }
         }
     }

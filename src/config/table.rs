@@ -208,7 +208,7 @@ pub(super) static TABLE: [Spec; 31] = [
         "CONNECTIONS",
         "auto",
         &[
-            "Connections of one client address (of IPv6: one /64); more get 429. auto: 1024, but none for",
+            "Connections of one client address (of IPv6: one /56); more get 429. auto: 1024, but none for",
             "loopback. 0: no cap.",
         ],
     ),
