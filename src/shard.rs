@@ -116,6 +116,10 @@ pub struct Shard {
     page_bytes: usize,
     /// Those whom the bus has answered.
     answered: VecDeque<(ConnectionId, Asked)>,
+    /// Channels without members by key and serial, oldest first; some have members again, or are gone.
+    empty_channels: VecDeque<(Instant, u32, u32)>,
+    /// A channel has lost its last member in this turn.
+    channel_emptied: bool,
     /// Channels with a fan-out under way.
     passes: VecDeque<u32>,
     /// Fan-outs that have reached all ready sockets in this turn: when a public one began, and when the first of its
@@ -186,6 +190,8 @@ fn assemble(wiring: Wiring) -> io::Result<(Shard, Poll, mpsc::UnboundedReceiver<
         page_ages: VecDeque::new(),
         page_bytes: 0,
         answered: VecDeque::new(),
+        empty_channels: VecDeque::new(),
+        channel_emptied: false,
         passes: VecDeque::new(),
         brought: Vec::new(),
         now: Instant::now(),
@@ -297,6 +303,9 @@ impl Shard {
         }
         self.go_on(OTHERS_A_TURN);
         self.pass_on(WRITES_A_TURN);
+        if std::mem::take(&mut self.channel_emptied) && self.excess_channels() > 0 {
+            self.drop_empty_channels(self.now);
+        }
     }
 
     /// Gives passes their turn between so many others.
@@ -458,7 +467,12 @@ impl Shard {
             return None;
         }
         let key = connection.channel;
-        self.channels[key as usize].remove(slot, &mut self.connections, &self.hasher);
+        let channel = &mut self.channels[key as usize];
+        channel.remove(slot, &mut self.connections, &self.hasher);
+        if let Some(since) = channel.empty_since {
+            self.empty_channels.push_back((since, key, channel.serial));
+            self.channel_emptied = true;
+        }
         Some(key)
     }
 
@@ -475,8 +489,10 @@ impl Shard {
             return *key;
         }
         self.serial = self.serial.wrapping_add(1);
-        let key = self.channels.insert(Channel::new(name.clone(), self.serial)) as u32;
+        let now = Instant::now();
+        let key = self.channels.insert(Channel::new(name.clone(), self.serial, now)) as u32;
         self.names.insert(name.clone(), key);
+        self.empty_channels.push_back((now, key, self.serial));
         self.ask(Request::Follow { channel: name.clone(), shard: self.id });
         key
     }

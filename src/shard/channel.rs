@@ -125,7 +125,7 @@ pub struct Channel {
 
 impl Channel {
     /// A channel that the bus is asked to follow.
-    pub fn new(name: ChannelName, serial: u32) -> Channel {
+    pub fn new(name: ChannelName, serial: u32, now: Instant) -> Channel {
         Channel {
             name,
             serial,
@@ -141,7 +141,7 @@ impl Channel {
             looking: Vec::new(),
             look_next: Vec::new(),
             pages: HashMap::new(),
-            empty_since: Some(Instant::now()),
+            empty_since: Some(now),
         }
     }
 
@@ -349,7 +349,7 @@ mod tests {
             for (visited, leaver) in
                 (0..=count as usize).flat_map(|at| (0..count).map(move |slot| (at, slot)))
             {
-                let mut channel = Channel::new(ChannelName::parse("c").expect("a name"), 1);
+                let mut channel = Channel::new(ChannelName::parse("c").expect("a name"), 1, now);
                 (0..count).for_each(|slot| channel.add(slot, &mut connections, &hasher));
                 let mut seen = channel.members[..visited].to_vec();
                 channel.pass = Some(Pass { next: visited, ..Pass::new(now, now) });
@@ -372,7 +372,7 @@ mod tests {
         for count in 1..6_u32 {
             let mut connections = connections(count);
             for (visited, leaver) in (0..count).flat_map(|at| (0..count).map(move |slot| (at, slot))) {
-                let mut channel = Channel::new(ChannelName::parse("c").expect("a name"), 1);
+                let mut channel = Channel::new(ChannelName::parse("c").expect("a name"), 1, now);
                 (0..count).for_each(|slot| channel.add(slot, &mut connections, &hasher));
                 let mut completed = Vec::new();
                 channel.start_private_fanout("".into(), now, &connections, &hasher);

@@ -1,7 +1,9 @@
 //! What time brings: deadlines, heartbeats, and the end of the node.
 
+use std::collections::HashSet;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use super::channel::Channel;
 use super::{LINGER, Shard};
 use crate::bus::Request;
 use crate::close::Reason;
@@ -16,8 +18,15 @@ pub(super) const TICK: Duration = Duration::from_millis(100);
 /// Ticks between looks at what can wait.
 const SECOND: u32 = 10;
 
-/// How long a channel that everybody has left is followed on: a page that reloads finds it again.
+/// How long a channel without members is still followed: a page that reloads finds its recent events in memory.
 const EMPTY_TIME: Duration = Duration::from_secs(10);
+
+/// One of so many of `--max-channels` is kept free of channels without members. Without this reserve a client that
+/// names one new channel after another would leave no room for others.
+const CHANNEL_RESERVE_PART: usize = 4;
+
+/// Most channels without members that are examined at once, before sockets get their turn.
+const EMPTY_A_TURN: usize = 256;
 
 /// How long a message may take from its first frame to its last.
 const MESSAGE_TIME: Duration = Duration::from_secs(10);
@@ -80,14 +89,15 @@ impl Shard {
                 self.end(slot, Reason::MissedEvents);
             }
         }
+        self.drop_empty_channels(now);
         self.heartbeats(now);
         self.drain_on(now);
         if self.tick.is_multiple_of(SECOND) {
-            self.every_second(now);
+            self.every_second();
         }
     }
 
-    fn every_second(&mut self, now: Instant) {
+    fn every_second(&mut self) {
         for id in std::mem::take(&mut self.parked) {
             if let Some(slot) = self.find(id) {
                 self.connections[slot as usize].waits_for_page = false;
@@ -99,16 +109,43 @@ impl Shard {
         if self.id == 0 {
             self.metrics.refusals.tell_overdue();
         }
-        let since =
-            |channel: &super::Channel| channel.empty_since.is_some_and(|since| now - since >= EMPTY_TIME);
-        let empty: Vec<u32> = self
-            .channels
+    }
+
+    /// How many channels the node follows beyond those that leave the reserve free.
+    pub(super) fn excess_channels(&self) -> usize {
+        let most = self.settings.max_channels.get();
+        let followed = self.metrics.bus.channels.get() as usize;
+        (followed + 1).saturating_sub(most - most / CHANNEL_RESERVE_PART)
+    }
+
+    /// Stops following channels without members: each after a while, and the oldest ones at once where the node
+    /// follows nearly as many as it may.
+    pub(super) fn drop_empty_channels(&mut self, now: Instant) {
+        let mut excess = self.excess_channels();
+        let joining: HashSet<u32> = self
+            .answered
             .iter()
-            .filter(|(_, channel)| channel.feed.is_some() && since(channel) && channel.is_empty())
-            .map(|(key, _)| key as u32)
+            .filter_map(|(id, _)| Some(self.connections[self.find(*id)? as usize].channel))
             .collect();
-        for key in empty {
-            let channel = self.channels[key as usize].name.clone();
+        for _ in 0..EMPTY_A_TURN {
+            let Some((since, key, serial)) = self.empty_channels.front().copied() else { return };
+            let current =
+                |channel: &&mut Channel| channel.serial == serial && channel.empty_since == Some(since);
+            let Some(channel) = self.channels.get_mut(key as usize).filter(current) else {
+                self.empty_channels.pop_front();
+                continue;
+            };
+            if excess == 0 && now.saturating_duration_since(since) < EMPTY_TIME {
+                return;
+            }
+            self.empty_channels.pop_front();
+            if channel.feed.is_none() || !channel.is_empty() || joining.contains(&key) {
+                channel.empty_since = Some(now);
+                self.empty_channels.push_back((now, key, serial));
+                continue;
+            }
+            excess = excess.saturating_sub(1);
+            let channel = channel.name.clone();
             self.drop_channel(key);
             self.ask(Request::Unfollow { channel, shard: self.id });
         }
@@ -120,6 +157,7 @@ impl Shard {
         self.lingering.shrink_to(LISTED.max(self.lingering.len() * 2));
         self.answered.shrink_to(LISTED.max(self.answered.len() * 2));
         self.missed.shrink_to(LISTED.max(self.missed.len() * 2));
+        self.empty_channels.shrink_to(LISTED.max(self.empty_channels.len() * 2));
     }
 
     /// Looks after a slice of the slab, so that every connection has its turn once a second, and several times in a

@@ -27,10 +27,16 @@ const WARN_EVERY: Duration = Duration::from_secs(60);
 
 impl Bus {
     pub(super) fn follow(&mut self, name: ChannelName, shard: ShardId) {
-        let away = self.away();
-        let max = self.terms.max_channels;
+        let is_followed = self.channels.get(&name).is_some_and(|channel| channel.follow.is_some());
+        let full = self.followed >= self.terms.max_channels;
+        let refusal = if full { Some(BusError::TooManyChannels) } else { self.away() };
+        // A refused channel is not remembered.
+        if let Some(why) = refusal.filter(|_| !is_followed) {
+            self.shards.tell(shard, ToShard::NotFollowed { channel: name, why });
+            return;
+        }
         let channel = self.channels.entry(name.clone()).or_default();
-        let refusal = match &mut channel.follow {
+        match &mut channel.follow {
             Some(Follow { sequence: Some(sequence), followers, .. }) => {
                 let other = followers.iter().find(|other| **other != shard);
                 self.shards.share(name, sequence.base(), sequence.position(), other, shard);
@@ -43,12 +49,7 @@ impl Bus {
                 follow.joining.push(shard);
                 return;
             }
-            None if self.followed >= max => Some(BusError::TooManyChannels),
-            None => away,
-        };
-        if let Some(why) = refusal {
-            self.shards.tell(shard, ToShard::NotFollowed { channel: name, why });
-            return;
+            None => {}
         }
         self.ticket += 1;
         channel.follow = Some(Follow::new(shard, self.ticket));
