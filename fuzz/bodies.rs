@@ -204,8 +204,8 @@ pub fn frames(mut data: &[u8]) {
     assert_eq!(whole, split);
     for message in &whole.1 {
         match message {
-            Incoming::Text(text) => assert!(text.len() <= 1000),
-            Incoming::Binary(bytes) => assert!(limits.binary && bytes.len() <= 1000),
+            Incoming::Text(text, _) => assert!(text.len() <= 1000),
+            Incoming::Binary(bytes, _) => assert!(limits.binary && bytes.len() <= 1000),
             Incoming::Ping(payload) => assert!(payload.len() <= 125),
             Incoming::Pong | Incoming::Close(_) => {}
         }

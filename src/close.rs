@@ -38,7 +38,8 @@ pub enum Reason {
     Unauthorized,
     /// Its token has ended while it was connected.
     TokenExpired,
-    /// It sent faster than `--message-rate`, and has no way to be told but this one, or went on when told.
+    /// It sent faster than `--message-rate` or `--max-byte-rate` and gets no error frames, or went on after them; or it
+    /// named too many new channels.
     TooFast,
     /// The node has all the connections it may have.
     NodeFull,

@@ -13,7 +13,7 @@ use tracing_subscriber::filter::{LevelFilter, Targets};
 use crate::event::ChannelName;
 use crate::metrics::open_file_limit;
 use crate::origin::OriginRule;
-use crate::pace::RATE_MAX;
+use crate::pace::{BYTE_RATE, BYTE_RATE_MIN, MESSAGE_PART, RATE_MAX};
 
 mod files;
 mod input;
@@ -105,6 +105,8 @@ pub struct Settings {
     pub max_message: usize,
     /// Messages a second that a connection may send; 0: as many as it likes.
     pub message_rate: u32,
+    /// Bytes a second that a connection may send; 0: no limit, `None`: what suits `max_message`.
+    pub max_byte_rate: Option<u64>,
     /// How long a publish may wait for the bus.
     pub publish_timeout: Duration,
     /// Log filter, in tracing's directive syntax.
@@ -283,6 +285,10 @@ impl Settings {
             message_rate: input.get("message-rate", |text| {
                 parse_count(text, 0, u64::from(RATE_MAX)).map(|rate| rate as u32)
             }),
+            max_byte_rate: input.get("max-byte-rate", |text| match text {
+                "auto" => Ok(None),
+                size => parse_size(size).map(Some).map_err(nor_auto),
+            }),
             heartbeat: input.get("heartbeat", parse_positive_duration),
             heartbeat_timeout: input.get("heartbeat-timeout", parse_positive_duration),
             heartbeat_format: input.get("heartbeat-format", |text| match text {
@@ -311,6 +317,11 @@ impl Settings {
             open_files: open_file_limit().and_then(|limit| u32::try_from(limit).ok()),
             memory: Memory::read(),
         }
+    }
+
+    /// Bytes a second that a connection may send; 0: no limit.
+    pub fn byte_rate(&self) -> u64 {
+        self.max_byte_rate.unwrap_or_else(|| BYTE_RATE.max(self.max_message as u64))
     }
 
     /// What the settings must be to each other.
@@ -352,6 +363,19 @@ impl Settings {
                 input.conflict(name, problem);
             }
         }
+        if let Some(problem) = self.byte_rate_problem() {
+            input.conflict("max-byte-rate", problem);
+        }
+    }
+
+    /// Why the longest message would never be accepted at the byte rate.
+    fn byte_rate_problem(&self) -> Option<String> {
+        let least = BYTE_RATE_MIN.max((self.max_message as u64).div_ceil(MESSAGE_PART));
+        let too_low = (1..least).contains(&self.byte_rate());
+        too_low.then(|| {
+            let message = show_size(self.max_message as u64);
+            format!("must be at least {}, or 0, with --max-message {message}", show_size(least))
+        })
     }
 
     /// Why clients may not be taken at this address.
@@ -417,6 +441,7 @@ impl Settings {
             ("max-channels", self.max_channels.to_string()),
             ("max-message", show_size(self.max_message as u64)),
             ("message-rate", self.message_rate.to_string()),
+            ("max-byte-rate", show_size(self.byte_rate())),
             ("heartbeat", show_duration(self.heartbeat)),
             ("heartbeat-timeout", show_duration(self.heartbeat_timeout)),
             (

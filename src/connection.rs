@@ -17,6 +17,7 @@ use crate::feed::{Cursor, Feed, Reader, Start};
 use crate::frame;
 use crate::guard::{Address, Place};
 use crate::input::Partial;
+use crate::pace::Allowance;
 use crate::token::NEVER;
 
 /// Most entries in one vectored write. More would not make a write cheaper, only the stack larger.
@@ -225,10 +226,12 @@ pub struct Connection {
     pub heartbeat: u32,
     /// A pong is due from it.
     pinged: bool,
-    /// Until when what it has sent is paid for, on the shard's clock; see [`crate::pace`].
-    pub paid_until: u64,
-    /// What it sent that was not taken, as long as that counts.
-    pub refused: u16,
+    /// TAT of its messages, see [`crate::pace`].
+    pub tat: u64,
+    /// What all connections of its client may still do, once that is needed.
+    pub allowance: Option<Arc<Allowance>>,
+    /// Messages rejected by its own rate, less those accepted since.
+    pub rejected: u16,
 }
 
 impl Connection {
@@ -266,8 +269,9 @@ impl Connection {
             unanswered: 0,
             heartbeat: tick,
             pinged: false,
-            paid_until: 0,
-            refused: 0,
+            tat: 0,
+            allowance: None,
+            rejected: 0,
         }
     }
 

@@ -9,14 +9,16 @@ use std::fmt;
 use std::hash::{BuildHasher, Hash, RandomState};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
-use std::sync::{LazyLock, Mutex};
+use std::sync::{Arc, LazyLock, Mutex};
 
 use bytes::Bytes;
 use ipnet::IpNet;
 
+use crate::allowance::Allowances;
 use crate::close::Reason;
 use crate::config::{self, Cap, Settings};
 use crate::http::Response;
+use crate::pace::{Allowance, Client};
 
 /// Most connections of one address, unless said otherwise: a large office behind one address has fewer, and a
 /// program that opens more is one to talk about. Loopback is free, since a proxy on the same machine may not be named.
@@ -163,6 +165,10 @@ pub struct Guard {
     /// By hash: two users in 2^64 would share a cap, and a name is too long to keep twice.
     users: Mutex<HashMap<u64, u32>>,
     hasher: RandomState,
+    /// Who shares an allowance.
+    client: Client,
+    /// What clients may still do.
+    pub allowances: Allowances,
 }
 
 impl Guard {
@@ -183,6 +189,8 @@ impl Guard {
             addresses: Mutex::default(),
             users: Mutex::default(),
             hasher: RandomState::new(),
+            client: Client::of(settings),
+            allowances: Allowances::new(settings),
         }
     }
 
@@ -260,15 +268,43 @@ impl Guard {
         self.per_user.is_none_or(|most| add(&self.users, self.hasher.hash_one(user), most))
     }
 
+    /// The allowance of the client of this connection. `None`: the connection shares with no other. Without tokens
+    /// that holds for loopback, since a proxy on the same machine may not name its clients, and for a proxy's own
+    /// connections.
+    pub fn allowance(&self, place: Place, user: &str) -> Option<Arc<Allowance>> {
+        match (self.client, place) {
+            (Client::User, _) => Some(self.allowances.get(user)),
+            (Client::Address, Place::Client(address)) if !address.is_loopback() => {
+                Some(self.allowances.get(address))
+            }
+            (Client::Address, _) => None,
+        }
+    }
+
+    /// Counts a new channel that this client names; false when it has named too many. Without a cap on its
+    /// connections there is none.
+    pub fn take_channel(&self, client: &Allowance) -> bool {
+        let connections = match self.client {
+            Client::User => self.per_user,
+            Client::Address => self.most_of_address(),
+        };
+        client.take_channel(connections.unwrap_or(0), self.allowances.now())
+    }
+
     /// Counts one more connection of this address; false when that would be too many.
     fn count(&self, address: Address) -> bool {
-        let most = match self.per_address {
-            Cap::Auto if address.is_loopback() => u32::MAX,
-            Cap::Auto => PER_ADDRESS,
-            Cap::Off => u32::MAX,
-            Cap::Most(most) => most.get(),
-        };
-        add(&self.addresses, address, most)
+        let is_free = self.per_address == Cap::Auto && address.is_loopback();
+        let most = self.most_of_address().filter(|_| !is_free);
+        add(&self.addresses, address, most.unwrap_or(u32::MAX))
+    }
+
+    /// Most connections of an address that is not loopback.
+    fn most_of_address(&self) -> Option<u32> {
+        match self.per_address {
+            Cap::Auto => Some(PER_ADDRESS),
+            Cap::Off => None,
+            Cap::Most(most) => Some(most.get()),
+        }
     }
 }
 

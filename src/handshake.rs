@@ -178,6 +178,12 @@ pub fn unavailable(why: &str) -> Bytes {
     Response::from(refusal).to_closing_bytes()
 }
 
+/// The answer to a client that has named too many new channels.
+pub fn too_many_channels() -> Bytes {
+    let text = "too many new channels in a minute: join one that is in use, or try later";
+    Response::from(Refusal::new(429, text).with("Retry-After", "5")).to_closing_bytes()
+}
+
 /// The answer to a client that comes when the node stops. A proxy asks another node at once.
 pub fn stopping() -> Bytes {
     unavailable("this node is stopping")

@@ -15,14 +15,10 @@ use tokio_tungstenite::tungstenite::protocol::frame::coding::{Control, Data, OpC
 use tokio_tungstenite::tungstenite::protocol::{Message, Role, WebSocketConfig, WebSocketContext};
 
 use crate::close::Reason;
+use crate::pace::{FRAGMENT_BYTES, FRAGMENTS_MAX};
 
 /// Most messages taken before the caller looks whether it wants more of them.
 pub const MESSAGES_AT_ONCE: usize = 64;
-
-/// Most frames of one message, and one more for so many bytes of `max_message`: a client that sends its message in more
-/// of them only wants to cost something.
-const FRAGMENTS_MAX: usize = 1024;
-const FRAGMENT_BYTES: usize = 64;
 
 /// tungstenite would take 128 KiB a context; this one lives for a frame or two.
 const CONTEXT_BUFFER: usize = 1024;
@@ -33,16 +29,28 @@ const CONTROL_MAX: u64 = 125;
 /// Something a client said.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Incoming {
-    /// A text message.
-    Text(String),
-    /// A binary message, where [`Limits::binary`] lets it pass.
-    Binary(Bytes),
+    /// A text message, and how many frames it came in.
+    Text(String, u32),
+    /// A binary message, where [`Limits::binary`] lets it pass, and how many frames it came in.
+    Binary(Bytes, u32),
     /// A ping with this payload, which the pong is to have.
     Ping(Box<[u8]>),
     /// A pong.
     Pong,
     /// It closes, with this code; nothing comes after.
     Close(Option<u16>),
+}
+
+impl Incoming {
+    /// Its payload in bytes, as far as that is kept, and how many frames it came in.
+    pub fn size(&self) -> (usize, u32) {
+        match self {
+            Incoming::Text(text, frames) => (text.len(), *frames),
+            Incoming::Binary(bytes, frames) => (bytes.len(), *frames),
+            Incoming::Ping(payload) => (payload.len(), 1),
+            Incoming::Pong | Incoming::Close(_) => (0, 1),
+        }
+    }
 }
 
 /// What a client may send.
@@ -66,6 +74,8 @@ pub struct Partial {
     remaining: usize,
     /// Frames so far of a message whose last one has yet to come.
     fragments: usize,
+    /// Frames of the current message.
+    frames: u32,
     /// Bytes of the message that the context has.
     held: usize,
     /// The shard has it among the unfinished messages.
@@ -81,6 +91,7 @@ impl Partial {
             context: None,
             remaining: 0,
             fragments: 0,
+            frames: 0,
             held: 0,
             noted: false,
         }
@@ -117,7 +128,7 @@ pub fn read(
             begun.remaining -= length;
             begun.held += length;
             let context = begun.context.get_or_insert_with(|| new_context(limits));
-            feed(context, &data[at..at + length], messages)?;
+            feed(context, &data[at..at + length], begun.frames, messages)?;
             at += length;
             if begun.remaining == 0 && begun.fragments == 0 {
                 *partial = None;
@@ -151,12 +162,13 @@ pub fn read(
             OpCode::Data(Data::Text) if header.is_final && whole && fragments == 0 => {
                 let payload = unmasked(&mut data[at + head..at + head + length], mask);
                 let text = std::str::from_utf8(payload).map_err(|_| Reason::InvalidText)?;
-                messages.push(Incoming::Text(text.to_owned()));
+                messages.push(Incoming::Text(text.to_owned(), 1));
                 at += head + length;
             }
             OpCode::Data(_) => {
                 let begun = partial.get_or_insert_default();
                 begun.remaining = head + length;
+                begun.frames = begun.fragments as u32 + 1; // at most FRAGMENTS_MAX and what max_message adds
                 begun.fragments = if header.is_final { 0 } else { begun.fragments + 1 };
                 if begun.fragments > FRAGMENTS_MAX + limits.max_message / FRAGMENT_BYTES {
                     return Err(Reason::Unfinished);
@@ -228,12 +240,17 @@ fn new_context(limits: Limits) -> Box<WebSocketContext> {
 }
 
 /// Gives the context what has come of data frames, and takes what it makes of it.
-fn feed(context: &mut WebSocketContext, part: &[u8], messages: &mut Vec<Incoming>) -> Result<(), Reason> {
+fn feed(
+    context: &mut WebSocketContext,
+    part: &[u8],
+    frames: u32,
+    messages: &mut Vec<Incoming>,
+) -> Result<(), Reason> {
     let mut wire = Wire(part);
     loop {
         match context.read(&mut wire) {
-            Ok(Message::Text(text)) => messages.push(Incoming::Text(text.as_str().to_owned())),
-            Ok(Message::Binary(bytes)) => messages.push(Incoming::Binary(bytes)),
+            Ok(Message::Text(text)) => messages.push(Incoming::Text(text.as_str().to_owned(), frames)),
+            Ok(Message::Binary(bytes)) => messages.push(Incoming::Binary(bytes, frames)),
             Ok(_) => unreachable!("control frames never reach a context"),
             Err(Error::Io(error)) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
             Err(error) => return Err(reason(&error)),
@@ -329,8 +346,8 @@ mod tests {
         (Ok(()), messages, partial.is_some())
     }
 
-    fn text(text: &str) -> Incoming {
-        Incoming::Text(text.to_owned())
+    fn text(text: &str, frames: u32) -> Incoming {
+        Incoming::Text(text.to_owned(), frames)
     }
 
     fn ping(payload: &[u8]) -> Incoming {
@@ -343,7 +360,7 @@ mod tests {
             [frame(0x01, b"one "), frame(0x89, b"p"), frame(0x00, b"two "), frame(0x80, b"three")].concat();
         for cuts in [&[][..], &[12], &[18]] {
             let (result, messages, kept) = read_in_pieces(&bytes, cuts);
-            assert_eq!((result, messages), (Ok(()), vec![ping(b"p"), text("one two three")]));
+            assert_eq!((result, messages), (Ok(()), vec![ping(b"p"), text("one two three", 3)]));
             assert!(!kept, "nothing is kept between messages");
         }
     }
@@ -418,7 +435,7 @@ mod tests {
             let cut = read_in_pieces(&bytes, &cuts);
             prop_assert_eq!(&straight.0, &cut.0);
             if straight.0.is_ok() {
-                let texts = straight.1.iter().filter(|message| matches!(message, Incoming::Text(_)));
+                let texts = straight.1.iter().filter(|message| matches!(message, Incoming::Text(..)));
                 prop_assert_eq!(texts.count(), sent.len());
                 prop_assert_eq!(straight.1, cut.1);
                 prop_assert!(!cut.2, "nothing is kept between messages");

@@ -27,7 +27,8 @@
 //! | [`guard`] | how many connections: of the node, an address, a user |
 //! | [`handshake`] | a request's bytes become a client who may join, or an answer |
 //! | [`input`] | a client's bytes become its messages |
-//! | [`pace`] | how fast a client may send |
+//! | [`pace`] | how fast a client may send, and name new channels |
+//! | [`allowance`] | the table of what clients may still do, over all their connections |
 //! | [`feed`] | a channel's recent events in memory, and cursors into them |
 //! | [`connection`] | one connection: its states, and the one function that writes |
 //! | [`shard`] | the loop that owns connections and channels: joins, passes, history, ticks |
@@ -67,7 +68,7 @@
 //!
 //! **Who knows what.** Only [`bus::redis`] knows fred. Only [`input`] and [`handshake`] know tungstenite. Pure rooms
 //! (`event`, `close`, `frame`, `json`, `foreign`, `config`, `http`, `web`, `origin`, `proxy`, `token`, `guard`, `input`, `pace`,
-//! `feed`, `sequence`) know neither sockets nor runtimes: bytes are handed in, so each is tested alone.
+//! `allowance`, `feed`, `sequence`) know neither sockets nor runtimes: bytes are handed in, so each is tested alone.
 
 // In reading order.
 
@@ -95,6 +96,7 @@ pub mod guard;
 
 pub mod mint;
 
+pub mod allowance;
 pub mod handshake;
 pub mod input;
 pub mod pace;

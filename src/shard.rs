@@ -25,7 +25,6 @@ use crate::handshake;
 use crate::http;
 use crate::input;
 use crate::metrics::{Metrics, ShardNumbers};
-use crate::pace::Pace;
 use crate::refusals::Class;
 
 mod channel;
@@ -152,8 +151,6 @@ pub struct Shard {
     messages: Vec<input::Incoming>,
     pongs: Vec<u8>,
     limits: input::Limits,
-    pace: Option<Pace>,
-    started: Instant,
 }
 
 /// What epoll says when the bell rings. No connection has it: slots are below 2^32.
@@ -213,8 +210,6 @@ fn assemble(wiring: Wiring) -> io::Result<(Shard, Poll, mpsc::UnboundedReceiver<
         messages: Vec::new(),
         pongs: Vec::new(),
         limits: input::Limits { max_message: settings.max_message, binary: wiring.takes_binary },
-        pace: Pace::new(settings.message_rate),
-        started: Instant::now(),
         settings,
     };
     Ok((shard, poll, inbox, bell))

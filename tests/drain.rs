@@ -166,7 +166,18 @@ async fn whoever_waits_to_be_accepted_when_it_stops_gets_an_answer() {
 
 #[tokio::test]
 async fn under_a_flood_everybody_who_reads_is_told() {
-    let flags = ["--drain", "4s", "--heartbeat", "1s", "--heartbeat-timeout", "1s", "--message-rate", "0"];
+    let flags = [
+        "--drain",
+        "4s",
+        "--heartbeat",
+        "1s",
+        "--heartbeat-timeout",
+        "1s",
+        "--message-rate",
+        "0",
+        "--max-byte-rate",
+        "0",
+    ];
     let node = Node::start(&flags).await;
     let mut readers = JoinSet::new();
     for n in 0..20 {

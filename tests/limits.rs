@@ -2,7 +2,7 @@
 
 mod common;
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use common::client::position;
 use common::{Client, Frame, Node, Options, Raw, Redis, cluster, until};
@@ -34,6 +34,68 @@ async fn no_more_channels_than_allowed_are_followed() {
         })
         .await;
     }
+}
+
+/// Joins a channel and leaves it at once.
+async fn visit(node: &Node, channel: &str) {
+    Client::plain(node, "a", channel).await.leave().await;
+}
+
+#[tokio::test]
+async fn empty_channels_make_room_for_new_ones() {
+    let redis = Redis::start(&[]).await;
+    let local = Node::start(&["--max-channels", "16"]).await;
+    let on_redis = Node::on(&redis, &["--max-channels", "16", "--shards", "1"]).await;
+    for node in [&local, &on_redis] {
+        let mut stays = Client::plain(node, "b", "stays").await;
+        for n in 0..50 {
+            visit(node, &format!("room{n}")).await;
+        }
+        let id = node.publish("stays", &json!({"n": 1})).await;
+        stays.expect_event(id, &json!({"n": 1})).await;
+    }
+    // Those left last are still followed, a while: the oldest ones have gone.
+    let mut program = redis.client().await;
+    let mut followed = async |channel: &str| {
+        let named = program.call(&["PUBSUB", "NUMSUB", &format!("fanfare:{{{channel}}}")]).await;
+        named.list()[1].int()
+    };
+    visit(&on_redis, "last").await;
+    assert_eq!([followed("last").await, followed("stays").await, followed("room20").await], [1, 1, 0]);
+}
+
+#[tokio::test]
+async fn a_client_names_only_so_many_new_channels_a_minute() {
+    let flags = ["--trusted-proxy", "127.0.0.2", "--max-per-address", "5", "--shards", "1"];
+    let node = Node::start(&flags).await;
+    let _stays = Client::plain(&node, "a", "used").await;
+    let empty = async || {
+        let alone = async || node.metric("fanfare_connections").await == 1.0;
+        until("the others to be gone", || async { alone().await.then_some(()) }).await;
+    };
+    let join = async |address: &str, channel: &str| {
+        empty().await; // so that the cap on connections has room
+        let mut raw = Raw::connect_from([127, 0, 0, 2], node.public).await;
+        raw.write(format!("PROXY TCP4 {address} 127.0.0.1 1 2\r\n").as_bytes()).await;
+        raw.upgrade(&format!("/ws/a?channel={channel}"), &[]).await
+    };
+    let mut named = 0;
+    let begun = Instant::now();
+    let refusal = loop {
+        let response = join("192.0.2.7", &format!("new{named}")).await;
+        if response.status != 101 {
+            break response;
+        }
+        named += 1;
+    };
+    let most = 5 + begun.elapsed().as_secs() / 12;
+    assert!((5..=most).contains(&named), "{named} new channels, {most} are allowed");
+    refusal.expect_refusal(429);
+    assert!(refusal.body.contains("too many new channels"), "{refusal:?}");
+    assert_eq!(refusal.header("retry-after"), Some("5"));
+    // Channels in use are no new ones, and other addresses have their own allowance.
+    assert_eq!(join("192.0.2.7", "used").await.status, 101);
+    assert_eq!(join("192.0.2.8", "new").await.status, 101);
 }
 
 #[tokio::test]

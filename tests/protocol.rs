@@ -327,7 +327,7 @@ async fn json_mode_answers_a_ping_with_the_position() {
 #[tokio::test]
 async fn a_client_that_sends_faster_than_it_is_answered_loses_nothing() {
     const MESSAGES: u64 = 5000;
-    let node = Node::start(&["--message-rate", "0"]).await;
+    let node = Node::start(&["--message-rate", "0", "--max-byte-rate", "0"]).await;
     let (mut client, welcome) = Client::json(&node, "a", "room").await;
     let mut watcher = Client::plain(&node, "w", "room").await;
     let head = position(&welcome["head"]);

@@ -4,6 +4,7 @@ mod common;
 
 use std::time::{Duration, Instant};
 
+use common::process::Directory;
 use common::raw::{frame_bytes, opcode::*};
 use common::{Client, Node, Raw, until};
 use serde_json::{Value, json};
@@ -110,9 +111,100 @@ async fn a_plain_client_is_told_as_it_can_be() {
     recovering.write(&flood).await;
     let told = told(&mut recovering).await;
     assert_eq!((told.code, told.errors.len()), (4029, 10));
-    let message = "not taken: the rate is 1 a second";
+    let message = "not taken: the rate is 1 messages or 1MiB a second";
     assert_eq!(told.errors[0], json!({"type": "error", "code": "too_fast", "message": message}));
     expect_burst(published(&node, &mut watcher).await.len(), begun);
+}
+
+/// Floods over short connections, one after the other, and expects that they are closed after few messages in all.
+async fn expect_no_gain(node: &Node, rate: f64, connect: impl AsyncFn() -> Raw) {
+    let flood = frame_bytes(true, TEXT, true, b"hi").repeat(1500);
+    let before = node.metric("fanfare_messages_total").await;
+    let begun = Instant::now();
+    for _ in 0..12 {
+        let mut raw = connect().await;
+        raw.write_some(&flood).await;
+        assert_eq!(told(&mut raw).await.code, 4029);
+    }
+    let most = 101.0 + rate * begun.elapsed().as_secs_f64();
+    let taken = node.metric("fanfare_messages_total").await - before;
+    assert!((100.0..=most).contains(&taken), "{taken} messages on 12 connections, {most} are allowed");
+}
+
+#[tokio::test]
+async fn reconnecting_gains_no_messages() {
+    let node = Node::start(&["--trusted-proxy", "127.0.0.2"]).await;
+    let connect = async |address: &str, path: &str| {
+        let mut raw = Raw::connect_from([127, 0, 0, 2], node.public).await;
+        raw.write(format!("PROXY TCP6 {address} ::1 1 2\r\n").as_bytes()).await;
+        assert_eq!(raw.upgrade(path, &[]).await.status, 101);
+        raw
+    };
+    // An address has the allowance of ten users, whatever names they give. A new one may send a tenth of it at once.
+    expect_no_gain(&node, 1000.0, async || connect("2001:db8::1", "/ws/a?channel=room").await).await;
+    // Nor does it gain tolerance: once too many messages were rejected, each accepted one allows one more.
+    let flood = frame_bytes(true, TEXT, true, b"hi").repeat(4000);
+    let begun = Instant::now();
+    let mut errors = 0.0;
+    for _ in 0..2 {
+        let mut raw = connect("2001:db8:0:ff::1", "/ws/b?channel=room&lastEventId=").await;
+        raw.write_some(&flood).await;
+        let told = told(&mut raw).await;
+        assert_eq!(told.code, 4029);
+        errors += told.errors.len() as f64;
+        for error in &told.errors {
+            let text = error["message"].as_str().expect("text");
+            assert!(text.ends_with(" a second for all connections of an address"), "{text}");
+        }
+    }
+    let most = 1001.0 + 1000.0 * begun.elapsed().as_secs_f64();
+    assert!(errors <= most, "{errors} error frames, {most} are allowed");
+    // Other addresses have their own.
+    expect_no_gain(&node, 1000.0, async || connect("2001:db8:0:100::1", "/ws/a?channel=room").await).await;
+}
+
+#[tokio::test]
+async fn reconnecting_gains_a_user_no_messages() {
+    let keys = Directory::new();
+    let key = keys.path().join("key");
+    std::fs::write(&key, "a secret that is long enough for HS256\n").expect("a file");
+    let node = Node::start(&["--jwt-key", key.to_str().expect("UTF-8")]).await;
+    for user in ["alice", "bob"] {
+        let mut token = std::process::Command::new(env!("CARGO_BIN_EXE_fanfare"));
+        let token =
+            token.arg("token").arg("--jwt-key").arg(&key).args(["--user", user]).output().expect("a token");
+        let token = String::from_utf8(token.stdout).expect("text");
+        let path = format!("/ws/{user}?channel=room&token={}", token.trim_end());
+        expect_no_gain(&node, 100.0, async || Raw::upgraded(node.public, &path).await).await;
+    }
+}
+
+#[tokio::test]
+async fn bytes_and_fragments_have_a_rate_too() {
+    let node = Node::start(&["--max-byte-rate", "64KiB"]).await;
+    // Each costs nearly a second's worth, so ten may come at once.
+    let long = frame_bytes(true, TEXT, true, &[b'x'; 64_000]);
+    let fragments = [
+        frame_bytes(false, TEXT, true, b"e"),
+        frame_bytes(false, CONTINUATION, true, b"").repeat(999),
+        frame_bytes(true, CONTINUATION, true, b""),
+    ]
+    .concat();
+    for message in [long, fragments] {
+        let mut raw = join(&node, "&lastEventId=", "").await;
+        let begun = Instant::now();
+        raw.write(&message.repeat(20)).await;
+        let (mut taken, mut rejected) = (0, 0);
+        while taken + rejected < 20 {
+            let value: Value = serde_json::from_str(&raw.next_text().await).expect("JSON");
+            match value["type"].as_str() {
+                Some("error") => rejected += 1,
+                Some("welcome") => {}
+                _ => taken += 1,
+            }
+        }
+        expect_burst(taken, begun);
+    }
 }
 
 #[tokio::test]
@@ -223,8 +315,8 @@ async fn a_flood_costs_no_more_than_what_it_is_allowed() {
 #[tokio::test]
 async fn a_flooder_that_never_reads_costs_no_memory() {
     for (flags, opcode) in [
-        (&["--client-publish", "off", "--message-rate", "0"][..], TEXT), // an error frame for each
-        (&["--message-rate", "0"], PING),
+        (&["--client-publish", "off", "--message-rate", "0", "--max-byte-rate", "0"][..], TEXT), // an error frame for each
+        (&["--message-rate", "0", "--max-byte-rate", "0"], PING),
         (&["--client-publish", "off", "--message-rate", "100000"], TEXT), // and each of the last 65,534
     ] {
         let node = Node::start(&[&["--shards", "1", "--feed-memory", "64KiB"], flags].concat()).await;
@@ -245,7 +337,7 @@ async fn a_flooder_that_never_reads_costs_no_memory() {
 
 #[tokio::test]
 async fn who_sends_without_a_pause_gets_no_more_turns_than_others() {
-    let node = Node::start(&["--shards", "1", "--message-rate", "0"]).await;
+    let node = Node::start(&["--shards", "1", "--message-rate", "0", "--max-byte-rate", "0"]).await;
     // The dearest bytes there are: many fragments of nothing, of which each message has as many as it may.
     let message = [
         frame_bytes(false, TEXT, true, b""),

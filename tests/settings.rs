@@ -70,6 +70,8 @@ async fn help_and_version_go_to_standard_output() {
         "heartbeat-timeout",
         "heartbeat-format",
         "max-message",
+        "message-rate",
+        "max-byte-rate",
         "publish-timeout",
         "log",
         "log-format",

@@ -61,7 +61,7 @@ const fn spec(
 }
 
 /// All settings, in the order shown.
-pub(super) static TABLE: [Spec; 31] = [
+pub(super) static TABLE: [Spec; 32] = [
     spec(
         "listen",
         List,
@@ -231,7 +231,18 @@ pub(super) static TABLE: [Spec; 31] = [
         "100",
         &[
             "Messages that a connection may send in a second, pings among them; at once ten times as many.",
-            "What is faster is not published, and whoever goes on is closed. 0: no limit.",
+            "All connections of a user together may send no more; without --jwt-key, all of an address ten",
+            "times as many. What is faster is not published, and whoever goes on is closed. 0: no limit.",
+        ],
+    ),
+    spec(
+        "max-byte-rate",
+        Value,
+        "SIZE",
+        "auto",
+        &[
+            "Bytes of messages that a connection may send in a second, with the same bursts and shares.",
+            "auto: 1MiB, or --max-message if that is more. 0: no limit.",
         ],
     ),
     spec(

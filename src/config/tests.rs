@@ -25,13 +25,15 @@ fn nothing_given_means_the_defaults_that_help_shows() {
     let settings = run(&[], &[]);
     for (spec, (name, shown)) in TABLE.iter().zip(settings.shown()) {
         assert_eq!(spec.name, name);
-        if !matches!(name, "shards" | "max-connections" | "feed-memory") {
+        if !matches!(name, "shards" | "max-connections" | "feed-memory" | "max-byte-rate") {
             assert_eq!(shown, spec.default, "--{name}");
         }
     }
     assert_eq!(settings.shards, std::thread::available_parallelism().unwrap());
     let files = settings.open_files.unwrap_or(u32::MAX);
     assert!((1..=files).contains(&settings.most_connections()));
+    assert_eq!(settings.byte_rate(), 1 << 20);
+    assert_eq!(run(&["--max-message", "2MiB"], &[]).byte_rate(), 2 << 20);
     assert_eq!(settings.log_targets().default_level(), Some(LevelFilter::INFO));
 }
 
@@ -60,6 +62,7 @@ fn every_setting_is_read_from_its_flag_in_both_forms_and_from_its_variable() {
         ("max-channels", "7"),
         ("max-message", "1KiB"),
         ("message-rate", "20"),
+        ("max-byte-rate", "2MiB"),
         ("heartbeat", "1s"),
         ("heartbeat-timeout", "2s"),
         ("heartbeat-format", "both"),
@@ -214,6 +217,9 @@ fn each_wrong_setting_is_named_and_explained() {
             &["--max-message", "16MiB", "--feed-memory", "15MiB"],
             "--feed-memory: must be at least --max-message (16MiB)",
         ),
+        (&["--max-byte-rate", "fast"], "KB, MB or GB, nor auto"),
+        (&["--max-byte-rate", "63KiB"], "at least 64KiB, or 0, with --max-message 64KiB"),
+        (&["--max-byte-rate", "1MiB", "--max-message", "16MiB"], "at least 4MiB, or 0"),
         (&["--heartbeat", "0s"], "more than nothing"),
         (&["--heartbeat-timeout", "20"], "not a duration"),
         (&["--heartbeat-format", "pong"], "none of ping"),

@@ -132,6 +132,25 @@ fn users_have_a_cap_where_tokens_say_who_they_are() {
 }
 
 #[test]
+fn allowances_are_of_users_with_tokens_and_else_of_addresses() {
+    let place = |text: &str| Place::Client(ip(text).into());
+    let same = |guard: &Guard, [(a, alice), (b, bob)]: [(&str, &str); 2]| {
+        let one = guard.allowance(place(a), alice).expect("one");
+        Arc::ptr_eq(&one, &guard.allowance(place(b), bob).expect("another"))
+    };
+    let with_tokens = guard(&["--jwt-key", "/some/file"]);
+    assert!(same(&with_tokens, [("192.0.2.1", "alice"), ("127.0.0.1", "alice")]));
+    assert!(!same(&with_tokens, [("192.0.2.1", "alice"), ("192.0.2.1", "bob")]));
+    let without = guard(&[]);
+    assert!(same(&without, [("192.0.2.1", "alice"), ("192.0.2.1", "bob")]));
+    assert!(same(&without, [("2001:db8::1", "alice"), ("2001:db8:0:ff::1", "bob")]));
+    assert!(!same(&without, [("192.0.2.1", "alice"), ("192.0.2.2", "alice")]));
+    for place in [place("127.0.0.1"), place("::1"), Place::Proxy] {
+        assert!(without.allowance(place, "alice").is_none(), "{place:?}");
+    }
+}
+
+#[test]
 fn an_answer_says_when_to_come_back() {
     for (full, status) in [(Full::Node, "503"), (Full::Address, "429"), (Full::User, "429")] {
         let answer = String::from_utf8(full.answer().to_vec()).unwrap();

@@ -7,10 +7,12 @@ use bytes::{Bytes, BytesMut};
 use super::Shard;
 use super::channel::{PageState, ReadyPage};
 use crate::bus::{BusError, ConnectionId, Page, Request, ShardId, ToShard};
+use crate::close::Reason;
 use crate::connection::{LastSeen, State};
 use crate::event::{ChannelName, Entry, EventId};
 use crate::feed::{Cursor, Feed, Start};
 use crate::frame;
+use crate::handshake;
 
 /// What the bus was asked for a client that can't come in without.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,6 +45,9 @@ impl Shard {
         let State::Joining(join) = &self.connections[slot as usize].state else { return };
         let last_seen = join.last_seen;
         let name = join.channel.clone();
+        if !self.names.contains_key(&name) && !self.may_name_channel(slot) {
+            return self.refuse(slot, handshake::too_many_channels(), Reason::TooFast);
+        }
         let key = self.channel_key(&name);
         self.connections[slot as usize].channel = key;
         let channel = &mut self.channels[key as usize];
@@ -71,6 +76,17 @@ impl Shard {
             },
         };
         self.admit(slot, key, entrance);
+    }
+
+    /// Whether the client of this connection has not named too many new channels lately. One that only this shard does
+    /// not follow counts, too.
+    fn may_name_channel(&mut self, slot: u32) -> bool {
+        let guard = &self.door.guard;
+        let connection = &mut self.connections[slot as usize];
+        if connection.allowance.is_none() {
+            connection.allowance = guard.allowance(connection.place, &connection.user);
+        }
+        connection.allowance.as_deref().is_none_or(|client| guard.take_channel(client))
     }
 
     /// Makes a client a member. It takes its place in the same turn in which its welcome reads the head, so

@@ -13,7 +13,7 @@ use crate::frame::{self, ClientFrame, ErrorCode};
 use crate::guard::Full;
 use crate::handshake::{self, Verdict};
 use crate::input::{self, Incoming};
-use crate::pace;
+use crate::pace::Decision;
 
 /// Nothing more is read from a client that has this many publishes without an answer,
 const UNANSWERED_MAX: u32 = 256;
@@ -175,21 +175,21 @@ impl Shard {
     }
 
     fn on_messages(&mut self, slot: u32, messages: impl Iterator<Item = Incoming>) -> Result<(), End> {
-        let now = self.started.elapsed();
+        let now = self.door.guard.allowances.now();
         for message in messages {
             let connection = &mut self.connections[slot as usize];
             let is_heartbeat = message == Incoming::Pong && connection.take_pong();
-            let pace = self.pace.filter(|_| !is_heartbeat && !matches!(message, Incoming::Close(_)));
-            let verdict = pace.map_or(pace::Verdict::Taken, |pace| {
-                pace.judge(&mut connection.paid_until, &mut connection.refused, now)
-            });
-            if verdict != pace::Verdict::Taken {
-                self.too_fast(slot, &message, verdict)?;
-                continue;
+            if !is_heartbeat && !matches!(message, Incoming::Close(_)) {
+                let (bytes, frames) = message.size();
+                let decision = self.check_rate(slot, bytes, frames, now);
+                if let Decision::Reject(text) | Decision::Close(text) = &decision {
+                    self.too_fast(slot, &message, text, matches!(decision, Decision::Close(_)))?;
+                    continue;
+                }
             }
             match message {
-                Incoming::Text(text) => self.on_text(slot, &text)?,
-                Incoming::Binary(bytes) => self.publish(slot, bytes, None, None),
+                Incoming::Text(text, _) => self.on_text(slot, &text)?,
+                Incoming::Binary(bytes, _) => self.publish(slot, bytes, None, None),
                 Incoming::Ping(payload) => {
                     // The last one is as good as all before it (RFC 6455 section 5.5.3).
                     if self.pongs.len() + payload.len() > PONGS_MAX {
@@ -204,19 +204,30 @@ impl Shard {
         Ok(())
     }
 
-    /// Does not take what came faster than it may.
-    fn too_fast(&mut self, slot: u32, message: &Incoming, verdict: pace::Verdict) -> Result<(), Reason> {
-        let text = format!("not taken: the rate is {} a second", self.settings.message_rate);
-        self.metrics.refuse_message(self.id, ErrorCode::TooFast, &text);
+    fn check_rate(&mut self, slot: u32, bytes: usize, frames: u32, now: u64) -> Decision {
+        let guard = &self.door.guard;
+        let Some(limiter) = guard.allowances.limiter() else { return Decision::Accept };
         let connection = &mut self.connections[slot as usize];
-        if verdict == pace::Verdict::TooMany || !connection.recovers {
+        if connection.allowance.is_none() {
+            connection.allowance = guard.allowance(connection.place, &connection.user);
+        }
+        let client = connection.allowance.as_deref();
+        let cost = limiter.cost(bytes, frames);
+        limiter.check(&mut connection.tat, &mut connection.rejected, client, cost, now)
+    }
+
+    /// Rejects a message that is over the rate.
+    fn too_fast(&mut self, slot: u32, message: &Incoming, text: &str, close: bool) -> Result<(), Reason> {
+        self.metrics.refuse_message(self.id, ErrorCode::TooFast, text);
+        let connection = &mut self.connections[slot as usize];
+        if close || !connection.recovers {
             return Err(Reason::TooFast);
         }
         let reference = match message {
-            Incoming::Text(text) if connection.json => frame::reference_in(text),
+            Incoming::Text(text, _) if connection.json => frame::reference_in(text),
             _ => None,
         };
-        connection.enqueue(frame::error(ErrorCode::TooFast, &text, reference.as_deref()));
+        connection.enqueue(frame::error(ErrorCode::TooFast, text, reference.as_deref()));
         Ok(())
     }
 

@@ -19,7 +19,7 @@ use lone::Lone;
 use tokio::sync::mpsc;
 
 /// The suite's messages are as long as 16 MiB and as many as it likes, and it expects no pings.
-const FLAGS: [&str; 10] = [
+const FLAGS: [&str; 12] = [
     "--shards",
     "1",
     "--max-message",
@@ -27,6 +27,8 @@ const FLAGS: [&str; 10] = [
     "--feed-memory",
     "64MiB",
     "--message-rate",
+    "0",
+    "--max-byte-rate",
     "0",
     "--heartbeat",
     "1h",
