@@ -39,6 +39,8 @@ const CONNECTIONS_MIN: usize = 4;
 const RESERVED_PART: usize = 16;
 /// The bus answers within `--publish-timeout`; what it needs to notice that time is up comes on top.
 const BUS_GRACE: Duration = Duration::from_secs(5);
+/// Longest `Idempotency-Key`, in bytes: part of a Redis key. function.lua has the same limit.
+const KEY_MAX: usize = 128;
 /// Wait after a failed accept: without descriptors the next one fails too.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Longest time between two signs of life for the watchdog.
@@ -269,11 +271,12 @@ async fn publish(head: &Head<'_>, body: &[u8], desk: &Desk) -> Result<Response, 
     }
     let (channel, to) = destination(head.query)?;
     let event = foreign::published(body, to.as_deref()).map_err(|bad| Refusal::new(400, bad.to_string()))?;
+    let key = idempotency_key(head)?;
     let Ok(_permit) = desk.publishes.try_acquire() else {
         let text = "too many publishes wait for the bus here: try again, or another node";
         return Err(Refusal::new(503, text).with("Retry-After", "1"));
     };
-    let id = match hand_over(channel, to, event, desk).await {
+    let id = match hand_over(channel, to, key, event, desk).await {
         Ok(id) => id,
         Err(error) => {
             let text = error.to_string();
@@ -313,15 +316,38 @@ fn destination(query: &str) -> Result<(ChannelName, Option<Arc<str>>), Refusal> 
     Ok((channel, to.map(|user| user.as_ref().into())))
 }
 
+/// The `Idempotency-Key`, under which a retry publishes nothing twice. It may stand in quotes, as in the IETF's draft
+/// (draft-ietf-httpapi-idempotency-key-header), which are not part of it.
+fn idempotency_key(head: &Head<'_>) -> Result<Option<Arc<str>>, Refusal> {
+    let given = match head.count("idempotency-key") {
+        0 => return Ok(None),
+        1 => head.header("idempotency-key"),
+        _ => None,
+    };
+    let unquoted =
+        given.map(|key| key.strip_prefix('"').and_then(|key| key.strip_suffix('"')).unwrap_or(key));
+    let is_key = |key: &&str| {
+        (1..=KEY_MAX).contains(&key.len()) && key.bytes().all(|byte| byte.is_ascii_graphic() && byte != b'"')
+    };
+    match unquoted.filter(is_key) {
+        Some(key) => Ok(Some(key.into())),
+        None => {
+            let rule = "1 to 128 printable ASCII characters, no blanks, no quotes but around it";
+            Err(Refusal::new(400, format!("Idempotency-Key must be given once: {rule}")))
+        }
+    }
+}
+
 /// Gives the event to the bus and waits for its id.
 async fn hand_over(
     channel: ChannelName,
     to: Option<Arc<str>>,
+    key: Option<Arc<str>>,
     event: Bytes,
     desk: &Desk,
 ) -> Result<EventId, PublishError> {
     let (waiter, outcome) = oneshot::channel();
-    let publish = Publish { channel, to, event, answer: Answer::Waiter(waiter) };
+    let publish = Publish { channel, to, key, event, answer: Answer::Waiter(waiter) };
     if desk.context.requests.send(Request::Publish(publish)).is_err() {
         return Err(PublishError::Refused("this node is stopping".into()));
     }

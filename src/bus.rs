@@ -87,6 +87,9 @@ pub struct Publish {
     pub channel: ChannelName,
     /// The only user it is for; `event` shows it as `to` already.
     pub to: Option<Arc<str>>,
+    /// What makes a retry safe: an event under a key that its channel has seen within ten minutes is not published
+    /// again, and its answer is the first one's id.
+    pub key: Option<Arc<str>>,
     /// A JSON object without `id`, on one line, beginning with `{` and ending with `}`.
     pub event: Bytes,
     /// Who wants to know what became of it.

@@ -2,11 +2,13 @@
 
 mod common;
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use common::client::position;
-use common::{Client, Node, Proxy, Redis, Silence, cluster, until, within};
+use common::{Client, Node, Proxy, Redis, Silence, cluster, http, until, within};
 use serde_json::{Value, json};
+use tokio::task::JoinSet;
 
 /// Reads `count` events; their ids must be contiguous.
 async fn read_contiguous(client: &mut Client, count: usize) -> Vec<(u64, Value)> {
@@ -356,4 +358,97 @@ async fn many_who_come_back_at_once_share_the_reads_of_history() {
     // A thousand events lie on five pages of 256 at most; one that came in parts may count twice.
     let reads = b.metric("fanfare_bus_reads_total").await;
     assert!((4.0..=10.0).contains(&reads), "{reads} reads for {CLIENTS} clients");
+}
+
+/// `POST /publish` under an idempotency key.
+async fn post_with_key(node: &Node, event: &str, key: &str) -> u64 {
+    let path = "/publish?channel=room";
+    let response =
+        http::request(node.admin, "POST", path, &[("Idempotency-Key", key)], event.as_bytes()).await;
+    assert_eq!(response.status, 200, "{response:?}");
+    response.json()["id"].as_u64().expect("an id")
+}
+
+#[tokio::test]
+async fn one_key_is_one_event_however_it_comes() {
+    let redis = Redis::start(&[]).await;
+    let (a, b) = (Node::on(&redis, &[]).await, Node::on(&redis, &[]).await);
+    let mut client = Client::plain(&a, "alice", "room").await;
+    let mut backend = redis.client().await;
+    let id = post_with_key(&a, r#"{"n":1}"#, "order-1").await;
+    // The retry comes in quotes, to another node, or to Redis itself.
+    assert_eq!(post_with_key(&a, r#"{"n":1}"#, "\"order-1\"").await, id);
+    assert_eq!(post_with_key(&b, r#"{"n":1}"#, "order-1").await, id);
+    let fcall = ["FCALL", "fanfare_publish", "1", "fanfare:{room}", r#"{"n":1}"#, "", "order-1"];
+    assert_eq!(backend.call(&fcall).await.int() as u64, id);
+    let fcall = ["FCALL", "fanfare_publish", "1", "fanfare:{room}", r#"{"n":2}"#, "alice", "order-2"];
+    let second = backend.call(&fcall).await.int() as u64;
+    assert_eq!(post_with_key(&b, r#"{"n":2}"#, "order-2").await, second);
+    // Another channel has keys of its own.
+    let fcall = ["FCALL", "fanfare_publish", "1", "fanfare:{other}", "{}", "", "order-1"];
+    assert_ne!(backend.call(&fcall).await.int() as u64, id);
+    // Many at once, of two kinds: each key once, and the others all.
+    let mut posts = JoinSet::new();
+    for n in 0..40 {
+        let (node, key) = ([a.admin, b.admin][n % 2], format!("burst-{}", n / 4));
+        posts.spawn(async move {
+            let headers = [("Idempotency-Key", key.as_str())];
+            let headers = if n % 4 == 3 { &[][..] } else { &headers };
+            let path = "/publish?channel=room";
+            let response = http::request(node, "POST", path, headers, br#"{"n":3}"#).await;
+            (n, response.json()["id"].as_u64().expect("an id"))
+        });
+    }
+    let ids: Vec<(usize, u64)> = posts.join_all().await;
+    let keyed: BTreeSet<_> = ids.iter().filter(|(n, _)| n % 4 != 3).map(|(n, id)| (n / 4, *id)).collect();
+    let all: BTreeSet<_> = ids.iter().map(|(_, id)| *id).collect();
+    assert_eq!((keyed.len(), all.len()), (10, 20), "{ids:?}");
+    client.expect_event(id, &json!({"n": 1})).await;
+    client.expect_event(second, &json!({"n": 2, "to": "alice"})).await;
+    for id in all {
+        client.expect_event(id, &json!({"n": 3})).await;
+    }
+    let ttl = backend.call(&["PTTL", "fanfare:{room}:key:order-1"]).await.int();
+    assert!((500_000..=600_000).contains(&ttl), "{ttl} ms");
+}
+
+#[tokio::test]
+async fn a_retry_after_an_unknown_publish_doubles_nothing() {
+    let redis = Redis::start(&[]).await;
+    let way = Proxy::to(redis.port()).await;
+    let a = Node::start(&["--redis", &way.url(), "--publish-timeout", "1s"]).await;
+    let b = Node::on(&redis, &[]).await;
+    let before = a.publish("room", &json!({"n": 0})).await;
+    let mut client = Client::plain(&b, "alice", "room").await;
+    way.silence(Silence { up: false, down: true });
+    let key = [("Idempotency-Key", "order-1")];
+    let path = "/publish?channel=room";
+    let response = http::request(a.admin, "POST", path, &key, br#"{"n":1}"#).await;
+    response.expect_refusal(504);
+    let id = post_with_key(&b, r#"{"n":1}"#, "order-1").await;
+    assert_eq!(id, before + 1);
+    let last = b.publish("room", &json!({"n": 2})).await;
+    client.expect_event(id, &json!({"n": 1})).await;
+    client.expect_event(last, &json!({"n": 2})).await;
+    way.silence(Silence::default());
+}
+
+#[tokio::test]
+async fn the_local_bus_knows_keys_too_and_bad_ones_are_refused() {
+    let node = Node::start(&[]).await;
+    let mut client = Client::plain(&node, "alice", "room").await;
+    let id = post_with_key(&node, r#"{"n":1}"#, "order-1").await;
+    assert_eq!(post_with_key(&node, r#"{"n":1}"#, "\"order-1\"").await, id);
+    let next = post_with_key(&node, r#"{"n":2}"#, "order-2").await;
+    client.expect_event(id, &json!({"n": 1})).await;
+    client.expect_event(next, &json!({"n": 2})).await;
+    let long = "k".repeat(129);
+    for key in ["", "\"\"", "a b", "a\"b", "gr\u{fc}n", &long] {
+        let headers = [("Idempotency-Key", key)];
+        let response = http::request(node.admin, "POST", "/publish", &headers, b"{}").await;
+        response.expect_refusal(400);
+        assert!(response.body.contains("Idempotency-Key"), "{response:?}");
+    }
+    let twice = [("Idempotency-Key", "a"), ("Idempotency-Key", "b")];
+    http::request(node.admin, "POST", "/publish", &twice, b"{}").await.expect_refusal(400);
 }

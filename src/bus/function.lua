@@ -1,4 +1,4 @@
--- FCALL fanfare_publish 1 P:{C} <JSON object> [to]: what a node's publish does, for any program.
+-- FCALL fanfare_publish 1 P:{C} <JSON object> [to] [idempotency key]: what a node's publish does, for any program.
 -- VERSION stands before this text. What a prefix is set to is in the hash P:settings, which its nodes write.
 
 local CONTROL = {welcome = true, reset = true, ping = true, error = true, ack = true}
@@ -137,8 +137,8 @@ local function publish(keys, args)
   if #keys ~= 1 or not channel or #channel > 128 then
     return refuse('give one key, <prefix>:{<channel>}, as in FCALL fanfare_publish 1 fanfare:{ws_broadcast} ...')
   end
-  if #args < 1 or #args > 2 then
-    return refuse('give a JSON object and, for one user alone, the user id')
+  if #args < 1 or #args > 3 then
+    return refuse('give a JSON object, for one user alone the user id (or an empty one), and an idempotency key')
   end
   local settings, why = settings_of(prefix)
   if not settings then
@@ -167,8 +167,11 @@ local function publish(keys, args)
     return refuse('the type "' .. event.type .. '" is reserved for control frames; use another')
   end
   local user = args[2] or ''
-  if args[2] and not is_user_id(user) then
+  if args[2] and not (user == '' and args[3]) and not is_user_id(user) then
     return refuse('a user id has 1 to 128 bytes of UTF-8 and no control characters')
+  end
+  if args[3] and (#args[3] < 1 or #args[3] > 128 or string.find(args[3], '[^\33\35-\126]')) then
+    return refuse('an idempotency key has 1 to 128 printable ASCII characters, but no blanks and no "')
   end
   local item = string.sub(text, 1, -2) .. (next(event) ~= nil and ',' or '')
   if user ~= '' then
@@ -177,8 +180,16 @@ local function publish(keys, args)
 
   local epoch = current_epoch(prefix, settings.durable)
   local head = position(name, epoch, settings.ttl, 0, 0)
+  local key = args[3] and key_name(name, args[3])
+  local earlier = key and redis.call('GET', key)
+  if earlier then
+    return tonumber(earlier)
+  end
   local messages
   head, messages = append(name, head, {item .. '"id":', user}, 1, settings.history, settings.ttl)
+  if key then
+    redis.call('SET', key, show(head), 'PX', KEY_TTL)
+  end
   local is_bare = string.find(settings.bare, ' ' .. channel .. ' ', 1, true)
   announce(name, messages, is_bare and channel or '')
   return head

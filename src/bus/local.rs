@@ -131,6 +131,40 @@ struct Local {
     given: EventId,
     /// When the requests in hand were taken.
     now: Instant,
+    keys: Keys,
+}
+
+/// How long the idempotency key of a publish is remembered; as in run.lua.
+const KEY_TTL: Duration = Duration::from_secs(600);
+/// Keys remembered at once, some 200 bytes each. Of more the oldest are forgotten.
+const KEYS_MAX: usize = 100_000;
+
+/// The ids of events that were published under an idempotency key, by channel and key.
+#[derive(Debug, Default)]
+struct Keys {
+    ids: HashMap<(ChannelName, Arc<str>), EventId>,
+    /// The same keys, oldest first, and since when they are known.
+    ages: VecDeque<(Instant, (ChannelName, Arc<str>))>,
+}
+
+impl Keys {
+    /// The id of the event that has this key.
+    fn find(&mut self, channel: &ChannelName, key: &Arc<str>, now: Instant) -> Option<EventId> {
+        while let Some((since, known)) = self.ages.front() {
+            if now.saturating_duration_since(*since) < KEY_TTL && self.ages.len() < KEYS_MAX {
+                break;
+            }
+            self.ids.remove(known);
+            self.ages.pop_front();
+        }
+        self.ids.get(&(channel.clone(), key.clone())).copied()
+    }
+
+    /// Remembers the id of a key that [`Keys::find`] did not find.
+    fn insert(&mut self, channel: ChannelName, key: Arc<str>, id: EventId, now: Instant) {
+        self.ages.push_back((now, (channel.clone(), key.clone())));
+        self.ids.insert((channel, key), id);
+    }
 }
 
 impl Local {
@@ -147,6 +181,7 @@ impl Local {
             memory_max: settings.bus_memory(),
             given: EventId(0),
             now: Instant::now(),
+            keys: Keys::default(),
         }
     }
 
@@ -172,7 +207,10 @@ impl Local {
     }
 
     fn publish(&mut self, publish: Publish, batch: &mut Batch, wiring: &Wiring) {
-        let Publish { channel: name, to, event, answer } = publish;
+        let Publish { channel: name, to, key, event, answer } = publish;
+        if let Some(id) = key.as_ref().and_then(|key| self.keys.find(&name, key, self.now)) {
+            return wiring.shards.answer(answer, Ok(id));
+        }
         let full = batch.bytes + event.len() > ENTRY_MAX;
         if batch.channel.as_ref() != Some(&name) || batch.to != to || full {
             self.send(batch, wiring);
@@ -182,6 +220,9 @@ impl Local {
         channel.head = channel.head.next();
         channel.used = now;
         let id = channel.head;
+        if let Some(key) = key {
+            self.keys.insert(name.clone(), key, id, now);
+        }
         let text = frame::with_id(&event, id);
         batch.channel = Some(name);
         batch.to = to;

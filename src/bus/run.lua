@@ -153,6 +153,12 @@ local function guarded(name, work, ...)
   error(result)
 end
 
+-- Where a channel remembers the id of the event that was published under an idempotency key, and for how many ms.
+local KEY_TTL = 10 * 60 * 1000
+local function key_name(name, key)
+  return name .. ':key:' .. key
+end
+
 -- Stores the events: items are texts up to the id's digits (ending in "id":), each followed by the user it is for,
 -- or ''. Returns the new head and the messages to publish: consecutive events for the same readers share one.
 local function append(name, head, items, start, history, ttl)

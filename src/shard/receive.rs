@@ -277,7 +277,7 @@ impl Shard {
         let connection = &mut self.connections[slot as usize];
         connection.unanswered += 1;
         let channel = self.channels[connection.channel as usize].name.clone();
-        self.ask(Request::Publish(Publish { channel, to: to.map(Into::into), event, answer }));
+        self.ask(Request::Publish(Publish { channel, to: to.map(Into::into), key: None, event, answer }));
     }
 
     pub(super) fn on_published(

@@ -135,6 +135,7 @@ impl Node {
         self.ask(Request::Publish(Publish {
             channel: channel(name),
             to: to.map(Into::into),
+            key: None,
             event: event.to_owned().into(),
             answer: Answer::Waiter(answer),
         }));

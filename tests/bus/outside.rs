@@ -59,7 +59,11 @@ async fn fcall_publishes_like_a_node() {
         (&["{}", "a\u{7}b"], "user id"),
         (&["{}", "a\u{85}b"], "user id"),
         (&["{}", &long_user], "user id"),
-        (&["{}", "bob", "more"], "for one user"),
+        (&["{}", "", ""], "idempotency key"),
+        (&["{}", "", "a b"], "idempotency key"),
+        (&["{}", "bob", "a\""], "idempotency key"),
+        (&["{}", "bob", &long_user], "idempotency key"),
+        (&["{}", "bob", "key", "more"], "for one user"),
         (&[], "JSON object"),
         (&[&large], "--max-message"),
     ] {

@@ -68,7 +68,7 @@ impl Bus {
         let Some(batch) = channel.publisher.call(known.base, &mut self.call_number) else { return };
         // A retry shows the base of its first attempt, so that the script sees whether the run has changed since.
         let shown = scripts::Known { base: batch.base, ..known };
-        let mut args = scripts::publish_args(&self.terms, name, shown, batch.number, batch.retry);
+        let mut args = scripts::publish_args(&self.terms, name, shown, batch);
         for (item, to) in batch.items.iter().filter(|_| batch.withdrawn.is_none()) {
             args.push(Value::Bytes(item.clone()));
             args.push(Value::from(to.as_deref().unwrap_or_default()));

@@ -21,6 +21,7 @@ const BATCH_BYTES: usize = 1 << 20;
 struct Waiting {
     item: Bytes,
     to: Option<Arc<str>>,
+    key: Option<Arc<str>>,
     answer: Answer,
     deadline: Instant,
 }
@@ -36,6 +37,8 @@ pub struct Batch {
     pub retry: bool,
     /// Why Redis refused a retry before it ran. The next call sends no events and asks what became of the attempt before.
     pub withdrawn: Option<Arc<str>>,
+    /// The idempotency key of its only event.
+    pub key: Option<Arc<str>>,
     /// Texts up to the id's digits, and whom they are for.
     pub items: Vec<(Bytes, Option<Arc<str>>)>,
     /// Who waits, and until when; `None` once answered.
@@ -86,7 +89,13 @@ impl Publisher {
     pub fn push(&mut self, publish: Publish, deadline: Instant) {
         let item = item(&publish.event);
         self.bytes += cost(&item);
-        self.waiting.push_back(Waiting { item, to: publish.to, answer: publish.answer, deadline });
+        self.waiting.push_back(Waiting {
+            item,
+            to: publish.to,
+            key: publish.key,
+            answer: publish.answer,
+            deadline,
+        });
     }
 
     /// Whether a call could go out now.
@@ -110,14 +119,17 @@ impl Publisher {
 
     fn gather(&mut self, base: EventId, number: u64) -> Batch {
         let (items, answers) = (Vec::new(), Vec::new());
-        let mut batch = Batch { number, base, retry: false, withdrawn: None, items, answers };
+        let mut batch = Batch { number, base, retry: false, withdrawn: None, key: None, items, answers };
         let mut bytes = 0;
         while let Some(next) = self.waiting.front() {
             bytes += next.item.len();
-            if !batch.items.is_empty() && (batch.items.len() == BATCH_EVENTS || bytes > BATCH_BYTES) {
+            // An event with a key has a call of its own, since its id may be an earlier one.
+            let is_full = batch.items.len() == BATCH_EVENTS || bytes > BATCH_BYTES || batch.key.is_some();
+            if !batch.items.is_empty() && (is_full || next.key.is_some()) {
                 break;
             }
             let next = self.waiting.pop_front().expect("it has a front");
+            batch.key = next.key;
             batch.items.push((next.item, next.to));
             batch.answers.push((Some(next.answer), next.deadline));
         }
@@ -238,6 +250,7 @@ mod tests {
         let publish = Publish {
             channel: ChannelName::parse("c").unwrap(),
             to: None,
+            key: None,
             event: Bytes::copy_from_slice(text.as_bytes()),
             answer: Answer::Waiter(answer),
         };

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use fred::types::{Resp3Frame, Value};
 
+use super::publisher::Batch;
 use super::terms::Terms;
 use super::wire;
 use crate::bus::Page;
@@ -56,22 +57,17 @@ fn opening(terms: &Terms, known: Known) -> Vec<Value> {
 }
 
 /// The arguments of [`PUBLISH`], but for the events.
-pub fn publish_args(
-    terms: &Terms,
-    channel: &ChannelName,
-    known: Known,
-    call: u64,
-    retry: bool,
-) -> Vec<Value> {
+pub fn publish_args(terms: &Terms, channel: &ChannelName, known: Known, batch: &Batch) -> Vec<Value> {
     let bare = if terms.bare.contains(channel) { channel.as_str() } else { "" };
     let mut args = opening(terms, known);
     args.extend([
         number(terms.history),
         Value::from(bare),
         Value::from(terms.node.as_str()),
-        number(call),
-        number(u64::from(retry)),
+        number(batch.number),
+        number(u64::from(batch.retry)),
         number(terms.number_ttl_ms),
+        Value::from(batch.key.as_deref().unwrap_or_default()),
     ]);
     args
 }
