@@ -14,10 +14,15 @@ use crate::guard::Place;
 use crate::metrics::{BusNumbers, Readiness};
 
 pub mod local;
+pub mod reads;
 pub mod redis;
 
 /// How many ids one page of history spans; pages begin at multiples of it.
 pub const PAGE: u64 = 256;
+
+/// Bytes that an answer may hold before the position asked for: so much is read from the page's begin for others to
+/// share.
+pub const PART_SHARED: usize = 64 * 1024;
 
 /// The position before the page that holds the event after `position`.
 pub fn page_begin(position: EventId) -> EventId {
@@ -59,14 +64,16 @@ pub enum Request {
     },
     /// An event to be given an id.
     Publish(Publish),
-    /// The events after a position, up to the end of the page that holds the first of them. Answered once by
-    /// [`ToShard::Page`].
+    /// The events after a position, at most up to the end of the page that holds the first of them. Answered once
+    /// by [`ToShard::Page`].
     Read {
         /// The channel; the shard follows it.
         channel: ChannelName,
-        /// The position. Shards ask from the page's begin, so that all who need a part of it share one read;
-        /// only where an answer was too large and came in parts do they ask from inside.
-        after: EventId,
+        /// The position.
+        position: EventId,
+        /// About how many bytes are wanted. One event comes in any case, and what the page has before the position
+        /// may come too, up to [`PART_SHARED`].
+        bytes: usize,
         /// Who asks.
         shard: ShardId,
     },
@@ -127,9 +134,11 @@ pub enum BusError {
     TooManyChannels,
 }
 
-/// A page of history, all from one moment.
+/// A page of history or a part of it, all from one moment.
 #[derive(Clone, Debug)]
 pub struct Page {
+    /// The position that its events follow: the one asked for, or an earlier one of the same page.
+    pub after: EventId,
     /// The last anchor: no position before it is continuous with what follows.
     pub base: EventId,
     /// The last id given.
@@ -137,9 +146,18 @@ pub struct Page {
     /// The oldest id that history holds; `head + 1` when it holds none.
     pub oldest: EventId,
     /// The page's events that history holds, in order and consecutive, private ones among them. The front is
-    /// missing where history was trimmed; the end where the head stands inside the page, or where an answer
-    /// grew too large: then it holds at least one event.
+    /// missing where history was trimmed; the end where the head stands inside the page, or where the size asked
+    /// for was reached: then it holds at least one event.
     pub entries: Vec<Entry>,
+}
+
+impl Page {
+    /// Whether it says what follows `position`: the next event, or that it is gone for good.
+    pub fn covers(&self, position: EventId) -> bool {
+        let end = self.entries.last().map_or(self.after, |entry| entry.last);
+        let gone = is_gone(position, self.base, self.head, self.oldest);
+        self.after <= position && (position < end || gone)
+    }
 }
 
 /// What the bus tells a shard. Taken in the order sent.
@@ -191,7 +209,7 @@ pub enum ToShard {
         /// The channel.
         channel: ChannelName,
         /// The position that was asked for.
-        after: EventId,
+        position: EventId,
         /// What history holds of it.
         result: Result<Arc<Page>, BusError>,
     },
@@ -326,6 +344,11 @@ pub type Requests = mpsc::UnboundedSender<Request>;
 /// Whether position `at` is proven continuous with what follows: nothing after it is missing.
 pub fn is_proven(at: EventId, base: EventId, head: EventId, oldest: EventId) -> bool {
     base <= at && at <= head && (at == head || oldest <= at.next())
+}
+
+/// Whether what follows position `at` is gone for good, at least in part.
+pub fn is_gone(at: EventId, base: EventId, head: EventId, oldest: EventId) -> bool {
+    at < base || (at < head && oldest > at.next())
 }
 
 /// What a bus works with.

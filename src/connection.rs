@@ -24,7 +24,7 @@ use crate::token::NEVER;
 const SLICES: usize = 64;
 
 /// Most bytes that one connection writes before others get their turn.
-const BURST: usize = 256 * 1024;
+pub const BURST: usize = 256 * 1024;
 
 /// A reader this slow still has its pong in time, in bytes a second: what is on its way when a ping is written takes
 /// that long to read before it.
@@ -81,8 +81,8 @@ pub enum State {
     Joining(Box<Join>),
     /// It follows its channel in the feed.
     Live,
-    /// The feed has left it behind: it reads history, page by page.
-    History,
+    /// The feed has left it behind: it reads history, part by part.
+    History(CatchUp),
     /// It missed events and can only be told by a close, which is due.
     Missed,
     /// Its last words are on their way; then it waits for the peer's end.
@@ -91,6 +91,50 @@ pub enum State {
         finished: bool,
     },
 }
+
+/// How fast one connection reads history.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CatchUp {
+    /// Bytes that it took since it last asked for a part.
+    taken: u32,
+    /// Bytes that it took in one tick of the shard,
+    in_tick: u32,
+    /// and the end of that tick's number.
+    tick: u16,
+}
+
+/// Most bytes of history that one connection takes in a tick (40 MB/s): what it takes is read from Redis, which is there
+/// for others, too.
+const HISTORY_IN_TICK: u32 = 4 * 1024 * 1024;
+
+/// Bytes of history that a connection asks for at first.
+const PART_FIRST: usize = 64 * 1024;
+
+impl CatchUp {
+    /// Counts what it took.
+    pub fn took(&mut self, bytes: u64, tick: u32) {
+        let bytes = u32::try_from(bytes).unwrap_or(u32::MAX);
+        if self.tick != tick as u16 {
+            (self.tick, self.in_tick) = (tick as u16, 0);
+        }
+        self.taken = self.taken.saturating_add(bytes);
+        self.in_tick = self.in_tick.saturating_add(bytes);
+    }
+
+    /// Whether it may take more in this tick.
+    pub fn may_take(&self, tick: u32) -> bool {
+        self.tick != tick as u16 || self.in_tick < HISTORY_IN_TICK
+    }
+
+    /// The size of the part that it asks for now, in bytes: twice what it took of the last one, up to what it writes in
+    /// one turn. So a reader that takes little, and asks again since its part was dropped meanwhile, costs little.
+    pub fn ask(&mut self) -> usize {
+        let taken = std::mem::take(&mut self.taken) as usize;
+        taken.saturating_mul(2).clamp(PART_FIRST, BURST)
+    }
+}
+
+const _: () = assert!(size_of::<State>() == 16, "a state is in every connection");
 
 /// What came of writing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -292,12 +336,32 @@ impl Connection {
 
     /// Whether it is one of its channel's members.
     pub fn is_open(&self) -> bool {
-        matches!(self.state, State::Live | State::History | State::Missed)
+        matches!(self.state, State::Live | State::History(_) | State::Missed)
     }
 
     /// Whether it has yet to get what others in its channel have: its socket is full, or it reads history.
     pub fn is_behind(&self) -> bool {
-        self.blocked || matches!(self.state, State::History)
+        self.blocked || matches!(self.state, State::History(_))
+    }
+
+    /// Whether it waits for a part of history.
+    pub fn awaits_page(&self) -> bool {
+        self.waits_for_page && matches!(self.state, State::Joining(_) | State::History(_))
+    }
+
+    /// Counts what it took of history.
+    pub fn took_history(&mut self, bytes: u64, tick: u32) {
+        if let State::History(pace) = &mut self.state {
+            pace.took(bytes, tick);
+        }
+    }
+
+    /// The size of the part of history that it asks for now, in bytes.
+    pub fn ask_history(&mut self) -> usize {
+        match &mut self.state {
+            State::History(pace) => pace.ask(),
+            _ => CatchUp::default().ask(),
+        }
     }
 
     /// Reads into `buffer`, behind what is kept from the last read. Gives how much is in it now, and how much of that
@@ -409,7 +473,7 @@ impl Connection {
 
     /// Has it read what follows `position` from history.
     pub fn go_back(&mut self, feed: &Feed, position: EventId) {
-        self.state = State::History;
+        self.state = State::History(CatchUp::default());
         self.cursor = Cursor::default();
         self.position = position;
         self.live_from = feed.end();

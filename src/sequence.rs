@@ -199,7 +199,13 @@ mod tests {
             let last = self.head.min(first + limit - 1);
             let entries =
                 (first..=last).map(|id| entry(self.run, id, 1, self.private[&id])).collect::<Vec<_>>();
-            Page { base: EventId(self.base), head: EventId(self.head), oldest: EventId(self.oldest), entries }
+            Page {
+                after: EventId(after),
+                base: EventId(self.base),
+                head: EventId(self.head),
+                oldest: EventId(self.oldest),
+                entries,
+            }
         }
     }
 
@@ -434,6 +440,7 @@ mod tests {
         sequence.canary(EventId(10), EventId(30));
         let asked = sequence.ask().unwrap();
         let page = Page {
+            after: EventId(0),
             base: EventId(10),
             head: EventId(30),
             oldest: EventId(21),
@@ -453,6 +460,7 @@ mod tests {
         sequence.canary(EventId(20), EventId(30));
         let asked = sequence.ask().unwrap();
         let page = Page {
+            after: EventId(0),
             base: EventId(20),
             head: EventId(30),
             oldest: EventId(5),
@@ -480,6 +488,7 @@ mod tests {
         let asked = sequence.ask().unwrap();
         // 11 and 12 are there, 13 is deleted from the middle; later also the newest.
         let page = |entries: Vec<Entry>, head: u64| Page {
+            after: EventId(0),
             base: EventId(10),
             head: EventId(head),
             oldest: EventId(11),
@@ -503,6 +512,7 @@ mod tests {
         sequence.look();
         let asked = sequence.ask().unwrap();
         let page = Page {
+            after: EventId(0),
             base: EventId(50),
             head: EventId(106),
             oldest: EventId(51),

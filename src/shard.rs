@@ -18,7 +18,7 @@ use crate::bus::{Bell, BusError, ConnectionId, Request, Requests, ShardId, Shard
 use crate::close::Reason;
 use crate::config::Settings;
 use crate::connection::{Connection, State, Tally};
-use crate::event::{ChannelName, EventId};
+use crate::event::ChannelName;
 use crate::feed::Feed;
 use crate::guard::Place;
 use crate::handshake;
@@ -30,6 +30,7 @@ use crate::refusals::Class;
 mod channel;
 mod deliver;
 mod join;
+mod pages;
 mod private;
 mod receive;
 #[cfg(test)]
@@ -40,11 +41,16 @@ mod unsent;
 
 use channel::Channel;
 use join::Asked;
+use pages::Pages;
 use tick::{Drain, TICK};
 use unfinished::Unfinished;
 
 /// How long a request may take to be complete.
 const REQUEST_TIME: Duration = Duration::from_secs(5);
+
+/// How long the bus may take to say where a client comes in: longer than a call to Redis may, and far longer than
+/// thousands that come at once need.
+const JOIN_TIME: Duration = Duration::from_secs(10);
 
 /// How long last words may take, and the peer to close after them.
 const LINGER: Duration = Duration::from_secs(5);
@@ -110,9 +116,7 @@ pub struct Shard {
     /// How many of `ages` belong to channels that are gone.
     stale_ages: usize,
     feed_bytes: usize,
-    /// Pages of history that are here, oldest first, by channel key and serial.
-    page_ages: VecDeque<(u32, u32, EventId)>,
-    page_bytes: usize,
+    pages: Pages,
     /// Those whom the bus has answered.
     answered: VecDeque<(ConnectionId, Asked)>,
     /// Channels without members by key and serial, oldest first; some have members again, or are gone.
@@ -132,8 +136,12 @@ pub struct Shard {
     /// Requests and last words by deadline, all after the same time each.
     handshakes: VecDeque<(Instant, ConnectionId)>,
     lingering: VecDeque<(Instant, ConnectionId)>,
-    /// Connections whose page of history could not be read: tried again every second.
+    /// Connections that wait for the bus, by deadline.
+    joining: VecDeque<(Instant, ConnectionId)>,
+    /// Connections whose part of history could not be read: tried again every second.
     parked: Vec<ConnectionId>,
+    /// Connections that took as much history as one may in a tick.
+    next_tick: Vec<ConnectionId>,
     /// Connections that missed events and are to be closed, some at every tick.
     missed: VecDeque<ConnectionId>,
     unfinished: Unfinished,
@@ -184,8 +192,7 @@ fn assemble(wiring: Wiring) -> io::Result<(Shard, Poll, mpsc::UnboundedReceiver<
         ages: VecDeque::new(),
         stale_ages: 0,
         feed_bytes: 0,
-        page_ages: VecDeque::new(),
-        page_bytes: 0,
+        pages: Pages::new(settings.page_memory(), settings.max_message),
         answered: VecDeque::new(),
         empty_channels: VecDeque::new(),
         channel_emptied: false,
@@ -196,7 +203,9 @@ fn assemble(wiring: Wiring) -> io::Result<(Shard, Poll, mpsc::UnboundedReceiver<
         unread: Vec::new(),
         handshakes: VecDeque::new(),
         lingering: VecDeque::new(),
+        joining: VecDeque::new(),
         parked: Vec::new(),
+        next_tick: Vec::new(),
         missed: VecDeque::new(),
         unfinished: Unfinished::new(&settings),
         unsent: Vec::new(),
@@ -319,7 +328,7 @@ impl Shard {
             ToShard::Share { channel, base, position, with } => self.on_share(channel, base, position, with),
             ToShard::NotFollowed { channel, why } => self.on_not_followed(&channel, &why),
             ToShard::Entry { channel, entry, arrived } => self.on_entry(&channel, entry, arrived),
-            ToShard::Page { channel, after, result } => self.on_page(&channel, after, result),
+            ToShard::Page { channel, position, result } => self.on_page(&channel, position, result),
             ToShard::Looked { channel, result } => self.on_looked(&channel, result),
             ToShard::Published { connection, reference, result } => {
                 self.on_published(connection, reference.as_deref(), result);
@@ -502,11 +511,7 @@ impl Shard {
                 self.stale_ages += 1;
             }
         }
-        for page in channel.pages.into_values() {
-            if let channel::PageState::Ready(page) = page {
-                self.page_bytes -= page.cost;
-            }
-        }
+        self.pages.forget((key, channel.serial));
         if self.stale_ages > 1024 + self.ages.len() / 2 {
             let channels = &self.channels;
             let lives = |&(key, serial): &(u32, u32)| {
@@ -536,7 +541,7 @@ impl Shard {
             numbers.bytes_received.add(tally.received);
         }
         numbers.feed_bytes.set(self.feed_bytes as u64);
-        numbers.page_bytes.set(self.page_bytes as u64);
+        numbers.page_bytes.set(self.pages.bytes() as u64);
     }
 
     /// What is wrong with the bus is for operators: strangers learn that they may try again.

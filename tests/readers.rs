@@ -151,22 +151,27 @@ impl Bus {
                     self.follows = false;
                     continue;
                 }
-                Request::Read { channel, after, .. } => {
+                Request::Read { channel, position, .. } => {
                     self.pages += 1;
                     // Now and then an answer is too large, and ends before its page does.
-                    let end = page_begin(after).0 + PAGE;
+                    let begin = page_begin(position);
+                    let end = begin.0 + PAGE;
                     let end = if self.dice.below(4) == 0 {
-                        end.min(after.0 + 1 + self.dice.below(60))
+                        end.min(position.0 + 1 + self.dice.below(60))
                     } else {
                         end
                     };
+                    // And now and then there is too much before the position to be shared.
+                    let from = if self.dice.below(4) == 0 { position } else { begin };
+                    let entries = self.entries(from.0 + 1, end);
                     let page = Page {
+                        after: entries.first().map_or(position, |first| first.before().min(position)),
                         base: EventId(self.base),
                         head: EventId(self.head),
                         oldest: EventId(self.oldest()),
-                        entries: self.entries(after.0 + 1, end),
+                        entries,
                     };
-                    ToShard::Page { channel, after, result: Ok(Arc::new(page)) }
+                    ToShard::Page { channel, position, result: Ok(Arc::new(page)) }
                 }
                 Request::Look { channel, .. } => ToShard::Looked { channel, result: Ok(()) },
                 Request::Publish(publish) => panic!("nobody publishes: {publish:?}"),

@@ -196,16 +196,68 @@ async fn a_shard_gives_what_is_in_memory_only_if_it_stands_where_the_bus_says() 
 }
 
 #[tokio::test]
+async fn a_client_that_leaves_while_it_joins_frees_its_slot() {
+    let mut shard = Shard::start();
+    let client = shard.client(&upgrade_after("&lastEventId=1002")).await;
+    let Request::Follow { channel, .. } = shard.asks().await else { panic!("it asks to follow") };
+    let (base, position) = (EventId(1000), EventId(1005));
+    shard.0.shards.tell(0, ToShard::Followed { channel, base, position, recent: Vec::new() });
+    let Request::Read { channel, position: at, .. } = shard.asks().await else {
+        panic!("it asks for history")
+    };
+    drop(client); // a FIN, as a browser or a proxy sends it
+    shard.closed(1).await;
+    // Others that wait are not disturbed.
+    let mut other = shard.client(&upgrade_after("&lastEventId=1002")).await;
+    other.write_all(b"").await.expect("it is connected");
+    let page = Page {
+        after: at,
+        base,
+        head: EventId(1005),
+        oldest: EventId(1001),
+        entries: vec![events(1003..=1005)],
+    };
+    shard.0.shards.tell(0, ToShard::Page { channel, position: at, result: Ok(Arc::new(page)) });
+    shard.gets(events(1006..=1006));
+    assert_eq!(ids_up_to(&mut other, 1006).await, [1003, 1004, 1005, 1006]);
+}
+
+#[tokio::test]
+async fn a_client_that_waits_too_long_to_join_is_answered() {
+    let mut shard = Shard::start();
+    let mut client = shard.client(&upgrade_after("&lastEventId=1002")).await;
+    let Request::Follow { channel, .. } = shard.asks().await else { panic!("it asks to follow") };
+    let (base, position) = (EventId(1000), EventId(1005));
+    shard.0.shards.tell(0, ToShard::Followed { channel, base, position, recent: Vec::new() });
+    let Request::Read { .. } = shard.asks().await else { panic!("it asks for history") };
+    let mut answer = Vec::new();
+    let read = tokio::time::timeout(Duration::from_secs(60), client.read_to_end(&mut answer)).await;
+    read.expect("it is answered").expect("it is connected");
+    let answer = String::from_utf8_lossy(&answer);
+    assert!(answer.starts_with("HTTP/1.1 503 ") && answer.contains("Retry-After: 1\r\n"), "{answer}");
+    drop(client);
+    shard.closed(1).await;
+}
+
+#[tokio::test]
 async fn a_page_that_knows_more_than_the_feed_brings_nothing_twice() {
     let mut shard = Shard::start();
     let mut client = shard.client(&upgrade_after("&lastEventId=1002")).await;
     let Request::Follow { channel, .. } = shard.asks().await else { panic!("it asks to follow") };
     let (base, position) = (EventId(1000), EventId(1005));
     shard.0.shards.tell(0, ToShard::Followed { channel, base, position, recent: Vec::new() });
-    let Request::Read { channel, after, .. } = shard.asks().await else { panic!("it asks for history") };
+    let Request::Read { channel, position: at, .. } = shard.asks().await else {
+        panic!("it asks for history")
+    };
     // History has what the messages of Pub/Sub have yet to bring.
-    let page = Page { base, head: EventId(1008), oldest: EventId(1001), entries: vec![events(1001..=1008)] };
-    shard.0.shards.tell(0, ToShard::Page { channel, after, result: Ok(Arc::new(page)) });
+    let page = Page {
+        after: EventId(1000),
+        base,
+        head: EventId(1008),
+        oldest: EventId(1001),
+        entries: vec![events(1001..=1008)],
+    };
+    shard.0.shards.tell(0, ToShard::Page { channel, position: at, result: Ok(Arc::new(page)) });
     assert_eq!(ids_up_to(&mut client, 1005).await, [1003, 1004, 1005]);
     shard.gets(events(1006..=1007));
     shard.gets(events(1008..=1009));
@@ -304,10 +356,10 @@ async fn a_private_event_evicted_before_its_fan_out_is_read_from_history() {
         shard.queue("a", entry.clone());
     }
     shard.0.shards.ring(0);
-    let Request::Read { channel, after, .. } = shard.asks().await else { panic!("it asks for history") };
+    let Request::Read { channel, position, .. } = shard.asks().await else { panic!("it asks for history") };
     let (base, head, oldest) = (EventId(1000), EventId(1004), EventId(1001));
-    let page = Page { base, head, oldest, entries };
-    shard.0.shards.tell(0, ToShard::Page { channel, after, result: Ok(Arc::new(page)) });
+    let page = Page { after: base, base, head, oldest, entries };
+    shard.0.shards.tell(0, ToShard::Page { channel, position, result: Ok(Arc::new(page)) });
     shard.gets(events(1005..=1005));
     for client in &mut clients {
         assert_eq!(ids_up_to(client, 1005).await, [1001, 1005]);

@@ -83,9 +83,10 @@ impl Reads {
     }
 
     /// Whether each of these pages was read once at most. The last one goes on while it is read, so it may be read
-    /// again from there. Within Redis a page takes eight steps, and one for the oldest event held.
+    /// again from there. Within Redis a page takes eight steps, one more where it is read from both sides of a position,
+    /// and one for the oldest event held.
     fn are_of(self, pages: u64) -> bool {
-        (1..=pages + 1).contains(&self.node) && self.ranges <= 9 * self.node
+        (1..=pages + 1).contains(&self.node) && self.ranges <= 10 * self.node
     }
 }
 

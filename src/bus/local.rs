@@ -7,7 +7,7 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use super::{BusError, PAGE, Page, Publish, Request, ToShard, Wiring, page_begin};
+use super::{BusError, PAGE, PART_SHARED, Page, Publish, Request, ToShard, Wiring, page_begin};
 use crate::config::Settings;
 use crate::event::{ChannelName, Entry, EventId};
 use crate::feed::Feed;
@@ -90,6 +90,28 @@ impl Channel {
 
     fn oldest(&self) -> EventId {
         EventId(self.head.0 - self.events).next()
+    }
+
+    /// What history holds after `position` of its page, about as many bytes; and what the page holds before it, where
+    /// that is little.
+    fn page(&self, position: EventId, mut bytes: usize) -> Page {
+        let (begin, end) = (page_begin(position), EventId(page_begin(position).0 + PAGE));
+        let at = self.history.partition_point(|entry| entry.last <= position);
+        let first = self.history.partition_point(|entry| entry.last <= begin);
+        let front: usize = self.history.range(first..at).map(Feed::cost).sum();
+        let (after, first) = if front <= PART_SHARED { (begin, first) } else { (position, at) };
+        let mut entries = Vec::new();
+        for entry in self.history.range(first..) {
+            let Some(entry) = entry.after(after).and_then(|entry| entry.until(end)) else { break };
+            let is_shared = entry.last <= position;
+            if !is_shared && bytes == 0 {
+                break;
+            }
+            bytes = if is_shared { bytes } else { bytes.saturating_sub(Feed::cost(&entry)) };
+            entries.push(entry);
+        }
+        let after = entries.first().map_or(position, |entry| entry.before().min(position));
+        Page { after, base: self.base, head: self.head, oldest: self.oldest(), entries }
     }
 
     fn push(&mut self, entry: Entry) {
@@ -294,19 +316,10 @@ impl Local {
                 channel.used = Instant::now();
                 self.followed -= usize::from(was_followed && !channel.is_followed());
             }
-            Request::Read { channel: name, after, shard } => {
+            Request::Read { channel: name, position, bytes, shard } => {
                 wiring.numbers.reads.add(1);
-                let channel = self.channel(&name);
-                let end = EventId(page_begin(after).0 + PAGE);
-                let entries = channel.history.iter().skip_while(|entry| entry.last <= after);
-                let entries = entries.take_while(|entry| entry.before() < end);
-                let page = Page {
-                    base: channel.base,
-                    head: channel.head,
-                    oldest: channel.oldest(),
-                    entries: entries.filter_map(|entry| entry.after(after)?.until(end)).collect(),
-                };
-                wiring.shards.tell(shard, ToShard::Page { channel: name, after, result: Ok(Arc::new(page)) });
+                let result = Ok(Arc::new(self.channel(&name).page(position, bytes)));
+                wiring.shards.tell(shard, ToShard::Page { channel: name, position, result });
             }
             // There is nobody else who could have given ids.
             Request::Look { channel, shard } => {

@@ -1,5 +1,6 @@
 -- KEYS[1] P:{C}. ARGV: 1 durable, 2 history ttl in ms, 3 the highest id seen, 4 the base known, 5 first id wanted,
--- 6 last id wanted, 7 at most so many events, 8 about so many bytes (one event at least).
+-- 6 last id wanted, 7 at most so many events, 8 about so many bytes (one event at least), 9 the id from which on what
+-- lies before the first id wanted is added, 10 if it has fewer bytes than this, 11 most events in one step.
 -- Answers {base, head, oldest, event, user or '', event, user or '', ...}, all from one moment.
 local epoch = current_epoch(prefix_of(KEYS[1]), ARGV[1] == '1')
 
@@ -10,22 +11,41 @@ local function read()
   local oldest = redis.call('XRANGE', events, '-', '+', 'COUNT', 1)[1]
   local answer = {base, head, oldest and tonumber(string.match(oldest[1], '^%d+')) or head + 1}
 
-  local next_id, room, bytes = ARGV[5], tonumber(ARGV[7]), tonumber(ARGV[8])
-  local CHUNK = 32 -- so that a limit in bytes is overshot by 32 events at most
-  while room > 0 and bytes > 0 do
-    local found = redis.call('XRANGE', events, next_id, ARGV[6], 'COUNT', math.min(room, CHUNK))
-    for _, item in ipairs(found) do
-      local fields = item[2]
-      answer[#answer + 1] = fields[2]
-      answer[#answer + 1] = fields[4] or ''
-      bytes = bytes - #fields[2]
+  -- The size of the longest event so far. Steps are as long as events of that size leave room for, so that a limit
+  -- in bytes is overshot only where events differ, and then by one step.
+  local longest = math.max(1, oldest and #oldest[2][2] or 1)
+  local step = tonumber(ARGV[11])
+
+  -- Adds the events between two ids to a list, up to a number and to about so many bytes. Returns the bytes left.
+  local function add(list, from, to, room, bytes)
+    while room > 0 and bytes > 0 do
+      local count = math.min(room, step, math.ceil(bytes / longest))
+      local found = redis.call('XRANGE', events, from, to, 'COUNT', count)
+      for _, item in ipairs(found) do
+        local fields = item[2]
+        list[#list + 1] = fields[2]
+        list[#list + 1] = fields[4] or ''
+        bytes = bytes - #fields[2]
+        longest = math.max(longest, #fields[2])
+      end
+      if #found < count then
+        break
+      end
+      room = room - #found
+      from = '(' .. found[#found][1]
     end
-    if #found < CHUNK then
-      break
-    end
-    room = room - #found
-    next_id = '(' .. found[#found][1]
+    return bytes
   end
+
+  local first = tonumber(ARGV[5])
+  local before = first - tonumber(ARGV[9])
+  local shared = {}
+  if before > 0 and add(shared, ARGV[9], show(first - 1), before, tonumber(ARGV[10])) > 0 then
+    for _, part in ipairs(shared) do
+      answer[#answer + 1] = part
+    end
+  end
+  add(answer, ARGV[5], ARGV[6], tonumber(ARGV[7]), tonumber(ARGV[8]))
   return answer
 end
 

@@ -174,7 +174,7 @@ pub async fn run(settings: &Settings, url: &RedisUrl, wiring: Wiring) -> Result<
         call_number: 0,
         starting: VecDeque::new(),
         ticket: 0,
-        pages: Pages::default(),
+        pages: Pages::new(settings.max_message),
         rounds: VecDeque::new(),
         next_sweep: Instant::now() + IDLE,
         warned_of_size: None,
@@ -233,7 +233,9 @@ impl Bus {
             Request::Publish(publish) => self.publish(publish),
             Request::Follow { channel, shard } => self.follow(channel, shard),
             Request::Unfollow { channel, shard } => self.unfollow(&channel, shard),
-            Request::Read { channel, after, shard } => self.read_page(channel, after, shard),
+            Request::Read { channel, position, bytes, shard } => {
+                self.read_page(channel, position, bytes, shard);
+            }
             Request::Look { channel, shard } => self.look(channel, shard),
         }
     }
@@ -270,8 +272,8 @@ impl Bus {
             Outcome::Read(generation, channel, purpose, result) => {
                 self.was_read(generation, &channel, purpose, result);
             }
-            Outcome::Page(generation, channel, after, result) => {
-                self.page_was_read(generation, channel, after, result);
+            Outcome::Page(generation, channel, position, result) => {
+                self.page_was_read(generation, channel, position, result);
             }
             _ => {} // of a session that is gone
         }

@@ -1,6 +1,6 @@
 //! A channel as one shard sees it: its feed, its members, and who waits for what.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::BTreeSet;
 use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
 use std::time::Instant;
@@ -8,65 +8,12 @@ use std::time::Instant;
 use hashbrown::HashTable;
 use slab::Slab;
 
-use crate::bus::{ConnectionId, Page, is_proven, page_begin};
-use crate::connection::{Connection, Copies, NONE};
-use crate::event::{ChannelName, Entry, EventId};
+use crate::bus::ConnectionId;
+use crate::connection::{Connection, NONE};
+use crate::event::{ChannelName, Entry};
 use crate::feed::Feed;
 
 use super::private::PrivateFanouts;
-
-/// A page of history that has been asked for.
-#[derive(Debug)]
-pub enum PageState {
-    /// Under way; these wait for it.
-    Reading(Vec<ConnectionId>),
-    /// Here, for a while.
-    Ready(Box<ReadyPage>),
-}
-
-/// A page of history, to be read like a feed.
-#[derive(Debug)]
-pub struct ReadyPage {
-    base: EventId,
-    head: EventId,
-    oldest: EventId,
-    /// Its events.
-    pub feed: Feed,
-    /// Its size in memory, in bytes.
-    pub cost: usize,
-    /// Frames in which sockets were when it was last read from.
-    pub copies: Copies,
-    /// When it was last read from, in ticks of the shard.
-    pub used: u32,
-}
-
-impl ReadyPage {
-    /// What was asked for `after` a position. Events that the channel's feed has yet to bring are left out, so
-    /// that nobody gets them twice.
-    pub fn new(page: &Page, after: EventId, feed: &Feed, tick: u32) -> ReadyPage {
-        let entries: Vec<_> =
-            page.entries.iter().filter_map(|entry| entry.clone().until(feed.position())).collect();
-        ReadyPage {
-            base: page.base,
-            head: page.head,
-            oldest: page.oldest,
-            feed: Feed::of(page.base, after, &entries),
-            cost: entries.iter().map(Feed::cost).sum(),
-            copies: Copies::default(),
-            used: tick,
-        }
-    }
-
-    /// Whether it proves that a client at `position` misses nothing by reading on.
-    pub fn proves(&self, position: EventId) -> bool {
-        is_proven(position, self.base, self.head, self.oldest)
-    }
-
-    /// Whether it shows that what follows `position` is gone for good.
-    fn rules_out(&self, position: EventId) -> bool {
-        position < self.base || (position < self.head && self.oldest > position.next())
-    }
-}
 
 /// A walk over a channel's members, who get what has come.
 #[derive(Debug)]
@@ -117,8 +64,6 @@ pub struct Channel {
     pub looking: Vec<ConnectionId>,
     /// Who came while a look was under way, which may have been done before their ids were given: the next is theirs.
     pub look_next: Vec<ConnectionId>,
-    /// Pages of history, by the position asked for.
-    pub pages: HashMap<EventId, PageState>,
     /// Since when nobody is here; whoever asks to join may never come in.
     pub empty_since: Option<Instant>,
 }
@@ -140,19 +85,16 @@ impl Channel {
             joining: Vec::new(),
             looking: Vec::new(),
             look_next: Vec::new(),
-            pages: HashMap::new(),
             empty_since: Some(now),
         }
     }
 
     /// Whether nobody is in it and nobody is about to be.
     pub fn is_empty(&self) -> bool {
-        let reading = |page: &PageState| matches!(page, PageState::Reading(_));
         self.members.is_empty()
             && self.joining.is_empty()
             && self.looking.is_empty()
             && self.look_next.is_empty()
-            && !self.pages.values().any(reading)
     }
 
     /// Takes a connection in.
@@ -287,35 +229,6 @@ impl Channel {
         let slot = self.members.get(pass.next).copied();
         pass.next += 1;
         slot
-    }
-
-    /// The page of history after this position, if it is here.
-    pub fn ready_page(&mut self, after: EventId, tick: u32) -> Option<&mut ReadyPage> {
-        match self.pages.get_mut(&after) {
-            Some(PageState::Ready(page)) => {
-                page.used = tick;
-                Some(page)
-            }
-            _ => None,
-        }
-    }
-
-    /// The position to ask history from for a client at `position`: the begin of its page, or, where what came
-    /// for that ends before the client's position, the place where it ends.
-    pub fn page_for(&mut self, position: EventId) -> EventId {
-        let mut after = page_begin(position);
-        while let Some(PageState::Ready(page)) = self.pages.get(&after) {
-            let end = page.feed.position();
-            if end > position || page.rules_out(position) {
-                break;
-            }
-            if end <= after {
-                self.pages.remove(&after); // it holds nothing: an answer from before there was anything
-                break;
-            }
-            after = end;
-        }
-        after
     }
 }
 

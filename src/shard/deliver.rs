@@ -3,14 +3,10 @@
 use std::time::Instant;
 
 use super::Shard;
-use super::channel::PageState;
 use crate::close::Reason;
-use crate::connection::{Copies, Flushed, State};
-use crate::event::{ChannelName, Entry, EventId, Kind};
+use crate::connection::{BURST, Copies, Flushed, State};
+use crate::event::{ChannelName, Entry, Kind};
 use crate::feed::{Cursor, Feed, Start};
-
-/// Ticks that a page of history is kept after it was last read: those who ask for the same come together.
-const PAGE_TICKS: u32 = 20;
 
 impl Shard {
     /// Takes a channel's next entry into its feed and sees that it goes out.
@@ -128,11 +124,11 @@ impl Shard {
                 }
                 if flushed == Flushed::Behind {
                     connection.go_back(feed, connection.position);
-                    return self.catch_up(slot, None);
+                    return self.catch_up(slot, false);
                 }
                 flushed
             }
-            State::History => return self.catch_up(slot, None),
+            State::History(_) => return self.catch_up(slot, false),
             State::Missed => connection.flush_queue(&mut self.tally),
             State::Closing { .. } => {
                 if !connection.finish(None, &mut self.tally) {
@@ -155,22 +151,35 @@ impl Shard {
         }
     }
 
-    /// Brings a connection that the feed has left behind nearer to it, from pages of history; the page after `read`
-    /// has just come.
-    pub(super) fn catch_up(&mut self, slot: u32, mut read: Option<EventId>) {
+    /// Brings a connection that the feed has left behind nearer to it, by parts of history; one that it waited for has
+    /// just come if it was `answered`.
+    pub(super) fn catch_up(&mut self, slot: u32, mut answered: bool) {
         let id = self.id_of(slot);
+        let begun = self.tally.bytes;
         loop {
+            if self.tally.bytes - begun >= BURST as u64 {
+                return self.after_flush(slot, Flushed::More);
+            }
             let connection = &mut self.connections[slot as usize];
-            if connection.blocked || !matches!(connection.state, State::History) {
+            let State::History(pace) = connection.state else { return };
+            if connection.blocked {
                 return;
             }
-            if connection.waits_for_page {
+            // Nothing is read for a socket that has yet to take the rest of a frame, or frames of its own.
+            if connection.waits_for_page || connection.queued() > 0 {
+                let before = self.tally.bytes;
                 let flushed = connection.flush_queue(&mut self.tally);
-                return self.after_flush(slot, flushed);
+                connection.took_history(self.tally.bytes - before, self.tick);
+                let goes_on = flushed == Flushed::All && !connection.waits_for_page;
+                self.after_flush(slot, flushed);
+                if goes_on {
+                    continue;
+                }
+                return;
             }
-            let key = connection.channel;
             let position = connection.position;
-            let channel = &mut self.channels[key as usize];
+            let key = connection.channel;
+            let channel = &self.channels[key as usize];
             let feed = channel.feed.as_ref().expect("members are in channels that are followed");
             match feed.find(position) {
                 Start::At(cursor) => {
@@ -179,25 +188,31 @@ impl Shard {
                     return self.flush(slot);
                 }
                 Start::Broken => return self.tell_lost(slot),
-                Start::Ahead => return debug_assert!(false, "pages are cut at the feed's position"),
+                // Never, since parts are cut at the feed's position. A client that comes back is told where it stands.
+                Start::Ahead => return self.miss(slot),
                 Start::Before => {}
             }
-            let after = channel.page_for(position);
-            let just_read = read.take();
-            let Some(page) = channel.ready_page(after, self.tick) else {
-                if just_read == Some(after) {
+            if !pace.may_take(self.tick) {
+                connection.waits_for_page = true;
+                return self.next_tick.push(id);
+            }
+            let Some(page) = self.pages.find((key, channel.serial), position, self.tick) else {
+                if answered {
                     connection.waits_for_page = true;
                     return self.parked.push(id); // the answer brought it nowhere: not to be asked for again at once
                 }
-                self.wait_for_page(key, after, id);
-                continue;
+                let bytes = connection.ask_history();
+                return self.wait_for_page(slot, position, bytes);
             };
             if !page.proves(position) {
                 return self.tell_lost(slot);
             }
-            match connection.flush_page(&page.feed, &mut page.copies, &mut self.tally) {
-                Flushed::All => {}
-                other => return self.after_flush(slot, other),
+            answered = false;
+            let before = self.tally.bytes;
+            let flushed = connection.flush_page(&page.feed, &mut page.copies, &mut self.tally);
+            connection.took_history(self.tally.bytes - before, self.tick);
+            if flushed != Flushed::All {
+                return self.after_flush(slot, flushed);
             }
         }
     }
@@ -226,36 +241,5 @@ impl Shard {
         self.tally.resets += 1;
         self.connections[slot as usize].state = State::Missed;
         self.missed.push_back(self.id_of(slot));
-    }
-
-    /// Lets pages of history go when they take too much, the oldest first. One stays, however large: a reader takes
-    /// it in many steps.
-    pub(super) fn shed_pages(&mut self) {
-        while self.page_bytes > self.settings.page_memory() && self.page_ages.len() > 1 {
-            let Some((key, serial, after)) = self.page_ages.pop_front() else { return };
-            self.drop_page(key, serial, after);
-        }
-    }
-
-    /// Lets pages of history go that nobody has read from for a while.
-    pub(super) fn drop_idle_pages(&mut self) {
-        for _ in 0..self.page_ages.len() {
-            let Some((key, serial, after)) = self.page_ages.pop_front() else { return };
-            match self.channels.get(key as usize).and_then(|channel| channel.pages.get(&after)) {
-                Some(PageState::Ready(page)) if self.tick.wrapping_sub(page.used) < PAGE_TICKS => {
-                    self.page_ages.push_back((key, serial, after));
-                }
-                _ => self.drop_page(key, serial, after),
-            }
-        }
-    }
-
-    fn drop_page(&mut self, key: u32, serial: u32, after: EventId) {
-        let channel = self.channels.get_mut(key as usize).filter(|channel| channel.serial == serial);
-        let Some(channel) = channel else { return };
-        if let Some(PageState::Ready(page)) = channel.pages.get(&after) {
-            self.page_bytes -= page.cost;
-            channel.pages.remove(&after);
-        }
     }
 }

@@ -1,11 +1,13 @@
 //! From a good request to a member of a channel.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use bytes::{Bytes, BytesMut};
 
-use super::Shard;
-use super::channel::{PageState, ReadyPage};
+use super::pages::Part;
+use super::{JOIN_TIME, Shard};
+use crate::bus::reads::Read;
 use crate::bus::{BusError, ConnectionId, Page, Request, ShardId, ToShard};
 use crate::close::Reason;
 use crate::connection::{LastSeen, State};
@@ -21,8 +23,8 @@ pub(super) enum Asked {
     Nothing,
     /// Whether there are ids ahead of this node.
     Look,
-    /// The page of history after this position.
-    Page(EventId),
+    /// For history; this part came.
+    Page(Part),
 }
 
 /// Where a client comes in.
@@ -63,16 +65,16 @@ impl Shard {
                     channel.look_next.push(id);
                     return self.look(key);
                 }
-                Start::Before => {
-                    let after = channel.page_for(seen);
-                    match channel.ready_page(after, self.tick) {
-                        Some(page) if page.proves(seen) => Entrance::History(seen),
-                        Some(_) => Entrance::Unproven,
-                        // An answer that says nothing about this client is not to be asked for again.
-                        None if asked == Asked::Page(after) => Entrance::Unproven,
-                        None => return self.wait_for_page(key, after, id),
+                Start::Before => match self.pages.find((key, channel.serial), seen, self.tick) {
+                    Some(page) if page.proves(seen) => Entrance::History(seen),
+                    Some(_) => Entrance::Unproven,
+                    // An answer that says nothing about this client is not to be asked for again.
+                    None if matches!(asked, Asked::Page(_)) => Entrance::Unproven,
+                    None => {
+                        let bytes = self.connections[slot as usize].ask_history();
+                        return self.wait_for_page(slot, seen, bytes);
                     }
-                }
+                },
             },
         };
         self.admit(slot, key, entrance);
@@ -87,6 +89,14 @@ impl Shard {
             connection.allowance = guard.allowance(connection.place, &connection.user);
         }
         connection.allowance.as_deref().is_none_or(|client| guard.take_channel(client))
+    }
+
+    /// Gives a client that has to wait for the bus a deadline.
+    pub(super) fn wait_to_join(&mut self, slot: u32) {
+        let joins = self.connections.contains(slot as usize) && self.is_joining(slot);
+        if joins {
+            self.joining.push_back((Instant::now() + JOIN_TIME, self.id_of(slot)));
+        }
     }
 
     /// Makes a client a member. It takes its place in the same turn in which its welcome reads the head, so
@@ -188,58 +198,67 @@ impl Shard {
     /// Goes on with those whom the bus has answered: thousands may have waited for one answer.
     pub(super) fn go_on(&mut self, budget: usize) {
         for _ in 0..budget {
-            // Only now may a page go: whoever waited for it has had its turn.
-            let Some((id, asked)) = self.answered.pop_front() else { return self.shed_pages() };
-            let Some(slot) = self.find(id) else { continue };
-            self.connections[slot as usize].waits_for_page = false;
-            match (&self.connections[slot as usize].state, asked) {
-                (State::Joining(_), _) => self.join(slot, asked),
-                (State::History, Asked::Page(after)) => self.catch_up(slot, Some(after)),
-                _ => {}
-            }
-        }
-    }
-
-    /// Has a connection wait for a page of history, which is asked for unless others wait for it already.
-    pub(super) fn wait_for_page(&mut self, key: u32, after: EventId, id: ConnectionId) {
-        self.connections[id.slot as usize].waits_for_page = true;
-        let channel = &mut self.channels[key as usize];
-        match channel.pages.entry(after).or_insert_with(|| PageState::Reading(Vec::new())) {
-            PageState::Ready(_) => debug_assert!(false, "nobody waits for what is here"),
-            PageState::Reading(waiting) => {
-                waiting.push(id);
-                if waiting.len() == 1 {
-                    let channel = channel.name.clone();
-                    self.ask(Request::Read { channel, after, shard: self.id });
+            let Some((id, asked)) = self.answered.pop_front() else { break };
+            if let Some(slot) = self.find(id) {
+                self.connections[slot as usize].waits_for_page = false;
+                match self.connections[slot as usize].state {
+                    State::Joining(_) => self.join(slot, asked),
+                    State::History(_) => self.catch_up(slot, matches!(asked, Asked::Page(_))),
+                    _ => {}
                 }
             }
+            if let Asked::Page(part) = asked {
+                self.pages.served(part);
+            }
+        }
+        self.read_history();
+    }
+
+    /// Has a connection wait for a part of history of about so many bytes.
+    pub(super) fn wait_for_page(&mut self, slot: u32, position: EventId, bytes: usize) {
+        let id = self.id_of(slot);
+        let connection = &mut self.connections[slot as usize];
+        connection.waits_for_page = true;
+        let key = connection.channel;
+        self.pages.wait((key, self.channels[key as usize].serial), position, bytes, id);
+        self.read_history();
+    }
+
+    /// Asks the bus for the parts of history that are next, as far as there is memory for them.
+    fn read_history(&mut self) {
+        let connections = &self.connections;
+        let stays = |id: &ConnectionId| {
+            let connection = connections.get(id.slot as usize);
+            connection
+                .is_some_and(|connection| connection.generation == id.generation && connection.awaits_page())
+        };
+        while let Some(Read { channel: (key, _), position, bytes }) = self.pages.start(stays) {
+            let channel = self.channels[key as usize].name.clone();
+            self.ask(Request::Read { channel, position, bytes, shard: self.id });
         }
     }
 
     pub(super) fn on_page(
         &mut self,
         name: &ChannelName,
-        after: EventId,
+        position: EventId,
         result: Result<Arc<Page>, BusError>,
     ) {
         let Some(key) = self.names.get(name).copied() else { return };
-        let channel = &mut self.channels[key as usize];
-        let Some(PageState::Reading(waiting)) = channel.pages.remove(&after) else { return };
+        let channel = &self.channels[key as usize];
         match result {
             Err(why) => {
-                for id in waiting {
+                for id in self.pages.fail((key, channel.serial), position) {
                     self.refuse_join(id, &why);
                     self.parked.push(id);
                 }
             }
             Ok(page) => {
-                let feed = channel.feed.as_ref().expect("only a followed channel asks for pages");
-                let page = ReadyPage::new(&page, after, feed, self.tick);
-                self.page_bytes += page.cost;
-                self.page_ages.push_back((key, channel.serial, after));
-                channel.pages.insert(after, PageState::Ready(Box::new(page)));
-                self.answered.extend(waiting.into_iter().map(|id| (id, Asked::Page(after))));
+                let Some(feed) = &channel.feed else { return }; // it was dropped and came back since
+                let (part, served) = self.pages.take((key, channel.serial), position, &page, feed, self.tick);
+                self.answered.extend(served.into_iter().map(|id| (id, Asked::Page(part))));
             }
         }
+        self.read_history();
     }
 }

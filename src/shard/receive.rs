@@ -63,7 +63,7 @@ impl Shard {
                 State::Request(_) => self.on_request_bytes(slot, length),
                 // A client may only speak after the upgrade; what it says here would be lost.
                 State::Joining(_) => self.refuse(slot, handshake::too_early(), Reason::Answered),
-                State::Live | State::History | State::Missed => self.on_frames(slot, length),
+                State::Live | State::History(_) | State::Missed => self.on_frames(slot, length),
                 State::Closing { .. } => {}
             }
             if self.find(id).is_none() || new.is_none() {
@@ -82,9 +82,7 @@ impl Shard {
     }
 
     fn on_end(&mut self, slot: u32) {
-        // A client may close its sending half and wait for the answer to its request.
         match self.connections[slot as usize].state {
-            State::Joining(_) => {}
             // A proxy takes an end without an answer for a dead node.
             State::Request(Some(_)) => self.refuse(slot, handshake::incomplete(), Reason::Answered),
             _ => self.end_or_remove(slot),
@@ -128,6 +126,7 @@ impl Shard {
                 connection.user = std::mem::take(&mut join.user);
                 connection.state = State::Joining(join);
                 self.join(slot, Asked::Nothing);
+                self.wait_to_join(slot);
             }
         }
     }

@@ -14,7 +14,7 @@ use socket2::SockRef;
 use super::*;
 use crate::bus::{Answer, PAGE, Page, PublishError, page_begin};
 use crate::config::Action;
-use crate::event::Entry;
+use crate::event::{Entry, EventId};
 use crate::guard::Guard;
 use crate::handshake::Door;
 use crate::keys::KeyRing;
@@ -297,18 +297,23 @@ impl Testbed {
                     self.follows = false;
                     continue;
                 }
-                Request::Read { channel, after, .. } => {
-                    // Some answers end before their page does.
-                    let end = page_begin(after).0 + PAGE;
+                Request::Read { channel, position, .. } => {
+                    // Some answers begin before the position, and some end before their page does.
+                    let begin = page_begin(position);
+                    let after = if position.0.is_multiple_of(5) { position } else { begin };
+                    let end = begin.0 + PAGE;
                     let oldest = self.history.front().map_or(self.head + 1, |(id, ..)| *id);
-                    let end = if after.0.is_multiple_of(3) { end.min(oldest.max(after.0) + 7) } else { end };
+                    let end =
+                        if position.0.is_multiple_of(3) { end.min(oldest.max(position.0) + 7) } else { end };
+                    let entries = self.entries(after.0 + 1, end);
                     let page = Page {
+                        after: entries.first().map_or(position, |first| first.before().min(position)),
                         base: EventId(self.base),
                         head: EventId(self.head),
                         oldest: EventId(oldest),
-                        entries: self.entries(after.0 + 1, end),
+                        entries,
                     };
-                    ToShard::Page { channel, after, result: Ok(Arc::new(page)) }
+                    ToShard::Page { channel, position, result: Ok(Arc::new(page)) }
                 }
                 Request::Look { channel, .. } => ToShard::Looked { channel, result: Ok(()) },
                 Request::Publish(publish) => {

@@ -4,8 +4,9 @@ use std::collections::HashSet;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use super::channel::Channel;
+use super::join::Asked;
 use super::{LINGER, Shard};
-use crate::bus::Request;
+use crate::bus::{BusError, Request};
 use crate::close::Reason;
 use crate::config::HeartbeatFormat;
 use crate::connection::State;
@@ -76,6 +77,16 @@ impl Shard {
                 }
             }
         }
+        while let Some((due, id)) = self.joining.front().copied() {
+            let joining = self.find(id).filter(|slot| self.is_joining(*slot));
+            if joining.is_some() && due > now {
+                break;
+            }
+            self.joining.pop_front();
+            if joining.is_some() {
+                self.refuse_join(id, &BusError::Away("it did not answer in time".into()));
+            }
+        }
         while let Some((_, id)) = self.lingering.front().copied().filter(|(due, _)| *due <= now) {
             self.lingering.pop_front();
             if let Some(slot) = self.find(id) {
@@ -90,6 +101,8 @@ impl Shard {
             }
         }
         self.drop_empty_channels(now);
+        let paused = self.next_tick.drain(..).map(|id| (id, Asked::Nothing));
+        self.answered.extend(paused);
         self.heartbeats(now);
         self.drain_on(now);
         if self.tick.is_multiple_of(SECOND) {
@@ -98,13 +111,9 @@ impl Shard {
     }
 
     fn every_second(&mut self) {
-        for id in std::mem::take(&mut self.parked) {
-            if let Some(slot) = self.find(id) {
-                self.connections[slot as usize].waits_for_page = false;
-                self.catch_up(slot, None);
-            }
-        }
-        self.drop_idle_pages();
+        let parked = self.parked.drain(..).map(|id| (id, Asked::Nothing));
+        self.answered.extend(parked);
+        self.pages.drop_idle(self.tick);
         self.give_back();
         if self.id == 0 {
             self.metrics.refusals.tell_overdue();
@@ -139,7 +148,8 @@ impl Shard {
                 return;
             }
             self.empty_channels.pop_front();
-            if channel.feed.is_none() || !channel.is_empty() || joining.contains(&key) {
+            let waiting = self.pages.has_waiting((key, serial)) || joining.contains(&key);
+            if channel.feed.is_none() || !channel.is_empty() || waiting {
                 channel.empty_since = Some(now);
                 self.empty_channels.push_back((now, key, serial));
                 continue;
@@ -154,6 +164,7 @@ impl Shard {
     /// Gives back what lists took while thousands were in them at once.
     fn give_back(&mut self) {
         self.handshakes.shrink_to(LISTED.max(self.handshakes.len() * 2));
+        self.joining.shrink_to(LISTED.max(self.joining.len() * 2));
         self.lingering.shrink_to(LISTED.max(self.lingering.len() * 2));
         self.answered.shrink_to(LISTED.max(self.answered.len() * 2));
         self.missed.shrink_to(LISTED.max(self.missed.len() * 2));
@@ -273,7 +284,7 @@ impl Shard {
             Some(State::Request(_) | State::Joining(_)) => {
                 self.answer(slot as u32, handshake::stopping(), Reason::Draining);
             }
-            Some(State::Live | State::History | State::Missed) => self.end(slot as u32, Reason::Draining),
+            Some(State::Live | State::History(_) | State::Missed) => self.end(slot as u32, Reason::Draining),
         }
         true
     }

@@ -152,12 +152,12 @@ impl Node {
     }
 
     pub fn ask_page(&self, name: &str, after: EventId, shard: usize) {
-        self.ask(Request::Read { channel: channel(name), after, shard });
+        self.ask(Request::Read { channel: channel(name), position: after, bytes: 1 << 20, shard });
     }
 
     pub async fn page_told(&mut self, asked: EventId, shard: usize) -> Result<Arc<Page>, BusError> {
         self.told(shard, |told| match told {
-            ToShard::Page { after, result, .. } if *after == asked => Some(result.clone()),
+            ToShard::Page { position, result, .. } if *position == asked => Some(result.clone()),
             _ => None,
         })
         .await

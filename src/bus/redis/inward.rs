@@ -8,6 +8,7 @@ use tokio::sync::broadcast::error::RecvError;
 
 use super::follow::Follow;
 use super::link::{CallError, Caller, Script};
+use super::scripts::Wanted;
 use super::terms::Lane;
 use super::wire::FAULT;
 use super::{Bus, Outcome, Purpose, reason, scripts, wire};
@@ -18,9 +19,8 @@ use crate::foreign;
 /// Events that one read brings when a hole is filled.
 const FILL_EVENTS: u64 = 1024;
 
-/// Bytes that one read brings, about: it keeps Redis from others while it is put together. A page of larger events
-/// comes in parts.
-pub(super) const READ_BYTES: usize = 1 << 20;
+/// Bytes that one such read brings, about: it keeps Redis from others while it is put together.
+const READ_BYTES: usize = 1 << 20;
 
 /// Least time between two warnings about oversized messages, and between two about messages shown as text.
 const WARN_EVERY: Duration = Duration::from_secs(60);
@@ -220,8 +220,15 @@ impl Bus {
                 (asked.next(), FILL_EVENTS)
             }
         };
-        let to = EventId(EventId::LIMIT - 1);
-        let args = scripts::read_args(&self.terms, channel.known, from, to, count, READ_BYTES);
+        let wanted = Wanted {
+            from,
+            to: EventId(EventId::LIMIT - 1),
+            events: count,
+            bytes: READ_BYTES,
+            shared_from: from,
+            shared_bytes: 0,
+        };
+        let args = scripts::read_args(&self.terms, channel.known, wanted);
         let (caller, outcomes, reads) = (session.caller(), self.outcomes.clone(), self.reads.clone());
         let (key, generation, name) = (self.terms.key(name), self.link.generation(), name.clone());
         tokio::spawn(async move {

@@ -10,7 +10,7 @@ use super::publisher::Batch;
 use super::terms::Terms;
 use super::wire;
 use crate::bus::Page;
-use crate::event::{ChannelName, EventId};
+use crate::event::{ChannelName, Entry, EventId};
 
 /// No flag: Redis refuses it whole when out of memory, so that a refused event is certainly not taken.
 pub const PUBLISH: &str =
@@ -94,17 +94,41 @@ pub fn taken(frame: &Resp3Frame) -> Option<Taken> {
     Some(Taken { first, refused: status == 2, base: EventId(base), head: EventId(head) })
 }
 
-/// The arguments of [`READ`] for the ids `from` to `to`.
-pub fn read_args(
-    terms: &Terms,
-    known: Known,
-    from: EventId,
-    to: EventId,
-    count: u64,
-    bytes: usize,
-) -> Vec<Value> {
+/// What a read asks for.
+#[derive(Clone, Copy, Debug)]
+pub struct Wanted {
+    /// The first id wanted,
+    pub from: EventId,
+    /// and the last.
+    pub to: EventId,
+    /// At most so many events,
+    pub events: u64,
+    /// and about so many bytes, but one event in any case.
+    pub bytes: usize,
+    /// The events from this id up to `from` are added,
+    pub shared_from: EventId,
+    /// if they have fewer bytes than this.
+    pub shared_bytes: usize,
+}
+
+/// Most events, and bytes of the longest kind of them, that a read takes from the stream in one step: by so much it
+/// may bring more bytes than wanted.
+const STEP_EVENTS: usize = 32;
+const STEP_BYTES: usize = 2 << 20;
+
+/// The arguments of [`READ`].
+pub fn read_args(terms: &Terms, known: Known, wanted: Wanted) -> Vec<Value> {
+    let step = (STEP_BYTES / terms.max_message).clamp(1, STEP_EVENTS);
     let mut args = opening(terms, known);
-    args.extend([number(from.0), number(to.0), number(count), number(bytes as u64)]);
+    args.extend([
+        number(wanted.from.0),
+        number(wanted.to.0),
+        number(wanted.events),
+        number(wanted.bytes as u64),
+        number(wanted.shared_from.0),
+        number(wanted.shared_bytes as u64),
+        number(step as u64),
+    ]);
     args
 }
 
@@ -120,7 +144,8 @@ pub fn page(frame: &Resp3Frame) -> Option<Page> {
         history.push((bytes(&pair[0])?, user));
     }
     let entries = wire::entries(&history);
-    Some(Page { base: EventId(ids[0]), head: EventId(ids[1]), oldest: EventId(ids[2]), entries })
+    let after = entries.first().map_or(EventId(0), Entry::before);
+    Some(Page { after, base: EventId(ids[0]), head: EventId(ids[1]), oldest: EventId(ids[2]), entries })
 }
 
 /// The arguments of [`CANARY`], but for the channels.

@@ -91,17 +91,24 @@ pub fn entries(history: &[(Bytes, Option<Arc<str>>)]) -> Vec<Entry> {
     entries
 }
 
-/// Makes a page after `asked` hold what a page promises: consecutive events from there, or else an `oldest` that shows
-/// what is missing. Only someone who deletes from a stream, or writes to it, makes that necessary.
+/// Makes the answer for a reader at `asked` hold what a page promises: consecutive events from there, perhaps with
+/// some before them, or else an `oldest` that shows what is missing. Only someone who deletes from a stream, or writes
+/// to it, makes that necessary.
 pub fn whole(page: &mut Page, asked: EventId) {
-    let gap = page.entries.windows(2).position(|pair| pair[0].last != pair[1].before());
-    page.entries.truncate(gap.map_or(usize::MAX, |at| at + 1));
+    let entries = &mut page.entries;
+    let breaks = |pair: &[Entry]| pair[0].last != pair[1].before();
+    let next = entries.iter().position(|entry| entry.last > asked).unwrap_or(entries.len());
+    let last = entries.windows(2).skip(next).position(breaks).map_or(entries.len(), |at| next + at + 1);
+    entries.truncate(last);
+    let first = entries.windows(2).take(next).rposition(breaks).map_or(0, |at| at + 1);
+    entries.drain(..first);
+    page.after = entries.first().map_or(asked, |first| first.before().min(asked));
     if asked >= page.head || page.oldest > asked.next() {
         return; // there is nothing, or it shows already
     }
-    match page.entries.first() {
-        Some(first) if first.before() == asked => {}
-        Some(first) => page.oldest = first.before().next(),
+    match entries.iter().find(|entry| entry.last > asked) {
+        Some(next) if next.before() <= asked => {}
+        Some(next) => page.oldest = next.before().next(),
         None => page.oldest = page.head.next(),
     }
 }
@@ -176,8 +183,13 @@ mod tests {
         let page = |ids: &[u64]| {
             let event = |id: &u64| (Bytes::from(format!(r#"{{"id":{id}}}"#)), None);
             let history: Vec<_> = ids.iter().map(event).collect();
-            let mut page =
-                Page { base: EventId(1), head: EventId(9), oldest: EventId(2), entries: entries(&history) };
+            let mut page = Page {
+                after: EventId(0),
+                base: EventId(1),
+                head: EventId(9),
+                oldest: EventId(2),
+                entries: entries(&history),
+            };
             whole(&mut page, EventId(4));
             (page.oldest.0, page.entries.last().map_or(0, |entry| entry.last.0))
         };
