@@ -12,8 +12,9 @@ local needed = {
   {'HMGET', meta, 'head'}, {'HSET', meta, 'head', '1'}, {'HDEL', meta, 'head'}, {'PEXPIRE', meta, '1'},
   {'HMGET', mark, 'epoch'}, {'HSET', mark, 'epoch', 'x'},
   {'XADD', events, '*', 'e', 'x'}, {'XRANGE', events, '-', '+'}, {'XREVRANGE', events, '+', '-'},
-  {'XTRIM', events, 'MAXLEN', '1'}, {'PEXPIRE', events, '1'}, {'DEL', events},
+  {'XTRIM', events, 'MINID', '1'}, {'XLEN', events}, {'PEXPIRE', events, '1'}, {'DEL', events},
   {'HGET', meta, 'from:x'}, {'HGETALL', meta},
+  {'GET', name .. ':key:x'}, {'SET', name .. ':key:x', 'x'},
   {'TYPE', KEYS[3]}, {'DEL', KEYS[3]}, {'HSET', KEYS[3], 'x', 'x'}, {'PEXPIRE', KEYS[3], '1'},
 }
 for _, bare in ipairs(ARGV) do

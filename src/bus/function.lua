@@ -117,15 +117,16 @@ end
 -- What the nodes of a prefix are set to, or nil and why not.
 local function settings_of(prefix)
   local key = prefix .. ':settings'
-  local found = redis.pcall('HMGET', key, 'max_message', 'history', 'history_ttl', 'durable', 'bare_channels')
+  local found = redis.pcall('HMGET', key, 'max_message', 'history', 'history_ttl', 'durable', 'bare_channels',
+    'history_bytes')
   if found.err then
     return nil, 'can not read ' .. key .. ': ' .. found.err
   end
   local settings = {
     max = tonumber(found[1]), history = tonumber(found[2]), ttl = tonumber(found[3]),
-    durable = found[4] == '1', bare = ' ' .. (found[5] or '') .. ' ',
+    durable = found[4] == '1', bare = ' ' .. (found[5] or '') .. ' ', bytes = tonumber(found[6]),
   }
-  if not (settings.max and settings.history and settings.ttl) then
+  if not (settings.max and settings.history and settings.ttl and settings.bytes) then
     return nil, 'no node has the --redis-prefix "' .. prefix .. '" (there is no ' .. key .. ')'
   end
   return settings
@@ -186,7 +187,7 @@ local function publish(keys, args)
     return tonumber(earlier)
   end
   local messages
-  head, messages = append(name, head, {item .. '"id":', user}, 1, settings.history, settings.ttl)
+  head, messages = append(name, head, {item .. '"id":', user}, 1, settings.history, settings.bytes, settings.ttl)
   if key then
     redis.call('SET', key, show(head), 'PX', KEY_TTL)
   end

@@ -1,7 +1,7 @@
 -- KEYS[1] P:{C}. ARGV: 1 durable (1 or 0), 2 history ttl in ms, 3 the highest id seen, 4 the base known,
 -- 5 history length, 6 the bare channel or '', 7 node, 8 number of the call, 9 retry (1 or 0),
--- 10 for how many ms the number is remembered, 11 the idempotency key of the only event or '', then pairs: text up to
--- the id's digits, user or ''.
+-- 10 for how many ms the number is remembered, 11 the idempotency key of the only event or '', 12 history in bytes, then
+-- pairs: text up to the id's digits, user or ''.
 -- Answers {1, first id, base, head}, or {0, 0, base, head}: it may or may not have been taken, and won't be now.
 -- Without pairs it asks what became of an earlier attempt, and answers {2, 0, base, head} if that was not taken: then the
 -- number is used up, so that it never will be.
@@ -52,13 +52,13 @@ local function publish()
     return {0, 0, base, head}
   end
 
-  if #ARGV < 12 then
+  if #ARGV < 13 then
     redis.call('HSET', meta, from, ARGV[8] .. ' 0 ' .. show(now))
     return {2, 0, base, head}
   end
   local first = head + 1
   local messages
-  head, messages = append(name, head, ARGV, 12, ARGV[5], ttl)
+  head, messages = append(name, head, ARGV, 13, tonumber(ARGV[5]), tonumber(ARGV[12]), ttl)
   redis.call('HSET', meta, from, ARGV[8] .. ' ' .. show(first) .. ' ' .. show(now))
   if key then
     redis.call('SET', key, show(first), 'PX', KEY_TTL)

@@ -159,12 +159,47 @@ local function key_name(name, key)
   return name .. ':key:' .. key
 end
 
+-- A channel may hold this many events more than `history`, so that they are trimmed together.
+local TRIM_EVENTS = 100
+-- About this many bytes of events are read at once to learn the size of those that are trimmed.
+local TRIM_READ = 64 * 1024
+
+-- Keeps the newest `history` events of a channel, and at most `history_bytes` of their text. `bytes` in `meta` is the size of
+-- all that are held: adds the size of what this call stored and subtracts that of what it trims, the oldest first. When the
+-- bytes are too many, a sixteenth is trimmed at once. The events that this call stored stay. Returns the new `bytes`.
+local function trim(name, stored, stored_bytes, history, history_bytes)
+  local events = name .. ':events'
+  local length, bytes = redis.call('XLEN', events), stored_bytes
+  if length > stored then
+    bytes = bytes + (tonumber(redis.call('HGET', name .. ':meta', 'bytes') or '') or 0)
+  end
+  local excess = length - history
+  if bytes > history_bytes then
+    history_bytes = history_bytes / 16 * 15
+  elseif excess < TRIM_EVENTS then
+    excess = 0
+  end
+  local from, left = '-', length - stored
+  local count = math.ceil(math.min(TRIM_EVENTS, TRIM_READ * length / bytes))
+  while left > 0 and (excess > 0 or bytes > history_bytes) do
+    for _, item in ipairs(redis.call('XRANGE', events, from, '+', 'COUNT', math.min(left, count))) do
+      if excess > 0 or bytes > history_bytes then
+        from, left, excess, bytes = '(' .. item[1], left - 1, excess - 1, bytes - #item[2][2]
+      end
+    end
+  end
+  if from ~= '-' then
+    redis.call('XTRIM', events, 'MINID', redis.call('XRANGE', events, from, '+', 'COUNT', 1)[1][1])
+  end
+  return math.max(bytes, 0)
+end
+
 -- Stores the events: items are texts up to the id's digits (ending in "id":), each followed by the user it is for,
 -- or ''. Returns the new head and the messages to publish: consecutive events for the same readers share one.
-local function append(name, head, items, start, history, ttl)
+local function append(name, head, items, start, history, history_bytes, ttl)
   local events = name .. ':events'
   local call = redis.call
-  local messages, message = {}, nil
+  local messages, message, bytes = {}, nil, 0
   if head + (#items - start + 1) / 2 >= ID_LIMIT then
     fault(name .. ':meta', 'no ids are left below 2^53: delete this key and ' .. events ..
       ' once no node has had a client in the channel for two minutes')
@@ -193,10 +228,11 @@ local function append(name, head, items, start, history, ttl)
       messages[#messages + 1] = message
     end
     message[#message + 1] = json
+    bytes = bytes + #json
   end
-  call('HSET', name .. ':meta', 'head', show(head))
+  bytes = trim(name, (#items - start + 1) / 2, bytes, history, history_bytes)
+  call('HSET', name .. ':meta', 'head', show(head), 'bytes', show(bytes))
   call('PEXPIRE', name .. ':meta', 2 * ttl)
-  call('XTRIM', events, 'MAXLEN', '~', history)
   call('PEXPIRE', events, ttl)
   return head, messages
 end

@@ -186,8 +186,8 @@ pub(super) static TABLE: [Spec; 32] = [
         "SIZE",
         "64MiB",
         &[
-            "Memory of each channel's history without --redis: large events keep fewer than --history. At",
-            "least --max-message.",
+            "Bytes of events kept for each channel: of large events fewer than --history are kept. At least",
+            "--max-message.",
         ],
     ),
     spec("history-ttl", Value, "TIME", "24h", &["How long history outlives a channel's last event."]),

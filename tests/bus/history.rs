@@ -178,3 +178,50 @@ async fn what_someone_deletes_from_a_stream_is_announced() {
     assert_eq!(reader.resets, [ids[5].0]);
     assert_eq!(reader.events.len(), 8);
 }
+
+#[tokio::test]
+async fn history_has_a_limit_in_bytes() {
+    const LIMIT: usize = 64 << 10;
+    let redis = RedisServer::start();
+    let mut limited = settings(&redis.url());
+    (limited.history_bytes, limited.history) = (LIMIT, 1000);
+    let mut node = Node::ready(limited).await;
+    let mut reader = node.follow("room", 0).await;
+    let mut raw = redis.raw();
+    let mut last = EventId(0);
+    for n in 0..1000_usize {
+        // Small ones, large ones, one beyond the limit alone, and small ones again until their count is the limit.
+        let size = match n {
+            300 => 60 << 10,
+            200..320 => n * 7919 % 9000,
+            _ => n * 7919 % 90,
+        };
+        let event = format!(r#"{{"n":"<{n}>","text":"{}"}}"#, "x".repeat(size));
+        if n % 3 == 0 {
+            let fcall = ["FCALL", "fanfare_publish", "1", "fanfare:{room}", &event];
+            last = EventId(raw.command(&fcall).number() as u64);
+        } else {
+            let batch: Vec<_> = (0..n % 5 + 1).map(|_| node.publish_later("room", None, &event)).collect();
+            for result in batch {
+                last = timeout(PATIENCE, result).await.unwrap().unwrap().unwrap();
+            }
+        }
+        if n % 7 != 0 {
+            continue;
+        }
+        let Reply::List(entries) = raw.command(&["XRANGE", "fanfare:{room}:events", "-", "+"]) else {
+            panic!("a stream is a list")
+        };
+        let sizes = entries.iter().map(|entry| match entry {
+            Reply::List(parts) => parts[1].list()[1].len(),
+            other => panic!("{other:?}"),
+        });
+        let (count, held) = (entries.len(), sizes.sum::<usize>());
+        let counted = raw.command(&["HGET", "fanfare:{room}:meta", "bytes"]);
+        assert_eq!(counted.text(), held.to_string(), "after event {n}");
+        assert!(held <= LIMIT || count <= 5, "{held} bytes in {count} events after event {n}");
+        assert!(count < 1000 + 100 + 5, "{count} events after event {n}");
+    }
+    reader.until(&mut node, last).await;
+    assert!(reader.resets.is_empty());
+}

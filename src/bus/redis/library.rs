@@ -60,6 +60,8 @@ fn settings(terms: &Terms) -> Vec<Value> {
         scripts::number(terms.max_message as u64),
         "history".into(),
         scripts::number(terms.history),
+        "history_bytes".into(),
+        scripts::number(terms.history_bytes as u64),
         "history_ttl".into(),
         scripts::number(terms.ttl_ms),
         "durable".into(),

@@ -68,6 +68,7 @@ pub fn publish_args(terms: &Terms, channel: &ChannelName, known: Known, batch: &
         number(u64::from(batch.retry)),
         number(terms.number_ttl_ms),
         Value::from(batch.key.as_deref().unwrap_or_default()),
+        number(terms.history_bytes as u64),
     ]);
     args
 }

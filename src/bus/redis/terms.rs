@@ -16,6 +16,8 @@ pub struct Terms {
     pub durable: bool,
     /// Events kept for each channel.
     pub history: u64,
+    /// Bytes of events kept for each channel.
+    pub history_bytes: usize,
     /// How long history outlives a channel's last event, in milliseconds.
     pub ttl_ms: u64,
     /// Channels that are Redis channels too.
@@ -64,6 +66,7 @@ impl Terms {
             prefix: settings.redis_prefix.clone(),
             durable: settings.redis_durable,
             history: settings.history,
+            history_bytes: settings.history_bytes,
             ttl_ms: millis(settings.history_ttl),
             number_ttl_ms: millis(settings.publish_timeout.saturating_mul(10)).max(NUMBER_TTL_MIN_MS),
             bare: settings.bare_channels.iter().cloned().collect(),
