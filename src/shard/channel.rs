@@ -309,4 +309,27 @@ mod tests {
             }
         }
     }
+
+    #[test]
+    fn private_fan_out_that_waits_reaches_those_who_join() {
+        let (hasher, now) = (RandomState::new(), Instant::now());
+        for leaves in [false, true] {
+            let mut connections = connections(2);
+            let mut channel = Channel::new(ChannelName::parse("c").expect("a name"), 1, now);
+            channel.add(0, &mut connections, &hasher);
+            channel.start_private_fanout("".into(), now, &connections, &hasher);
+            if leaves {
+                channel.remove(0, &mut connections, &hasher);
+            }
+            channel.add(1, &mut connections, &hasher);
+            channel.start_private_fanout("".into(), now, &connections, &hasher);
+            let mut seen = Vec::new();
+            loop {
+                channel.end_fanouts(now, &mut Vec::new(), &connections, &hasher);
+                let Some(slot) = channel.next_visit(&connections) else { break };
+                seen.push(slot);
+            }
+            assert!(seen.contains(&1) && !channel.has_fanout(), "{seen:?}");
+        }
+    }
 }

@@ -50,6 +50,8 @@ impl PrivateFanouts {
         if let Some(fanout) = self.users.get_mut(user) {
             if fanout.started {
                 fanout.again.get_or_insert(arrived);
+            } else {
+                fanout.next = first; // connections that came after its start lie before its first one
             }
             return false;
         }

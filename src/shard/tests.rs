@@ -44,8 +44,10 @@ enum Step {
     Rejoin { client: usize },
     /// The bus answers what it was asked.
     Answer,
-    /// A turn of the shard's loop.
+    /// A turn of the shard's loop,
     Turn,
+    /// or its first half: some of the sockets are ready.
+    Ready { from: usize, count: usize },
     /// Fan-outs go on for this many writes.
     Fanout { writes: u64 },
     /// A tick.
@@ -63,9 +65,10 @@ fn step() -> impl Strategy<Value = Step> {
         3 => (client.clone(), 1..120_usize).prop_map(|(client, count)| Step::Ping { client, count }),
         1 => (client.clone(), 1..40_usize).prop_map(|(client, count)| Step::Send { client, count }),
         5 => (client.clone(), 1..8000_usize).prop_map(|(client, bytes)| Step::Read { client, bytes }),
-        1 => client.prop_map(|client| Step::Rejoin { client }),
+        2 => client.prop_map(|client| Step::Rejoin { client }),
         4 => Just(Step::Answer),
         6 => Just(Step::Turn),
+        6 => (0..8_usize, 1..8_usize).prop_map(|(from, count)| Step::Ready { from, count }),
         6 => (1..3_u64).prop_map(|writes| Step::Fanout { writes }),
         2 => Just(Step::Tick),
     ]
@@ -236,6 +239,7 @@ impl Testbed {
             }
             Step::Answer => self.answer(),
             Step::Turn => self.turn(),
+            Step::Ready { from, count } => self.ready(*from, *count),
             Step::Fanout { writes } => self.shard.pass_on(*writes),
             Step::Tick => self.shard.on_tick(),
         }
@@ -247,12 +251,16 @@ impl Testbed {
     }
 
     fn turn(&mut self) {
+        self.ready(0, usize::MAX);
+        self.shard.work();
+    }
+
+    fn ready(&mut self, from: usize, count: usize) {
         self.clients.iter_mut().for_each(|client| client.sends(&[]));
         let all: Vec<u32> = self.shard.connections.iter().map(|(slot, _)| slot as u32).collect();
-        for slot in all {
+        for slot in all.into_iter().skip(from).take(count) {
             self.shard.on_ready(token_of(self.shard.id_of(slot)), true, true, true);
         }
-        self.shard.work();
     }
 
     /// Gives the next id.
