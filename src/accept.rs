@@ -176,17 +176,17 @@ struct Acceptor {
     log: AcceptLog,
 }
 
-/// Logs that connections can't be accepted for want of descriptors or memory: at most once a minute.
+/// Logs failures to accept, at most once a minute.
 #[derive(Debug, Default)]
 pub(crate) struct AcceptLog {
-    /// The last accept failed; and whether that was logged.
+    /// Set while accepts fail: whether that was logged.
     failing: Option<bool>,
-    /// When it was logged last.
+    /// When a failure was last logged.
     logged: Option<Instant>,
 }
 
 impl AcceptLog {
-    /// An accept failed: `what` says for whom, and what becomes of them.
+    /// Logs a failed accept; `what` begins the line.
     pub fn failed(&mut self, what: &str, error: &io::Error) {
         if self.failing.is_none() {
             let now = Instant::now();
@@ -199,7 +199,7 @@ impl AcceptLog {
         }
     }
 
-    /// An accept succeeded.
+    /// Logs that accepts succeed again.
     pub fn succeeded(&mut self, what: &str) {
         if self.failing.take() == Some(true) {
             tracing::info!("{what} can be accepted again");

@@ -1,5 +1,5 @@
-//! The admin listener: publish, metrics, stats. HTTP/1.1 with keep-alive, on a thread of its own, so that its requests
-//! hold up no event.
+//! The admin listener: publish, metrics, stats. HTTP/1.1 with keep-alive, on its own thread, so that its requests delay no
+//! event.
 
 use std::future::ready;
 use std::io;
@@ -33,9 +33,9 @@ use conversation::{Waits, converse};
 use listener::{Accepting, SocketFile};
 pub use listener::{Listener, Open};
 
-/// Connections at least: systemd may hand over a socket though `--admin` is off, for which no descriptors are planned.
+/// Least number of connections: systemd may hand over a socket though `--admin` is off, and then none are planned.
 const CONNECTIONS_MIN: usize = 4;
-/// The part of the connections that publishes leave to health and metrics, also while the bus does not answer.
+/// One connection of this many is reserved for health and metrics, for when publishes wait for the bus on all others.
 const RESERVED_PART: usize = 16;
 /// The bus answers within `--publish-timeout`; what it needs to notice that time is up comes on top.
 const BUS_GRACE: Duration = Duration::from_secs(5);
@@ -43,9 +43,9 @@ const BUS_GRACE: Duration = Duration::from_secs(5);
 const KEY_MAX: usize = 128;
 /// Wait after a failed accept: without descriptors the next one fails too.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
-/// Longest time between two signs of life for the watchdog.
+/// Time between two turns that the watchdog sees.
 const TURN: Duration = Duration::from_millis(500);
-/// How long the last answers may take to be read, once the node waits for the bus no more.
+/// How long clients may take to read the last answers after the node has stopped waiting for the bus.
 const LAST_ANSWERS: Duration = Duration::from_secs(1);
 
 /// What the admin listener works with.
@@ -57,22 +57,22 @@ pub struct AdminContext {
     pub metrics: Arc<Metrics>,
     /// The key to it.
     pub keys: Arc<KeyRing>,
-    /// Longest body, time for the bus, hosts.
+    /// Used of them: the longest body, the time for the bus, allowed hosts.
     pub settings: Arc<Settings>,
 }
 
-/// How far the end of the node has come.
+/// How far the node has stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Phase {
-    /// It has not begun.
+    /// It runs.
     Serving,
-    /// No more connections are accepted; requests that have begun get their answers.
+    /// No more connections are accepted; requests under way are answered.
     Finishing,
     /// Publishes that still wait for the bus are answered `unknown`.
     Ending,
 }
 
-/// Returns once `least` is reached, or nobody is left to say so.
+/// Returns once the phase is `least` or later, or its sender is gone.
 async fn reached(mut phase: watch::Receiver<Phase>, least: Phase) {
     while *phase.borrow_and_update() < least {
         if phase.changed().await.is_err() {
@@ -89,14 +89,14 @@ pub struct Admin {
     _file: Option<SocketFile>,
 }
 
-/// Serves on a thread of its own, until [`Admin::finish`].
+/// Serves on its own thread, until [`Admin::finish`].
 pub fn start(listener: Listener, context: AdminContext) -> io::Result<Admin> {
     let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
     let (accepting, file) = {
         let _entered = runtime.enter();
         listener.into_accepting()?
     };
-    // The last one is for a client that comes when all others are taken, until one of them has gone.
+    // One is for a client that connects when all others are in use, until one of those is closed.
     let connections = (context.settings.admin_connections() as usize).max(CONNECTIONS_MIN) - 1;
     let publishes = connections - connections.div_ceil(RESERVED_PART);
     let (phase, seen) = watch::channel(Phase::Serving);
@@ -110,11 +110,11 @@ pub fn start(listener: Listener, context: AdminContext) -> io::Result<Admin> {
 }
 
 impl Admin {
-    /// Accepts no more connections, and returns once every request that has begun has its answer. Publishes wait for
-    /// the bus no longer than `patience`; it must go on meanwhile.
-    pub async fn finish(mut self, patience: Duration) {
+    /// Accepts no more connections, and returns once every request under way is answered. Publishes wait for the bus
+    /// no longer than `publish_wait`; the caller runs the bus meanwhile.
+    pub async fn finish(mut self, publish_wait: Duration) {
         self.phase.send_replace(Phase::Finishing);
-        if timeout(patience, &mut self.ended).await.is_err() {
+        if timeout(publish_wait, &mut self.ended).await.is_err() {
             self.phase.send_replace(Phase::Ending);
             let _ = timeout(2 * LAST_ANSWERS, self.ended).await; // the process ends, whatever its clients do
         }
@@ -123,23 +123,23 @@ impl Admin {
 
 /// What the connections share.
 #[derive(Debug)]
-struct Desk {
+struct Shared {
     context: AdminContext,
-    /// Browsers can reach it, and no key keeps them out.
+    /// Whether browsers can reach the listener without a key.
     checks_host: bool,
     publishes: Semaphore,
     waits: Waits,
     phase: watch::Receiver<Phase>,
 }
 
-impl Desk {
+impl Shared {
     async fn reached(&self, least: Phase) {
         reached(self.phase.clone(), least).await;
     }
 }
 
-/// Serves so many connections and publishes at once, until it is to finish and all are answered. One connection more
-/// is accepted, and the one that waits longest for its peer is closed. More publishes get 503.
+/// Serves at most this many connections and publishes at once, until [`Phase::Finishing`] and all are answered. When one
+/// connection more is accepted, the one that has waited longest for its peer is closed. More publishes get 503.
 async fn serve(
     [most, publishes]: [usize; 2],
     listener: Accepting,
@@ -147,7 +147,7 @@ async fn serve(
     phase: watch::Receiver<Phase>,
 ) {
     let metrics = context.metrics.clone();
-    let desk = Arc::new(Desk {
+    let shared = Arc::new(Shared {
         checks_host: listener.is_tcp() && !context.keys.current().asks_for_admin_key(),
         publishes: Semaphore::new(publishes),
         waits: Waits::default(),
@@ -156,9 +156,9 @@ async fn serve(
     });
     let mut connections = JoinSet::new();
     let spawn = |connections: &mut JoinSet<()>, stream| {
-        let desk = desk.clone();
+        let shared = shared.clone();
         connections.spawn(async move {
-            if let Err(error) = converse(stream, &desk).await {
+            if let Err(error) = converse(stream, &shared).await {
                 tracing::debug!(%error, "an admin connection broke");
             }
         });
@@ -184,7 +184,7 @@ async fn serve(
                 log.succeeded("admin connections");
                 spawn(&mut connections, stream);
                 if connections.len() > most {
-                    desk.waits.stop_longest();
+                    shared.waits.stop_longest();
                 }
             }
             Err(error) => {
@@ -194,9 +194,9 @@ async fn serve(
             }
         }
     }
-    // Clients that wait in the listener's queue would get a reset when it closes.
+    // Clients in the listener's queue would get a reset when it closes.
     loop {
-        yield_now().await; // lets the runtime look at the listener
+        yield_now().await; // lets the runtime poll the listener
         tokio::select! {
             biased;
             Ok(stream) = listener.accept() => spawn(&mut connections, stream),
@@ -214,21 +214,20 @@ async fn serve(
     }
 }
 
-/// Refuses a request that may not be made here. Health may be looked at without the key, for programs that watch
-/// over the process.
-fn authorize(head: &Head<'_>, desk: &Desk) -> Result<(), Refusal> {
-    let AdminContext { keys, metrics, settings, .. } = &desk.context;
+/// Refuses a request without the right key or host. Health checks need no key.
+fn authorize(head: &Head<'_>, shared: &Shared) -> Result<(), Refusal> {
+    let AdminContext { keys, metrics, settings, .. } = &shared.context;
     let refuse = |why, refusal: Refusal| {
         metrics.admin_refused.add(1);
         let class = Class { what: "admin request", why, status: refusal.status };
         metrics.refusals.note(class, &refusal.text);
         Err(refusal)
     };
-    // A page may give itself a name that points to this machine (DNS rebinding), and then read what is here. All
-    // browsers send Host.
+    // A site can make its name point to this machine (DNS rebinding), and its page then read the answers. All browsers
+    // send Host.
     let is_own = |host| origin::is_loopback_host(host) || origin::names_host(&settings.allow_origin, host);
-    if desk.checks_host && head.count("host") > 0 && !head.header("host").is_some_and(is_own) {
-        let text = "without --admin-key this listener is addressed as localhost or 127.0.0.1, or as a host that --allow-origin names";
+    if shared.checks_host && head.count("host") > 0 && !head.header("host").is_some_and(is_own) {
+        let text = "the Host must be localhost, 127.0.0.1 or a host in --allow-origin, unless an --admin-key is set";
         return refuse("host", Refusal::new(403, text));
     }
     if matches!(head.path, "/healthz" | "/readyz") || keys.current().admit_admin(head) {
@@ -238,7 +237,7 @@ fn authorize(head: &Head<'_>, desk: &Desk) -> Result<(), Refusal> {
     refuse("key", Refusal::new(401, text).with("WWW-Authenticate", "Bearer"))
 }
 
-async fn answer(head: &Head<'_>, body: &[u8], desk: &Desk) -> Result<Response, Refusal> {
+async fn answer(head: &Head<'_>, body: &[u8], shared: &Shared) -> Result<Response, Refusal> {
     let allowed = match head.path {
         "/publish" => "POST",
         "/metrics" | "/stats" | "/healthz" | "/readyz" => "GET, HEAD",
@@ -250,9 +249,9 @@ async fn answer(head: &Head<'_>, body: &[u8], desk: &Desk) -> Result<Response, R
     if !allowed.split(", ").any(|method| method == head.method) {
         return Err(Refusal::new(405, format!("{} takes {allowed}", head.path)).with("Allow", allowed));
     }
-    let metrics = &desk.context.metrics;
+    let metrics = &shared.context.metrics;
     Ok(match head.path {
-        "/publish" => publish(head, body, desk).await?,
+        "/publish" => publish(head, body, shared).await?,
         "/metrics" => Response::new(200, "text/plain; version=0.0.4; charset=utf-8", metrics.prometheus()),
         "/stats" => Response::json(200, &metrics.stats_json()),
         "/healthz" => Response::line(200, "ok"),
@@ -263,7 +262,7 @@ async fn answer(head: &Head<'_>, body: &[u8], desk: &Desk) -> Result<Response, R
     })
 }
 
-async fn publish(head: &Head<'_>, body: &[u8], desk: &Desk) -> Result<Response, Refusal> {
+async fn publish(head: &Head<'_>, body: &[u8], shared: &Shared) -> Result<Response, Refusal> {
     if head.count("origin") > 0 {
         // Any page that a browser on this machine has open could publish here, without being able to read the
         // answer. Programs send no Origin.
@@ -272,11 +271,11 @@ async fn publish(head: &Head<'_>, body: &[u8], desk: &Desk) -> Result<Response, 
     let (channel, to) = destination(head.query)?;
     let event = foreign::published(body, to.as_deref()).map_err(|bad| Refusal::new(400, bad.to_string()))?;
     let key = idempotency_key(head)?;
-    let Ok(_permit) = desk.publishes.try_acquire() else {
+    let Ok(_permit) = shared.publishes.try_acquire() else {
         let text = "too many publishes wait for the bus here: try again, or another node";
         return Err(Refusal::new(503, text).with("Retry-After", "1"));
     };
-    let id = match hand_over(channel, to, key, event, desk).await {
+    let id = match hand_over(channel, to, key, event, shared).await {
         Ok(id) => id,
         Err(error) => {
             let text = error.to_string();
@@ -284,7 +283,7 @@ async fn publish(head: &Head<'_>, body: &[u8], desk: &Desk) -> Result<Response, 
                 PublishError::Refused(_) => (503, "unavailable"),
                 PublishError::Unknown => (504, "unknown"),
             };
-            desk.context.metrics.refusals.note(Class { what: "admin request", why, status }, &text);
+            shared.context.metrics.refusals.note(Class { what: "admin request", why, status }, &text);
             let refusal = Refusal::new(status, text);
             return Err(if status == 503 { refusal.with("Retry-After", "1") } else { refusal });
         }
@@ -316,8 +315,8 @@ fn destination(query: &str) -> Result<(ChannelName, Option<Arc<str>>), Refusal> 
     Ok((channel, to.map(|user| user.as_ref().into())))
 }
 
-/// The `Idempotency-Key`, under which a retry publishes nothing twice. It may stand in quotes, as in the IETF's draft
-/// (draft-ietf-httpapi-idempotency-key-header), which are not part of it.
+/// The `Idempotency-Key`, with which a retry publishes nothing twice. It may be quoted, as in the IETF's draft
+/// (draft-ietf-httpapi-idempotency-key-header); the quotes are no part of it.
 fn idempotency_key(head: &Head<'_>) -> Result<Option<Arc<str>>, Refusal> {
     let given = match head.count("idempotency-key") {
         0 => return Ok(None),
@@ -332,7 +331,7 @@ fn idempotency_key(head: &Head<'_>) -> Result<Option<Arc<str>>, Refusal> {
     match unquoted.filter(is_key) {
         Some(key) => Ok(Some(key.into())),
         None => {
-            let rule = "1 to 128 printable ASCII characters, no blanks, no quotes but around it";
+            let rule = "1 to 128 printable ASCII characters without blanks and quotes (quotes around it are dropped)";
             Err(Refusal::new(400, format!("Idempotency-Key must be given once: {rule}")))
         }
     }
@@ -344,20 +343,20 @@ async fn hand_over(
     to: Option<Arc<str>>,
     key: Option<Arc<str>>,
     event: Bytes,
-    desk: &Desk,
+    shared: &Shared,
 ) -> Result<EventId, PublishError> {
     let (waiter, outcome) = oneshot::channel();
     let publish = Publish { channel, to, key, event, answer: Answer::Waiter(waiter) };
-    if desk.context.requests.send(Request::Publish(publish)).is_err() {
+    if shared.context.requests.send(Request::Publish(publish)).is_err() {
         return Err(PublishError::Refused("this node is stopping".into()));
     }
-    let time = desk.context.settings.publish_timeout + BUS_GRACE;
+    let time = shared.context.settings.publish_timeout + BUS_GRACE;
     tokio::select! {
         biased;
         outcome = timeout(time, outcome) => match outcome {
             Ok(Ok(result)) => result,
             Ok(Err(_)) | Err(_) => Err(PublishError::Unknown),
         },
-        () = desk.reached(Phase::Ending) => Err(PublishError::Unknown),
+        () = shared.reached(Phase::Ending) => Err(PublishError::Unknown),
     }
 }

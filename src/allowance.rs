@@ -1,10 +1,9 @@
-//! The table of what clients may still do, over all their connections and after these have ended (see
-//! [`crate::pace::Allowance`]).
+//! The table of clients' [`crate::pace::Allowance`]s, which are shared by all connections of a client and outlive them.
 //!
 //! A connection looks its client up once, at its first message or new channel. After that a message costs one atomic
-//! operation. An entry that no connection holds is dropped once its allowances are full: a new one would
-//! allow less. Where too many wait for that, a client that is not in the table gets an entry for one connection, so
-//! that nobody can push out the debts of others.
+//! operation. An entry that no connection holds is dropped once its allowance is full again, since a new entry would
+//! allow less. While the table is full, a new client gets an allowance for one connection alone, so that nobody can evict
+//! the used-up allowances of others.
 
 use std::collections::HashMap;
 use std::hash::{BuildHasher, Hash, RandomState};
@@ -14,17 +13,17 @@ use std::time::Instant;
 use crate::config::Settings;
 use crate::pace::{Allowance, RateLimiter};
 
-/// Entries beside one for each connection that a node may have: clients that have left before their allowances were full.
-/// An entry takes some 100 bytes.
+/// Entries beyond one for each connection: for clients that have left with allowances used up. An entry takes some 100
+/// bytes.
 const LEFT_MAX: usize = 65_536;
 
-/// Parts of the table, each with a lock of its own: shards seldom wait for each other, and a sweep is short.
+/// Parts of the table, each with its own lock, so that shards seldom wait for each other and a sweep is short.
 const PARTS: usize = 64;
 
 /// Entries in a part before it is swept.
 const SWEEP_MIN: usize = 64;
 
-/// Least time between two sweeps of a part, in nanoseconds: in a full one each new client would cause one.
+/// Least time between two sweeps of a part, in nanoseconds: in a full part each new client would cause one.
 const SWEEP_PAUSE: u64 = 1_000_000_000;
 
 /// The allowances of all clients of a node.
@@ -39,7 +38,7 @@ pub struct Allowances {
 }
 
 impl Allowances {
-    /// No client has come yet.
+    /// Without clients.
     pub fn new(settings: &Settings) -> Allowances {
         Allowances {
             limiter: RateLimiter::new(settings),
@@ -72,16 +71,16 @@ impl Allowances {
 
 #[derive(Debug, Default)]
 struct Part {
-    /// By the hash of the client: two in 2^64 would share an entry, and names are too long to keep.
+    /// By the hash of the client, since names are too long to keep. Clients with the same hash share an entry.
     entries: HashMap<u64, Arc<Allowance>>,
     /// Number of entries at which it is swept.
     sweep_at: usize,
-    /// When it was swept last.
+    /// When it was swept last, in nanoseconds.
     swept: u64,
 }
 
 impl Part {
-    /// The entry of this client, which gets one with this TAT if it has none.
+    /// The entry of this client; a new one starts with this TAT.
     fn get(&mut self, key: u64, most: usize, now: u64, tat: u64) -> Arc<Allowance> {
         if let Some(allowance) = self.entries.get(&key) {
             return allowance.clone();
@@ -108,13 +107,13 @@ mod tests {
     const SECOND: u64 = 1_000_000_000;
 
     #[test]
-    fn entries_go_when_they_are_full_and_only_then() {
+    fn only_full_allowances_are_dropped() {
         const LATER: u64 = 100 * SECOND;
         let mut part = Part::default();
         let held = part.get(0, 100, SECOND, SECOND);
         (1..90).for_each(|key| drop(part.get(key, 100, SECOND, 5 * SECOND)));
         (90..100).for_each(|key| drop(part.get(key, 100, SECOND, 2 * LATER)));
-        // It has no room: a new client is not kept, and the others stay.
+        // The part is full: a new client is not kept, and the others stay.
         let first = part.get(100, 100, SECOND + 1, SECOND);
         assert!(!Arc::ptr_eq(&first, &part.get(100, 100, SECOND + 2, SECOND)));
         assert_eq!(part.entries.len(), 100);

@@ -26,12 +26,12 @@ struct Version {
     file_cache: [&'static str; 2],
 }
 
-static ONE: Version = Version {
+static V1: Version = Version {
     limit: "memory.limit_in_bytes",
     usage: "memory.usage_in_bytes",
     file_cache: ["total_inactive_file ", "total_active_file "],
 };
-static TWO: Version =
+static V2: Version =
     Version { limit: "memory.max", usage: "memory.current", file_cache: ["inactive_file ", "active_file "] };
 
 impl Groups {
@@ -46,12 +46,12 @@ impl Groups {
                 continue;
             };
             let version = match controllers {
-                "" => &TWO,
-                _ if controllers.split(',').any(|name| name == "memory") => &ONE,
+                "" => &V2,
+                _ if controllers.split(',').any(|name| name == "memory") => &V1,
                 _ => continue,
             };
             let Some((top, below)) = mounts.lines().find_map(|line| mount(line, version)) else { continue };
-            // In a container the path may lie above what is mounted: then the mount is the container's own group.
+            // In a container the path may be above the mount point: then the mount is the container's own group.
             let path = Path::new(path).strip_prefix(below).unwrap_or(Path::new(""));
             let top = root.join(top.trim_start_matches('/'));
             groups.extend(path.ancestors().filter_map(|path| Group::read(&top.join(path), version)));
@@ -64,9 +64,9 @@ impl Groups {
         self.0.iter().map(|group| group.limit).min()
     }
 
-    /// The least that any group leaves. The page cache is looked at only where there seems to be less than `enough`.
-    pub fn left(&self, enough: u64) -> Option<u64> {
-        self.0.iter().filter_map(|group| group.left(enough)).min()
+    /// The least memory that any group has left. The page cache is read only if that seems to be less than `enough`.
+    pub fn available(&self, enough: u64) -> Option<u64> {
+        self.0.iter().filter_map(|group| group.available(enough)).min()
     }
 }
 
@@ -77,11 +77,11 @@ impl Group {
         Some(Group { limit, usage, stat, version })
     }
 
-    fn left(&self, enough: u64) -> Option<u64> {
+    fn available(&self, enough: u64) -> Option<u64> {
         let used = number(&self.usage)?;
-        let left = self.limit.saturating_sub(used);
-        if left >= enough {
-            return Some(left);
+        let available = self.limit.saturating_sub(used);
+        if available >= enough {
+            return Some(available);
         }
         let stat = fs::read_to_string(&self.stat).unwrap_or_default();
         let value = |name| stat.lines().find_map(|line| line.strip_prefix(name)?.trim().parse::<u64>().ok());
@@ -90,25 +90,25 @@ impl Group {
     }
 }
 
-/// Where a line of mountinfo (proc(5)) mounts the memory controller of this version, and which group is at the top.
+/// The mount point and root group of a line of mountinfo (proc(5)) that mounts the memory controller of this version.
 fn mount<'a>(line: &'a str, version: &Version) -> Option<(&'a str, &'a str)> {
-    let (place, kind) = line.split_once(" - ")?;
-    let mut place = place.split(' ').skip(3);
-    let (group, point) = (place.next()?, place.next()?);
-    let mut kind = kind.split(' ');
-    let is_its = match kind.next()? {
-        "cgroup2" => *version == TWO,
-        "cgroup" => *version == ONE && kind.nth(1)?.split(',').any(|name| name == "memory"),
+    let (mount, filesystem) = line.split_once(" - ")?;
+    let mut mount = mount.split(' ').skip(3);
+    let (root, point) = (mount.next()?, mount.next()?);
+    let mut filesystem = filesystem.split(' ');
+    let has_memory = match filesystem.next()? {
+        "cgroup2" => *version == V2,
+        "cgroup" => *version == V1 && filesystem.nth(1)?.split(',').any(|name| name == "memory"),
         _ => false,
     };
-    is_its.then_some((point, group))
+    has_memory.then_some((point, root))
 }
 
 fn number(path: &Path) -> Option<u64> {
     fs::read_to_string(path).ok()?.trim().parse().ok()
 }
 
-/// The machine's memory, of `/proc/meminfo`.
+/// The machine's memory (`/proc/meminfo`).
 pub fn machine_memory() -> Option<u64> {
     kibibytes(&fs::read_to_string("/proc/meminfo").ok()?, "MemTotal:")
 }

@@ -23,7 +23,7 @@ mod table;
 mod units;
 
 pub use files::rejection_slots;
-pub use memory::Memory;
+pub use memory::{CONNECTION_IN_KERNEL, CONNECTION_IN_PROCESS, Memory};
 pub use redis_url::RedisUrl;
 
 use input::Input;
@@ -72,7 +72,7 @@ pub struct Settings {
     pub redis_durable: bool,
     /// Channels that are also plain Redis channels of the same name.
     pub bare_channels: Vec<ChannelName>,
-    /// Most connections; `None`: as many as fit. See [`Settings::most_connections`].
+    /// `--max-connections`; `None`: as many as fit. See [`Settings::most_connections`].
     pub max_connections: Option<NonZeroU32>,
     /// Connections of one client address.
     pub max_per_address: Cap,
@@ -84,12 +84,11 @@ pub struct Settings {
     pub shards: NonZeroUsize,
     /// Events of history the bus keeps for each channel.
     pub history: u64,
-    /// Bytes of history the bus keeps for each channel.
+    /// Bytes of history the local bus keeps for each channel.
     pub history_bytes: usize,
     /// How long history outlives a channel's last event.
     pub history_ttl: Duration,
-    /// Recent events in memory, all channels together, in bytes; `None`: a part of what there is.
-    /// See [`Settings::feed_memory`].
+    /// `--feed-memory` in bytes; `None`: a part of memory. See [`Settings::feed_memory`].
     pub feed_memory: Option<usize>,
     /// Time between two heartbeats of a connection.
     pub heartbeat: Duration,
@@ -113,9 +112,9 @@ pub struct Settings {
     pub log: String,
     /// How log lines look.
     pub log_format: LogFormat,
-    /// The limit on open files of this process, if there is one that can be read. Not a setting; read with them.
+    /// This process's limit on open files, if it can be read. No setting, but read together with them.
     pub open_files: Option<u32>,
-    /// The memory that there is. Not a setting either.
+    /// Available memory. No setting either.
     pub memory: Memory,
 }
 

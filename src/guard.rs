@@ -31,12 +31,12 @@ pub const PER_USER: u32 = 100;
 /// Seconds after which one who found no place may come again.
 const RETRY_AFTER: &str = "5";
 
-/// Bytes of an IPv6 address that are counted together: the /56 that a customer of an access network usually gets
-/// (RIPE-690 recommends /56 or /48). By /64 such a customer would have 256 times the cap of an address.
+/// Bytes of an IPv6 address that count as one client: the /56 that a customer of an access network usually gets
+/// (RIPE-690 recommends /56 or /48). Counted by /64 such a customer would have 256 times the cap of an address.
 const IPV6_PREFIX: usize = 7;
 
-/// Whose connection it is, as it is counted: an IPv4 address, or the /56 of an IPv6 one, so that nobody gets a new
-/// count by the next of its own addresses.
+/// The client of a connection, as it is counted: an IPv4 address, or the /56 of an IPv6 one, so that a client gains
+/// nothing by using another of its own addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Address {
     /// IPv4, also when it came mapped into IPv6.
@@ -165,9 +165,9 @@ pub struct Guard {
     /// By hash: two users in 2^64 would share a cap, and a name is too long to keep twice.
     users: Mutex<HashMap<u64, u32>>,
     hasher: RandomState,
-    /// Who shares an allowance.
+    /// Whose connections share an allowance.
     client: Client,
-    /// What clients may still do.
+    /// The allowances of all clients.
     pub allowances: Allowances,
 }
 
@@ -268,8 +268,8 @@ impl Guard {
         self.per_user.is_none_or(|most| add(&self.users, self.hasher.hash_one(user), most))
     }
 
-    /// The allowance of the client of this connection. `None`: the connection shares with no other. Without tokens
-    /// that holds for loopback, since a proxy on the same machine may not name its clients, and for a proxy's own
+    /// The allowance of the client of this connection. `None`: the connection shares with no other. Without tokens that
+    /// holds for loopback, since a proxy on the same machine may not forward client addresses, and for a proxy's own
     /// connections.
     pub fn allowance(&self, place: Place, user: &str) -> Option<Arc<Allowance>> {
         match (self.client, place) {
@@ -281,8 +281,8 @@ impl Guard {
         }
     }
 
-    /// Counts a new channel that this client names; false when it has named too many. Without a cap on its
-    /// connections there is none.
+    /// Counts a new channel of this client; false if it has named too many. Where its connections are not limited, new
+    /// channels are not either.
     pub fn take_channel(&self, client: &Allowance) -> bool {
         let connections = match self.client {
             Client::User => self.per_user,

@@ -1,24 +1,24 @@
 //! The JSON that events may hold: I-JSON (RFC 7493), so that every client can read every event.
 //!
-//! RFC 8259 leaves open what a reader does with a name that comes twice, half a surrogate pair, a number beyond a
-//! double or deep nesting. Readers differ, and some raise an error. [`check`] refuses all of these. The Lua function
-//! `fanfare_publish` keeps the same rule; `tests/json_cases.txt` lists cases for both.
+//! RFC 8259 does not say what a parser does with repeated names, half a surrogate pair, a number too large for a double
+//! or deep nesting. Parsers differ, and some fail. [`check`] rejects all of these. The Lua function `fanfare_publish`
+//! has the same rule; `tests/json_cases.txt` lists cases for both.
 
-/// Arrays and objects within each other in an event, the event itself included. Readers recurse, and stop: .NET's at
-/// 64, Ruby's at 100, serde_json at 127.
+/// Most levels of arrays and objects in an event, the event itself included. Parsers recurse and have a limit: .NET's is
+/// 64, Ruby's 100, serde_json's 127.
 pub const DEPTH_MAX: usize = 64;
 
-/// Longest number, in characters. A double takes 24, a 256-bit integer 78. Python refuses integers of over 4,300
-/// digits, Java's Jackson numbers of over 1,000.
+/// Longest number, in characters. A double takes 24, a 256-bit integer 78. Python rejects integers of more than 4,300
+/// digits, Java's Jackson numbers of more than 1,000.
 pub const NUMBER_MAX: usize = 128;
 
-/// Why an event may not hold a text.
+/// Why a text is no JSON for events.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{fault}, at byte {at}")]
 pub struct BadJson {
     /// What is wrong.
     pub fault: Fault,
-    /// Where, in bytes from the start of the text.
+    /// Offset in the text, in bytes.
     pub at: usize,
 }
 
@@ -48,7 +48,7 @@ pub enum Fault {
     TooDeep,
 }
 
-/// Checks that `text` is one JSON value that every client can read, nested no deeper than `depth_max`.
+/// Checks that `text` is one JSON value that every client can parse, with at most `depth_max` levels.
 pub fn check(text: &[u8], depth_max: usize) -> Result<(), BadJson> {
     let at_byte = |fault, at| Err(BadJson { fault, at });
     if let Err(error) = std::str::from_utf8(text) {
@@ -61,25 +61,25 @@ pub fn check(text: &[u8], depth_max: usize) -> Result<(), BadJson> {
     Ok(())
 }
 
-/// Walks over a text once. Takes O(n log n) whatever the text holds: names are compared by sorting, without hashing.
+/// Scans a text once, in O(n log n) at worst: names are compared by sorting, without hashing.
 struct Scanner<'a> {
     text: &'a [u8],
     at: usize,
-    /// Names of the objects that are open, the innermost last.
+    /// Names in the open objects, the innermost last.
     names: Vec<Name>,
-    /// Names that were written with escapes, without them.
+    /// The names that have escapes, decoded.
     unescaped: Vec<u8>,
 }
 
-/// Where a name is: in the text, or beyond its end in the names without escapes. Eight bytes, for the shortest member
-/// has six.
+/// The place of a name: in the text, or past its end in `unescaped`. It has eight bytes, since the shortest member has
+/// six.
 #[derive(Clone, Copy)]
 struct Name {
     start: u32,
     length: u32,
 }
 
-/// Up to so many names of an object are compared each with each.
+/// Up to this many names of an object are compared pairwise.
 const PAIRWISE_MAX: usize = 12;
 
 impl Scanner<'_> {
@@ -177,7 +177,7 @@ impl Scanner<'_> {
                 return Err(Fault::Syntax);
             }
         }
-        if self.has_twins(first) {
+        if self.has_repeated_name(first) {
             return Err(Fault::RepeatedName);
         }
         self.names.truncate(first);
@@ -185,7 +185,7 @@ impl Scanner<'_> {
         Ok(())
     }
 
-    /// Reads a name and keeps where it is, for comparison.
+    /// Reads a name; gives its place, for comparison.
     fn name(&mut self) -> Result<Name, Fault> {
         if self.peek() != Some(b'"') {
             return Err(Fault::Syntax);
@@ -205,7 +205,7 @@ impl Scanner<'_> {
     }
 
     /// Whether two of the names from `first` on are the same.
-    fn has_twins(&mut self, first: usize) -> bool {
+    fn has_repeated_name(&mut self, first: usize) -> bool {
         let (text, unescaped) = (self.text, &self.unescaped[..]);
         let bytes = |name: &Name| match (name.start as usize).checked_sub(text.len()) {
             None => &text[name.start as usize..][..name.length as usize],
@@ -220,7 +220,7 @@ impl Scanner<'_> {
         names.windows(2).any(|pair| bytes(&pair[0]) == bytes(&pair[1]))
     }
 
-    /// Reads a string; tells whether it has escapes.
+    /// Reads a string; gives whether it has escapes.
     fn string(&mut self) -> Result<bool, Fault> {
         self.at += 1;
         let mut escapes = false;
@@ -240,7 +240,7 @@ impl Scanner<'_> {
         }
     }
 
-    /// Skips what stands for itself in a string, sixteen bytes at a time.
+    /// Skips the plain bytes of a string, sixteen at a time.
     fn skip_plain(&mut self) {
         let special = |byte: u8| byte < b' ' || byte == b'"' || byte == b'\\';
         let rest = &self.text[self.at..];
@@ -253,8 +253,8 @@ impl Scanner<'_> {
     fn escape(&mut self) -> Result<(), Fault> {
         match self.text.get(self.at + 1) {
             Some(b'"' | b'\\' | b'/' | b'b' | b'f' | b'n' | b'r' | b't') => self.at += 2,
-            Some(b'u') => match self.unit(self.at)? {
-                0xD800..=0xDBFF => match self.unit(self.at + 6) {
+            Some(b'u') => match self.code_unit(self.at)? {
+                0xD800..=0xDBFF => match self.code_unit(self.at + 6) {
                     Ok(0xDC00..=0xDFFF) => self.at += 12,
                     _ => return Err(Fault::LoneSurrogate),
                 },
@@ -267,7 +267,7 @@ impl Scanner<'_> {
     }
 
     /// The UTF-16 code unit of the escape `\uXXXX` at byte `at`.
-    fn unit(&self, at: usize) -> Result<u16, Fault> {
+    fn code_unit(&self, at: usize) -> Result<u16, Fault> {
         let Some([b'\\', b'u', digits @ ..]) = self.text.get(at..at + 6) else { return Err(Fault::Syntax) };
         digits.iter().try_fold(0, |unit, digit| {
             let digit = char::from(*digit).to_digit(16).ok_or(Fault::Syntax)?;
@@ -305,7 +305,7 @@ impl Scanner<'_> {
         Ok(())
     }
 
-    /// One digit or more.
+    /// Reads one digit or more.
     fn digits(&mut self) -> Result<(), Fault> {
         let count = self.text[self.at..].iter().take_while(|byte| byte.is_ascii_digit()).count();
         self.at += count;
@@ -413,7 +413,7 @@ mod tests {
         }
     }
 
-    /// Cases without the largest double: serde_json takes it for too large with some last digits.
+    /// Cases without the largest double: with some last digits serde_json rejects it as too large.
     fn cases_for_serde_json() -> Vec<cases::Case> {
         let mut cases = cases::cases();
         cases.retain(|case| !case.value.escape_ascii().to_string().contains("1.797693134862315"));
@@ -437,7 +437,7 @@ mod tests {
         }
 
         #[test]
-        fn a_case_with_a_byte_changed_is_judged_as_by_serde_json(
+        fn serde_json_agrees_on_changed_cases(
             case in proptest::sample::select(cases_for_serde_json()), at: prop::sample::Index, byte: u8, cut: bool,
         ) {
             let mut text = case.event();
@@ -452,7 +452,7 @@ mod tests {
         }
 
         #[test]
-        fn any_value_passes_as_serde_json_writes_it(names in proptest::collection::hash_set(".{0,3}", 0..40)) {
+        fn accepts_what_serde_json_writes(names in proptest::collection::hash_set(".{0,3}", 0..40)) {
             let members: serde_json::Map<_, _> = names.into_iter().map(|name| (name, 1.into())).collect();
             let text = serde_json::to_string(&serde_json::json!([members, members])).unwrap();
             prop_assert_eq!(check(text.as_bytes(), DEPTH_MAX), Ok(()));

@@ -19,7 +19,7 @@ const FILE_MAX: u64 = 64 * 1024;
 /// Shortest `--admin-key`, in bytes: it is open to guessing over the network.
 const ADMIN_KEY_MIN: usize = 16;
 
-/// Permission of all users of the machine to read a file (chmod(1)).
+/// Read permission for all users of the machine (chmod(1)).
 const OTHERS_READ: u32 = 0o004;
 
 /// Every key in force. Immutable: a reload makes new ones.
@@ -173,7 +173,7 @@ fn noted<T>(
         .ok()
 }
 
-/// Reads a key file. Anything but a regular file is refused: opening a FIFO blocks until somebody writes to it.
+/// Reads a key file. Only a regular file is accepted: opening a FIFO blocks until it has a writer.
 pub(crate) fn read(path: &Path) -> Result<Vec<u8>, String> {
     let mut content = Vec::new();
     let found = fs::metadata(path).map_err(|error| format!("can't be opened: {error}"))?;

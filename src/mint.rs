@@ -20,7 +20,7 @@ Prints a token signed with HS256 for /ws/NAME.
 
   --user NAME       Who it is for (sub).
   --jwt-key FILE,...
-                    The key files of the nodes, or FANFARE_JWT_KEY. The first that holds a secret signs.
+                    The key files of the nodes, or FANFARE_JWT_KEY. The first secret in them signs.
   --ttl TIME        How long it lasts (exp): a whole number and s, m, h or d; default 1h.
   --channel NAME    A channel it is good for, or a prefix that ends in *; may be repeated. Without it: all.
   --publish VALUE   true, false, or a channel or prefix to publish to; may be repeated. Without it: as
@@ -91,8 +91,8 @@ fn pattern(flag: &str, value: String) -> Result<String, String> {
     Ok(value)
 }
 
-/// The `publish` claim; `None` when nothing was given. Other words for true and false would be channels of that
-/// name, which is hardly what was meant.
+/// The `publish` claim; `None` when nothing was given. Words like `yes` are errors: they would be channels of that name,
+/// which nobody means.
 fn publish_claim(values: Vec<String>) -> Result<Option<Value>, String> {
     let is_word = |value: &str, words: &[&str]| words.iter().any(|word| value.eq_ignore_ascii_case(word));
     match values.as_slice() {
@@ -104,7 +104,7 @@ fn publish_claim(values: Vec<String>) -> Result<Option<Value>, String> {
     for value in &values {
         if is_word(value, &["true", "false"]) {
             return Err(format!(
-                "--publish: {value} excludes all other values, and is written in small letters"
+                "--publish: {value} must be in lower case and the only value"
             ));
         }
         if is_word(value, &["yes", "no", "on", "off"]) {
@@ -115,8 +115,8 @@ fn publish_claim(values: Vec<String>) -> Result<Option<Value>, String> {
     Ok(Some(patterns?.into()))
 }
 
-/// The first secret in these files, whose names are given by comma. A node takes tokens signed with any of them, but
-/// public keys sign nothing.
+/// The first secret in these files, separated by commas. Nodes accept tokens signed with any of the keys, but a public
+/// key can't sign.
 fn first_secret(files: &str) -> Result<Vec<u8>, String> {
     let mut problems = Vec::new();
     for file in files.split(',').map(str::trim) {

@@ -1,8 +1,8 @@
 //! Rate limit of what clients send: the generic cell rate algorithm (GCRA), which needs no timer.
 //!
 //! A message costs as much time as it takes at the allowed rates. Each accepted message moves a point in time, the
-//! theoretical arrival time (TAT), on by its cost. A message is over the rate when that would bring the TAT further
-//! ahead of the clock than the burst. So nothing has to be filled up while a client is silent.
+//! theoretical arrival time (TAT), forward by its cost. A message is over the rate if that would put the TAT further
+//! ahead of the clock than the burst. So nothing has to be refilled while a client is silent.
 //!
 //! Every connection has a TAT of its own. All connections of a client share an [`Allowance`], so that reconnecting
 //! gains nothing.
@@ -17,69 +17,68 @@ use crate::guard::{PER_ADDRESS, PER_USER};
 /// A client that was silent may send this many seconds' worth at once.
 const BURST_SECONDS: u64 = 10;
 
-/// A client that has just come may send one such part of the burst at once: addresses are easy to get in numbers.
+/// A new client may send a tenth of the burst at once: many addresses are easy to get.
 const NEW_PART: u64 = 10;
 
 /// Messages that every client may send at once, however low the rate.
 const BURST_MIN: u64 = 10;
 
-/// Rejected messages tolerated before the connection is closed: one second's worth, at least this many. A few are on
-/// their way already when the first rejection arrives.
+/// Rejected messages tolerated before the connection is closed: one second's worth, but at least ten, since a client may
+/// have sent a few more before the first rejection arrives.
 const TOLERATED_MIN: u32 = 10;
 
-/// As many as can be counted in the connection, less one.
+/// Most that can be tolerated: one less than a connection can count.
 const TOLERATED_MAX: u32 = u16::MAX as u32 - 1;
 
-/// Highest message rate: beyond it time between two messages is a matter of chance.
+/// Highest message rate. Above it, times between messages are shorter than a turn of a shard.
 pub const RATE_MAX: u32 = 100_000;
 
-/// Most frames of one message, and one more for every [`FRAGMENT_BYTES`] of `--max-message`: a client that sends its
-/// message in more of them only wants to cost something.
+/// Most frames of one message, and one more for every [`FRAGMENT_BYTES`] of `--max-message`. No honest client needs more.
 pub const FRAGMENTS_MAX: usize = 1024;
 
-/// Bytes that each further frame of a message costs at the byte rate beside its payload: tiny fragments are work, too.
+/// Bytes that each further frame of a message counts at the byte rate beside its payload, since tiny fragments are work.
 pub const FRAGMENT_BYTES: usize = 64;
 
-/// Byte rate a second where `--max-byte-rate` is `auto` and `--max-message` is not more: a hundred messages of 10 KiB,
-/// so that an address fills no more than a tenth of a link of 1 Gbit/s to Redis.
+/// Default of `--max-byte-rate` in bytes a second, unless `--max-message` is more: a hundred messages of 10 KiB, so that
+/// an address fills at most a tenth of a link of 1 Gbit/s to Redis.
 pub const BYTE_RATE: u64 = 1 << 20;
 
-/// Lowest byte rate a second; and it is at least `--max-message` divided by [`MESSAGE_PART`]. So the longest message in
-/// the most fragments fits into the burst.
+/// Lowest byte rate, in bytes a second. With [`MESSAGE_PART`] it makes the longest message in the most fragments fit into
+/// the burst.
 pub const BYTE_RATE_MIN: u64 = 64 * 1024;
-/// See [`BYTE_RATE_MIN`].
+/// The byte rate is at least this part of `--max-message`.
 pub const MESSAGE_PART: u64 = 4;
 const _: () =
     assert!(2 * MESSAGE_PART + (FRAGMENT_BYTES * FRAGMENTS_MAX) as u64 / BYTE_RATE_MIN < BURST_SECONDS);
 
-/// Times the allowance of a user that one address has: an office, or a mobile network, has many users behind one
+/// An address has this many times the allowance of a user, since an office or a mobile network has many users behind one
 /// address. The caps on connections are in the same proportion.
 const USERS_PER_ADDRESS: u32 = 10;
 const _: () = assert!(PER_USER * USERS_PER_ADDRESS <= PER_ADDRESS);
 
-/// Time in which a client may name as many new channels as it may have connections, and all of them at once: each of
-/// its connections can come back to a channel of its own. Redis remembers an unused channel for ten minutes, so there
-/// are at most eleven times as many of one client.
+/// In this time, in nanoseconds, a client may name as many new channels as it may have connections, all at once if it
+/// likes: each of its connections may come back to another channel. Redis keeps an unused channel for ten minutes, so one
+/// client has at most eleven times as many there.
 const NAMING_TIME: u64 = 60 * SECOND;
 
 const SECOND: u64 = 1_000_000_000;
 
-/// Who shares an allowance.
+/// Whose connections share an allowance.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Client {
-    /// A user: where tokens say who that is.
+    /// A user's, where tokens prove the user id.
     User,
-    /// An address: everywhere else, since anyone can take any name.
+    /// An address's otherwise, since a client may use any user id.
     Address,
 }
 
 impl Client {
-    /// Who shares allowances on a node with these settings.
+    /// Whose connections share an allowance on a node with these settings.
     pub fn of(settings: &Settings) -> Client {
         if settings.jwt_key.is_empty() { Client::Address } else { Client::User }
     }
 
-    /// Times the allowance of a connection that it has.
+    /// How many times the allowance of one connection it has.
     fn share(self) -> u32 {
         match self {
             Client::User => 1,
@@ -88,7 +87,7 @@ impl Client {
     }
 }
 
-/// What one client may still do.
+/// What one client may still send and name.
 #[derive(Debug)]
 pub struct Allowance {
     /// TAT of its messages.
@@ -100,23 +99,23 @@ pub struct Allowance {
 }
 
 impl Allowance {
-    /// That of a client that has just come, with the TAT of its messages.
+    /// For a new client, with this TAT of its messages.
     pub fn new(tat: u64) -> Allowance {
         Allowance { messages: AtomicU64::new(tat), channels: AtomicU64::new(0), rejected: AtomicU32::new(0) }
     }
 
-    /// Takes a new channel where so many connections are allowed; `false` when the client has named too many.
+    /// Counts a new channel of a client that may have this many connections; `false` if it has named too many.
     pub fn take_channel(&self, connections: u32, now: u64) -> bool {
         let each = NAMING_TIME.checked_div(connections.into()).unwrap_or(0);
         take(&self.channels, each, NAMING_TIME, now)
     }
 
-    /// Whether a new one would allow no more.
+    /// Whether nothing of it is used up.
     pub fn is_full(&self, now: u64) -> bool {
         self.messages.load(Relaxed) <= now && self.channels.load(Relaxed) <= now
     }
 
-    /// One rejection less, since a message was accepted. Nearly always there is none, and nothing is written.
+    /// Takes off one rejection for an accepted message. Usually there is none, and nothing is written.
     fn forgive(&self) {
         if self.rejected.load(Relaxed) > 0 {
             let _ = self.rejected.fetch_update(Relaxed, Relaxed, |count| count.checked_sub(1));
@@ -127,30 +126,30 @@ impl Allowance {
 /// The rates of a node.
 #[derive(Clone, Debug)]
 pub struct RateLimiter {
-    /// Nanoseconds that a message costs at least; 0: messages are not limited.
+    /// Least cost of a message, in nanoseconds; 0: the number of messages is not limited.
     each: u64,
     /// Bytes a second; 0: bytes are not limited.
     byte_rate: u64,
     /// How far the TAT of a connection may be ahead of the clock, in nanoseconds.
     burst: u64,
-    /// The same for a client that has just come.
+    /// The same for a new client.
     burst_when_new: u64,
     /// Rejected messages before a connection is closed.
     tolerated: u16,
-    /// What rejected messages get: for the rate of the connection, and for that of its client.
+    /// Texts for rejected messages: over the connection's rate, and over its client's.
     texts: [Arc<str>; 2],
-    /// A client has so many times the allowance of a connection.
+    /// How many times the allowance of a connection a client has.
     share: u32,
 }
 
-/// What becomes of a message.
+/// The decision on a message.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Decision {
     /// It is accepted.
     Accept,
-    /// It is over the rate, as the text says.
+    /// It is over the rate; with the text for the client.
     Reject(Arc<str>),
-    /// It is over the rate, and too many were: the connection is closed.
+    /// It is over the rate, as too many before it were: the connection is closed.
     Close(Arc<str>),
 }
 
@@ -170,10 +169,11 @@ impl RateLimiter {
             Client::Address => " for all connections of an address",
         };
         let text = |times: u64, whose: &str| {
-            let messages = (rate > 0).then(|| format!("{} messages", rate * times));
+            let count = rate * times;
+            let messages = (count > 0).then(|| format!("{count} message{}", if count == 1 { "" } else { "s" }));
             let bytes = (byte_rate > 0).then(|| show_size(byte_rate.saturating_mul(times)));
             let rates = messages.into_iter().chain(bytes).collect::<Vec<_>>().join(" or ");
-            Arc::from(format!("not taken: the rate is {rates} a second{whose}"))
+            Arc::from(format!("rate limit exceeded: {rates} a second{whose}"))
         };
         let mut limiter = RateLimiter {
             each,
@@ -189,20 +189,20 @@ impl RateLimiter {
         Some(limiter)
     }
 
-    /// What a message of so many bytes in so many frames costs, in nanoseconds.
+    /// The cost of a message with this many bytes and frames, in nanoseconds.
     pub fn cost(&self, bytes: usize, frames: u32) -> u64 {
         let bytes = (bytes + FRAGMENT_BYTES * frames.saturating_sub(1) as usize) as u64;
-        // Of one message, so the product fits.
+        // One message has less than 2^33 bytes, so the product fits.
         (bytes * SECOND).checked_div(self.byte_rate).unwrap_or(0).max(self.each)
     }
 
-    /// The TAT of the messages of a client that comes at `now`, in nanoseconds since the node started.
+    /// The first TAT of a client that connects at `now`, in nanoseconds since the node started.
     pub fn first_tat(&self, now: u64) -> u64 {
         now + (self.burst - self.burst_when_new) / u64::from(self.share)
     }
 
-    /// Checks a message that comes at `now`. The connection keeps its TAT, and how many messages were rejected by its
-    /// own rate, less those accepted since. (They are no struct, which would have gaps.)
+    /// Checks a message that arrives at `now`. `tat` and `rejected` are kept by the connection: its TAT, and its messages
+    /// rejected by its own rate, less those accepted since. (A struct of both would have padding.)
     pub fn check(
         &self,
         tat: &mut u64,
@@ -234,7 +234,7 @@ fn rejection(close: bool, text: &Arc<str>) -> Decision {
     if close { Decision::Close(text.clone()) } else { Decision::Reject(text.clone()) }
 }
 
-/// The TAT after something of this cost; `None` when it is over the rate.
+/// The TAT after a message of this cost; `None` if that is over the rate.
 fn advance(tat: u64, cost: u64, burst: u64, now: u64) -> Option<u64> {
     let next = tat.max(now).saturating_add(cost);
     (next - now <= burst).then_some(next)

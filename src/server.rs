@@ -26,8 +26,8 @@ use crate::shard;
 /// for one that is stuck.
 const GRACE: Duration = Duration::from_secs(2);
 
-/// Most that a stop waits for publishes of backends, after the drain.
-const PATIENCE_MAX: Duration = Duration::from_secs(60);
+/// Longest wait for backends' publishes after the drain.
+const PUBLISH_WAIT_MAX: Duration = Duration::from_secs(60);
 
 /// Serves until `shutdown` says why it is to stop, then lets every connection go and returns.
 ///
@@ -79,10 +79,9 @@ pub async fn run(
 
     let (stopping, closed) = (Instant::now(), metrics.closed());
     tracing::info!(why, connections = metrics.connections(), "stopping");
-    // Admin requests that have begun when all connections have gone wait for the bus as long as they may, but not for
-    // long where the node is to stop soon.
-    let patience = settings.publish_timeout.min(settings.drain.max(GRACE)).min(PATIENCE_MAX);
-    manager.stopping(settings.drain_notice + settings.drain + patience + 3 * GRACE);
+    // Publishes of backends may still wait for the bus after the drain, but no longer than the drain was allowed to take.
+    let publish_wait = settings.publish_timeout.min(settings.drain.max(GRACE)).min(PUBLISH_WAIT_MAX);
+    manager.stopping(settings.drain_notice + settings.drain + publish_wait + 3 * GRACE);
     readiness.drain();
     let drained = async {
         sleep(settings.drain_notice).await;
@@ -99,11 +98,11 @@ pub async fn run(
         };
         let drained = timeout(settings.drain + GRACE, all_ended).await;
         if let Some(admin) = admin {
-            admin.finish(patience).await;
+            admin.finish(publish_wait).await;
         }
         drained
     };
-    // The bus goes on meanwhile: what clients and backends have published gets its answer.
+    // The bus runs meanwhile, so that publishes of clients and backends are answered.
     tokio::select! {
         result = &mut bus => result?,
         result = drained => {
@@ -136,7 +135,7 @@ fn tell_start(settings: &Settings, listeners: &Listeners) -> io::Result<()> {
         tracing::warn!(
             excess,
             limit = settings.memory.limit(),
-            "the settings need more memory than there is: lower --max-connections or --feed-memory"
+            "the settings need more memory than available: lower --max-connections or --feed-memory"
         );
     }
     if let Some(asked) = settings.max_connections.filter(|asked| asked.get() > settings.most_connections()) {

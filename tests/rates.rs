@@ -111,7 +111,7 @@ async fn a_plain_client_is_told_as_it_can_be() {
     recovering.write(&flood).await;
     let told = told(&mut recovering).await;
     assert_eq!((told.code, told.errors.len()), (4029, 10));
-    let message = "not taken: the rate is 1 messages or 1MiB a second";
+    let message = "rate limit exceeded: 1 message or 1MiB a second";
     assert_eq!(told.errors[0], json!({"type": "error", "code": "too_fast", "message": message}));
     expect_burst(published(&node, &mut watcher).await.len(), begun);
 }

@@ -1,4 +1,4 @@
-//! One connection to the admin listener: requests one after the other, each answered before the next is looked at.
+//! One connection to the admin listener: requests one after the other, each answered before the next is read.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -12,7 +12,7 @@ use tokio::task::yield_now;
 use tokio::time::{Instant, timeout, timeout_at};
 
 use super::listener::Stream;
-use super::{Desk, Phase, answer, authorize};
+use super::{Phase, Shared, answer, authorize};
 use crate::http::{self, BodyLength, Head, Refusal, Response};
 
 /// How long a kept connection may wait for its next request. Longer than a scraper's usual 15 to 60 s.
@@ -23,7 +23,7 @@ pub(super) const HEAD_TIME: Duration = Duration::from_secs(5);
 const BODY_TIME: Duration = Duration::from_secs(10);
 /// How long a client may take to read an answer.
 const WRITE_TIME: Duration = Duration::from_secs(10);
-/// How long a new connection may take to begin its request when the node stops. It may have been opened before.
+/// How long a new connection may take to start its request when the node stops: a client may have connected just before.
 const LAST_REQUEST_TIME: Duration = Duration::from_secs(1);
 /// How long we go on reading after a last answer, so that the kernel doesn't throw it away with a reset
 /// because bytes of the client were left unread (RFC 9112 section 9.6).
@@ -31,8 +31,8 @@ const LINGER_TIME: Duration = Duration::from_secs(1);
 /// Bytes read at a time. Most requests fit.
 const READ: usize = 4096;
 
-/// Connections that wait for their peers, by how long they do. When there are too many connections, the one that
-/// waits longest is closed: silence holds no place.
+/// Connections that wait for their peers, longest first. When there are too many connections, the first of them is
+/// closed, so that silent clients hold no slots.
 #[derive(Debug, Default)]
 pub(super) struct Waits(Mutex<Waiting>);
 
@@ -42,7 +42,7 @@ struct Waiting {
     stops: BTreeMap<u64, Arc<Notify>>,
 }
 
-/// A connection's wait for its peer; over when dropped.
+/// A connection's wait for its peer, which ends when this is dropped.
 struct Wait<'a> {
     waits: &'a Waits,
     number: u64,
@@ -50,7 +50,7 @@ struct Wait<'a> {
 }
 
 impl Waits {
-    fn begin(&self) -> Wait<'_> {
+    fn start(&self) -> Wait<'_> {
         let stop = Arc::new(Notify::new());
         let mut waiting = self.0.lock().expect("nothing panics while holding it");
         let number = waiting.next;
@@ -59,7 +59,7 @@ impl Waits {
         Wait { waits: self, number, stop }
     }
 
-    /// Ends the wait that is longest.
+    /// Ends the longest wait.
     pub fn stop_longest(&self) {
         let mut waiting = self.0.lock().expect("nothing panics while holding it");
         if let Some((_, stop)) = waiting.stops.pop_first() {
@@ -80,7 +80,7 @@ impl Drop for Wait<'_> {
 enum Stage {
     /// Its first request.
     New,
-    /// Another request.
+    /// A later request.
     Idle,
     /// The rest of a request's head.
     Head,
@@ -106,19 +106,19 @@ impl Stage {
 #[derive(Debug)]
 #[expect(clippy::large_enum_variant, reason = "looked at and dropped where it is made")]
 enum Progress<'a> {
-    /// Not yet a whole head.
+    /// An incomplete head.
     Head,
-    /// A head, and not yet its whole body; `true` when the client waits for a word before it sends the body.
+    /// A head with an incomplete body; `true` when the client waits for `100 Continue` before it sends the body.
     Body { wants_continue: bool },
     /// A request and its length in bytes.
     Request { head: Head<'a>, body: &'a [u8], length: usize },
 }
 
 /// Looks at what has come. Nothing is kept between two looks but the bytes themselves.
-fn progress<'a>(bytes: &'a [u8], desk: &Desk) -> Result<Progress<'a>, Refusal> {
-    let body_max = desk.context.settings.max_message;
+fn progress<'a>(bytes: &'a [u8], shared: &Shared) -> Result<Progress<'a>, Refusal> {
+    let body_max = shared.context.settings.max_message;
     let Some((head, start)) = http::parse(bytes)? else { return Ok(Progress::Head) };
-    authorize(&head, desk)?; // before a stranger's body takes memory
+    authorize(&head, shared)?; // before a stranger's body takes memory
     let body_length = match head.body_length()? {
         BodyLength::Empty => 0,
         BodyLength::Known(length) if length <= body_max as u64 => length as usize,
@@ -140,20 +140,20 @@ fn progress<'a>(bytes: &'a [u8], desk: &Desk) -> Result<Progress<'a>, Refusal> {
 }
 
 /// Serves a connection until it ends.
-pub(super) async fn converse(mut stream: impl Stream, desk: &Desk) -> io::Result<()> {
+pub(super) async fn converse(mut stream: impl Stream, shared: &Shared) -> io::Result<()> {
     let mut buffer = BytesMut::with_capacity(READ);
-    let mut told_to_continue = false;
+    let mut sent_continue = false;
     let mut stopping = false;
     let mut stage = Stage::New;
     let mut deadline = Instant::now() + stage.time();
     loop {
-        let next = match progress(&buffer, desk) {
-            Err(refusal) => return close(stream, Response::from(refusal), desk).await,
+        let next = match progress(&buffer, shared) {
+            Err(refusal) => return close(stream, Response::from(refusal), shared).await,
             Ok(Progress::Request { head, body, length }) => {
-                let response = answer(&head, body, desk).await.unwrap_or_else(Response::from);
-                // A node that stops gives its clients the chance to go elsewhere with the next request.
-                let keep_alive = head.keep_alive() && !desk.context.metrics.readiness.is_draining();
-                send(&mut stream, &response.to_bytes(&head, keep_alive), desk).await?;
+                let response = answer(&head, body, shared).await.unwrap_or_else(Response::from);
+                // While the node stops, clients are to send their next request to another one.
+                let keep_alive = head.keep_alive() && !shared.context.metrics.readiness.is_draining();
+                send(&mut stream, &response.to_bytes(&head, keep_alive), shared).await?;
                 if !keep_alive {
                     return linger(stream).await;
                 }
@@ -161,18 +161,18 @@ pub(super) async fn converse(mut stream: impl Stream, desk: &Desk) -> io::Result
                 if buffer.is_empty() {
                     buffer = BytesMut::with_capacity(READ); // a long body's memory is not kept while idle
                 }
-                told_to_continue = false;
+                sent_continue = false;
                 stage = Stage::Idle;
                 deadline = Instant::now() + stage.time();
-                yield_now().await; // one request a turn: pipelined ones must not hold up other connections
+                yield_now().await; // one request a turn, or pipelined ones would delay other connections
                 continue;
             }
             Ok(Progress::Head) if buffer.is_empty() => stage,
             Ok(Progress::Head) => Stage::Head,
             Ok(Progress::Body { wants_continue }) => {
-                if wants_continue && !told_to_continue {
-                    told_to_continue = true;
-                    send(&mut stream, b"HTTP/1.1 100 Continue\r\n\r\n", desk).await?;
+                if wants_continue && !sent_continue {
+                    sent_continue = true;
+                    send(&mut stream, b"HTTP/1.1 100 Continue\r\n\r\n", shared).await?;
                 }
                 Stage::Body
             }
@@ -184,12 +184,12 @@ pub(super) async fn converse(mut stream: impl Stream, desk: &Desk) -> io::Result
             stage = next;
         }
         buffer.reserve(READ);
-        let wait = desk.waits.begin();
+        let wait = shared.waits.start();
         let read = tokio::select! {
             biased;
             read = timeout_at(deadline, stream.read_buf(&mut buffer)) => read,
             () = wait.stop.notified() => return Ok(()),
-            () = desk.reached(Phase::Finishing), if stage.is_between_requests() && !stopping => {
+            () = shared.reached(Phase::Finishing), if stage.is_between_requests() && !stopping => {
                 if stage == Stage::Idle {
                     return Ok(());
                 }
@@ -199,7 +199,7 @@ pub(super) async fn converse(mut stream: impl Stream, desk: &Desk) -> io::Result
             }
         };
         match read {
-            Ok(Ok(0)) => return Ok(()), // between requests or within one: nobody is there to be answered
+            Ok(Ok(0)) => return Ok(()), // between requests or within one, there is no peer to answer
             Ok(Ok(_)) => {}
             Ok(Err(error)) => return Err(error),
             Err(_) if stage.is_between_requests() => return Ok(()),
@@ -207,14 +207,14 @@ pub(super) async fn converse(mut stream: impl Stream, desk: &Desk) -> io::Result
                 let seconds = stage.time().as_secs();
                 let refusal =
                     Refusal::new(408, format!("the request was not complete after {seconds} seconds"));
-                return close(stream, Response::from(refusal), desk).await;
+                return close(stream, Response::from(refusal), shared).await;
             }
         }
     }
 }
 
-async fn send(stream: &mut impl Stream, bytes: &[u8], desk: &Desk) -> io::Result<()> {
-    let wait = desk.waits.begin();
+async fn send(stream: &mut impl Stream, bytes: &[u8], shared: &Shared) -> io::Result<()> {
+    let wait = shared.waits.start();
     tokio::select! {
         biased;
         sent = timeout(WRITE_TIME, stream.write_all(bytes)) => sent.map_err(|_| io::ErrorKind::TimedOut)?,
@@ -222,12 +222,12 @@ async fn send(stream: &mut impl Stream, bytes: &[u8], desk: &Desk) -> io::Result
     }
 }
 
-async fn close(mut stream: impl Stream, response: Response, desk: &Desk) -> io::Result<()> {
-    send(&mut stream, &response.to_closing_bytes(), desk).await?;
+async fn close(mut stream: impl Stream, response: Response, shared: &Shared) -> io::Result<()> {
+    send(&mut stream, &response.to_closing_bytes(), shared).await?;
     linger(stream).await
 }
 
-/// Says that nothing more comes, then reads what is still on its way, for a while.
+/// Shuts down the write side, then reads what is still on its way, for a while.
 async fn linger(mut stream: impl Stream) -> io::Result<()> {
     stream.shutdown().await?;
     let mut scrap = [0; READ];

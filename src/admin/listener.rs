@@ -20,11 +20,11 @@ const BACKLOG: i32 = 128;
 #[derive(Debug)]
 pub struct Listener {
     open: Open,
-    /// Of a unix socket that is ours.
+    /// The file of a unix socket that this process has bound.
     file: Option<SocketFile>,
 }
 
-/// A listener that a tokio runtime watches.
+/// A listener registered with a tokio runtime.
 #[derive(Debug)]
 pub(super) enum Accepting {
     Tcp(TcpListener),
@@ -67,7 +67,7 @@ impl Listener {
         Ok(Some(Listener { open, file }))
     }
 
-    /// Takes one that is open.
+    /// Wraps a socket that listens already.
     pub fn adopt(open: Open) -> Listener {
         Listener { open, file: None }
     }
@@ -84,7 +84,7 @@ impl Listener {
         }
     }
 
-    /// Gives it to the current tokio runtime. The file goes when it is dropped.
+    /// Registers it with the current tokio runtime. The socket's file is removed when it is dropped.
     pub(super) fn into_accepting(self) -> io::Result<(Accepting, Option<SocketFile>)> {
         SockRef::from(&self.open).set_nonblocking(true)?;
         let accepting = match self.open {

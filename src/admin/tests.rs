@@ -35,12 +35,12 @@ fn context(requests: Requests, flags: &[&str]) -> AdminContext {
     AdminContext { requests, metrics, keys, settings: Arc::new(settings) }
 }
 
-/// What one connection works with, and who says how far the end has come.
-fn desk() -> (watch::Sender<Phase>, Desk) {
+/// What one connection works with, and the sender of the phase.
+fn shared() -> (watch::Sender<Phase>, Shared) {
     let (sender, phase) = watch::channel(Phase::Serving);
     let context = context(mpsc::unbounded_channel().0, &[]);
     let (publishes, waits) = (Semaphore::new(PUBLISHES), Waits::default());
-    (sender, Desk { context, checks_host: true, publishes, waits, phase })
+    (sender, Shared { context, checks_host: true, publishes, waits, phase })
 }
 
 /// An admin listener over a bus that answers the n-th publish with `outcome(n)`; `None` is no answer at all.
@@ -177,11 +177,11 @@ async fn says_whether_trying_again_is_safe() {
 
 #[tokio::test]
 async fn says_so_when_the_bus_is_gone() {
-    let (_phase, desk) = desk();
+    let (_phase, shared) = shared();
     let (mut client, server) = tokio::io::duplex(4096);
     client.write_all(post("/publish", "1").as_bytes()).await.unwrap();
     let (_, (status, _, text)) =
-        tokio::join!(async { timeout(Duration::from_secs(5), converse(server, &desk)).await }, async {
+        tokio::join!(async { timeout(Duration::from_secs(5), converse(server, &shared)).await }, async {
             let answer = response(&mut client, false).await;
             drop(client);
             answer
@@ -287,7 +287,7 @@ async fn other_paths_and_methods_get_honest_answers() {
 
 #[tokio::test(start_paused = true)]
 async fn silence_and_slow_requests_end_in_time() {
-    let (_phase, desk) = desk();
+    let (_phase, shared) = shared();
     let body = post("/publish", "1").replace("\r\n\r\n1", "\r\n\r\n");
     for (sent, answers, status, time) in [
         ("".to_owned(), 0, 0, conversation::HEAD_TIME),
@@ -300,7 +300,7 @@ async fn silence_and_slow_requests_end_in_time() {
         let (mut client, server) = tokio::io::duplex(4096);
         client.write_all(sent.as_bytes()).await.unwrap();
         let served = async {
-            converse(server, &desk).await.unwrap();
+            converse(server, &shared).await.unwrap();
             start.elapsed()
         };
         let (took, ()) = tokio::join!(served, async {
@@ -323,7 +323,7 @@ async fn silent_connections_hold_no_place() {
     let mut silent = Vec::new();
     for _ in 0..5 * CONNECTIONS {
         silent.push(house.connect().await);
-        // Each finds a place at once, though nobody leaves.
+        // Each gets a slot at once, though no client leaves.
         assert_eq!(house.ask(get("/healthz")).await.0, 200);
     }
 }
@@ -348,7 +348,7 @@ async fn health_and_metrics_keep_a_place_while_publishes_wait() {
             assert_eq!(house.ask(get(path)).await.0, 200);
         }
     }
-    // Those that wait for the bus were not closed to make room.
+    // Connections that wait for the bus were not closed to make room.
     house.phase.send_replace(Phase::Ending);
     for stream in &mut waiting {
         assert_eq!(response(stream, false).await.0, 504);
@@ -378,7 +378,7 @@ async fn a_stop_answers_what_has_begun_and_closes_what_is_idle() {
         let (status, head, _) = response(stream, false).await;
         assert!(status == 200 && head.contains("Connection: close\r\n"), "{head}");
     }
-    // The bus does not answer the second publish, so its client learns that its fate is unknown.
+    // The bus does not answer the second publish, so its client gets 504.
     house.phase.send_replace(Phase::Ending);
     let (status, _, text) = response(&mut waiting, false).await;
     assert!(status == 504 && text.contains("may or may not"), "{text}");
@@ -403,7 +403,7 @@ async fn without_a_key_only_loopback_names_are_taken() {
     for host in ["localhost", "127.0.0.1:9080", "[::1]:9080", "node.localhost"] {
         assert_eq!(house.ask(named(get("/stats"), host)).await.0, 200, "{host}");
     }
-    // Programs of HTTP/1.0 may send none; browsers always do.
+    // HTTP/1.0 clients may send no Host; browsers always send one.
     assert_eq!(house.ask("GET /healthz HTTP/1.0\r\n\r\n").await.0, 200);
     assert!(house.taken.try_recv().is_err());
     let house = house_with(&["--allow-origin", "https://node.example"], |_| None);
@@ -417,7 +417,7 @@ async fn serves_a_unix_socket_alike() {
     let listener = Listener::bind(&AdminAddr::Unix(path.clone())).unwrap().unwrap();
     let admin = start(listener, context(mpsc::unbounded_channel().0, &[])).unwrap();
     let mut stream = UnixStream::connect(&path).await.unwrap();
-    // No browser comes this way, so any name will do.
+    // Browsers don't connect to unix sockets, so any host is accepted.
     let request = get("/healthz").replace("localhost", "evil.example");
     stream.write_all(request.as_bytes()).await.unwrap();
     assert_eq!(response(&mut stream, false).await.0, 200);

@@ -1,27 +1,27 @@
-//! How the limit on open files is divided between clients, the admin listener's clients and the node itself.
+//! How the limit on open files is divided between clients, clients of the admin listener, and the node itself.
 
 use super::{AdminAddr, Settings};
 
-/// Descriptors of a node without shards and clients. 20 are open while it serves: standard streams, signals, two
-/// runtimes, accept loop, admin listener. The rest is for what comes and goes: two connections to Redis beside two that are
-/// ending, name lookups, key files, and the files of `/proc` that `/metrics` reads.
+/// Descriptors of a node without shards and clients. 20 are open all the time: standard streams, signals, two runtimes,
+/// accept loop, admin listener. The others are for two connections to Redis beside two that are closing, name lookups,
+/// key files, and the files of `/proc` that `/metrics` reads.
 const NODE: u32 = 40;
-/// Of each shard: its epoll, the second handle with which sockets are registered, and its waker.
+/// Descriptors of a shard: its epoll, a second handle to register sockets with, and its waker.
 const SHARD: u32 = 3;
-/// Most clients of the admin listener at once. Backends keep a few each, and a scraper one.
+/// Most clients of the admin listener at once. A backend keeps a few connections open, a scraper one.
 const ADMIN_MAX: u32 = 256;
-/// The part of all descriptors that they may take where there are few, and how many they may take at least.
+/// Where descriptors are few these clients may take an eighth of them, but at least four.
 const ADMIN_PART: u32 = 8;
 const ADMIN_MIN: u32 = 4;
-/// Clients past `--max-connections` keep a descriptor until their 503 is sent: one for this many connections, with a
-/// minimum and a maximum.
+/// Clients past `--max-connections` hold a descriptor until their 503 is sent. There is one slot for this many
+/// connections, with a minimum and a maximum.
 const REJECTION_PART: u32 = 8;
 const REJECTION_MIN: u32 = 8;
 const REJECTION_MAX: u32 = 256;
 
 impl Settings {
-    /// Connections this node takes: `--max-connections`, else what descriptors and memory have room for. Never more
-    /// than there are descriptors for: clients would take those that a new connection to Redis needs.
+    /// Most connections of this node: `--max-connections`, or as many as fit into descriptors and memory. Never more than
+    /// fit into descriptors: clients would take those that a new connection to Redis needs.
     pub fn most_connections(&self) -> u32 {
         let fit = self.connections_that_fit();
         self.max_connections.map_or_else(|| fit.min(self.connections_in_memory()), |most| most.get().min(fit))
@@ -32,7 +32,7 @@ impl Settings {
         self.open_files.map_or(u32::MAX, |limit| connections_in(limit.saturating_sub(self.own_files())))
     }
 
-    /// Descriptors for everything but clients.
+    /// Descriptors for everything but public clients.
     pub fn own_files(&self) -> u32 {
         NODE + SHARD * self.shards.get() as u32 + self.listen.len() as u32 + self.admin_connections()
     }

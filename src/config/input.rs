@@ -153,8 +153,8 @@ impl Input {
     }
 }
 
-/// What is wrong with a `FANFARE_` variable that is no setting. It is an error, not a warning: a mistyped
-/// `FANFARE_JWT_KEY` would leave the node without the protection that was asked for.
+/// The error for a `FANFARE_` variable that is no setting. A warning would not do: with a mistyped `FANFARE_JWT_KEY`
+/// the node would start without authentication.
 fn unknown_variable(name: &str) -> String {
     let known = || TABLE.iter().map(Spec::variable);
     if let Some(known) = closest(name, known()) {
@@ -169,7 +169,7 @@ fn unknown_variable(name: &str) -> String {
     }
 }
 
-/// Whether Kubernetes has set this variable beside a service whose name begins with `fanfare`: `…_SERVICE_HOST`,
+/// Whether Kubernetes sets this variable for a service whose name begins with `fanfare`: `…_SERVICE_HOST`,
 /// `…_SERVICE_PORT`, `…_SERVICE_PORT_NAME`, `…_PORT=tcp://…` and `…_PORT_80_TCP`, `…_PORT_80_TCP_ADDR` and so on.
 /// <https://kubernetes.io/docs/tutorials/services/connect-applications-service/#environment-variables>
 fn is_service_link(name: &str, value: &OsStr) -> bool {

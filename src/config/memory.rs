@@ -5,35 +5,38 @@ use std::path::Path;
 use super::{Settings, show_size};
 use crate::cgroup::{self, Groups};
 
-/// What a node takes before its first client: 5.0 MiB measured, and what its threads keep of what they have freed.
+/// Memory of a node before its first client: 5.0 MiB measured, and 1 MiB that its threads keep after they freed it.
 const START: u64 = 6 << 20;
 /// Recent events, the bus, incomplete messages, frames for full sockets and pages of history get a sixteenth of memory
-/// each, so that two thirds of it are left for connections and the kernel.
+/// each, so that two thirds of it remain for connections and the kernel.
 const PART: u64 = 16;
 const PART_MIN: u64 = 1 << 20;
-/// More does not help: clients that come back later read from history, and the bus should rather refuse.
+/// More does not help: clients that come back later read from history, and events that wait longer for Redis are better
+/// rejected.
 const PART_MAX: u64 = 64 << 20;
-/// Pages of history in each shard: more than clients need that come back at once.
+/// Pages of history in each shard: more than clients that come back together need.
 const PAGES_MAX: u64 = 4 << 20;
-/// Kept free: sixteenth of memory, for socket buffers of clients that stall and what the allocator can't use.
+/// Most bytes kept free. They are a sixteenth of memory, for socket buffers of clients that stall and for fragmentation.
 const SPARE_MAX: u64 = 64 << 20;
-/// What an idle connection takes of a cgroup: 2,040 bytes measured with 5,000 of them, 1,880 with 15,000 and 1,760 with
-/// 18,000; 1,490 are the kernel's inode, file and epoll entry. Not all kernels count the socket itself there.
-const OF_CGROUP: u64 = 1900;
-/// What it takes of the machine: 256 bytes of ours, and 3.8 KB of the kernel's by `/proc/slabinfo`.
-const OF_MACHINE: u64 = 256 + 4096;
+/// Bytes that a cgroup is charged for an idle connection: 2,040 measured with 5,000 connections, 1,880 with 15,000 and
+/// 1,760 with 18,000. 1,490 of them are the kernel's inode, file and epoll entry. Not all kernels charge the socket.
+const CONNECTION_IN_CGROUP: u64 = 1900;
+/// Bytes of an idle connection in this process: below 200 measured (benches/idle), rounded up since tables grow by doubling.
+pub const CONNECTION_IN_PROCESS: u64 = 256;
+/// Bytes of an idle connection in the kernel: socket, inode, file and epoll entry are 3.8 KB in /proc/slabinfo.
+pub const CONNECTION_IN_KERNEL: u64 = 4096;
 
-/// The memory that there is, in bytes; `None` where there is no limit or it can't be read.
+/// Available memory, in bytes; `None` where there is no limit or it can't be read.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Memory {
-    /// The tightest limit of this process's cgroups.
+    /// The smallest limit of this process's cgroups.
     pub cgroup: Option<u64>,
-    /// The machine's.
+    /// The machine's memory.
     pub machine: Option<u64>,
 }
 
 impl Memory {
-    /// Reads it from the kernel.
+    /// Reads both from the kernel.
     pub fn read() -> Memory {
         Memory { cgroup: Groups::read(Path::new("/")).limit(), machine: cgroup::machine_memory() }
     }
@@ -43,12 +46,12 @@ impl Memory {
         self.cgroup.into_iter().chain(self.machine).min()
     }
 
-    /// What `auto` gives to each of the parts.
+    /// Bytes that each buffer gets by default.
     pub fn part(self) -> u64 {
         self.limit().map_or(PART_MAX, |limit| (limit / PART).clamp(PART_MIN, PART_MAX))
     }
 
-    /// What is kept free.
+    /// Bytes kept free.
     pub fn spare(self) -> u64 {
         self.limit().map_or(0, |limit| (limit / PART).min(SPARE_MAX))
     }
@@ -60,7 +63,7 @@ impl Settings {
         self.feed_memory.unwrap_or_else(|| self.memory.part().max(self.max_message as u64) as usize)
     }
 
-    /// Bytes that the bus may hold: all histories of the local one, or events that wait for Redis.
+    /// Bytes that the bus may hold: all histories of the local bus, or events that wait for Redis.
     pub fn bus_memory(&self) -> usize {
         self.memory.part().max(self.max_message as u64) as usize
     }
@@ -70,8 +73,8 @@ impl Settings {
         self.memory.part().max(2 * self.max_message as u64) as usize
     }
 
-    /// Bytes that the node keeps for clients whose sockets are full; an eighth more between two counts. Clients that stall
-    /// in the same frame share it.
+    /// Bytes that the node keeps for clients whose sockets are full; between two counts it may be an eighth more. Clients
+    /// that stall in the same frame share its bytes.
     pub fn unsent_memory(&self) -> u64 {
         self.memory.part()
     }
@@ -81,41 +84,43 @@ impl Settings {
         (self.memory.part() / self.shards.get() as u64).min(PAGES_MAX) as usize
     }
 
-    /// Bytes that everything but connections may grow to after the start.
+    /// Bytes that all buffers together may grow to.
     pub fn buffer_memory(&self) -> u64 {
-        let parts = [self.feed_memory(), self.bus_memory(), self.partial_memory()];
-        parts.iter().sum::<usize>() as u64
-            + self.unsent_memory()
-            + (self.page_memory() * self.shards.get()) as u64
+        let others = self.bus_memory() + self.partial_memory() + self.page_memory() * self.shards.get();
+        (self.feed_memory() as u64).saturating_add(others as u64 + self.unsent_memory())
     }
 
-    /// Bytes that the node takes without any connection, at most.
+    /// Most bytes that the node takes without any connection.
     pub fn own_memory(&self) -> u64 {
-        START + self.buffer_memory()
+        START.saturating_add(self.buffer_memory())
     }
 
-    /// What the node and all its connections take while they are idle, where that is more than there is.
+    /// By how many bytes the node with full buffers and idle connections exceeds the cgroup or the machine, if it does.
     pub fn memory_excess(&self) -> Option<u64> {
-        let needed = self.own_memory() + u64::from(self.most_connections()) * OF_CGROUP;
-        needed.checked_sub(self.memory.limit()?).filter(|excess| *excess > 0)
+        let excess = |limit: Option<u64>, each: u64| {
+            let needed = self.own_memory().saturating_add(u64::from(self.most_connections()) * each);
+            needed.checked_sub(limit?).filter(|excess| *excess > 0)
+        };
+        let in_cgroup = excess(self.memory.cgroup, CONNECTION_IN_CGROUP);
+        in_cgroup.max(excess(self.memory.machine, CONNECTION_IN_PROCESS + CONNECTION_IN_KERNEL))
     }
 
     /// How memory and open files are divided, as comments for an environment file.
     pub fn division(&self) -> String {
         let files = self.open_files.map_or("no limit".into(), |limit| limit.to_string());
-        let limit = self.memory.limit().map_or("no limit".into(), about);
+        let limit = self.memory.limit().map_or("no limit".into(), rounded);
         let whose = if self.memory.limit() == self.memory.cgroup { "cgroup" } else { "machine" };
         format!(
-            "# memory: {limit} ({whose}): {} for recent events, {} for the bus, {} for incomplete messages, {} for full sockets, {} for pages of \
-             history, {} for the node, {} kept free; the rest has room for {} idle connections\n\
+            "# memory: {limit} ({whose}): {} for recent events, {} for the bus, {} for incomplete messages, {} for full \
+             sockets, {} for pages of history, {} for the node, {} kept free; {} idle connections fit into the rest\n\
              # open files: {files}: {} for the node, {} for connections, {} for those past --max-connections\n",
-            about(self.feed_memory() as u64),
-            about(self.bus_memory() as u64),
-            about(self.partial_memory() as u64),
-            about(self.unsent_memory()),
-            about((self.page_memory() * self.shards.get()) as u64),
-            about(START),
-            about(self.memory.spare()),
+            rounded(self.feed_memory() as u64),
+            rounded(self.bus_memory() as u64),
+            rounded(self.partial_memory() as u64),
+            rounded(self.unsent_memory()),
+            rounded((self.page_memory() * self.shards.get()) as u64),
+            rounded(START),
+            rounded(self.memory.spare()),
             self.connections_in_memory(),
             self.own_files(),
             self.most_connections(),
@@ -127,16 +132,17 @@ impl Settings {
     pub fn connections_in_memory(&self) -> u32 {
         let fit = |limit: Option<u64>, each: u64| {
             limit.map_or(u64::MAX, |limit| {
-                limit.saturating_sub(self.own_memory() + self.memory.spare()) / each
+                limit.saturating_sub(self.own_memory().saturating_add(self.memory.spare())) / each
             })
         };
-        let fit = fit(self.memory.cgroup, OF_CGROUP).min(fit(self.memory.machine, OF_MACHINE));
+        let in_machine = fit(self.memory.machine, CONNECTION_IN_PROCESS + CONNECTION_IN_KERNEL);
+        let fit = fit(self.memory.cgroup, CONNECTION_IN_CGROUP).min(in_machine);
         u32::try_from(fit).unwrap_or(u32::MAX).max(1)
     }
 }
 
 /// A size in whole KiB or MiB.
-fn about(bytes: u64) -> String {
+fn rounded(bytes: u64) -> String {
     let shift = if bytes >= 10 << 20 { 20 } else { 10 };
     show_size(bytes >> shift << shift)
 }
@@ -161,7 +167,7 @@ mod tests {
             for shards in ["1", "2", "64"] {
                 let settings = settings(&["--shards", shards], cgroup, machine);
                 let limit = settings.memory.limit().unwrap();
-                let connections = u64::from(settings.most_connections()) * OF_CGROUP;
+                let connections = u64::from(settings.most_connections()) * CONNECTION_IN_CGROUP;
                 let all = settings.own_memory() + settings.memory.spare() + connections;
                 assert!(all <= limit && settings.memory_excess().is_none(), "{all} of {limit}");
                 assert!(connections > limit / 5, "{connections} of {limit}");
@@ -174,5 +180,12 @@ mod tests {
         assert!(explicit.memory_excess().is_some());
         assert_eq!(settings(&[], None, None).feed_memory(), 64 << 20);
         assert_eq!(settings(&[], Some(1 << 20), None).most_connections(), 1);
+        // 500,000 connections take 2.1 GiB of a machine, and 0.9 GiB as a cgroup counts them.
+        let most = ["--max-connections", "500000"];
+        assert!(settings(&most, Some(2 << 30), None).memory_excess().is_none());
+        assert!(settings(&most, None, Some(2 << 30)).memory_excess().is_some());
+        let endless = settings(&["--feed-memory", "18446744073709551615"], Some(1 << 30), Some(1 << 40));
+        assert!(endless.memory_excess().is_some());
+        assert_eq!(endless.most_connections(), 1);
     }
 }

@@ -40,7 +40,7 @@ impl Spec {
     }
 }
 
-/// How every environment variable begins.
+/// The prefix of every environment variable.
 pub(super) const PREFIX: &str = "FANFARE_";
 
 /// The environment variable of the setting `name`.
@@ -123,7 +123,7 @@ pub(super) static TABLE: [Spec; 32] = [
             "Sites whose pages may connect: https://example.com, https://*.example.com. Without it pages",
             "of the very host and port that they connect to; on loopback hosts any port, and on loopback",
             "addresses no other host unless a trusted proxy passes it on. Programs, which send no Origin,",
-            "always may. Without --admin-key these hosts may address --admin, too.",
+            "always may. Without --admin-key requests to --admin may use these hosts, too.",
         ],
     ),
     spec(
@@ -198,8 +198,8 @@ pub(super) static TABLE: [Spec; 32] = [
         "CONNECTIONS",
         "auto",
         &[
-            "Connections of this node; more get 503. auto: what the limit on open files and the memory of",
-            "the cgroup or the machine have room for. Never more than the limit on open files allows.",
+            "Connections of this node; more get 503. auto: as many as fit into the limit on open files and",
+            "the memory of the cgroup or the machine. Never more than the limit on open files allows.",
         ],
     ),
     spec(

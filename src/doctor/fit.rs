@@ -3,12 +3,8 @@
 use super::finding::Finding;
 use super::host::Host;
 use crate::accept::SEND_BUFFER;
+use crate::config::{CONNECTION_IN_KERNEL, CONNECTION_IN_PROCESS};
 
-/// What one idle connection takes of our memory: below 200 bytes measured (benches/idle), rounded up since tables grow
-/// by doubling.
-const OURS: u64 = 256;
-/// What it takes of the kernel's: socket, inode, file and epoll entry are 3.8 KB in /proc/slabinfo.
-const KERNELS: u64 = 4096;
 /// What one takes that has stalled with a full send buffer; the kernel counts double (socket(7)).
 const STALLED: u64 = 2 * SEND_BUFFER as u64;
 /// One in so many may stall at once before the kernel is short of memory for all. Others who read slowly hold less.
@@ -23,7 +19,7 @@ pub struct Load {
     pub connections: u64,
     /// Descriptors for everything else, under the limit that holds now.
     pub own_files: u64,
-    /// The same under a limit that is no obstacle: the admin listener then serves more clients.
+    /// The same without a limit: the admin listener then serves more clients.
     pub own_files_unlimited: u64,
     /// Public addresses.
     pub addresses: u64,
@@ -102,11 +98,11 @@ fn memory(host: &Host, load: &Load) -> Finding {
         Some(left) if left < free => (left, "left by the limit of this cgroup"),
         _ => (free, "to be had on this host"),
     };
-    let each = OURS + KERNELS;
-    let needed = load.own_memory + load.connections * each;
+    let each = CONNECTION_IN_PROCESS + CONNECTION_IN_KERNEL;
+    let needed = load.own_memory.saturating_add(load.connections * each);
     let text = format!(
         "up to {} needed: {} for the node, its recent events and what waits for the bus, {} for {} idle connections \
-         ({OURS} bytes of ours and {KERNELS} of the kernel's each); {} {whose}",
+         ({CONNECTION_IN_PROCESS} bytes of ours and {CONNECTION_IN_KERNEL} of the kernel's each); {} {whose}",
         about(needed),
         about(load.own_memory),
         about(load.connections * each),

@@ -59,7 +59,7 @@ impl Host {
             tcp_memory: numbers("net.ipv4.tcp_mem").and_then(|found| found.get(2)?.checked_mul(page?)),
             page,
             memory: text("proc/meminfo").and_then(|text| kibibytes(&text, "MemAvailable:")),
-            cgroup: Groups::read(root).left(u64::MAX),
+            cgroup: Groups::read(root).available(u64::MAX),
             tracked: conntrack("count").and_then(|count| Some((count, conntrack("max")?))),
         }
     }
