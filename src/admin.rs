@@ -227,7 +227,8 @@ fn authorize(head: &Head<'_>, shared: &Shared) -> Result<(), Refusal> {
     // send Host.
     let is_own = |host| origin::is_loopback_host(host) || origin::names_host(&settings.allow_origin, host);
     if shared.checks_host && head.count("host") > 0 && !head.header("host").is_some_and(is_own) {
-        let text = "the Host must be localhost, 127.0.0.1 or a host in --allow-origin, unless an --admin-key is set";
+        let text =
+            "the Host must be localhost, 127.0.0.1 or a host in --allow-origin, unless an --admin-key is set";
         return refuse("host", Refusal::new(403, text));
     }
     if matches!(head.path, "/healthz" | "/readyz") || keys.current().admit_admin(head) {

@@ -26,11 +26,10 @@ const SLICES: usize = 64;
 /// Most bytes that one connection writes before others get their turn.
 pub const BURST: usize = 256 * 1024;
 
-/// A reader this slow still has its pong in time, in bytes a second: what is on its way when a ping is written takes
-/// that long to read before it.
+/// Slowest client whose pong is in time, in bytes a second: before a ping it reads all bytes that were written earlier.
 const SLOWEST_READER: u32 = 32 * 1024;
 
-/// What a queued frame costs beside its bytes: its place in the queue and its allocations.
+/// Memory of a queued frame beside its bytes: its place in the queue and its allocations.
 const FRAME_OVERHEAD: usize = 64;
 
 /// Most bytes on their way to a client: more than the kernels of node, proxy and client hold with Linux' defaults
@@ -97,14 +96,13 @@ pub enum State {
 pub struct CatchUp {
     /// Bytes that it took since it last asked for a part.
     taken: u32,
-    /// Bytes that it took in one tick of the shard,
+    /// Bytes that it took in the latest tick of the shard.
     in_tick: u32,
-    /// and the end of that tick's number.
+    /// The low bits of that tick's number.
     tick: u16,
 }
 
-/// Most bytes of history that one connection takes in a tick (40 MB/s): what it takes is read from Redis, which is there
-/// for others, too.
+/// Most bytes of history that one connection takes in a tick (40 MB/s), so that it leaves Redis to others, too.
 const HISTORY_IN_TICK: u32 = 4 * 1024 * 1024;
 
 /// Bytes of history that a connection asks for at first.
@@ -126,8 +124,8 @@ impl CatchUp {
         self.tick != tick as u16 || self.in_tick < HISTORY_IN_TICK
     }
 
-    /// The size of the part that it asks for now, in bytes: twice what it took of the last one, up to what it writes in
-    /// one turn. So a reader that takes little, and asks again since its part was dropped meanwhile, costs little.
+    /// The size of the part that it asks for now, in bytes: twice what it took of the last one, at most [`BURST`]. So a
+    /// slow reader, whose parts may be dropped before it has read them, causes few reads.
     pub fn ask(&mut self) -> usize {
         let taken = std::mem::take(&mut self.taken) as usize;
         taken.saturating_mul(2).clamp(PART_FIRST, BURST)
@@ -166,7 +164,7 @@ pub struct Tally {
     pub bytes: u64,
     /// Reset frames written.
     pub resets: u64,
-    /// Bytes of frames that are kept though their entries are gone.
+    /// Bytes of frames that are kept for full sockets after their entries were evicted.
     pub kept: u64,
 }
 
@@ -186,7 +184,7 @@ enum Waiting {
 struct Queue {
     frames: VecDeque<Bytes>,
     bytes: usize,
-    /// The frame of which the first one is the rest.
+    /// The frame whose rest is the first one.
     rest_of: Option<Arc<Bytes>>,
 }
 
@@ -235,11 +233,11 @@ pub struct Connection {
     /// The last event that it has, or that was not for it.
     pub position: EventId,
     live_from: u64,
-    /// Its last flush wrote everything there was, and its socket has not been full since.
+    /// Its last flush wrote everything, and its socket has not been full since.
     current: bool,
     /// Its socket is full.
     pub blocked: bool,
-    /// Its socket was full when its heartbeat was last looked at.
+    /// Its socket was full when its heartbeat was last checked.
     pub was_blocked: bool,
     /// It is told when its socket has room again.
     pub watched: bool,
@@ -257,10 +255,11 @@ pub struct Connection {
     pub may_publish: bool,
     /// When its token ends, in seconds since 1970.
     pub expires: u32,
-    /// When the last sign of life came, in ticks of the shard: bytes from it, or where its socket is full, room.
+    /// When it was last active, in ticks of the shard: it sent bytes or, while its socket is full, took some.
     pub heard: u32,
-    /// Bytes written since the last ping that was answered, and how many of them before the one that is not.
+    /// Bytes written that no pong has confirmed as read.
     unconfirmed: u32,
+    /// How many of them were written before the ping that awaits its pong.
     before_ping: u32,
     /// It waits for a page of history.
     pub waits_for_page: bool,
@@ -272,7 +271,7 @@ pub struct Connection {
     pinged: bool,
     /// TAT of its messages, see [`crate::pace`].
     pub tat: u64,
-    /// What all connections of its client may still do, once that is needed.
+    /// The allowance of its client, looked up when it is first needed.
     pub allowance: Option<Arc<Allowance>>,
     /// Messages rejected by its own rate, less those accepted since.
     pub rejected: u16,
@@ -420,8 +419,8 @@ impl Connection {
         }
     }
 
-    /// What is kept until its socket takes it: bytes for this client alone, and the frame that it may share with others,
-    /// by its address, with its length.
+    /// What is kept until its socket takes it: the bytes for this client alone; and of the frame that it may share with
+    /// others the address and the length.
     pub fn unsent(&self) -> (u64, Option<(usize, u64)>) {
         let shared = |frame: &Arc<Bytes>| (frame.as_ptr() as usize, frame.len() as u64);
         match &self.waiting {
@@ -443,7 +442,7 @@ impl Connection {
         self.enqueue(frame::PING);
     }
 
-    /// Takes a pong: whether it answers a ping. Then the client has read what was written before that.
+    /// Takes a pong. True if it answers a ping; then the client has read what was written before that ping.
     pub fn take_pong(&mut self) -> bool {
         let answers = std::mem::take(&mut self.pinged);
         if answers {
@@ -452,7 +451,7 @@ impl Connection {
         answers
     }
 
-    /// How long the client may take to read what is on its way to it.
+    /// How long the client may take to read the bytes on their way to it.
     pub fn reading_time(&self) -> Duration {
         Duration::from_secs(1) * self.unconfirmed.min(ON_THE_WAY_MAX) / SLOWEST_READER
     }
@@ -486,7 +485,7 @@ impl Connection {
             return self.position;
         }
         if self.is_inside_frame(feed) {
-            // The rest of the frame that the socket has in part is written first.
+            // The rest of the frame that is partly written comes first.
             let entry = feed.get(self.cursor.entry).expect("a cursor inside a frame is inside an entry");
             return position_at(entry, entry.frame_end(self.cursor.offset));
         }
@@ -494,7 +493,7 @@ impl Connection {
         self.position
     }
 
-    /// Moves the cursor over entries for other users, so that a position that was sent once never goes back.
+    /// Moves the cursor over entries for other users, so that a position that was sent never goes back.
     fn skip_others(&mut self, feed: &Feed) {
         if !self.current || !feed.holds_all_from(self.cursor.entry, &self.user) {
             return;
@@ -614,8 +613,8 @@ impl Connection {
                     queued = 1;
                 }
                 Waiting::Frames(queue) if !inside => {
-                    // All of them before any event, as many writes as it takes: welcome, reset and ping tell
-                    // positions that hold only at their place in the stream.
+                    // All of them are written before any event: the positions in welcome, reset and ping hold only
+                    // at their place in the stream.
                     for frame in queue.frames.iter().take(SLICES) {
                         slices[queued] = IoSlice::new(frame);
                         size += frame.len();

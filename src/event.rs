@@ -113,7 +113,7 @@ impl Entry {
         Entry::addressed(first, None, texts)
     }
 
-    /// The same for one user, or for everybody.
+    /// Consecutive events for one user, or for everybody; as [`Entry::events`].
     pub fn addressed<'a>(
         first: EventId,
         to: Option<Arc<str>>,

@@ -12,8 +12,8 @@ use crate::event::{Entry, EventId, Kind};
 /// What an entry costs beside its bytes: slot, index by kind, allocation head, trim order.
 const ENTRY_OVERHEAD: usize = 128;
 
-/// What a private entry costs beside that and its user's name: the name's allocation head (16 bytes) and 16 bytes in a
-/// B-tree whose leaves may be half empty.
+/// What a private entry costs more, beside its user's name: the name's allocation head (16 bytes) and 16 bytes in a B-tree
+/// whose leaves may be half empty.
 const PRIVATE_OVERHEAD: usize = 64;
 
 /// A place in a feed.
@@ -47,8 +47,8 @@ pub enum Start {
     Ahead,
 }
 
-/// Recent entries of one channel, indexed by reader: finding the next entry for a reader takes O(log n), however many
-/// entries for others lie between.
+/// Recent entries of one channel, indexed by reader: the next entry for a reader is found in O(log n), however many entries
+/// for others lie before it.
 #[derive(Debug)]
 pub struct Feed {
     base: EventId,
@@ -68,8 +68,8 @@ pub struct Feed {
     /// Private entries by the hash of their user, then by number.
     private: BTreeSet<(u64, u64)>,
     hasher: RandomState,
-    /// Users with a private fan-out under way, each with the number after their last private entry that was evicted
-    /// meanwhile (0: none).
+    /// Users with a private fan-out under way, with the number after their last private entry that was evicted meanwhile
+    /// (0: none).
     undelivered: HashMap<Arc<str>, u64>,
 }
 
@@ -140,7 +140,7 @@ impl Feed {
         self.start + self.entries.len() as u64
     }
 
-    /// The position of a client that has everything before the entry with this number, which is held or the next to come.
+    /// The position of a client that has everything before the entry with this number, which is held or the next one.
     pub fn position_before(&self, number: u64) -> EventId {
         number.checked_sub(1).and_then(|previous| self.get(previous)).map_or(self.before, |entry| entry.last)
     }
@@ -198,13 +198,13 @@ impl Feed {
         Some(entry)
     }
 
-    /// A private fan-out to this user starts. Until [`Feed::finish_delivery`] the feed remembers whether it evicted a
-    /// private entry of theirs, so that no connection skips it.
+    /// Starts a private fan-out to this user. Until [`Feed::finish_delivery`] the feed remembers whether it evicted a
+    /// private entry of this user, so that no connection skips it.
     pub fn start_delivery(&mut self, user: Arc<str>) {
         self.undelivered.entry(user).or_default();
     }
 
-    /// The private fan-out to this user has reached all their connections.
+    /// Finishes the private fan-out to this user: all their connections were visited.
     pub fn finish_delivery(&mut self, user: &str) {
         self.undelivered.remove(user);
     }
@@ -225,8 +225,8 @@ impl Feed {
         Start::At(Cursor { entry: self.start + index as u64, offset })
     }
 
-    /// Whether no entry from `number` on that was for this user has been evicted. True only of a user's connection
-    /// that had everything before `number`, and to which every later private fan-out has come.
+    /// Whether no entry for this user from `number` on was evicted. Holds only for a connection that has everything before
+    /// `number` and was visited by every later private fan-out.
     pub fn holds_all_from(&self, number: u64, user: &str) -> bool {
         let held = |lost: &u64| number >= *lost;
         number >= self.start || (held(&self.lost) && self.undelivered.get(user).is_none_or(held))
@@ -246,11 +246,11 @@ impl Feed {
 
     fn next_private(&self, number: u64, reader: Reader<'_>) -> Option<u64> {
         if self.private.is_empty() {
-            return None; // the hash is not worth its time
+            return None; // without hashing the name
         }
         let hash = self.hasher.hash_one(reader.user);
         let same_hash = self.private.range((hash, number)..=(hash, u64::MAX)).map(|(_, number)| *number);
-        // Users whose names have the same hash are next to each other here.
+        // Other users' names may have the same hash.
         same_hash
             .into_iter()
             .find(|number| self.get(*number).is_some_and(|entry| is_for(entry, *number, reader)))
@@ -265,7 +265,7 @@ fn is_for(entry: &Entry, number: u64, reader: Reader<'_>) -> bool {
     }
 }
 
-/// The first of these rising numbers that is not below `number`.
+/// The first of these ascending numbers that is not below `number`.
 fn first_from(numbers: &VecDeque<u64>, number: u64) -> Option<u64> {
     if *numbers.back()? < number {
         return None; // the common case: a reader near the end
@@ -413,7 +413,7 @@ mod tests {
             }
         }
 
-        /// The index finds what a search of every entry would, for every reader and place, and shrinks with the feed.
+        /// The index finds the same entries as a linear search, for every reader and place, and shrinks with the feed.
         #[test]
         fn the_index_agrees_with_a_search(steps in prop::collection::vec(0u8..8, 1..200)) {
             let mut feed = Feed::new(EventId(1000), EventId(1000));

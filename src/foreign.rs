@@ -16,7 +16,7 @@ pub const CONTROL_TYPES: [&str; 5] = ["welcome", "reset", "ping", "error", "ack"
 /// Why a body is no event.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BadEvent {
-    /// Not every client could read it.
+    /// Some clients could not parse it.
     #[error("invalid event: {0}")]
     Invalid(#[from] BadJson),
     /// The server alone sets `id`, and the query sets `to`.
@@ -61,14 +61,14 @@ pub fn published(body: &[u8], to: Option<&str>) -> Result<Bytes, BadEvent> {
     Ok(event.into())
 }
 
-/// The JSON value in `text`, if an event may be it, or hold it as `data`.
+/// The JSON value in `text`, if it may be an event, or the `data` of one.
 fn json_in(text: &[u8]) -> Result<&str, BadJson> {
     let is_object = text.trim_ascii_start().starts_with(b"{");
     json::check(text, if is_object { DEPTH_MAX } else { DEPTH_MAX - 1 })?;
     Ok(std::str::from_utf8(text).expect("checked").trim_ascii())
 }
 
-/// Members by which an event could pass for something else.
+/// Members that only the server sets.
 #[derive(Default, Deserialize)]
 #[serde(default)]
 struct Reserved<'a> {
@@ -81,7 +81,7 @@ struct Reserved<'a> {
 }
 
 impl Reserved<'_> {
-    /// Those of an object that [`json::check`] accepts.
+    /// The reserved members of an object that [`json::check`] accepts.
     fn of(object: &str) -> Result<Reserved<'_>, BadJson> {
         serde_json::from_str(object).map_err(|_| BadJson { fault: Fault::Syntax, at: 0 })
     }
@@ -98,7 +98,7 @@ impl Reserved<'_> {
     }
 }
 
-/// What clients see of a plain `PUBLISH` on a bare channel.
+/// A plain `PUBLISH` on a bare channel, as clients see it.
 #[derive(Debug)]
 pub struct Bare {
     /// The event.
@@ -108,8 +108,8 @@ pub struct Bare {
 }
 
 /// Makes an event of a plain `PUBLISH`: an object without `id` and control `type` stays as it is, other JSON becomes
-/// `{"data":…}`, and what no event may hold becomes a string there. `None` for a node's own copies, which begin with a
-/// TAB.
+/// `{"data":…}`, and text that is no JSON for events becomes a string there. `None` for a node's own copies, which begin
+/// with a TAB.
 pub fn bare(message: &[u8]) -> Option<Bare> {
     if message.first() == Some(&b'\t') {
         return None;
@@ -137,7 +137,7 @@ fn on_one_line(json: &str) -> String {
     json.replace(['\r', '\n'], " ")
 }
 
-/// The event that stands for a text that is no JSON for events: `{"data":"the text"}`, with the id if it has one.
+/// An event with a text that is no JSON for events: `{"data":"the text"}`, with the id if there is one.
 pub fn text_event(text: &[u8], id: Option<EventId>) -> String {
     let text = serde_json::Value::from(String::from_utf8_lossy(text));
     match id {
@@ -207,7 +207,7 @@ mod tests {
     }
 
     #[test]
-    fn what_no_event_may_hold_is_refused() {
+    fn refuses_invalid_events() {
         let whole: [&[u8]; 6] =
             [b"", b" ", b"{} {}", b"\"\n\"", b"\"\xff\"", b"{\"type\":\"chat\",\"type\":\"ping\"}"];
         for body in whole {

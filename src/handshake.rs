@@ -29,7 +29,7 @@ const UNTRUSTED_FORWARD: &str = "X-Forwarded-For is taken from trusted proxies a
 const UNREADABLE_FORWARD: &str = "X-Forwarded-For has no readable address where the client's must be";
 const FOREIGN_ORIGIN: &str =
     "pages of this origin may not connect here: name it with --allow-origin, or have the proxy pass on Host";
-const FOREIGN_HOST: &str = "pages connect to this address as localhost or 127.0.0.1: name their site with --allow-origin, or the proxy with --trusted-proxy";
+const FOREIGN_HOST: &str = "pages may use this address only as localhost or 127.0.0.1: name their site with --allow-origin, or the proxy with --trusted-proxy";
 const TOO_EARLY: &str = "nothing may follow the request before the upgrade is answered";
 
 /// What a request leads to.
@@ -61,7 +61,7 @@ pub struct Door {
 }
 
 impl Door {
-    /// Whether this connection came to a loopback listener, and not from a proxy that may pass on other names.
+    /// Whether this is a connection to a loopback listener, and not from a trusted proxy, which may pass on other hosts.
     pub fn is_loopback(&self, stream: &mio::net::TcpStream) -> bool {
         let came_to = || stream.local_addr().is_ok_and(|addr| self.loopback.contains(&addr));
         let from_proxy = || stream.peer_addr().is_ok_and(|peer| self.guard.trusts(peer.ip()));
@@ -79,7 +79,7 @@ impl From<Refusal> for Refused {
 }
 
 /// Reads the bytes of a request on a public listener and decides. `place` is the connection's; it changes when a
-/// trusted proxy names the client. `loopback`: the listener takes clients of this machine alone, and this is one.
+/// trusted proxy names the client. `loopback` is the result of [`Door::is_loopback`].
 pub fn decide(bytes: &[u8], door: &Door, place: &mut Place, loopback: bool) -> Verdict {
     let (request, read) = match after_preambles(bytes, door, place) {
         Ok(found) => found,
@@ -109,8 +109,8 @@ pub fn decide(bytes: &[u8], door: &Door, place: &mut Place, loopback: bool) -> V
     }
 }
 
-/// What follows the PROXY headers of trusted proxies, one from each that the connection has passed, and how many bytes
-/// need not be shown again.
+/// The bytes after the PROXY headers of trusted proxies, one from each that the connection has passed, and how many bytes
+/// the caller may drop.
 fn after_preambles<'b>(
     bytes: &'b [u8],
     door: &Door,
@@ -131,8 +131,8 @@ fn after_preambles<'b>(
                 rest = &bytes[read..];
                 door.guard.name(place, client).map_err(refuse_full)?;
             }
-            // It names no client, so what follows is not a proxy's: another PROXY header is refused. This one is shown
-            // again with the bytes to come, since nothing else remembers it.
+            // It names no client, so no proxy has written what follows: another PROXY header is refused. The caller keeps
+            // this one, since nothing else remembers it.
             Preamble::Header { client: None, length } => {
                 rest = &rest[length..];
                 break;
@@ -180,7 +180,7 @@ pub fn unavailable(why: &str) -> Bytes {
 
 /// The answer to a client that has named too many new channels.
 pub fn too_many_channels() -> Bytes {
-    let text = "too many new channels in a minute: join one that is in use, or try later";
+    let text = "too many new channels in a minute: join a channel that has clients, or try later";
     Response::from(Refusal::new(429, text).with("Retry-After", "5")).to_closing_bytes()
 }
 
@@ -215,7 +215,7 @@ fn plain(head: &Head<'_>, readiness: &Readiness) -> Response {
     }
     match head.path {
         "/healthz" => Response::line(200, "ok"),
-        // The reason is for operators: the admin listener and the log have it.
+        // The reason is for operators, on the admin listener and in the log.
         "/readyz" => match readiness.trouble() {
             None => Response::line(200, "ready"),
             Some(_) => Response::line(503, "not ready").with("Retry-After", "1"),
@@ -313,8 +313,8 @@ fn given_token<'a>(head: &Head<'a>) -> Result<Option<Cow<'a, str>>, Refusal> {
     }
 }
 
-/// A request without Origin is no browser's. A name that was made to point to this machine (DNS rebinding) is the
-/// Host of its page's requests, too: without rules a loopback listener takes loopback names only.
+/// A request without Origin is no browser's. With DNS rebinding a page's own name points to this machine and is in both
+/// Host and Origin, so without rules a loopback listener accepts loopback hosts only.
 fn check_origin(head: &Head<'_>, settings: &Settings, loopback: bool) -> Result<(), Refused> {
     let refuse = |text| Err(Refused(Refusal::new(403, text), Reason::ForeignOrigin));
     let host = head.header("host").unwrap_or_default();

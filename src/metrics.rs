@@ -157,7 +157,7 @@ pub struct Metrics {
     /// Connections answered at once, there being too many that wait for an answer: by [`crate::guard::Full`], `Node`
     /// and `Address`.
     pub turned_away: [Number; 2],
-    /// Bytes of incomplete messages of all shards, each shard's part.
+    /// Bytes of incomplete messages of all shards, to which each adds its own.
     pub partial_bytes: AtomicUsize,
     /// Most connections that this node takes.
     pub max_connections: Number,
@@ -267,12 +267,12 @@ impl Readiness {
         self.draining.load(Ordering::Relaxed)
     }
 
-    /// How often buffers are halved for want of memory.
+    /// How many times buffers are halved, since memory is short.
     pub fn memory_pressure(&self) -> u32 {
         self.memory_pressure.load(Ordering::Relaxed)
     }
 
-    /// Has buffers halved so often. Only the accept loop calls this.
+    /// Sets how many times buffers are halved. Only the accept loop calls this.
     pub fn set_memory_pressure(&self, halvings: u32) {
         self.memory_pressure.store(halvings, Ordering::Relaxed);
     }

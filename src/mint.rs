@@ -103,9 +103,7 @@ fn publish_claim(values: Vec<String>) -> Result<Option<Value>, String> {
     }
     for value in &values {
         if is_word(value, &["true", "false"]) {
-            return Err(format!(
-                "--publish: {value} must be in lower case and the only value"
-            ));
+            return Err(format!("--publish: {value} must be in lower case and the only value"));
         }
         if is_word(value, &["yes", "no", "on", "off"]) {
             return Err(format!("--publish: {value:?} is not a value: give true, false or a channel"));

@@ -170,7 +170,8 @@ impl RateLimiter {
         };
         let text = |times: u64, whose: &str| {
             let count = rate * times;
-            let messages = (count > 0).then(|| format!("{count} message{}", if count == 1 { "" } else { "s" }));
+            let messages =
+                (count > 0).then(|| format!("{count} message{}", if count == 1 { "" } else { "s" }));
             let bytes = (byte_rate > 0).then(|| show_size(byte_rate.saturating_mul(times)));
             let rates = messages.into_iter().chain(bytes).collect::<Vec<_>>().join(" or ");
             Arc::from(format!("rate limit exceeded: {rates} a second{whose}"))

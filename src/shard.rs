@@ -61,7 +61,7 @@ const SCRATCH: usize = 16 * 1024;
 /// Most messages taken from the inbox before others get their turn.
 const MESSAGES_A_TURN: usize = 1024;
 
-/// Most writes of fan-outs before others get their turn. Writes are counted and not connections, since one that has
+/// Most writes of fan-outs before others get their turn. Writes are counted, not connections, since a connection with
 /// many small entries ahead takes many writes.
 const WRITES_A_TURN: u64 = 256;
 
@@ -125,7 +125,7 @@ pub struct Shard {
     channel_emptied: bool,
     /// Channels with a fan-out under way.
     passes: VecDeque<u32>,
-    /// Fan-outs that have reached all ready sockets in this turn: when a public one began, and when the first of its
+    /// Fan-outs that were completed in this turn: when it started, if it was a public one, and when the first of its
     /// events arrived on this node.
     brought: Vec<(Option<Instant>, Instant)>,
     /// When this turn began.
@@ -145,9 +145,9 @@ pub struct Shard {
     /// Connections that missed events and are to be closed, some at every tick.
     missed: VecDeque<ConnectionId>,
     unfinished: Unfinished,
-    /// Connections for which something is kept, of those that the walk through the slab has come by.
+    /// Connections with bytes kept for full sockets, as far as the walk through the slab has come.
     unsent: Vec<u32>,
-    /// Bytes that may be kept before they are counted again.
+    /// More such bytes that may be kept before they are counted again.
     unsent_room: u64,
     drain: Option<Drain>,
     tick: u32,
@@ -171,7 +171,7 @@ pub fn poll() -> io::Result<(Poll, Arc<Bell>)> {
     Ok((poll, Arc::new(bell)))
 }
 
-/// A shard without connections, and what wakes it: its poll, its inbox and the bell.
+/// A shard without connections, with its poll, its inbox and its bell.
 fn assemble(wiring: Wiring) -> io::Result<(Shard, Poll, mpsc::UnboundedReceiver<ToShard>, Arc<Bell>)> {
     let Wiring { poll, inbox, bell, .. } = wiring;
     let registry = poll.registry().try_clone()?;
@@ -529,7 +529,7 @@ impl Shard {
     fn report(&mut self) {
         let tally = std::mem::take(&mut self.tally);
         if tally.kept > 0 {
-            self.note_kept(tally.kept);
+            self.add_kept(tally.kept);
         }
         let numbers = self.numbers();
         if tally.bytes > 0 || tally.resets > 0 {
@@ -544,7 +544,7 @@ impl Shard {
         numbers.page_bytes.set(self.pages.bytes() as u64);
     }
 
-    /// What is wrong with the bus is for operators: strangers learn that they may try again.
+    /// Answers a client that can't join. Why the bus is away is for operators, so the answer does not say it.
     fn refuse_join(&mut self, id: ConnectionId, why: &BusError) {
         if let Some(slot) = self.find(id).filter(|slot| self.is_joining(*slot)) {
             let answer = match why {

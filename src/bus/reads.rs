@@ -11,13 +11,13 @@ use crate::event::EventId;
 pub struct Read<C> {
     /// The channel.
     pub channel: C,
-    /// The position of the reader that it is for: the answer holds the next event after it.
+    /// The position of its reader: the answer holds the next event after it.
     pub position: EventId,
     /// About how many bytes are wanted.
     pub bytes: usize,
 }
 
-/// A reader that waits, and what it wants.
+/// A reader that waits.
 #[derive(Debug)]
 struct Waiting<R> {
     reader: R,
@@ -28,7 +28,7 @@ struct Waiting<R> {
 /// The readers of one page.
 #[derive(Debug)]
 struct Readers<R> {
-    /// In the order in which they came.
+    /// Longest first.
     waiting: VecDeque<Waiting<R>>,
     /// The position of the read under way, and the bytes reserved for it.
     under_way: Option<(EventId, usize)>,
@@ -37,15 +37,16 @@ struct Readers<R> {
 /// Readers that wait, by channel and page.
 ///
 /// A read is always for the reader that has waited longest for its page, and its answer serves that reader. So a
-/// reader is served after at most as many reads as readers of its page came before it, however small the parts are
-/// in which a page is answered, and however soon a part is dropped after its use.
+/// reader is served after at most as many reads as readers of its page came before it, however small the parts of a page
+/// are, and however soon they are dropped.
 #[derive(Debug)]
 pub struct Reads<C, R> {
     pages: BTreeMap<(C, EventId), Readers<R>>,
     /// Pages without a read under way, in the order of their turns.
     queue: VecDeque<(C, EventId)>,
-    /// Reads under way, and the bytes reserved for them: what each asks for, and the longest event, which comes whole.
+    /// Number of reads under way.
     started: usize,
+    /// Bytes reserved for them: what each asks for, and one of the longest events, since events come whole.
     reserved: usize,
     longest_event: usize,
 }
@@ -66,8 +67,8 @@ impl<C: Clone + Ord, R> Reads<C, R> {
         readers.waiting.push_back(Waiting { reader, position, bytes });
     }
 
-    /// The next read that may start while fewer than `limit` bytes are under way; one may, however large. Readers
-    /// that `stays` does not confirm are dropped.
+    /// The next read, if fewer than `limit` bytes are under way; a single read may be larger. Readers that `stays` does not
+    /// confirm are dropped.
     pub fn start(&mut self, limit: usize, stays: impl Fn(&R) -> bool) -> Option<Read<C>> {
         while self.started == 0 || self.reserved < limit {
             let key = self.queue.pop_front()?;
@@ -87,8 +88,8 @@ impl<C: Clone + Ord, R> Reads<C, R> {
         None
     }
 
-    /// Takes the readers out that an answer serves: those whose read it was, and those whose position `covers`
-    /// confirms. The others have another turn.
+    /// Removes and returns the readers that an answer serves: those with its position, and those whose position `covers`
+    /// confirms. The others wait for another read.
     pub fn answer(
         &mut self,
         channel: C,
@@ -106,13 +107,13 @@ impl<C: Clone + Ord, R> Reads<C, R> {
         served.into_iter().map(|waiting| (waiting.reader, waiting.position)).collect()
     }
 
-    /// Takes all readers out that waited for a page whose read failed.
+    /// Removes and returns all readers that waited for a page whose read failed.
     pub fn fail(&mut self, channel: C, position: EventId) -> Vec<(R, EventId)> {
         let waiting = self.finish(&(channel, page_begin(position)), position).unwrap_or_default();
         waiting.into_iter().map(|waiting| (waiting.reader, waiting.position)).collect()
     }
 
-    /// The read under way for this position is over. `None`: it was for a channel that was forgotten since.
+    /// Ends the read under way for this position. `None`: its channel was forgotten meanwhile.
     fn finish(&mut self, key: &(C, EventId), position: EventId) -> Option<VecDeque<Waiting<R>>> {
         let (under_way, reserved) = self.pages.get(key)?.under_way?;
         if under_way != position {

@@ -161,7 +161,7 @@ impl Channel {
         }
     }
 
-    /// Starts a fan-out to all members for what was just appended to the feed, unless one under way brings it.
+    /// Starts a fan-out to all members for the entry just appended to the feed, unless one under way brings it.
     pub fn start_public_fanout(&mut self, now: Instant, arrived: Instant) {
         match &mut self.pass {
             None if self.members.is_empty() => {}
@@ -173,7 +173,7 @@ impl Channel {
         }
     }
 
-    /// The same for a private entry and its user's connections.
+    /// Starts a fan-out to a user's connections for a private entry, unless one under way brings it.
     pub fn start_private_fanout(
         &mut self,
         user: Arc<str>,
@@ -195,8 +195,8 @@ impl Channel {
         self.pass.is_some() || !self.private.is_empty()
     }
 
-    /// Ends the fan-outs that have visited everyone, and notes them in `completed`. Those that more has arrived for
-    /// start again.
+    /// Ends the fan-outs that have visited all their connections, and adds them to `completed`. A fan-out starts again if
+    /// more events have arrived.
     pub fn end_fanouts(
         &mut self,
         now: Instant,

@@ -58,8 +58,8 @@ impl Shard {
         }
     }
 
-    /// Goes on with the fan-outs under way: every connection gets what has arrived since for it. A channel keeps its
-    /// turn for `budget` writes at most, and a connection that is visited without one counts as one.
+    /// Goes on with the fan-outs under way, for at most `budget` writes. A connection that is visited without a write
+    /// counts as one, too.
     pub(super) fn pass_on(&mut self, mut budget: u64) {
         while let Some(key) = self.passes.front().copied() {
             let channel = &mut self.channels[key as usize];
@@ -151,8 +151,8 @@ impl Shard {
         }
     }
 
-    /// Brings a connection that the feed has left behind nearer to it, by parts of history; one that it waited for has
-    /// just come if it was `answered`.
+    /// Brings a connection that the feed has left behind nearer to it, by parts of history. `answered`: the part that it
+    /// waited for has just come.
     pub(super) fn catch_up(&mut self, slot: u32, mut answered: bool) {
         let id = self.id_of(slot);
         let begun = self.tally.bytes;

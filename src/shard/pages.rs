@@ -1,4 +1,4 @@
-//! Pages of history in one shard's memory, in the parts in which the bus gave them, and who waits for more.
+//! Pages of history in one shard's memory, in the parts in which the bus gave them, and the connections that wait for more.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -8,8 +8,7 @@ use crate::connection::Copies;
 use crate::event::EventId;
 use crate::feed::Feed;
 
-/// Parts of the longest kind for which a shard has room, however little memory it may use. Parts under way may take as
-/// much again.
+/// A shard may always keep parts of this many events of the greatest length. Parts under way may take as much again.
 const LONGEST_EVENTS: usize = 4;
 
 /// Ticks that a part is kept after it was last read: readers of the same part come together.
@@ -30,18 +29,18 @@ pub struct ReadyPage {
     oldest: EventId,
     /// Its events.
     pub feed: Feed,
-    /// Frames in which sockets were when it was last read from.
+    /// Frames that were partly written when it was last read from.
     pub copies: Copies,
     /// Its size in memory, in bytes.
     cost: usize,
     /// When it was last read from, in ticks of the shard.
     used: u32,
-    /// Readers that waited for it and have yet to have their turn. Until then it stays.
+    /// Connections that waited for it and have not had their turn. It stays until they have.
     unserved: usize,
 }
 
 impl ReadyPage {
-    /// What the bus gave. Events that the channel's feed has yet to bring are left out, so that no reader gets them
+    /// A part from the bus. Events that the channel's feed does not have yet are left out, so that no reader gets them
     /// twice.
     fn new(page: &Page, feed: &Feed, tick: u32) -> ReadyPage {
         let entries: Vec<_> =
@@ -77,15 +76,16 @@ pub struct Pages {
     limit: usize,
     reads: Reads<ChannelKey, ConnectionId>,
     ready: BTreeMap<Part, ReadyPage>,
-    /// In the order in which they came.
+    /// The parts, oldest first.
     order: VecDeque<Part>,
-    /// What all parts take, and those among them that have unserved readers.
+    /// Bytes of all parts.
     bytes: usize,
+    /// Bytes of the parts that have unserved readers.
     unserved: usize,
 }
 
 impl Pages {
-    /// None; they may take `memory` bytes, and one event may have `longest_event`.
+    /// No parts. They may take `memory` bytes, and one event may have `longest_event`.
     pub fn new(memory: usize, longest_event: usize) -> Pages {
         Pages {
             limit: memory.max(LONGEST_EVENTS * longest_event),
@@ -97,7 +97,7 @@ impl Pages {
         }
     }
 
-    /// What parts take in memory, in bytes.
+    /// Bytes of all parts.
     pub fn bytes(&self) -> usize {
         self.bytes
     }
@@ -111,7 +111,7 @@ impl Pages {
         Some(part)
     }
 
-    /// Has a connection wait for a part of about so many bytes, since there is none for its position.
+    /// Has a connection wait for a part of about this many bytes, since there is none for its position.
     pub fn wait(&mut self, channel: ChannelKey, position: EventId, bytes: usize, id: ConnectionId) {
         self.reads.wait(channel, position, bytes, id);
     }
@@ -121,14 +121,14 @@ impl Pages {
         self.reads.has(&channel)
     }
 
-    /// What is to be read now, if there is memory for it; for connections that `stays` confirms.
+    /// The next read, if there is memory for it. Only for connections that `stays` confirms.
     pub fn start(&mut self, stays: impl Fn(&ConnectionId) -> bool) -> Option<Read<ChannelKey>> {
         let room = self.limit.checked_sub(self.unserved).filter(|room| *room > 0)?;
         self.reads.start(room, stays)
     }
 
-    /// Takes the answer to a read. The connections that it serves are to have their turn now, and [`Pages::served`] is
-    /// to be called with the part for each.
+    /// Takes the answer to a read. Returns the connections that it serves: each has its turn next, and the caller then calls
+    /// [`Pages::served`].
     pub fn take(
         &mut self,
         channel: ChannelKey,
@@ -152,12 +152,12 @@ impl Pages {
         (part, served)
     }
 
-    /// Takes out the connections that waited for a read that failed.
+    /// Removes and returns the connections that waited for a read that failed.
     pub fn fail(&mut self, channel: ChannelKey, position: EventId) -> Vec<ConnectionId> {
         self.reads.fail(channel, position).into_iter().map(|(id, _)| id).collect()
     }
 
-    /// One of the connections that a part was for has had its turn, or is gone.
+    /// Notes that one of the connections that waited for a part has had its turn, or is gone.
     pub fn served(&mut self, part: Part) {
         let Some(ready) = self.ready.get_mut(&part).filter(|ready| ready.unserved > 0) else { return };
         ready.unserved -= 1;
@@ -167,7 +167,7 @@ impl Pages {
         }
     }
 
-    /// Drops parts when they take too much, the oldest first.
+    /// Drops the oldest parts while all together take too much.
     fn shed(&mut self) {
         let mut at = 0;
         while self.bytes > self.limit
@@ -181,7 +181,7 @@ impl Pages {
         }
     }
 
-    /// Drops parts that nobody has read from for a while.
+    /// Drops parts that were not read from for a while.
     pub fn drop_idle(&mut self, tick: u32) {
         let idle = |part: &ReadyPage| part.unserved == 0 && tick.wrapping_sub(part.used) >= PAGE_TICKS;
         let idle = self.ready.iter().filter(|(_, part)| idle(part)).map(|(part, _)| *part);
@@ -190,7 +190,7 @@ impl Pages {
         }
     }
 
-    /// Drops what belongs to a channel.
+    /// Drops the parts and reads of a channel.
     pub fn forget(&mut self, channel: ChannelKey) {
         self.reads.forget(&channel);
         let parts = (channel, EventId(0))..=(channel, EventId(u64::MAX));
@@ -200,7 +200,7 @@ impl Pages {
         }
     }
 
-    /// Drops a part. Gives how many unserved readers it had.
+    /// Drops a part. Returns how many unserved readers it had.
     fn remove(&mut self, part: Part) -> usize {
         let Some(ready) = self.ready.remove(&part) else { return 0 };
         self.order.retain(|other| *other != part);

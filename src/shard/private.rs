@@ -1,4 +1,4 @@
-//! Private fan-outs of a channel: one for each user with new private events, over all their connections here.
+//! Private fan-outs of a channel: one for each user with new private events, to all their connections of this shard.
 //!
 //! Users take turns, a connection each, so that one with thousands of connections delays nobody with one. Events that
 //! arrive before a connection's turn go out to it in one write.
@@ -20,7 +20,7 @@ struct UserFanout {
     started: bool,
     /// When the first of its events arrived on this node.
     arrived: Instant,
-    /// When the first event arrived that the connections visited so far have not got. They are visited again.
+    /// When the first event arrived after the first visit. Then all connections are visited again.
     again: Option<Instant>,
 }
 
@@ -39,13 +39,13 @@ pub struct PrivateFanouts {
 }
 
 impl PrivateFanouts {
-    /// Whether there are none.
+    /// Whether there is none.
     pub fn is_empty(&self) -> bool {
         self.turns.is_empty()
     }
 
-    /// A private event has arrived for a user whose first connection is `first`. True if a fan-out starts for it;
-    /// false if the one under way brings it.
+    /// Adds a private event for a user whose first connection is `first`. True if a fan-out starts for it; false if the one
+    /// under way brings it.
     pub fn add(&mut self, user: &Arc<str>, first: u32, arrived: Instant) -> bool {
         if let Some(fanout) = self.users.get_mut(user) {
             if fanout.started {
@@ -73,8 +73,8 @@ impl PrivateFanouts {
         Some(slot)
     }
 
-    /// Ends the fan-out whose turn it is if it has visited every connection: gives its user, and when the first of its
-    /// events arrived. It starts again from `first` where more has arrived meanwhile.
+    /// Ends the fan-out whose turn it is if it has visited every connection. Returns its user, when the first of its events
+    /// arrived, and whether that was the last fan-out: if more events have arrived, it starts again from `first`.
     pub fn end_next(&mut self, first: impl FnOnce(&str) -> u32) -> Option<(Arc<str>, Instant, bool)> {
         let user = self.turns.front()?;
         let fanout = self.users.get_mut(user).filter(|fanout| fanout.next == NONE)?;

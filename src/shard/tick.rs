@@ -22,8 +22,8 @@ const SECOND: u32 = 10;
 /// How long a channel without members is still followed: a page that reloads finds its recent events in memory.
 const EMPTY_TIME: Duration = Duration::from_secs(10);
 
-/// One of so many of `--max-channels` is kept free of channels without members. Without this reserve a client that
-/// names one new channel after another would leave no room for others.
+/// A quarter of `--max-channels` is kept free of channels without members. Without this reserve a client that names one
+/// new channel after another would leave no room for others.
 const CHANNEL_RESERVE_PART: usize = 4;
 
 /// Most channels without members that are examined at once, before sockets get their turn.
@@ -216,7 +216,7 @@ impl Shard {
         if connection.blocked && !was_blocked {
             connection.heard = self.tick; // it had room until now
         }
-        // A pong comes when all that was written before the ping is read. A full socket shows progress by itself.
+        // A pong comes after everything written before its ping was read. A full socket shows progress by itself.
         let reading_time = if connection.blocked { 0 } else { ticks(connection.reading_time()) };
         let silence = heartbeat.saturating_add(timeout).saturating_add(reading_time);
         if answers && self.tick.wrapping_sub(connection.heard) >= silence {

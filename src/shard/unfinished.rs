@@ -9,15 +9,15 @@ use crate::bus::ConnectionId;
 use crate::close::Reason;
 use crate::config::Settings;
 
-/// The part of its share that a shard may count too much before it looks again.
-const UNCERTAIN: usize = 8;
+/// A shard counts again when this part of its share has arrived, since messages may be finished meanwhile.
+const RECOUNT_PART: usize = 8;
 
 /// Messages that are noted before it is looked which of them are still there.
 const NOTED: usize = 1024;
 
-/// The unfinished messages of one shard. All shards add what they hold to one count. While that is above the node's
-/// limit, each shard that holds more than its share ends its oldest. Each shard's part of the count is never too small: it
-/// grows with every read, and is set right when it is looked at again.
+/// The unfinished messages of one shard. All shards add their bytes to one count. While that is above the node's limit,
+/// each shard with more than its share closes the connections with the oldest messages. A shard's part of the count is
+/// never too small: it grows with every read, and is corrected when the shard counts again.
 #[derive(Debug)]
 pub(super) struct Unfinished {
     /// Most bytes of all unfinished messages of the node.
@@ -28,17 +28,17 @@ pub(super) struct Unfinished {
     begun: VecDeque<(Instant, ConnectionId)>,
     /// This shard's part of the count.
     counted: usize,
-    /// How much of that has come since the last look.
-    unlooked: usize,
-    /// Messages at which it is looked again.
-    next_look: usize,
+    /// Bytes of it that arrived since the last recount.
+    since_recount: usize,
+    /// Number of messages at which it is counted again.
+    next_recount: usize,
 }
 
 impl Unfinished {
     pub(super) fn new(settings: &Settings) -> Unfinished {
         let limit = settings.partial_memory();
         let share = limit / settings.shards.get();
-        Unfinished { limit, share, begun: VecDeque::new(), counted: 0, unlooked: 0, next_look: NOTED }
+        Unfinished { limit, share, begun: VecDeque::new(), counted: 0, since_recount: 0, next_recount: NOTED }
     }
 }
 
@@ -51,31 +51,31 @@ impl Shard {
             return; // only the head of a frame, or what waits for its turn
         }
         let first = !std::mem::replace(&mut partial.noted, true);
-        // The first bytes of a message may have come with the end of another.
+        // The first bytes of a message may have arrived in one read with the end of another.
         let new = if first { partial.held().max(new) } else { new };
         if first {
             self.unfinished.begun.push_back((partial.since, id));
         }
         self.unfinished.counted += new;
-        self.unfinished.unlooked += new;
+        self.unfinished.since_recount += new;
         let all = self.metrics.partial_bytes.fetch_add(new, Relaxed) + new;
-        let uncertain = self.unfinished.unlooked > (self.unfinished.share / UNCERTAIN).max(SCRATCH);
-        let must_end = all > self.unfinished.limit && self.unfinished.counted > self.unfinished.share;
-        if uncertain || must_end || self.unfinished.begun.len() >= self.unfinished.next_look {
-            self.look_at_unfinished();
+        let is_due = self.unfinished.since_recount > (self.unfinished.share / RECOUNT_PART).max(SCRATCH);
+        let is_over = all > self.unfinished.limit && self.unfinished.counted > self.unfinished.share;
+        if is_due || is_over || self.unfinished.begun.len() >= self.unfinished.next_recount {
+            self.recount_unfinished();
         }
     }
 
-    /// Gives back what finished messages were counted with, and ends messages where other shards need the room.
+    /// Counts again once a tick where that may matter: messages are finished, and other shards may need the room.
     pub(super) fn bound_unfinished(&mut self) {
         let all = self.metrics.partial_bytes.load(Relaxed);
-        let idle = self.unfinished.unlooked == 0 && self.unfinished.begun.is_empty();
+        let idle = self.unfinished.since_recount == 0 && self.unfinished.begun.is_empty();
         if !idle && (all > self.unfinished.limit / 2 || self.unfinished.begun.len() > NOTED) {
-            self.look_at_unfinished();
+            self.recount_unfinished();
         }
     }
 
-    fn look_at_unfinished(&mut self) {
+    fn recount_unfinished(&mut self) {
         let mut begun = std::mem::take(&mut self.unfinished.begun);
         let mut held = 0;
         begun.retain(|(since, id)| {
@@ -84,7 +84,8 @@ impl Shard {
             bytes.is_some()
         });
         let all = self.count_unfinished(held);
-        // The oldest first: an honest one is soon over. Some more than needed, so that it is not looked again at once.
+        // The oldest first, since honest messages are soon finished. Down to three quarters, so that it does not happen
+        // again at once.
         if all > self.unfinished.limit && held > self.unfinished.share {
             while held > self.unfinished.share / 4 * 3
                 && let Some((since, id)) = begun.pop_front()
@@ -95,15 +96,15 @@ impl Shard {
             self.count_unfinished(held);
         }
         begun.shrink_to(NOTED.max(begun.len() * 2));
-        self.unfinished.next_look = NOTED + 2 * begun.len();
+        self.unfinished.next_recount = NOTED + 2 * begun.len();
         self.unfinished.begun = begun;
-        self.unfinished.unlooked = 0;
+        self.unfinished.since_recount = 0;
     }
 
-    /// Sets this shard's part of the count; gives the whole count.
+    /// Sets this shard's part of the count, and returns the whole count.
     fn count_unfinished(&mut self, held: usize) -> usize {
         let before = std::mem::replace(&mut self.unfinished.counted, held);
-        // Every shard takes away only what it has added.
+        // No underflow: every shard subtracts only what it has added.
         self.metrics.partial_bytes.fetch_add(held, Relaxed);
         self.metrics.partial_bytes.fetch_sub(before, Relaxed) - before
     }

@@ -1,5 +1,5 @@
-//! What is kept for clients whose sockets are full: the rest of a frame that has left the feed, and frames for one client
-//! alone. One frame may be as long as a message, so all of them together have a limit.
+//! Bytes kept for clients whose sockets are full: the rest of a frame that has left the feed, and frames for one client
+//! alone. A frame may be as long as a message, so all together have a limit.
 
 use std::collections::HashMap;
 
@@ -12,14 +12,14 @@ struct Holder {
     slot: u32,
     /// Bytes for this client alone.
     own: u64,
-    /// The frame that it shares with others.
+    /// The frame that it shares with others, by its address.
     frame: Option<usize>,
-    /// Bytes that it accounts for, times the time since its socket last took something.
+    /// Its part of the bytes, times the ticks since its socket last took any.
     cost: u64,
 }
 
 impl Shard {
-    /// Counts what is kept for these connections. Where the node keeps too much, closes those that cost most.
+    /// Counts what is kept for these connections. If the node keeps too much, closes the costliest of them.
     pub(super) fn bound_unsent(&mut self, slots: Vec<u32>) {
         let mut frames: HashMap<usize, (u64, u64)> = HashMap::new(); // length and holders
         let mut total = 0;
@@ -40,7 +40,7 @@ impl Shard {
         let others = self.metrics.shards.iter().map(|shard| shard.unsent_bytes.get()).sum::<u64>()
             - self.numbers().unsent_bytes.get();
         let most = self.settings.unsent_memory();
-        // What the other shards leave, at least this shard's part.
+        // What the other shards leave free, but at least this shard's part.
         let allowed = most.saturating_sub(others).max(most / self.metrics.shards.len() as u64);
         if total > allowed {
             for holder in &mut holders {
@@ -68,8 +68,8 @@ impl Shard {
         self.numbers().unsent_bytes.set(total);
     }
 
-    /// Frames of so many bytes have left the feed and are kept.
-    pub(super) fn note_kept(&mut self, bytes: u64) {
+    /// Counts bytes of frames that have left the feed and are kept.
+    pub(super) fn add_kept(&mut self, bytes: u64) {
         self.unsent_room = self.unsent_room.saturating_sub(bytes);
         if self.unsent_room == 0 {
             let all = self.connections.iter().map(|(slot, _)| slot as u32).collect();
