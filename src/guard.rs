@@ -288,7 +288,7 @@ impl Guard {
             Client::User => self.per_user,
             Client::Address => self.most_of_address(),
         };
-        client.take_channel(connections.unwrap_or(0), self.allowances.now())
+        connections.is_none_or(|most| client.take_channel(most, self.allowances.now()))
     }
 
     /// Counts one more connection of this address; false when that would be too many.

@@ -56,10 +56,13 @@ const _: () =
 const USERS_PER_ADDRESS: u32 = 10;
 const _: () = assert!(PER_USER * USERS_PER_ADDRESS <= PER_ADDRESS);
 
-/// In this time, in nanoseconds, a client may name as many new channels as it may have connections, all at once if it
-/// likes: each of its connections may come back to another channel. Redis keeps an unused channel for ten minutes, so one
-/// client has at most eleven times as many there.
+/// In this time, in nanoseconds, a client may name as many new channels as it may have connections, and at least
+/// [`CHANNELS_MIN`], all at once if it likes: each of its connections may come back to another channel. Redis keeps an
+/// unused channel for ten minutes, so one client has at most eleven times as many there.
 const NAMING_TIME: u64 = 60 * SECOND;
+
+/// New channels that a client with few connections may name in a minute: one that goes from room to room.
+const CHANNELS_MIN: u32 = 100;
 
 const SECOND: u64 = 1_000_000_000;
 
@@ -106,8 +109,7 @@ impl Allowance {
 
     /// Counts a new channel of a client that may have this many connections; `false` if it has named too many.
     pub fn take_channel(&self, connections: u32, now: u64) -> bool {
-        let each = NAMING_TIME.checked_div(connections.into()).unwrap_or(0);
-        take(&self.channels, each, NAMING_TIME, now)
+        take(&self.channels, NAMING_TIME / u64::from(connections.max(CHANNELS_MIN)), NAMING_TIME, now)
     }
 
     /// Whether nothing of it is used up.

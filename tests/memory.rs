@@ -48,7 +48,8 @@ async fn clients_beyond_the_cgroup_get_503_before_the_kernel_kills() {
     let Some(cgroup) = Cgroup::new(12 * MIB) else { return };
     // An explicit number wins over the one that would fit, so that only the kernel's count is left to go by.
     let node = Node::start_in(&cgroup, &["--max-connections", "15000"]).await;
-    assert!(node.log().contains("the settings need more memory than available"), "{}", node.log());
+    let warning = "the settings need more memory than available";
+    until("the warning", || async { node.log().contains(warning).then_some(()) }).await;
     let mut first = Client::plain(&node, "first", "room").await;
     let mut inside = Vec::new();
     let mut rejected = 0;
