@@ -3,12 +3,10 @@
 use std::borrow::Cow;
 
 use bytes::Bytes;
-use serde::Deserialize;
-use serde_json::value::RawValue;
 
 use crate::event::EventId;
-use crate::frame::{given, put_on_one_line};
-use crate::json::{self, BadJson, DEPTH_MAX, Fault};
+use crate::frame::put_on_one_line;
+use crate::json::{self, BadJson, DEPTH_MAX, Members};
 
 /// The `type`s of frames that only the server sends: no event may look like one.
 pub const CONTROL_TYPES: [&str; 5] = ["welcome", "reset", "ping", "error", "ack"];
@@ -25,19 +23,21 @@ pub enum BadEvent {
     /// It would look like a frame of the server's own.
     #[error(r#"the type "{0}" is reserved: clients take it for a message of the server's own"#)]
     ReservedType(&'static str),
+    /// It ends like an event with an id, and has none.
+    #[error(r#"there is no "id""#)]
+    NoId,
 }
 
 /// The event for a JSON body: one line from `{` to `}`, without `id`. An object is taken as it is, byte for byte
 /// but for line breaks; any other value becomes `{"data":…}`. Where it is for one user, `to` comes first.
 pub fn published(body: &[u8], to: Option<&str>) -> Result<Bytes, BadEvent> {
-    let json = json_in(body)?;
+    let (json, found) = json_in(body)?;
     let members = match json.strip_prefix('{').and_then(|rest| rest.strip_suffix('}')) {
         Some(members) => {
-            let reserved = Reserved::of(json)?;
-            if let Some(key) = reserved.key() {
+            if let Some(key) = found.id.then_some("id").or(found.to.then_some("to")) {
                 return Err(BadEvent::ReservedKey(key));
             }
-            if let Some(control) = reserved.control_type() {
+            if let Some(control) = control_type(found) {
                 return Err(BadEvent::ReservedType(control));
             }
             members.trim_ascii()
@@ -61,40 +61,30 @@ pub fn published(body: &[u8], to: Option<&str>) -> Result<Bytes, BadEvent> {
     Ok(event.into())
 }
 
-/// The JSON value in `text`, if it may be an event, or the `data` of one.
-fn json_in(text: &[u8]) -> Result<&str, BadJson> {
+/// The JSON value in `text`, if it may be an event, or the `data` of one, and its members with a meaning.
+fn json_in(text: &[u8]) -> Result<(&str, Members<'_>), BadJson> {
     let is_object = text.trim_ascii_start().starts_with(b"{");
-    json::check(text, if is_object { DEPTH_MAX } else { DEPTH_MAX - 1 })?;
-    Ok(std::str::from_utf8(text).expect("checked").trim_ascii())
+    let members = json::members(text, if is_object { DEPTH_MAX } else { DEPTH_MAX - 1 })?;
+    Ok((std::str::from_utf8(text).expect("checked").trim_ascii(), members))
 }
 
-/// Members that only the server sets.
-#[derive(Default, Deserialize)]
-#[serde(default)]
-struct Reserved<'a> {
-    #[serde(borrow, deserialize_with = "given")]
-    id: Option<&'a RawValue>,
-    #[serde(borrow, deserialize_with = "given")]
-    to: Option<&'a RawValue>,
-    #[serde(borrow, deserialize_with = "given", rename = "type")]
-    kind: Option<&'a RawValue>,
+/// The control frame that an event with this `type` looks like.
+fn control_type(members: Members<'_>) -> Option<&'static str> {
+    let text: Cow<'_, str> = match members.kind? {
+        escaped if escaped.contains('\\') => Cow::Owned(serde_json::from_str(escaped).ok()?),
+        plain => Cow::Borrowed(plain.strip_prefix('"')?.strip_suffix('"')?),
+    };
+    CONTROL_TYPES.into_iter().find(|control| *control == text)
 }
 
-impl Reserved<'_> {
-    /// The reserved members of an object that [`json::check`] accepts.
-    fn of(object: &str) -> Result<Reserved<'_>, BadJson> {
-        serde_json::from_str(object).map_err(|_| BadJson { fault: Fault::Syntax, at: 0 })
-    }
-
-    fn key(&self) -> Option<&'static str> {
-        self.id.map(|_| "id").or(self.to.map(|_| "to"))
-    }
-
-    fn control_type(&self) -> Option<&'static str> {
-        #[derive(Deserialize)]
-        struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
-        let text: Text<'_> = serde_json::from_str(self.kind?.get()).ok()?;
-        CONTROL_TYPES.into_iter().find(|control| *control == text.0)
+/// Whether clients can read `event`, whose last member is its id. Every way to publish checks events, but any program with
+/// write access to Redis may write to a stream.
+pub fn readable(event: &[u8]) -> Result<(), BadEvent> {
+    let members = json::members(event, DEPTH_MAX)?;
+    match control_type(members) {
+        Some(control) => Err(BadEvent::ReservedType(control)),
+        None if !members.id => Err(BadEvent::NoId),
+        None => Ok(()),
     }
 }
 
@@ -114,10 +104,10 @@ pub fn bare(message: &[u8]) -> Option<Bare> {
     if message.first() == Some(&b'\t') {
         return None;
     }
-    if let Ok(object) = json_in(message)
+    if let Ok((object, members)) = json_in(message)
         && object.starts_with('{')
-        && Reserved::of(object)
-            .is_ok_and(|reserved| reserved.id.is_none() && reserved.control_type().is_none())
+        && !members.id
+        && control_type(members).is_none()
     {
         return Some(Bare { event: on_one_line(object), fault: None });
     }
@@ -204,6 +194,16 @@ mod tests {
                 assert_eq!(error, BadEvent::ReservedType(control), "{body}");
             }
         }
+    }
+
+    #[test]
+    fn stored_events_are_readable_with_an_id_and_no_control_type() {
+        assert_eq!(readable(br#"{"type":"chat","to":"bob","a":{"type":"reset"},"id":7}"#), Ok(()));
+        for control in [r#"{"type":"reset","id":7}"#, r#"{"\u0074ype":"\u0072eset","id":7}"#] {
+            assert_eq!(readable(control.as_bytes()), Err(BadEvent::ReservedType("reset")), "{control}");
+        }
+        assert_eq!(readable(br#"{"a\"id":7}"#), Err(BadEvent::NoId));
+        assert!(matches!(readable(br#"{"id":7,"id":7}"#), Err(BadEvent::Invalid(_))));
     }
 
     #[test]

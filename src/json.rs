@@ -4,6 +4,8 @@
 //! or deep nesting. Parsers differ, and some fail. [`check`] rejects all of these. The Lua function `fanfare_publish`
 //! has the same rule; `tests/json_cases.txt` lists cases for both.
 
+use std::ops::Range;
+
 /// Most levels of arrays and objects in an event, the event itself included. Parsers recurse and have a limit: .NET's is
 /// 64, Ruby's 100, serde_json's 127.
 pub const DEPTH_MAX: usize = 64;
@@ -48,17 +50,39 @@ pub enum Fault {
     TooDeep,
 }
 
+/// The members of the outermost object that have a meaning for the server, however their names are written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Members<'a> {
+    /// There is an `id`.
+    pub id: bool,
+    /// There is a `to`.
+    pub to: bool,
+    /// The `type`, as JSON.
+    pub kind: Option<&'a str>,
+}
+
 /// Checks that `text` is one JSON value that every client can parse, with at most `depth_max` levels.
 pub fn check(text: &[u8], depth_max: usize) -> Result<(), BadJson> {
-    let at_byte = |fault, at| Err(BadJson { fault, at });
-    if let Err(error) = std::str::from_utf8(text) {
-        return at_byte(Fault::NotUtf8, error.valid_up_to());
-    }
-    let mut scanner = Scanner { text, at: 0, names: Vec::new(), unescaped: Vec::new() };
+    members(text, depth_max).map(drop)
+}
+
+/// Checks `text` in the same way, and finds the members that have a meaning.
+pub fn members(text: &[u8], depth_max: usize) -> Result<Members<'_>, BadJson> {
+    let at_byte = |fault, at| BadJson { fault, at };
+    let text = std::str::from_utf8(text).map_err(|error| at_byte(Fault::NotUtf8, error.valid_up_to()))?;
+    let mut scanner = Scanner {
+        text: text.as_bytes(),
+        at: 0,
+        names: Vec::new(),
+        unescaped: Vec::new(),
+        inside_outermost: depth_max.checked_sub(1),
+        members: Members::default(),
+        kind: None,
+    };
     if let Err(fault) = scanner.document(depth_max) {
-        return at_byte(fault, scanner.at);
+        return Err(at_byte(fault, scanner.at));
     }
-    Ok(())
+    Ok(Members { kind: scanner.kind.map(|kind| &text[kind]), ..scanner.members })
 }
 
 /// Scans a text once, in O(n log n) at worst: names are compared by sorting, without hashing.
@@ -69,6 +93,11 @@ struct Scanner<'a> {
     names: Vec<Name>,
     /// The names that have escapes, decoded.
     unescaped: Vec<u8>,
+    /// How many levels may be opened inside the outermost object.
+    inside_outermost: Option<usize>,
+    members: Members<'static>,
+    /// Where the outermost object's `type` is.
+    kind: Option<Range<usize>>,
 }
 
 /// The place of a name: in the text, or past its end in `unescaped`. It has eight bytes, since the shortest member has
@@ -77,6 +106,15 @@ struct Scanner<'a> {
 struct Name {
     start: u32,
     length: u32,
+}
+
+impl Name {
+    fn bytes<'a>(self, text: &'a [u8], unescaped: &'a [u8]) -> &'a [u8] {
+        match (self.start as usize).checked_sub(text.len()) {
+            None => &text[self.start as usize..][..self.length as usize],
+            Some(start) => &unescaped[start..][..self.length as usize],
+        }
+    }
 }
 
 /// Up to this many names of an object are compared pairwise.
@@ -168,7 +206,11 @@ impl Scanner<'_> {
                 return Err(Fault::Syntax);
             }
             self.skip_blanks();
+            let value = self.at;
             self.value(depth)?;
+            if self.inside_outermost == Some(depth) {
+                self.note_member(name, value);
+            }
             self.skip_blanks();
             if self.take(b'}') {
                 break;
@@ -204,13 +246,20 @@ impl Scanner<'_> {
         Ok(Name { start: narrow(start)?, length: narrow(length)? })
     }
 
+    /// Notes a member of the outermost object whose value begins at byte `value`.
+    fn note_member(&mut self, name: Name, value: usize) {
+        match name.bytes(self.text, &self.unescaped) {
+            b"id" => self.members.id = true,
+            b"to" => self.members.to = true,
+            b"type" => self.kind = Some(value..self.at),
+            _ => {}
+        }
+    }
+
     /// Whether two of the names from `first` on are the same.
     fn has_repeated_name(&mut self, first: usize) -> bool {
         let (text, unescaped) = (self.text, &self.unescaped[..]);
-        let bytes = |name: &Name| match (name.start as usize).checked_sub(text.len()) {
-            None => &text[name.start as usize..][..name.length as usize],
-            Some(start) => &unescaped[start..][..name.length as usize],
-        };
+        let bytes = |name: &Name| name.bytes(text, unescaped);
         let names = &mut self.names[first..];
         if names.len() <= PAIRWISE_MAX {
             let same = |a: &Name, b: &Name| a.length == b.length && bytes(a) == bytes(b);

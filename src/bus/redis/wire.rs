@@ -9,7 +9,6 @@ use bytes::Bytes;
 use crate::bus::Page;
 use crate::event::{Entry, EventId};
 use crate::foreign;
-use crate::json;
 
 /// Begins the error of a script that met wrong data in one channel, as `run.lua` writes it. The key follows.
 pub const FAULT: &str = "FAULT ";
@@ -26,9 +25,10 @@ pub fn id_of(line: &[u8]) -> Option<EventId> {
 }
 
 /// The event as clients get it. Every way to publish checks events, but anyone with write access to Redis may write to a
-/// stream, and so did older versions. What clients could not read becomes `{"data":"its text"}` with the same id.
+/// stream, and so did older versions. What clients could not read, or could take for a
+/// control frame, becomes `{"data":"its text"}` with the same id.
 fn readable(event: &[u8], id: EventId) -> Cow<'_, [u8]> {
-    match json::check(event, json::DEPTH_MAX) {
+    match foreign::readable(event) {
         Ok(()) => Cow::Borrowed(event),
         Err(bad) => {
             tracing::debug!(%id, "event in Redis is shown as text: {bad}");
