@@ -17,6 +17,7 @@
 //! | [`frame`] | the JSON that clients send and get |
 //! | [`json`] | the JSON that an event may hold |
 //! | [`foreign`] | what other programs send, made into events |
+//! | [`cgroup`] | memory limits of the cgroup and the machine |
 //! | [`config`] | settings: flags and variables, every error at once |
 //! | [`http`] | request heads in, responses out, over bytes alone |
 //! | [`web`] | the page and the browser client, embedded |
@@ -28,7 +29,7 @@
 //! | [`handshake`] | a request's bytes become a client who may join, or an answer |
 //! | [`input`] | a client's bytes become its messages |
 //! | [`pace`] | how fast a client may send, and name new channels |
-//! | [`allowance`] | the table of what clients may still do, over all their connections |
+//! | [`allowance`] | the rate allowances of clients, shared by their connections |
 //! | [`feed`] | a channel's recent events in memory, and cursors into them |
 //! | [`connection`] | one connection: its states, and the one function that writes |
 //! | [`shard`] | the loop that owns connections and channels: joins, passes, history, ticks |

@@ -204,7 +204,7 @@ pub(super) static TABLE: &[Family] = &[
     family(
         "fanfare_unsent_bytes",
         Gauge,
-        "Bytes kept for clients whose sockets are full: frames that have left the feed, and frames for one client.",
+        "Bytes kept for clients whose sockets are full: frames that have left the feed, and frames for one client alone.",
         Shards(Sum, |shard| shard.unsent_bytes.get()),
     ),
     // The bus.

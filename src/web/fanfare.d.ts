@@ -54,7 +54,7 @@ export type FanfareState =
 
 /**
  * `code` is a word when it is about a message: `offline` (not sent), `unknown` (it may or may not have been
- * published) or what the server says; `unreadable` for a frame that is skipped; the close code when it is about a connection.
+ * published) or the server's error code; `unreadable` for a frame that is skipped; the close code when it is about a connection.
  */
 export interface FanfareError extends Error {
   name: "FanfareError";

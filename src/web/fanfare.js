@@ -96,7 +96,7 @@ export class Fanfare {
     let frame = null;
     try { frame = JSON.parse(data); } catch {}
     if (typeof frame === "object" && frame !== null && !Array.isArray(frame)) return this.#frame(frame);
-    // No server of this version sends this. An event has its id at the end: skip it, or each resume would bring it again.
+    // Not from a server of this version. An event ends with its id: skip it, or each resume would bring it again.
     const [, id = 0] = /"id":(\d{1,16})}$/.exec(String(data).slice(-22)) ?? [];
     const live = this.#state === "live";
     if (live) this.#last = Math.max(this.#last, id);
