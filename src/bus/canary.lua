@@ -1,9 +1,9 @@
 -- KEYS[1] the node's own Pub/Sub channel. ARGV: 1 durable, 2 history ttl in ms, 3 prefix, 4 number of the canary,
 -- then for each followed channel: its name, the highest id seen, the base known.
--- Publishes the number and a line "name base head" for each channel, and keeps their keys. Where a channel's data is
--- wrong its line is "name FAULT key: text".
+-- Publishes the number and a line "name base head" for each channel, and renews their expiry. If a channel's data is
+-- wrong, its line is "name FAULT key: text".
 local ttl = tonumber(ARGV[2])
-local epoch = current_epoch(ARGV[3], ARGV[1] == '1') -- also without channels: a promotion must be seen in time
+local epoch = current_epoch(ARGV[3], ARGV[1] == '1') -- even without channels, so that a promotion is seen in time
 
 local function compare(name, seen, known)
   local head, base = position(name, epoch, ttl, tonumber(seen), tonumber(known))

@@ -1,5 +1,5 @@
 -- KEYS[1] a channel P:{C}, KEYS[2] the node's own Pub/Sub channel, KEYS[3] P:settings. ARGV: the bare channels.
--- Answers {what this user may not do, what this Redis does not have}, in words.
+-- Answers {commands that this user may not call, commands and INFO fields that this Redis does not have}, in words.
 local name, meta, events = KEYS[1], KEYS[1] .. ':meta', KEYS[1] .. ':events'
 local mark = string.match(name, '^(.-):{') .. ':epoch'
 local needed = {
@@ -30,7 +30,7 @@ for _, command in ipairs(needed) do
     refused[#refused + 1] = command[1] .. (command[2] and ' ' .. command[2] or '')
   end
 end
--- What run.lua reads to notice a loss of events.
+-- The fields that run.lua reads to notice a loss of events.
 local FIELDS = {server = {'run_id'}, replication = {'master_replid', 'master_replid2', 'connected_slaves'}}
 if #lacking == 0 and #refused == 0 then
   for section, fields in pairs(FIELDS) do

@@ -1,13 +1,13 @@
--- FCALL fanfare_publish 1 P:{C} <JSON object> [to] [idempotency key]: what a node's publish does, for any program.
--- VERSION stands before this text. What a prefix is set to is in the hash P:settings, which its nodes write.
+-- FCALL fanfare_publish 1 P:{C} <JSON object> [to] [idempotency key]: publishes for any program, as a node does.
+-- VERSION is defined before this text. The settings of a prefix are in the hash P:settings, which its nodes write.
 
 local CONTROL = {welcome = true, reset = true, ping = true, error = true, ack = true}
 
--- The JSON that an event may hold: I-JSON (RFC 7493), as in json.rs. cjson reads it, and takes more than that: numbers
--- like 1. and -.5, two members of one name, control characters in strings. Those show in the text without its strings.
+-- The JSON that an event may hold: I-JSON (RFC 7493), as in json.rs. cjson accepts more: numbers like 1. and -.5, repeated
+-- names, control characters in strings. These are found in the text without its strings.
 local DEPTH_MAX, NUMBER_MAX = 64, 128
 
--- Made by the first call: a library has neither cjson nor string while it is loaded.
+-- Created by the first call: while a library is loaded it has neither cjson nor string.
 local decoder, too_long
 local function prepare()
   decoder = cjson.new()
@@ -16,7 +16,7 @@ local function prepare()
   too_long = '%f[%d-]' .. string.rep('[%d.eE+-]', NUMBER_MAX + 1)
 end
 
--- Whether a text is UTF-8 (RFC 3629): takes its sequences away, and looks whether anything is left.
+-- Whether a text is UTF-8 (RFC 3629): removes its sequences and checks that no other byte is left.
 local function is_utf8(text)
   if not string.find(text, '[\128-\255]') then
     return true
@@ -36,8 +36,8 @@ local function is_utf8(text)
   return not string.find(rest, '[\128-\255]')
 end
 
--- Takes the members of a decoded value's objects from the count of those in its text; returns the rest. It stops at 0: an
--- array without objects is not walked. (A decoded object has names alone, so it has no [1].)
+-- Subtracts the members of all objects in a decoded value from `left`, their number in the text. The rest is above 0 if a
+-- name is repeated. Stops at 0, so that arrays without objects are not searched. (A decoded object has no [1].)
 local function members_left(value, left)
   if value[1] == nil then
     for _ in pairs(value) do left = left - 1 end
@@ -53,7 +53,7 @@ local function members_left(value, left)
   return left
 end
 
--- What is wrong with the numbers in a JSON text without strings; nil if nothing.
+-- The fault in the numbers of a JSON text without strings, or nil.
 local function bad_numbers(text)
   if #text > NUMBER_MAX and string.find(text, too_long) then
     return 'a number has more than ' .. NUMBER_MAX .. ' characters'
@@ -70,7 +70,7 @@ local function bad_numbers(text)
   end
 end
 
--- The value of a JSON text; nil and what is wrong with it.
+-- The value of a JSON text, or nil and its fault.
 local function decode(text)
   if not is_utf8(text) then
     return nil, 'not UTF-8'
@@ -89,7 +89,7 @@ local function decode(text)
   if string.find(plain, '\\', 1, true) then
     plain = string.gsub(plain, '\\.', '')
   end
-  -- A string with a control character keeps its quotes.
+  -- A string with a control character stays, with its quotes.
   plain = string.gsub(plain, '"[^"%z\1-\31]*"', '')
   if string.find(plain, '"', 1, true) or string.find(plain, '\0', 1, true) then
     return nil, 'not JSON (RFC 8259)'
@@ -114,20 +114,20 @@ local function refuse(text)
   return redis.error_reply('ERR fanfare_publish: ' .. text)
 end
 
--- What the nodes of a prefix are set to, or nil and why not.
+-- The settings of the nodes of a prefix, or nil and the reason.
 local function settings_of(prefix)
   local key = prefix .. ':settings'
   local found = redis.pcall('HMGET', key, 'max_message', 'history', 'history_ttl', 'durable', 'bare_channels',
     'history_bytes')
   if found.err then
-    return nil, 'can not read ' .. key .. ': ' .. found.err
+    return nil, "can't read " .. key .. ': ' .. found.err
   end
   local settings = {
     max = tonumber(found[1]), history = tonumber(found[2]), ttl = tonumber(found[3]),
     durable = found[4] == '1', bare = ' ' .. (found[5] or '') .. ' ', bytes = tonumber(found[6]),
   }
   if not (settings.max and settings.history and settings.ttl and settings.bytes) then
-    return nil, 'no node has the --redis-prefix "' .. prefix .. '" (there is no ' .. key .. ')'
+    return nil, 'no node has the --redis-prefix "' .. prefix .. '" (the key ' .. key .. ' is missing)'
   end
   return settings
 end
@@ -139,7 +139,7 @@ local function publish(keys, args)
     return refuse('give one key, <prefix>:{<channel>}, as in FCALL fanfare_publish 1 fanfare:{ws_broadcast} ...')
   end
   if #args < 1 or #args > 3 then
-    return refuse('give a JSON object, for one user alone the user id (or an empty one), and an idempotency key')
+    return refuse('give a JSON object, then optionally a user id (empty for everybody) and an idempotency key')
   end
   local settings, why = settings_of(prefix)
   if not settings then
@@ -153,7 +153,7 @@ local function publish(keys, args)
   if fault then
     return refuse('invalid event: ' .. fault)
   end
-  -- One event, one line. Blanks are all that may stand outside strings.
+  -- One event is one line. Outside strings only blanks can break it.
   text = string.gsub(text, '[\t\r\n]', ' ')
   local first, last = string.find(text, '[^ ]'), #text
   while string.byte(text, last) == 32 do last = last - 1 end
@@ -172,7 +172,7 @@ local function publish(keys, args)
     return refuse('a user id has 1 to 128 bytes of UTF-8 and no control characters')
   end
   if args[3] and (#args[3] < 1 or #args[3] > 128 or string.find(args[3], '[^\33\35-\126]')) then
-    return refuse('an idempotency key has 1 to 128 printable ASCII characters, but no blanks and no "')
+    return refuse('an idempotency key has 1 to 128 printable ASCII characters without blanks and quotes')
   end
   local item = string.sub(text, 1, -2) .. (next(event) ~= nil and ',' or '')
   if user ~= '' then

@@ -19,7 +19,8 @@ const BATCH: usize = 512;
 /// Most bytes of events in one entry, so that a frame for one client does not wait long for its turn.
 const ENTRY_MAX: usize = 64 * 1024;
 
-/// The part of memory for histories which is freed when it is full: finding the largest histories looks at every channel.
+/// This part of the memory for histories is freed when it is full, since finding the largest ones takes a look at every
+/// channel.
 const FREED_PART: usize = 16;
 
 /// How often history is looked through for what is too old.
@@ -57,7 +58,7 @@ pub async fn run(settings: &Settings, mut wiring: Wiring) {
     }
 }
 
-/// Consecutive events of one channel and for the same readers, on their way out.
+/// Consecutive events of one channel for the same readers, to be stored in one entry.
 #[derive(Debug, Default)]
 struct Batch {
     channel: Option<ChannelName>,
@@ -73,9 +74,9 @@ struct Channel {
     head: EventId,
     /// What history holds, oldest first; the last one ends at `head`.
     history: VecDeque<Entry>,
-    /// How many events that is.
+    /// Number of events in history.
     events: u64,
-    /// And how much memory.
+    /// Bytes of its entries.
     bytes: usize,
     /// Which shards follow.
     followers: Vec<bool>,
@@ -92,8 +93,8 @@ impl Channel {
         EventId(self.head.0 - self.events).next()
     }
 
-    /// What history holds after `position` of its page, about as many bytes; and what the page holds before it, where
-    /// that is little.
+    /// The events of a page after `position`, about this many bytes, and those before it if they have at most
+    /// [`PART_SHARED`] bytes.
     fn page(&self, position: EventId, mut bytes: usize) -> Page {
         let (begin, end) = (page_begin(position), EventId(page_begin(position).0 + PAGE));
         let at = self.history.partition_point(|entry| entry.last <= position);
@@ -128,7 +129,7 @@ impl Channel {
         }
     }
 
-    /// Evicts what is beyond this many events or bytes. The last entry stays, however large it is.
+    /// Evicts the oldest entries beyond this many events or bytes. The last entry stays, however large it is.
     fn trim(&mut self, events: u64, bytes: usize) {
         while self.history.len() > 1 && (self.bytes > bytes || self.events - self.history[0].ids() >= events)
         {
@@ -146,8 +147,9 @@ struct Local {
     history: u64,
     history_bytes: usize,
     history_ttl: Duration,
-    /// Bytes that all histories hold, and may hold. The feeds share what is in both.
+    /// Bytes of all histories. Entries that are in a feed, too, share their bytes with it.
     memory: usize,
+    /// Most bytes of all histories.
     memory_max: usize,
     /// No id at or below this is given any more.
     given: EventId,
@@ -156,21 +158,21 @@ struct Local {
     keys: Keys,
 }
 
-/// How long the idempotency key of a publish is remembered; as in run.lua.
+/// How long an idempotency key is kept. run.lua has the same time.
 const KEY_TTL: Duration = Duration::from_secs(600);
-/// Keys remembered at once, some 200 bytes each. Of more the oldest are forgotten.
+/// Most keys kept, some 200 bytes each. Beyond it the oldest are dropped.
 const KEYS_MAX: usize = 100_000;
 
 /// The ids of events that were published under an idempotency key, by channel and key.
 #[derive(Debug, Default)]
 struct Keys {
     ids: HashMap<(ChannelName, Arc<str>), EventId>,
-    /// The same keys, oldest first, and since when they are known.
+    /// The same keys, oldest first, each with the time of its publish.
     ages: VecDeque<(Instant, (ChannelName, Arc<str>))>,
 }
 
 impl Keys {
-    /// The id of the event that has this key.
+    /// The id of the event with this key.
     fn find(&mut self, channel: &ChannelName, key: &Arc<str>, now: Instant) -> Option<EventId> {
         while let Some((since, known)) = self.ages.front() {
             if now.saturating_duration_since(*since) < KEY_TTL && self.ages.len() < KEYS_MAX {
@@ -182,7 +184,7 @@ impl Keys {
         self.ids.get(&(channel.clone(), key.clone())).copied()
     }
 
-    /// Remembers the id of a key that [`Keys::find`] did not find.
+    /// Keeps the id for a key that [`Keys::find`] did not find.
     fn insert(&mut self, channel: ChannelName, key: Arc<str>, id: EventId, now: Instant) {
         self.ages.push_back((now, (channel.clone(), key.clone())));
         self.ids.insert((channel, key), id);
@@ -282,8 +284,8 @@ impl Local {
         }
     }
 
-    /// Evicts until all histories fit into `target` bytes. The largest give, down to one common size, so that a busy
-    /// channel can't evict the history of quiet ones.
+    /// Evicts until all histories fit into `target` bytes. The largest are cut to one common size, so that a busy channel
+    /// can't evict the history of quiet ones.
     fn evict_from_largest(&mut self, target: usize) {
         let size = common_size(self.channels.values().map(|channel| channel.bytes).collect(), target);
         self.memory = 0;
@@ -366,7 +368,7 @@ impl Local {
     }
 }
 
-/// The largest size to which all sizes above it must be cut so that the sum is at most `target`.
+/// The largest size for which the sum is at most `target` after all sizes above it are cut to it.
 fn common_size(mut sizes: Vec<usize>, target: usize) -> usize {
     sizes.sort_unstable();
     let (mut left, mut count) = (target, sizes.len());
@@ -394,7 +396,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn the_largest_histories_give_first(sizes in prop::collection::vec(0_usize..1000, 0..20), target in 0_usize..5000) {
+        fn the_largest_histories_are_cut_first(sizes in prop::collection::vec(0_usize..1000, 0..20), target in 0_usize..5000) {
             let size = common_size(sizes.clone(), target);
             let cut = |size: usize| sizes.iter().map(|own| (*own).min(size)).sum::<usize>();
             prop_assert!(cut(size) <= target);

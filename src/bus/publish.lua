@@ -3,12 +3,12 @@
 -- 10 for how many ms the number is remembered, 11 the idempotency key of the only event or '', 12 history in bytes, then
 -- pairs: text up to the id's digits, user or ''.
 -- Answers {1, first id, base, head}, or {0, 0, base, head}: it may or may not have been taken, and won't be now.
--- Without pairs it asks what became of an earlier attempt, and answers {2, 0, base, head} if that was not taken: then the
--- number is used up, so that it never will be.
+-- Without pairs it asks for the outcome of an earlier attempt, and answers {2, 0, base, head} if that was not published.
+-- That attempt can't be published later either, since the number is then used up.
 local epoch = current_epoch(prefix_of(KEYS[1]), ARGV[1] == '1')
 
--- Deletes the numbers of nodes that last published here before `oldest`, in seconds: they retry nothing any more. A
--- process has a new name each time it starts.
+-- Deletes the numbers of nodes that last published here before `oldest`, in seconds: they have nothing left to retry. Each
+-- process has a name of its own, so these numbers would add up.
 local function forget_numbers(meta, oldest)
   local fields = redis.call('HGETALL', meta)
   for i = 1, #fields, 2 do
@@ -31,7 +31,7 @@ local function publish()
     return {1, tonumber(earlier), base, head}
   end
 
-  -- A node's last number stands in `meta`: where it is evicted the sequence is, too, and the base changes.
+  -- A node's last number is in `meta`: if it is evicted, so is the sequence, and the base changes.
   local meta, from = name .. ':meta', 'from:' .. ARGV[7]
   local now = math.floor(clock() / 1000000)
   local stored = redis.call('HGET', meta, from)
@@ -48,7 +48,7 @@ local function publish()
     forget_numbers(meta, now - math.ceil(ARGV[10] / 1000))
   end
   if ARGV[9] == '1' and base ~= known then
-    -- Whether the first attempt was taken can't be told any more: its traces may be gone with the old run.
+    -- The outcome of the first attempt is unknown: its number may be lost with the old epoch.
     return {0, 0, base, head}
   end
 

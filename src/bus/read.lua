@@ -1,6 +1,6 @@
 -- KEYS[1] P:{C}. ARGV: 1 durable, 2 history ttl in ms, 3 the highest id seen, 4 the base known, 5 first id wanted,
--- 6 last id wanted, 7 at most so many events, 8 about so many bytes (one event at least), 9 the id from which on what
--- lies before the first id wanted is added, 10 if it has fewer bytes than this, 11 most events in one step.
+-- 6 last id wanted, 7 most events, 8 about how many bytes (one event at least), 9 an id: the events from it up to the
+-- first id wanted are added, 10 if they have fewer bytes than this, 11 most events in one step.
 -- Answers {base, head, oldest, event, user or '', event, user or '', ...}, all from one moment.
 local epoch = current_epoch(prefix_of(KEYS[1]), ARGV[1] == '1')
 
@@ -11,12 +11,12 @@ local function read()
   local oldest = redis.call('XRANGE', events, '-', '+', 'COUNT', 1)[1]
   local answer = {base, head, oldest and tonumber(string.match(oldest[1], '^%d+')) or head + 1}
 
-  -- The size of the longest event so far. Steps are as long as events of that size leave room for, so that a limit
-  -- in bytes is overshot only where events differ, and then by one step.
+  -- The size of the longest event so far. A step reads as many events as fit into the limit if all have that size, so
+  -- that the limit is exceeded only where sizes differ, and by one step at most.
   local longest = math.max(1, oldest and #oldest[2][2] or 1)
   local step = tonumber(ARGV[11])
 
-  -- Adds the events between two ids to a list, up to a number and to about so many bytes. Returns the bytes left.
+  -- Adds the events between two ids to a list, at most `room` of them and about `bytes` bytes. Returns the bytes left.
   local function add(list, from, to, room, bytes)
     while room > 0 and bytes > 0 do
       local count = math.min(room, step, math.ceil(bytes / longest))

@@ -13,7 +13,7 @@ pub struct Read<C> {
     pub channel: C,
     /// The position of its reader: the answer holds the next event after it.
     pub position: EventId,
-    /// About how many bytes are wanted.
+    /// About how many bytes it wants.
     pub bytes: usize,
 }
 
@@ -57,7 +57,7 @@ impl<C: Clone + Ord, R> Reads<C, R> {
         Reads { pages: BTreeMap::new(), queue: VecDeque::new(), started: 0, reserved: 0, longest_event }
     }
 
-    /// Has a reader wait for about `bytes` of what follows its position.
+    /// Adds a reader that waits for about `bytes` bytes after its position.
     pub fn wait(&mut self, channel: C, position: EventId, bytes: usize, reader: R) {
         let key = (channel, page_begin(position));
         let readers = self.pages.entry(key.clone()).or_insert_with(|| {

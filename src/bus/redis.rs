@@ -19,7 +19,7 @@ use tokio::sync::{Semaphore, broadcast, mpsc};
 use self::faults::FaultLog;
 use self::follow::Follow;
 use self::health::{Canaries, Link};
-use self::library::Write;
+use self::library::WriteMode;
 use self::link::{CallError, ConnectError, Report, Session};
 use self::pages::Pages;
 use self::publisher::Publisher;
@@ -141,9 +141,9 @@ struct Bus {
     warned_of_json: Option<Instant>,
     /// Why other programs can't publish by FCALL, as far as was told to the log.
     no_library: Option<Arc<str>>,
-    /// What this process writes of the library: its own once, then what is missing.
-    library_write: Write,
-    /// When to look next whether it is missing.
+    /// How the library is written: replaced once by this process, later only if it is missing.
+    library_write: WriteMode,
+    /// When to check next whether it is missing.
     next_load: Instant,
 }
 
@@ -181,7 +181,7 @@ pub async fn run(settings: &Settings, url: &RedisUrl, wiring: Wiring) -> Result<
         faults: FaultLog::default(),
         warned_of_json: None,
         no_library: None,
-        library_write: Write::Replace,
+        library_write: WriteMode::Replace,
         next_load: Instant::now(),
     };
     let mut messages: Option<broadcast::Receiver<Message>> = None;

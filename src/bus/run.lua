@@ -17,13 +17,13 @@ local function prefix_of(name)
 end
 
 -- A primary without replicas frees its replication backlog after repl-backlog-ttl and then looks as if it had never been
--- promoted. So a changed replication id proves no promotion only where the mark was written at most this many milliseconds
+-- promoted. A new replication id is known to be no promotion only if the mark was written at most this many milliseconds
 -- before: repl-backlog-ttl is at least 2 s (`fanfare doctor` checks it), and every node's probe writes the mark.
 local MARK_FRESH = 2000
 -- Age in milliseconds at which a script writes the mark again. Probes run once a second.
 local MARK_EVERY = 1000
 
--- Whether the process started after a time in milliseconds, or in the same second.
+-- Whether the server process started after a time in milliseconds, or in the same second.
 local function started_after(server, at)
   local uptime, written = tonumber(string.match(server, 'uptime_in_seconds:(%d+)') or ''), tonumber(at or '')
   return uptime and written and math.floor(clock() / 1000000) - uptime >= math.floor(written / 1000)
@@ -33,9 +33,9 @@ end
 --
 -- A primary keeps its master_replid, and no other primary ever has it: each start and each promotion takes a new one. It
 -- also changes when the first replica attaches and when the backlog is freed (replication.c: changeReplicationId), and
--- nothing is lost then. The mark, a hash in the data, carries the epoch over such a change. Where the operator vouches for
--- the disk (`durable`) it also carries the epoch over a restart. A promoted replica can look like a restart, so that holds
--- only for a process that started after the mark was written, and only if no replica was attached in this epoch.
+-- nothing is lost then. The mark, a hash in the data, carries the epoch over such a change. With `durable` it also carries
+-- the epoch over a restart. A promoted replica can look like a restart, so that is done only for a process that started
+-- after the mark was written, and only if no replica was attached in this epoch.
 local function current_epoch(prefix, durable)
   local key = prefix .. ':epoch'
   local mark = redis.call('HMGET', key, 'epoch', 'run', 'replid', 'at', 'copied')
@@ -96,14 +96,14 @@ local function check_epoch(name, epoch, ttl, seen, known)
   return anchor, anchor
 end
 
--- JavaScript holds whole numbers below this exactly, and every id is below it.
+-- Every id is below this, since JavaScript holds whole numbers exactly only up to here.
 local ID_LIMIT = 2 ^ 53
 
 local function is_id(value)
   return value >= 0 and value < ID_LIMIT and value == math.floor(value)
 end
 
--- Ends a `guarded` function: the data of one channel is wrong. Nodes know this by the first word.
+-- Ends a `guarded` function with an error: the data of one channel is wrong. Nodes recognize the first word.
 local function fault(key, text)
   error({err = 'FAULT ' .. key .. ': ' .. text})
 end
@@ -112,8 +112,8 @@ local function is_sound(head, base, seen, known)
   return is_id(head) and is_id(base) and base <= head and seen <= head and known <= base
 end
 
--- The channel's head and base, as `check_epoch` finds them. Values in `meta` that no script writes count as lost. Where the
--- ids that were given leave no room for a base above them, the channel stands at the last id and takes no more events.
+-- The channel's head and base, as `check_epoch` finds them. Values in `meta` that no script would write count as lost. If
+-- no ids are left for a base above those given, the channel stays at the last id and accepts no more events.
 local function position(name, epoch, ttl, seen, known)
   local meta = name .. ':meta'
   local head, base = check_epoch(name, epoch, ttl, seen, known)
@@ -133,8 +133,8 @@ local function position(name, epoch, ttl, seen, known)
   return head, base
 end
 
--- Calls a function that works on one channel. If that fails for a fault in the channel's own data, the result is an
--- error that names the key, so that it costs this channel alone.
+-- Calls a function that works on one channel. If it fails because that channel's data is wrong, the result is an error that
+-- names the key, so that only this channel is affected.
 local function guarded(name, work, ...)
   local done, result = pcall(work, ...)
   if done then
@@ -153,20 +153,20 @@ local function guarded(name, work, ...)
   error(result)
 end
 
--- Where a channel remembers the id of the event that was published under an idempotency key, and for how many ms.
+-- The key with the id of the event that was published under an idempotency key, and its expiry in ms.
 local KEY_TTL = 10 * 60 * 1000
 local function key_name(name, key)
   return name .. ':key:' .. key
 end
 
--- A channel may hold this many events more than `history`, so that they are trimmed together.
+-- A channel may hold this many events more than `history`, so that they are trimmed in one go.
 local TRIM_EVENTS = 100
 -- About this many bytes of events are read at once to learn the size of those that are trimmed.
 local TRIM_READ = 64 * 1024
 
--- Keeps the newest `history` events of a channel, and at most `history_bytes` of their text. `bytes` in `meta` is the size of
--- all that are held: adds the size of what this call stored and subtracts that of what it trims, the oldest first. When the
--- bytes are too many, a sixteenth is trimmed at once. The events that this call stored stay. Returns the new `bytes`.
+-- Trims a channel to its newest `history` events and to `history_bytes` of their text. `bytes` in `meta` is the size of all
+-- events held: adds the size of those that this call stored, and subtracts the size of those trimmed, oldest first. Above
+-- `history_bytes` a sixteenth is trimmed at once. The events that this call stored are kept. Returns the new `bytes`.
 local function trim(name, stored, stored_bytes, history, history_bytes)
   local events = name .. ':events'
   local length, bytes = redis.call('XLEN', events), stored_bytes
@@ -217,7 +217,7 @@ local function append(name, head, items, start, history, history_bytes, ttl)
     end
     if type(added) == 'table' then
       if i == start and string.find(added.err, 'equal or smaller') then
-        -- Another program has set the head back. The next call finds none, and anchors above these events.
+        -- Another program has set the head back. The next call finds no head and puts a new base above these events.
         call('HDEL', name .. ':meta', 'head', 'base')
         fault(events, 'it has events beyond the last id: the channel gets a new base')
       end
@@ -237,7 +237,7 @@ local function append(name, head, items, start, history, history_bytes, ttl)
   return head, messages
 end
 
--- Publishes the messages, in id order. A refused PUBLISH must not look like a refused event: canaries heal it.
+-- Publishes the messages, in id order. A refused PUBLISH must not look like a refused event: nodes read it after a probe.
 local function announce(name, messages, bare)
   local pcall = redis.pcall
   for _, message in ipairs(messages) do

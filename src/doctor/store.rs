@@ -44,10 +44,10 @@ fn rights(facts: &Facts) -> Finding {
     if let Some(lacking) = &facts.lacking {
         return Finding::problem(
             "commands",
-            format!("this Redis does not have {lacking}; no rights can help"),
+            format!("this Redis does not have {lacking}; rights don't help"),
         )
-        .remedy("redis.conf: no rename-command for it")
-        .remedy("or another Redis: managed services can't be told to have it");
+        .remedy("redis.conf: remove its rename-command")
+        .remedy("or use another Redis: managed services often can't be changed");
     }
     match &facts.not_permitted {
         None => Finding::ok("rights", "this user may do all that a node does"),
@@ -126,7 +126,7 @@ fn buffer(facts: &Facts) -> Finding {
     Finding::warning(WHAT, text).remedy(remedy)
 }
 
-/// A command holds one event of any size, or up to 1 MiB of smaller ones.
+/// Whether Redis accepts the longest message. A command holds one event of any size, or up to 1 MiB of smaller ones.
 fn message_size(facts: &Facts, settings: &Settings) -> Finding {
     const WHAT: &str = "message size";
     let longest = settings.max_message as u64;
@@ -136,7 +136,7 @@ fn message_size(facts: &Facts, settings: &Settings) -> Finding {
         let limit = facts.config.get(name).and_then(|value| value.parse::<u64>().ok());
         if limit.is_some_and(|limit| limit < needed) {
             let text = format!(
-                "{name} is {}, but --max-message allows {}: Redis closes the connection of a node that sends one",
+                "{name} is {}, but --max-message allows {}: Redis closes the connection of a node that sends such a message",
                 show(limit.unwrap_or_default()),
                 show_size(longest)
             );
@@ -145,7 +145,7 @@ fn message_size(facts: &Facts, settings: &Settings) -> Finding {
                 .remedy("or a smaller --max-message");
         }
     }
-    Finding::ok(WHAT, "Redis takes messages of --max-message")
+    Finding::ok(WHAT, "Redis accepts messages of --max-message")
 }
 
 /// Hard limit, soft limit and its seconds, of `normal 0 0 0 slave … pubsub 33554432 8388608 60`.
@@ -469,7 +469,7 @@ mod tests {
     }
 
     #[test]
-    fn what_redis_lacks_and_messages_it_does_not_take_are_problems() {
+    fn finds_missing_commands_and_small_limits() {
         let lacking = Facts { lacking: Some("the command XTRIM".into()), ..good() };
         assert_eq!(bad(&lacking, &[]), [("commands", Level::Problem)]);
         let short = with(&[("proto-max-bulk-len", "1048576")]);

@@ -63,7 +63,7 @@ async fn fcall_publishes_like_a_node() {
         (&["{}", "", "a b"], "idempotency key"),
         (&["{}", "bob", "a\""], "idempotency key"),
         (&["{}", "bob", &long_user], "idempotency key"),
-        (&["{}", "bob", "key", "more"], "for one user"),
+        (&["{}", "bob", "key", "more"], "then optionally"),
         (&[], "JSON object"),
         (&[&large], "--max-message"),
     ] {

@@ -1,4 +1,4 @@
-//! The addresses of the name in `--redis`, which may move to another Redis while the old one lives on.
+//! The addresses of the host name in `--redis`, which may move to another Redis while the old one still runs.
 
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
@@ -6,30 +6,30 @@ use std::time::Duration;
 use fred::types::config::{Config, ServerConfig};
 use tokio::time::timeout;
 
-/// Time between two lookups of the name while it is connected. Names of services that fail over by DNS live for 5 s or
-/// longer, and resolvers cache them.
+/// Time between two lookups of the name while connected. Services that fail over by DNS use a TTL of 5 s or more, and
+/// resolvers cache names for that long.
 pub const LOOKUP_EVERY: Duration = Duration::from_secs(3);
 
-/// Lookups in a row without the connected address until the node connects anew. Some name servers answer with a few of a
-/// name's addresses in turn.
+/// Lookups in a row without the connected address until the node reconnects. Some name servers answer with only some of
+/// a name's addresses, in turn.
 pub const MOVED_AFTER: u32 = 3;
 
 /// Longest wait for a lookup.
 const LOOKUP_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// A host by name.
+/// A host name and a port.
 #[derive(Clone, Debug)]
 pub struct Name {
     host: String,
     port: u16,
 }
 
-/// Where a session is connected, if by name.
+/// The peer of a session that is connected by name.
 #[derive(Clone, Debug)]
 pub struct Peer {
     /// The name.
     pub name: Name,
-    /// The address that it had.
+    /// The address that it had when the session was made.
     pub address: SocketAddr,
 }
 
@@ -42,7 +42,7 @@ impl Name {
         (!is_address).then_some(Name { host, port: server.port })
     }
 
-    /// Its addresses now.
+    /// Its current addresses.
     pub async fn lookup(&self) -> Result<Vec<SocketAddr>, String> {
         match timeout(LOOKUP_TIMEOUT, tokio::net::lookup_host((&*self.host, self.port))).await {
             Ok(Ok(found)) => Ok(found.collect()),

@@ -1,4 +1,4 @@
-//! The log of channels whose data in Redis is wrong: they are found every second, so each is logged once in a while.
+//! The log of channels whose data in Redis is wrong. Probes find each of them every second, so repetitions are not logged.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -8,22 +8,22 @@ use super::wire::FAULT;
 /// Least time between two lines about one fault.
 const LOG_EVERY: Duration = Duration::from_secs(60);
 
-/// Faults logged within that time. More would fill the log: they have one cause.
+/// Most faults logged within that time. So many have one cause, and more lines would only fill the log.
 const LOGGED_MAX: usize = 20;
 
-/// The faults that were logged lately.
+/// The faults logged within the last minute.
 #[derive(Debug, Default)]
 pub(super) struct FaultLog(HashMap<String, Instant>);
 
 impl FaultLog {
-    /// Logs an error of a script that is a channel's fault, unless it was logged lately.
+    /// Logs a script's error if it is a channel's fault, unless that was logged within the last minute.
     pub(super) fn log(&mut self, error: &str) {
-        if let Some(text) = self.take(error, Instant::now()) {
-            tracing::warn!("a channel fails, the others work: {text}");
+        if let Some(text) = self.due(error, Instant::now()) {
+            tracing::warn!("one channel fails, the others work: {text}");
         }
     }
 
-    fn take<'a>(&mut self, error: &'a str, now: Instant) -> Option<&'a str> {
+    fn due<'a>(&mut self, error: &'a str, now: Instant) -> Option<&'a str> {
         let text = error.strip_prefix(FAULT)?;
         self.0.retain(|_, logged| now.saturating_duration_since(*logged) < LOG_EVERY);
         if self.0.contains_key(text) || self.0.len() >= LOGGED_MAX {
@@ -39,15 +39,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_fault_is_logged_once_a_minute_and_faults_are_bounded() {
+    fn logs_few_faults_once_a_minute() {
         let mut log = FaultLog::default();
         let start = Instant::now();
         let fault = |n: usize| format!("{FAULT}p:{{{n}}}:meta: x");
-        assert_eq!(log.take(&fault(0), start), Some("p:{0}:meta: x"));
-        assert_eq!(log.take(&fault(0), start + LOG_EVERY / 2), None);
-        assert_eq!(log.take(&fault(0), start + LOG_EVERY), Some("p:{0}:meta: x"));
-        assert_eq!(log.take("READONLY You can't write", start), None);
-        let logged = (1..1000).filter(|n| log.take(&fault(*n), start + LOG_EVERY).is_some()).count();
+        assert_eq!(log.due(&fault(0), start), Some("p:{0}:meta: x"));
+        assert_eq!(log.due(&fault(0), start + LOG_EVERY / 2), None);
+        assert_eq!(log.due(&fault(0), start + LOG_EVERY), Some("p:{0}:meta: x"));
+        assert_eq!(log.due("READONLY You can't write", start), None);
+        let logged = (1..1000).filter(|n| log.due(&fault(*n), start + LOG_EVERY).is_some()).count();
         assert_eq!(logged, LOGGED_MAX - 1);
     }
 }

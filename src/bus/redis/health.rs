@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::address::{LOOKUP_EVERY, MOVED_AFTER};
-use super::library::Write;
+use super::library::WriteMode;
 use super::link::{self, CallError, ConnectError, Script, Session};
 use super::terms::random;
 use super::{Bus, Outcome, reason, scripts, wire};
@@ -26,7 +26,7 @@ const CANARY_LATE: Duration = Duration::from_secs(2);
 /// Without a canary for so long the connections are given up.
 const CANARY_LOST: Duration = Duration::from_secs(4);
 
-/// Time between two looks whether the function and settings for other programs are there.
+/// Time between two checks that the function and settings for other programs are there.
 const LOAD_EVERY: Duration = Duration::from_secs(2);
 
 /// The first wait before a new attempt to connect; it doubles each time.
@@ -75,7 +75,7 @@ pub(super) struct Link {
     trouble: Option<Trouble>,
     /// When to look up the name of Redis again.
     next_lookup: Instant,
-    /// Lookups in a row that did not have the connected address.
+    /// Lookups in a row without the connected address.
     moved: u32,
     /// The ticket of the subscriptions with which this session began, while they are not in force.
     pending: Option<u64>,
@@ -178,7 +178,7 @@ impl Bus {
         });
     }
 
-    /// Looks whether the name of Redis still has the connected address.
+    /// Starts a lookup of the name of Redis, which may no longer have the connected address.
     fn look_up(&mut self, now: Instant) {
         self.link.next_lookup = now + LOOKUP_EVERY;
         let Some(peer) = self.link.session.as_ref().and_then(|session| session.peer.as_ref()) else { return };
@@ -188,7 +188,7 @@ impl Bus {
         });
     }
 
-    /// Leaves a Redis that its name no longer has. A lookup that fails says nothing.
+    /// Disconnects if the name of Redis has moved to another address. A failed lookup proves nothing.
     pub(super) fn looked_up(&mut self, found: Result<Vec<SocketAddr>, String>) {
         let Some(peer) = self.link.session.as_ref().and_then(|session| session.peer.as_ref()) else { return };
         let address = peer.address;
@@ -198,7 +198,7 @@ impl Bus {
             _ => {}
         }
         if self.link.moved >= MOVED_AFTER {
-            self.session_over(&format!("the name points elsewhere, no longer to {address}"));
+            self.session_over(&format!("the name no longer points to {address}"));
         }
     }
 
@@ -206,7 +206,7 @@ impl Bus {
     pub(super) fn tell_of_library(&mut self, refused: Option<Arc<str>>) {
         self.next_load = Instant::now() + LOAD_EVERY;
         if refused.is_none() {
-            self.library_write = Write::Missing;
+            self.library_write = WriteMode::IfMissing;
         }
         if self.no_library == refused {
             return;
@@ -220,8 +220,8 @@ impl Bus {
         self.no_library = refused;
     }
 
-    /// Redis works: the function and settings for other programs are written where they are missing, as after FUNCTION
-    /// FLUSH, FLUSHALL, an eviction, or on a replica that was promoted.
+    /// While Redis works: writes the function and settings for other programs if they are missing, as after FUNCTION FLUSH,
+    /// FLUSHALL, an eviction or a failover.
     fn load_again(&mut self, now: Instant) {
         let Some(session) = &self.link.session else { return };
         if now < self.next_load {

@@ -1,5 +1,4 @@
-//! A look at a Redis before a launch, for `fanfare doctor`. It reads and changes nothing, not
-//! even the function that nodes load.
+//! Inspects a Redis before a launch, for `fanfare doctor`. It changes nothing, not even the function that nodes load.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -48,7 +47,7 @@ pub struct Facts {
     pub config: HashMap<String, String>,
     /// What a node would not be permitted, and what to grant.
     pub not_permitted: Option<String>,
-    /// What it does not have that a node needs.
+    /// Commands and fields that a node needs and this Redis does not have.
     pub lacking: Option<String>,
     /// How far its clock is ahead of this host's, in seconds, and how uncertain that is.
     pub clock: (f64, f64),

@@ -19,7 +19,7 @@ use crate::foreign;
 /// Events that one read brings when a hole is filled.
 const FILL_EVENTS: u64 = 1024;
 
-/// Bytes that one such read brings, about: it keeps Redis from others while it is put together.
+/// About how many bytes such a read brings: Redis serves nobody else while it reads them.
 const READ_BYTES: usize = 1 << 20;
 
 /// Least time between two warnings about oversized messages, and between two about messages shown as text.
@@ -287,7 +287,7 @@ impl Bus {
         let text: Arc<str> = reason::of(error).into();
         let follow = self.channels.get_mut(name).and_then(|channel| channel.follow.as_mut());
         match (purpose, follow) {
-            // It can't be published to either, and the next tick would ask again.
+            // The channel can't be published to either, and the next tick would read it again.
             (Purpose::Learn, _) if matches!(error, CallError::Refused(words) if words.starts_with(FAULT)) => {
                 self.refuse_unsent(name, &text);
             }
@@ -306,7 +306,7 @@ impl Bus {
     }
 }
 
-/// Whether it is time for another warning; notes it then.
+/// Whether a minute has passed since the last warning; then a new minute starts.
 fn is_due(warned: &mut Option<Instant>) -> bool {
     let due = warned.is_none_or(|at| at.elapsed() > WARN_EVERY);
     if due {

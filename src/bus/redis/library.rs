@@ -1,8 +1,8 @@
-//! What other programs publish by: the function `fanfare_publish` and, for each prefix, the settings it follows.
+//! The function `fanfare_publish`, with which other programs publish, and its settings for each prefix.
 //!
-//! Redis knows one function of a name, so deployments that share a Redis share it. Their settings are in a hash for
-//! each prefix, which the function reads. A function can't read undeclared keys of another slot in a Redis Cluster:
-//! there each primary needs a copy of the hash under a hash tag of its own slots.
+//! In Redis a function's name is unique, so deployments that share a Redis share the function. Their settings are in a
+//! hash for each prefix, which the function reads. In a Redis Cluster a function can't read undeclared keys of another
+//! slot: there each primary would need a copy of the hash under a hash tag of its own slots.
 
 use fred::clients::Client;
 use fred::types::{Resp3Frame, Value};
@@ -15,7 +15,7 @@ const NAME: &str = "fanfare1";
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 
-/// The library. Its name stays, or two of them would register one function, which Redis refuses.
+/// The library. Its name must stay the same, since Redis refuses a second library with the same function.
 const TEXT: &str = concat!(
     "#!lua name=fanfare1\nlocal VERSION = '",
     env!("CARGO_PKG_VERSION"),
@@ -25,33 +25,33 @@ const TEXT: &str = concat!(
     include_str!("../function.lua"),
 );
 
-/// When the library and settings are written.
+/// How the library and settings are written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Write {
-    /// This process has just started: its library and settings replace those of others.
+pub enum WriteMode {
+    /// Those of this process, which has just started, replace earlier ones.
     Replace,
-    /// What is missing, after a flush, an eviction or a failover.
-    Missing,
+    /// Only if they are missing, as after a flush, an eviction or a failover.
+    IfMissing,
 }
 
-/// Sees that other programs can publish under this prefix. Nodes don't need it themselves.
-pub async fn provide(client: &Client, terms: &Terms, write: Write) -> Result<(), CallError> {
-    let replace = u64::from(write == Write::Replace);
+/// Writes the library and the settings of this prefix for other programs. Nodes don't need them.
+pub async fn provide(client: &Client, terms: &Terms, mode: WriteMode) -> Result<(), CallError> {
+    let replace = u64::from(mode == WriteMode::Replace);
     let mut args = vec![scripts::number(replace), scripts::number(terms.settings_ttl_ms())];
     args.extend(settings(terms));
     let script = Value::from_static_str(scripts::SETTINGS);
     command(client, "EVAL", script_args(script, &[&terms.settings_key()], args)).await?;
 
     let found = command(client, "FUNCTION", vec!["LIST".into(), "LIBRARYNAME".into(), NAME.into()]).await?;
-    if must_load(version(&found).as_deref(), write) {
+    if must_load(version(&found).as_deref(), mode) {
         let args = vec!["LOAD".into(), "REPLACE".into(), Value::from_static_str(TEXT)];
         command(client, "FUNCTION", args).await?;
     }
     Ok(())
 }
 
-/// Fields and values of the hash, as `function.lua` reads them. Nodes of other versions read and write it too: fields
-/// may be added, and those that are there keep their meaning.
+/// Fields and values of the hash, as `function.lua` reads them. Nodes of other versions read and write it, too: fields may
+/// be added, but existing ones keep their meaning.
 fn settings(terms: &Terms) -> Vec<Value> {
     let mut bare: Vec<&str> = terms.bare.iter().map(|channel| channel.as_str()).collect();
     bare.sort_unstable();
@@ -71,12 +71,12 @@ fn settings(terms: &Terms) -> Vec<Value> {
     ]
 }
 
-/// The newest version stays, whichever node starts last: it serves the settings of all.
-fn must_load(found: Option<&str>, write: Write) -> bool {
+/// The newest version stays, whichever node starts last: it works with the settings of all.
+fn must_load(found: Option<&str>, mode: WriteMode) -> bool {
     let Some(found) = found else { return true };
     match parts(found).cmp(&parts(VERSION)) {
         std::cmp::Ordering::Less => true,
-        std::cmp::Ordering::Equal => write == Write::Replace,
+        std::cmp::Ordering::Equal => mode == WriteMode::Replace,
         std::cmp::Ordering::Greater => false,
     }
 }
@@ -85,7 +85,7 @@ fn parts(version: &str) -> Vec<u32> {
     version.split(['.', '-']).map_while(|part| part.parse().ok()).collect()
 }
 
-/// The version of the library in an answer of FUNCTION LIST: the function's description. Empty for one that has none.
+/// The library's version in an answer of FUNCTION LIST, which is the function's description; empty if it has none.
 fn version(list: &Resp3Frame) -> Option<String> {
     let libraries = scripts::array(list)?;
     let texts = flatten(libraries.first()?);
@@ -118,8 +118,8 @@ mod tests {
             (Some(VERSION), false, true),
             (Some("99.0.0"), false, false),
         ] {
-            assert_eq!(must_load(found, Write::Missing), missing, "{found:?}");
-            assert_eq!(must_load(found, Write::Replace), replace, "{found:?}");
+            assert_eq!(must_load(found, WriteMode::IfMissing), missing, "{found:?}");
+            assert_eq!(must_load(found, WriteMode::Replace), replace, "{found:?}");
         }
         assert!(parts("0.10.0") > parts("0.9.3"));
     }

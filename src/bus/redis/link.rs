@@ -18,7 +18,7 @@ use tokio::task::AbortHandle;
 use tokio::time::timeout;
 
 use super::address::{Name, Peer};
-use super::library::{self, Write};
+use super::library::{self, WriteMode};
 use super::scripts::{self, bytes};
 use super::terms::Terms;
 
@@ -107,7 +107,7 @@ enum Order {
 #[derive(Debug)]
 pub struct Session {
     caller: Caller,
-    /// Where it is connected, if by name.
+    /// Its peer, if it is connected by name.
     pub peer: Option<Peer>,
     /// Why other programs can't publish by FCALL, if they can't: Redis' words.
     pub no_library: Option<Arc<str>>,
@@ -169,8 +169,8 @@ impl std::fmt::Debug for Caller {
 
 impl Caller {
     /// See [`library::provide`].
-    pub async fn provide_library(&self, terms: &Terms, write: Write) -> Result<(), CallError> {
-        library::provide(&self.client, terms, write).await
+    pub async fn provide_library(&self, terms: &Terms, mode: WriteMode) -> Result<(), CallError> {
+        library::provide(&self.client, terms, mode).await
     }
 
     /// Runs a script with these keys. A script that Redis has forgotten is sent again whole.
@@ -245,19 +245,19 @@ pub fn not_connected(error: Error) -> ConnectError {
     }
 }
 
-/// Connects to the first address of this Redis that will do.
+/// Connects to the first address of this Redis that accepts connections.
 pub async fn connect(
     config: Config,
     terms: &Terms,
-    write: Write,
+    mode: WriteMode,
     reports: impl Fn(Report) + Clone + Send + Sync + 'static,
 ) -> Result<(Session, broadcast::Receiver<Message>), ConnectError> {
-    let Some(name) = Name::of(&config) else { return connect_to(config, None, terms, write, reports).await };
+    let Some(name) = Name::of(&config) else { return connect_to(config, None, terms, mode, reports).await };
     let mut failure = ConnectError::Away("no addresses for the name".into());
     for address in name.lookup().await.map_err(ConnectError::Away)? {
         let peer = Peer { name: name.clone(), address };
         let config = name.at(address, &config);
-        match connect_to(config, Some(peer), terms, write, reports.clone()).await {
+        match connect_to(config, Some(peer), terms, mode, reports.clone()).await {
             Err(error @ ConnectError::Away(_)) => failure = error,
             result => return result,
         }
@@ -270,7 +270,7 @@ async fn connect_to(
     config: Config,
     peer: Option<Peer>,
     terms: &Terms,
-    write: Write,
+    mode: WriteMode,
     reports: impl Fn(Report) + Clone + Send + Sync + 'static,
 ) -> Result<(Session, broadcast::Receiver<Message>), ConnectError> {
     let mut tasks = Tasks(Vec::new());
@@ -298,7 +298,7 @@ async fn connect_to(
     let (open, watch_open) = watch::channel(());
     let caller = Caller { client: client.clone(), hashes: Arc::new(hashes), open: watch_open };
     check_permissions(&client, terms).await?;
-    let no_library = library::provide(&client, terms, write).await.err().map(|error| error.text());
+    let no_library = library::provide(&client, terms, mode).await.err().map(|error| error.text());
 
     let (orders, orders_rx) = mpsc::unbounded_channel();
     let report = reports.clone();
@@ -370,7 +370,7 @@ pub async fn check_server(client: &Client) -> Result<String, ConnectError> {
     Ok(info)
 }
 
-/// Whether Redis has, and permits its user, all that a node needs. The script is sent whole: it is needed once.
+/// Checks that Redis has all that a node needs and permits it to its user. The script is sent whole: it is needed once.
 pub async fn check_permissions(client: &Client, terms: &Terms) -> Result<(), ConnectError> {
     let channel = format!("{}:{{x}}", terms.prefix);
     let bare = terms.bare.iter().map(|channel| Value::from(channel.as_str())).collect();

@@ -12,8 +12,7 @@ use super::{Bus, Outcome, Purpose, reason, scripts};
 use crate::bus::{Publish, PublishError};
 use crate::event::{ChannelName, EventId};
 
-/// What Redis says when it refuses a script before running it, and what the script says before its first event:
-/// certainly nothing was published.
+/// Errors of Redis before it runs a script, and of a script before its first event: certainly nothing was published.
 const REFUSALS: [&str; 8] =
     ["OOM", "READONLY", "NOPERM", "MISCONF", "NOREPLICAS", "NOAUTH", "WRONGPASS", FAULT];
 
@@ -102,7 +101,7 @@ impl Bus {
                 publisher.lost(false);
                 Vec::new()
             }
-            // Redis closes the connection with this answer, which may get lost: then it comes to a retry.
+            // Redis closes the connection with this answer, which may get lost. Then the retry gets it.
             Err(CallError::Refused(text)) if text.starts_with("ERR Protocol error") => {
                 publisher.withdraw(reason::refused(text).into())
             }
@@ -132,7 +131,7 @@ impl Bus {
         }
     }
 
-    /// Refuses the events that wait for a channel, none of which was sent yet.
+    /// Refuses the events of a channel that were not sent yet.
     pub(super) fn refuse_unsent(&mut self, name: &ChannelName, why: &Arc<str>) {
         let Some(channel) = self.channels.get_mut(name) else { return };
         let before = channel.publisher.bytes();

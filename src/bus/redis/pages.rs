@@ -20,7 +20,7 @@ const KEEP: Duration = Duration::from_secs(5);
 /// Most bytes of parts kept. The shards share them while they have them too.
 const KEEP_BYTES: usize = 4 << 20;
 
-/// Most bytes of parts under way from Redis, one for each that is asked for at once.
+/// Most bytes of parts that Redis is asked for at once.
 const UNDER_WAY_BYTES: usize = 16 << 20;
 
 /// The channel and the position that a part follows.
@@ -29,7 +29,7 @@ type Key = (ChannelName, EventId);
 /// Parts of pages being read, and those that were just read.
 #[derive(Debug)]
 pub(super) struct Pages {
-    /// Shards that wait.
+    /// The shards that wait.
     reads: Reads<ChannelName, ShardId>,
     kept: BTreeMap<Key, Arc<Page>>,
     /// When each was read, and its size, oldest first.
@@ -70,7 +70,7 @@ impl Pages {
         }
     }
 
-    /// Lets go of parts whose time is over.
+    /// Drops parts whose time is over.
     pub(super) fn expire(&mut self, now: Instant) {
         while self.ages.front().is_some_and(|(read, ..)| now.duration_since(*read) > KEEP) {
             self.shed(self.bytes - 1);

@@ -35,7 +35,7 @@ pub struct Batch {
     pub base: EventId,
     /// An earlier attempt may have reached Redis.
     pub retry: bool,
-    /// Why Redis refused a retry before it ran. The next call sends no events and asks what became of the attempt before.
+    /// Why Redis refused a retry before it ran. The next call sends no events and asks for the outcome of the attempt before.
     pub withdrawn: Option<Arc<str>>,
     /// The idempotency key of its only event.
     pub key: Option<Arc<str>>,
@@ -123,7 +123,7 @@ impl Publisher {
         let mut bytes = 0;
         while let Some(next) = self.waiting.front() {
             bytes += next.item.len();
-            // An event with a key has a call of its own, since its id may be an earlier one.
+            // An event with a key gets its own call, since its id may be an earlier one.
             let is_full = batch.items.len() == BATCH_EVENTS || bytes > BATCH_BYTES || batch.key.is_some();
             if !batch.items.is_empty() && (is_full || next.key.is_some()) {
                 break;
@@ -153,8 +153,7 @@ impl Publisher {
         })
     }
 
-    /// Redis refused the call this time and always will. After an earlier attempt without an answer the next call asks
-    /// what became of that.
+    /// Redis refused the call and always will. If an earlier attempt had no answer, the next call asks for its outcome.
     pub fn withdraw(&mut self, why: Arc<str>) -> Vec<Due> {
         match &mut self.batch {
             Some(batch) if batch.retry => {
@@ -167,13 +166,13 @@ impl Publisher {
         }
     }
 
-    /// No attempt was taken, as Redis says when asked.
+    /// Redis answered that no attempt was published.
     pub fn withdrew(&mut self) -> Vec<Due> {
         let why = self.batch.as_ref().and_then(|batch| batch.withdrawn.clone());
         self.end(|_| Err(PublishError::Refused(why.clone().unwrap_or_default())))
     }
 
-    /// Refuses what waits for a first call.
+    /// Refuses the events that wait for their first call.
     pub fn refuse_unsent(&mut self, why: &Arc<str>) -> Vec<Due> {
         let waiting = std::mem::take(&mut self.waiting);
         self.bytes -= waiting.iter().map(|event| cost(&event.item)).sum::<usize>();
@@ -344,7 +343,7 @@ mod tests {
     }
 
     #[test]
-    fn a_retry_that_is_too_long_asks_what_became_of_the_first_attempt() {
+    fn a_refused_retry_asks_for_the_first_outcome() {
         let (mut publisher, mut number, now) = (Publisher::default(), 0, Instant::now());
         let (event, mut result) = publish("{}");
         publisher.push(event, now);

@@ -11,11 +11,11 @@ const NOT_PERMITTED: &str =
 const MEANINGS: [(&str, &str); 17] = [
     (
         "ERR unknown command",
-        "this Redis has no command that a node needs, as the log says: end its rename-command",
+        "this Redis lacks a command that a node needs, as the log says: remove its rename-command",
     ),
     (
         "ERR Protocol error: invalid bulk length",
-        "Redis takes no message this long: raise its proto-max-bulk-len, or lower --max-message",
+        "the message is too long for Redis: raise its proto-max-bulk-len, or lower --max-message",
     ),
     (FAULT, "this channel's data in Redis is wrong, as the log says: the other channels work"),
     ("LOADING", "Redis is loading its data: wait until it has"),
@@ -70,9 +70,11 @@ pub fn refused(words: &str) -> &'static str {
     known(words).unwrap_or(REFUSES)
 }
 
-/// Redis does not have these commands or fields. No rights can help.
+/// Redis does not have these commands or fields, so rights don't help.
 pub fn lacking(what: &str) -> String {
-    format!("this Redis does not have {what}: end rename-command for it in redis.conf, or use another Redis")
+    format!(
+        "this Redis does not have {what}: remove its rename-command from redis.conf, or use another Redis"
+    )
 }
 
 /// There is no connection, or it broke.
@@ -88,7 +90,7 @@ pub fn away(words: &str) -> &'static str {
         "the TLS connection to Redis fails: see its certificate, and that the name in --redis is in it"
     } else if has(&["failed to lookup", "name resolution", "nodename", "no addresses"]) {
         "the name of Redis in --redis can't be resolved: mend it, or DNS"
-    } else if has(&["points elsewhere"]) {
+    } else if has(&["the name no longer points to"]) {
         "the name of Redis in --redis has another address now: the node connects to that"
     } else if has(&["no answer", "timeout", "timed out", "in time", "unresponsive"]) {
         "Redis does not answer: it hangs, is overloaded, or a firewall drops what is sent to it"

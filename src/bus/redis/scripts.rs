@@ -78,7 +78,7 @@ pub fn publish_args(terms: &Terms, channel: &ChannelName, known: Known, batch: &
 pub struct Taken {
     /// The first event's id; `None`: it may or may not have been taken.
     pub first: Option<EventId>,
-    /// It certainly was not taken, nor will be.
+    /// It was certainly not published, and never will be.
     pub refused: bool,
     /// The channel's base and head then.
     pub base: EventId,
@@ -98,22 +98,22 @@ pub fn taken(frame: &Resp3Frame) -> Option<Taken> {
 /// What a read asks for.
 #[derive(Clone, Copy, Debug)]
 pub struct Wanted {
-    /// The first id wanted,
+    /// The first id wanted.
     pub from: EventId,
-    /// and the last.
+    /// The last id wanted.
     pub to: EventId,
-    /// At most so many events,
+    /// Most events.
     pub events: u64,
-    /// and about so many bytes, but one event in any case.
+    /// About how many bytes. One event comes in any case.
     pub bytes: usize,
-    /// The events from this id up to `from` are added,
+    /// The events from this id up to `from` are added if they have fewer than `shared_bytes`.
     pub shared_from: EventId,
-    /// if they have fewer bytes than this.
+    /// See `shared_from`.
     pub shared_bytes: usize,
 }
 
-/// Most events, and bytes of the longest kind of them, that a read takes from the stream in one step: by so much it
-/// may bring more bytes than wanted.
+/// Most events, and most bytes if all were as long as allowed, that a read takes from the stream in one step. It may
+/// bring this many bytes more than wanted.
 const STEP_EVENTS: usize = 32;
 const STEP_BYTES: usize = 2 << 20;
 

@@ -30,7 +30,7 @@ pub struct Terms {
     pub number_ttl_ms: u64,
     /// Channels followed at once.
     pub max_channels: usize,
-    /// Bytes of events that may wait for Redis, all channels together. While it is away this is what a node holds.
+    /// Most bytes of events that wait for Redis, all channels together.
     pub waiting_max: usize,
     /// This process, under a name that no other has or had.
     pub node: String,
@@ -42,7 +42,7 @@ const MILLIS_MAX: u64 = 1 << 46;
 /// At least an hour.
 const NUMBER_TTL_MIN_MS: u64 = 3_600_000;
 
-/// Three days.
+/// Three days, so that settings outlive a weekend without nodes.
 const SETTINGS_TTL_MIN_MS: u64 = 3 * 24 * 3_600_000;
 
 /// What a Pub/Sub channel of Redis carries.
@@ -88,12 +88,12 @@ impl Terms {
         format!("{}:node:{}", self.prefix, self.node)
     }
 
-    /// The hash of settings that FCALL follows under this prefix.
+    /// The hash with the settings of FCALL for this prefix.
     pub fn settings_key(&self) -> String {
         format!("{}:settings", self.prefix)
     }
 
-    /// How long that outlives the last node, in milliseconds: as long as a channel's sequence, and over a weekend.
+    /// How long the settings outlive the last node, in milliseconds: at least as long as a channel's sequence.
     pub fn settings_ttl_ms(&self) -> u64 {
         SETTINGS_TTL_MIN_MS.max(2 * self.ttl_ms)
     }

@@ -10,7 +10,7 @@ use crate::bus::Page;
 use crate::event::{Entry, EventId};
 use crate::foreign;
 
-/// Begins the error of a script that met wrong data in one channel, as `run.lua` writes it. The key follows.
+/// Prefix of a script's error about wrong data in one channel, as `run.lua` writes it. The key follows.
 pub const FAULT: &str = "FAULT ";
 
 /// The id of an event as clients see it.
@@ -24,9 +24,9 @@ pub fn id_of(line: &[u8]) -> Option<EventId> {
     EventId::parse(id).filter(|id| *id > EventId(0)) // before 0 there is nothing
 }
 
-/// The event as clients get it. Every way to publish checks events, but anyone with write access to Redis may write to a
-/// stream, and so did older versions. What clients could not read, or could take for a
-/// control frame, becomes `{"data":"its text"}` with the same id.
+/// The event as clients get it. All ways to publish check events, but other programs and older versions may have written
+/// to the stream. An event that clients can't parse, or would take for a control frame, becomes `{"data":"its text"}` with
+/// the same id.
 fn readable(event: &[u8], id: EventId) -> Cow<'_, [u8]> {
     match foreign::readable(event) {
         Ok(()) => Cow::Borrowed(event),
@@ -42,7 +42,7 @@ pub fn broadcast(message: &[u8]) -> Option<Entry> {
     lines(message, None)
 }
 
-/// The entry for a message that begins with a line for the user whom its events are for.
+/// The entry for a message whose first line is the user and whose others are events for them.
 pub fn private(message: &[u8]) -> Option<Entry> {
     let at = message.iter().position(|byte| *byte == b'\n')?;
     let user = String::from_utf8_lossy(&message[..at]);
@@ -116,7 +116,7 @@ pub fn whole(page: &mut Page, asked: EventId) {
 /// A channel's base and head, or the fault in its data.
 pub type Position<'a> = Result<(EventId, EventId), &'a str>;
 
-/// A channel's line in a canary: its name and position.
+/// A channel's line in a probe: its name and position.
 pub fn canary_line(line: &str) -> Option<(&str, Position<'_>)> {
     let (channel, rest) = line.split_once(' ')?;
     if rest.starts_with(FAULT) {
