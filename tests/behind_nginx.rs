@@ -282,7 +282,7 @@ async fn refusals_with_503_go_to_the_other_node_and_take_none_out() {
 #[tokio::test]
 async fn a_slow_reader_gets_a_large_event() {
     const SIZE: usize = 6_000_000;
-    let flags = ["--heartbeat", "1s", "--heartbeat-timeout", "2s", "--max-message", "8MiB"];
+    let flags = ["--heartbeat", "1s", "--heartbeat-timeout", "4s", "--max-message", "8MiB"];
     let node = Node::start(&[&flags[..], &["--trusted-proxy", "127.0.0.1"]].concat()).await;
     let nginx = Nginx::with_large_buffers_before(&[node.public]).await;
     let mut raw = Raw::upgraded(nginx.addr, "/ws/slow?channel=room").await;
