@@ -164,6 +164,8 @@ pub struct Tally {
     pub bytes: u64,
     /// Reset frames written.
     pub resets: u64,
+    /// Times a connection missed events without id.
+    pub bare_misses: u64,
     /// Bytes of frames that are kept for full sockets after their entries were evicted.
     pub kept: u64,
 }
@@ -537,9 +539,19 @@ impl Connection {
         };
     }
 
+    /// Counts, once, that the feed has removed events without id which came while it was connected and which it has not
+    /// got. They are in no history.
+    pub fn count_bare_miss(&mut self, feed: &Feed, tally: &mut Tally) {
+        if feed.has_lost_plain(self.cursor.entry.max(self.live_from)) {
+            tally.bare_misses += 1;
+            self.live_from = feed.start();
+        }
+    }
+
     /// Writes what its channel has for it, from its cursor to the feed's end, and what waits for it alone.
     pub fn flush(&mut self, feed: &Feed, tally: &mut Tally) -> Flushed {
         if self.cursor.entry < feed.start() {
+            self.count_bare_miss(feed, tally);
             // What it had begun to write was kept whole when the feed let go of it.
             let held = self.current && feed.holds_all_from(self.cursor.entry, &self.user);
             if self.position < feed.before() && !held {

@@ -60,6 +60,8 @@ pub struct Feed {
     start: u64,
     /// Entries before this number that are no longer held include one for everybody.
     lost: u64,
+    /// The number after the last event without id that is no longer held.
+    plain_lost: u64,
     entries: VecDeque<Entry>,
     /// Numbers of the entries for everybody that are replayed: events and reset marks.
     shared: VecDeque<u64>,
@@ -82,6 +84,7 @@ impl Feed {
             position,
             start: 0,
             lost: 0,
+            plain_lost: 0,
             entries: VecDeque::new(),
             shared: VecDeque::new(),
             plain: VecDeque::new(),
@@ -187,6 +190,7 @@ impl Feed {
             Kind::Raw => {
                 self.plain.pop_front();
                 self.lost = self.start;
+                self.plain_lost = self.start;
             }
             Kind::Private(user) => {
                 self.private.remove(&(self.hasher.hash_one(&**user), number));
@@ -230,6 +234,11 @@ impl Feed {
     pub fn holds_all_from(&self, number: u64, user: &str) -> bool {
         let held = |lost: &u64| number >= *lost;
         number >= self.start || (held(&self.lost) && self.undelivered.get(user).is_none_or(held))
+    }
+
+    /// Whether an event without id that is no longer held came at `number` or later.
+    pub fn has_lost_plain(&self, number: u64) -> bool {
+        number < self.plain_lost
     }
 
     /// The first entry from `number` on that is for this reader.

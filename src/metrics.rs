@@ -96,6 +96,8 @@ pub struct ShardNumbers {
     publishes_refused: [Number; ErrorCode::ALL.len()],
     /// Times a client was told that events may be missing, by a frame or by a close.
     pub resets: Number,
+    /// Times a client missed events without id, which are in no history.
+    pub bare_misses: Number,
     /// Requests answered with an error, by place in `STATUSES`.
     refused: [Number; STATUSES.len()],
     /// Connections that are behind: their socket is full, or they read history (gauge).

@@ -116,6 +116,8 @@ pub struct Shard {
     /// How many of `ages` belong to channels that are gone.
     stale_ages: usize,
     feed_bytes: usize,
+    /// What the longest entry so far counts, in bytes.
+    longest_entry: usize,
     pages: Pages,
     /// Those whom the bus has answered.
     answered: VecDeque<(ConnectionId, Asked)>,
@@ -192,6 +194,7 @@ fn assemble(wiring: Wiring) -> io::Result<(Shard, Poll, mpsc::UnboundedReceiver<
         ages: VecDeque::new(),
         stale_ages: 0,
         feed_bytes: 0,
+        longest_entry: 0,
         pages: Pages::new(settings.page_memory(), settings.max_message),
         answered: VecDeque::new(),
         empty_channels: VecDeque::new(),
@@ -536,6 +539,9 @@ impl Shard {
             numbers.delivered.add(tally.deliveries);
             numbers.bytes_sent.add(tally.bytes);
             numbers.resets.add(tally.resets);
+        }
+        if tally.bare_misses > 0 {
+            numbers.bare_misses.add(tally.bare_misses);
         }
         if tally.received > 0 {
             numbers.bytes_received.add(tally.received);

@@ -3,7 +3,7 @@
 mod common;
 
 use common::client::position;
-use common::{Client, Node, cluster};
+use common::{Client, Node, Redis, cluster};
 use serde_json::{Value, json};
 
 #[tokio::test]
@@ -75,6 +75,25 @@ async fn a_bare_publish_reaches_everybody_at_once_without_id() {
     let (mut late, _) = Client::resume(&b, "late", "ws_broadcast", last).await;
     publisher.call(&["PUBLISH", "ws_broadcast", r#"{"n":3}"#]).await;
     assert_eq!(late.next_json().await, json!({"n": 3}));
+}
+
+#[tokio::test]
+async fn bare_event_longer_than_a_shards_part_of_memory_reaches_all() {
+    let redis = Redis::start(&[]).await;
+    let node = Node::on(&redis, &["--shards", "64", "--feed-memory", "2MiB", "--max-message", "2MiB"]).await;
+    let mut clients = Vec::new();
+    for n in 0..20 {
+        clients.push(Client::plain(&node, &format!("user{n}"), "ws_broadcast").await);
+    }
+    let mut publisher = redis.client().await;
+    for size in [60_000, 1_900_000] {
+        let event = json!({"bare": "x".repeat(size)});
+        publisher.call(&["PUBLISH", "ws_broadcast", &event.to_string()]).await;
+        for client in &mut clients {
+            assert!(client.next_json().await == event);
+        }
+    }
+    assert_eq!(node.metric("fanfare_bare_misses_total").await, 0.0);
 }
 
 #[tokio::test]

@@ -190,6 +190,12 @@ pub(super) static TABLE: &[Family] = &[
         Shards(Sum, |shard| shard.resets.get()),
     ),
     family(
+        "fanfare_bare_misses_total",
+        Counter,
+        "Times a connected client missed events without id: they left memory before its socket took them.",
+        Shards(Sum, |shard| shard.bare_misses.get()),
+    ),
+    family(
         "fanfare_feed_bytes",
         Gauge,
         "Recent events in memory. Shards share the bytes, so the largest counts, not the sum.",

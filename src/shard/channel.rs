@@ -24,14 +24,16 @@ pub struct Pass {
     pub begun: Instant,
     /// When the first of what it brings came to this node.
     pub arrived: Instant,
-    /// Something came that members before `next` have not had; when the first of that came.
-    pub again: Option<Instant>,
+    /// The number of that entry in the feed.
+    pub first: u64,
+    /// Something came that members before `next` have not had; when the first of that came, and its number.
+    pub again: Option<(Instant, u64)>,
 }
 
 impl Pass {
     /// One that begins now.
-    pub fn new(now: Instant, arrived: Instant) -> Pass {
-        Pass { next: 0, begun: now, arrived, again: None }
+    pub fn new(now: Instant, arrived: Instant, first: u64) -> Pass {
+        Pass { next: 0, begun: now, arrived, first, again: None }
     }
 }
 
@@ -161,16 +163,22 @@ impl Channel {
         }
     }
 
-    /// Starts a fan-out to all members for the entry just appended to the feed, unless one under way brings it.
-    pub fn start_public_fanout(&mut self, now: Instant, arrived: Instant) {
+    /// Starts a fan-out to all members for the entry just appended to the feed, unless one under way brings it. `number`
+    /// is the entry's.
+    pub fn start_public_fanout(&mut self, now: Instant, arrived: Instant, number: u64) {
         match &mut self.pass {
             None if self.members.is_empty() => {}
-            None => self.pass = Some(Pass::new(now, arrived)),
+            None => self.pass = Some(Pass::new(now, arrived, number)),
             Some(pass) if pass.next == 0 => {} // nobody was visited yet
             Some(pass) => {
-                pass.again.get_or_insert(arrived);
+                pass.again.get_or_insert((arrived, number));
             }
         }
+    }
+
+    /// Whether the public fan-out under way has yet to bring the entry with this number to some members.
+    pub fn still_brings(&self, number: u64) -> bool {
+        self.pass.as_ref().is_some_and(|pass| number >= pass.first)
     }
 
     /// Starts a fan-out to a user's connections for a private entry, unless one under way brings it.
@@ -206,7 +214,7 @@ impl Channel {
     ) {
         while let Some(pass) = self.pass.take_if(|pass| pass.next >= self.members.len()) {
             completed.push((Some(pass.begun), pass.arrived));
-            self.pass = pass.again.map(|arrived| Pass::new(now, arrived));
+            self.pass = pass.again.map(|(arrived, first)| Pass::new(now, arrived, first));
         }
         let first = |user: &str| first_of(&self.users, user, connections, hasher);
         while let Some((user, arrived, ended)) = self.private.end_next(first) {
@@ -265,7 +273,7 @@ mod tests {
                 let mut channel = Channel::new(ChannelName::parse("c").expect("a name"), 1, now);
                 (0..count).for_each(|slot| channel.add(slot, &mut connections, &hasher));
                 let mut seen = channel.members[..visited].to_vec();
-                channel.pass = Some(Pass { next: visited, ..Pass::new(now, now) });
+                channel.pass = Some(Pass { next: visited, ..Pass::new(now, now, 0) });
                 channel.remove(leaver, &mut connections, &hasher);
                 let next = channel.pass.as_ref().expect("it goes on").next;
                 seen.extend_from_slice(&channel.members[next..]);

@@ -14,19 +14,22 @@ impl Shard {
         let Some(key) = self.names.get(name).copied() else { return };
         let channel = &mut self.channels[key as usize];
         let Some(feed) = &mut channel.feed else { return channel.early.push(entry) };
-        self.feed_bytes += Feed::cost(&entry);
+        let cost = Feed::cost(&entry);
+        self.feed_bytes += cost;
+        self.longest_entry = self.longest_entry.max(cost);
         self.ages.push_back((key, channel.serial));
         let to = match &entry.kind {
             Kind::Private(user) => Some(user.clone()),
             _ => None,
         };
+        let number = feed.end();
         feed.append(entry);
         let had_fanout = channel.has_fanout();
         match to {
             Some(user) => {
                 channel.start_private_fanout(user, arrived, &self.connections, &self.hasher);
             }
-            None => channel.start_public_fanout(self.now, arrived),
+            None => channel.start_public_fanout(self.now, arrived, number),
         }
         if !had_fanout && channel.has_fanout() {
             self.passes.push_back(key);
@@ -34,21 +37,28 @@ impl Shard {
         self.trim();
     }
 
-    /// Lets the oldest entries of all feeds go until the rest fits.
-    fn trim(&mut self) {
+    /// Removes the oldest entries of all feeds until the rest fits. An entry that a fan-out under way has yet to bring to
+    /// some members stays meanwhile, since events without id are in no history: feeds may hold twice as much for that,
+    /// or two of the longest entries.
+    pub(super) fn trim(&mut self) {
         let part = self.settings.feed_memory() / self.settings.shards.get();
         let limit = part >> self.door.readiness.memory_pressure();
+        let most = 2 * limit.max(self.longest_entry);
         while self.feed_bytes > limit {
-            let Some((key, serial)) = self.ages.pop_front() else { return };
+            let Some((key, serial)) = self.ages.front().copied() else { return };
             let Some(channel) =
                 self.channels.get_mut(key as usize).filter(|channel| channel.serial == serial)
             else {
+                self.ages.pop_front();
                 self.stale_ages = self.stale_ages.saturating_sub(1);
                 continue;
             };
-            let Some(feed) = &mut channel.feed else { continue };
-            let number = feed.start();
-            let Some(entry) = feed.pop() else { continue };
+            let number = channel.feed.as_ref().map_or(0, Feed::start);
+            if channel.still_brings(number) && self.feed_bytes <= most {
+                return;
+            }
+            self.ages.pop_front();
+            let Some(entry) = channel.feed.as_mut().and_then(Feed::pop) else { continue };
             self.feed_bytes -= Feed::cost(&entry);
             let mut copies = Copies::default();
             while let Some((_, slot)) = channel.begun.first().copied().filter(|begun| begun.0 <= number) {
@@ -183,6 +193,7 @@ impl Shard {
             let feed = channel.feed.as_ref().expect("members are in channels that are followed");
             match feed.find(position) {
                 Start::At(cursor) => {
+                    connection.count_bare_miss(feed, &mut self.tally);
                     connection.state = State::Live;
                     connection.cursor = cursor;
                     return self.flush(slot);

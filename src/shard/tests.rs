@@ -536,3 +536,77 @@ fn a_burst_is_written_in_turns() {
         );
     }
 }
+
+/// Events without id come in one turn, which together are longer than the shard's part of memory for feeds. Gives how
+/// many of them each client got.
+fn bare_events(sizes: &[usize], turns_first: bool) -> (Testbed, Vec<usize>) {
+    let mut testbed = Testbed::new();
+    let follows = |testbed: &Testbed| {
+        let members = &testbed.shard.channels.iter().next().expect("a channel").1.members;
+        members.len() == CLIENTS.len()
+    };
+    while testbed.shard.channels.is_empty() || !follows(&testbed) || testbed.shard.has_work() {
+        testbed.turn();
+        testbed.answer();
+    }
+    for size in sizes {
+        let text = format!(r#"{{"bare":"{}"}}"#, "x".repeat(*size));
+        testbed.entry(Entry::raw(EventId(testbed.head), text.as_bytes()));
+        if turns_first {
+            testbed.turn();
+        }
+    }
+    let mut counts = vec![0; CLIENTS.len()];
+    let (mut buffer, mut still) = (vec![0; 64 * 1024], 0);
+    while still < 3 {
+        still += 1;
+        testbed.turn();
+        for (client, count) in testbed.clients.iter_mut().zip(&mut counts) {
+            while let Ok(read) = client.socket.read(&mut buffer) {
+                client.unparsed.extend(&buffer[..read]);
+                still = 0;
+            }
+            if !client.upgraded
+                && let Some(end) = client.unparsed.windows(4).position(|four| four == b"\r\n\r\n")
+            {
+                client.unparsed.drain(..end + 4);
+                client.upgraded = true;
+            }
+            while let Some((_, text)) = take_frame(&mut client.unparsed) {
+                *count += usize::from(text.starts_with(b"{\"bare\""));
+            }
+        }
+    }
+    (testbed, counts)
+}
+
+#[test]
+fn bare_event_longer_than_the_feed_reaches_all() {
+    let (mut testbed, counts) = bare_events(&[100, 40 * 1024], false);
+    assert_eq!(counts, [2; CLIENTS.len()]);
+    testbed.shard.on_tick();
+    assert!(testbed.shard.feed_bytes <= 8 * 1024, "its memory is given back once everyone has it");
+    testbed.shard.report();
+    assert_eq!(testbed.shard.numbers().bare_misses.get(), 0);
+}
+
+#[test]
+fn bare_events_longer_than_the_feed_together_reach_all() {
+    let (testbed, counts) = bare_events(&[1000; 13], false);
+    assert_eq!(counts, [13; CLIENTS.len()]);
+    assert!(testbed.shard.tally.bare_misses == 0 && testbed.shard.feed_bytes > 8 * 1024);
+}
+
+#[test]
+fn bare_events_that_leave_memory_undelivered_are_counted_for_each_client() {
+    // More than feeds may hold in one turn.
+    let (mut testbed, counts) = bare_events(&[1000; 40], false);
+    assert!(counts.iter().all(|count| (7..40).contains(count)), "{counts:?}");
+    testbed.shard.report();
+    assert_eq!(testbed.shard.numbers().bare_misses.get(), CLIENTS.len() as u64);
+    // Sockets that were full while events came and left.
+    let (mut testbed, counts) = bare_events(&[1000; 60], true);
+    assert!(counts.iter().all(|count| *count < 60), "{counts:?}");
+    testbed.shard.report();
+    assert!(testbed.shard.numbers().bare_misses.get() >= CLIENTS.len() as u64);
+}

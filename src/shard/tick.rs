@@ -101,6 +101,7 @@ impl Shard {
             }
         }
         self.drop_empty_channels(now);
+        self.trim();
         let paused = self.next_tick.drain(..).map(|id| (id, Asked::Nothing));
         self.answered.extend(paused);
         self.heartbeats(now);
