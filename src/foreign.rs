@@ -197,7 +197,7 @@ mod tests {
     }
 
     #[test]
-    fn stored_events_are_readable_with_an_id_and_no_control_type() {
+    fn stored_events_need_an_id_and_no_control_type() {
         assert_eq!(readable(br#"{"type":"chat","to":"bob","a":{"type":"reset"},"id":7}"#), Ok(()));
         for control in [r#"{"type":"reset","id":7}"#, r#"{"\u0074ype":"\u0072eset","id":7}"#] {
             assert_eq!(readable(control.as_bytes()), Err(BadEvent::ReservedType("reset")), "{control}");

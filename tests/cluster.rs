@@ -434,7 +434,7 @@ async fn a_retry_after_an_unknown_publish_doubles_nothing() {
 }
 
 #[tokio::test]
-async fn the_local_bus_knows_keys_too_and_bad_ones_are_refused() {
+async fn local_bus_keeps_keys_and_refuses_bad_ones() {
     let node = Node::start(&[]).await;
     let mut client = Client::plain(&node, "alice", "room").await;
     let id = post_with_key(&node, r#"{"n":1}"#, "order-1").await;

@@ -242,7 +242,7 @@ async fn a_publish_in_flight_is_answered_before_the_end() {
 }
 
 #[tokio::test]
-async fn a_publish_without_an_answer_is_answered_unknown() {
+async fn unanswered_publishes_get_504_at_a_stop() {
     let redis = Redis::start(&[]).await;
     let way = Proxy::to(redis.port()).await;
     let node = Node::start(&["--redis", &way.url(), "--drain", "1s", "--publish-timeout", "10m"]).await;

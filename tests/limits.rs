@@ -65,7 +65,7 @@ async fn empty_channels_make_room_for_new_ones() {
 }
 
 #[tokio::test]
-async fn a_client_names_only_so_many_new_channels_a_minute() {
+async fn new_channels_of_a_client_are_limited() {
     const MOST: u64 = 100;
     let flags = ["--trusted-proxy", "127.0.0.2", "--max-per-address", "100", "--shards", "1"];
     let node = Node::start(&flags).await;
@@ -209,7 +209,7 @@ async fn large_events_are_delivered_replayed_and_resumed() {
 }
 
 #[tokio::test]
-async fn local_history_has_a_limit_in_bytes_for_each_channel() {
+async fn local_history_is_limited_by_bytes() {
     let flags = ["--history-bytes", "64KiB", "--feed-memory", "64KiB"];
     let node = Node::start(&flags).await;
     let event = json!({"text": "x".repeat(10_000)});
@@ -228,7 +228,7 @@ async fn local_history_has_a_limit_in_bytes_for_each_channel() {
 }
 
 #[tokio::test]
-async fn a_busy_channel_does_not_evict_local_history_of_others() {
+async fn busy_channels_evict_no_history_of_others() {
     let node = Node::start(&["--max-message", "1MiB", "--feed-memory", "1MiB"]).await;
     let quiet = node.publish_numbers("quiet", 0..20).await;
     let large = json!({"text": "x".repeat(1_000_000)});

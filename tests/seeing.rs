@@ -275,7 +275,7 @@ async fn what_a_replica_refuses_is_told_once_and_again_when_it_changes() {
 }
 
 #[tokio::test]
-async fn a_channel_whose_data_is_wrong_is_logged_with_its_key() {
+async fn a_fault_in_a_channel_is_logged_with_its_key() {
     let redis = Redis::start(&[]).await;
     let node = Node::on(&redis, &[]).await;
     let _client = Client::plain(&node, "alice", "room").await;

@@ -196,7 +196,7 @@ async fn a_shard_gives_what_is_in_memory_only_if_it_stands_where_the_bus_says() 
 }
 
 #[tokio::test]
-async fn a_client_that_leaves_while_it_joins_frees_its_slot() {
+async fn leaving_while_joining_frees_the_slot() {
     let mut shard = Shard::start();
     let client = shard.client(&upgrade_after("&lastEventId=1002")).await;
     let Request::Follow { channel, .. } = shard.asks().await else { panic!("it asks to follow") };
@@ -223,7 +223,7 @@ async fn a_client_that_leaves_while_it_joins_frees_its_slot() {
 }
 
 #[tokio::test]
-async fn a_client_that_waits_too_long_to_join_is_answered() {
+async fn slow_joins_get_503() {
     let mut shard = Shard::start();
     let mut client = shard.client(&upgrade_after("&lastEventId=1002")).await;
     let Request::Follow { channel, .. } = shard.asks().await else { panic!("it asks to follow") };
@@ -330,7 +330,7 @@ async fn a_fan_out_to_many_leaves_others_their_turn() {
 }
 
 #[tokio::test]
-async fn a_private_event_evicted_before_its_fan_out_is_read_from_history() {
+async fn private_event_evicted_early_is_replayed() {
     const READERS: usize = 300; // more than a turn writes to
     let _ = rlimit::increase_nofile_limit(u64::MAX);
     let mut shard = Shard::start_with(&["--feed-memory", "16KiB", "--max-message", "8KiB"]);

@@ -16,7 +16,7 @@
 //! | binary frame | 1003 | `frames::what_is_not_text_closes_with_1003` |
 //! | message or declared length over the limit, up to 2^63 | 1009, nothing allocated | `declared_lengths_cost_no_memory`, `frames::what_is_too_long_closes_with_1009` |
 //! | endless empty or tiny fragments; a frame begun and not ended in 10 s | 1008 | `endless_fragments_close_with_1008`, `frames::a_message_that_is_begun_and_not_ended_closes_with_1008` |
-//! | unfinished messages on very many connections | 64 MiB for all; the oldest close with 1008 | `unfinished_messages_of_many_have_a_limit_together`, `unfinished_messages_have_one_limit_over_all_shards` |
+//! | unfinished messages on very many connections | 64 MiB for all; the oldest close with 1008 | `unfinished_messages_of_many_have_a_limit_together`, `unfinished_messages_share_one_limit` |
 //! | ping flood, message flood | `error` frame, then 4029 | `rates::a_message_flood_gets_error_frames_with_their_ref_and_then_4029`, `rates::a_flood_of_pings_or_pongs_is_one_too`, `rates::a_flooder_that_never_reads_costs_no_memory` |
 //! | the same over short connections; large messages, tiny fragments | the same: users, or addresses, share an allowance | `rates::reconnecting_gains_no_messages`, `rates::reconnecting_gains_a_user_no_messages`, `rates::bytes_and_fragments_have_a_rate_too` |
 //! | peer that never reads | nothing but its cursor; ended by heartbeat timeout | `slow::a_reader_that_never_reads_again_is_ended_and_frees_its_place`, `slow::pongs_do_not_keep_a_client_that_never_reads`, `slow::stalled_readers_cost_no_memory_and_miss_nothing_on_redis` |
@@ -31,7 +31,7 @@
 //! | `lastEventId` negative, huge, text, future | `recovered:false`, at most one shared read | `strange_ids_cost_one_shared_read_at_most`, `protocol::what_is_no_known_id_is_not_recovered` |
 //! | `channel` that names another program's Redis channel | an ordinary channel of that name | `a_channel_named_like_redis_own_is_an_ordinary_one` |
 //! | endless new channels | 503 past `--max-channels` | `limits::no_more_channels_than_allowed_are_followed`, `tokens::a_token_is_good_for_its_channels_and_publishes_where_it_may` |
-//! | the same over short connections | empty channels make room; past so many a minute 429 | `limits::empty_channels_make_room_for_new_ones`, `limits::a_client_names_only_so_many_new_channels_a_minute` |
+//! | the same over short connections | empty channels make room; past so many a minute 429 | `limits::empty_channels_make_room_for_new_ones`, `limits::new_channels_of_a_client_are_limited` |
 //! | the same, left at once | forgotten by Redis in minutes | `channels_that_never_had_an_event_are_soon_forgotten_by_redis` |
 //! | any of these through nginx | nginx takes no node out | `behind_nginx::a_thousand_bad_handshakes_are_answered_and_take_no_node_out` |
 
@@ -324,7 +324,7 @@ async fn unfinished_messages_of_many_have_a_limit_together() {
 }
 
 #[tokio::test]
-async fn unfinished_messages_have_one_limit_over_all_shards() {
+async fn unfinished_messages_share_one_limit() {
     const CLIENTS: usize = 24;
     let node = Node::start(&["--shards", "16", "--max-message", "8MiB"]).await;
     let frame = frame_bytes(true, TEXT, true, &vec![b'x'; 7 << 20]);

@@ -329,7 +329,7 @@ async fn silent_connections_hold_no_place() {
 }
 
 #[tokio::test]
-async fn health_and_metrics_keep_a_place_while_publishes_wait() {
+async fn health_and_metrics_have_reserved_slots() {
     let mut house = house(|_| None);
     let mut waiting = Vec::new();
     for _ in 0..PUBLISHES {
@@ -356,7 +356,7 @@ async fn health_and_metrics_keep_a_place_while_publishes_wait() {
 }
 
 #[tokio::test]
-async fn a_stop_answers_what_has_begun_and_closes_what_is_idle() {
+async fn a_stop_answers_requests_under_way() {
     let mut house = house(|count| (count == 1).then_some(Ok(EventId(1))));
     let mut idle = house.connect().await;
     idle.write_all(post("/publish", "1").as_bytes()).await.unwrap();

@@ -132,7 +132,7 @@ fn users_have_a_cap_where_tokens_say_who_they_are() {
 }
 
 #[test]
-fn allowances_are_of_users_with_tokens_and_else_of_addresses() {
+fn allowances_belong_to_users_or_addresses() {
     let place = |text: &str| Place::Client(ip(text).into());
     let same = |guard: &Guard, [(a, alice), (b, bob)]: [(&str, &str); 2]| {
         let one = guard.allowance(place(a), alice).expect("one");

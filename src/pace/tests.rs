@@ -118,7 +118,7 @@ fn bytes_and_fragments_cost_at_the_byte_rate() {
 }
 
 #[test]
-fn new_channels_a_minute_are_as_many_as_connections() {
+fn new_channels_are_limited_like_connections() {
     for (connections, most) in
         [(1, CHANNELS_MIN), (PER_USER, PER_USER), (500, 500), (PER_ADDRESS, PER_ADDRESS)]
     {

@@ -319,7 +319,7 @@ mod tests {
     }
 
     #[test]
-    fn private_fan_out_that_waits_reaches_those_who_join() {
+    fn waiting_private_fan_out_reaches_joiners() {
         let (hasher, now) = (RandomState::new(), Instant::now());
         for leaves in [false, true] {
             let mut connections = connections(2);

@@ -14,7 +14,7 @@ async fn two_probes(node: &Node) {
 }
 
 #[tokio::test]
-async fn a_key_of_the_wrong_type_costs_its_channel_alone() {
+async fn keys_of_a_wrong_type_affect_one_channel() {
     let redis = RedisServer::start();
     let mut node = Node::ready(settings(&redis.url())).await;
     let mut raw = redis.raw();

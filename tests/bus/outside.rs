@@ -160,7 +160,7 @@ async fn a_plain_publish_is_json_by_the_rule_or_text() {
 }
 
 #[tokio::test]
-async fn events_that_break_the_rule_come_as_text_under_their_id() {
+async fn invalid_stored_events_come_as_text() {
     let redis = RedisServer::start();
     let mut node = Node::ready(settings(&redis.url())).await;
     let mut reader = node.follow("room", 0).await;

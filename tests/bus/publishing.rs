@@ -180,7 +180,7 @@ async fn private_events_share_entries_as_public_ones_do() {
 
 /// An eviction may take any key, also between a lost answer and its retry.
 #[tokio::test]
-async fn a_retry_doubles_nothing_whichever_key_is_evicted() {
+async fn a_retry_after_an_eviction_doubles_nothing() {
     let redis = RedisServer::start();
     let proxy = Proxy::start(redis.port).await;
     let mut node = Node::ready(settings(&proxy.url())).await;
@@ -243,7 +243,7 @@ async fn numbers_of_nodes_that_are_gone_are_forgotten() {
 }
 
 #[tokio::test]
-async fn an_event_longer_than_redis_takes_is_refused_for_certain() {
+async fn events_too_long_for_redis_are_refused() {
     let redis = RedisServer::start_with(&["--save", "", "--proto-max-bulk-len", "1mb"]);
     let mut large = settings(&redis.url());
     large.max_message = 4 << 20;
