@@ -10,7 +10,7 @@ local needed = {
   {'PUBLISH', KEYS[2], 'x'},
   {'PING'}, {'TIME'}, {'INFO'},
   {'HMGET', meta, 'head'}, {'HSET', meta, 'head', '1'}, {'HDEL', meta, 'head'}, {'PEXPIRE', meta, '1'},
-  {'HMGET', mark, 'epoch'}, {'HSET', mark, 'epoch', 'x'},
+  {'HMGET', mark, 'epoch'}, {'HSET', mark, 'epoch', 'x'}, {'DEL', mark},
   {'XADD', events, '*', 'e', 'x'}, {'XRANGE', events, '-', '+'}, {'XREVRANGE', events, '+', '-'},
   {'XTRIM', events, 'MINID', '1'}, {'XLEN', events}, {'PEXPIRE', events, '1'}, {'DEL', events},
   {'HGET', meta, 'from:x'}, {'HGETALL', meta},

@@ -182,9 +182,9 @@ local function publish(keys, args)
   local epoch = current_epoch(prefix, settings.durable)
   local head = position(name, epoch, settings.ttl, 0, 0)
   local key = args[3] and key_name(name, args[3])
-  local earlier = key and redis.call('GET', key)
+  local earlier = key and published_under(key)
   if earlier then
-    return tonumber(earlier)
+    return earlier
   end
   local messages
   head, messages = append(name, head, {item .. '"id":', user}, 1, settings.history, settings.bytes, settings.ttl)

@@ -26,9 +26,9 @@ local function publish()
   local head, base = position(name, epoch, ttl, tonumber(ARGV[3]), known)
 
   local key = ARGV[11] ~= '' and key_name(name, ARGV[11])
-  local earlier = key and redis.call('GET', key)
+  local earlier = key and published_under(key)
   if earlier then
-    return {1, tonumber(earlier), base, head}
+    return {1, earlier, base, head}
   end
 
   -- A node's last number is in `meta`: if it is evicted, so is the sequence, and the base changes.

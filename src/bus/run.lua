@@ -38,7 +38,14 @@ end
 -- after the mark was written, and only if no replica was attached in this epoch.
 local function current_epoch(prefix, durable)
   local key = prefix .. ':epoch'
-  local mark = redis.call('HMGET', key, 'epoch', 'run', 'replid', 'at', 'copied')
+  local mark = redis.pcall('HMGET', key, 'epoch', 'run', 'replid', 'at', 'copied')
+  if mark.err then
+    if not string.find(mark.err, '^WRONGTYPE') then
+      error(mark)
+    end
+    redis.call('DEL', key) -- another program has written there: the mark is lost
+    mark = {}
+  end
   local epoch, age = mark[1], math.floor(clock() / 1000) - (tonumber(mark[4]) or 0)
   local info = redis.call('INFO', 'replication')
   local replid = string.match(info, 'master_replid:(%x+)')
@@ -157,6 +164,18 @@ end
 local KEY_TTL = 10 * 60 * 1000
 local function key_name(name, key)
   return name .. ':key:' .. key
+end
+
+-- The id of the event that was published under an idempotency key, if any.
+local function published_under(key)
+  local id = redis.pcall('GET', key)
+  if type(id) == 'table' then
+    if string.find(id.err, '^WRONGTYPE') then
+      fault(key, 'another program has put a value of the wrong type there: delete this key')
+    end
+    error(id)
+  end
+  return id and tonumber(id)
 end
 
 -- A channel may hold this many events more than `history`, so that they are trimmed in one go.

@@ -54,6 +54,26 @@ async fn keys_of_a_wrong_type_affect_one_channel() {
 }
 
 #[tokio::test]
+async fn other_keys_of_a_wrong_type_stop_no_channel() {
+    let redis = RedisServer::start();
+    let mut node = Node::ready(settings(&redis.url())).await;
+    let mut reader = node.follow("room", 0).await;
+    node.publish("room", &event(1)).await.unwrap();
+    let mut raw = redis.raw();
+    raw.command(&["DEL", "fanfare:epoch"]);
+    raw.command(&["SET", "fanfare:epoch", "x"]);
+    let two = node.publish("room", &event(2)).await.unwrap();
+    reader.until(&mut node, two).await;
+    two_probes(&node).await;
+    assert_eq!((node.readiness.trouble(), reader.resets.len()), (None, 0));
+    // A wrong idempotency key stops the publish that uses it, which is certainly not published.
+    raw.command(&["LPUSH", "fanfare:{room}:key:k", "x"]);
+    let fcall = raw.command(&["FCALL", "fanfare_publish", "1", "fanfare:{room}", "{}", "", "k"]);
+    assert!(fcall.error().starts_with("FAULT fanfare:{room}:key:k: "), "{fcall:?}");
+    assert_eq!(redis.head("room"), two.0);
+}
+
+#[tokio::test]
 async fn positions_that_no_script_writes_count_as_lost() {
     let redis = RedisServer::start();
     let mut node = Node::ready(settings(&redis.url())).await;
