@@ -227,7 +227,7 @@ fn wrong_arguments_make_no_token() {
         (&["--user", "a", "--jwt-key", key, "--publish", "yes"], "--publish: \"yes\" is not a value"),
         (&["--user", "a", "--jwt-key", key, "--publish", "Off"], "true, false or a channel"),
         (&["--user", "a", "--jwt-key", key, "--publish", "True"], "in lower case"),
-        (&["--user", "a", "--jwt-key", key, "--publish", "true", "--publish", "a"], "excludes"),
+        (&["--user", "a", "--jwt-key", key, "--publish", "true", "--publish", "a"], "the only value"),
         (&["--user", "a", "--jwt-key", key, "--ttl", "1"], "--ttl"),
         (&["--user", "a", "--jwt-key", key, "--nope"], "--nope"),
         (&["--user", "a", "--jwt-key"], "needs a value"),
