@@ -94,10 +94,15 @@ impl Sequence {
     /// Takes what history holds after `asked`: events from `asked + 1` on, as many as one read brings.
     pub fn answer(&mut self, asked: EventId, page: &Page, out: &mut Vec<Entry>) {
         self.reading = false;
-        if page.base >= self.base && asked == self.position {
+        // Live events may have moved the position on meanwhile: in the same run what reaches beyond it follows it all the
+        // same, and is not read again.
+        let reaches_beyond = page.base == self.base
+            && asked < self.position
+            && page.entries.last().is_some_and(|entry| entry.last > self.position);
+        if (page.base >= self.base && asked == self.position) || reaches_beyond {
             self.take_page(page, out);
         }
-        // Else the answer is older than what is known, or the cursor has moved on meanwhile.
+        // Else the answer is older than what is known.
         let behind = page.base >= self.base && (page.head > self.position || page.base > self.base);
         if behind {
             self.wanted = true;
@@ -503,6 +508,34 @@ mod tests {
         sequence.answer(asked, &page(Vec::new(), 16), &mut out);
         assert_eq!((out[0].ids(), out[0].last), (0, EventId(16)));
         assert_eq!(sequence.ask(), None);
+    }
+
+    #[test]
+    fn answer_to_a_question_that_live_events_overtook_is_handed_on_from_there() {
+        let mut sequence = Sequence::new(EventId(10), EventId(10));
+        let mut out = Vec::new();
+        sequence.canary(EventId(10), EventId(15));
+        let asked = sequence.ask().expect("the canary triggers a read");
+        sequence.live(entry(1, 11, 2, false), &mut out);
+        let page = |entries: Vec<Entry>, head: u64| Page {
+            after: asked,
+            base: EventId(10),
+            head: EventId(head),
+            oldest: EventId(11),
+            entries,
+        };
+        // The position is inside the second entry.
+        let entries = vec![entry(1, 11, 1, false), entry(1, 12, 2, false), entry(1, 14, 2, true)];
+        sequence.answer(asked, &page(entries, 15), &mut out);
+        let shape: Vec<_> = out.drain(..).map(|entry| (entry.ids(), entry.last.0)).collect();
+        assert_eq!(shape, [(2, 12), (1, 13), (2, 15)]);
+        assert_eq!(sequence.ask(), None, "nothing is read again");
+        // One that does not reach the position brings nothing, and no reset.
+        sequence.look();
+        let asked = sequence.ask().expect("a look is a read");
+        sequence.live(entry(1, 16, 3, false), &mut out);
+        sequence.answer(asked, &page(vec![entry(1, 16, 1, false)], 16), &mut out);
+        assert_eq!((out.len(), sequence.position(), sequence.ask()), (1, EventId(18), None));
     }
 
     #[test]
