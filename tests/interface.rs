@@ -93,7 +93,7 @@ async fn bare_event_longer_than_a_shards_part_of_memory_reaches_all() {
             assert!(client.next_json().await == event);
         }
     }
-    assert_eq!(node.metric("fanfare_bare_misses_total").await, 0.0);
+    assert_eq!(node.metric("fanfare_pubsub_misses_total").await, 0.0);
 }
 
 #[tokio::test]

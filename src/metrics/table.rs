@@ -190,7 +190,7 @@ pub(super) static TABLE: &[Family] = &[
         Shards(Sum, |shard| shard.resets.get()),
     ),
     family(
-        "fanfare_bare_misses_total",
+        "fanfare_pubsub_misses_total",
         Counter,
         "Times a connected client missed events without id: they left memory before its socket took them.",
         Shards(Sum, |shard| shard.bare_misses.get()),

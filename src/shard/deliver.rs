@@ -37,9 +37,9 @@ impl Shard {
         self.trim();
     }
 
-    /// Removes the oldest entries of all feeds until the rest fits. An entry that a fan-out under way has yet to bring to
-    /// some members stays meanwhile, since events without id are in no history: feeds may hold twice as much for that,
-    /// or two of the longest entries.
+    /// Evicts the oldest entries of all feeds until the rest fits. An entry stays until the fan-out under way has brought it
+    /// to all members, since events without id are in no history. For that feeds may hold twice as much, or two of the
+    /// longest entries.
     pub(super) fn trim(&mut self) {
         let part = self.settings.feed_memory() / self.settings.shards.get();
         let limit = part >> self.door.readiness.memory_pressure();
