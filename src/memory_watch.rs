@@ -84,6 +84,7 @@ impl MemoryWatch {
         // Other processes use the machine's memory too, so only a shortage of it counts.
         let in_machine = cgroup::available_memory().unwrap_or(u64::MAX);
         self.has_room = in_groups >= needed && in_machine >= self.spare / 2;
+        self.metrics.readiness.set_memory_short(!self.has_room);
         self.adjust_pressure(in_groups < self.spare / 2 || in_machine < self.spare / 4);
         let pressure = self.metrics.readiness.memory_pressure();
         if (!self.has_room || pressure > 0) && self.warned.is_none_or(|last| now - last >= WARN_EVERY) {

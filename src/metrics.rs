@@ -243,6 +243,7 @@ impl Metrics {
 pub struct Readiness {
     draining: AtomicBool,
     memory_pressure: AtomicU32,
+    memory_short: AtomicBool,
     bus: Mutex<Option<String>>,
 }
 
@@ -277,6 +278,16 @@ impl Readiness {
     /// Sets how many times buffers are halved. Only the accept loop calls this.
     pub fn set_memory_pressure(&self, halvings: u32) {
         self.memory_pressure.store(halvings, Ordering::Relaxed);
+    }
+
+    /// Whether new connections are refused, since memory is short.
+    pub fn is_memory_short(&self) -> bool {
+        self.memory_short.load(Ordering::Relaxed)
+    }
+
+    /// Sets whether memory is short. Only the accept loop calls this.
+    pub fn set_memory_short(&self, is_short: bool) {
+        self.memory_short.store(is_short, Ordering::Relaxed);
     }
 
     /// `None` when ready, else the reason in a few words.

@@ -98,6 +98,21 @@ async fn a_channel_whose_first_client_never_came_in_is_let_go() {
 }
 
 #[tokio::test]
+async fn a_channel_without_members_goes_at_once_when_memory_is_short() {
+    const FOLLOWED_AFTER: Duration = Duration::from_secs(10); // EMPTY_TIME
+    let mut shard = Shard::start();
+    shard.0.metrics.bus.channels.set(1);
+    shard.0.metrics.readiness.set_memory_short(true);
+    let mut client = shard.client(&upgrade()).await;
+    shard.follows().await;
+    client.read_exact(&mut [0; 12]).await.expect("an answer");
+    let begun = Instant::now();
+    drop(client);
+    assert!(matches!(shard.asks().await, Request::Unfollow { .. }));
+    assert!(begun.elapsed() < FOLLOWED_AFTER / 2, "{:?}", begun.elapsed());
+}
+
+#[tokio::test]
 async fn the_end_of_a_client_is_seen_though_nothing_was_read_when_it_came() {
     let mut shard = Shard::start();
     let mut client = shard.client(&upgrade()).await;

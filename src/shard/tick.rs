@@ -121,15 +121,18 @@ impl Shard {
         }
     }
 
-    /// How many channels the node follows beyond those that leave the reserve free.
+    /// How many channels the node follows beyond those that leave the reserve free; all where memory is short.
     pub(super) fn excess_channels(&self) -> usize {
         let most = self.settings.max_channels.get();
         let followed = self.metrics.bus.channels.get() as usize;
+        if self.door.readiness.is_memory_short() {
+            return followed;
+        }
         (followed + 1).saturating_sub(most - most / CHANNEL_RESERVE_PART)
     }
 
     /// Stops following channels without members: each after a while, and the oldest ones at once where the node
-    /// follows nearly as many as it may.
+    /// follows nearly as many as it may, or memory is short.
     pub(super) fn drop_empty_channels(&mut self, now: Instant) {
         let mut excess = self.excess_channels();
         let joining: HashSet<u32> = self
