@@ -19,7 +19,8 @@ impl RedisUrl {
             Some(path) => format!("redis+unix://{}", path.strip_prefix("//").unwrap_or(path)),
             None => text.to_owned(),
         };
-        let url = Url::parse(&text).map_err(|error| format!("is not a URL: {error}"))?;
+        let url = Url::parse(&text)
+            .map_err(|error| format!("is not a URL such as redis://127.0.0.1:6379: {error}"))?;
         let database = url.path().trim_start_matches('/');
         match url.scheme() {
             "redis" | "rediss" => {
@@ -32,7 +33,7 @@ impl RedisUrl {
             "redis+unix" => return Err("names no socket: unix:/run/redis/redis.sock".into()),
             scheme if scheme.contains("cluster") => return Err("Redis Cluster is not supported yet".into()),
             scheme => {
-                let known = "redis, rediss, redis-sentinel, rediss-sentinel or redis+unix";
+                let known = "redis, rediss, redis-sentinel, rediss-sentinel or unix:PATH";
                 return Err(format!("{scheme}:// is not a Redis URL: use {known}"));
             }
         }
@@ -127,7 +128,7 @@ mod tests {
     #[test]
     fn refuses_what_would_fail_later_without_quoting_it() {
         for (text, part) in [
-            ("127.0.0.1:6379", "is not a URL"),
+            ("127.0.0.1:6379", "such as redis://127.0.0.1:6379"),
             ("localhost:6379", "use redis"),
             ("http://:secret@a", "use redis"),
             ("redis-cluster://:secret@a:1", "not supported yet"),
@@ -143,6 +144,7 @@ mod tests {
             ("redis-sentinel://a?sentinelServiceName=m&password=secret", "no parameter password"),
             ("unix:", "names no socket"),
             ("", "is not a URL"),
+            ("http://127.0.0.1", "rediss-sentinel or unix:PATH"),
         ] {
             let problem = RedisUrl::parse(text).expect_err(text);
             assert!(problem.contains(part), "{text}: {problem}");
