@@ -23,7 +23,7 @@ mod table;
 mod units;
 
 pub use files::rejection_slots;
-pub use memory::{CONNECTION_IN_KERNEL, CONNECTION_IN_PROCESS, Memory};
+pub use memory::{CONNECTION_IN_KERNEL, CONNECTION_IN_PROCESS, Memory, memory_held};
 pub use redis_url::RedisUrl;
 
 use input::Input;

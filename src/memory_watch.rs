@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::cgroup::{self, Groups};
-use crate::config::{Settings, show_size};
+use crate::config::{Settings, memory_held, show_size};
 use crate::metrics::Metrics;
 
 /// Connections admitted between two measurements: idle, 64 of them take at most 256 KiB.
@@ -28,6 +28,8 @@ const WARN_EVERY: Duration = Duration::from_secs(60);
 #[derive(Debug)]
 pub struct MemoryWatch {
     groups: Groups,
+    /// The limit of the cgroups.
+    limit: Option<u64>,
     /// Bytes kept free.
     spare: u64,
     /// Bytes that buffers may grow to.
@@ -47,6 +49,7 @@ impl MemoryWatch {
     pub fn new(settings: &Settings, metrics: Arc<Metrics>) -> MemoryWatch {
         MemoryWatch {
             groups: Groups::read(Path::new("/")),
+            limit: settings.memory.cgroup,
             spare: settings.memory.spare(),
             buffers: settings.buffer_memory(),
             metrics,
@@ -83,7 +86,11 @@ impl MemoryWatch {
         let in_groups = self.groups.available(needed).unwrap_or(u64::MAX);
         // Other processes use the machine's memory too, so only a shortage of it counts.
         let in_machine = cgroup::available_memory().unwrap_or(u64::MAX);
-        self.has_room = in_groups >= needed && in_machine >= self.spare / 2;
+        // Memory that the node has freed can stay charged to the cgroup. It is used again, so what counts then is what the
+        // node holds by its own count.
+        let unused = self.limit.map_or(0, |limit| limit.saturating_sub(self.held()));
+        let fits = in_groups >= needed || (in_groups >= self.spare && unused >= needed);
+        self.has_room = fits && in_machine >= self.spare / 2;
         self.metrics.readiness.set_memory_short(!self.has_room);
         self.adjust_pressure(in_groups < self.spare / 2 || in_machine < self.spare / 4);
         let pressure = self.metrics.readiness.memory_pressure();
@@ -96,6 +103,12 @@ impl MemoryWatch {
                 "memory is short: new connections get 503 (MemoryMax= of the unit, --max-connections)"
             );
         }
+    }
+
+    /// Bytes that the node holds by its own count.
+    fn held(&self) -> u64 {
+        let channels = self.metrics.bus.channels.get();
+        memory_held(self.metrics.connections(), channels).saturating_add(self.metrics.buffered())
     }
 
     /// Halves buffers while memory is short, and doubles them again once it has been enough for a while.

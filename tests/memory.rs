@@ -5,6 +5,8 @@ mod common;
 use common::{Cgroup, Client, Node, Raw, until};
 use futures_util::future::join_all;
 use serde_json::json;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpSocket;
 
 const MIB: u64 = 1 << 20;
 
@@ -78,4 +80,44 @@ async fn clients_beyond_the_cgroup_get_503() {
         (raw.upgrade("/ws/a?channel=room", &[]).await.status == 101).then_some(())
     })
     .await;
+}
+
+#[tokio::test]
+async fn new_clients_join_after_a_flood_of_channel_names() {
+    const NAMES: usize = 20_000; // fewer than there are local ports
+    let Some(cgroup) = Cgroup::new(24 * MIB) else { return };
+    let node = Node::start_in(&cgroup, &["--trusted-proxy", "127.0.0.2"]).await;
+    let join = async |address: String, channel: String| {
+        let socket = TcpSocket::new_v4().expect("a socket");
+        socket.bind(([127, 0, 0, 2], 0).into()).expect("a free port");
+        let mut stream = socket.connect(node.public).await.expect("the node listens");
+        let request = format!(
+            "PROXY TCP4 {address} 127.0.0.1 1 2\r\nGET /ws/a?channel={channel} HTTP/1.1\r\nHost: a\r\n\
+             Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n\
+             Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+        );
+        // A node without memory answers before it reads, and may have closed the connection by then.
+        let mut answer = Vec::new();
+        let _ = stream.write_all(request.as_bytes()).await;
+        let _ = stream.read_buf(&mut answer).await;
+        String::from_utf8_lossy(&answer).split(' ').nth(1).map_or(0, |status| status.parse().unwrap_or(0))
+    };
+    let (mut named, mut rejected) = (0, 0);
+    while named < NAMES {
+        // Sixteen at a time from changing addresses, each gone at once; a long name takes more memory.
+        let batch = (0..16).map(|n| {
+            let address = format!("10.{}.{}.1", n, (named / 16) % 250);
+            join(address, format!("{named}-{n}-{}", "x".repeat(100)))
+        });
+        for status in join_all(batch).await {
+            named += 1;
+            rejected += usize::from(status == 503);
+        }
+    }
+    assert!(rejected > 0, "{named} channels fit");
+    until("a place for a new client", || async {
+        (join("192.0.2.1".into(), "room".into()).await == 101).then_some(())
+    })
+    .await;
+    assert_eq!(cgroup.kills(), 0, "{}", node.log());
 }
