@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use common::process::Directory;
 use common::raw::{frame_bytes, opcode::*};
 use common::{Client, Node, Raw, until};
+use futures_util::stream::{self, StreamExt};
 use serde_json::{Value, json};
 use tokio::task::JoinSet;
 
@@ -368,4 +369,33 @@ async fn who_sends_without_a_pause_gets_no_more_turns_than_others() {
     }
     let turn = 4.0 * f64::from(16 << 10);
     assert!(least < 6.0 * turn, "{} turns of everybody until a ping is answered", least / turn);
+}
+
+#[tokio::test]
+async fn history_read_for_one_address_has_a_rate() {
+    const EVENTS: u64 = 1000;
+    const JOINS: u64 = 5000; // 64 KiB each: five times what may be read at once
+    let flags = ["--trusted-proxy", "127.0.0.2", "--feed-memory", "64KiB", "--shards", "1"];
+    let node = Node::start(&flags).await;
+    let _stays = Client::plain(&node, "stays", "room").await;
+    let event = json!({ "text": "x".repeat(30_000) });
+    let first = node.publish("room", &event).await;
+    for _ in 1..EVENTS {
+        node.publish("room", &event).await;
+    }
+    let join = async |address: &str, number: u64| {
+        let mut raw = Raw::connect_from([127, 0, 0, 2], node.public).await;
+        raw.write(format!("PROXY TCP4 {address} 127.0.0.1 1 2\r\n").as_bytes()).await;
+        let position = first + number * 7919 % (EVENTS - 10);
+        let path = format!("/ws/a?channel=room&lastEventId={position}");
+        assert_eq!(raw.upgrade(&path, &[]).await.status, 101);
+    };
+    let start = Instant::now();
+    let many = stream::iter((0..JOINS).map(|number| join("192.0.2.7", number))).buffer_unordered(50);
+    many.collect::<Vec<()>>().await;
+    // 64 MiB at once, then 32 MiB a second. Some joins find their part in memory.
+    assert!(start.elapsed() > Duration::from_secs(4), "{:?}", start.elapsed());
+    let start = Instant::now();
+    join("192.0.2.8", 0).await;
+    assert!(start.elapsed() < Duration::from_secs(2), "another address waited {:?}", start.elapsed());
 }

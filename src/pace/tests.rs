@@ -150,3 +150,14 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn history_has_a_burst_and_a_rate() {
+    const PART: usize = 256 << 10;
+    let client = Allowance::new(0);
+    let read = |now| (0..10_000).filter(|_| client.take_history(PART, now)).count();
+    assert_eq!(read(SECOND), (64 << 20) / PART);
+    assert!(!client.is_full(SECOND));
+    assert_eq!(read(2 * SECOND), (32 << 20) / PART);
+    assert!(client.is_full(5 * SECOND));
+}

@@ -83,12 +83,17 @@ impl Shard {
     /// Whether the client of this connection has not named too many new channels lately. One that only this shard does
     /// not follow counts, too.
     fn may_name_channel(&mut self, slot: u32) -> bool {
-        let guard = &self.door.guard;
+        self.look_up_allowance(slot);
+        let client = self.connections[slot as usize].allowance.as_deref();
+        client.is_none_or(|client| self.door.guard.take_channel(client))
+    }
+
+    /// Finds the allowance of this connection's client when it is first needed.
+    pub(super) fn look_up_allowance(&mut self, slot: u32) {
         let connection = &mut self.connections[slot as usize];
         if connection.allowance.is_none() {
-            connection.allowance = guard.allowance(connection.place, &connection.user);
+            connection.allowance = self.door.guard.allowance(connection.place, &connection.user);
         }
-        connection.allowance.as_deref().is_none_or(|client| guard.take_channel(client))
     }
 
     /// Gives a client that has to wait for the bus a deadline.
@@ -214,11 +219,17 @@ impl Shard {
         self.read_history();
     }
 
-    /// Has a connection wait for a part of history of about so many bytes.
+    /// Has a connection wait for a part of history of about so many bytes, or for the next tick if its client had more
+    /// read than it may.
     pub(super) fn wait_for_page(&mut self, slot: u32, position: EventId, bytes: usize) {
         let id = self.id_of(slot);
+        self.look_up_allowance(slot);
+        let now = self.door.guard.allowances.now();
         let connection = &mut self.connections[slot as usize];
         connection.waits_for_page = true;
+        if connection.allowance.as_deref().is_some_and(|client| !client.take_history(bytes, now)) {
+            return self.next_tick.push(id);
+        }
         let key = connection.channel;
         self.pages.wait((key, self.channels[key as usize].serial), position, bytes, id);
         self.read_history();

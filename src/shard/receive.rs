@@ -204,12 +204,9 @@ impl Shard {
     }
 
     fn check_rate(&mut self, slot: u32, bytes: usize, frames: u32, now: u64) -> Decision {
-        let guard = &self.door.guard;
-        let Some(limiter) = guard.allowances.limiter() else { return Decision::Accept };
+        self.look_up_allowance(slot);
+        let Some(limiter) = self.door.guard.allowances.limiter() else { return Decision::Accept };
         let connection = &mut self.connections[slot as usize];
-        if connection.allowance.is_none() {
-            connection.allowance = guard.allowance(connection.place, &connection.user);
-        }
         let client = connection.allowance.as_deref();
         let cost = limiter.cost(bytes, frames);
         limiter.check(&mut connection.tat, &mut connection.rejected, client, cost, now)
