@@ -15,7 +15,7 @@ use crate::close::Reason;
 use crate::event::{ChannelName, Entry, EventId, Kind};
 use crate::feed::{Cursor, Feed, Reader, Start};
 use crate::frame;
-use crate::guard::{Address, Place};
+use crate::guard::{Address, Guard, Place};
 use crate::input::Partial;
 use crate::pace::Allowance;
 use crate::token::NEVER;
@@ -479,6 +479,13 @@ impl Connection {
         self.position = position;
         self.live_from = feed.end();
         self.current = false;
+    }
+
+    /// Finds the allowance of its client when it is first needed.
+    pub fn look_up_allowance(&mut self, guard: &Guard) {
+        if self.allowance.is_none() {
+            self.allowance = guard.allowance(self.place, &self.user);
+        }
     }
 
     /// The position to send in a frame that is enqueued now. Entries for other users do not hold it back.

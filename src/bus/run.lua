@@ -23,10 +23,10 @@ local MARK_FRESH = 2000
 -- Age in milliseconds at which a script writes the mark again. Probes run once a second.
 local MARK_EVERY = 1000
 
--- Whether the server process started after a time in milliseconds, or in the same second.
-local function started_after(server, at)
+-- Whether the server process started after `at`, or in the same second. Both times are in milliseconds.
+local function started_after(server, at, now)
   local uptime, written = tonumber(string.match(server, 'uptime_in_seconds:(%d+)') or ''), tonumber(at or '')
-  return uptime and written and math.floor(clock() / 1000000) - uptime >= math.floor(written / 1000)
+  return uptime and written and math.floor(now / 1000) - uptime >= math.floor(written / 1000)
 end
 
 -- The epoch of the server's data. Between two scripts that see the same epoch, Redis lost no acknowledged write.
@@ -46,7 +46,8 @@ local function current_epoch(prefix, durable)
     redis.call('DEL', key) -- another program has written there: the mark is lost
     mark = {}
   end
-  local epoch, age = mark[1], math.floor(clock() / 1000) - (tonumber(mark[4]) or 0)
+  local now = math.floor(clock() / 1000)
+  local epoch, age = mark[1], now - (tonumber(mark[4]) or 0)
   local info = redis.call('INFO', 'replication')
   local replid = string.match(info, 'master_replid:(%x+)')
   local copied = string.find(info, 'connected_slaves:[1-9]') and '1' or '0'
@@ -61,14 +62,13 @@ local function current_epoch(prefix, durable)
   end
   local promoted = string.find(info, 'master_replid2:0*[1-9a-f]')
   local changed = mark[2] == run and age >= 0 and age <= MARK_FRESH
-  local restarted = mark[2] ~= run and durable and mark[5] == '0' and started_after(server, mark[4])
+  local restarted = mark[2] ~= run and durable and mark[5] == '0' and started_after(server, mark[4], now)
   if not same and not (epoch and not promoted and (changed or restarted)) then
     epoch = replid
   elseif mark[5] == '1' then
     copied = '1'
   end
-  local at = show(math.floor(clock() / 1000))
-  redis.call('HSET', key, 'epoch', epoch, 'run', run, 'replid', replid, 'at', at, 'copied', copied)
+  redis.call('HSET', key, 'epoch', epoch, 'run', run, 'replid', replid, 'at', show(now), 'copied', copied)
   return epoch
 end
 

@@ -83,17 +83,10 @@ impl Shard {
     /// Whether the client of this connection has not named too many new channels lately. One that only this shard does
     /// not follow counts, too.
     fn may_name_channel(&mut self, slot: u32) -> bool {
-        self.look_up_allowance(slot);
-        let client = self.connections[slot as usize].allowance.as_deref();
-        client.is_none_or(|client| self.door.guard.take_channel(client))
-    }
-
-    /// Finds the allowance of this connection's client when it is first needed.
-    pub(super) fn look_up_allowance(&mut self, slot: u32) {
+        let guard = &self.door.guard;
         let connection = &mut self.connections[slot as usize];
-        if connection.allowance.is_none() {
-            connection.allowance = self.door.guard.allowance(connection.place, &connection.user);
-        }
+        connection.look_up_allowance(guard);
+        connection.allowance.as_deref().is_none_or(|client| guard.take_channel(client))
     }
 
     /// Gives a client that has to wait for the bus a deadline.
@@ -223,9 +216,10 @@ impl Shard {
     /// read than it may.
     pub(super) fn wait_for_page(&mut self, slot: u32, position: EventId, bytes: usize) {
         let id = self.id_of(slot);
-        self.look_up_allowance(slot);
-        let now = self.door.guard.allowances.now();
+        let guard = &self.door.guard;
+        let now = guard.allowances.now();
         let connection = &mut self.connections[slot as usize];
+        connection.look_up_allowance(guard);
         connection.waits_for_page = true;
         if connection.allowance.as_deref().is_some_and(|client| !client.take_history(bytes, now)) {
             return self.next_tick.push(id);

@@ -204,9 +204,10 @@ impl Shard {
     }
 
     fn check_rate(&mut self, slot: u32, bytes: usize, frames: u32, now: u64) -> Decision {
-        self.look_up_allowance(slot);
-        let Some(limiter) = self.door.guard.allowances.limiter() else { return Decision::Accept };
+        let guard = &self.door.guard;
+        let Some(limiter) = guard.allowances.limiter() else { return Decision::Accept };
         let connection = &mut self.connections[slot as usize];
+        connection.look_up_allowance(guard);
         let client = connection.allowance.as_deref();
         let cost = limiter.cost(bytes, frames);
         limiter.check(&mut connection.tat, &mut connection.rejected, client, cost, now)

@@ -256,6 +256,17 @@ mod tests {
         (publish, result)
     }
 
+    /// An event whose first call was lost and whose second is under way, the last number given, and its result.
+    fn retried() -> (Publisher, u64, oneshot::Receiver<Result<EventId, PublishError>>) {
+        let (mut publisher, mut number) = (Publisher::default(), 0);
+        let (event, result) = publish("{}");
+        publisher.push(event, Instant::now());
+        publisher.call(EventId(5), &mut number);
+        publisher.lost(true);
+        publisher.call(EventId(5), &mut number);
+        (publisher, number, result)
+    }
+
     fn settle(due: Vec<Due>) {
         for (answer, result) in due {
             let Answer::Waiter(waiter) = answer else { unreachable!() };
@@ -332,24 +343,14 @@ mod tests {
 
     #[test]
     fn a_refusal_of_a_retry_leaves_the_fate_unknown() {
-        let (mut publisher, mut number, now) = (Publisher::default(), 0, Instant::now());
-        let (event, mut result) = publish("{}");
-        publisher.push(event, now);
-        publisher.call(EventId(5), &mut number);
-        publisher.lost(true);
-        publisher.call(EventId(5), &mut number);
+        let (mut publisher, _, mut result) = retried();
         settle(publisher.refused("OOM".into()));
         assert_eq!(result.try_recv().unwrap(), Err(PublishError::Unknown));
     }
 
     #[test]
     fn a_refused_retry_asks_for_the_first_outcome() {
-        let (mut publisher, mut number, now) = (Publisher::default(), 0, Instant::now());
-        let (event, mut result) = publish("{}");
-        publisher.push(event, now);
-        publisher.call(EventId(5), &mut number);
-        publisher.lost(true);
-        publisher.call(EventId(5), &mut number);
+        let (mut publisher, mut number, mut result) = retried();
         settle(publisher.withdraw("too long".into()));
         let asks = publisher.call(EventId(5), &mut number).unwrap();
         assert_eq!((asks.number, asks.withdrawn.is_some()), (1, true));
