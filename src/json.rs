@@ -315,7 +315,7 @@ impl Scanner<'_> {
         Ok(())
     }
 
-    /// The UTF-16 code unit of the escape `\uXXXX` at byte `at`.
+    /// The UTF-16 code unit of the escape at byte `at`: `\u` and four digits.
     fn code_unit(&self, at: usize) -> Result<u16, Fault> {
         let Some([b'\\', b'u', digits @ ..]) = self.text.get(at..at + 6) else { return Err(Fault::Syntax) };
         digits.iter().try_fold(0, |unit, digit| {

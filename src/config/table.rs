@@ -232,7 +232,7 @@ pub(super) static TABLE: [Spec; 32] = [
         &[
             "Messages that a connection may send in a second, pings among them; at once ten times as many.",
             "All connections of a user together may send no more; without --jwt-key, all of an address ten",
-            "times as many. What is faster is not published, and whoever goes on is closed. 0: no limit.",
+            "times as many. What is faster is not published; clients that go on are closed. 0: no limit.",
         ],
     ),
     spec(

@@ -199,7 +199,7 @@ impl Shard {
                     return self.flush(slot);
                 }
                 Start::Broken => return self.tell_lost(slot),
-                // Never, since parts are cut at the feed's position. A client that comes back is told where it stands.
+                // Never, since parts are cut at the feed's position. A client that comes back gets its position.
                 Start::Ahead => return self.miss(slot),
                 Start::Before => {}
             }
