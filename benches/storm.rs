@@ -7,7 +7,7 @@
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a bench is there to print")]
 
 mod support;
-#[path = "../src/token/fixtures.rs"]
+#[path = "../src/auth/token/fixtures.rs"]
 #[allow(dead_code, reason = "the tests of tokens use more of them")]
 mod tokens;
 
@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, ensure};
-use fanfare::token::{Key, verify};
+use fanfare::auth::token::{Key, verify};
 use support::args::Args;
 use support::crowd::Crowd;
 use support::files::allow_files;
@@ -248,7 +248,7 @@ fn checks() -> Result<Vec<Vec<String>>> {
     let file = std::env::temp_dir().join(format!("fanfare-bench-{}.key", std::process::id()));
     std::fs::write(&file, SECRET)?;
     let words = ["--user", "alice", "--jwt-key"].map(Into::into);
-    let minted = fanfare::mint::run(words.into_iter().chain([file.clone().into()]), None);
+    let minted = fanfare::cli::token::run(words.into_iter().chain([file.clone().into()]), None);
     std::fs::remove_file(&file)?;
     let minted = minted.map_err(anyhow::Error::msg)?;
     let now = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs();

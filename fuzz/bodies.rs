@@ -4,16 +4,17 @@
 use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
+use fanfare::auth::keys::KeyRing;
 use fanfare::bus::redis::{page, taken, wire};
-use fanfare::close::Reason;
 use fanfare::config::{Action, Settings};
-use fanfare::event::{ChannelName, Entry, EventId, is_user_id};
-use fanfare::frame::{self, ClientFrame};
-use fanfare::guard::Guard;
-use fanfare::handshake::{self, Door, Verdict};
-use fanfare::input::{self, Incoming, Limits, MESSAGES_AT_ONCE};
-use fanfare::keys::KeyRing;
-use fanfare::{foreign, http};
+use fanfare::http;
+use fanfare::limits::connections::Guard;
+use fanfare::protocol::close::Reason;
+use fanfare::protocol::event::{ChannelName, Entry, EventId, is_user_id};
+use fanfare::protocol::frame::{self, ClientFrame};
+use fanfare::protocol::ingest;
+use fanfare::ws::decoder::{self, Incoming, Limits, MESSAGES_AT_ONCE};
+use fanfare::ws::handshake::{self, Door, Verdict};
 use fred::types::Resp3Frame;
 use serde_json::Value;
 
@@ -143,7 +144,7 @@ fn read(data: &[u8], size: usize, limits: Limits) -> (Result<(), Reason>, Vec<In
         rest.extend_from_slice(piece);
         loop {
             let mut some = Vec::new();
-            let read = input::read(&mut partial, &mut rest, limits, &mut some);
+            let read = decoder::read(&mut partial, &mut rest, limits, &mut some);
             let more = some.len() == MESSAGES_AT_ONCE;
             assert!(some.len() <= MESSAGES_AT_ONCE);
             messages.append(&mut some);
@@ -278,14 +279,14 @@ pub fn bus(mut data: &[u8]) {
         }
         kind @ (3 | 4) => {
             let to = (kind == 4).then_some("bob");
-            if let Ok(event) = foreign::published(data, to) {
+            if let Ok(event) = ingest::published(data, to) {
                 let value = check_event(&event);
                 assert_eq!(value.get("to").and_then(Value::as_str), to);
                 assert!(value.get("id").is_none());
             }
         }
         5 => {
-            if let Some(foreign::Bare { event, .. }) = foreign::bare(data) {
+            if let Some(ingest::Bare { event, .. }) = ingest::bare(data) {
                 assert!(!event.contains(['\n', '\r']), "{event}");
                 assert!(serde_json::from_str::<Value>(&event).is_ok(), "{event}");
                 assert!(event.starts_with('{') && event.ends_with('}'), "{event}");

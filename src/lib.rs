@@ -12,37 +12,37 @@
 //!
 //! | room | what is done there |
 //! |---|---|
-//! | [`event`] | ids, names, entries: events framed once for every socket of the node |
-//! | [`close`] | why a connection ended: close code, log field and metric label in one |
-//! | [`frame`] | the JSON that clients send and get |
-//! | [`json`] | the JSON that an event may hold |
-//! | [`foreign`] | what other programs send, made into events |
-//! | [`cgroup`] | memory limits of the cgroup and the machine |
+//! | [`protocol::event`] | ids, names, entries: events framed once for every socket of the node |
+//! | [`protocol::close`] | why a connection ended: close code, log field and metric label in one |
+//! | [`protocol::frame`] | the JSON that clients send and get |
+//! | [`protocol::json`] | the JSON that an event may hold |
+//! | [`protocol::ingest`] | what other programs send, made into events |
+//! | [`config::cgroup`] | memory limits of the cgroup and the machine |
 //! | [`config`] | settings: flags and variables, every error at once |
 //! | [`http`] | request heads in, responses out, over bytes alone |
-//! | [`web`] | the page and the browser client, embedded |
-//! | [`origin`] | which pages may connect |
-//! | [`proxy`] | what a proxy says about its client |
-//! | [`token`] | what a token allows its user; [`mint`] makes one to try |
-//! | [`keys`] | the keys in force: of tokens and of the admin listener |
-//! | [`guard`] | how many connections: of the node, an address, a user |
-//! | [`handshake`] | a request's bytes become a client who may join, or an answer |
-//! | [`input`] | a client's bytes become its messages |
-//! | [`pace`] | how fast a client may send, and name new channels |
-//! | [`allowance`] | the rate allowances of clients, shared by their connections |
+//! | [`http::page`] | the page and the browser client, embedded |
+//! | [`http::origin`] | which pages may connect |
+//! | [`http::proxy`] | what a proxy says about its client |
+//! | [`auth::token`] | what a token allows its user; [`cli::token`] makes one to try |
+//! | [`auth::keys`] | the keys in force: of tokens and of the admin listener |
+//! | [`limits::connections`] | how many connections: of the node, an address, a user |
+//! | [`ws::handshake`] | a request's bytes become a client who may join, or an answer |
+//! | [`ws::decoder`] | a client's bytes become its messages |
+//! | [`limits::rate`] | how fast a client may send, and name new channels |
+//! | [`limits::allowances`] | the rate allowances of clients, shared by their connections |
 //! | [`feed`] | a channel's recent events in memory, and cursors into them |
-//! | [`connection`] | one connection: its states, and the one function that writes |
+//! | [`ws::connection`] | one connection: its states, and the one function that writes |
 //! | [`shard`] | the loop that owns connections and channels: joins, passes, history, ticks |
-//! | [`accept`] | the accept loop, which gives each socket to the shard with the fewest |
+//! | [`node::accept`] | the accept loop, which gives each socket to the shard with the fewest |
 //! | [`bus`] | what a bus is; [`bus::local`] and [`bus::redis`], which behave the same |
-//! | [`sequence`] | one channel's order: next, duplicate, hole, re-anchored |
-//! | [`refusals`] | what is refused, told to the log a line a class |
+//! | [`bus::sequence`] | one channel's order: next, duplicate, hole, re-anchored |
+//! | [`metrics::rejections`] | what is refused, told to the log a line a class |
 //! | [`metrics`] | what is counted, and whether the node is ready |
 //! | [`admin`] | publish, metrics and stats over HTTP |
-//! | [`doctor`] | looks before a launch whether host and Redis have what the settings ask for |
-//! | [`listeners`] | what a node listens on: bound by it, or handed over by systemd |
-//! | [`notify`] | what systemd is told, and its watchdog |
-//! | [`server`] | the wiring, and how it stops; `main.rs` tells the life of the process |
+//! | [`cli::doctor`] | looks before a launch whether host and Redis have what the settings ask for |
+//! | [`node::listeners`] | what a node listens on: bound by it, or handed over by systemd |
+//! | [`node::systemd`] | what systemd is told, and its watchdog |
+//! | [`node`] | the wiring, and how it stops; `main.rs` tells the life of the process |
 //!
 //! # Invariants
 //!
@@ -63,63 +63,36 @@
 //! - A connection has no queue of events: it is a cursor into its channel's feed. Live, slow and resuming clients take
 //!   the same path, `Connection::flush` (pages of history are feeds too). Only frames for it alone are queued.
 //! - An event is serialized and framed once on the node. Shards share its bytes.
-//! - A connection ends once, with a [`close::Reason`].
+//! - A connection ends once, with a [`protocol::close::Reason`].
 //! - A slot's number is worth nothing without its generation: answers may come when the slot has a new owner.
 //! - Everything that grows has a limit, a constant or a setting, with its reason beside it.
 //!
-//! **Who knows what.** Only [`bus::redis`] knows fred. Only [`input`] and [`handshake`] know tungstenite. Pure rooms
+//! **Who knows what.** Only [`bus::redis`] knows fred. Only [`ws::decoder`] and [`ws::handshake`] know tungstenite. Pure rooms
 //! (`event`, `close`, `frame`, `json`, `foreign`, `config`, `http`, `web`, `origin`, `proxy`, `token`, `guard`, `input`, `pace`,
 //! `allowance`, `feed`, `sequence`) know neither sockets nor runtimes: bytes are handed in, so each is tested alone.
 
-// In reading order.
-
-pub mod event;
-
-pub mod close;
-pub mod frame;
-pub mod json;
-
-pub mod foreign;
-
-pub mod cgroup;
-pub mod config;
+pub mod protocol;
 
 pub mod http;
-pub mod origin;
-pub mod proxy;
-pub mod web;
 
-pub mod token;
+pub mod config;
 
-pub mod keys;
-
-pub mod guard;
-
-pub mod mint;
-
-pub mod allowance;
-pub mod handshake;
-pub mod input;
-pub mod pace;
-
-pub mod feed;
-
-pub mod connection;
-pub mod shard;
-
-pub mod accept;
-pub mod memory_watch;
-
-pub mod bus;
-pub mod sequence;
-
-pub mod refusals;
+pub mod auth;
 
 pub mod metrics;
 
-pub mod admin;
-pub mod doctor;
+pub mod limits;
 
-pub mod listeners;
-pub mod notify;
-pub mod server;
+pub mod feed;
+
+pub mod ws;
+
+pub mod bus;
+
+pub mod shard;
+
+pub mod admin;
+
+pub mod node;
+
+pub mod cli;

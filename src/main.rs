@@ -5,13 +5,13 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::Context;
+use fanfare::auth::keys::KeyRing;
+use fanfare::cli::doctor;
+use fanfare::cli::token;
 use fanfare::config::{self, Action, AdminAddr, LogFormat, SettingError, Settings};
-use fanfare::doctor;
-use fanfare::keys::KeyRing;
-use fanfare::listeners::{Inherited, Listeners};
-use fanfare::mint;
-use fanfare::notify::Manager;
-use fanfare::server;
+use fanfare::node;
+use fanfare::node::listeners::{Inherited, Listeners};
+use fanfare::node::systemd::Manager;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
@@ -29,7 +29,7 @@ fn main() -> ExitCode {
     let _ = rlimit::increase_nofile_limit(u64::MAX);
     let mut args = std::env::args_os().skip(1).peekable();
     if args.next_if(|first| first == "token").is_some() {
-        return match mint::run(args, std::env::var_os("FANFARE_JWT_KEY")) {
+        return match token::run(args, std::env::var_os("FANFARE_JWT_KEY")) {
             Ok(text) => print(&text),
             Err(problem) => complain(&format!("fanfare token: {problem}\n")),
         };
@@ -128,7 +128,7 @@ fn serve(
         announce(&listeners).context("the ready line can't be printed")?;
         let (stop, stopped) = tokio::sync::oneshot::channel();
         let mut stop = Some(stop);
-        let served = server::run(settings, keys.clone(), listeners, manager.clone(), async {
+        let served = node::run(settings, keys.clone(), listeners, manager.clone(), async {
             stopped.await.expect("the sender is kept until it is used")
         });
         let mut served = std::pin::pin!(served);

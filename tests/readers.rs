@@ -28,7 +28,7 @@ use common::stream::{Dice, Nodes};
 use common::{Client, Lone, Options};
 use crowd::{Kind, Shared, canonical};
 use fanfare::bus::{PAGE, Page, Request, Shards, ToShard, page_begin};
-use fanfare::event::{ChannelName, Entry, EventId};
+use fanfare::protocol::event::{ChannelName, Entry, EventId};
 use serde_json::json;
 use tokio::net::TcpSocket;
 use tokio::sync::mpsc;

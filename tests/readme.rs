@@ -4,10 +4,10 @@ use std::collections::BTreeMap;
 use std::process::Command;
 use std::sync::Arc;
 
-use fanfare::close::{REASONS, Reason};
-use fanfare::event::{Entry, EventId};
-use fanfare::frame::{self, ClientFrame, ErrorCode};
 use fanfare::metrics::{Metrics, Readiness};
+use fanfare::protocol::close::{REASONS, Reason};
+use fanfare::protocol::event::{Entry, EventId};
+use fanfare::protocol::frame::{self, ClientFrame, ErrorCode};
 use serde_json::Value;
 
 const README: &str = include_str!("../README.md");

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use common::raw::{frame_bytes, opcode};
 use common::{Lone, http, until};
 use fanfare::bus::{Page, Request, ToShard};
-use fanfare::event::{ChannelName, Entry, EventId};
+use fanfare::protocol::event::{ChannelName, Entry, EventId};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 

@@ -7,8 +7,8 @@ use tokio::time::Instant;
 
 use super::*;
 use crate::config::AdminAddr;
-use crate::event::EventId;
 use crate::metrics::Readiness;
+use crate::protocol::event::EventId;
 
 /// What the fake bus was asked to publish: channel, to, event.
 type Taken = (String, Option<String>, String);

@@ -9,9 +9,9 @@ use std::time::{Duration, Instant, SystemTime};
 
 use super::{BusError, PAGE, PART_SHARED, Page, Publish, Request, ToShard, Wiring, page_begin};
 use crate::config::Settings;
-use crate::event::{ChannelName, Entry, EventId};
 use crate::feed::Feed;
-use crate::frame;
+use crate::protocol::event::{ChannelName, Entry, EventId};
+use crate::protocol::frame;
 
 /// Requests taken together: publishes among them that follow each other leave as one entry.
 const BATCH: usize = 512;

@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use super::page_begin;
-use crate::event::EventId;
+use crate::protocol::event::EventId;
 
 /// A read to be started.
 #[derive(Clone, Debug, PartialEq, Eq)]

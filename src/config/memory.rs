@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::{Settings, show_size};
-use crate::cgroup::{self, Groups};
+use crate::config::cgroup::{self, Groups};
 
 /// Memory of a node before its first client: 5.0 MiB measured, and 1 MiB that its threads keep after they freed it.
 const START: u64 = 6 << 20;

@@ -9,9 +9,9 @@ use serde_json::Value;
 use super::histogram::Times;
 use super::process::Process;
 use super::{Metrics, STATUSES, ShardNumbers};
-use crate::close::LABELS;
-use crate::frame::ErrorCode;
-use crate::guard::Full;
+use crate::limits::connections::Full;
+use crate::protocol::close::LABELS;
+use crate::protocol::frame::ErrorCode;
 
 /// What Prometheus calls it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -5,16 +5,16 @@ use std::time::Instant;
 
 use bytes::{Bytes, BytesMut};
 
-use super::pages::Part;
+use super::replay::Part;
 use super::{JOIN_TIME, Shard};
 use crate::bus::reads::Read;
 use crate::bus::{BusError, ConnectionId, Page, Request, ShardId, ToShard};
-use crate::close::Reason;
-use crate::connection::{LastSeen, State};
-use crate::event::{ChannelName, Entry, EventId};
 use crate::feed::{Cursor, Feed, Start};
-use crate::frame;
-use crate::handshake;
+use crate::protocol::close::Reason;
+use crate::protocol::event::{ChannelName, Entry, EventId};
+use crate::protocol::frame;
+use crate::ws::connection::{LastSeen, State};
+use crate::ws::handshake;
 
 /// What the bus was asked for a client that can't come in without.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use slab::Slab;
 
-use crate::connection::{Connection, NONE};
+use crate::ws::connection::{Connection, NONE};
 
 /// A walk over one user's connections.
 #[derive(Debug)]

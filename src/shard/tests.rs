@@ -12,13 +12,13 @@ use serde_json::Value;
 use socket2::SockRef;
 
 use super::*;
+use crate::auth::keys::KeyRing;
 use crate::bus::{Answer, PAGE, Page, PublishError, page_begin};
 use crate::config::Action;
-use crate::event::{Entry, EventId};
-use crate::guard::Guard;
-use crate::handshake::Door;
-use crate::keys::KeyRing;
+use crate::limits::connections::Guard;
 use crate::metrics::{BusNumbers, Readiness};
+use crate::protocol::event::{Entry, EventId};
+use crate::ws::handshake::Door;
 
 /// Events that history holds.
 const HISTORY: usize = 60;

@@ -4,8 +4,8 @@
 use std::collections::HashMap;
 
 use super::Shard;
-use crate::close::Reason;
-use crate::connection::State;
+use crate::protocol::close::Reason;
+use crate::ws::connection::State;
 
 /// A connection for which something is kept.
 struct Holder {

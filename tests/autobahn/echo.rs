@@ -14,7 +14,7 @@ use std::thread;
 use std::time::Instant;
 
 use fanfare::bus::{Publish, Request, Shards, ToShard};
-use fanfare::event::{Entry, EventId};
+use fanfare::protocol::event::{Entry, EventId};
 use lone::Lone;
 use tokio::sync::mpsc;
 

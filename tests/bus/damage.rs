@@ -1,7 +1,7 @@
 //! Wrong data in one channel costs that channel alone, and ids stay below 2^53 whatever is stored.
 
 use fanfare::bus::PublishError;
-use fanfare::event::EventId;
+use fanfare::protocol::event::EventId;
 
 use crate::node::{Node, event, mark, settings, until};
 use crate::redis_server::RedisServer;

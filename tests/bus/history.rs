@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use fanfare::bus::{PAGE, ToShard};
-use fanfare::event::EventId;
+use fanfare::protocol::event::EventId;
 use tokio::time::{sleep, timeout};
 
 use crate::node::{Node, event, page_after, settings, until};

@@ -9,8 +9,8 @@ use fanfare::bus::{
     self, Answer, BusError, Page, Publish, PublishError, Request, Requests, Shards, ToShard, Unusable, Wiring,
 };
 use fanfare::config::{Action, RedisUrl, Settings};
-use fanfare::event::{ChannelName, Entry, EventId, Kind};
 use fanfare::metrics::{BusNumbers, Readiness};
+use fanfare::protocol::event::{ChannelName, Entry, EventId, Kind};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 

@@ -1,7 +1,7 @@
 //! Everyone sees every event once, in one order, whatever gets lost on the way.
 
 use fanfare::bus::BusError;
-use fanfare::event::EventId;
+use fanfare::protocol::event::EventId;
 use tokio::time::timeout;
 
 use crate::node::{Node, Reader, event, mark, settings};

@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use fanfare::bus::BusError;
-use fanfare::event::EventId;
-use fanfare::json;
+use fanfare::protocol::event::EventId;
+use fanfare::protocol::json;
 use serde_json::Value;
 use tokio::time::timeout;
 
@@ -414,7 +414,7 @@ async fn a_command_that_was_renamed_away_is_named() {
 fn check_with_info(redis: &RedisServer, info: &str) -> Vec<String> {
     let script = format!(
         "local redis = setmetatable({{pcall = function(_, section) return {info} end}}, {{__index = redis}})\n{}",
-        include_str!("../../src/bus/check.lua")
+        include_str!("../../src/bus/redis/lua/check.lua")
     );
     let keys = ["3", "fanfare:{x}", "fanfare:node:x", "fanfare:settings"];
     match redis.raw().command(&[&["EVAL", &script][..], &keys].concat()) {

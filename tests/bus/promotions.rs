@@ -1,7 +1,7 @@
 //! Promotions that no node sees, and changes of Redis' replication id that are none.
 
 use fanfare::bus::PublishError;
-use fanfare::event::EventId;
+use fanfare::protocol::event::EventId;
 
 use crate::node::{Node, Reader, event, settings, until};
 use crate::redis_server::RedisServer;

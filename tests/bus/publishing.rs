@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use fanfare::bus::{BusError, PAGE, PublishError};
 use fanfare::config::Settings;
-use fanfare::event::EventId;
+use fanfare::protocol::event::EventId;
 use tokio::time::{sleep, timeout};
 
 use crate::node::{Node, event, mark, settings, until};

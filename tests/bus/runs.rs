@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use fanfare::bus::{PAGE, PublishError};
-use fanfare::event::EventId;
+use fanfare::protocol::event::EventId;
 use tokio::time::{sleep, timeout};
 
 use crate::node::{Node, event, mark, settings, until};

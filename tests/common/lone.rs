@@ -4,13 +4,13 @@ use std::error::Error;
 use std::sync::Arc;
 use std::thread;
 
+use fanfare::auth::keys::KeyRing;
 use fanfare::bus::{Request, Shards, ToShard};
 use fanfare::config::{Action, Settings};
-use fanfare::guard::Guard;
-use fanfare::handshake::Door;
-use fanfare::keys::KeyRing;
+use fanfare::limits::connections::Guard;
 use fanfare::metrics::{BusNumbers, Metrics, Readiness};
 use fanfare::shard;
+use fanfare::ws::handshake::Door;
 use tokio::sync::mpsc;
 
 /// A shard that runs, and all that speaks with it.

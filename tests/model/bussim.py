@@ -15,7 +15,7 @@ CLASS: fault classes to draw from (default: all of SAFE). SAFE: drop conn lag no
 
 Model: one channel, Redis servers 0 and 1 (snapshots per write, async replication), 2 to 4 nodes, 3 to 10 clients.
 Time in seconds, ids in microseconds of the server's clock. Everything after the heal time is quiet but for a few last events.
-`written` is the first draft of the protocol, `final` what src/bus/*.lua and src/sequence.rs do. CHOICE marks what the draft left
+`written` is the first draft of the protocol, `final` what src/bus/redis/lua/*.lua and src/bus/sequence.rs do. CHOICE marks what the draft left
 open. Violation kinds ending in ~ are measured limits, not failures.
 """
 import heapq, random, sys, time

@@ -1,8 +1,8 @@
 //! A channel as this node follows it: who gets its entries, who waits to, and where it stands.
 
+use crate::bus::sequence::Sequence;
 use crate::bus::{Page, ShardId};
-use crate::event::{Entry, EventId};
-use crate::sequence::Sequence;
+use crate::protocol::event::{Entry, EventId};
 
 /// Entries kept that came before the position was known. More would only spare a read.
 const EARLY_MAX: usize = 256;

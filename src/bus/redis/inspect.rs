@@ -9,9 +9,9 @@ use fred::types::config::Config;
 use fred::types::{Resp3Frame, Value};
 use tokio::time::{sleep, timeout};
 
-use super::link::{self, CallError, ConnectError};
-use super::terms::Terms;
-use super::{reason, scripts};
+use super::session::{self, CallError, ConnectError};
+use super::settings::Terms;
+use super::{errors, scripts};
 use crate::config::{RedisUrl, Settings};
 
 /// Longest that the whole look may take, but for the sample.
@@ -78,24 +78,24 @@ pub struct History {
 /// What is wrong, in words that say what to do.
 pub async fn inspect(settings: &Settings, url: &RedisUrl) -> Result<Facts, String> {
     let config = Config::from_url(&url.0).map_err(|error| error.details().to_owned())?;
-    let client = Client::new(config, None, Some(link::connection_config(Vec::new())), None);
+    let client = Client::new(config, None, Some(session::connection_config(Vec::new())), None);
     let result = timeout(LOOK_TIME + SAMPLE, look(&client, &Terms::new(settings))).await;
     // Whether it hears that or not, this process ends.
     let _ = timeout(Duration::from_secs(1), client.quit()).await;
     match result {
         Ok(Ok(facts)) => Ok(facts),
         Ok(Err(ConnectError::Unusable(text) | ConnectError::NotPermitted(text))) => Err(text),
-        Ok(Err(ConnectError::Lacking(what))) => Err(reason::lacking(&what)),
-        Ok(Err(ConnectError::Away(words))) => Err(format!("{} ({words})", reason::away(&words))),
-        Ok(Err(ConnectError::Refused(words))) => Err(format!("{} ({words})", reason::refused(&words))),
-        Err(_) => Err(format!("{} (no end within {LOOK_TIME:?})", reason::away("no answer"))),
+        Ok(Err(ConnectError::Lacking(what))) => Err(errors::lacking(&what)),
+        Ok(Err(ConnectError::Away(words))) => Err(format!("{} ({words})", errors::away(&words))),
+        Ok(Err(ConnectError::Refused(words))) => Err(format!("{} ({words})", errors::refused(&words))),
+        Err(_) => Err(format!("{} (no end within {LOOK_TIME:?})", errors::away("no answer"))),
     }
 }
 
 async fn look(client: &Client, terms: &Terms) -> Result<Facts, ConnectError> {
-    client.init().await.map_err(link::not_connected)?;
-    let info = link::check_server(client).await?;
-    let field = |name: &str| link::field(&info, name).unwrap_or_default();
+    client.init().await.map_err(session::not_connected)?;
+    let info = session::check_server(client).await?;
+    let field = |name: &str| session::field(&info, name).unwrap_or_default();
     let number = |name: &str| field(name).parse().unwrap_or(0);
     let mut facts = Facts {
         version: field("redis_version").into(),
@@ -107,7 +107,7 @@ async fn look(client: &Client, terms: &Terms) -> Result<Facts, ConnectError> {
         host: number("total_system_memory"),
         ..Facts::default()
     };
-    match link::check_permissions(client, terms).await {
+    match session::check_permissions(client, terms).await {
         Err(ConnectError::NotPermitted(text)) => facts.not_permitted = Some(text),
         Err(ConnectError::Lacking(what)) => facts.lacking = Some(what),
         result => result?,
@@ -124,7 +124,7 @@ async fn ask(
     name: &'static str,
     args: Vec<Value>,
 ) -> Result<Option<Resp3Frame>, ConnectError> {
-    match link::command(client, name, args).await {
+    match session::command(client, name, args).await {
         Ok(frame) => Ok(Some(frame)),
         Err(CallError::Refused(_)) => Ok(None),
         Err(CallError::Lost(words)) => Err(ConnectError::Away(words.to_string())),

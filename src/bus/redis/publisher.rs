@@ -8,7 +8,7 @@ use std::time::Instant;
 use bytes::Bytes;
 
 use crate::bus::{Answer, Publish, PublishError};
-use crate::event::EventId;
+use crate::protocol::event::EventId;
 
 /// Events in one call. More would keep Redis from others for longer than ten milliseconds.
 const BATCH_EVENTS: usize = 512;
@@ -240,7 +240,7 @@ fn not_in_time() -> PublishError {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::event::ChannelName;
+    use crate::protocol::event::ChannelName;
     use std::time::Duration;
     use tokio::sync::oneshot;
 

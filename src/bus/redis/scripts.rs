@@ -7,28 +7,28 @@ use bytes::Bytes;
 use fred::types::{Resp3Frame, Value};
 
 use super::publisher::Batch;
-use super::terms::Terms;
+use super::settings::Terms;
 use super::wire;
 use crate::bus::Page;
-use crate::event::{ChannelName, Entry, EventId};
+use crate::protocol::event::{ChannelName, Entry, EventId};
 
 /// No flag: Redis refuses it whole when out of memory, so that a refused event is certainly not taken.
 pub const PUBLISH: &str =
-    concat!("#!lua\n", include_str!("../run.lua"), "\n", include_str!("../publish.lua"));
+    concat!("#!lua\n", include_str!("lua/epoch.lua"), "\n", include_str!("lua/publish.lua"));
 
 /// Readers may write a few bytes (a new anchor) even when events are refused for want of memory.
 pub const READ: &str =
-    concat!("#!lua flags=allow-oom\n", include_str!("../run.lua"), "\n", include_str!("../read.lua"));
+    concat!("#!lua flags=allow-oom\n", include_str!("lua/epoch.lua"), "\n", include_str!("lua/read.lua"));
 
 /// As [`READ`].
 pub const CANARY: &str =
-    concat!("#!lua flags=allow-oom\n", include_str!("../run.lua"), "\n", include_str!("../canary.lua"));
+    concat!("#!lua flags=allow-oom\n", include_str!("lua/epoch.lua"), "\n", include_str!("lua/probe.lua"));
 
 /// Writes nothing.
-pub const CHECK: &str = concat!("#!lua flags=no-writes,allow-oom\n", include_str!("../check.lua"));
+pub const CHECK: &str = concat!("#!lua flags=no-writes,allow-oom\n", include_str!("lua/check.lua"));
 
 /// Stores the settings of this prefix for other programs' FCALL.
-pub const SETTINGS: &str = concat!("#!lua flags=allow-oom\n", include_str!("../settings.lua"));
+pub const SETTINGS: &str = concat!("#!lua flags=allow-oom\n", include_str!("lua/settings.lua"));
 
 /// What every call on a channel carries: what this node knows of it.
 #[derive(Clone, Copy, Debug, Default)]

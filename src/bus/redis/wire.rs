@@ -7,8 +7,8 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use crate::bus::Page;
-use crate::event::{Entry, EventId};
-use crate::foreign;
+use crate::protocol::event::{Entry, EventId};
+use crate::protocol::ingest;
 
 /// Prefix of a script's error about wrong data in one channel, as `run.lua` writes it. The key follows.
 pub const FAULT: &str = "FAULT ";
@@ -28,11 +28,11 @@ pub fn id_of(line: &[u8]) -> Option<EventId> {
 /// to the stream. An event that clients can't parse, or would take for a control frame, becomes `{"data":"its text"}` with
 /// the same id.
 fn readable(event: &[u8], id: EventId) -> Cow<'_, [u8]> {
-    match foreign::readable(event) {
+    match ingest::readable(event) {
         Ok(()) => Cow::Borrowed(event),
         Err(bad) => {
             tracing::debug!(%id, "event in Redis is shown as text: {bad}");
-            Cow::Owned(foreign::text_event(event, Some(id)).into_bytes())
+            Cow::Owned(ingest::text_event(event, Some(id)).into_bytes())
         }
     }
 }
@@ -129,7 +129,7 @@ pub fn canary_line(line: &str) -> Option<(&str, Position<'_>)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::event::Kind;
+    use crate::protocol::event::Kind;
 
     #[test]
     fn the_id_is_read_from_the_end() {

@@ -1,0 +1,363 @@
+//! The admin listener: publish, metrics, stats. HTTP/1.1 with keep-alive, on its own thread, so that its requests delay no
+//! event.
+
+use std::future::ready;
+use std::io;
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::runtime;
+use tokio::sync::{Semaphore, oneshot, watch};
+use tokio::task::{JoinSet, yield_now};
+use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
+
+use crate::auth::keys::KeyRing;
+use crate::bus::{Answer, Publish, PublishError, Request, Requests};
+use crate::config::Settings;
+use crate::http::origin;
+use crate::http::{self, Head, Refusal, Response};
+use crate::metrics::Metrics;
+use crate::metrics::rejections::Class;
+use crate::node::accept::AcceptLog;
+use crate::protocol::event::{ChannelName, DEFAULT_CHANNEL, EventId, is_user_id};
+use crate::protocol::ingest;
+
+mod conversation;
+mod listener;
+#[cfg(test)]
+mod tests;
+
+use conversation::{Waits, converse};
+use listener::{Accepting, SocketFile};
+pub use listener::{Listener, Open};
+
+/// Least number of connections: systemd may hand over a socket though `--admin` is off, and then none are planned.
+const CONNECTIONS_MIN: usize = 4;
+/// One connection of this many is reserved for health and metrics, for when publishes wait for the bus on all others.
+const RESERVED_PART: usize = 16;
+/// The bus answers within `--publish-timeout`; what it needs to notice that time is up comes on top.
+const BUS_GRACE: Duration = Duration::from_secs(5);
+/// Longest `Idempotency-Key`, in bytes: part of a Redis key. function.lua has the same limit.
+const KEY_MAX: usize = 128;
+/// Wait after a failed accept: without descriptors the next one fails too.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// Time between two turns that the watchdog sees.
+const TURN: Duration = Duration::from_millis(500);
+/// How long clients may take to read the last answers after the node has stopped waiting for the bus.
+const LAST_ANSWERS: Duration = Duration::from_secs(1);
+
+/// What the admin listener works with.
+#[derive(Clone, Debug)]
+pub struct AdminContext {
+    /// The way to the bus.
+    pub requests: Requests,
+    /// What it shows, and whether the node is ready.
+    pub metrics: Arc<Metrics>,
+    /// The key to it.
+    pub keys: Arc<KeyRing>,
+    /// Used of them: the longest body, the time for the bus, allowed hosts.
+    pub settings: Arc<Settings>,
+}
+
+/// How far the node has stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Phase {
+    /// It runs.
+    Serving,
+    /// No more connections are accepted; requests under way are answered.
+    Finishing,
+    /// Publishes that still wait for the bus are answered `unknown`.
+    Ending,
+}
+
+/// Returns once the phase is `least` or later, or its sender is gone.
+async fn reached(mut phase: watch::Receiver<Phase>, least: Phase) {
+    while *phase.borrow_and_update() < least {
+        if phase.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+/// A running admin listener.
+#[derive(Debug)]
+pub struct Admin {
+    phase: watch::Sender<Phase>,
+    ended: oneshot::Receiver<()>,
+    _file: Option<SocketFile>,
+}
+
+/// Serves on its own thread, until [`Admin::finish`].
+pub fn start(listener: Listener, context: AdminContext) -> io::Result<Admin> {
+    let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
+    let (accepting, file) = {
+        let _entered = runtime.enter();
+        listener.into_accepting()?
+    };
+    // One is for a client that connects when all others are in use, until one of those is closed.
+    let connections = (context.settings.admin_connections() as usize).max(CONNECTIONS_MIN) - 1;
+    let publishes = connections - connections.div_ceil(RESERVED_PART);
+    let (phase, seen) = watch::channel(Phase::Serving);
+    let (end, ended) = oneshot::channel();
+    let body = move || {
+        runtime.block_on(serve([connections, publishes], accepting, context, seen));
+        let _ = end.send(()); // fails only when nobody waits for it
+    };
+    thread::Builder::new().name("admin".into()).spawn(body)?;
+    Ok(Admin { phase, ended, _file: file })
+}
+
+impl Admin {
+    /// Accepts no more connections, and returns once every request under way is answered. Publishes wait for the bus
+    /// no longer than `publish_wait`; the caller runs the bus meanwhile.
+    pub async fn finish(mut self, publish_wait: Duration) {
+        self.phase.send_replace(Phase::Finishing);
+        if timeout(publish_wait, &mut self.ended).await.is_err() {
+            self.phase.send_replace(Phase::Ending);
+            let _ = timeout(2 * LAST_ANSWERS, self.ended).await; // the process ends, whatever its clients do
+        }
+    }
+}
+
+/// What the connections share.
+#[derive(Debug)]
+struct Shared {
+    context: AdminContext,
+    /// Whether browsers can reach the listener without a key.
+    checks_host: bool,
+    publishes: Semaphore,
+    waits: Waits,
+    phase: watch::Receiver<Phase>,
+}
+
+impl Shared {
+    async fn reached(&self, least: Phase) {
+        reached(self.phase.clone(), least).await;
+    }
+}
+
+/// Serves at most this many connections and publishes at once, until [`Phase::Finishing`] and all are answered. When one
+/// connection more is accepted, the one that has waited longest for its peer is closed. More publishes get 503.
+async fn serve(
+    [most, publishes]: [usize; 2],
+    listener: Accepting,
+    context: AdminContext,
+    phase: watch::Receiver<Phase>,
+) {
+    let metrics = context.metrics.clone();
+    let shared = Arc::new(Shared {
+        checks_host: listener.is_tcp() && !context.keys.current().asks_for_admin_key(),
+        publishes: Semaphore::new(publishes),
+        waits: Waits::default(),
+        phase: phase.clone(),
+        context,
+    });
+    let mut connections = JoinSet::new();
+    let spawn = |connections: &mut JoinSet<()>, stream| {
+        let shared = shared.clone();
+        connections.spawn(async move {
+            if let Err(error) = converse(stream, &shared).await {
+                tracing::debug!(%error, "an admin connection broke");
+            }
+        });
+    };
+    let mut log = AcceptLog::default();
+    let mut turns = interval(TURN);
+    turns.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut finishing = std::pin::pin!(reached(phase.clone(), Phase::Finishing));
+    loop {
+        while connections.try_join_next().is_some() {}
+        let is_full = connections.len() > most;
+        let accepted = tokio::select! {
+            () = &mut finishing => break,
+            _ = turns.tick() => {
+                metrics.admin_turns.add(1);
+                continue;
+            }
+            _ = connections.join_next(), if is_full => continue,
+            accepted = listener.accept(), if !is_full => accepted,
+        };
+        match accepted {
+            Ok(stream) => {
+                log.succeeded("admin connections");
+                spawn(&mut connections, stream);
+                if connections.len() > most {
+                    shared.waits.stop_longest();
+                }
+            }
+            Err(error) => {
+                metrics.accept_failures.add(1);
+                log.failed("admin connections can't be accepted and wait", &error);
+                sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+    // Clients in the listener's queue would get a reset when it closes.
+    loop {
+        yield_now().await; // lets the runtime poll the listener
+        tokio::select! {
+            biased;
+            Ok(stream) = listener.accept() => spawn(&mut connections, stream),
+            () = ready(()) => break,
+        }
+    }
+    drop(listener);
+    let cut = async {
+        reached(phase, Phase::Ending).await;
+        sleep(LAST_ANSWERS).await;
+    };
+    tokio::select! {
+        () = async { while connections.join_next().await.is_some() {} } => {}
+        () = cut => {}
+    }
+}
+
+/// Refuses a request without the right key or host. Health checks need no key.
+fn authorize(head: &Head<'_>, shared: &Shared) -> Result<(), Refusal> {
+    let AdminContext { keys, metrics, settings, .. } = &shared.context;
+    let refuse = |why, refusal: Refusal| {
+        metrics.admin_refused.add(1);
+        let class = Class { what: "admin request", why, status: refusal.status };
+        metrics.refusals.note(class, &refusal.text);
+        Err(refusal)
+    };
+    // A site can make its name point to this machine (DNS rebinding), and its page then read the answers. All browsers
+    // send Host.
+    let is_own = |host| origin::is_loopback_host(host) || origin::names_host(&settings.allow_origin, host);
+    if shared.checks_host && head.count("host") > 0 && !head.header("host").is_some_and(is_own) {
+        let text =
+            "the Host must be localhost, 127.0.0.1 or a host in --allow-origin, unless an --admin-key is set";
+        return refuse("host", Refusal::new(403, text));
+    }
+    if matches!(head.path, "/healthz" | "/readyz") || keys.current().admit_admin(head) {
+        return Ok(());
+    }
+    let text = "the admin key is missing or wrong: send Authorization: Bearer KEY (--admin-key)";
+    refuse("key", Refusal::new(401, text).with("WWW-Authenticate", "Bearer"))
+}
+
+async fn answer(head: &Head<'_>, body: &[u8], shared: &Shared) -> Result<Response, Refusal> {
+    let allowed = match head.path {
+        "/publish" => "POST",
+        "/metrics" | "/stats" | "/healthz" | "/readyz" => "GET, HEAD",
+        _ => {
+            let known = "POST /publish, GET /metrics, /stats, /healthz and /readyz";
+            return Err(Refusal::new(404, format!("there is no such path; there are {known}")));
+        }
+    };
+    if !allowed.split(", ").any(|method| method == head.method) {
+        return Err(Refusal::new(405, format!("{} takes {allowed}", head.path)).with("Allow", allowed));
+    }
+    let metrics = &shared.context.metrics;
+    Ok(match head.path {
+        "/publish" => publish(head, body, shared).await?,
+        "/metrics" => Response::new(200, "text/plain; version=0.0.4; charset=utf-8", metrics.prometheus()),
+        "/stats" => Response::json(200, &metrics.stats_json()),
+        "/healthz" => Response::line(200, "ok"),
+        _ => match metrics.readiness.trouble() {
+            None => Response::line(200, "ready"),
+            Some(trouble) => Response::line(503, &trouble).with("Retry-After", "1"),
+        },
+    })
+}
+
+async fn publish(head: &Head<'_>, body: &[u8], shared: &Shared) -> Result<Response, Refusal> {
+    if head.count("origin") > 0 {
+        // Any page that a browser on this machine has open could publish here, without being able to read the
+        // answer. Programs send no Origin.
+        return Err(Refusal::new(403, "this is for programs, not for pages in a browser"));
+    }
+    let (channel, to) = destination(head.query)?;
+    let event = ingest::published(body, to.as_deref()).map_err(|bad| Refusal::new(400, bad.to_string()))?;
+    let key = idempotency_key(head)?;
+    let Ok(_permit) = shared.publishes.try_acquire() else {
+        let text = "too many publishes wait for the bus here: try again, or another node";
+        return Err(Refusal::new(503, text).with("Retry-After", "1"));
+    };
+    let id = match hand_over(channel, to, key, event, shared).await {
+        Ok(id) => id,
+        Err(error) => {
+            let text = error.to_string();
+            let (status, why) = match error {
+                PublishError::Refused(_) => (503, "unavailable"),
+                PublishError::Unknown => (504, "unknown"),
+            };
+            shared.context.metrics.refusals.note(Class { what: "admin request", why, status }, &text);
+            let refusal = Refusal::new(status, text);
+            return Err(if status == 503 { refusal.with("Retry-After", "1") } else { refusal });
+        }
+    };
+    Ok(Response::json(200, &format!(r#"{{"id":{id}}}"#)))
+}
+
+/// `channel` and `to`. An unknown parameter is refused: a mistyped `channel` would publish to everybody in the
+/// default one, a mistyped `to` to everybody else.
+fn destination(query: &str) -> Result<(ChannelName, Option<Arc<str>>), Refusal> {
+    let mut seen = Vec::new();
+    for pair in query.split('&').filter(|pair| !pair.is_empty()) {
+        let name = pair.split_once('=').map_or(pair, |(name, _)| name);
+        if !matches!(name, "channel" | "to") {
+            return Err(Refusal::new(400, format!("there is no parameter {name}; there are channel and to")));
+        }
+        if seen.contains(&name) {
+            return Err(Refusal::new(400, format!("the parameter {name} is given twice")));
+        }
+        seen.push(name);
+    }
+    let channel = http::query_value(query, "channel")?;
+    let channel = ChannelName::parse(channel.as_deref().unwrap_or(DEFAULT_CHANNEL))
+        .ok_or_else(|| Refusal::new(400, "channel must be 1 to 128 letters, digits, _ . : and -"))?;
+    let to = http::query_value(query, "to")?;
+    if to.as_deref().is_some_and(|user| !is_user_id(user)) {
+        return Err(Refusal::new(400, "to must be a user id: 1 to 128 bytes, no control characters"));
+    }
+    Ok((channel, to.map(|user| user.as_ref().into())))
+}
+
+/// The `Idempotency-Key`, with which a retry publishes nothing twice. It may be quoted, as in the IETF's draft
+/// (draft-ietf-httpapi-idempotency-key-header); the quotes are no part of it.
+fn idempotency_key(head: &Head<'_>) -> Result<Option<Arc<str>>, Refusal> {
+    let given = match head.count("idempotency-key") {
+        0 => return Ok(None),
+        1 => head.header("idempotency-key"),
+        _ => None,
+    };
+    let unquoted =
+        given.map(|key| key.strip_prefix('"').and_then(|key| key.strip_suffix('"')).unwrap_or(key));
+    let is_key = |key: &&str| {
+        (1..=KEY_MAX).contains(&key.len()) && key.bytes().all(|byte| byte.is_ascii_graphic() && byte != b'"')
+    };
+    match unquoted.filter(is_key) {
+        Some(key) => Ok(Some(key.into())),
+        None => {
+            let rule = "1 to 128 printable ASCII characters without blanks and quotes (quotes around it are dropped)";
+            Err(Refusal::new(400, format!("Idempotency-Key must be given once: {rule}")))
+        }
+    }
+}
+
+/// Gives the event to the bus and waits for its id.
+async fn hand_over(
+    channel: ChannelName,
+    to: Option<Arc<str>>,
+    key: Option<Arc<str>>,
+    event: Bytes,
+    shared: &Shared,
+) -> Result<EventId, PublishError> {
+    let (waiter, outcome) = oneshot::channel();
+    let publish = Publish { channel, to, key, event, answer: Answer::Waiter(waiter) };
+    if shared.context.requests.send(Request::Publish(publish)).is_err() {
+        return Err(PublishError::Refused("this node is stopping".into()));
+    }
+    let time = shared.context.settings.publish_timeout + BUS_GRACE;
+    tokio::select! {
+        biased;
+        outcome = timeout(time, outcome) => match outcome {
+            Ok(Ok(result)) => result,
+            Ok(Err(_)) | Err(_) => Err(PublishError::Unknown),
+        },
+        () = shared.reached(Phase::Ending) => Err(PublishError::Unknown),
+    }
+}

@@ -1,0 +1,4 @@
+//! JWT verification and the key files, which are read again on SIGHUP.
+
+pub mod keys;
+pub mod token;

@@ -1,0 +1,400 @@
+//! What a bus is: it gives every event its id, keeps history, and hands each channel's events to the shards
+//! in id order. One runs in the control thread: [`local`] alone on this node, [`redis`] across nodes.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use bytes::Bytes;
+use tokio::sync::{mpsc, oneshot};
+
+use crate::config::Settings;
+use crate::limits::connections::Place;
+use crate::metrics::{BusNumbers, Readiness};
+use crate::protocol::event::{ChannelName, Entry, EventId};
+
+pub mod local;
+pub mod reads;
+pub mod redis;
+pub mod sequence;
+
+/// How many ids one page of history spans; pages begin at multiples of it.
+pub const PAGE: u64 = 256;
+
+/// Bytes that an answer may hold before the position asked for: so much is read from the page's begin for others to
+/// share.
+pub const PART_SHARED: usize = 64 * 1024;
+
+/// The position before the page that holds the event after `position`.
+pub fn page_begin(position: EventId) -> EventId {
+    let first = position.next().0;
+    EventId(first - first % PAGE).previous()
+}
+
+/// Which shard of this node.
+pub type ShardId = usize;
+
+/// A connection of this node: its shard's slot, and the generation that tells it from the slot's earlier owners.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct ConnectionId {
+    /// Its shard.
+    pub shard: ShardId,
+    /// Its slot in the shard's slab.
+    pub slot: u32,
+    /// Counts the owners of the slot.
+    pub generation: u32,
+}
+
+/// What shards and the admin listener ask of the bus. Requests are taken in the order sent.
+#[derive(Debug)]
+pub enum Request {
+    /// The shard's first client of a channel has come. Answered once by [`ToShard::Followed`] or
+    /// [`ToShard::NotFollowed`]; after `Followed` the shard gets every entry of the channel, in order.
+    Follow {
+        /// The channel.
+        channel: ChannelName,
+        /// Who follows.
+        shard: ShardId,
+    },
+    /// The shard has nobody left there. Not answered. Entries already under way may still arrive.
+    Unfollow {
+        /// The channel.
+        channel: ChannelName,
+        /// Who lets go.
+        shard: ShardId,
+    },
+    /// An event to be given an id.
+    Publish(Publish),
+    /// The events after a position, at most up to the end of the page that holds the first of them. Answered once
+    /// by [`ToShard::Page`].
+    Read {
+        /// The channel; the shard follows it.
+        channel: ChannelName,
+        /// The position.
+        position: EventId,
+        /// About how many bytes are wanted. One event comes in any case, and what the page has before the position
+        /// may come too, up to [`PART_SHARED`].
+        bytes: usize,
+        /// Who asks.
+        shard: ShardId,
+    },
+    /// A client claims an id ahead of the node: look at the bus once, hand out what is new, then answer with
+    /// [`ToShard::Looked`]. All who ask meanwhile share it.
+    Look {
+        /// The channel; the shard follows it.
+        channel: ChannelName,
+        /// Who asks.
+        shard: ShardId,
+    },
+}
+
+/// An event on its way in.
+#[derive(Debug)]
+pub struct Publish {
+    /// Its channel; need not be followed by anyone here.
+    pub channel: ChannelName,
+    /// The only user it is for; `event` shows it as `to` already.
+    pub to: Option<Arc<str>>,
+    /// What makes a retry safe: an event under a key that its channel has seen within ten minutes is not published
+    /// again, and its answer is the first one's id.
+    pub key: Option<Arc<str>>,
+    /// A JSON object without `id`, on one line, beginning with `{` and ending with `}`.
+    pub event: Bytes,
+    /// Who wants to know what became of it.
+    pub answer: Answer,
+}
+
+/// Where the outcome of a publish goes.
+#[derive(Debug)]
+pub enum Answer {
+    /// To a connection, by [`ToShard::Published`]. The reference is the client's own, as JSON text.
+    Connection(ConnectionId, Option<Box<str>>),
+    /// To whoever waits, as the admin listener does.
+    Waiter(oneshot::Sender<Result<EventId, PublishError>>),
+}
+
+/// Why an event was not published.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PublishError {
+    /// The bus has certainly not taken it: it is away, or refuses (the text says why). Trying again is safe.
+    #[error("not published: {0}")]
+    Refused(Arc<str>),
+    /// It was sent and no answer can be had: it may or may not have been taken.
+    #[error("it may or may not have been published: the bus did not answer in time")]
+    Unknown,
+}
+
+/// Why a channel can't be followed, or a page not read.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum BusError {
+    /// The bus can't be asked now.
+    #[error("the bus is away: {0}")]
+    Away(Arc<str>),
+    /// The node follows `--max-channels` channels already.
+    #[error("this node follows as many channels as --max-channels allows")]
+    TooManyChannels,
+}
+
+/// A page of history or a part of it, all from one moment.
+#[derive(Clone, Debug)]
+pub struct Page {
+    /// The position that its events follow: the one asked for, or an earlier one of the same page.
+    pub after: EventId,
+    /// The last anchor: no position before it is continuous with what follows.
+    pub base: EventId,
+    /// The last id given.
+    pub head: EventId,
+    /// The oldest id that history holds; `head + 1` when it holds none.
+    pub oldest: EventId,
+    /// The page's events that history holds, in order and consecutive, private ones among them. The front is
+    /// missing where history was trimmed; the end where the head stands inside the page, or where the size asked
+    /// for was reached: then it holds at least one event.
+    pub entries: Vec<Entry>,
+}
+
+impl Page {
+    /// Whether it says what follows `position`: the next event, or that it is gone for good.
+    pub fn covers(&self, position: EventId) -> bool {
+        let end = self.entries.last().map_or(self.after, |entry| entry.last);
+        let gone = is_gone(position, self.base, self.head, self.oldest);
+        self.after <= position && (position < end || gone)
+    }
+}
+
+/// What the bus tells a shard. Taken in the order sent.
+#[derive(Debug)]
+pub enum ToShard {
+    /// A new socket, to be served by this shard, and what it holds of the counts.
+    Socket(mio::net::TcpStream, Place),
+    /// The channel is followed from here on. Where another shard gave it, the bus's next entries may have come
+    /// before it.
+    Followed {
+        /// The channel.
+        channel: ChannelName,
+        /// Its last anchor.
+        base: EventId,
+        /// The id after which the bus's entries begin.
+        position: EventId,
+        /// What another shard has of the time before, up to the position.
+        recent: Vec<Entry>,
+    },
+    /// Another shard follows the channel from here on: tell it so, and give it what is in memory.
+    Share {
+        /// The channel.
+        channel: ChannelName,
+        /// Its last anchor.
+        base: EventId,
+        /// The position of every shard that has all that was told so far.
+        position: EventId,
+        /// Whom to tell.
+        with: ShardId,
+    },
+    /// The channel can't be followed now; the shard may ask again.
+    NotFollowed {
+        /// The channel.
+        channel: ChannelName,
+        /// Why.
+        why: BusError,
+    },
+    /// The channel's next entry.
+    Entry {
+        /// The channel.
+        channel: ChannelName,
+        /// Framed events, or a reset mark.
+        entry: Entry,
+        /// When it came to this node.
+        arrived: Instant,
+    },
+    /// The answer to [`Request::Read`].
+    Page {
+        /// The channel.
+        channel: ChannelName,
+        /// The position that was asked for.
+        position: EventId,
+        /// What history holds of it.
+        result: Result<Arc<Page>, BusError>,
+    },
+    /// The answer to [`Request::Look`]; entries found by it came before.
+    Looked {
+        /// The channel.
+        channel: ChannelName,
+        /// An error when the bus could not be asked.
+        result: Result<(), BusError>,
+    },
+    /// The outcome of a connection's publish.
+    Published {
+        /// Whose publish.
+        connection: ConnectionId,
+        /// The client's own reference, as JSON text.
+        reference: Option<Box<str>>,
+        /// The event's id, or why there is none.
+        result: Result<EventId, PublishError>,
+    },
+    /// The node is stopping: end every connection, spread over this time.
+    Drain(std::time::Duration),
+}
+
+/// Wakes a shard that sleeps in its poll, and costs nothing while it does not sleep.
+#[derive(Debug)]
+pub struct Bell {
+    waker: mio::Waker,
+    asleep: AtomicBool,
+}
+
+impl Bell {
+    /// A bell that rings by this waker.
+    pub fn new(waker: mio::Waker) -> Bell {
+        Bell { waker, asleep: AtomicBool::new(false) }
+    }
+
+    /// Polls, with a nap unless there is something to do; whoever brings something meanwhile wakes it.
+    pub fn sleep<T>(&self, has_work: impl FnOnce() -> bool, poll: impl FnOnce(bool) -> T) -> T {
+        // Both sides write, then read what the other wrote, in one order for all (SeqCst): either the sender sees
+        // that the shard sleeps, or the shard sees what was sent.
+        self.asleep.store(true, Ordering::SeqCst);
+        let nap = !has_work();
+        if !nap {
+            self.asleep.store(false, Ordering::SeqCst);
+        }
+        let result = poll(nap);
+        self.asleep.store(false, Ordering::SeqCst);
+        result
+    }
+
+    fn ring(&self) {
+        if self.asleep.swap(false, Ordering::SeqCst) {
+            // It fails only when the shard's poll is gone, and with it whoever would have to wake.
+            let _ = self.waker.wake();
+        }
+    }
+}
+
+/// The shards' inboxes. Cloned freely; sending never waits, since a shard empties its inbox at every turn.
+#[derive(Clone, Debug)]
+pub struct Shards {
+    inboxes: Arc<[mpsc::UnboundedSender<ToShard>]>,
+    bells: Arc<[Arc<Bell>]>,
+}
+
+impl Shards {
+    /// One inbox a shard, by [`ShardId`]; whoever reads it awaits it.
+    pub fn new(inboxes: Vec<mpsc::UnboundedSender<ToShard>>) -> Shards {
+        Shards { inboxes: inboxes.into(), bells: Arc::default() }
+    }
+
+    /// The same for shards that sleep in a poll.
+    pub fn with_bells(self, bells: Vec<Arc<Bell>>) -> Shards {
+        Shards { bells: bells.into(), ..self }
+    }
+
+    /// How many shards there are.
+    pub fn count(&self) -> usize {
+        self.inboxes.len()
+    }
+
+    /// Tells one shard. A shard that has ended has nobody left to tell, so that is not an error.
+    pub fn tell(&self, shard: ShardId, message: ToShard) {
+        self.leave(shard, message);
+        self.ring(shard);
+    }
+
+    /// Tells one shard without waking it: for many messages with one [`Shards::ring`].
+    pub fn leave(&self, shard: ShardId, message: ToShard) {
+        let _ = self.inboxes[shard].send(message);
+    }
+
+    /// Wakes a shard that sleeps.
+    pub fn ring(&self, shard: ShardId) {
+        if let Some(bell) = self.bells.get(shard) {
+            bell.ring();
+        }
+    }
+
+    /// Tells a shard that it follows a channel from `position` on; through another that has its recent entries,
+    /// where there is one. So a client finds on every shard what any has in memory.
+    pub fn share(
+        &self,
+        channel: ChannelName,
+        base: EventId,
+        position: EventId,
+        from: Option<&ShardId>,
+        with: ShardId,
+    ) {
+        match from {
+            Some(from) => self.tell(*from, ToShard::Share { channel, base, position, with }),
+            None => self.tell(with, ToShard::Followed { channel, base, position, recent: Vec::new() }),
+        }
+    }
+
+    /// Tells whoever asked what became of a publish.
+    pub fn answer(&self, answer: Answer, result: Result<EventId, PublishError>) {
+        match answer {
+            Answer::Connection(connection, reference) => {
+                self.tell(connection.shard, ToShard::Published { connection, reference, result });
+            }
+            Answer::Waiter(waiter) => {
+                let _ = waiter.send(result); // nobody waits any more
+            }
+        }
+    }
+}
+
+/// The way to the bus: cloned by every shard and the admin listener.
+pub type Requests = mpsc::UnboundedSender<Request>;
+
+/// Whether position `at` is proven continuous with what follows: nothing after it is missing.
+pub fn is_proven(at: EventId, base: EventId, head: EventId, oldest: EventId) -> bool {
+    base <= at && at <= head && (at == head || oldest <= at.next())
+}
+
+/// Whether what follows position `at` is gone for good, at least in part.
+pub fn is_gone(at: EventId, base: EventId, head: EventId, oldest: EventId) -> bool {
+    at < base || (at < head && oldest > at.next())
+}
+
+/// What a bus works with.
+#[derive(Debug)]
+pub struct Wiring {
+    /// What it is asked.
+    pub requests: mpsc::UnboundedReceiver<Request>,
+    /// Whom it tells.
+    pub shards: Shards,
+    /// What it counts.
+    pub numbers: Arc<BusNumbers>,
+    /// Where it says whether it works.
+    pub readiness: Arc<Readiness>,
+}
+
+/// A bus that can't go on at all, however long one waits.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct Unusable(pub String);
+
+/// Runs the bus that the settings name until every sender of requests is gone.
+pub async fn run(settings: &Settings, wiring: Wiring) -> Result<(), Unusable> {
+    match &settings.redis {
+        None => {
+            local::run(settings, wiring).await;
+            Ok(())
+        }
+        Some(url) => redis::run(settings, url, wiring).await,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every small history: what is proven is just what can be shown to miss nothing.
+    #[test]
+    fn a_position_is_proven_if_and_only_if_history_holds_all_that_follows_it_in_its_run() {
+        for (base, head) in (0..6_u64).flat_map(|base| (base..8).map(move |head| (base, head))) {
+            for (oldest, at) in (base + 1..=head + 1).flat_map(|oldest| (0..10).map(move |at| (oldest, at))) {
+                let of_this_run = base <= at && at <= head;
+                let held = (at + 1..=head).all(|id| oldest <= id);
+                let proven = is_proven(EventId(at), EventId(base), EventId(head), EventId(oldest));
+                assert_eq!(proven, of_this_run && held, "{at}: base {base}, head {head}, oldest {oldest}");
+            }
+        }
+    }
+}

@@ -1,0 +1,481 @@
+//! Whether a Redis keeps what a node promises. What was found in, findings out.
+
+use std::time::Duration;
+
+use super::finding::Finding;
+use crate::bus::redis::inspect::{Facts, History, SAMPLE};
+use crate::config::{Settings, show_duration, show_size};
+
+/// Less soft limit than this cuts off a node that is behind for a moment, and has it read history instead.
+const PUBSUB_SOFT: u64 = 64 << 20;
+/// A clock this far off shows in logs, and in when tokens end.
+const CLOCK_OFF: f64 = 2.0;
+/// What a client needs to come back once it has noticed, with the random wait that keeps all from coming at once.
+const COMING_BACK: Duration = Duration::from_secs(15);
+
+/// Everything about Redis.
+pub fn judge(facts: &Facts, settings: &Settings) -> Vec<Finding> {
+    let mut findings = vec![connection(facts), role(facts), rights(facts), eviction(facts)];
+    findings.extend([limit(facts), buffer(facts), persistence(facts, settings), replicas(facts)]);
+    findings.push(message_size(facts, settings));
+    findings.extend([clock(facts), history(facts, settings), history_memory(facts, settings)]);
+    findings
+}
+
+fn connection(facts: &Facts) -> Finding {
+    let text =
+        format!("Redis {}, {:.1} ms there and back", facts.version, facts.round_trip.as_secs_f64() * 1e3);
+    if facts.round_trip > Duration::from_millis(20) {
+        return Finding::warning("connection", text + ": every event waits that long, twice")
+            .remedy("a Redis nearer to the nodes");
+    }
+    Finding::ok("connection", text)
+}
+
+fn role(facts: &Facts) -> Finding {
+    match facts.role.as_str() {
+        "master" => Finding::ok("role", "a primary"),
+        _ => Finding::problem("role", "a replica, which takes no writes")
+            .remedy("--redis: name the primary, or redis-sentinel://HOST?sentinelServiceName=NAME"),
+    }
+}
+
+fn rights(facts: &Facts) -> Finding {
+    if let Some(lacking) = &facts.lacking {
+        return Finding::problem(
+            "commands",
+            format!("this Redis does not have {lacking}; rights don't help"),
+        )
+        .remedy("redis.conf: remove its rename-command")
+        .remedy("or use another Redis: managed services often can't be changed");
+    }
+    match &facts.not_permitted {
+        None => Finding::ok("rights", "this user may do all that a node does"),
+        Some(text) => {
+            match text.split_once("; grant this user ") {
+                Some((refused, rights)) => Finding::problem("rights", refused)
+                    .remedy(format!("redis-cli ACL SETUSER <user> {rights}")),
+                None => Finding::problem("rights", text)
+                    .remedy("redis-cli ACL SETUSER, with the rights in README"),
+            }
+        }
+    }
+}
+
+/// Keys that were evicted are sequences that were lost; those of channels all have an expiry, so that the policies
+/// for volatile keys take them too.
+fn eviction(facts: &Facts) -> Finding {
+    const WHAT: &str = "eviction";
+    let remedy = "redis.conf: maxmemory-policy noeviction";
+    match facts.policy.as_str() {
+        "" => Finding::unread(WHAT, "maxmemory-policy, which must be noeviction").remedy(remedy),
+        "noeviction" => Finding::ok(WHAT, "maxmemory-policy is noeviction"),
+        policy if facts.maxmemory > 0 => {
+            let text = format!(
+                "maxmemory-policy is {policy}: when memory is full, channels lose history and sequence"
+            );
+            Finding::problem(WHAT, text).remedy(remedy)
+        }
+        policy => {
+            let text = format!("maxmemory-policy is {policy}, which will evict once a maxmemory is set");
+            Finding::warning(WHAT, text).remedy(remedy)
+        }
+    }
+}
+
+fn limit(facts: &Facts) -> Finding {
+    const WHAT: &str = "maxmemory";
+    let used = show(facts.used);
+    if facts.maxmemory == 0 {
+        let text =
+            format!("there is none, {used} in use: a Redis that grows is ended by the kernel, not held");
+        let half = if facts.host > 0 { show(facts.host / 2) } else { "below the memory of its host".into() };
+        return Finding::warning(WHAT, text).remedy(format!("redis.conf: maxmemory {}", half.to_lowercase()));
+    }
+    let text = format!("{} of {} in use", used, show(facts.maxmemory));
+    if facts.used > facts.maxmemory / 5 * 4 {
+        return Finding::warning(WHAT, text + "; when it is full, events are refused")
+            .remedy(format!("redis.conf: maxmemory {}", show(2 * facts.maxmemory).to_lowercase()));
+    }
+    Finding::ok(WHAT, text)
+}
+
+/// A size in whole units of redis.conf, which knows b, kb, mb and gb.
+fn show(bytes: u64) -> String {
+    match bytes {
+        0..10_240 => format!("{bytes}b"),
+        10_240..10_485_760 => format!("{}kb", bytes >> 10),
+        10_485_760..10_737_418_240 => format!("{}mb", bytes >> 20),
+        _ => format!("{}gb", bytes >> 30),
+    }
+}
+
+fn buffer(facts: &Facts) -> Finding {
+    const WHAT: &str = "Pub/Sub buffer";
+    let remedy = "redis.conf: client-output-buffer-limit pubsub 256mb 64mb 60";
+    let limits = facts.config.get("client-output-buffer-limit").and_then(|text| pubsub(text));
+    let Some((hard, soft, seconds)) = limits else {
+        return Finding::unread(WHAT, "client-output-buffer-limit").remedy(remedy);
+    };
+    let shown = |limit: u64| if limit == 0 { "no limit".into() } else { show(limit) };
+    let text = format!("{} at once, {} for {seconds} s", shown(hard), shown(soft));
+    if (hard == 0 || hard >= PUBSUB_SOFT) && (soft == 0 || soft >= PUBSUB_SOFT) {
+        return Finding::ok(WHAT, text);
+    }
+    let text = text + ": a node that lags by more is cut off. It comes back and reads history, at a price";
+    Finding::warning(WHAT, text).remedy(remedy)
+}
+
+/// Whether Redis accepts the longest message. A command holds one event of any size, or up to 1 MiB of smaller ones.
+fn message_size(facts: &Facts, settings: &Settings) -> Finding {
+    const WHAT: &str = "message size";
+    let longest = settings.max_message as u64;
+    for (name, needed) in
+        [("proto-max-bulk-len", longest), ("client-query-buffer-limit", longest + (2 << 20))]
+    {
+        let limit = facts.config.get(name).and_then(|value| value.parse::<u64>().ok());
+        if limit.is_some_and(|limit| limit < needed) {
+            let text = format!(
+                "{name} is {}, but --max-message allows {}: Redis closes the connection of a node that sends such a message",
+                show(limit.unwrap_or_default()),
+                show_size(longest)
+            );
+            return Finding::problem(WHAT, text)
+                .remedy(format!("redis.conf: {name} {}", show(2 * needed)))
+                .remedy("or a smaller --max-message");
+        }
+    }
+    Finding::ok(WHAT, "Redis accepts messages of --max-message")
+}
+
+/// Hard limit, soft limit and its seconds, of `normal 0 0 0 slave … pubsub 33554432 8388608 60`.
+fn pubsub(text: &str) -> Option<(u64, u64, u64)> {
+    let mut words = text.split_ascii_whitespace().skip_while(|word| *word != "pubsub").skip(1);
+    let mut next = || words.next()?.parse().ok();
+    Some((next()?, next()?, next()?))
+}
+
+fn persistence(facts: &Facts, settings: &Settings) -> Finding {
+    const WHAT: &str = "persistence";
+    let get = |name: &str| facts.config.get(name).map(String::as_str);
+    let always = "redis.conf: appendonly yes";
+    let fsync = "redis.conf: appendfsync always";
+    let (Some(append), Some(sync)) = (get("appendonly"), get("appendfsync")) else {
+        let by_hand =
+            if settings.redis_durable { "appendonly yes and appendfsync always" } else { "appendonly" };
+        return Finding::unread(WHAT, by_hand);
+    };
+    let kept = append == "yes" && sync == "always";
+    if settings.redis_durable && !kept {
+        let text = format!(
+            "--redis-durable says that no acknowledged write is lost, but appendonly is {append} and appendfsync {sync}: \
+             events would be lost in silence"
+        );
+        return Finding::problem(WHAT, text)
+            .remedy(always)
+            .remedy(fsync)
+            .remedy("or leave out --redis-durable");
+    }
+    let sentinel = settings.redis.as_ref().is_some_and(|url| url.0.contains("-sentinel://"));
+    if settings.redis_durable && (sentinel || facts.replicas > 0) {
+        let text = "--redis-durable says that this Redis is never replaced by a replica, but it has replicas or \
+                    Sentinels. It has no effect once a replica was attached: restarts are announced to clients";
+        return Finding::warning(WHAT, text).remedy("leave out --redis-durable");
+    }
+    match (append, sync) {
+        ("yes", "always") => Finding::ok(WHAT, "every write is on disk before it is acknowledged"),
+        ("yes", "everysec") => {
+            Finding::ok(WHAT, "a crash loses a second at most, and clients are told (appendfsync everysec)")
+        }
+        ("yes", _) => Finding::warning(
+            WHAT,
+            format!("a crash loses what the kernel had yet to write (appendfsync {sync})"),
+        )
+        .remedy("redis.conf: appendfsync everysec, or always"),
+        _ => {
+            let rest = match get("save") {
+                Some("") => "all history, and clients are told",
+                _ => "what came since the last snapshot, and clients are told",
+            };
+            Finding::warning(WHAT, format!("a restart of Redis loses {rest} (appendonly is {append})"))
+                .remedy(always)
+        }
+    }
+}
+
+fn replicas(facts: &Facts) -> Finding {
+    const WHAT: &str = "replicas";
+    if facts.replicas == 0 {
+        return Finding::ok(WHAT, "none");
+    }
+    let remedy = "redis.conf: min-replicas-to-write 1";
+    if facts.config.get("repl-backlog-ttl").map(String::as_str) == Some("1") {
+        let text = "repl-backlog-ttl is 1 s: a promotion can be over before a node's probe sees it, and what it loses \
+                    would not be announced";
+        return Finding::problem(WHAT, text).remedy("redis.conf: repl-backlog-ttl 3600");
+    }
+    match facts.config.get("min-replicas-to-write").map(String::as_str) {
+        None => {
+            Finding::unread(WHAT, "min-replicas-to-write, which bounds what a failover loses").remedy(remedy)
+        }
+        Some("0") => {
+            let text = format!(
+                "{} in touch. A primary that is cut off from them goes on taking events, which a failover then loses",
+                facts.replicas
+            );
+            Finding::warning(WHAT, text).remedy(remedy).remedy("redis.conf: min-replicas-max-lag 10")
+        }
+        Some(count) => Finding::ok(
+            WHAT,
+            format!("{} in touch; writes need {count} (min-replicas-to-write)", facts.replicas),
+        ),
+    }
+}
+
+fn clock(facts: &Facts) -> Finding {
+    let (ahead, around) = facts.clock;
+    let text = match ahead {
+        _ if ahead.abs() <= around.max(0.001) => "that of Redis and that of this host agree".to_owned(),
+        0.0.. => format!("that of Redis is {ahead:.3} s ahead of this host's"),
+        _ => format!("that of Redis is {:.3} s behind this host's", -ahead),
+    };
+    if ahead.abs() - around > CLOCK_OFF {
+        let text = text + ": tokens end early or late, and the logs of both don't match";
+        return Finding::warning("clock", text)
+            .remedy("on both hosts: a clock that is kept right (chrony, systemd-timesyncd)");
+    }
+    Finding::ok("clock", text)
+}
+
+/// The busier of now and on average: history must hold on a busy day.
+fn rate(channel: &History) -> f64 {
+    channel.now.max(channel.since_begin.unwrap_or(0.0))
+}
+
+fn history(facts: &Facts, settings: &Settings) -> Finding {
+    const WHAT: &str = "history";
+    let rate_of = |channel: &&History| rate(channel);
+    let Some(busiest) = facts.channels.iter().max_by(|a, b| rate_of(a).total_cmp(&rate_of(b))) else {
+        let text = format!(
+            "no channel has any yet. Ask again under load: {} events are kept for each",
+            settings.history
+        );
+        return Finding::ok(WHAT, text);
+    };
+    let fastest = rate(busiest);
+    let (ttl, kept) = (settings.history_ttl, settings.history as f64);
+    let away = settings.heartbeat + settings.heartbeat_timeout + COMING_BACK;
+    let average = busiest.since_begin.map_or("unknown".into(), |rate| format!("{rate:.2}"));
+    let derived = format!(
+        "channel {}, the busiest of {}{}, has {:.2} events/s ({:.2} in the last {} s, {average} on average since its \
+         sequence began; it holds {} of {})",
+        busiest.name,
+        facts.channels.len(),
+        if facts.more { " looked at" } else { "" },
+        fastest,
+        busiest.now,
+        SAMPLE.as_secs(),
+        busiest.events,
+        settings.history,
+    );
+    let lasts = if fastest > 0.0 { kept / fastest } else { f64::INFINITY };
+    if lasts >= ttl.as_secs_f64() {
+        return Finding::ok(
+            WHAT,
+            format!("--history lasts as long as --history-ttl ({}): {derived}", show_duration(ttl)),
+        );
+    }
+    let text = format!("the last {} can be replayed: {derived}", span(lasts));
+    if lasts >= away.as_secs_f64() {
+        return Finding::ok(WHAT, text);
+    }
+    let wanted = (fastest * away.as_secs_f64() * 4.0).ceil() as u64;
+    let text = format!(
+        "{text}. A client whose network is gone takes up to {} to notice and come back, and would be told of a gap",
+        span(away.as_secs_f64())
+    );
+    Finding::warning(WHAT, text).remedy(format!("--history {wanted}"))
+}
+
+fn span(seconds: f64) -> String {
+    match seconds {
+        ..120.0 => format!("{seconds:.0} s"),
+        120.0..7200.0 => format!("{:.0} min", seconds / 60.0),
+        _ => format!("{:.0} h", seconds / 3600.0),
+    }
+}
+
+fn history_memory(facts: &Facts, settings: &Settings) -> Finding {
+    const WHAT: &str = "memory of history";
+    let (events, bytes) =
+        facts.channels.iter().fold((0, 0), |sum, channel| (sum.0 + channel.events, sum.1 + channel.bytes));
+    if events == 0 || bytes == 0 {
+        return Finding::ok(WHAT, "can be told once there is some");
+    }
+    let each = bytes.div_ceil(events);
+    let channels = facts.channels.len() as u64;
+    let full = each * settings.history * channels;
+    let text = format!(
+        "up to {} when {channels} channel{} hold{} {} events each, at the {each} bytes that one takes now{}",
+        show_size(full >> 20 << 20).replace("iB", "B"),
+        if channels == 1 { "" } else { "s" },
+        if channels == 1 { "s" } else { "" },
+        settings.history,
+        if facts.more { ", and there are more channels" } else { "" },
+    );
+    let room = match (facts.maxmemory, facts.host) {
+        (0, 0) => return Finding::ok(WHAT, text),
+        (0, host) => host / 2,
+        (max, _) => max,
+    };
+    if facts.used.saturating_sub(bytes) + full <= room {
+        return Finding::ok(WHAT, text);
+    }
+    let text = format!("{text}; with the rest that is more than the {} there are", show(room));
+    let fits = room.saturating_sub(facts.used.saturating_sub(bytes)) / (each * channels);
+    Finding::warning(WHAT, text)
+        .remedy(format!("redis.conf: maxmemory {}", show(2 * full).to_lowercase()))
+        .remedy(format!("or --history {}", fits.max(crate::config::HISTORY_MIN)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::doctor::finding::Level;
+    use crate::config::Action;
+
+    fn settings(flags: &[&str]) -> Settings {
+        let flags = [&["--redis", "redis://127.0.0.1"], flags].concat();
+        match Settings::from(flags.iter().map(std::ffi::OsString::from), []) {
+            Ok(Action::Run(settings)) => settings,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn config(pairs: &[(&str, &str)]) -> std::collections::HashMap<String, String> {
+        let good = [
+            ("client-output-buffer-limit", "normal 0 0 0 slave 1 1 1 pubsub 268435456 67108864 60"),
+            ("appendonly", "yes"),
+            ("appendfsync", "always"),
+            ("save", ""),
+            ("min-replicas-to-write", "1"),
+        ];
+        good.iter().chain(pairs).map(|(name, value)| (name.to_string(), value.to_string())).collect()
+    }
+
+    fn good() -> Facts {
+        Facts {
+            version: "7.2.0".into(),
+            round_trip: Duration::from_micros(300),
+            role: "master".into(),
+            maxmemory: 1 << 30,
+            policy: "noeviction".into(),
+            used: 100 << 20,
+            config: config(&[]),
+            ..Facts::default()
+        }
+    }
+
+    fn with(pairs: &[(&str, &str)]) -> Facts {
+        Facts { config: config(pairs), ..good() }
+    }
+
+    fn bad(facts: &Facts, flags: &[&str]) -> Vec<(&'static str, Level)> {
+        let findings = judge(facts, &settings(flags));
+        let bad = findings.iter().filter(|finding| finding.level != Level::Ok);
+        assert!(bad.clone().all(|finding| !finding.remedy.is_empty()), "it says what to do: {findings:?}");
+        bad.map(|finding| (finding.what, finding.level)).collect()
+    }
+
+    #[test]
+    fn each_want_is_found_alone() {
+        use Level::{Problem, Warning};
+        assert_eq!(bad(&good(), &[]), []);
+        assert_eq!(bad(&good(), &["--redis-durable"]), []);
+        let everysec = with(&[("appendfsync", "everysec")]);
+        assert_eq!(bad(&everysec, &[]), [], "a second may be lost, and is told");
+        let durable = &["--redis-durable"][..];
+        let small = with(&[("client-output-buffer-limit", "pubsub 33554432 8388608 60")]);
+        for (facts, flags, found) in [
+            (Facts { round_trip: Duration::from_millis(30), ..good() }, &[][..], ("connection", Warning)),
+            (Facts { role: "slave".into(), ..good() }, &[], ("role", Problem)),
+            (Facts { policy: "allkeys-lru".into(), ..good() }, &[], ("eviction", Problem)),
+            (Facts { policy: "volatile-ttl".into(), ..good() }, &[], ("eviction", Problem)),
+            (Facts { maxmemory: 0, ..good() }, &[], ("maxmemory", Warning)),
+            (Facts { used: 900 << 20, ..good() }, &[], ("maxmemory", Warning)),
+            (small, &[], ("Pub/Sub buffer", Warning)),
+            (everysec, durable, ("persistence", Problem)),
+            (with(&[("appendonly", "no")]), durable, ("persistence", Problem)),
+            (Facts { replicas: 1, ..good() }, durable, ("persistence", Warning)),
+            (with(&[("appendonly", "no")]), &[], ("persistence", Warning)),
+            (with(&[("appendfsync", "no")]), &[], ("persistence", Warning)),
+            (Facts { replicas: 1, ..with(&[("min-replicas-to-write", "0")]) }, &[], ("replicas", Warning)),
+            (Facts { replicas: 1, ..with(&[("repl-backlog-ttl", "1")]) }, &[], ("replicas", Problem)),
+            (Facts { clock: (-60.0, 0.01), ..good() }, &[], ("clock", Warning)),
+        ] {
+            assert_eq!(bad(&facts, flags), [found], "{facts:?} {flags:?}");
+        }
+    }
+
+    #[test]
+    fn missing_rights_become_the_command_that_grants_them() {
+        let text = "Redis does not permit SUBSCRIBE a; grant this user ~a:* +@read";
+        let finding = rights(&Facts { not_permitted: Some(text.into()), ..good() });
+        assert_eq!(finding.level, Level::Problem);
+        assert_eq!(finding.remedy, ["redis-cli ACL SETUSER <user> ~a:* +@read"]);
+    }
+
+    #[test]
+    fn what_a_service_hides_is_to_be_looked_at_by_hand() {
+        let hidden = Facts { config: Default::default(), replicas: 1, ..good() };
+        let mut findings = judge(&hidden, &settings(&[]));
+        findings.retain(|finding| finding.found.contains("by hand"));
+        let unread: Vec<_> = findings.iter().map(|finding| finding.what).collect();
+        assert_eq!(unread, ["Pub/Sub buffer", "persistence", "replicas"]);
+        assert!(findings.iter().all(|finding| finding.level == Level::Warning));
+    }
+
+    fn busy(now: f64, since_begin: f64) -> Facts {
+        let quiet =
+            History { name: "quiet".into(), events: 10, bytes: 1500, since_begin: Some(0.1), now: 0.0 };
+        let name = "busy".to_owned();
+        let busy = History { name, events: 10_000, bytes: 2_000_000, since_begin: Some(since_begin), now };
+        Facts { channels: vec![quiet, busy], ..good() }
+    }
+
+    #[test]
+    fn how_long_history_lasts_follows_from_the_busiest_channel() {
+        let found = |facts: &Facts, flags: &[&str]| history(facts, &settings(flags));
+        let finding = found(&busy(5.0, 10.0), &[]);
+        assert_eq!(finding.level, Level::Ok);
+        assert!(finding.found.starts_with("the last 17 min can be replayed: channel busy"), "{finding:?}");
+        // 45 s to notice and 15 to come back, with what --heartbeat is by default.
+        let finding = found(&busy(500.0, 10.0), &[]);
+        assert_eq!(finding.level, Level::Warning);
+        assert_eq!(finding.remedy, ["--history 120000"]);
+        assert_eq!(found(&busy(500.0, 10.0), &["--history", "120000"]).level, Level::Ok);
+        let finding = found(&busy(0.0, 0.01), &["--history-ttl", "1h"]);
+        assert!(finding.found.contains("as long as --history-ttl (1h)"), "{finding:?}");
+    }
+
+    #[test]
+    fn full_histories_are_set_against_the_memory_there_is() {
+        let flags = settings(&["--history", "1000000"]);
+        assert_eq!(history_memory(&busy(1.0, 1.0), &flags).level, Level::Ok);
+        let small = Facts { maxmemory: 200 << 20, ..busy(1.0, 1.0) };
+        let finding = history_memory(&small, &flags);
+        assert_eq!(finding.level, Level::Warning);
+        assert_eq!(finding.remedy.len(), 2, "{finding:?}");
+    }
+
+    #[test]
+    fn finds_missing_commands_and_small_limits() {
+        let lacking = Facts { lacking: Some("the command XTRIM".into()), ..good() };
+        assert_eq!(bad(&lacking, &[]), [("commands", Level::Problem)]);
+        let short = with(&[("proto-max-bulk-len", "1048576")]);
+        assert_eq!(bad(&short, &[]), []);
+        assert_eq!(bad(&short, &["--max-message", "2MiB"]), [("message size", Level::Problem)]);
+        let small = with(&[("client-query-buffer-limit", "1048576")]);
+        assert_eq!(bad(&small, &[]), [("message size", Level::Problem)]);
+    }
+}

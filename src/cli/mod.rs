@@ -1,0 +1,4 @@
+//! Subcommands: `token`, `doctor`.
+
+pub mod doctor;
+pub mod token;

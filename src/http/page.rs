@@ -1,0 +1,49 @@
+//! The page to try fanfare with and the browser client, embedded in the binary.
+
+use crate::http::Response;
+
+/// A file of the binary.
+#[derive(Debug)]
+pub struct File {
+    path: &'static str,
+    content_type: &'static str,
+    content: &'static str,
+}
+
+/// Nothing from elsewhere and nothing inline; but the page talks to any node one names.
+const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src *; img-src 'self' data:; \
+    base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
+
+const JAVASCRIPT: &str = "text/javascript; charset=utf-8";
+
+const FILES: [File; 5] = [
+    File { path: "/", content_type: "text/html; charset=utf-8", content: include_str!("page/index.html") },
+    File {
+        path: "/page.css",
+        content_type: "text/css; charset=utf-8",
+        content: include_str!("page/page.css"),
+    },
+    File { path: "/page.js", content_type: JAVASCRIPT, content: include_str!("page/page.js") },
+    File { path: "/fanfare.js", content_type: JAVASCRIPT, content: include_str!("page/fanfare.js") },
+    File {
+        path: "/fanfare.d.ts",
+        content_type: "text/plain; charset=utf-8",
+        content: include_str!("page/fanfare.d.ts"),
+    },
+];
+
+/// The file at a path.
+pub fn find(path: &str) -> Option<&'static File> {
+    const { &FILES }.iter().find(|file| file.path == path)
+}
+
+impl File {
+    /// It as an HTTP answer. Other sites may import the client.
+    pub fn response(&self) -> Response {
+        Response::new(200, self.content_type, self.content)
+            .with("Cache-Control", "no-cache")
+            .with("X-Content-Type-Options", "nosniff")
+            .with("Content-Security-Policy", POLICY)
+            .with("Access-Control-Allow-Origin", "*")
+    }
+}

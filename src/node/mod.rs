@@ -1,0 +1,188 @@
+//! The wiring of a node: shards, bus, listeners, and how it stops.
+
+use std::future::Future;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use tokio::sync::mpsc;
+use tokio::time::{sleep, timeout};
+
+use self::systemd::Manager;
+use crate::admin::{self, AdminContext};
+use crate::auth::keys::KeyRing;
+use crate::bus::{self, Requests, Shards, ToShard};
+use crate::config::{RedisUrl, Settings};
+use crate::limits::connections::Guard;
+use crate::metrics::{BusNumbers, Metrics, Readiness};
+use crate::node::listeners::Listeners;
+use crate::shard;
+use crate::ws::handshake::Door;
+
+pub mod accept;
+pub mod listeners;
+pub mod memory_watch;
+pub mod systemd;
+
+/// How long the accept loop, and then the shards after `--drain`, may take to end. They need milliseconds; this is
+/// for one that is stuck.
+const GRACE: Duration = Duration::from_secs(2);
+
+/// Longest wait for backends' publishes after the drain.
+const PUBLISH_WAIT_MAX: Duration = Duration::from_secs(60);
+
+/// Serves until `shutdown` says why it is to stop, then lets every connection go and returns.
+///
+/// # Errors
+/// When a shard or the bus can't go on.
+pub async fn run(
+    settings: Settings,
+    keys: Arc<KeyRing>,
+    listeners: Listeners,
+    manager: Arc<Manager>,
+    shutdown: impl Future<Output = &'static str>,
+) -> anyhow::Result<()> {
+    let settings = Arc::new(settings);
+    let numbers = Arc::new(BusNumbers::default());
+    let readiness = Arc::new(Readiness::waiting_for_bus());
+    let metrics = Arc::new(Metrics::new(settings.shards.get(), numbers.clone(), readiness.clone()));
+    let (requests, asked) = mpsc::unbounded_channel();
+    let guard = Arc::new(Guard::new(&settings));
+    metrics.max_connections.set(u64::from(settings.most_connections()));
+    let door = Door {
+        settings: settings.clone(),
+        readiness: readiness.clone(),
+        keys: keys.clone(),
+        guard: guard.clone(),
+        loopback: listeners
+            .public()?
+            .into_iter()
+            .filter(|addr| addr.ip().to_canonical().is_loopback())
+            .collect(),
+    };
+
+    tell_start(&settings, &listeners)?;
+    let (shards, mut ended) = start_shards(&door, &requests, &metrics)?;
+    let (stop_accepting, accepted) =
+        accept::start(&settings, listeners.public, listeners.shared, shards.clone(), guard, metrics.clone())?;
+    manager.ready();
+    tokio::spawn(systemd::attend(manager.clone(), metrics.clone()));
+    let context = AdminContext { requests, metrics: metrics.clone(), keys, settings: settings.clone() };
+    let admin = listeners.admin.map(|listener| admin::start(listener, context)).transpose()?;
+
+    let wiring =
+        bus::Wiring { requests: asked, shards: shards.clone(), numbers, readiness: readiness.clone() };
+    let mut bus = std::pin::pin!(bus::run(&settings, wiring));
+    let why = tokio::select! {
+        result = &mut bus => return Ok(result?),
+        end = ended.recv() => return end.unwrap_or(Ok(())).map_err(|error| anyhow::anyhow!("a shard failed: {error}")),
+        why = shutdown => why,
+    };
+
+    let (stopping, closed) = (Instant::now(), metrics.closed());
+    tracing::info!(why, connections = metrics.connections(), "stopping");
+    // Publishes of backends may still wait for the bus after the drain, but no longer than the drain was allowed to take.
+    let publish_wait = settings.publish_timeout.min(settings.drain.max(GRACE)).min(PUBLISH_WAIT_MAX);
+    manager.stopping(settings.drain_notice + settings.drain + publish_wait + 3 * GRACE);
+    readiness.drain();
+    let drained = async {
+        sleep(settings.drain_notice).await;
+        drop(stop_accepting);
+        // Whoever is accepted last reaches a shard before it is told to end.
+        let _ = timeout(GRACE, accepted).await;
+        for shard in 0..shards.count() {
+            shards.tell(shard, ToShard::Drain(settings.drain));
+        }
+        let all_ended = async {
+            for _ in 0..shards.count() {
+                ended.recv().await;
+            }
+        };
+        let drained = timeout(settings.drain + GRACE, all_ended).await;
+        if let Some(admin) = admin {
+            admin.finish(publish_wait).await;
+        }
+        drained
+    };
+    // The bus runs meanwhile, so that publishes of clients and backends are answered.
+    tokio::select! {
+        result = &mut bus => result?,
+        result = drained => {
+            result.map_err(|_| anyhow::anyhow!("a shard is stuck: it did not end when the drain was over"))?;
+        }
+    }
+    let (seconds, closed) = (stopping.elapsed().as_secs_f64(), metrics.closed() - closed);
+    tracing::info!(seconds, closed, left = metrics.connections(), "stopped");
+    Ok(())
+}
+
+/// One line with what whoever reads a log must know of the process that wrote it.
+fn tell_start(settings: &Settings, listeners: &Listeners) -> io::Result<()> {
+    let listen: Vec<String> = listeners.public()?.iter().map(SocketAddr::to_string).collect();
+    tracing::info!(
+        version = env!("CARGO_PKG_VERSION"),
+        listen = listen.join(","),
+        admin = listeners.admin()?.to_string(),
+        bus = settings.redis.as_ref().map_or_else(|| "local".into(), RedisUrl::to_string),
+        shards = settings.shards,
+        max_connections = settings.most_connections(),
+        max_channels = settings.max_channels,
+        max_message = settings.max_message,
+        history = settings.history,
+        feed_memory = settings.feed_memory(),
+        open_files = settings.open_files,
+        "started"
+    );
+    if let Some(excess) = settings.memory_excess() {
+        tracing::warn!(
+            excess,
+            limit = settings.memory.limit(),
+            "the settings need more memory than available: lower --max-connections or --feed-memory"
+        );
+    }
+    if let Some(asked) = settings.max_connections.filter(|asked| asked.get() > settings.most_connections()) {
+        tracing::warn!(
+            max_connections = settings.most_connections(),
+            "--max-connections {asked} is more than the limit on open files allows: raise it (LimitNOFILE)"
+        );
+    }
+    Ok(())
+}
+
+type Ended = mpsc::UnboundedReceiver<io::Result<()>>;
+
+fn start_shards(door: &Door, requests: &Requests, metrics: &Arc<Metrics>) -> io::Result<(Shards, Ended)> {
+    let (end, ended) = mpsc::unbounded_channel();
+    let mut inboxes = Vec::new();
+    let mut bells = Vec::new();
+    let mut waiting = Vec::new();
+    for _ in 0..door.settings.shards.get() {
+        let (poll, bell) = shard::poll()?;
+        let (sender, inbox) = mpsc::unbounded_channel();
+        inboxes.push(sender);
+        bells.push(bell.clone());
+        waiting.push((poll, bell, inbox));
+    }
+    let shards = Shards::new(inboxes).with_bells(bells);
+    for (id, (poll, bell, inbox)) in waiting.into_iter().enumerate() {
+        let (door, requests, metrics) = (door.clone(), requests.clone(), metrics.clone());
+        let wiring = shard::Wiring {
+            id,
+            door,
+            requests,
+            shards: shards.clone(),
+            poll,
+            inbox,
+            bell,
+            metrics,
+            takes_binary: false,
+        };
+        let end = end.clone();
+        thread::Builder::new().name(format!("shard-{id}")).spawn(move || {
+            let _ = end.send(shard::run(wiring)); // fails only when the node has returned already
+        })?;
+    }
+    Ok((shards, ended))
+}

@@ -1,0 +1,387 @@
+//! The JSON that clients send and get, and the frames that are the same for many.
+
+use std::borrow::Cow;
+
+use bytes::{BufMut, Bytes, BytesMut};
+use serde::Deserialize;
+use serde_json::value::RawValue;
+
+use crate::protocol::event::{EventId, is_user_id, text_frame};
+use crate::protocol::json;
+
+/// Longest `ref` of a client's frame, as JSON text, in bytes: it is kept while the publish is under way.
+const REFERENCE_MAX: usize = 128;
+
+/// A ping without payload (RFC 6455 section 5.5.2).
+pub const PING: Bytes = Bytes::from_static(&[0x89, 0]);
+
+const CLOSE: u8 = 0x88;
+const PONG: u8 = 0x8A;
+
+/// Appends the answer to a ping (RFC 6455 section 5.5.3).
+pub fn put_pong(frames: &mut Vec<u8>, payload: &[u8]) {
+    debug_assert!(payload.len() <= 125, "a ping has no more");
+    frames.extend([PONG, payload.len() as u8]);
+    frames.extend(payload);
+}
+
+/// The answer to a close frame.
+pub fn close_answer(code: Option<u16>) -> Bytes {
+    code.map_or(Bytes::from_static(&[CLOSE, 0]), |code| close(code, ""))
+}
+
+/// A close frame (RFC 6455 section 5.5.1).
+pub fn close(code: u16, reason: &str) -> Bytes {
+    debug_assert!(reason.len() <= 123, "a control frame has at most 125 bytes");
+    let mut frame = BytesMut::with_capacity(4 + reason.len());
+    frame.put_u8(CLOSE);
+    frame.put_u8(2 + reason.len() as u8);
+    frame.put_u16(code);
+    frame.put_slice(reason.as_bytes());
+    frame.freeze()
+}
+
+/// What a plain client's text becomes, without id.
+pub fn chat_event(sender: &str, text: &str) -> Bytes {
+    Event::by(sender, None).with_text(text)
+}
+
+/// An event as clients see it: `event` is a JSON object, and `id` becomes its last member.
+pub fn with_id(event: &[u8], id: EventId) -> Vec<u8> {
+    let open = event.strip_suffix(b"}").expect("an event is a JSON object");
+    let mut text = Vec::with_capacity(event.len() + 24);
+    text.extend_from_slice(open);
+    text.extend_from_slice(if open == b"{" { br#""id":"# } else { br#","id":"# });
+    text.extend_from_slice(id.to_string().as_bytes());
+    text.push(b'}');
+    text
+}
+
+/// An event that grows member by member.
+struct Event(Vec<u8>);
+
+impl Event {
+    fn by(sender: &str, to: Option<&str>) -> Event {
+        let mut event = Event(Vec::with_capacity(64));
+        event.0.extend_from_slice(br#"{"sender":"#);
+        event.put_string(sender);
+        if let Some(to) = to {
+            event.0.extend_from_slice(br#","to":"#);
+            event.put_string(to);
+        }
+        event
+    }
+
+    fn with_text(mut self, text: &str) -> Bytes {
+        self.0.extend_from_slice(br#","text":"#);
+        self.put_string(text);
+        self.0.push(b'}');
+        self.0.into()
+    }
+
+    fn with_data(mut self, data: &str) -> Bytes {
+        self.0.extend_from_slice(br#","data":"#);
+        put_on_one_line(&mut self.0, data);
+        self.0.push(b'}');
+        self.0.into()
+    }
+
+    fn put_string(&mut self, text: &str) {
+        serde_json::to_writer(&mut self.0, text)
+            .expect("a string is always JSON, and memory takes every write");
+    }
+}
+
+/// Appends a JSON text with its line breaks made spaces. They can only stand between tokens (RFC 8259 section 7
+/// bars them from strings), so the value stays the same.
+pub fn put_on_one_line(out: &mut Vec<u8>, json: &str) {
+    out.extend(json.bytes().map(|byte| if matches!(byte, b'\n' | b'\r') { b' ' } else { byte }));
+}
+
+/// A frame of a JSON mode client, understood.
+#[derive(Debug, PartialEq, Eq)]
+pub enum ClientFrame {
+    /// Something to publish.
+    Publish(ClientPublish),
+    /// It wants a sign of life, and its position.
+    Ping,
+}
+
+/// What a JSON mode client publishes.
+#[derive(Debug, PartialEq, Eq)]
+pub struct ClientPublish {
+    /// The event, without id.
+    pub event: Bytes,
+    /// The only user it is for.
+    pub to: Option<String>,
+    /// What the client wants the answer to carry, as JSON text.
+    pub reference: Option<Box<str>>,
+}
+
+/// A frame of a JSON mode client that can't be taken.
+#[derive(Debug, PartialEq, Eq)]
+pub struct BadFrame {
+    /// What is wrong.
+    pub message: Cow<'static, str>,
+    /// The client's reference, where it could be read.
+    pub reference: Option<Box<str>>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Members<'a> {
+    #[serde(borrow, default, rename = "type")]
+    kind: Option<Cow<'a, str>>,
+    #[serde(borrow, default, deserialize_with = "given")]
+    text: Option<Cow<'a, str>>,
+    #[serde(borrow, default, deserialize_with = "given")]
+    data: Option<&'a RawValue>,
+    #[serde(borrow, default, deserialize_with = "given")]
+    to: Option<Cow<'a, str>>,
+    #[serde(borrow, default, rename = "ref", deserialize_with = "given")]
+    reference: Option<&'a RawValue>,
+}
+
+/// Only the reference, whatever else there is.
+#[derive(Deserialize)]
+struct Reference<'a> {
+    #[serde(borrow, default, rename = "ref", deserialize_with = "given")]
+    reference: Option<&'a RawValue>,
+}
+
+/// `null` is a value too, where `Option` alone would read it as absent: a private message whose addressee got lost
+/// must not go to everybody.
+pub fn given<'de, D: serde::Deserializer<'de>, T: Deserialize<'de>>(
+    deserializer: D,
+) -> Result<Option<T>, D::Error> {
+    T::deserialize(deserializer).map(Some)
+}
+
+/// Reads what a JSON mode client sent: `{"text":…}` or `{"data":…}`, with `to` and `ref` where it likes, or
+/// `{"type":"ping"}`.
+pub fn parse_client_frame(sender: &str, text: &str) -> Result<ClientFrame, BadFrame> {
+    let bad = |message: &'static str, reference| Err(BadFrame { message: message.into(), reference });
+    let invalid = |what, error: json::BadJson, reference| {
+        Err(BadFrame { message: format!("invalid {what}: {error}").into(), reference })
+    };
+    let members: Members<'_> = match serde_json::from_str(text) {
+        Ok(members) => members,
+        Err(_) => {
+            let reference = reference_in(text);
+            if let Err(error) = json::check(text.as_bytes(), json::DEPTH_MAX) {
+                return invalid("frame", error, reference);
+            }
+            return bad(
+                r#"send a JSON object with "text" or "data", and with "to" and "ref" if needed"#,
+                reference,
+            );
+        }
+    };
+    let reference = match members.reference {
+        None => None,
+        Some(given) => match valid_reference(given.get()) {
+            Some(reference) => Some(reference),
+            None => return bad(r#""ref" must be a number or a string of at most 128 bytes"#, None),
+        },
+    };
+    let is_empty = members.text.is_none() && members.data.is_none() && members.to.is_none();
+    match members.kind.as_deref() {
+        None => {}
+        Some("ping") if is_empty => return Ok(ClientFrame::Ping),
+        Some(_) => return bad(r#"the only "type" to send is "ping", with nothing else"#, reference),
+    }
+    let to = members.to.map(Cow::into_owned);
+    if to.as_deref().is_some_and(|to| !is_user_id(to)) {
+        return bad(r#""to" must be a user id: 1 to 128 bytes, no control characters"#, reference);
+    }
+    let event = Event::by(sender, to.as_deref());
+    let event = match (members.text, members.data) {
+        (Some(text), None) => event.with_text(&text),
+        (None, Some(data)) => match json::check(data.get().as_bytes(), json::DEPTH_MAX - 1) {
+            Ok(()) => event.with_data(data.get()),
+            Err(error) => return invalid(r#""data""#, error, reference),
+        },
+        _ => return bad(r#"give either "text" or "data""#, reference),
+    };
+    Ok(ClientFrame::Publish(ClientPublish { event, to, reference }))
+}
+
+/// The reference of a JSON mode client's frame, good or bad, that is not taken.
+pub fn reference_in(text: &str) -> Option<Box<str>> {
+    let found: Reference<'_> = serde_json::from_str(text).ok()?;
+    valid_reference(found.reference?.get())
+}
+
+fn valid_reference(text: &str) -> Option<Box<str>> {
+    let scalar =
+        text.starts_with('"') || text.starts_with('-') || text.starts_with(|c: char| c.is_ascii_digit());
+    let valid = scalar && text.len() <= REFERENCE_MAX && json::check(text.as_bytes(), 0).is_ok();
+    valid.then(|| text.into())
+}
+
+/// The first frame of a client that asked for recovery frames.
+pub fn welcome(last: EventId, head: EventId, recovered: bool) -> Bytes {
+    let json = format!(r#"{{"type":"welcome","lastEventId":{last},"head":{head},"recovered":{recovered}}}"#);
+    text_frame(json.as_bytes())
+}
+
+/// The answer to a frame with `ref` that became an event.
+pub fn ack(reference: &str, id: EventId) -> Bytes {
+    text_frame(format!(r#"{{"type":"ack","ref":{reference},"id":{id}}}"#).as_bytes())
+}
+
+/// A heartbeat that scripts can see; with the client's position for those who asked for recovery frames.
+pub fn json_ping(position: Option<EventId>) -> Bytes {
+    match position {
+        Some(position) => text_frame(format!(r#"{{"type":"ping","lastEventId":{position}}}"#).as_bytes()),
+        None => text_frame(br#"{"type":"ping"}"#),
+    }
+}
+
+/// The text of an error frame with the code [`ErrorCode::Unavailable`].
+pub const NOT_PUBLISHED: &str = "not published: try again later";
+
+/// Why a client's message was not published; in its error frame, and a metric's label.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ErrorCode {
+    /// It can't be read.
+    Invalid,
+    /// This client may not publish it.
+    Forbidden,
+    /// It came faster than it may.
+    TooFast,
+    /// Certainly not published: the bus is away, or refuses.
+    Unavailable,
+    /// It may or may not have been published.
+    Unknown,
+}
+
+impl ErrorCode {
+    /// All of them, in order.
+    pub const ALL: [ErrorCode; 5] = [
+        ErrorCode::Invalid,
+        ErrorCode::Forbidden,
+        ErrorCode::TooFast,
+        ErrorCode::Unavailable,
+        ErrorCode::Unknown,
+    ];
+
+    /// As clients see it.
+    pub fn text(self) -> &'static str {
+        match self {
+            ErrorCode::Invalid => "invalid",
+            ErrorCode::Forbidden => "forbidden",
+            ErrorCode::TooFast => "too_fast",
+            ErrorCode::Unavailable => "unavailable",
+            ErrorCode::Unknown => "unknown",
+        }
+    }
+}
+
+/// Tells a client that its message was not taken.
+pub fn error(code: ErrorCode, message: &str, reference: Option<&str>) -> Bytes {
+    let code = code.text();
+    let message = serde_json::Value::from(message);
+    let json = match reference {
+        Some(reference) => {
+            format!(r#"{{"type":"error","code":"{code}","message":{message},"ref":{reference}}}"#)
+        }
+        None => format!(r#"{{"type":"error","code":"{code}","message":{message}}}"#),
+    };
+    text_frame(json.as_bytes())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn publish(text: &str) -> ClientPublish {
+        match parse_client_frame("alice", text).unwrap() {
+            ClientFrame::Publish(publish) => publish,
+            ClientFrame::Ping => panic!("{text} is a ping"),
+        }
+    }
+
+    fn event(text: &str) -> String {
+        String::from_utf8(publish(text).event.to_vec()).unwrap()
+    }
+
+    #[test]
+    fn client_frames_become_events() {
+        assert_eq!(chat_event("a\"b", "hi\n\u{1}"), r#"{"sender":"a\"b","text":"hi\n\u0001"}"#);
+        assert_eq!(event(r#"{"text":"hi"}"#), r#"{"sender":"alice","text":"hi"}"#);
+        assert_eq!(event(r#"{"text":"psst","to":"bob"}"#), r#"{"sender":"alice","to":"bob","text":"psst"}"#);
+        assert_eq!(event("{\"data\":{\"a\":\n1.50}}"), r#"{"sender":"alice","data":{"a": 1.50}}"#);
+        assert_eq!(event(r#"{"data":null}"#), r#"{"sender":"alice","data":null}"#);
+        assert_eq!(publish(r#"{"ref":"x","text":""}"#).reference.as_deref(), Some(r#""x""#));
+        assert_eq!(parse_client_frame("alice", r#"{"type":"ping"}"#), Ok(ClientFrame::Ping));
+    }
+
+    #[test]
+    fn bad_client_frames_are_refused_with_their_reference() {
+        let refused = |text| parse_client_frame("alice", text).unwrap_err();
+        assert_eq!(refused(r#"{"ref":7}"#).reference.as_deref(), Some("7"));
+        assert_eq!(refused(r#"{"ref":7,"txt":"hi"}"#).reference.as_deref(), Some("7"));
+        assert_eq!(refused(r#"{"ref":7,"text":3}"#).reference.as_deref(), Some("7"));
+        assert_eq!(refused(r#"{"ref":7,"text":"a","data":1}"#).reference.as_deref(), Some("7"));
+        assert_eq!(refused(r#"{"ref":7,"text":"a","type":"ping"}"#).reference.as_deref(), Some("7"));
+        assert_eq!(refused(r#"{"ref":7,"type":"reset"}"#).reference.as_deref(), Some("7"));
+        for text in [
+            "",
+            "hi",
+            "[]",
+            r#"{"text":"#,
+            r#"{"text":"a","ref":[1]}"#,
+            r#"{"text":"a","to":""}"#,
+            r#"{"text":"a","to":null}"#,
+        ] {
+            assert_eq!(refused(text).reference, None, "{text}");
+        }
+        let long = format!(r#"{{"text":"a","ref":"{}"}}"#, "x".repeat(REFERENCE_MAX));
+        assert!(parse_client_frame("alice", &long).is_err());
+    }
+
+    #[test]
+    fn data_and_references_keep_the_rule_of_events() {
+        for case in json::cases::cases() {
+            let Ok(value) = std::str::from_utf8(&case.value) else { continue }; // input closes with 1007
+            let result = parse_client_frame("alice", &format!("{{\"ref\":7,\"data\":{value}}}"));
+            match case.error() {
+                None => {
+                    let Ok(ClientFrame::Publish(publish)) = result else { panic!("{}", case.name()) };
+                    assert_eq!(json::check(&publish.event, json::DEPTH_MAX), Ok(()), "{}", case.name());
+                }
+                Some(words) => {
+                    let bad = result.expect_err(&case.name());
+                    assert!(bad.message.contains(words), "{}: {}", case.name(), bad.message);
+                }
+            }
+        }
+        let refused = |text| parse_client_frame("alice", text).unwrap_err();
+        for text in [r#"{"text":"a","ref":1e999}"#, r#"{"text":"a","ref":"\ud800"}"#] {
+            assert!(refused(text).message.contains("ref"), "{text}");
+        }
+        let lone = refused(r#"{"ref":7,"text":"\ud800"}"#);
+        assert_eq!(lone.message, "invalid frame: a \\u escape is half of a surrogate pair, at byte 17");
+        assert_eq!(lone.reference.as_deref(), Some("7"));
+        let twice = refused(r#"{"ref":7,"data":1,"data":2}"#);
+        assert_eq!(twice.message, "invalid frame: an object has two members of the same name, at byte 27");
+        assert_eq!(twice.reference.as_deref(), Some("7"));
+    }
+
+    #[test]
+    fn control_frames_are_json() {
+        for frame in [
+            welcome(EventId(1), EventId(2), true),
+            ack("\"r\"", EventId(3)),
+            json_ping(None),
+            json_ping(Some(EventId(4))),
+            error(ErrorCode::Invalid, "a \"quote\"", Some("7")),
+            error(ErrorCode::Invalid, "x", None),
+        ] {
+            assert_eq!(frame[0], 0x81);
+            let text = if frame[1] == 126 { &frame[4..] } else { &frame[2..] };
+            serde_json::from_slice::<serde_json::Value>(text).unwrap();
+        }
+    }
+}

@@ -1,0 +1,7 @@
+//! What goes over the wire, without sockets: ids, names, events, client frames, backend JSON, close codes.
+
+pub mod close;
+pub mod event;
+pub mod frame;
+pub mod ingest;
+pub mod json;

@@ -1,0 +1,445 @@
+//! A client's bytes become its messages.
+//!
+//! Nearly every frame is whole, unfragmented text: it is unmasked where it lies, in the shard's scratch buffer. So are
+//! control frames, which are so short that a half one can wait for its end. For the rest (fragments, a text whose end
+//! is still on its way) the connection gets a tungstenite context for as long as it needs one, and that is fed frame
+//! by frame: so it is known when it holds nothing any more and can go.
+
+use std::io::{self, Read, Write};
+use std::time::Instant;
+
+use bytes::Bytes;
+use tokio_tungstenite::tungstenite::Error;
+use tokio_tungstenite::tungstenite::protocol::frame::FrameHeader;
+use tokio_tungstenite::tungstenite::protocol::frame::coding::{Control, Data, OpCode};
+use tokio_tungstenite::tungstenite::protocol::{Message, Role, WebSocketConfig, WebSocketContext};
+
+use crate::limits::rate::{FRAGMENT_BYTES, FRAGMENTS_MAX};
+use crate::protocol::close::Reason;
+
+/// Most messages taken before the caller looks whether it wants more of them.
+pub const MESSAGES_AT_ONCE: usize = 64;
+
+/// tungstenite would take 128 KiB a context; this one lives for a frame or two.
+const CONTEXT_BUFFER: usize = 1024;
+
+/// Longest payload of a control frame (RFC 6455 section 5.5).
+const CONTROL_MAX: u64 = 125;
+
+/// Something a client said.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Incoming {
+    /// A text message, and how many frames it came in.
+    Text(String, u32),
+    /// A binary message, where [`Limits::binary`] lets it pass, and how many frames it came in.
+    Binary(Bytes, u32),
+    /// A ping with this payload, which the pong is to have.
+    Ping(Box<[u8]>),
+    /// A pong.
+    Pong,
+    /// It closes, with this code; nothing comes after.
+    Close(Option<u16>),
+}
+
+impl Incoming {
+    /// Its payload in bytes, as far as that is kept, and how many frames it came in.
+    pub fn size(&self) -> (usize, u32) {
+        match self {
+            Incoming::Text(text, frames) => (text.len(), *frames),
+            Incoming::Binary(bytes, frames) => (bytes.len(), *frames),
+            Incoming::Ping(payload) => (payload.len(), 1),
+            Incoming::Pong | Incoming::Close(_) => (0, 1),
+        }
+    }
+}
+
+/// What a client may send.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Longest message, in bytes.
+    pub max_message: usize,
+    /// Binary messages are taken. fanfare takes none; the echo that Autobahn judges does.
+    pub binary: bool,
+}
+
+/// What a connection keeps between two reads, when it has to keep something.
+#[derive(Debug)]
+pub struct Partial {
+    /// Since when.
+    pub since: Instant,
+    /// Bytes that come before those of the next read: the begin of a frame, or frames that wait.
+    pub unread: Vec<u8>,
+    context: Option<Box<WebSocketContext>>,
+    /// Bytes of the current frame that have yet to come.
+    remaining: usize,
+    /// Frames so far of a message whose last one has yet to come.
+    fragments: usize,
+    /// Frames of the current message.
+    frames: u32,
+    /// Bytes of the message that the context has.
+    held: usize,
+    /// The shard has it among the unfinished messages.
+    pub noted: bool,
+}
+
+impl Partial {
+    /// Nothing yet.
+    pub fn new() -> Partial {
+        Partial {
+            since: Instant::now(),
+            unread: Vec::new(),
+            context: None,
+            remaining: 0,
+            fragments: 0,
+            frames: 0,
+            held: 0,
+            noted: false,
+        }
+    }
+
+    /// Bytes of the unfinished message that have come.
+    pub fn held(&self) -> usize {
+        self.held
+    }
+
+    fn is_idle(&self) -> bool {
+        self.unread.is_empty() && self.remaining == 0 && self.fragments == 0
+    }
+}
+
+impl Default for Partial {
+    fn default() -> Partial {
+        Partial::new()
+    }
+}
+
+/// Reads a client's bytes into `messages`; tells how many. The rest is the begin of a frame, at most 130 bytes of it,
+/// or comes after the last of [`MESSAGES_AT_ONCE`] messages. After an error, and after a close, it means nothing.
+pub fn read(
+    partial: &mut Option<Box<Partial>>,
+    data: &mut [u8],
+    limits: Limits,
+    messages: &mut Vec<Incoming>,
+) -> Result<usize, Reason> {
+    let mut at = 0;
+    while at < data.len() && messages.len() < MESSAGES_AT_ONCE {
+        if let Some(begun) = partial.as_deref_mut().filter(|partial| partial.remaining > 0) {
+            let length = begun.remaining.min(data.len() - at);
+            begun.remaining -= length;
+            begun.held += length;
+            let context = begun.context.get_or_insert_with(|| new_context(limits));
+            feed(context, &data[at..at + length], begun.frames, messages)?;
+            at += length;
+            if begun.remaining == 0 && begun.fragments == 0 {
+                *partial = None;
+            }
+            continue;
+        }
+        let mut cursor = io::Cursor::new(&data[at..]);
+        let parsed = FrameHeader::parse(&mut cursor).map_err(|error| reason(&error))?;
+        let Some((header, length)) = parsed else { break };
+        let head = cursor.position() as usize;
+        let mask = check(&header, head, length, limits)?;
+        let length = length as usize; // at most max_message
+        let fragments = partial.as_ref().map_or(0, |partial| partial.fragments);
+        let whole = data.len() - at - head >= length;
+        match header.opcode {
+            OpCode::Control(control) => {
+                if !whole {
+                    break;
+                }
+                let payload = unmasked(&mut data[at + head..at + head + length], mask);
+                at += head + length;
+                match control {
+                    Control::Ping => messages.push(Incoming::Ping(payload.into())),
+                    Control::Close => {
+                        messages.push(Incoming::Close(close_code(payload)?));
+                        return Ok(at); // what follows a close frame means nothing (RFC 6455 section 5.5.1)
+                    }
+                    _ => messages.push(Incoming::Pong),
+                }
+            }
+            OpCode::Data(Data::Text) if header.is_final && whole && fragments == 0 => {
+                let payload = unmasked(&mut data[at + head..at + head + length], mask);
+                let text = std::str::from_utf8(payload).map_err(|_| Reason::InvalidText)?;
+                messages.push(Incoming::Text(text.to_owned(), 1));
+                at += head + length;
+            }
+            OpCode::Data(_) => {
+                let begun = partial.get_or_insert_default();
+                begun.remaining = head + length;
+                begun.frames = begun.fragments as u32 + 1; // at most FRAGMENTS_MAX and what max_message adds
+                begun.fragments = if header.is_final { 0 } else { begun.fragments + 1 };
+                if begun.fragments > FRAGMENTS_MAX + limits.max_message / FRAGMENT_BYTES {
+                    return Err(Reason::Unfinished);
+                }
+            }
+        }
+    }
+    if partial.as_ref().is_some_and(|partial| partial.is_idle()) {
+        *partial = None;
+    }
+    Ok(at)
+}
+
+/// What a frame's head (of `head` bytes) alone forbids, before anything is kept for it. Gives the mask.
+fn check(header: &FrameHeader, head: usize, length: u64, limits: Limits) -> Result<[u8; 4], Reason> {
+    let reserved = header.rsv1 || header.rsv2 || header.rsv3;
+    let shortest = match length {
+        0..=125 => 6,
+        126..=0xFFFF => 8,
+        _ => 14,
+    };
+    let Some(mask) = header.mask.filter(|_| !reserved && head == shortest) else {
+        return Err(Reason::Protocol); // RFC 6455 sections 5.1 and 5.2
+    };
+    match header.opcode {
+        OpCode::Control(Control::Reserved(_)) => Err(Reason::Protocol),
+        OpCode::Control(_) if length > CONTROL_MAX || !header.is_final => Err(Reason::Protocol), // section 5.5
+        OpCode::Control(_) => Ok(mask),
+        OpCode::Data(Data::Reserved(_)) => Err(Reason::Protocol),
+        OpCode::Data(Data::Binary) if !limits.binary => Err(Reason::Binary),
+        OpCode::Data(_) if length > limits.max_message as u64 => Err(Reason::TooLong),
+        OpCode::Data(_) => Ok(mask),
+    }
+}
+
+/// Undoes the mask (RFC 6455 section 5.3), eight bytes at a time.
+fn unmasked(payload: &mut [u8], mask: [u8; 4]) -> &[u8] {
+    let [a, b, c, d] = mask;
+    let wide = u64::from_ne_bytes([a, b, c, d, a, b, c, d]);
+    let mut chunks = payload.chunks_exact_mut(8);
+    for chunk in &mut chunks {
+        let word = u64::from_ne_bytes((&*chunk).try_into().expect("chunks are eight bytes")) ^ wide;
+        chunk.copy_from_slice(&word.to_ne_bytes());
+    }
+    chunks.into_remainder().iter_mut().zip(mask.iter().cycle()).for_each(|(byte, mask)| *byte ^= mask);
+    payload
+}
+
+/// The code of a close frame's payload (RFC 6455 sections 5.5.1 and 7.4, and the IANA registry of close codes).
+fn close_code(payload: &[u8]) -> Result<Option<u16>, Reason> {
+    let (code, text) = match payload {
+        [] => return Ok(None),
+        [high, low, text @ ..] => (u16::from_be_bytes([*high, *low]), text),
+        [_] => return Err(Reason::Protocol),
+    };
+    if !matches!(code, 1000..=1003 | 1007..=1014 | 3000..=4999) {
+        return Err(Reason::Protocol);
+    }
+    std::str::from_utf8(text).map_err(|_| Reason::InvalidText)?;
+    Ok(Some(code))
+}
+
+fn new_context(limits: Limits) -> Box<WebSocketContext> {
+    let config = WebSocketConfig::default()
+        .read_buffer_size(CONTEXT_BUFFER)
+        .max_message_size(Some(limits.max_message))
+        .max_frame_size(Some(limits.max_message));
+    Box::new(WebSocketContext::new(Role::Server, Some(config)))
+}
+
+/// Gives the context what has come of data frames, and takes what it makes of it.
+fn feed(
+    context: &mut WebSocketContext,
+    part: &[u8],
+    frames: u32,
+    messages: &mut Vec<Incoming>,
+) -> Result<(), Reason> {
+    let mut wire = Wire(part);
+    loop {
+        match context.read(&mut wire) {
+            Ok(Message::Text(text)) => messages.push(Incoming::Text(text.as_str().to_owned(), frames)),
+            Ok(Message::Binary(bytes)) => messages.push(Incoming::Binary(bytes, frames)),
+            Ok(_) => unreachable!("control frames never reach a context"),
+            Err(Error::Io(error)) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+            Err(error) => return Err(reason(&error)),
+        }
+    }
+}
+
+fn reason(error: &Error) -> Reason {
+    match error {
+        Error::Capacity(_) => Reason::TooLong,
+        Error::Utf8(_) => Reason::InvalidText,
+        _ => Reason::Protocol,
+    }
+}
+
+/// tungstenite's side of a connection: reads from what has come. It has nothing to say about data frames.
+struct Wire<'a>(&'a [u8]);
+
+impl Read for Wire<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        match self.0.read(buffer)? {
+            0 => Err(io::ErrorKind::WouldBlock.into()),
+            length => Ok(length),
+        }
+    }
+}
+
+impl Write for Wire<'_> {
+    fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
+        Ok(buffer.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn frame(first: u8, payload: &[u8]) -> Vec<u8> {
+        let mask = [7u8, 99, 0, 201];
+        let mut frame = vec![first];
+        match payload.len() {
+            len @ 0..=125 => frame.push(0x80 | len as u8),
+            len @ 126..=0xFFFF => {
+                frame.push(0x80 | 126);
+                frame.extend((len as u16).to_be_bytes());
+            }
+            len => {
+                frame.push(0x80 | 127);
+                frame.extend((len as u64).to_be_bytes());
+            }
+        }
+        frame.extend(mask);
+        frame.extend(payload.iter().zip(mask.iter().cycle()).map(|(byte, mask)| byte ^ mask));
+        frame
+    }
+
+    /// Reads `bytes` in pieces that end at these places, as the shard does with its scratch.
+    fn read_in_pieces(bytes: &[u8], cuts: &[usize]) -> (Result<(), Reason>, Vec<Incoming>, bool) {
+        let limits = Limits { max_message: 1000, binary: false };
+        let (mut partial, mut messages) = (None, Vec::new());
+        let mut cuts: Vec<usize> = cuts.iter().map(|cut| cut % (bytes.len() + 1)).collect();
+        cuts.push(bytes.len());
+        cuts.sort_unstable();
+        let mut rest = Vec::new();
+        let mut start = 0;
+        for cut in cuts {
+            let mut piece = [&rest[..], &bytes[start..cut]].concat();
+            start = cut;
+            loop {
+                let mut some = Vec::new();
+                let read = read(&mut partial, &mut piece, limits, &mut some);
+                let full = some.len() == MESSAGES_AT_ONCE;
+                messages.append(&mut some);
+                match read {
+                    Ok(read) => piece.drain(..read),
+                    Err(reason) => return (Err(reason), messages, partial.is_some()),
+                };
+                if matches!(messages.last(), Some(Incoming::Close(_))) {
+                    return (Ok(()), messages, partial.is_some());
+                }
+                if !full {
+                    break;
+                }
+            }
+            rest = piece;
+        }
+        assert!(rest.is_empty(), "whole frames are read whole");
+        (Ok(()), messages, partial.is_some())
+    }
+
+    fn text(text: &str, frames: u32) -> Incoming {
+        Incoming::Text(text.to_owned(), frames)
+    }
+
+    fn ping(payload: &[u8]) -> Incoming {
+        Incoming::Ping(payload.into())
+    }
+
+    #[test]
+    fn a_ping_may_come_between_fragments_and_the_message_is_whole() {
+        let bytes =
+            [frame(0x01, b"one "), frame(0x89, b"p"), frame(0x00, b"two "), frame(0x80, b"three")].concat();
+        for cuts in [&[][..], &[12], &[18]] {
+            let (result, messages, kept) = read_in_pieces(&bytes, cuts);
+            assert_eq!((result, messages), (Ok(()), vec![ping(b"p"), text("one two three", 3)]));
+            assert!(!kept, "nothing is kept between messages");
+        }
+    }
+
+    #[test]
+    fn a_close_gives_its_code_and_what_follows_is_ignored() {
+        for (payload, code) in [(&[][..], None), (&[0x03, 0xE8], Some(1000)), (b"\x0F\xA1bye", Some(4001))] {
+            let bytes = [frame(0x88, payload), frame(0x81, b"hi"), frame(0x89, b"")].concat();
+            let (result, messages, _) = read_in_pieces(&bytes, &[]);
+            assert_eq!((result, messages), (Ok(()), vec![Incoming::Close(code)]));
+        }
+    }
+
+    #[test]
+    fn a_message_in_very_many_frames_is_not_waited_for() {
+        let most = FRAGMENTS_MAX + 1000 / FRAGMENT_BYTES;
+        let fragments =
+            |many| [frame(0x01, b""), frame(0x00, b"").repeat(many - 2), frame(0x80, b"")].concat();
+        assert_eq!(read_in_pieces(&fragments(most + 1), &[]).0, Ok(()));
+        assert_eq!(read_in_pieces(&fragments(most + 2), &[]).0, Err(Reason::Unfinished));
+    }
+
+    #[test]
+    fn what_the_protocol_forbids_ends_with_its_reason() {
+        let mut unmasked = frame(0x81, b"");
+        unmasked[1] &= 0x7F;
+        let huge = [0x81, 0xFF, 0x7F, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0, 0, 0, 0];
+        for (bytes, expected) in [
+            (unmasked, Reason::Protocol),
+            (frame(0xC1, b"rsv"), Reason::Protocol),
+            (frame(0x83, b"opcode"), Reason::Protocol),
+            (vec![0x81, 0xFE, 0, 1, 0, 0, 0, 0, b'a'], Reason::Protocol),
+            (vec![0x81, 0xFF, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, b'a'], Reason::Protocol),
+            (frame(0x8B, b"opcode"), Reason::Protocol),
+            (frame(0x89, &[0; 126]), Reason::Protocol),
+            (frame(0x09, b"fragmented ping"), Reason::Protocol),
+            (frame(0x80, b"nothing to continue"), Reason::Protocol),
+            ([frame(0x01, b"a"), frame(0x81, b"b")].concat(), Reason::Protocol),
+            (frame(0x88, &[0x03]), Reason::Protocol),
+            (frame(0x88, &1005u16.to_be_bytes()), Reason::Protocol),
+            (frame(0x88, &[0x03, 0xE8, 0xFF]), Reason::InvalidText),
+            (frame(0x82, b"binary"), Reason::Binary),
+            (frame(0x81, &[0xFF]), Reason::InvalidText),
+            ([frame(0x01, &[0xC3]), frame(0x80, b"a")].concat(), Reason::InvalidText),
+            (frame(0x81, &[b'a'; 1001]), Reason::TooLong),
+            (huge.to_vec(), Reason::TooLong),
+            ([frame(0x01, &[b'a'; 600]), frame(0x80, &[b'a'; 600])].concat(), Reason::TooLong),
+        ] {
+            assert_eq!(read_in_pieces(&bytes, &[]).0, Err(expected), "{bytes:x?}");
+        }
+    }
+
+    proptest! {
+        /// However the network cuts the bytes, the messages are the same.
+        #[test]
+        fn messages_do_not_depend_on_how_bytes_arrive(
+            sent in prop::collection::vec(("\\PC{0,300}", 0usize..4), 1..80),
+            cuts in prop::collection::vec(any::<usize>(), 0..20),
+        ) {
+            let mut bytes = Vec::new();
+            for (words, shape) in &sent {
+                let words = words.as_bytes();
+                let words = &words[..words.len().min(1000)];
+                let middle = words.len() / 2;
+                match shape {
+                    0 | 1 => bytes.extend(frame(0x81, words)),
+                    2 => bytes.extend([frame(0x01, &words[..middle]), frame(0x80, &words[middle..])].concat()),
+                    _ => bytes.extend([frame(0x89, b"ping"), frame(0x81, words), frame(0x8A, b"")].concat()),
+                }
+            }
+            let straight = read_in_pieces(&bytes, &[]);
+            let cut = read_in_pieces(&bytes, &cuts);
+            prop_assert_eq!(&straight.0, &cut.0);
+            if straight.0.is_ok() {
+                let texts = straight.1.iter().filter(|message| matches!(message, Incoming::Text(..)));
+                prop_assert_eq!(texts.count(), sent.len());
+                prop_assert_eq!(straight.1, cut.1);
+                prop_assert!(!cut.2, "nothing is kept between messages");
+            }
+        }
+    }
+}

@@ -1,0 +1,609 @@
+//! From a request's bytes to a client who may join, or to an HTTP answer.
+
+use std::borrow::Cow;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use bytes::{BufMut, Bytes, BytesMut};
+use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
+
+use crate::auth::keys::{self, KeyRing};
+use crate::auth::token::{self, Grant, NEVER};
+use crate::config::{ClientPublish, Settings};
+use crate::http::origin;
+use crate::http::page;
+use crate::http::proxy::{self, Preamble, Unreadable};
+use crate::http::{self, BodyLength, Head, Refusal, Response};
+use crate::limits::connections::{Full, Guard, Place};
+use crate::metrics::Readiness;
+use crate::protocol::close::Reason;
+use crate::protocol::event::{ChannelName, DEFAULT_CHANNEL, EventId, is_user_id};
+use crate::ws::connection::{Join, LastSeen};
+
+/// The subprotocol of JSON mode.
+pub const SUBPROTOCOL: &str = "fanfare.v1";
+
+const UNTRUSTED_PREAMBLE: &str = "a PROXY header is taken from trusted proxies alone: if this peer is one of yours, name its address with --trusted-proxy";
+const UNTRUSTED_FORWARD: &str = "X-Forwarded-For is taken from trusted proxies alone: if this peer is one of yours, name its address with --trusted-proxy";
+const UNREADABLE_FORWARD: &str = "X-Forwarded-For has no readable address where the client's must be";
+const FOREIGN_ORIGIN: &str =
+    "pages of this origin may not connect here: name it with --allow-origin, or have the proxy pass on Host";
+const FOREIGN_HOST: &str = "pages may use this address only as localhost or 127.0.0.1: name their site with --allow-origin, or the proxy with --trusted-proxy";
+const TOO_EARLY: &str = "nothing may follow the request before the upgrade is answered";
+
+/// What a request leads to.
+#[derive(Debug)]
+pub enum Verdict {
+    /// More bytes are needed. So many of these are read for good, and not to be shown again.
+    Incomplete(usize),
+    /// The client may join, once the bus agrees.
+    Join(Box<Join>),
+    /// What was asked for, after which the connection ends.
+    Answer(Bytes),
+    /// Why there is no upgrade, after which the connection ends for this reason.
+    Refuse(Bytes, Reason),
+}
+
+/// What decides over requests.
+#[derive(Clone, Debug)]
+pub struct Door {
+    /// Who may come in.
+    pub settings: Arc<Settings>,
+    /// Whether the node takes clients.
+    pub readiness: Arc<Readiness>,
+    /// The keys of tokens.
+    pub keys: Arc<KeyRing>,
+    /// The counts of connections, and the trusted proxies.
+    pub guard: Arc<Guard>,
+    /// Public listeners on loopback addresses.
+    pub loopback: Arc<[SocketAddr]>,
+}
+
+impl Door {
+    /// Whether this is a connection to a loopback listener, and not from a trusted proxy, which may pass on other hosts.
+    pub fn is_loopback(&self, stream: &mio::net::TcpStream) -> bool {
+        let came_to = || stream.local_addr().is_ok_and(|addr| self.loopback.contains(&addr));
+        let from_proxy = || stream.peer_addr().is_ok_and(|peer| self.guard.trusts(peer.ip()));
+        !self.loopback.is_empty() && came_to() && !from_proxy()
+    }
+}
+
+/// A request that is not served: the answer, and the reason to count it under.
+struct Refused(Refusal, Reason);
+
+impl From<Refusal> for Refused {
+    fn from(refusal: Refusal) -> Refused {
+        Refused(refusal, Reason::Answered)
+    }
+}
+
+/// Reads the bytes of a request on a public listener and decides. `place` is the connection's; it changes when a
+/// trusted proxy names the client. `loopback` is the result of [`Door::is_loopback`].
+pub fn decide(bytes: &[u8], door: &Door, place: &mut Place, loopback: bool) -> Verdict {
+    let (request, read) = match after_preambles(bytes, door, place) {
+        Ok(found) => found,
+        Err(verdict) => return verdict,
+    };
+    let (head, length) = match http::parse(request) {
+        Ok(None) => return Verdict::Incomplete(read),
+        Ok(Some(parsed)) => parsed,
+        Err(refusal) => return Verdict::Refuse(Response::from(refusal).to_closing_bytes(), Reason::Answered),
+    };
+    let decided = match head.path.strip_prefix("/ws/") {
+        Some(user) => match name_client(&head, door, place) {
+            Ok(()) => upgrade(&head, user, request.len() > length, door, loopback),
+            Err(Unseated::Full(full)) => return refuse_full(full),
+            Err(Unseated::Refused(refused)) => Err(refused),
+        },
+        None => {
+            let response = plain(&head, &door.readiness);
+            return Verdict::Answer(response.to_bytes(&head, false));
+        }
+    };
+    match decided {
+        Ok(join) => Verdict::Join(Box::new(join)),
+        Err(Refused(refusal, reason)) => {
+            Verdict::Refuse(Response::from(refusal).to_bytes(&head, false), reason)
+        }
+    }
+}
+
+/// The bytes after the PROXY headers of trusted proxies, one from each that the connection has passed, and how many bytes
+/// the caller may drop.
+fn after_preambles<'b>(
+    bytes: &'b [u8],
+    door: &Door,
+    place: &mut Place,
+) -> Result<(&'b [u8], usize), Verdict> {
+    let refuse = |text, reason| {
+        Err(Verdict::Refuse(Response::from(Refusal::new(400, text)).to_closing_bytes(), reason))
+    };
+    let mut read = 0;
+    let mut rest = bytes;
+    while place.is_proxy() {
+        match proxy::preamble(rest) {
+            Preamble::Absent => return Ok((rest, read)),
+            Preamble::Partial => return Err(Verdict::Incomplete(read)),
+            Preamble::Broken => return refuse("the PROXY header can't be read", Reason::Answered),
+            Preamble::Header { client: Some(client), length } => {
+                read += length;
+                rest = &bytes[read..];
+                door.guard.name(place, client).map_err(refuse_full)?;
+            }
+            // It names no client, so no proxy has written what follows: another PROXY header is refused. The caller keeps
+            // this one, since nothing else remembers it.
+            Preamble::Header { client: None, length } => {
+                rest = &rest[length..];
+                break;
+            }
+        }
+    }
+    if proxy::is_preamble(rest) {
+        return refuse(UNTRUSTED_PREAMBLE, Reason::UntrustedProxy);
+    }
+    Ok((rest, read))
+}
+
+/// Why a client gets no seat.
+enum Unseated {
+    Full(Full),
+    Refused(Refused),
+}
+
+/// Takes the client's address from `X-Forwarded-For`, and sees to it that it has a seat.
+fn name_client(head: &Head<'_>, door: &Door, place: &mut Place) -> Result<(), Unseated> {
+    let refused = |text, reason| Err(Unseated::Refused(Refused(Refusal::new(400, text), reason)));
+    if place.full().is_none() && head.count("x-forwarded-for") > 0 {
+        if !place.is_proxy() {
+            return refused(UNTRUSTED_FORWARD, Reason::UntrustedProxy);
+        }
+        match proxy::forwarded_for(head, |ip| door.guard.trusts(ip)) {
+            Err(Unreadable) => return refused(UNREADABLE_FORWARD, Reason::Answered),
+            Ok(None) => {}
+            Ok(Some(client)) => door.guard.name(place, client).map_err(Unseated::Full)?,
+        }
+    }
+    place.full().map_or(Ok(()), |full| Err(Unseated::Full(full)))
+}
+
+/// The end of one for whom there is no room.
+fn refuse_full(full: Full) -> Verdict {
+    Verdict::Refuse(full.answer(), full.reason())
+}
+
+/// The answer to a client whose channel can't be joined now.
+pub fn unavailable(why: &str) -> Bytes {
+    let refusal = Refusal::new(503, why.to_owned()).with("Retry-After", "1");
+    Response::from(refusal).to_closing_bytes()
+}
+
+/// The answer to a client that has named too many new channels.
+pub fn too_many_channels() -> Bytes {
+    let text = "too many new channels in a minute: join a channel that has clients, or try later";
+    Response::from(Refusal::new(429, text).with("Retry-After", "5")).to_closing_bytes()
+}
+
+/// The answer to a client that comes when the node stops. A proxy asks another node at once.
+pub fn stopping() -> Bytes {
+    unavailable("this node is stopping")
+}
+
+/// The answer to a client that speaks before it was answered.
+pub fn too_early() -> Bytes {
+    Response::from(Refusal::new(400, TOO_EARLY)).to_closing_bytes()
+}
+
+/// The answer to a request that was broken off.
+pub fn incomplete() -> Bytes {
+    Response::from(Refusal::new(400, "the request ended before it was complete")).to_closing_bytes()
+}
+
+/// The answer to a request that does not end.
+pub fn too_slow() -> Bytes {
+    Response::from(Refusal::new(408, "the request was not complete in time")).to_closing_bytes()
+}
+
+fn plain(head: &Head<'_>, readiness: &Readiness) -> Response {
+    let known = matches!(head.path, "/healthz" | "/readyz" | "/ws") || page::find(head.path).is_some();
+    if !known {
+        return Response::line(404, "not found: the WebSocket is at /ws/{user_id}, a page to try it at /");
+    }
+    let allowed = if head.path == "/ws" { "GET" } else { "GET, HEAD" };
+    if !allowed.split(", ").any(|method| method == head.method) {
+        return Response::line(405, &format!("{} takes {allowed}", head.path)).with("Allow", allowed);
+    }
+    match head.path {
+        "/healthz" => Response::line(200, "ok"),
+        // The reason is for operators, on the admin listener and in the log.
+        "/readyz" => match readiness.trouble() {
+            None => Response::line(200, "ready"),
+            Some(_) => Response::line(503, "not ready").with("Retry-After", "1"),
+        },
+        "/ws" => Response::line(400, "the user id is missing: connect to /ws/{user_id}"),
+        path => page::find(path).map_or_else(|| Response::line(404, "not found"), page::File::response),
+    }
+}
+
+/// The checks of RFC 6455 section 4.2.1, and ours.
+fn upgrade(head: &Head<'_>, user: &str, more: bool, door: &Door, loopback: bool) -> Result<Join, Refused> {
+    let refuse = |status, text: &'static str| Err(Refusal::new(status, text).into());
+    if head.method != "GET" {
+        return Err(Refusal::new(405, "a WebSocket begins with GET").with("Allow", "GET").into());
+    }
+    let version = head.header("sec-websocket-version");
+    let upgrades = head.has_token("upgrade", "websocket") && head.has_token("connection", "upgrade");
+    if !head.is_http_1_1 || !upgrades || version != Some("13") {
+        let refusal = Refusal::new(426, "this is a WebSocket: upgrade with version 13");
+        return Err(refusal.with("Upgrade", "websocket").with("Sec-WebSocket-Version", "13").into());
+    }
+    let has_body = head.count("transfer-encoding") > 0 || head.body_length()? != BodyLength::Empty;
+    if has_body || more {
+        return refuse(400, TOO_EARLY);
+    }
+    let key = head.header("sec-websocket-key").filter(|key| is_key(key));
+    let Some(key) = key.filter(|_| head.count("sec-websocket-key") == 1) else {
+        return refuse(400, "Sec-WebSocket-Key must be given once, 16 bytes in base64");
+    };
+    check_origin(head, &door.settings, loopback)?;
+    let user = Some(user).filter(|user| !user.contains('/')).and_then(http::percent_decode);
+    let user = user.filter(|user| is_user_id(user));
+    let Some(user) = user else {
+        return refuse(
+            400,
+            "the user id in /ws/{user_id} must be 1 to 128 bytes of UTF-8 without control characters",
+        );
+    };
+    let grant = check_token(head, &user, door)?;
+    let channel = match http::query_value(head.query, "channel")? {
+        Some(name) => ChannelName::parse(&name),
+        None => ChannelName::parse(DEFAULT_CHANNEL),
+    };
+    let Some(channel) = channel else {
+        return refuse(400, "channel must be 1 to 128 of A-Z a-z 0-9 _ . : -");
+    };
+    if grant.as_ref().is_some_and(|grant| !grant.may_join(&channel)) {
+        return Err(Refused(Refusal::new(403, "the token is not good for this channel"), Reason::Forbidden));
+    }
+    let given = http::query_value(head.query, "lastEventId");
+    let json = head.tokens("sec-websocket-protocol").any(|offered| offered == SUBPROTOCOL);
+    let recovers = json || !matches!(given, Ok(None));
+    let last_seen = match given {
+        Ok(None) => LastSeen::Nothing,
+        Ok(Some(text)) if text.is_empty() => LastSeen::Nothing,
+        Ok(Some(text)) => EventId::parse(text.as_bytes()).map_or(LastSeen::Unknown, LastSeen::Event),
+        Err(_) => LastSeen::Unknown,
+    };
+    let may_publish = door.settings.client_publish != ClientPublish::Off
+        && grant.as_ref().is_none_or(|grant| grant.may_publish(&channel));
+    let expires = grant.map_or(NEVER, |grant| grant.expires);
+    let response = switching(key, json);
+    Ok(Join { user: user.into(), channel, last_seen, recovers, json, may_publish, expires, response })
+}
+
+/// What the client's token allows it; `None` where no token is asked for.
+fn check_token(head: &Head<'_>, user: &str, door: &Door) -> Result<Option<Grant>, Refused> {
+    if !door.keys.asks_for_tokens() {
+        return Ok(None);
+    }
+    let refused = |text: &'static str| {
+        Err(Refused(Refusal::new(401, text).with("WWW-Authenticate", "Bearer"), Reason::Unauthorized))
+    };
+    let Some(token) = given_token(head)? else {
+        return refused(
+            "a token is needed: as ?token=, Authorization: Bearer or the subprotocol bearer.TOKEN",
+        );
+    };
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(u64::MAX, |since| since.as_secs());
+    match token::verify(&door.keys.current().tokens, &token, user, now) {
+        Ok(grant) => Ok(Some(grant)),
+        Err(token::Bad) => refused("the token is not good for this user, or no longer"),
+    }
+}
+
+/// Browsers can set no header, but name subprotocols; a query ends up in proxies' logs.
+fn given_token<'a>(head: &Head<'a>) -> Result<Option<Cow<'a, str>>, Refusal> {
+    if let Some(token) = keys::bearer(head) {
+        return Ok(Some(token.into()));
+    }
+    let offered = head.tokens("sec-websocket-protocol").find_map(|offered| offered.strip_prefix("bearer."));
+    match offered {
+        Some(token) => Ok(Some(token.into())),
+        None => http::query_value(head.query, "token"),
+    }
+}
+
+/// A request without Origin is no browser's. With DNS rebinding a page's own name points to this machine and is in both
+/// Host and Origin, so without rules a loopback listener accepts loopback hosts only.
+fn check_origin(head: &Head<'_>, settings: &Settings, loopback: bool) -> Result<(), Refused> {
+    let refuse = |text| Err(Refused(Refusal::new(403, text), Reason::ForeignOrigin));
+    let host = head.header("host").unwrap_or_default();
+    match head.count("origin") {
+        0 => Ok(()),
+        1 if loopback && settings.allow_origin.is_empty() && !origin::is_loopback_host(host) => {
+            refuse(FOREIGN_HOST)
+        }
+        1 if origin::is_allowed(&settings.allow_origin, head.header("origin").unwrap_or_default(), host) => {
+            Ok(())
+        }
+        _ => refuse(FOREIGN_ORIGIN),
+    }
+}
+
+/// 16 bytes in base64 (RFC 6455 section 4.1): 22 digits and two signs of padding.
+fn is_key(key: &str) -> bool {
+    let digit = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'+' | b'/');
+    key.len() == 24 && key.ends_with("==") && key.bytes().take(22).all(digit)
+}
+
+fn switching(key: &str, json: bool) -> Bytes {
+    let mut out = BytesMut::with_capacity(192);
+    out.put_slice(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n");
+    out.put_slice(b"Sec-WebSocket-Accept: ");
+    out.put_slice(derive_accept_key(key.as_bytes()).as_bytes());
+    if json {
+        out.put_slice(b"\r\nSec-WebSocket-Protocol: ");
+        out.put_slice(SUBPROTOCOL.as_bytes());
+    }
+    out.put_slice(b"\r\n\r\n");
+    out.freeze()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::IpAddr;
+
+    use super::*;
+
+    fn request(target: &str, headers: &str) -> String {
+        format!(
+            "GET {target} HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
+             Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n{headers}\r\n"
+        )
+    }
+
+    /// A PROXY header of version 2 by which the proxy speaks for itself.
+    const LOCAL_V2: &str = "\r\n\r\n\0\r\nQUIT\n\x20\0\0\0";
+
+    fn door(flags: &[&str]) -> Door {
+        let settings = match Settings::from(flags.iter().map(std::ffi::OsString::from), []) {
+            Ok(crate::config::Action::Run(settings)) => Arc::new(settings),
+            other => panic!("{other:?}"),
+        };
+        let keys = Arc::new(KeyRing::load(&settings).unwrap());
+        let guard = Arc::new(Guard::new(&settings));
+        Door { settings, readiness: Arc::default(), keys, guard, loopback: Arc::default() }
+    }
+
+    fn verdict(bytes: &[u8]) -> Verdict {
+        decide_from("192.0.2.1", bytes, &door(&[])).0
+    }
+
+    fn decide_from(peer: &str, bytes: &[u8], door: &Door) -> (Verdict, Place) {
+        let mut place = door.guard.arrive(peer.parse().unwrap()).unwrap();
+        (decide(bytes, door, &mut place, false), place)
+    }
+
+    fn join(target: &str, headers: &str) -> Join {
+        match verdict(request(target, headers).as_bytes()) {
+            Verdict::Join(join) => *join,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn status(bytes: &[u8]) -> String {
+        match verdict(bytes) {
+            Verdict::Answer(answer) | Verdict::Refuse(answer, _) => {
+                String::from_utf8_lossy(&answer[9..12]).into_owned()
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_good_request_joins() {
+        let plain = join("/ws/al%20ice", "");
+        assert_eq!((&*plain.user, plain.channel.as_str()), ("al ice", DEFAULT_CHANNEL));
+        assert!(!plain.recovers && !plain.json && plain.last_seen == LastSeen::Nothing);
+        let answer = String::from_utf8(plain.response.to_vec()).unwrap();
+        assert!(
+            answer.contains("Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n"),
+            "RFC 6455 section 1.3"
+        );
+        assert!(!answer.contains("Protocol:"));
+
+        let json = join("/ws/a?channel=x.y:1&lastEventId=17", "Sec-WebSocket-Protocol: a, fanfare.v1\r\n");
+        assert!(json.recovers && json.json && json.last_seen == LastSeen::Event(EventId(17)));
+        assert!(
+            String::from_utf8(json.response.to_vec())
+                .unwrap()
+                .contains("Sec-WebSocket-Protocol: fanfare.v1\r\n")
+        );
+    }
+
+    #[test]
+    fn what_is_no_id_is_an_unknown_one() {
+        let seen = |value: &str| join(&format!("/ws/a?lastEventId{value}"), "").last_seen;
+        assert_eq!((seen(""), seen("=")), (LastSeen::Nothing, LastSeen::Nothing));
+        assert_eq!(seen("=0"), LastSeen::Event(EventId(0)));
+        for value in ["=-1", "=x", "=9007199254740992", "=99999999999999999999", "=1.5", "=%ff", "=+1"] {
+            assert_eq!(seen(value), LastSeen::Unknown, "{value}");
+        }
+    }
+
+    #[test]
+    fn trusted_proxies_name_their_clients_however_the_bytes_are_cut() {
+        let door = door(&["--trusted-proxy", "10.0.0.0/8"]);
+        let upgrade = request("/ws/a", "");
+        let forward = |value: &str| request("/ws/a", &format!("X-Forwarded-For: {value}\r\n"));
+        let v2 = b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0C\xC0\0\x02\x07\xC0\0\x02\x01\0\x01\0\x02";
+        for (begin, request, client) in [
+            (&b""[..], &upgrade, None),
+            (b"", &forward("192.0.2.7"), Some("192.0.2.7")),
+            (b"", &forward("192.0.2.7, 10.0.0.2"), Some("192.0.2.7")),
+            (b"", &forward("10.0.0.2"), None),
+            (b"PROXY TCP4 192.0.2.7 10.0.0.1 1 2\r\n", &upgrade, Some("192.0.2.7")),
+            (b"PROXY UNKNOWN\r\n", &forward("192.0.2.7"), Some("192.0.2.7")),
+            (b"PROXY TCP4 10.0.0.9 10.0.0.1 1 2\r\n", &forward("192.0.2.7"), Some("192.0.2.7")),
+            (
+                b"PROXY TCP4 10.0.0.9 10.0.0.1 1 2\r\nPROXY TCP4 192.0.2.7 10.0.0.1 1 2\r\n",
+                &upgrade,
+                Some("192.0.2.7"),
+            ),
+            (LOCAL_V2.as_bytes(), &upgrade, None),
+            (v2, &upgrade, Some("192.0.2.7")),
+        ] {
+            let client =
+                client.map_or(Place::Proxy, |client| Place::Client(client.parse::<IpAddr>().unwrap().into()));
+            let bytes = [begin, request.as_bytes()].concat();
+            let (verdict, place) = decide_from("10.0.0.1", &bytes, &door);
+            assert!(matches!(verdict, Verdict::Join(_)), "{verdict:?}");
+            assert_eq!(place, client, "{}", String::from_utf8_lossy(&bytes));
+
+            // Byte by byte, as a shard keeps them.
+            let mut place = door.guard.arrive("10.0.0.1".parse().unwrap()).unwrap();
+            let mut kept = Vec::new();
+            for (at, byte) in bytes.iter().enumerate() {
+                kept.push(*byte);
+                match decide(&kept, &door, &mut place, false) {
+                    Verdict::Incomplete(read) => drop(kept.drain(..read)),
+                    Verdict::Join(_) => assert_eq!(at + 1, bytes.len()),
+                    other => panic!("{other:?} after {}", String::from_utf8_lossy(&kept)),
+                }
+            }
+            assert_eq!(place, client, "{}", String::from_utf8_lossy(&bytes));
+        }
+    }
+
+    #[test]
+    fn who_speaks_as_a_proxy_and_is_none_is_told_what_to_do() {
+        let door = door(&["--trusted-proxy", "10.0.0.0/8"]);
+        let forward = request("/ws/a", "X-Forwarded-For: 192.0.2.7\r\n");
+        let named = "PROXY TCP4 192.0.2.7 10.0.0.1 1 2\r\n";
+        for (peer, bytes, text) in [
+            ("192.0.2.1", forward.clone(), "X-Forwarded-For is taken from trusted proxies alone"),
+            ("192.0.2.1", "PROXY ".into(), "a PROXY header is taken from trusted proxies alone"),
+            ("192.0.2.1", "\r\n\r\n\0\r\nQUIT\n".into(), "a PROXY header is taken"),
+            ("10.0.0.1", named.to_owned() + &forward, "X-Forwarded-For is taken from trusted proxies alone"),
+            ("10.0.0.1", named.to_owned() + named, "a PROXY header is taken from trusted"),
+            ("10.0.0.1", format!("PROXY UNKNOWN\r\n{named}"), "a PROXY header is taken from trusted"),
+            ("10.0.0.1", LOCAL_V2.to_owned() + named, "a PROXY header is taken from trusted"),
+        ] {
+            let (verdict, _) = decide_from(peer, bytes.as_bytes(), &door);
+            let Verdict::Refuse(answer, Reason::UntrustedProxy) = verdict else {
+                panic!("{bytes}: {verdict:?}")
+            };
+            let answer = String::from_utf8(answer.to_vec()).unwrap();
+            assert!(answer.starts_with("HTTP/1.1 400 ") && answer.contains("--trusted-proxy"), "{answer}");
+            assert!(answer.contains(text), "{answer}");
+
+            if peer != "10.0.0.1" {
+                continue; // byte by byte its version 2 begins as a bad request
+            }
+            let mut place = door.guard.arrive(peer.parse().unwrap()).unwrap();
+            let mut kept = Vec::new();
+            let refused = bytes.bytes().any(|byte| {
+                kept.push(byte);
+                match decide(&kept, &door, &mut place, false) {
+                    Verdict::Incomplete(read) => drop(kept.drain(..read)),
+                    Verdict::Refuse(_, Reason::UntrustedProxy) => return true,
+                    other => panic!("{other:?} after {bytes}"),
+                }
+                false
+            });
+            assert!(refused, "{bytes}");
+        }
+        for bytes in ["PROXY TCP4\r\n".to_owned(), request("/ws/a", "X-Forwarded-For: unknown\r\n")] {
+            let (verdict, _) = decide_from("10.0.0.1", bytes.as_bytes(), &door);
+            let Verdict::Refuse(answer, Reason::Answered) = verdict else { panic!("{bytes}: {verdict:?}") };
+            assert!(answer.starts_with(b"HTTP/1.1 400 "));
+        }
+        // What needs no client's address is there for everybody.
+        for path in ["/healthz", "/"] {
+            let bytes = request(path, "X-Forwarded-For: unknown\r\n");
+            for peer in ["192.0.2.1", "10.0.0.1"] {
+                let (verdict, _) = decide_from(peer, bytes.as_bytes(), &door);
+                assert!(matches!(verdict, Verdict::Answer(answer) if answer.starts_with(b"HTTP/1.1 200 ")));
+            }
+        }
+    }
+
+    #[test]
+    fn who_has_no_seat_is_told_before_anything_is_looked_at() {
+        let door = door(&["--max-connections", "2", "--max-per-address", "1", "--trusted-proxy", "10.0.0.1"]);
+        let bad = request("/ws/%ff", "Sec-WebSocket-Key: twice\r\n");
+        let status = |peer, bytes: &str| match decide_from(peer, bytes.as_bytes(), &door).0 {
+            Verdict::Refuse(answer, reason) => (String::from_utf8_lossy(&answer[9..12]).into_owned(), reason),
+            other => panic!("{other:?}"),
+        };
+        let first = decide_from("192.0.2.1", request("/ws/a", "").as_bytes(), &door);
+        assert!(matches!(first.0, Verdict::Join(_)));
+        assert_eq!(status("192.0.2.1", &bad), ("429".into(), Reason::AddressFull));
+        let forward = request("/ws/%ff", "X-Forwarded-For: 192.0.2.1\r\n");
+        assert_eq!(status("10.0.0.1", &forward), ("429".into(), Reason::AddressFull));
+        assert_eq!(
+            status("10.0.0.1", &format!("PROXY TCP4 192.0.2.1 10.0.0.9 1 2\r\n{bad}")).1,
+            Reason::AddressFull
+        );
+        let second = decide_from("192.0.2.2", request("/ws/a", "").as_bytes(), &door);
+        assert!(matches!(second.0, Verdict::Join(_)));
+        assert_eq!(status("192.0.2.3", &bad), ("503".into(), Reason::NodeFull));
+        assert_eq!(
+            status("10.0.0.1", &format!("PROXY TCP4 192.0.2.9 10.0.0.9 1 2\r\n{bad}")).1,
+            Reason::NodeFull
+        );
+        let (verdict, _) = decide_from("192.0.2.3", request("/healthz", "").as_bytes(), &door);
+        assert!(matches!(verdict, Verdict::Answer(answer) if answer.starts_with(b"HTTP/1.1 200 ")));
+    }
+
+    #[test]
+    fn rebound_names_are_refused_on_loopback() {
+        let named = door(&["--allow-origin", "http://app.example:8080"]);
+        for (door, host, origin, loopback, joins) in [
+            (&door(&[]), "127.0.0.1:8080", "http://127.0.0.1:8080", true, true),
+            (&door(&[]), "localhost", "http://localhost:3000", true, true),
+            (&door(&[]), "[::1]:8080", "http://[::1]:8080", true, true),
+            (&door(&[]), "evil.example:8080", "http://evil.example:8080", true, false),
+            (&door(&[]), "evil.example:8080", "http://evil.example:8080", false, true), // to a public address
+            (&door(&[]), "127.0.0.1.evil.example", "http://127.0.0.1.evil.example", true, false),
+            (&door(&[]), "evil.example:8080", "", true, true), // no browser
+            (&named, "app.example:8080", "http://app.example:8080", true, true),
+            (&named, "evil.example:8080", "http://evil.example:8080", true, false),
+        ] {
+            let header = if origin.is_empty() { String::new() } else { format!("Origin: {origin}\r\n") };
+            let request = request("/ws/a", &header).replace("Host: a", &format!("Host: {host}"));
+            let mut place = door.guard.arrive("127.0.0.1".parse().unwrap()).unwrap();
+            let verdict = decide(request.as_bytes(), door, &mut place, loopback);
+            assert_eq!(matches!(verdict, Verdict::Join(_)), joins, "{host} {origin}: {verdict:?}");
+        }
+    }
+
+    #[test]
+    fn bad_requests_get_their_status() {
+        let good = request("/ws/a", "");
+        for (bytes, expected) in [
+            (good.replace("GET", "POST"), "405"),
+            (good.replace("13\r\n", "8\r\n"), "426"),
+            (good.replace("Upgrade: websocket\r\n", ""), "426"),
+            (good.replace("dGhl", "dG="), "400"),
+            (request("/ws/a", "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"), "400"),
+            (request("/ws/a", "Content-Length: 1\r\n"), "400"),
+            (good.clone() + "x", "400"),
+            (request("/ws/", ""), "400"),
+            (request("/ws/%0a", ""), "400"),
+            (request("/ws/%ff", ""), "400"),
+            (request(&format!("/ws/{}", "a".repeat(129)), ""), "400"),
+            (request("/ws/a?channel=", ""), "400"),
+            (request("/ws/a?channel=a%20b", ""), "400"),
+            (request("/ws/a", "Origin: http://b\r\n"), "403"),
+            (request("/ws/a", "Origin: null\r\n"), "403"),
+            (request("/ws/a", "Origin: http://a\r\nOrigin: http://a\r\n"), "403"),
+            (request("/ws/a", "Origin: \r\n"), "403"),
+            (request("/nowhere", ""), "404"),
+            (request("/healthz", ""), "200"),
+            (request("/healthz", "").replace("GET", "DELETE"), "405"),
+        ] {
+            assert_eq!(status(bytes.as_bytes()), expected, "{bytes}");
+        }
+    }
+}

@@ -1,0 +1,5 @@
+//! One WebSocket connection: handshake, decoder, and the state that writes.
+
+pub mod connection;
+pub mod decoder;
+pub mod handshake;
