@@ -22,7 +22,7 @@ use support::wire;
 
 const ARGUMENTS: &[(&str, &str)] = &[
     ("connections", "idle clients; the slope is taken from half to one and a half of it [10000]"),
-    ("heartbeat", "seconds between heartbeats [30]"),
+    ("ping-interval", "seconds between heartbeats [30]"),
     ("seconds", "seconds over which CPU is taken [5 more than the heartbeat]"),
     ("server", "another binary to measure in fanfare's place; `floor` holds the floor against itself"),
 ];
@@ -39,7 +39,7 @@ const TO: usize = 15;
 const EXACT: [(&str, &str); 2] = [("MIMALLOC_PURGE_DELAY", "0"), ("MIMALLOC_ALLOW_THP", "0")];
 
 /// Feeds and histories for the stalled: filled before anyone comes, so that what grows then is theirs.
-const FILLED: [&str; 4] = ["--feed-memory", "1MiB", "--history", "1000"];
+const FILLED: [&str; 4] = ["--buffer-memory", "1MiB", "--history", "1000"];
 
 /// Bytes of a text that the stalled don't read, and how many: twice what their sockets and the feed hold.
 const TEXT: usize = 8192;
@@ -62,7 +62,7 @@ fn main() -> Result<()> {
     support::floor::run_if_asked()?;
     let args = Args::read(ARGUMENTS)?;
     let connections: usize = args.get("connections", 10_000)?;
-    let heartbeat: u64 = args.get("heartbeat", 30)?;
+    let heartbeat: u64 = args.get("ping-interval", 30)?;
     let time = Duration::from_secs(args.get("seconds", heartbeat + 5)?);
     ensure!(connections >= 2 && heartbeat > 0, "there must be connections and heartbeats");
     allow_files(connections * TO / 10)?;
@@ -76,7 +76,7 @@ fn main() -> Result<()> {
     let start_with = |environment: &[(&str, &str)], flags: &[&str]| match binary {
         "floor" => start_floor(environment),
         binary => {
-            let flags = [&["--heartbeat", &period], flags].concat();
+            let flags = [&["--ping-interval", &period], flags].concat();
             Server::fanfare(binary, Some(&cores), &flags, environment)
         }
     };

@@ -41,7 +41,7 @@ const ARGUMENTS: &[(&str, &str)] = &[
 const MISSED: Duration = Duration::from_millis(2);
 
 /// Feeds that hold some hundred events, so that what was missed is beyond them.
-const SMALL: [&str; 4] = ["--feed-memory", "64KiB", "--max-message", "1KiB"];
+const SMALL: [&str; 4] = ["--buffer-memory", "64KiB", "--max-message-size", "1KiB"];
 
 /// Of HS256.
 const SECRET: &str = "0123456789abcdef0123456789abcdef";

@@ -8,13 +8,13 @@ use fanfare::auth::keys::KeyRing;
 use fanfare::bus::redis::{page, taken, wire};
 use fanfare::config::{Action, Settings};
 use fanfare::http;
-use fanfare::limits::connections::Guard;
-use fanfare::protocol::close::Reason;
+use fanfare::limits::connections::ConnectionLimits;
+use fanfare::protocol::close::CloseReason;
 use fanfare::protocol::event::{ChannelName, Entry, EventId, is_user_id};
 use fanfare::protocol::frame::{self, ClientFrame};
 use fanfare::protocol::ingest;
 use fanfare::ws::decoder::{self, Incoming, Limits, MESSAGES_AT_ONCE};
-use fanfare::ws::handshake::{self, Door, Verdict};
+use fanfare::ws::handshake::{self, HandshakeContext, Verdict};
 use fred::types::Resp3Frame;
 use serde_json::Value;
 
@@ -35,8 +35,8 @@ fn choice<'a>(data: &mut &'a [u8]) -> u8 {
 
 // ---- requests ----
 
-fn door(with_tokens: bool) -> &'static Door {
-    static DOORS: OnceLock<[Door; 2]> = OnceLock::new();
+fn door(with_tokens: bool) -> &'static HandshakeContext {
+    static DOORS: OnceLock<[HandshakeContext; 2]> = OnceLock::new();
     let doors = DOORS.get_or_init(|| {
         let file = std::env::temp_dir().join(format!("fanfare-fuzz-{}.key", std::process::id()));
         std::fs::write(&file, KEY).expect("there is room for a key");
@@ -47,8 +47,8 @@ fn door(with_tokens: bool) -> &'static Door {
                 panic!("these settings are good")
             };
             let keys = Arc::new(KeyRing::load(&settings).expect("the key is there"));
-            let guard = Arc::new(Guard::new(&settings));
-            Door {
+            let guard = Arc::new(ConnectionLimits::new(&settings));
+            HandshakeContext {
                 settings: Arc::new(settings),
                 readiness: Arc::default(),
                 keys,
@@ -63,8 +63,8 @@ fn door(with_tokens: bool) -> &'static Door {
 }
 
 /// What a connection from this peer gets whose bytes come in these pieces, as the shard reads them.
-fn decide<'a>(pieces: impl Iterator<Item = &'a [u8]>, door: &Door, peer: [u8; 4]) -> Verdict {
-    let mut place = door.guard.arrive(peer.into()).expect("there is room for one");
+fn decide<'a>(pieces: impl Iterator<Item = &'a [u8]>, door: &HandshakeContext, peer: [u8; 4]) -> Verdict {
+    let mut place = door.guard.acquire(peer.into()).expect("there is room for one");
     let mut kept = Vec::new();
     let mut verdict = Verdict::Incomplete(0);
     for piece in pieces {
@@ -76,7 +76,7 @@ fn decide<'a>(pieces: impl Iterator<Item = &'a [u8]>, door: &Door, peer: [u8; 4]
         }
         assert!(kept.len() <= http::HEAD_MAX + PREAMBLE_MAX, "{} bytes are kept of a request", kept.len());
     }
-    door.guard.leave(place, "");
+    door.guard.release(place, "");
     verdict
 }
 
@@ -138,7 +138,7 @@ pub fn request(mut data: &[u8]) {
 // ---- frames ----
 
 /// What a client's bytes come to when they come in pieces of this size, as the shard reads them.
-fn read(data: &[u8], size: usize, limits: Limits) -> (Result<(), Reason>, Vec<Incoming>) {
+fn read(data: &[u8], size: usize, limits: Limits) -> (Result<(), CloseReason>, Vec<Incoming>) {
     let (mut partial, mut messages, mut rest) = (None, Vec::new(), Vec::new());
     for piece in data.chunks(size) {
         rest.extend_from_slice(piece);
@@ -170,7 +170,7 @@ pub fn frames(mut data: &[u8]) {
     const MASK: [u8; 4] = [0x37, 0xFA, 0x21, 0x3D];
     let flags = choice(&mut data);
     let size = usize::from(choice(&mut data)) + 1;
-    let limits = Limits { max_message: 1000, binary: flags & 1 > 0 };
+    let limits = Limits { max_message_size: 1000, binary: flags & 1 > 0 };
     let mut bytes = Vec::new();
     if flags & 2 > 0 {
         bytes.extend_from_slice(data);

@@ -7,7 +7,7 @@
 //!
 //! Data goes one way. One control thread runs the bus and the signals, another the admin listener (tokio,
 //! single-threaded); one thread accepts; one thread for each core is a shard (mio, no runtime). They talk by messages: a
-//! shard's inbox takes [`bus::ToShard`], the bus takes [`bus::Request`]. The rooms, in the order in which they are best
+//! shard's inbox takes [`bus::ShardMessage`], the bus takes [`bus::Request`]. The rooms, in the order in which they are best
 //! read:
 //!
 //! | room | what is done there |
@@ -50,7 +50,7 @@
 //! by `recovered:false`, by `reset`, or by close 4008. Most rules below exist for that sentence.
 //!
 //! - An id is given once, and only by the bus. Only `sequence` decides what comes next on this node; a shard takes
-//!   entries as they come. Continuity is never guessed: [`bus::is_proven`] is the one rule, for joins, holes and pages.
+//!   entries as they come. Continuity is never guessed: [`bus::is_continuous`] is the one rule, for joins, holes and pages.
 //! - Pub/Sub is a hint, the stream is the truth. Whatever is lost on the way is a hole, and holes are read.
 //! - A claim of a client (`lastEventId`) never counts as an id that the node has seen.
 //! - A client takes its place in the feed in the same turn of the shard in which its welcome reads the head.
@@ -63,7 +63,7 @@
 //! - A connection has no queue of events: it is a cursor into its channel's feed. Live, slow and resuming clients take
 //!   the same path, `Connection::flush` (pages of history are feeds too). Only frames for it alone are queued.
 //! - An event is serialized and framed once on the node. Shards share its bytes.
-//! - A connection ends once, with a [`protocol::close::Reason`].
+//! - A connection ends once, with a [`protocol::close::CloseReason`].
 //! - A slot's number is worth nothing without its generation: answers may come when the slot has a new owner.
 //! - Everything that grows has a limit, a constant or a setting, with its reason beside it.
 //!

@@ -35,7 +35,10 @@ async fn pages_of_foreign_sites_are_refused() {
     let mut raw = Raw::connect(node.public).await;
     let twice = [("Origin", own.as_str()), ("Origin", "https://example.com")];
     raw.upgrade("/ws/a", &twice).await.expect_refusal(403);
-    assert_eq!(node.metric_of("fanfare_ends_total", r#"reason="foreign_origin""#).await, 5.0);
+    assert_eq!(
+        node.metric_of("fanfare_connections_closed_total", r#"reason="origin_not_allowed""#).await,
+        5.0
+    );
     // A page may still look at the rest: it is public.
     assert_eq!(node.get("/healthz").await.status, 200);
 }
@@ -114,7 +117,7 @@ async fn the_admin_listener_asks_for_its_key() {
     raw.response().await.expect_refusal(401);
     raw.expect_end().await;
     let metrics = admin(&node, "GET", "/metrics", &[right], b"").await.body;
-    assert!(metrics.lines().any(|line| line == "fanfare_admin_refused_total 37"), "{metrics}");
+    assert!(metrics.lines().any(|line| line == "fanfare_admin_rejections_total 37"), "{metrics}");
 
     // Another key, without a restart. A file without a key changes nothing.
     std::fs::write(&file, "short").expect("a file");
@@ -198,10 +201,10 @@ async fn expect_publishing(node: &Node, path_query: &str, text: bool, private: b
 #[tokio::test]
 async fn clients_publish_as_far_as_they_are_let() {
     expect_publishing(&Node::start(&["--client-publish", "any"]).await, "", true, true).await;
-    expect_publishing(&Node::start(&["--client-publish", "own"]).await, "", true, false).await;
+    expect_publishing(&Node::start(&["--client-publish", "channel"]).await, "", true, false).await;
     let node = Node::start(&["--client-publish", "off"]).await;
     expect_publishing(&node, "", false, false).await;
-    assert_eq!(node.metric_of("fanfare_ends_total", r#"reason="forbidden""#).await, 1.0);
+    assert_eq!(node.metric_of("fanfare_connections_closed_total", r#"reason="forbidden""#).await, 1.0);
 }
 
 #[tokio::test]

@@ -151,9 +151,9 @@ impl Scene {
             &key,
             "--trusted-proxy",
             "127.0.0.1",
-            "--max-per-user",
+            "--max-connections-per-user",
             "2",
-            "--max-per-address",
+            "--max-connections-per-ip",
             "2",
             "--max-channels",
             "2",
@@ -217,7 +217,9 @@ impl Scene {
 
     /// No node was taken out: new clients reach both, and nginx has nothing to say about its upstreams.
     async fn stands(&self) {
-        let joins = async || join_all(self.nodes.iter().map(|node| node.metric("fanfare_joins_total"))).await;
+        let joins = async || {
+            join_all(self.nodes.iter().map(|node| node.metric("fanfare_connections_upgraded_total"))).await
+        };
         let before = joins().await;
         let mut new = Vec::new();
         for number in 0..4 {
@@ -282,7 +284,7 @@ async fn refusals_with_503_go_to_the_other_node_and_take_none_out() {
 #[tokio::test]
 async fn a_slow_reader_gets_a_large_event() {
     const SIZE: usize = 6_000_000;
-    let flags = ["--heartbeat", "1s", "--heartbeat-timeout", "4s", "--max-message", "8MiB"];
+    let flags = ["--ping-interval", "1s", "--ping-timeout", "4s", "--max-message-size", "8MiB"];
     let node = Node::start(&[&flags[..], &["--trusted-proxy", "127.0.0.1"]].concat()).await;
     let nginx = Nginx::with_large_buffers_before(&[node.public]).await;
     let mut raw = Raw::upgraded(nginx.addr, "/ws/slow?channel=room").await;

@@ -13,7 +13,7 @@ use serde_json::json;
 use tokio::sync::watch;
 
 const USERS: u64 = 20;
-const FEED: [&str; 4] = ["--feed-memory", "256KiB", "--publish-timeout", "3s"];
+const FEED: [&str; 4] = ["--buffer-memory", "256KiB", "--publish-timeout", "3s"];
 
 fn number(name: &str, default: u64) -> u64 {
     std::env::var(name).map_or(default, |text| text.parse().expect("a number"))

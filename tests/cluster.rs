@@ -216,7 +216,7 @@ async fn whoever_comes_while_the_node_looks_is_not_answered_by_an_older_look() {
 
 #[tokio::test]
 async fn history_is_read_from_redis_when_memory_is_small() {
-    let (_redis, a, b) = cluster(&["--feed-memory", "64KiB"]).await;
+    let (_redis, a, b) = cluster(&["--buffer-memory", "64KiB"]).await;
     let (mut first, welcome) = Client::resume(&a, "a", "room", "").await;
     let base = position(&welcome["head"]);
     let padding = "x".repeat(1000);
@@ -240,7 +240,7 @@ async fn history_is_read_from_redis_when_memory_is_small() {
 
 #[tokio::test]
 async fn past_the_end_of_history_nothing_is_recovered() {
-    let (_redis, a, b) = cluster(&["--history", "1000", "--feed-memory", "64KiB"]).await;
+    let (_redis, a, b) = cluster(&["--history", "1000", "--buffer-memory", "64KiB"]).await;
     let (_stays, welcome) = Client::resume(&a, "a", "room", "").await;
     let base = position(&welcome["head"]);
     let publish = async |node: &Node| node.publish_numbers("room", 0..750).await;
@@ -291,8 +291,8 @@ async fn a_lost_answer_doubles_nothing() {
 #[tokio::test]
 async fn deployments_with_different_prefixes_do_not_meet() {
     let redis = Redis::start(&[]).await;
-    let red = Node::on(&redis, &["--redis-prefix", "red", "--bare-channels", "none"]).await;
-    let blue = Node::on(&redis, &["--redis-prefix", "blue", "--bare-channels", "none"]).await;
+    let red = Node::on(&redis, &["--redis-prefix", "red", "--pubsub-channels", "none"]).await;
+    let blue = Node::on(&redis, &["--redis-prefix", "blue", "--pubsub-channels", "none"]).await;
     let mut on_red = Client::plain(&red, "r", "room").await;
     let mut on_blue = Client::plain(&blue, "b", "room").await;
     let red_id = red.publish("room", &json!({"n": "red"})).await;

@@ -17,7 +17,7 @@ const SLACK: Duration = Duration::from_millis(1500);
 
 #[tokio::test]
 async fn closes_are_spread_over_the_time_and_the_node_ends_when_all_have_gone() {
-    let node = Node::start(&["--drain", "4s", "--shards", "2"]).await;
+    let node = Node::start(&["--drain-timeout", "4s", "--shards", "2"]).await;
     let mut clients = Vec::new();
     for n in 0..60 {
         clients.push(Client::plain(&node, &format!("user{n}"), "room").await);
@@ -52,7 +52,7 @@ async fn closes_are_spread_over_the_time_and_the_node_ends_when_all_have_gone() 
 
 #[tokio::test]
 async fn whoever_never_reads_or_answers_does_not_hold_up_the_end() {
-    let node = Node::start(&["--drain", "2s"]).await;
+    let node = Node::start(&["--drain-timeout", "2s"]).await;
     let mut deaf = Vec::new();
     for n in 0..10 {
         // Half of them read nothing at all, so that not even the close frame fits.
@@ -79,7 +79,7 @@ async fn whoever_never_reads_or_answers_does_not_hold_up_the_end() {
 
 #[tokio::test]
 async fn a_drain_of_nothing_tells_everybody_at_once() {
-    let node = Node::start(&["--drain", "0s"]).await;
+    let node = Node::start(&["--drain-timeout", "0s"]).await;
     let mut clients = Vec::new();
     for _ in 0..20 {
         clients.push(Client::plain(&node, "a", "room").await);
@@ -95,7 +95,7 @@ async fn a_drain_of_nothing_tells_everybody_at_once() {
 
 #[tokio::test]
 async fn a_node_without_clients_ends_at_once() {
-    let node = Node::start(&["--drain", "10m"]).await;
+    let node = Node::start(&["--drain-timeout", "10m"]).await;
     Client::plain(&node, "a", "room").await.leave().await;
     let begun = Instant::now();
     node.signal("TERM");
@@ -106,7 +106,7 @@ async fn a_node_without_clients_ends_at_once() {
 #[tokio::test]
 async fn a_second_signal_ends_it_now() {
     for (first, second) in [("TERM", "TERM"), ("INT", "TERM"), ("TERM", "INT")] {
-        let node = Node::start(&["--drain", "10m", "--drain-notice", "10m"]).await;
+        let node = Node::start(&["--drain-timeout", "10m", "--drain-delay", "10m"]).await;
         let _client = Client::plain(&node, "a", "room").await;
         node.signal(first);
         node.unready().await;
@@ -121,7 +121,7 @@ async fn a_second_signal_ends_it_now() {
 
 #[tokio::test]
 async fn during_the_notice_clients_are_taken_and_nobody_is_closed() {
-    let node = Node::start(&["--drain-notice", "2s", "--drain", "1s"]).await;
+    let node = Node::start(&["--drain-delay", "2s", "--drain-timeout", "1s"]).await;
     let mut before = Client::plain(&node, "a", "room").await;
     let begun = Instant::now();
     node.signal("TERM");
@@ -167,13 +167,13 @@ async fn whoever_waits_to_be_accepted_when_it_stops_gets_an_answer() {
 #[tokio::test]
 async fn under_a_flood_everybody_who_reads_is_told() {
     let flags = [
-        "--drain",
+        "--drain-timeout",
         "4s",
-        "--heartbeat",
+        "--ping-interval",
         "1s",
-        "--heartbeat-timeout",
+        "--ping-timeout",
         "1s",
-        "--message-rate",
+        "--max-message-rate",
         "0",
         "--max-byte-rate",
         "0",
@@ -201,7 +201,10 @@ async fn under_a_flood_everybody_who_reads_is_told() {
             }
         });
     }
-    until("the flood", || async { (node.metric("fanfare_messages_total").await > 1e4).then_some(()) }).await;
+    until("the flood", || async {
+        (node.metric("fanfare_messages_received_total").await > 1e4).then_some(())
+    })
+    .await;
     node.signal("TERM");
     let ends = readers.join_all().await;
     assert!(ends.iter().all(|(.., code)| *code == Some(1012)), "{ends:?}");
@@ -221,7 +224,7 @@ async fn begin_publish(node: &Node, event: &str) -> Raw {
 async fn a_publish_in_flight_is_answered_before_the_end() {
     let redis = Redis::start(&[]).await;
     let way = Proxy::to(redis.port()).await;
-    let flags = ["--redis", &way.url(), "--drain", "4s", "--log", "debug"];
+    let flags = ["--redis", &way.url(), "--drain-timeout", "4s", "--log", "debug"];
     let node = Node::start(&flags).await;
     node.publish("room", &json!({"n": 0})).await;
     let before = redis.head("room").await;
@@ -245,7 +248,8 @@ async fn a_publish_in_flight_is_answered_before_the_end() {
 async fn unanswered_publishes_get_504_at_a_stop() {
     let redis = Redis::start(&[]).await;
     let way = Proxy::to(redis.port()).await;
-    let node = Node::start(&["--redis", &way.url(), "--drain", "1s", "--publish-timeout", "10m"]).await;
+    let node =
+        Node::start(&["--redis", &way.url(), "--drain-timeout", "1s", "--publish-timeout", "10m"]).await;
     node.publish("room", &json!({"n": 0})).await;
     let before = redis.head("room").await;
     way.silence(Silence { up: false, down: true });

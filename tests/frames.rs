@@ -34,7 +34,7 @@ async fn what_is_not_text_closes_with_1003() {
 
 #[tokio::test]
 async fn what_is_too_long_closes_with_1009() {
-    let node = Node::start(&["--max-message", "1KiB"]).await;
+    let node = Node::start(&["--max-message-size", "1KiB"]).await;
     let longest = "x".repeat(1024);
     let mut raw = join(&node).await;
     raw.frame(true, TEXT, longest.as_bytes()).await;
@@ -241,7 +241,7 @@ async fn a_client_that_pings_and_never_reads_costs_no_memory() {
 
 #[tokio::test]
 async fn no_bytes_end_the_node() {
-    let node = Node::start(&["--shards", "1", "--max-message", "1KiB"]).await;
+    let node = Node::start(&["--shards", "1", "--max-message-size", "1KiB"]).await;
     let mut dice = Dice(1);
     let request = http::request_bytes(node.admin, "POST", "/publish?channel=room", &[], b"{\"a\":1}");
     for round in 0..600 {

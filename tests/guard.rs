@@ -32,7 +32,7 @@ async fn seated(mut raw: Raw, path: &str, headers: &[(&str, &str)]) -> Raw {
 }
 
 async fn ends(node: &Node, reason: &str) -> f64 {
-    node.metric_of("fanfare_ends_total", &format!(r#"reason="{reason}""#)).await
+    node.metric_of("fanfare_connections_closed_total", &format!(r#"reason="{reason}""#)).await
 }
 
 async fn empty(node: &Node) {
@@ -64,7 +64,7 @@ async fn a_full_node_says_503_and_serves_on() {
     for _ in 0..3 {
         expect_full(Raw::connect(node.public).await, "/ws/a", &[], 503).await;
     }
-    assert_eq!(ends(&node, "node_full").await, 3.0);
+    assert_eq!(ends(&node, "node_limit").await, 3.0);
     assert_eq!(node.get("/healthz").await.status, 200);
     assert_eq!(node.get("/readyz").await.status, 200);
     let id = node.publish("room", &json!({"n": 1})).await;
@@ -82,7 +82,7 @@ async fn a_full_node_says_503_and_serves_on() {
 
 #[tokio::test]
 async fn a_silent_client_past_the_cap_is_told_in_the_end() {
-    let node = Node::start(&["--max-per-address", "1"]).await;
+    let node = Node::start(&["--max-connections-per-ip", "1"]).await;
     empty(&node).await;
     let _first = Raw::upgraded(node.public, "/ws/a").await;
     let mut silent = Raw::connect(node.public).await;
@@ -90,12 +90,12 @@ async fn a_silent_client_past_the_cap_is_told_in_the_end() {
     response.expect_refusal(429);
     assert_eq!(response.header("retry-after"), Some("5"));
     silent.expect_end().await;
-    assert_eq!(ends(&node, "address_full").await, 1.0);
+    assert_eq!(ends(&node, "ip_limit").await, 1.0);
 }
 
 #[tokio::test]
 async fn one_address_can_not_take_the_places_of_others() {
-    let node = Node::start(&["--max-per-address", "2"]).await;
+    let node = Node::start(&["--max-connections-per-ip", "2"]).await;
     empty(&node).await;
     // The first says nothing.
     let silent = Raw::connect_from(OTHER, node.public).await;
@@ -103,7 +103,7 @@ async fn one_address_can_not_take_the_places_of_others() {
     for _ in 0..10 {
         expect_full(Raw::connect_from(OTHER, node.public).await, "/ws/a", &[], 429).await;
     }
-    assert_eq!(ends(&node, "address_full").await, 10.0);
+    assert_eq!(ends(&node, "ip_limit").await, 10.0);
     let _others = [Raw::upgraded(node.public, "/ws/a").await, Raw::upgraded(node.public, "/ws/b").await];
     expect_full(Raw::connect(node.public).await, "/ws/c", &[], 429).await;
     drop((silent, one));
@@ -120,13 +120,13 @@ async fn one_address_can_not_take_the_places_of_others() {
 
 #[tokio::test]
 async fn a_user_has_so_many_connections_and_others_have_theirs() {
-    let node = Node::start(&["--max-per-user", "2"]).await;
+    let node = Node::start(&["--max-connections-per-user", "2"]).await;
     let first = Client::plain(&node, "alice", "one").await;
     let _second = Client::plain(&node, "alice", "two").await;
     for channel in ["one", "two", "three"] {
         expect_full(Raw::connect(node.public).await, &format!("/ws/alice?channel={channel}"), &[], 429).await;
     }
-    assert_eq!(ends(&node, "user_full").await, 3.0);
+    assert_eq!(ends(&node, "user_limit").await, 3.0);
     let _bob = Client::plain(&node, "bob", "one").await;
     first.leave().await;
     until("room for one more of alice", || async {
@@ -145,8 +145,8 @@ async fn a_flood_past_the_caps_is_answered_at_once_and_disturbs_nobody() {
     let mut flood = join_all((0..600).map(|_| Raw::connect(node.public))).await;
     let answers = join_all(flood.iter_mut().map(|raw| raw.response())).await;
     assert!(answers.iter().all(|answer| answer.status == 503 && answer.header("retry-after").is_some()));
-    let turned_away = node.metric("fanfare_turned_away_total").await;
-    let told = ends(&node, "node_full").await;
+    let turned_away = node.metric("fanfare_connections_rejected_total").await;
+    let told = ends(&node, "node_limit").await;
     assert!(turned_away > 300.0 && told > 0.0, "{turned_away} at once, {told} in time");
     assert_eq!(turned_away + told, 600.0);
     let id = node.publish("room", &json!({"n": 1})).await;
@@ -160,8 +160,14 @@ async fn a_flood_past_the_caps_is_answered_at_once_and_disturbs_nobody() {
 
 #[tokio::test]
 async fn a_trusted_proxy_says_whose_connection_it_is() {
-    let flags =
-        ["--trusted-proxy", "127.0.0.2,127.0.0.8/30", "--max-per-address", "1", "--log", "fanfare=debug"];
+    let flags = [
+        "--trusted-proxy",
+        "127.0.0.2,127.0.0.8/30",
+        "--max-connections-per-ip",
+        "1",
+        "--log",
+        "fanfare=debug",
+    ];
     let node = Node::start(&flags).await;
     let direct = || Raw::connect_from(PROXY, node.public);
     let forwarded = [("X-Forwarded-For", "198.51.100.9, 192.0.2.7:5678, 127.0.0.9")];
@@ -215,7 +221,7 @@ async fn who_is_no_trusted_proxy_is_told_to_be_named() {
         expect(Raw::connect(node.public).await, begin, 400, "--trusted-proxy").await;
     }
     expect(proxied(&node, "127.0.0.3").await, &upgrade, 400, "--trusted-proxy").await;
-    assert_eq!(ends(&node, "untrusted_proxy").await, 4.0);
+    assert_eq!(ends(&node, "proxy_not_trusted").await, 4.0);
     let told = "name its address with --trusted-proxy (it is 127.0.0.1)";
     assert!(node.log().contains(told), "{}", node.log());
     for begin in [&b"PROXY TCP4 192.0.2.7\r\n"[..], b"PROXY TCP4 192.0.2.7 127.0.0.1 1 2\n", b"PROXY \r\n"] {
@@ -233,7 +239,7 @@ async fn who_is_no_trusted_proxy_is_told_to_be_named() {
 
 #[tokio::test]
 async fn a_silent_client_of_a_tcp_proxy_counts_from_its_proxy_header_on() {
-    let node = Node::start(&["--trusted-proxy", "127.0.0.2", "--max-per-address", "1"]).await;
+    let node = Node::start(&["--trusted-proxy", "127.0.0.2", "--max-connections-per-ip", "1"]).await;
     empty(&node).await;
     let before = node.metric("fanfare_received_bytes_total").await;
     let mut silent = proxied(&node, "192.0.2.7").await;
@@ -260,9 +266,9 @@ async fn every_place_is_given_back_once_however_connections_end() {
         "127.0.0.2",
         "--max-connections",
         "60",
-        "--max-per-address",
+        "--max-connections-per-ip",
         "20",
-        "--max-per-user",
+        "--max-connections-per-user",
         "20",
         "--shards",
         "3",

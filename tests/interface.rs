@@ -80,7 +80,8 @@ async fn a_bare_publish_reaches_everybody_at_once_without_id() {
 #[tokio::test]
 async fn bare_event_longer_than_a_shards_part_of_memory_reaches_all() {
     let redis = Redis::start(&[]).await;
-    let node = Node::on(&redis, &["--shards", "64", "--feed-memory", "2MiB", "--max-message", "2MiB"]).await;
+    let node =
+        Node::on(&redis, &["--shards", "64", "--buffer-memory", "2MiB", "--max-message-size", "2MiB"]).await;
     let mut clients = Vec::new();
     for n in 0..20 {
         clients.push(Client::plain(&node, &format!("user{n}"), "ws_broadcast").await);
@@ -98,7 +99,7 @@ async fn bare_event_longer_than_a_shards_part_of_memory_reaches_all() {
 
 #[tokio::test]
 async fn only_listed_channels_are_bare() {
-    let (redis, a, b) = cluster(&["--bare-channels", "news,alerts"]).await;
+    let (redis, a, b) = cluster(&["--pubsub-channels", "news,alerts"]).await;
     let mut publisher = redis.client().await;
     for (channel, bare) in [("news", true), ("alerts", true), ("ws_broadcast", false), ("room", false)] {
         let mut on_a = Client::plain(&a, "a", channel).await;
@@ -112,7 +113,7 @@ async fn only_listed_channels_are_bare() {
         on_a.expect_event(id, &json!({"n": 1})).await;
         on_b.expect_event(id, &json!({"n": 1})).await;
     }
-    let none = Node::on(&redis, &["--bare-channels", "none"]).await;
+    let none = Node::on(&redis, &["--pubsub-channels", "none"]).await;
     let mut client = Client::simple(&none, "c").await;
     publisher.call(&["PUBLISH", "ws_broadcast", r#"{"bare":1}"#]).await;
     let id = none.publish("ws_broadcast", &json!({"n": 1})).await;

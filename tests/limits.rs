@@ -67,7 +67,7 @@ async fn empty_channels_make_room_for_new_ones() {
 #[tokio::test]
 async fn new_channels_of_a_client_are_limited() {
     const MOST: u64 = 100;
-    let flags = ["--trusted-proxy", "127.0.0.2", "--max-per-address", "100", "--shards", "1"];
+    let flags = ["--trusted-proxy", "127.0.0.2", "--max-connections-per-ip", "100", "--shards", "1"];
     let node = Node::start(&flags).await;
     let _stays = Client::plain(&node, "a", "used").await;
     let empty = async || {
@@ -187,7 +187,7 @@ async fn clients_never_take_the_descriptors_of_redis() {
 
 #[tokio::test]
 async fn large_events_are_delivered_replayed_and_resumed() {
-    let (redis, a, b) = cluster(&["--max-message", "2MiB", "--feed-memory", "4MiB"]).await;
+    let (redis, a, b) = cluster(&["--max-message-size", "2MiB", "--buffer-memory", "4MiB"]).await;
     let (mut live, welcome) = Client::resume(&a, "live", "room", "").await;
     let base = position(&welcome["head"]);
     let large = |n: u64| json!({"n": n, "text": format!("{n}").repeat(1_500_000 / n.to_string().len())});
@@ -210,7 +210,7 @@ async fn large_events_are_delivered_replayed_and_resumed() {
 
 #[tokio::test]
 async fn local_history_is_limited_by_bytes() {
-    let flags = ["--history-bytes", "64KiB", "--feed-memory", "64KiB"];
+    let flags = ["--history-bytes", "64KiB", "--buffer-memory", "64KiB"];
     let node = Node::start(&flags).await;
     let event = json!({"text": "x".repeat(10_000)});
     let mut ids = Vec::new();
@@ -229,7 +229,7 @@ async fn local_history_is_limited_by_bytes() {
 
 #[tokio::test]
 async fn busy_channels_evict_no_history_of_others() {
-    let node = Node::start(&["--max-message", "1MiB", "--feed-memory", "1MiB"]).await;
+    let node = Node::start(&["--max-message-size", "1MiB", "--buffer-memory", "1MiB"]).await;
     let quiet = node.publish_numbers("quiet", 0..20).await;
     let large = json!({"text": "x".repeat(1_000_000)});
     let mut noise = Vec::new();
@@ -247,7 +247,7 @@ async fn busy_channels_evict_no_history_of_others() {
 
 #[tokio::test]
 async fn history_ends_some_time_after_the_last_event() {
-    let (redis, a, b) = cluster(&["--history-ttl", "1s", "--feed-memory", "64KiB"]).await;
+    let (redis, a, b) = cluster(&["--history-ttl", "1s", "--buffer-memory", "64KiB"]).await;
     let (mut stays, _) = Client::resume(&a, "stays", "room", "").await;
     let ids = a.publish_numbers("room", 0..3).await;
     stays.expect_numbers(&ids, 0).await;
@@ -300,7 +300,7 @@ async fn a_node_that_starts_again_on_its_local_bus_tells_old_ids() {
 #[tokio::test]
 async fn whoever_waits_for_the_bus_is_not_taken_for_silent() {
     let redis = Redis::start(&[]).await;
-    let flags = ["--heartbeat", "1s", "--heartbeat-timeout", "1s", "--publish-timeout", "6s"];
+    let flags = ["--ping-interval", "1s", "--ping-timeout", "1s", "--publish-timeout", "6s"];
     let node = Node::on(&redis, &flags).await;
     let (mut client, _) = Client::json(&node, "a", "room").await;
     redis.freeze();

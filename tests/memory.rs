@@ -13,7 +13,7 @@ const MIB: u64 = 1 << 20;
 #[tokio::test]
 async fn a_small_cgroup_survives_heavy_traffic() {
     let Some(cgroup) = Cgroup::new(64 * MIB) else { return };
-    let node = Node::start_in(&cgroup, &["--message-rate", "0"]).await;
+    let node = Node::start_in(&cgroup, &["--max-message-rate", "0"]).await;
     let mut reader = Client::plain(&node, "reader", "room0").await;
     // They fill their sockets, and the channels' feeds and histories go on without them.
     let mut stalled = Vec::new();

@@ -327,7 +327,7 @@ async fn json_mode_answers_a_ping_with_the_position() {
 #[tokio::test]
 async fn a_client_that_sends_faster_than_it_is_answered_loses_nothing() {
     const MESSAGES: u64 = 5000;
-    let node = Node::start(&["--message-rate", "0", "--max-byte-rate", "0"]).await;
+    let node = Node::start(&["--max-message-rate", "0", "--max-byte-rate", "0"]).await;
     let (mut client, welcome) = Client::json(&node, "a", "room").await;
     let mut watcher = Client::plain(&node, "w", "room").await;
     let head = position(&welcome["head"]);
@@ -452,7 +452,7 @@ async fn control_types_in_what_clients_send_stay_data() {
 
 #[tokio::test]
 async fn heartbeats_are_ping_frames() {
-    let node = Node::start(&["--heartbeat", "1s", "--heartbeat-timeout", "1s"]).await;
+    let node = Node::start(&["--ping-interval", "1s", "--ping-timeout", "1s"]).await;
     let mut client = Client::simple(&node, "a").await;
     // It answers, so it stays far beyond the timeout.
     for _ in 0..4 {
@@ -464,7 +464,7 @@ async fn heartbeats_are_ping_frames() {
 
 #[tokio::test]
 async fn heartbeats_as_json_carry_the_position() {
-    let flags = ["--heartbeat", "1s", "--heartbeat-timeout", "10s", "--heartbeat-format", "json"];
+    let flags = ["--ping-interval", "1s", "--ping-timeout", "10s", "--ping-format", "json"];
     let node = Node::start(&flags).await;
     let mut simple = Client::plain(&node, "a", "room").await;
     let (mut resuming, welcome) = Client::resume(&node, "b", "room", "").await;
@@ -481,7 +481,7 @@ async fn heartbeats_as_json_carry_the_position() {
 
 #[tokio::test]
 async fn heartbeats_can_be_both() {
-    let flags = ["--heartbeat", "1s", "--heartbeat-timeout", "10s", "--heartbeat-format", "both"];
+    let flags = ["--ping-interval", "1s", "--ping-timeout", "10s", "--ping-format", "both"];
     let node = Node::start(&flags).await;
     let mut client = Client::simple(&node, "a").await;
     let (mut frames, mut texts) = (0, 0);
@@ -497,7 +497,7 @@ async fn heartbeats_can_be_both() {
 
 #[tokio::test]
 async fn a_client_that_never_answers_is_ended() {
-    let node = Node::start(&["--heartbeat", "1s", "--heartbeat-timeout", "1s"]).await;
+    let node = Node::start(&["--ping-interval", "1s", "--ping-timeout", "1s"]).await;
     let mut silent = Raw::upgraded(node.public, "/ws/a").await;
     let mut pings = 0;
     let start = std::time::Instant::now();
@@ -526,8 +526,8 @@ async fn every_end_is_counted_by_its_reason() {
         raw.write(&bytes).await;
         raw.expect_close().await;
     }
-    for reason in ["closed_by_peer", "peer_gone", "binary", "protocol", "invalid_text"] {
-        let series = format!(r#"fanfare_ends_total{{reason="{reason}"}}"#);
+    for reason in ["closed_by_peer", "connection_lost", "binary", "protocol", "invalid_text"] {
+        let series = format!(r#"fanfare_connections_closed_total{{reason="{reason}"}}"#);
         until(&series, || async { (node.metric(&series).await == 1.0).then_some(()) }).await;
     }
     until("no connection", || async { (node.metric("fanfare_connections").await == 0.0).then_some(()) })
@@ -562,7 +562,7 @@ async fn an_idle_node_ends_at_sigterm_and_sigint() {
 
 #[tokio::test]
 async fn clients_and_backends_publish_json_by_the_rule() {
-    let node = Node::start(&["--message-rate", "0"]).await;
+    let node = Node::start(&["--max-message-rate", "0"]).await;
     let (mut alice, _) = Client::json(&node, "alice", "room").await;
     let mut bob = Client::plain(&node, "bob", "room").await;
     for (number, case) in cases().into_iter().enumerate() {

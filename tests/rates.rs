@@ -61,7 +61,7 @@ async fn published(node: &Node, watcher: &mut Client) -> Vec<Value> {
 }
 
 async fn too_fast(node: &Node) -> f64 {
-    node.metric_of("fanfare_publishes_refused_total", r#"code="too_fast""#).await
+    node.metric_of("fanfare_publish_errors_total", r#"code="rate_limited""#).await
 }
 
 /// What one a second may come to: ten at once, and one more for each second that the test has taken.
@@ -72,7 +72,7 @@ fn expect_burst(taken: usize, begun: Instant) {
 
 #[tokio::test]
 async fn a_message_flood_gets_error_frames_with_their_ref_and_then_4029() {
-    let node = Node::start(&["--message-rate", "1"]).await;
+    let node = Node::start(&["--max-message-rate", "1"]).await;
     let mut watcher = Client::plain(&node, "watcher", "room").await;
     let mut raw = join(&node, "", "fanfare.v1").await;
     let begun = Instant::now();
@@ -88,16 +88,16 @@ async fn a_message_flood_gets_error_frames_with_their_ref_and_then_4029() {
     }
     assert_eq!(told.code, 4029);
     let refused: Vec<_> = told.errors.iter().map(|error| (&error["code"], &error["ref"])).collect();
-    let expected: Vec<_> = (taken..taken + 10).map(|n| (json!("too_fast"), json!(n))).collect();
+    let expected: Vec<_> = (taken..taken + 10).map(|n| (json!("rate_limited"), json!(n))).collect();
     assert_eq!(refused, expected.iter().map(|(code, n)| (code, n)).collect::<Vec<_>>());
-    assert_eq!(node.metric_of("fanfare_ends_total", r#"reason="too_fast""#).await, 1.0);
+    assert_eq!(node.metric_of("fanfare_connections_closed_total", r#"reason="rate_limited""#).await, 1.0);
     assert_eq!(too_fast(&node).await, 11.0);
-    assert_eq!(node.metric("fanfare_messages_total").await, taken as f64);
+    assert_eq!(node.metric("fanfare_messages_received_total").await, taken as f64);
 }
 
 #[tokio::test]
 async fn a_plain_client_is_told_as_it_can_be() {
-    let node = Node::start(&["--message-rate", "1"]).await;
+    let node = Node::start(&["--max-message-rate", "1"]).await;
     let mut watcher = Client::plain(&node, "watcher", "room").await;
     let flood = frame_bytes(true, TEXT, true, b"hi").repeat(50);
     let begun = Instant::now();
@@ -113,14 +113,14 @@ async fn a_plain_client_is_told_as_it_can_be() {
     let told = told(&mut recovering).await;
     assert_eq!((told.code, told.errors.len()), (4029, 10));
     let message = "rate limit exceeded: 1 message or 1MiB a second";
-    assert_eq!(told.errors[0], json!({"type": "error", "code": "too_fast", "message": message}));
+    assert_eq!(told.errors[0], json!({"type": "error", "code": "rate_limited", "message": message}));
     expect_burst(published(&node, &mut watcher).await.len(), begun);
 }
 
 /// Floods over short connections, one after the other, and expects that they are closed after few messages in all.
 async fn expect_no_gain(node: &Node, rate: f64, connect: impl AsyncFn() -> Raw) {
     let flood = frame_bytes(true, TEXT, true, b"hi").repeat(1500);
-    let before = node.metric("fanfare_messages_total").await;
+    let before = node.metric("fanfare_messages_received_total").await;
     let begun = Instant::now();
     for _ in 0..12 {
         let mut raw = connect().await;
@@ -128,7 +128,7 @@ async fn expect_no_gain(node: &Node, rate: f64, connect: impl AsyncFn() -> Raw) 
         assert_eq!(told(&mut raw).await.code, 4029);
     }
     let most = 101.0 + rate * begun.elapsed().as_secs_f64();
-    let taken = node.metric("fanfare_messages_total").await - before;
+    let taken = node.metric("fanfare_messages_received_total").await - before;
     assert!((100.0..=most).contains(&taken), "{taken} messages on 12 connections, {most} are allowed");
 }
 
@@ -210,7 +210,7 @@ async fn bytes_and_fragments_have_a_rate_too() {
 
 #[tokio::test]
 async fn a_flood_of_pings_or_pongs_is_one_too() {
-    let node = Node::start(&["--message-rate", "1"]).await;
+    let node = Node::start(&["--max-message-rate", "1"]).await;
     for opcode in [PING, PONG] {
         let mut raw = join(&node, "", "fanfare.v1").await;
         let begun = Instant::now();
@@ -218,7 +218,7 @@ async fn a_flood_of_pings_or_pongs_is_one_too() {
         raw.write(&(0..100).map(frame).collect::<Vec<_>>().concat()).await;
         let told = told(&mut raw).await;
         assert_eq!((told.code, told.errors.len()), (4029, 10));
-        assert_eq!(told.errors[0]["code"], "too_fast");
+        assert_eq!(told.errors[0]["code"], "rate_limited");
         if opcode == PING {
             expect_burst(told.pongs.len(), begun);
             assert_eq!(told.pongs[..10], [[0], [1], [2], [3], [4], [5], [6], [7], [8], [9]]);
@@ -228,19 +228,19 @@ async fn a_flood_of_pings_or_pongs_is_one_too() {
 
 #[tokio::test]
 async fn json_pings_and_frames_that_are_no_good_count_too() {
-    let node = Node::start(&["--message-rate", "1"]).await;
+    let node = Node::start(&["--max-message-rate", "1"]).await;
     for text in [r#"{"type":"ping"}"#, "no JSON"] {
         let mut raw = join(&node, "", "fanfare.v1").await;
         raw.write(&frame_bytes(true, TEXT, true, text.as_bytes()).repeat(50)).await;
         let told = told(&mut raw).await;
-        let too_fast = told.errors.iter().filter(|error| error["code"] == "too_fast");
+        let too_fast = told.errors.iter().filter(|error| error["code"] == "rate_limited");
         assert_eq!((told.code, too_fast.count()), (4029, 10), "{text}");
     }
 }
 
 #[tokio::test]
 async fn whoever_slows_down_when_told_stays() {
-    let node = Node::start(&["--message-rate", "20"]).await;
+    let node = Node::start(&["--max-message-rate", "20"]).await;
     let (mut client, _) = Client::json(&node, "a", "room").await;
     for _ in 0..2 {
         // As fast as it can until it is told.
@@ -248,7 +248,7 @@ async fn whoever_slows_down_when_told_stays() {
         while refused < 5 {
             let (answer, _) = client.send_for_ack(json!({"text": "hi"})).await;
             if let Err(error) = answer {
-                assert_eq!(error["code"], "too_fast");
+                assert_eq!(error["code"], "rate_limited");
                 refused += 1;
             }
         }
@@ -263,7 +263,7 @@ async fn whoever_slows_down_when_told_stays() {
 
 #[tokio::test]
 async fn answers_to_heartbeats_are_not_counted() {
-    let node = Node::start(&["--message-rate", "1", "--heartbeat", "100ms"]).await;
+    let node = Node::start(&["--max-message-rate", "1", "--ping-interval", "100ms"]).await;
     let mut raw = join(&node, "", "fanfare.v1").await;
     let mut pings = 0;
     while pings < 40 {
@@ -305,7 +305,7 @@ async fn a_flood_costs_no_more_than_what_it_is_allowed() {
     while sent < 64 << 20 && raw.write_some(&flood).await {
         sent += flood.len();
     }
-    let taken = node.metric("fanfare_messages_total").await;
+    let taken = node.metric("fanfare_messages_received_total").await;
     let spent = node.metric("process_cpu_seconds_total").await - before;
     assert!((1000.0..2000.0).contains(&taken), "{taken} were taken");
     assert!(spent < 1.0, "{spent} seconds of CPU for {sent} bytes");
@@ -316,11 +316,11 @@ async fn a_flood_costs_no_more_than_what_it_is_allowed() {
 #[tokio::test]
 async fn a_flooder_that_never_reads_costs_no_memory() {
     for (flags, opcode) in [
-        (&["--client-publish", "off", "--message-rate", "0", "--max-byte-rate", "0"][..], TEXT), // an error frame for each
-        (&["--message-rate", "0", "--max-byte-rate", "0"], PING),
-        (&["--client-publish", "off", "--message-rate", "100000"], TEXT), // and each of the last 65,534
+        (&["--client-publish", "off", "--max-message-rate", "0", "--max-byte-rate", "0"][..], TEXT), // an error frame for each
+        (&["--max-message-rate", "0", "--max-byte-rate", "0"], PING),
+        (&["--client-publish", "off", "--max-message-rate", "100000"], TEXT), // and each of the last 65,534
     ] {
-        let node = Node::start(&[&["--shards", "1", "--feed-memory", "64KiB"], flags].concat()).await;
+        let node = Node::start(&[&["--shards", "1", "--buffer-memory", "64KiB"], flags].concat()).await;
         let mut raw = Raw::connect_with_small_buffers(node.public).await;
         assert_eq!(raw.upgrade("/ws/rude?channel=room&lastEventId=", &[]).await.status, 101);
         let before = node.resident();
@@ -338,7 +338,7 @@ async fn a_flooder_that_never_reads_costs_no_memory() {
 
 #[tokio::test]
 async fn who_sends_without_a_pause_gets_no_more_turns_than_others() {
-    let node = Node::start(&["--shards", "1", "--message-rate", "0", "--max-byte-rate", "0"]).await;
+    let node = Node::start(&["--shards", "1", "--max-message-rate", "0", "--max-byte-rate", "0"]).await;
     // The dearest bytes there are: many fragments of nothing, of which each message has as many as it may.
     let message = [
         frame_bytes(false, TEXT, true, b""),
@@ -375,7 +375,7 @@ async fn who_sends_without_a_pause_gets_no_more_turns_than_others() {
 async fn history_read_for_one_address_has_a_rate() {
     const EVENTS: u64 = 1000;
     const JOINS: u64 = 5000; // 64 KiB each: five times what may be read at once
-    let flags = ["--trusted-proxy", "127.0.0.2", "--feed-memory", "64KiB", "--shards", "1"];
+    let flags = ["--trusted-proxy", "127.0.0.2", "--buffer-memory", "64KiB", "--shards", "1"];
     let node = Node::start(&flags).await;
     let _stays = Client::plain(&node, "stays", "room").await;
     let event = json!({ "text": "x".repeat(30_000) });

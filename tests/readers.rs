@@ -27,7 +27,7 @@ use common::client::{JSON_MODE, position};
 use common::stream::{Dice, Nodes};
 use common::{Client, Lone, Options};
 use crowd::{Kind, Shared, canonical};
-use fanfare::bus::{PAGE, Page, Request, Shards, ToShard, page_begin};
+use fanfare::bus::{PAGE, Page, Request, ShardMessage, Shards, page_begin};
 use fanfare::protocol::event::{ChannelName, Entry, EventId};
 use serde_json::json;
 use tokio::net::TcpSocket;
@@ -45,7 +45,7 @@ struct Bus {
     shards: Shards,
     asked: mpsc::UnboundedReceiver<Request>,
     /// Answers that are not given yet.
-    later: VecDeque<ToShard>,
+    later: VecDeque<ShardMessage>,
     name: ChannelName,
     base: u64,
     head: u64,
@@ -115,7 +115,8 @@ impl Bus {
     }
 
     fn tell_entry(&self, entry: Entry) {
-        self.shards.tell(0, ToShard::Entry { channel: self.name.clone(), entry, arrived: Instant::now() });
+        self.shards
+            .tell(0, ShardMessage::Entry { channel: self.name.clone(), entry, arrived: Instant::now() });
     }
 
     fn oldest(&self) -> u64 {
@@ -144,7 +145,8 @@ impl Bus {
                 Request::Follow { channel, .. } => {
                     self.follows = true;
                     let (base, position) = (EventId(self.base), EventId(self.head));
-                    self.shards.tell(0, ToShard::Followed { channel, base, position, recent: Vec::new() });
+                    self.shards
+                        .tell(0, ShardMessage::Followed { channel, base, position, recent: Vec::new() });
                     continue;
                 }
                 Request::Unfollow { .. } => {
@@ -171,9 +173,9 @@ impl Bus {
                         oldest: EventId(self.oldest()),
                         entries,
                     };
-                    ToShard::Page { channel, position, result: Ok(Arc::new(page)) }
+                    ShardMessage::Page { channel, position, result: Ok(Arc::new(page)) }
                 }
-                Request::Look { channel, .. } => ToShard::Looked { channel, result: Ok(()) },
+                Request::Look { channel, .. } => ShardMessage::Looked { channel, result: Ok(()) },
                 Request::Publish(publish) => panic!("nobody publishes: {publish:?}"),
             };
             self.later.push_back(answer);
@@ -189,13 +191,13 @@ fn start(shared: &Arc<Shared>, seed: u64, feed: &str) -> (Bus, SocketAddr) {
     let flags = [
         "--shards",
         "1",
-        "--max-message",
+        "--max-message-size",
         "4KiB",
-        "--feed-memory",
+        "--buffer-memory",
         feed,
-        "--heartbeat",
+        "--ping-interval",
         "1s",
-        "--heartbeat-format",
+        "--ping-format",
         "both",
     ];
     let Lone { shards, asked, guard, .. } = Lone::start(&flags, false).expect("a shard");
@@ -209,8 +211,8 @@ fn start(shared: &Arc<Shared>, seed: u64, feed: &str) -> (Bus, SocketAddr) {
     tokio::spawn(async move {
         while let Ok((socket, peer)) = listener.accept().await {
             let socket = socket.into_std().expect("a socket of tokio's");
-            let place = guard.arrive(peer.ip()).expect("there is room");
-            accepted.tell(0, ToShard::Socket(mio::net::TcpStream::from_std(socket), place));
+            let place = guard.acquire(peer.ip()).expect("there is room");
+            accepted.tell(0, ShardMessage::Socket(mio::net::TcpStream::from_std(socket), place));
         }
     });
     let name = ChannelName::parse(CHANNEL).expect("a name");

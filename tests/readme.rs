@@ -5,7 +5,7 @@ use std::process::Command;
 use std::sync::Arc;
 
 use fanfare::metrics::{Metrics, Readiness};
-use fanfare::protocol::close::{REASONS, Reason};
+use fanfare::protocol::close::{CloseReason, REASONS};
 use fanfare::protocol::event::{Entry, EventId};
 use fanfare::protocol::frame::{self, ClientFrame, ErrorCode};
 use serde_json::Value;
@@ -166,30 +166,30 @@ fn what_the_server_sends_is_shown_as_it_is() {
 
 #[test]
 fn the_close_codes_are_those_of_the_code() {
-    const ALL: [Reason; REASONS] = [
-        Reason::ClosedByPeer,
-        Reason::PeerGone,
-        Reason::Protocol,
-        Reason::Binary,
-        Reason::InvalidText,
-        Reason::TooLong,
-        Reason::Unfinished,
-        Reason::HeartbeatTimeout,
-        Reason::MissedEvents,
-        Reason::PublishFailed,
-        Reason::Draining,
-        Reason::Answered,
-        Reason::RequestTimeout,
-        Reason::ForeignOrigin,
-        Reason::Forbidden,
-        Reason::Unauthorized,
-        Reason::TokenExpired,
-        Reason::TooFast,
-        Reason::NodeFull,
-        Reason::AddressFull,
-        Reason::UserFull,
-        Reason::UntrustedProxy,
-        Reason::SlowReader,
+    const ALL: [CloseReason; REASONS] = [
+        CloseReason::ClosedByPeer,
+        CloseReason::ConnectionLost,
+        CloseReason::Protocol,
+        CloseReason::Binary,
+        CloseReason::InvalidText,
+        CloseReason::MessageTooBig,
+        CloseReason::MessageTimeout,
+        CloseReason::PingTimeout,
+        CloseReason::MissedEvents,
+        CloseReason::PublishFailed,
+        CloseReason::Draining,
+        CloseReason::HttpResponse,
+        CloseReason::RequestTimeout,
+        CloseReason::OriginNotAllowed,
+        CloseReason::Forbidden,
+        CloseReason::Unauthorized,
+        CloseReason::TokenExpired,
+        CloseReason::RateLimited,
+        CloseReason::NodeLimit,
+        CloseReason::IpLimit,
+        CloseReason::UserLimit,
+        CloseReason::ProxyNotTrusted,
+        CloseReason::SlowReader,
     ];
     let sent: BTreeMap<_, _> = ALL.iter().filter_map(|reason| reason.close()).collect();
     let shown: BTreeMap<u16, String> = rows(section("### Staying, and leaving"))

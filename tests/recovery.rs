@@ -372,7 +372,7 @@ async fn a_node_that_starts_before_redis_joins_when_it_comes() {
 async fn while_redis_is_away_connections_stay_and_publishing_is_answered() {
     let mut redis = Redis::start(&[]).await;
     let flags =
-        ["--publish-timeout", "1s", "--heartbeat", "1s", "--heartbeat-timeout", "20s", "--shards", "2"];
+        ["--publish-timeout", "1s", "--ping-interval", "1s", "--ping-timeout", "20s", "--shards", "2"];
     let node = Node::on(&redis, &flags).await;
     let (mut json_mode, _) = Client::json(&node, "j", "room").await;
     let (mut recovering, _) = Client::resume(&node, "r", "room", "").await;

@@ -67,9 +67,11 @@ async fn clients_come_through_nginx_also_when_a_node_is_gone() {
 
 /// Starts a node at this address, whose clients come by way of nginx.
 async fn node(redis: &Redis, at: SocketAddr, nginx: &Nginx) -> Node {
-    let mut node =
-        Node::on(redis, &["--listen", &at.to_string(), "--drain", "3s", "--trusted-proxy", "127.0.0.1"])
-            .await;
+    let mut node = Node::on(
+        redis,
+        &["--listen", &at.to_string(), "--drain-timeout", "3s", "--trusted-proxy", "127.0.0.1"],
+    )
+    .await;
     node.public = nginx.addr;
     node
 }

@@ -72,16 +72,16 @@ async fn what_happens_is_counted() {
     let count = |name: &'static str| node.metric(name);
     until("what was delivered to be counted", || async {
         let latencies = count("fanfare_delivery_latency_seconds_count").await;
-        (latencies == 2.0 && count("fanfare_delivered_total").await == 3.0).then_some(())
+        (latencies == 2.0 && count("fanfare_events_delivered_total").await == 3.0).then_some(())
     })
     .await;
     assert_eq!(count("fanfare_pass_duration_seconds_count").await, 1.0);
     assert!(count("fanfare_delivery_latency_seconds_sum").await > 0.0);
-    assert_eq!(count("fanfare_messages_total").await, 2.0);
+    assert_eq!(count("fanfare_messages_received_total").await, 2.0);
     assert_eq!(count("fanfare_bus_events_total").await, 2.0);
     assert_eq!(count("fanfare_bus_published_total").await, 2.0);
-    assert_eq!(node.metric_of("fanfare_publishes_refused_total", r#"code="invalid""#).await, 1.0);
-    assert!(count("fanfare_feed_bytes").await > 0.0);
+    assert_eq!(node.metric_of("fanfare_publish_errors_total", r#"code="invalid""#).await, 1.0);
+    assert!(count("fanfare_buffer_bytes").await > 0.0);
     // At least both requests; and what was sent is more than both answers.
     assert!(count("fanfare_received_bytes_total").await > 300.0);
     assert!(count("fanfare_sent_bytes_total").await > 300.0);
@@ -96,7 +96,7 @@ async fn what_happens_is_counted() {
     http::request(node.public, "GET", "/nothing", &[], b"").await.expect_refusal(404);
     for status in ["400", "403", "404"] {
         let label = format!("status=\"{status}\"");
-        assert_eq!(node.metric_of("fanfare_refused_total", &label).await, 1.0, "{status}");
+        assert_eq!(node.metric_of("fanfare_http_rejections_total", &label).await, 1.0, "{status}");
     }
 
     // Stats show the same; that nothing is in one alone is tested beside the table.
@@ -112,7 +112,7 @@ async fn what_happens_is_counted() {
 
 #[tokio::test]
 async fn a_reader_that_stalls_is_counted_as_slow() {
-    let node = Node::start(&["--heartbeat", "1s", "--shards", "1"]).await;
+    let node = Node::start(&["--ping-interval", "1s", "--shards", "1"]).await;
     let mut raw = Raw::connect_with_small_buffers(node.public).await;
     raw.upgrade("/ws/slow?channel=room", &[]).await;
     let event = json!({ "text": "x".repeat(60_000) });
@@ -207,7 +207,7 @@ async fn the_log_tells_of_start_stop_and_refusals_a_line_each() {
     // Thirty of each, and a line for each class. What comes in silence is counted later.
     let refused = of("request refused");
     assert!(
-        refused.iter().any(|line| line["status"] == 403 && line["why"] == "foreign_origin"),
+        refused.iter().any(|line| line["status"] == 403 && line["why"] == "origin_not_allowed"),
         "{refused:?}"
     );
     assert!(refused.iter().any(|line| line["status"] == 400 && line["count"] == 1), "{refused:?}");

@@ -45,7 +45,7 @@ async fn help_and_version_go_to_standard_output() {
     for name in [
         "listen",
         "admin",
-        "open",
+        "allow-anonymous",
         "jwt-key",
         "admin-key",
         "client-publish",
@@ -54,23 +54,23 @@ async fn help_and_version_go_to_standard_output() {
         "redis",
         "redis-prefix",
         "redis-durable",
-        "bare-channels",
+        "pubsub-channels",
         "max-connections",
-        "max-per-address",
-        "max-per-user",
+        "max-connections-per-ip",
+        "max-connections-per-user",
         "max-channels",
-        "drain",
-        "drain-notice",
+        "drain-timeout",
+        "drain-delay",
         "shards",
         "history",
         "history-bytes",
         "history-ttl",
-        "feed-memory",
-        "heartbeat",
-        "heartbeat-timeout",
-        "heartbeat-format",
-        "max-message",
-        "message-rate",
+        "buffer-memory",
+        "ping-interval",
+        "ping-timeout",
+        "ping-format",
+        "max-message-size",
+        "max-message-rate",
         "max-byte-rate",
         "publish-timeout",
         "log",
@@ -95,15 +95,15 @@ async fn check_prints_the_effective_settings_without_secrets_and_opens_nothing()
     let socket = directory.path().join("admin.sock");
     let admin = format!("--admin=unix:{}", socket.display());
     let env = [("FANFARE_REDIS", "redis://ann:hunter2@127.0.0.1:1/3"), ("FANFARE_HISTORY", "5000")];
-    let output = run(&["--check", "--listen", &listen, &admin, "--heartbeat", "60s"], &env).await;
+    let output = run(&["--check", "--listen", &listen, &admin, "--ping-interval", "60s"], &env).await;
     assert!(output.status.success() && output.stderr.is_empty(), "{output:?}");
     let printed = text(&output.stdout);
     for line in [
         format!("FANFARE_LISTEN={listen}").as_str(),
         "FANFARE_REDIS=redis://ann:***@127.0.0.1:1/3",
         "FANFARE_HISTORY=5000",
-        "FANFARE_HEARTBEAT=1m",
-        "FANFARE_MAX_MESSAGE=64KiB",
+        "FANFARE_PING_INTERVAL=1m",
+        "FANFARE_MAX_MESSAGE_SIZE=64KiB",
     ] {
         assert!(printed.lines().any(|found| found == line), "{line} is not in\n{printed}");
     }
@@ -122,7 +122,7 @@ async fn every_wrong_setting_is_told_at_once_with_exit_code_2_and_nothing_is_ope
     let socket = directory.path().join("admin.sock");
     let admin = format!("--admin=unix:{}", socket.display());
     let args =
-        [admin.as_str(), "--heartbeat", "0s", "--listn", "127.0.0.1:0", "--redis", "redis://:hunter2@"];
+        [admin.as_str(), "--ping-interval", "0s", "--listn", "127.0.0.1:0", "--redis", "redis://:hunter2@"];
     for check in [&[][..], &["--check"]] {
         let args = [&args[..], check].concat();
         let output = run(&args, &[("FANFARE_SHARDS", "lots"), ("FANFARE_LOG_FROMAT", "json")]).await;
@@ -131,7 +131,7 @@ async fn every_wrong_setting_is_told_at_once_with_exit_code_2_and_nothing_is_ope
         let errors = text(&output.stderr);
         for part in [
             "5 settings are wrong",
-            "  --heartbeat: ",
+            "  --ping-interval: ",
             "  --listn: there is no such flag; did you mean --listen?",
             "  --redis: ",
             "  FANFARE_SHARDS: ",
@@ -207,7 +207,7 @@ async fn nothing_is_open_to_others_by_accident() {
     for (args, part) in [
         (&["--listen", "0.0.0.0:0"][..], "--listen: 0.0.0.0:0 is open to others"),
         (
-            &["--open", "--listen", "0.0.0.0:0", "--admin", "0.0.0.0:0"],
+            &["--allow-anonymous", "--listen", "0.0.0.0:0", "--admin", "0.0.0.0:0"],
             "--admin: 0.0.0.0:0 is open to others",
         ),
         (&["--admin-key", short], "at least 16"),
@@ -224,7 +224,8 @@ async fn nothing_is_open_to_others_by_accident() {
         assert!(text(&output.stderr).contains(part), "{part} is not in {output:?}");
         assert!(!text(&output.stderr).contains("0123456789"), "{output:?}");
     }
-    let args = ["--check", "--open", "--listen", "0.0.0.0:0", "--admin", "[::]:0", "--admin-key", key];
+    let args =
+        ["--check", "--allow-anonymous", "--listen", "0.0.0.0:0", "--admin", "[::]:0", "--admin-key", key];
     let output = run(&args, &[]).await;
     assert!(output.status.success(), "{output:?}");
     assert!(!text(&output.stdout).contains("0123456789"), "{output:?}");

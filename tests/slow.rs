@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 /// Larger than what kernel buffers of a connection with a small receive window take.
 const EVENTS: u64 = 3000;
 
-/// A `--heartbeat-timeout` beyond any pause that a busy machine makes between two reads.
+/// A `--ping-timeout` beyond any pause that a busy machine makes between two reads.
 const LONG: &str = "10m";
 
 /// The headers of an upgrade.
@@ -97,7 +97,7 @@ async fn stalled_readers_cost_nothing_and_miss_nothing(node: &Node) {
 #[tokio::test]
 async fn stalled_readers_cost_no_memory_and_miss_nothing_on_redis() {
     let redis = Redis::start(&[]).await;
-    let node = Node::on(&redis, &["--feed-memory", "1MiB", "--heartbeat-timeout", LONG]).await;
+    let node = Node::on(&redis, &["--buffer-memory", "1MiB", "--ping-timeout", LONG]).await;
     stalled_readers_cost_nothing_and_miss_nothing(&node).await;
     assert!(node.metric("fanfare_bus_reads_total").await > 0.0, "they caught up from history");
 }
@@ -105,8 +105,7 @@ async fn stalled_readers_cost_no_memory_and_miss_nothing_on_redis() {
 #[tokio::test]
 async fn stalled_readers_cost_no_memory_and_miss_nothing_on_the_local_bus() {
     // Its history is what is in memory, so half of the events must fit.
-    let node =
-        Node::start(&["--history", "2000", "--feed-memory", "16MiB", "--heartbeat-timeout", LONG]).await;
+    let node = Node::start(&["--history", "2000", "--buffer-memory", "16MiB", "--ping-timeout", LONG]).await;
     stalled_readers_cost_nothing_and_miss_nothing(&node).await;
 }
 
@@ -140,7 +139,7 @@ fn far_into_a_page(ids: &[u64]) -> usize {
 #[tokio::test]
 async fn large_events_are_read_once_from_history() {
     let redis = Redis::start(&[]).await;
-    let node = Node::on(&redis, &["--shards", "1", "--feed-memory", "1MiB"]).await;
+    let node = Node::on(&redis, &["--shards", "1", "--buffer-memory", "1MiB"]).await;
     let (_live, ids) = large_events(&node, &redis).await;
     let at = far_into_a_page(&ids);
     for last in [at, at + 3, ids.len() - 50] {
@@ -158,7 +157,7 @@ async fn large_events_are_read_once_from_history() {
 async fn readers_of_large_events_all_make_progress() {
     const READERS: usize = 16;
     let redis = Redis::start(&[]).await;
-    let node = Node::on(&redis, &["--shards", "1", "--feed-memory", "1MiB"]).await;
+    let node = Node::on(&redis, &["--shards", "1", "--buffer-memory", "1MiB"]).await;
     let (_live, ids) = large_events(&node, &redis).await;
     let before = sent_by(&redis).await;
     let ids = std::sync::Arc::new(ids);
@@ -189,7 +188,7 @@ async fn readers_of_large_events_all_make_progress() {
 #[tokio::test]
 async fn a_reader_that_goes_away_costs_no_more_reads() {
     let redis = Redis::start(&[]).await;
-    let node = Node::on(&redis, &["--shards", "1", "--feed-memory", "1MiB"]).await;
+    let node = Node::on(&redis, &["--shards", "1", "--buffer-memory", "1MiB"]).await;
     let (_live, ids) = large_events(&node, &redis).await;
     let at = far_into_a_page(&ids);
     for n in 0..50 {
@@ -213,7 +212,7 @@ async fn a_reader_that_goes_away_costs_no_more_reads() {
 #[tokio::test]
 async fn a_reader_that_stalls_for_longer_than_history_lasts_is_told() {
     let redis = Redis::start(&[]).await;
-    let flags = ["--history", "1000", "--feed-memory", "1MiB", "--heartbeat-timeout", LONG];
+    let flags = ["--history", "1000", "--buffer-memory", "1MiB", "--ping-timeout", LONG];
     let local = Node::start(&flags).await;
     let on_redis = Node::on(&redis, &flags).await;
     for node in [&local, &on_redis] {
@@ -258,7 +257,7 @@ async fn a_reader_that_stalls_for_longer_than_history_lasts_is_told() {
 
 #[tokio::test]
 async fn a_slow_reader_that_reads_on_stays_though_its_pongs_are_late() {
-    let node = Node::start(&["--heartbeat", "1s", "--heartbeat-timeout", "1s"]).await;
+    let node = Node::start(&["--ping-interval", "1s", "--ping-timeout", "1s"]).await;
     let (_, welcome) = Client::resume(&node, "head", "room", "").await;
     let first = position(&welcome["head"]) + 1;
     let ids: Vec<u64> = (first..first + EVENTS).collect();
@@ -279,7 +278,7 @@ async fn a_slow_reader_that_reads_on_stays_though_its_pongs_are_late() {
 
 #[tokio::test]
 async fn a_reader_that_never_reads_again_is_ended_and_frees_its_place() {
-    let flags = ["--heartbeat", "1s", "--heartbeat-timeout", "1s", "--feed-memory", "1MiB"];
+    let flags = ["--ping-interval", "1s", "--ping-timeout", "1s", "--buffer-memory", "1MiB"];
     let node = Node::start(&flags).await;
     let mut raw = stalled(&node, "").await;
     let mut ids = Vec::new();
@@ -322,9 +321,8 @@ fn pings(count: usize) -> Vec<u8> {
 
 #[tokio::test]
 async fn a_reset_comes_before_the_events_behind_the_gap() {
-    const PINGS: usize = 900; // more than go into one write, and fewer than --message-rate takes at once
-    let node =
-        Node::start(&["--feed-memory", "64KiB", "--history", "1000", "--heartbeat-timeout", LONG]).await;
+    const PINGS: usize = 900; // more than go into one write, and fewer than --max-message-rate takes at once
+    let node = Node::start(&["--buffer-memory", "64KiB", "--history", "1000", "--ping-timeout", LONG]).await;
     let mut raw = Raw::connect_with_small_buffers(node.public).await;
     let path = "/ws/stalled?channel=room&lastEventId=";
     assert_eq!(raw.upgrade(path, &[("Sec-WebSocket-Protocol", JSON_MODE)]).await.status, 101);
@@ -337,7 +335,7 @@ async fn a_reset_comes_before_the_events_behind_the_gap() {
     read_positions(&mut raw, &mut at, first).await;
     raw.write(&pings(PINGS)).await;
     common::until("the pings to be read", || async {
-        (node.metric("fanfare_messages_total").await >= PINGS as f64).then_some(())
+        (node.metric("fanfare_messages_received_total").await >= PINGS as f64).then_some(())
     })
     .await;
     publish(&node, 400..1700, &mut ids).await;
@@ -348,7 +346,7 @@ async fn a_reset_comes_before_the_events_behind_the_gap() {
 
 #[tokio::test]
 async fn pings_tell_positions_in_order_to_a_fast_reader() {
-    let node = Node::start(&["--message-rate", "0"]).await;
+    let node = Node::start(&["--max-message-rate", "0"]).await;
     let mut raw = Raw::connect(node.public).await;
     let path = "/ws/fast?channel=room&lastEventId=";
     assert_eq!(raw.upgrade(path, &[("Sec-WebSocket-Protocol", JSON_MODE)]).await.status, 101);
@@ -376,13 +374,13 @@ async fn stalled_readers_of_large_events_share_a_limit() {
     let flags = [
         "--shards",
         "1",
-        "--max-message",
+        "--max-message-size",
         "16MiB",
-        "--feed-memory",
+        "--buffer-memory",
         "16MiB",
         "--history-bytes",
         "16MiB",
-        "--heartbeat-timeout",
+        "--ping-timeout",
         LONG,
     ];
     let node = Node::start(&flags).await;
@@ -396,7 +394,7 @@ async fn stalled_readers_of_large_events_share_a_limit() {
         assert_eq!(event["n"], n, "a client that reads gets all of them");
         largest = largest.max(node.metric("fanfare_unsent_bytes").await);
     }
-    let cut = || node.metric_of("fanfare_ends_total", r#"reason="slow_reader""#);
+    let cut = || node.metric_of("fanfare_connections_closed_total", r#"reason="slow_reader""#);
     common::until("the costliest to be cut", || async { (cut().await >= 2.0).then_some(()) }).await;
     let kept = node.metric("fanfare_unsent_bytes").await;
     assert!(kept > 0.0 && kept.max(largest) <= LIMIT, "{kept} bytes are kept, {largest} were");
@@ -409,7 +407,7 @@ async fn stalled_readers_of_large_events_share_a_limit() {
 
 #[tokio::test]
 async fn pongs_do_not_keep_a_client_that_never_reads() {
-    let flags = ["--heartbeat", "1s", "--heartbeat-timeout", "1s", "--feed-memory", "1MiB"];
+    let flags = ["--ping-interval", "1s", "--ping-timeout", "1s", "--buffer-memory", "1MiB"];
     let node = Node::start(&flags).await;
     let mut raw = stalled(&node, "").await;
     publish(&node, 0..300, &mut Vec::new()).await; // more than the socket takes
@@ -417,10 +415,10 @@ async fn pongs_do_not_keep_a_client_that_never_reads() {
     common::within("its end", async {
         while node.metric("fanfare_connections").await > 0.0 {
             raw.write_some(&pong).await;
-            tokio::time::sleep(Duration::from_millis(100)).await; // below --message-rate
+            tokio::time::sleep(Duration::from_millis(100)).await; // below --max-message-rate
         }
     })
     .await;
-    let ended = node.metric(r#"fanfare_ends_total{reason="heartbeat_timeout"}"#).await;
+    let ended = node.metric(r#"fanfare_connections_closed_total{reason="ping_timeout"}"#).await;
     assert_eq!(ended, 1.0);
 }

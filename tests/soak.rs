@@ -205,7 +205,7 @@ async fn faults_at_random_for_a_while() {
     let (start, mut faults, mut acked, mut told) = (Instant::now(), 0, 0, 0);
     let redis = Redis::start(&["--appendonly", "yes", "--maxmemory-policy", "noeviction"]).await;
     // Hardly a second of events in memory: whoever stalls or stays away reads history.
-    let flags = ["--publish-timeout", "3s", "--feed-memory", "64KiB"];
+    let flags = ["--publish-timeout", "3s", "--buffer-memory", "64KiB"];
     let mut world = World::on(redis, &flags).await;
     for round in 0.. {
         let left = length.saturating_sub(start.elapsed());

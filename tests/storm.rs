@@ -184,7 +184,7 @@ async fn cut_at_once_they_come_back_from_beyond_the_feed() {
     let _turn = TURN.lock().await;
     files::allow_files(CUT + STAY).expect("as many open files");
     let redis = Redis::start(&[]).await;
-    let flags = ["--shards", "2", "--feed-memory", "64KiB", "--max-message", "1KiB"]; // some 100 events a shard
+    let flags = ["--shards", "2", "--buffer-memory", "64KiB", "--max-message-size", "1KiB"]; // some 100 events a shard
     let node = Node::on(&redis, &flags).await;
     let mut storm = Storm::gathers(redis, &node, &node).await;
     storm.herd.cut(STAY..STAY + CUT);

@@ -19,7 +19,7 @@
 //! | unfinished messages on very many connections | 64 MiB for all; the oldest close with 1008 | `unfinished_messages_of_many_have_a_limit_together`, `unfinished_messages_share_one_limit` |
 //! | ping flood, message flood | `error` frame, then 4029 | `rates::a_message_flood_gets_error_frames_with_their_ref_and_then_4029`, `rates::a_flood_of_pings_or_pongs_is_one_too`, `rates::a_flooder_that_never_reads_costs_no_memory` |
 //! | the same over short connections; large messages, tiny fragments | the same: users, or addresses, share an allowance | `rates::reconnecting_gains_no_messages`, `rates::reconnecting_gains_a_user_no_messages`, `rates::bytes_and_fragments_have_a_rate_too` |
-//! | peer that never reads | nothing but its cursor; ended by heartbeat timeout | `slow::a_reader_that_never_reads_again_is_ended_and_frees_its_place`, `slow::pongs_do_not_keep_a_client_that_never_reads`, `slow::stalled_readers_cost_no_memory_and_miss_nothing_on_redis` |
+//! | peer that never reads | nothing but its cursor; ended by ping timeout | `slow::a_reader_that_never_reads_again_is_ended_and_frees_its_place`, `slow::pongs_do_not_keep_a_client_that_never_reads`, `slow::stalled_readers_cost_no_memory_and_miss_nothing_on_redis` |
 //! | peers that stall, each in a large frame of its own | 64 MiB for all; the costliest are cut | `slow::stalled_readers_of_large_events_share_a_limit` |
 //! | half-open peer | gone within heartbeat and timeout | `a_half_open_peer_is_gone_within_heartbeat_and_timeout` |
 //! | foreign or `null` Origin | 403 | `access::pages_of_foreign_sites_are_refused` |
@@ -99,7 +99,7 @@ async fn silence_and_dripping_are_answered_408_after_five_seconds() {
     };
     let (told, ()) = tokio::join!(told, dripping);
     assert!((5.0..7.0).contains(&told.as_secs_f64()), "{told:?}");
-    assert_eq!(node.metric_of("fanfare_ends_total", r#"reason="request_timeout""#).await, 2.0);
+    assert_eq!(node.metric_of("fanfare_connections_closed_total", r#"reason="request_timeout""#).await, 2.0);
 }
 
 #[tokio::test]
@@ -193,7 +193,7 @@ async fn upgrades_that_are_not_quite_right_get_400() {
         let response = answer(&node, bytes.as_bytes()).await;
         assert_eq!(response.status, 400, "{what}: {response:?}");
     }
-    assert_eq!(node.metric("fanfare_joins_total").await, 0.0);
+    assert_eq!(node.metric("fanfare_connections_upgraded_total").await, 0.0);
     let mut raw = Raw::connect(node.public).await;
     raw.write(good.as_bytes()).await;
     assert_eq!(raw.response().await.status, 101, "but for all that it is good");
@@ -295,7 +295,7 @@ async fn declared_lengths_cost_no_memory() {
 
 #[tokio::test]
 async fn unfinished_messages_of_many_have_a_limit_together() {
-    let node = Node::start(&["--shards", "1", "--max-message", "1MiB"]).await;
+    let node = Node::start(&["--shards", "1", "--max-message-size", "1MiB"]).await;
     let before = node.resident();
     // Ten times as much as fits, some of it in one frame and some in two.
     let (one, two) = (vec![b'x'; 900 << 10], vec![b'y'; 450 << 10]);
@@ -319,14 +319,14 @@ async fn unfinished_messages_of_many_have_a_limit_together() {
     let grown = node.resident().saturating_sub(before);
     assert!(grown < 192 << 20, "{} MiB for unfinished messages of {} MiB", grown >> 20, (640 * 900) >> 10);
     assert_eq!(held[0].expect_close().await, 1008, "the oldest goes first");
-    let ended = node.metric_of("fanfare_ends_total", r#"reason="unfinished""#).await;
+    let ended = node.metric_of("fanfare_connections_closed_total", r#"reason="message_timeout""#).await;
     assert!((540.0..600.0).contains(&ended), "{ended}");
 }
 
 #[tokio::test]
 async fn unfinished_messages_share_one_limit() {
     const CLIENTS: usize = 24;
-    let node = Node::start(&["--shards", "16", "--max-message", "8MiB"]).await;
+    let node = Node::start(&["--shards", "16", "--max-message-size", "8MiB"]).await;
     let frame = frame_bytes(true, TEXT, true, &vec![b'x'; 7 << 20]);
     let mut held = Vec::new();
     let began = Instant::now();
@@ -337,7 +337,7 @@ async fn unfinished_messages_share_one_limit() {
     }
     // 64 MiB are nine of them.
     until("the end of those that don't fit", || async {
-        let ended = node.metric_of("fanfare_ends_total", r#"reason="unfinished""#).await;
+        let ended = node.metric_of("fanfare_connections_closed_total", r#"reason="message_timeout""#).await;
         (ended >= (CLIENTS - 9) as f64).then_some(())
     })
     .await;
@@ -364,14 +364,14 @@ async fn endless_fragments_close_with_1008() {
 
 #[tokio::test]
 async fn a_half_open_peer_is_gone_within_heartbeat_and_timeout() {
-    let node = Node::start(&["--heartbeat", "2s", "--heartbeat-timeout", "1s"]).await;
+    let node = Node::start(&["--ping-interval", "2s", "--ping-timeout", "1s"]).await;
     // A peer whose machine has lost power: nothing comes from it any more, no end either.
     let begun = Instant::now();
     let dead = Raw::upgraded(node.public, "/ws/a").await;
     until("its end", || async { (node.metric("fanfare_connections").await == 0.0).then_some(()) }).await;
     let gone = begun.elapsed();
     assert!((2.9..5.0).contains(&gone.as_secs_f64()), "{gone:?}");
-    assert_eq!(node.metric_of("fanfare_ends_total", r#"reason="heartbeat_timeout""#).await, 1.0);
+    assert_eq!(node.metric_of("fanfare_connections_closed_total", r#"reason="ping_timeout""#).await, 1.0);
     drop(dead);
 }
 

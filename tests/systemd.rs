@@ -118,7 +118,7 @@ async fn it_is_ready_when_it_listens_and_its_status_tells_of_bus_and_connections
 #[tokio::test]
 async fn it_tells_of_reloading_and_stopping() {
     let mut systemd = Systemd::abstractly();
-    let flags = [&LOCAL[..], &["--drain", "3s", "--drain-notice", "2s"]].concat();
+    let flags = [&LOCAL[..], &["--drain-timeout", "3s", "--drain-delay", "2s"]].concat();
     let process = Process::start("fanfare", &mut systemd.command(&flags));
     systemd.is_told("READY=1").await;
     systemd.is_told("STATUS=connections: 0; ready").await;
@@ -336,7 +336,7 @@ async fn a_restart_loses_no_connection_attempt() {
     let ((public, addr), (other, _)) = (listener(), listener());
     let start = |systemd: &Systemd| {
         let sockets = [&public, &other].map(|socket| socket.try_clone().expect("a descriptor"));
-        start_with(systemd, sockets, "public:public", &["--admin", "off", "--drain", "1s"])
+        start_with(systemd, sockets, "public:public", &["--admin", "off", "--drain-timeout", "1s"])
     };
     let mut process = start(&systemd);
     systemd.is_told("READY=1").await;

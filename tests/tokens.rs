@@ -104,7 +104,7 @@ async fn without_a_good_token_nobody_comes_in_and_no_token_is_shown() {
         assert_eq!(status(&node, path, &[]).await, 401);
     }
     assert_eq!(status(&node, "/ws/alice", &[("Authorization", &format!("Basic {good}"))]).await, 401);
-    assert_eq!(node.metric_of("fanfare_ends_total", r#"reason="unauthorized""#).await, 11.0);
+    assert_eq!(node.metric_of("fanfare_connections_closed_total", r#"reason="unauthorized""#).await, 11.0);
     // A good one after all that, ended by us; then everything the node shows is looked through.
     Raw::upgraded(node.public, &format!("/ws/alice?token={good}")).await;
     until("the log to tell of ends", || async { node.log().contains("unauthorized").then_some(()) }).await;
@@ -175,7 +175,7 @@ async fn a_connection_ends_with_its_token() {
     // `exp` is in whole seconds, so a token of 3 s may have little more than 2 left.
     assert!(made.elapsed() >= std::time::Duration::from_millis(1900), "{:?}", made.elapsed());
     assert_eq!(status(&node, &format!("/ws/a?token={token}"), &[]).await, 401);
-    assert_eq!(node.metric_of("fanfare_ends_total", r#"reason="token_expired""#).await, 1.0);
+    assert_eq!(node.metric_of("fanfare_connections_closed_total", r#"reason="token_expired""#).await, 1.0);
     stays.frame(true, common::raw::opcode::PING, b"here").await;
     assert_eq!(stays.next().await, Some((common::raw::opcode::PONG, b"here".to_vec())));
 }

@@ -151,7 +151,11 @@ async fn its_system_calls_are_among_those_allowed() {
     command
         .args(["--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0", "--redis", &redis_url])
         .arg("--admin-key");
-    command.arg(&key).args(["--drain", "1s"]).env("NOTIFY_SOCKET", "@nobody").env("WATCHDOG_USEC", "1000000");
+    command
+        .arg(&key)
+        .args(["--drain-timeout", "1s"])
+        .env("NOTIFY_SOCKET", "@nobody")
+        .env("WATCHDOG_USEC", "1000000");
     let process = Process::start("strace", &mut command);
     let pick = |line: &str| {
         let (public, rest) = line.split_once(" serving http://")?.1.split_once("/ (admin http://")?;

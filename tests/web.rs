@@ -153,7 +153,7 @@ async fn publish_takes_json_and_gives_the_id() {
 
 #[tokio::test]
 async fn publish_refuses_what_it_must() {
-    let node = Node::start(&["--max-message", "1KiB"]).await;
+    let node = Node::start(&["--max-message-size", "1KiB"]).await;
     let mut client = Client::plain(&node, "a", "room").await;
     let not_utf8 = b"{\"text\":\"\xFF\"}";
     for body in [

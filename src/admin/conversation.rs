@@ -116,7 +116,7 @@ enum Progress<'a> {
 
 /// Looks at what has come. Nothing is kept between two looks but the bytes themselves.
 fn progress<'a>(bytes: &'a [u8], shared: &Shared) -> Result<Progress<'a>, Refusal> {
-    let body_max = shared.context.settings.max_message;
+    let body_max = shared.context.settings.max_message_size;
     let Some((head, start)) = http::parse(bytes)? else { return Ok(Progress::Head) };
     authorize(&head, shared)?; // before a stranger's body takes memory
     let body_length = match head.body_length()? {

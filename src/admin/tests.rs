@@ -27,7 +27,7 @@ const PUBLISHES: usize = 6;
 
 fn context(requests: Requests, flags: &[&str]) -> AdminContext {
     let metrics = Arc::new(Metrics::new(1, Arc::default(), Arc::new(Readiness::default())));
-    let flags = [&["--max-message", "1000"], flags].concat();
+    let flags = [&["--max-message-size", "1000"], flags].concat();
     let Ok(crate::config::Action::Run(settings)) = Settings::from(flags.iter().map(Into::into), []) else {
         panic!("{flags:?}")
     };

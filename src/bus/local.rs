@@ -7,7 +7,7 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use super::{BusError, PAGE, PART_SHARED, Page, Publish, Request, ToShard, Wiring, page_begin};
+use super::{BusContext, BusError, PAGE, PART_SHARED, Page, Publish, Request, ShardMessage, page_begin};
 use crate::config::Settings;
 use crate::feed::Feed;
 use crate::protocol::event::{ChannelName, Entry, EventId};
@@ -27,7 +27,7 @@ const FREED_PART: usize = 16;
 const SWEEP: Duration = Duration::from_secs(30);
 
 /// Runs until every sender of requests is gone.
-pub async fn run(settings: &Settings, mut wiring: Wiring) {
+pub async fn run(settings: &Settings, mut wiring: BusContext) {
     wiring.readiness.set_bus(None);
     let mut requests = Vec::with_capacity(BATCH);
     let mut sweep = tokio::time::interval(SWEEP);
@@ -230,7 +230,7 @@ impl Local {
         self.channels.get_mut(name).expect("it was there or has been put there")
     }
 
-    fn publish(&mut self, publish: Publish, batch: &mut Batch, wiring: &Wiring) {
+    fn publish(&mut self, publish: Publish, batch: &mut Batch, wiring: &BusContext) {
         let Publish { channel: name, to, key, event, answer } = publish;
         if let Some(id) = key.as_ref().and_then(|key| self.keys.find(&name, key, self.now)) {
             return wiring.shards.answer(answer, Ok(id));
@@ -257,7 +257,7 @@ impl Local {
     }
 
     /// Hands on what has gathered.
-    fn send(&mut self, batch: &mut Batch, wiring: &Wiring) {
+    fn send(&mut self, batch: &mut Batch, wiring: &BusContext) {
         let Batch { channel, to, texts, .. } = std::mem::take(batch);
         let Some(name) = channel else { return };
         let head = self.channel(&name).head;
@@ -265,13 +265,13 @@ impl Local {
         self.keep_and_tell(&name, Entry::addressed(first, to, texts.iter().map(Vec::as_slice)), wiring);
     }
 
-    fn keep_and_tell(&mut self, name: &ChannelName, entry: Entry, wiring: &Wiring) {
+    fn keep_and_tell(&mut self, name: &ChannelName, entry: Entry, wiring: &BusContext) {
         let Some(channel) = self.channels.get_mut(name) else { return };
         wiring.numbers.events.add(entry.ids());
         for (shard, _) in channel.followers.iter().enumerate().filter(|(_, follows)| **follows) {
             wiring.shards.tell(
                 shard,
-                ToShard::Entry { channel: name.clone(), entry: entry.clone(), arrived: self.now },
+                ShardMessage::Entry { channel: name.clone(), entry: entry.clone(), arrived: self.now },
             );
         }
         let before = channel.bytes;
@@ -297,13 +297,13 @@ impl Local {
         }
     }
 
-    fn answer(&mut self, request: Request, wiring: &Wiring) {
+    fn answer(&mut self, request: Request, wiring: &BusContext) {
         match request {
             Request::Follow { channel: name, shard } => {
                 let is_new = !self.channels.get(&name).is_some_and(Channel::is_followed);
                 if is_new && self.followed >= self.max_channels {
                     let why = BusError::TooManyChannels;
-                    return wiring.shards.tell(shard, ToShard::NotFollowed { channel: name, why });
+                    return wiring.shards.tell(shard, ShardMessage::NotFollowed { channel: name, why });
                 }
                 self.followed += usize::from(is_new);
                 let channel = self.channel(&name);
@@ -321,11 +321,11 @@ impl Local {
             Request::Read { channel: name, position, bytes, shard } => {
                 wiring.numbers.reads.add(1);
                 let result = Ok(Arc::new(self.channel(&name).page(position, bytes)));
-                wiring.shards.tell(shard, ToShard::Page { channel: name, position, result });
+                wiring.shards.tell(shard, ShardMessage::Page { channel: name, position, result });
             }
             // There is nobody else who could have given ids.
             Request::Look { channel, shard } => {
-                wiring.shards.tell(shard, ToShard::Looked { channel, result: Ok(()) });
+                wiring.shards.tell(shard, ShardMessage::Looked { channel, result: Ok(()) });
             }
             Request::Publish(_) => unreachable!("publishes go through the batch"),
         }

@@ -9,8 +9,8 @@ use bytes::Bytes;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::config::Settings;
-use crate::limits::connections::Place;
-use crate::metrics::{BusNumbers, Readiness};
+use crate::limits::connections::ConnectionSlot;
+use crate::metrics::{BusMetrics, Readiness};
 use crate::protocol::event::{ChannelName, Entry, EventId};
 
 pub mod local;
@@ -48,8 +48,8 @@ pub struct ConnectionId {
 /// What shards and the admin listener ask of the bus. Requests are taken in the order sent.
 #[derive(Debug)]
 pub enum Request {
-    /// The shard's first client of a channel has come. Answered once by [`ToShard::Followed`] or
-    /// [`ToShard::NotFollowed`]; after `Followed` the shard gets every entry of the channel, in order.
+    /// The shard's first client of a channel has come. Answered once by [`ShardMessage::Followed`] or
+    /// [`ShardMessage::NotFollowed`]; after `Followed` the shard gets every entry of the channel, in order.
     Follow {
         /// The channel.
         channel: ChannelName,
@@ -66,7 +66,7 @@ pub enum Request {
     /// An event to be given an id.
     Publish(Publish),
     /// The events after a position, at most up to the end of the page that holds the first of them. Answered once
-    /// by [`ToShard::Page`].
+    /// by [`ShardMessage::Page`].
     Read {
         /// The channel; the shard follows it.
         channel: ChannelName,
@@ -79,7 +79,7 @@ pub enum Request {
         shard: ShardId,
     },
     /// A client claims an id ahead of the node: look at the bus once, hand out what is new, then answer with
-    /// [`ToShard::Looked`]. All who ask meanwhile share it.
+    /// [`ShardMessage::Looked`]. All who ask meanwhile share it.
     Look {
         /// The channel; the shard follows it.
         channel: ChannelName,
@@ -107,7 +107,7 @@ pub struct Publish {
 /// Where the outcome of a publish goes.
 #[derive(Debug)]
 pub enum Answer {
-    /// To a connection, by [`ToShard::Published`]. The reference is the client's own, as JSON text.
+    /// To a connection, by [`ShardMessage::Published`]. The reference is the client's own, as JSON text.
     Connection(ConnectionId, Option<Box<str>>),
     /// To whoever waits, as the admin listener does.
     Waiter(oneshot::Sender<Result<EventId, PublishError>>),
@@ -163,9 +163,9 @@ impl Page {
 
 /// What the bus tells a shard. Taken in the order sent.
 #[derive(Debug)]
-pub enum ToShard {
+pub enum ShardMessage {
     /// A new socket, to be served by this shard, and what it holds of the counts.
-    Socket(mio::net::TcpStream, Place),
+    Socket(mio::net::TcpStream, ConnectionSlot),
     /// The channel is followed from here on. Where another shard gave it, the bus's next entries may have come
     /// before it.
     Followed {
@@ -272,13 +272,13 @@ impl Bell {
 /// The shards' inboxes. Cloned freely; sending never waits, since a shard empties its inbox at every turn.
 #[derive(Clone, Debug)]
 pub struct Shards {
-    inboxes: Arc<[mpsc::UnboundedSender<ToShard>]>,
+    inboxes: Arc<[mpsc::UnboundedSender<ShardMessage>]>,
     bells: Arc<[Arc<Bell>]>,
 }
 
 impl Shards {
     /// One inbox a shard, by [`ShardId`]; whoever reads it awaits it.
-    pub fn new(inboxes: Vec<mpsc::UnboundedSender<ToShard>>) -> Shards {
+    pub fn new(inboxes: Vec<mpsc::UnboundedSender<ShardMessage>>) -> Shards {
         Shards { inboxes: inboxes.into(), bells: Arc::default() }
     }
 
@@ -293,13 +293,13 @@ impl Shards {
     }
 
     /// Tells one shard. A shard that has ended has nobody left to tell, so that is not an error.
-    pub fn tell(&self, shard: ShardId, message: ToShard) {
+    pub fn tell(&self, shard: ShardId, message: ShardMessage) {
         self.leave(shard, message);
         self.ring(shard);
     }
 
     /// Tells one shard without waking it: for many messages with one [`Shards::ring`].
-    pub fn leave(&self, shard: ShardId, message: ToShard) {
+    pub fn leave(&self, shard: ShardId, message: ShardMessage) {
         let _ = self.inboxes[shard].send(message);
     }
 
@@ -321,8 +321,8 @@ impl Shards {
         with: ShardId,
     ) {
         match from {
-            Some(from) => self.tell(*from, ToShard::Share { channel, base, position, with }),
-            None => self.tell(with, ToShard::Followed { channel, base, position, recent: Vec::new() }),
+            Some(from) => self.tell(*from, ShardMessage::Share { channel, base, position, with }),
+            None => self.tell(with, ShardMessage::Followed { channel, base, position, recent: Vec::new() }),
         }
     }
 
@@ -330,7 +330,7 @@ impl Shards {
     pub fn answer(&self, answer: Answer, result: Result<EventId, PublishError>) {
         match answer {
             Answer::Connection(connection, reference) => {
-                self.tell(connection.shard, ToShard::Published { connection, reference, result });
+                self.tell(connection.shard, ShardMessage::Published { connection, reference, result });
             }
             Answer::Waiter(waiter) => {
                 let _ = waiter.send(result); // nobody waits any more
@@ -343,7 +343,7 @@ impl Shards {
 pub type Requests = mpsc::UnboundedSender<Request>;
 
 /// Whether position `at` is proven continuous with what follows: nothing after it is missing.
-pub fn is_proven(at: EventId, base: EventId, head: EventId, oldest: EventId) -> bool {
+pub fn is_continuous(at: EventId, base: EventId, head: EventId, oldest: EventId) -> bool {
     base <= at && at <= head && (at == head || oldest <= at.next())
 }
 
@@ -354,13 +354,13 @@ pub fn is_gone(at: EventId, base: EventId, head: EventId, oldest: EventId) -> bo
 
 /// What a bus works with.
 #[derive(Debug)]
-pub struct Wiring {
+pub struct BusContext {
     /// What it is asked.
     pub requests: mpsc::UnboundedReceiver<Request>,
     /// Whom it tells.
     pub shards: Shards,
     /// What it counts.
-    pub numbers: Arc<BusNumbers>,
+    pub numbers: Arc<BusMetrics>,
     /// Where it says whether it works.
     pub readiness: Arc<Readiness>,
 }
@@ -371,7 +371,7 @@ pub struct Wiring {
 pub struct Unusable(pub String);
 
 /// Runs the bus that the settings name until every sender of requests is gone.
-pub async fn run(settings: &Settings, wiring: Wiring) -> Result<(), Unusable> {
+pub async fn run(settings: &Settings, wiring: BusContext) -> Result<(), Unusable> {
     match &settings.redis {
         None => {
             local::run(settings, wiring).await;
@@ -392,7 +392,7 @@ mod tests {
             for (oldest, at) in (base + 1..=head + 1).flat_map(|oldest| (0..10).map(move |at| (oldest, at))) {
                 let of_this_run = base <= at && at <= head;
                 let held = (at + 1..=head).all(|id| oldest <= id);
-                let proven = is_proven(EventId(at), EventId(base), EventId(head), EventId(oldest));
+                let proven = is_continuous(EventId(at), EventId(base), EventId(head), EventId(oldest));
                 assert_eq!(proven, of_this_run && held, "{at}: base {base}, head {head}, oldest {oldest}");
             }
         }

@@ -2,7 +2,7 @@
 //! must be read. Live events are hints that may be lost, doubled, late or out of order; pages of history are
 //! the truth. It knows neither clocks nor sockets.
 
-use crate::bus::{Page, is_proven};
+use crate::bus::{Page, is_continuous};
 use crate::protocol::event::{Entry, EventId};
 
 /// Entries that wait here for a hole to be filled. More would only spare a second read.
@@ -117,7 +117,7 @@ impl Sequence {
 
     fn take_page(&mut self, page: &Page, out: &mut Vec<Entry>) {
         let asked = self.position;
-        if !is_proven(asked, page.base, page.head, page.oldest) {
+        if !is_continuous(asked, page.base, page.head, page.oldest) {
             // Both are proven, and the later one is the nearest that is.
             self.reset(page.base.max(page.oldest.previous()), out);
         }

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
 
 use super::SettingError;
-use super::table::{PREFIX, Shape, Spec, TABLE};
+use super::table::{PREFIX, RENAMED, Shape, Spec, TABLE, variable};
 
 /// The texts given for each setting, and what was wrong so far.
 pub(super) struct Input {
@@ -95,6 +95,9 @@ impl Input {
     }
 
     fn unknown_flag(&mut self, flag: &str) {
+        if let Some((_, new)) = RENAMED.iter().find(|(old, _)| flag.strip_prefix("--") == Some(*old)) {
+            return self.wrong(flag, format!("was renamed: use --{new}"));
+        }
         let names = TABLE.iter().map(Spec::flag).chain(["--check", "--help", "--version"].map(String::from));
         let problem = match (flag.starts_with('-'), closest(flag, names)) {
             (true, Some(name)) => format!("there is no such flag; did you mean {name}?"),
@@ -156,6 +159,9 @@ impl Input {
 /// The error for a `FANFARE_` variable that is no setting. A warning would not do: with a mistyped `FANFARE_JWT_KEY`
 /// the node would start without authentication.
 fn unknown_variable(name: &str) -> String {
+    if let Some((_, new)) = RENAMED.iter().find(|(old, _)| variable(old) == name) {
+        return format!("was renamed: use {}", variable(new));
+    }
     let known = || TABLE.iter().map(Spec::variable);
     if let Some(known) = closest(name, known()) {
         return format!("there is no such setting; did you mean {known}?");

@@ -67,18 +67,18 @@ impl Memory {
 
 impl Settings {
     /// Bytes of recent events in memory, all channels together.
-    pub fn feed_memory(&self) -> usize {
-        self.feed_memory.unwrap_or_else(|| self.memory.part().max(self.max_message as u64) as usize)
+    pub fn buffer_memory(&self) -> usize {
+        self.buffer_memory.unwrap_or_else(|| self.memory.part().max(self.max_message_size as u64) as usize)
     }
 
     /// Bytes that the bus may hold: all histories of the local bus, or events that wait for Redis.
     pub fn bus_memory(&self) -> usize {
-        self.memory.part().max(self.max_message as u64) as usize
+        self.memory.part().max(self.max_message_size as u64) as usize
     }
 
     /// Bytes of incomplete messages of all clients. One of the longest must fit.
     pub fn partial_memory(&self) -> usize {
-        self.memory.part().max(2 * self.max_message as u64) as usize
+        self.memory.part().max(2 * self.max_message_size as u64) as usize
     }
 
     /// Bytes that the node keeps for clients whose sockets are full; between two counts it may be an eighth more. Clients
@@ -93,14 +93,14 @@ impl Settings {
     }
 
     /// Bytes that all buffers together may grow to.
-    pub fn buffer_memory(&self) -> u64 {
+    pub fn total_buffer_memory(&self) -> u64 {
         let others = self.bus_memory() + self.partial_memory() + self.page_memory() * self.shards.get();
-        (self.feed_memory() as u64).saturating_add(others as u64 + self.unsent_memory())
+        (self.buffer_memory() as u64).saturating_add(others as u64 + self.unsent_memory())
     }
 
     /// Most bytes that the node takes without any connection.
     pub fn own_memory(&self) -> u64 {
-        START.saturating_add(self.buffer_memory())
+        START.saturating_add(self.total_buffer_memory())
     }
 
     /// By how many bytes the node with full buffers and idle connections exceeds the cgroup or the machine, if it does.
@@ -122,7 +122,7 @@ impl Settings {
             "# memory: {limit} ({whose}): {} for recent events, {} for the bus, {} for incomplete messages, {} for full \
              sockets, {} for pages of history, {} for the node, {} kept free; {} idle connections fit into the rest\n\
              # open files: {files}: {} for the node, {} for connections, {} for those past --max-connections\n",
-            rounded(self.feed_memory() as u64),
+            rounded(self.buffer_memory() as u64),
             rounded(self.bus_memory() as u64),
             rounded(self.partial_memory() as u64),
             rounded(self.unsent_memory()),
@@ -183,16 +183,16 @@ mod tests {
         }
         assert!(settings(&["--shards", "2"], Some(64 << 20), None).most_connections() >= 18_000);
         let explicit =
-            settings(&["--feed-memory", "60MiB", "--max-connections", "5000"], Some(64 << 20), None);
+            settings(&["--buffer-memory", "60MiB", "--max-connections", "5000"], Some(64 << 20), None);
         assert_eq!(explicit.most_connections(), 5000);
         assert!(explicit.memory_excess().is_some());
-        assert_eq!(settings(&[], None, None).feed_memory(), 64 << 20);
+        assert_eq!(settings(&[], None, None).buffer_memory(), 64 << 20);
         assert_eq!(settings(&[], Some(1 << 20), None).most_connections(), 1);
         // 500,000 connections take 2.1 GiB of a machine, and 0.9 GiB as a cgroup counts them.
         let most = ["--max-connections", "500000"];
         assert!(settings(&most, Some(2 << 30), None).memory_excess().is_none());
         assert!(settings(&most, None, Some(2 << 30)).memory_excess().is_some());
-        let endless = settings(&["--feed-memory", "18446744073709551615"], Some(1 << 30), Some(1 << 40));
+        let endless = settings(&["--buffer-memory", "18446744073709551615"], Some(1 << 30), Some(1 << 40));
         assert!(endless.memory_excess().is_some());
         assert_eq!(endless.most_connections(), 1);
     }

@@ -32,7 +32,7 @@ pub use units::parse_duration;
 use units::parse_size;
 pub(crate) use units::{show_duration, show_size};
 
-/// Longest `--max-message`. A frame is copied a few times on its way; more belongs into a store, not a message.
+/// Longest `--max-message-size`. A frame is copied a few times on its way; more belongs into a store, not a message.
 pub const MESSAGE_MAX: u64 = 16 << 20;
 /// Least `--history`: what comes in while a client reconnects through a failover must fit.
 pub const HISTORY_MIN: u64 = 1000;
@@ -40,7 +40,7 @@ pub const HISTORY_MIN: u64 = 1000;
 const PREFIX_MAX: usize = 64;
 /// More shards than any machine has cores.
 const SHARDS_MAX: usize = 1024;
-/// Longest `--drain` and `--drain-notice`. systemd is told of both in microseconds that fit 32 bits: 71 minutes.
+/// Longest `--drain-timeout` and `--drain-delay`. systemd is told of both in microseconds that fit 32 bits: 71 minutes.
 const DRAIN_MAX: Duration = Duration::from_secs(1800);
 const _: () = assert!(2 * DRAIN_MAX.as_micros() + 600_000_000 < u32::MAX as u128);
 /// Longest path of a unix socket (`sun_path` of unix(7), less its final NUL).
@@ -54,7 +54,7 @@ pub struct Settings {
     /// Where publish, metrics and stats are served.
     pub admin: AdminAddr,
     /// Anyone may come in, also from other machines.
-    pub open: bool,
+    pub allow_anonymous: bool,
     /// Files with the keys that clients' tokens are checked with; none: no token is asked for.
     pub jwt_key: Vec<PathBuf>,
     /// The file with the key of the admin listener.
@@ -72,13 +72,13 @@ pub struct Settings {
     /// The operator's word that this Redis keeps every acknowledged write.
     pub redis_durable: bool,
     /// Channels that are also plain Redis channels of the same name.
-    pub bare_channels: Vec<ChannelName>,
+    pub pubsub_channels: Vec<ChannelName>,
     /// `--max-connections`; `None`: as many as fit. See [`Settings::most_connections`].
     pub max_connections: Option<NonZeroU32>,
     /// Connections of one client address.
-    pub max_per_address: Cap,
+    pub max_connections_per_ip: Cap,
     /// Connections of one user.
-    pub max_per_user: Cap,
+    pub max_connections_per_user: Cap,
     /// Channels this node follows at once.
     pub max_channels: NonZeroUsize,
     /// Shard threads.
@@ -89,23 +89,23 @@ pub struct Settings {
     pub history_bytes: usize,
     /// How long history outlives a channel's last event.
     pub history_ttl: Duration,
-    /// `--feed-memory` in bytes; `None`: a part of memory. See [`Settings::feed_memory`].
-    pub feed_memory: Option<usize>,
+    /// `--buffer-memory` in bytes; `None`: a part of memory. See [`Settings::buffer_memory`].
+    pub buffer_memory: Option<usize>,
     /// Time between two heartbeats of a connection.
-    pub heartbeat: Duration,
+    pub ping_interval: Duration,
     /// Silence after a heartbeat that ends the connection.
-    pub heartbeat_timeout: Duration,
+    pub ping_timeout: Duration,
     /// What a heartbeat is.
-    pub heartbeat_format: HeartbeatFormat,
+    pub ping_format: PingFormat,
     /// How long a stop may take: closes are spread over it.
-    pub drain: Duration,
+    pub drain_timeout: Duration,
     /// Before that, how long clients are still taken while `/readyz` says that the node is stopping.
-    pub drain_notice: Duration,
+    pub drain_delay: Duration,
     /// Longest message a client may send, in bytes.
-    pub max_message: usize,
+    pub max_message_size: usize,
     /// Messages a second that a connection may send; 0: as many as it likes.
-    pub message_rate: u32,
-    /// Bytes a second that a connection may send; 0: no limit, `None`: what suits `max_message`.
+    pub max_message_rate: u32,
+    /// Bytes a second that a connection may send; 0: no limit, `None`: what suits `max_message_size`.
     pub max_byte_rate: Option<u64>,
     /// How long a publish may wait for the bus.
     pub publish_timeout: Duration,
@@ -132,9 +132,9 @@ pub enum AdminAddr {
 
 /// What a heartbeat is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum HeartbeatFormat {
+pub enum PingFormat {
     /// A WebSocket ping (RFC 6455 section 5.5.2).
-    Ping,
+    WebSocket,
     /// A `{"type":"ping"}` frame.
     Json,
     /// Both.
@@ -147,7 +147,7 @@ pub enum ClientPublish {
     /// Nothing: they only listen.
     Off,
     /// To their own channel, for everybody in it.
-    Own,
+    Channel,
     /// The same, and to one user by name.
     Any,
 }
@@ -240,7 +240,7 @@ impl Settings {
         Settings {
             listen: input.get("listen", |text| parse_list(text, parse_address)),
             admin: input.get("admin", parse_admin),
-            open: input.get("open", parse_switch),
+            allow_anonymous: input.get("allow-anonymous", parse_switch),
             jwt_key: input.get("jwt-key", |text| parse_some(text, parse_path)),
             admin_key: input.get("admin-key", |text| match text {
                 "" => Ok(None),
@@ -248,7 +248,7 @@ impl Settings {
             }),
             client_publish: input.get("client-publish", |text| match text {
                 "off" => Ok(ClientPublish::Off),
-                "own" => Ok(ClientPublish::Own),
+                "channel" => Ok(ClientPublish::Channel),
                 "any" => Ok(ClientPublish::Any),
                 _ => Err(format!("{text:?} is none of off, own, any")),
             }),
@@ -260,7 +260,7 @@ impl Settings {
             }),
             redis_prefix: input.get("redis-prefix", parse_prefix),
             redis_durable: input.get("redis-durable", parse_switch),
-            bare_channels: input.get("bare-channels", |text| match text {
+            pubsub_channels: input.get("pubsub-channels", |text| match text {
                 "none" => Ok(Vec::new()),
                 names => parse_list(names, parse_channel),
             }),
@@ -275,36 +275,36 @@ impl Settings {
                     Ok(NonZeroU32::new(count as u32))
                 }
             }),
-            max_per_address: input.get("max-per-address", parse_cap),
-            max_per_user: input.get("max-per-user", parse_cap),
+            max_connections_per_ip: input.get("max-connections-per-ip", parse_cap),
+            max_connections_per_user: input.get("max-connections-per-user", parse_cap),
             max_channels: input.get("max-channels", |text| parse_nonzero(text, u32::MAX as usize)),
-            max_message: input.get("max-message", |text| match parse_size(text)? {
+            max_message_size: input.get("max-message-size", |text| match parse_size(text)? {
                 size @ 1..=MESSAGE_MAX => Ok(size as usize),
                 _ => Err(format!("must be between 1 byte and {}", show_size(MESSAGE_MAX))),
             }),
-            message_rate: input.get("message-rate", |text| {
+            max_message_rate: input.get("max-message-rate", |text| {
                 parse_count(text, 0, u64::from(RATE_MAX)).map(|rate| rate as u32)
             }),
             max_byte_rate: input.get("max-byte-rate", |text| match text {
                 "auto" => Ok(None),
                 size => parse_size(size).map(Some).map_err(nor_auto),
             }),
-            heartbeat: input.get("heartbeat", parse_positive_duration),
-            heartbeat_timeout: input.get("heartbeat-timeout", parse_positive_duration),
-            heartbeat_format: input.get("heartbeat-format", |text| match text {
-                "ping" => Ok(HeartbeatFormat::Ping),
-                "json" => Ok(HeartbeatFormat::Json),
-                "both" => Ok(HeartbeatFormat::Both),
+            ping_interval: input.get("ping-interval", parse_positive_duration),
+            ping_timeout: input.get("ping-timeout", parse_positive_duration),
+            ping_format: input.get("ping-format", |text| match text {
+                "websocket" => Ok(PingFormat::WebSocket),
+                "json" => Ok(PingFormat::Json),
+                "both" => Ok(PingFormat::Both),
                 _ => Err(format!("{text:?} is none of ping, json, both")),
             }),
-            drain: input.get("drain", parse_drain),
-            drain_notice: input.get("drain-notice", parse_drain),
+            drain_timeout: input.get("drain-timeout", parse_drain),
+            drain_delay: input.get("drain-delay", parse_drain),
             shards: input.get("shards", |text| match text {
                 // One shard when the system doesn't tell how many cores there are.
                 "auto" => Ok(std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN)),
                 count => parse_nonzero(count, SHARDS_MAX).map_err(nor_auto),
             }),
-            feed_memory: input.get("feed-memory", |text| match text {
+            buffer_memory: input.get("buffer-memory", |text| match text {
                 "auto" => Ok(None),
                 size => parse_memory(size).map(Some).map_err(nor_auto),
             }),
@@ -321,7 +321,7 @@ impl Settings {
 
     /// Bytes a second that a connection may send; 0: no limit.
     pub fn byte_rate(&self) -> u64 {
-        self.max_byte_rate.unwrap_or_else(|| BYTE_RATE.max(self.max_message as u64))
+        self.max_byte_rate.unwrap_or_else(|| BYTE_RATE.max(self.max_message_size as u64))
     }
 
     /// What the settings must be to each other.
@@ -349,17 +349,20 @@ impl Settings {
             input.conflict("redis-durable", "says something about a Redis, but --redis names none".into());
         }
         let own = format!("{}:", self.redis_prefix);
-        if let Some(channel) = self.bare_channels.iter().find(|channel| channel.as_str().starts_with(&own)) {
+        if let Some(channel) = self.pubsub_channels.iter().find(|channel| channel.as_str().starts_with(&own))
+        {
             let problem = format!("{channel} is among the node's own Redis channels, which begin with {own}");
-            input.conflict("bare-channels", problem);
+            input.conflict("pubsub-channels", problem);
         }
-        if self.bare_channels.len() > self.max_channels.get() {
-            input.conflict("max-channels", "is fewer than --bare-channels names".into());
+        if self.pubsub_channels.len() > self.max_channels.get() {
+            input.conflict("max-channels", "is fewer than --pubsub-channels names".into());
         }
-        for (name, size) in [("feed-memory", self.feed_memory()), ("history-bytes", self.history_bytes)] {
-            if size < self.max_message {
-                let problem =
-                    format!("must be at least --max-message ({})", show_size(self.max_message as u64));
+        for (name, size) in [("buffer-memory", self.buffer_memory()), ("history-bytes", self.history_bytes)] {
+            if size < self.max_message_size {
+                let problem = format!(
+                    "must be at least --max-message-size ({})",
+                    show_size(self.max_message_size as u64)
+                );
                 input.conflict(name, problem);
             }
         }
@@ -370,18 +373,18 @@ impl Settings {
 
     /// Why the longest message would never be accepted at the byte rate.
     fn byte_rate_problem(&self) -> Option<String> {
-        let least = BYTE_RATE_MIN.max((self.max_message as u64).div_ceil(MESSAGE_PART));
+        let least = BYTE_RATE_MIN.max((self.max_message_size as u64).div_ceil(MESSAGE_PART));
         let too_low = (1..least).contains(&self.byte_rate());
         too_low.then(|| {
-            let message = show_size(self.max_message as u64);
-            format!("must be at least {}, or 0, with --max-message {message}", show_size(least))
+            let message = show_size(self.max_message_size as u64);
+            format!("must be at least {}, or 0, with --max-message-size {message}", show_size(least))
         })
     }
 
     /// Why clients may not be taken at this address.
     pub fn public_problem(&self, addr: SocketAddr) -> Option<String> {
-        let remedy = "give --jwt-key FILE, or say with --open that anyone may come in";
-        let is_open = is_reachable(&addr) && self.jwt_key.is_empty() && !self.open;
+        let remedy = "give --jwt-key FILE, or say with --allow-anonymous that anyone may come in";
+        let is_open = is_reachable(&addr) && self.jwt_key.is_empty() && !self.allow_anonymous;
         is_open.then(|| format!("{addr} is open to others and asks for no token: {remedy}"))
     }
 
@@ -405,7 +408,7 @@ impl Settings {
         [
             ("listen", list(&self.listen)),
             ("admin", self.admin.to_string()),
-            ("open", self.open.to_string()),
+            ("allow-anonymous", self.allow_anonymous.to_string()),
             (
                 "jwt-key",
                 self.jwt_key.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(","),
@@ -415,7 +418,7 @@ impl Settings {
                 "client-publish",
                 match self.client_publish {
                     ClientPublish::Off => "off".into(),
-                    ClientPublish::Own => "own".into(),
+                    ClientPublish::Channel => "channel".into(),
                     ClientPublish::Any => "any".into(),
                 },
             ),
@@ -425,8 +428,8 @@ impl Settings {
             ("redis-prefix", self.redis_prefix.clone()),
             ("redis-durable", self.redis_durable.to_string()),
             (
-                "bare-channels",
-                match self.bare_channels.as_slice() {
+                "pubsub-channels",
+                match self.pubsub_channels.as_slice() {
                     [] => "none".into(),
                     names => list(names),
                 },
@@ -436,26 +439,26 @@ impl Settings {
             ("history-ttl", show_duration(self.history_ttl)),
             ("publish-timeout", show_duration(self.publish_timeout)),
             ("max-connections", self.most_connections().to_string()),
-            ("max-per-address", self.max_per_address.to_string()),
-            ("max-per-user", self.max_per_user.to_string()),
+            ("max-connections-per-ip", self.max_connections_per_ip.to_string()),
+            ("max-connections-per-user", self.max_connections_per_user.to_string()),
             ("max-channels", self.max_channels.to_string()),
-            ("max-message", show_size(self.max_message as u64)),
-            ("message-rate", self.message_rate.to_string()),
+            ("max-message-size", show_size(self.max_message_size as u64)),
+            ("max-message-rate", self.max_message_rate.to_string()),
             ("max-byte-rate", show_size(self.byte_rate())),
-            ("heartbeat", show_duration(self.heartbeat)),
-            ("heartbeat-timeout", show_duration(self.heartbeat_timeout)),
+            ("ping-interval", show_duration(self.ping_interval)),
+            ("ping-timeout", show_duration(self.ping_timeout)),
             (
-                "heartbeat-format",
-                match self.heartbeat_format {
-                    HeartbeatFormat::Ping => "ping".into(),
-                    HeartbeatFormat::Json => "json".into(),
-                    HeartbeatFormat::Both => "both".into(),
+                "ping-format",
+                match self.ping_format {
+                    PingFormat::WebSocket => "websocket".into(),
+                    PingFormat::Json => "json".into(),
+                    PingFormat::Both => "both".into(),
                 },
             ),
-            ("drain", show_duration(self.drain)),
-            ("drain-notice", show_duration(self.drain_notice)),
+            ("drain-timeout", show_duration(self.drain_timeout)),
+            ("drain-delay", show_duration(self.drain_delay)),
             ("shards", self.shards.to_string()),
-            ("feed-memory", show_size(self.feed_memory() as u64)),
+            ("buffer-memory", show_size(self.buffer_memory() as u64)),
             ("log", self.log.clone()),
             (
                 "log-format",

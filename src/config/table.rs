@@ -29,12 +29,12 @@ pub(super) struct Spec {
 }
 
 impl Spec {
-    /// `--max-message`
+    /// `--max-message-size`
     pub fn flag(&self) -> String {
         format!("--{}", self.name)
     }
 
-    /// `FANFARE_MAX_MESSAGE`
+    /// `FANFARE_MAX_MESSAGE_SIZE`
     pub fn variable(&self) -> String {
         variable(self.name)
     }
@@ -77,7 +77,7 @@ pub(super) static TABLE: [Spec; 32] = [
         &["Where publish, metrics and stats are served: IP:PORT, unix:PATH, or off."],
     ),
     spec(
-        "open",
+        "allow-anonymous",
         Switch,
         "",
         "false",
@@ -107,7 +107,7 @@ pub(super) static TABLE: [Spec; 32] = [
     spec(
         "client-publish",
         Value,
-        "off|own|any",
+        "off|channel|any",
         "any",
         &[
             "What clients may publish: nothing, to everybody in their own channel, or also to one user",
@@ -167,7 +167,7 @@ pub(super) static TABLE: [Spec; 32] = [
         ],
     ),
     spec(
-        "bare-channels",
+        "pubsub-channels",
         List,
         "NAME,...",
         "ws_broadcast",
@@ -187,7 +187,7 @@ pub(super) static TABLE: [Spec; 32] = [
         "64MiB",
         &[
             "Bytes of events kept for each channel: of large events fewer than --history are kept. At least",
-            "--max-message.",
+            "--max-message-size.",
         ],
     ),
     spec("history-ttl", Value, "TIME", "24h", &["How long history outlives a channel's last event."]),
@@ -203,7 +203,7 @@ pub(super) static TABLE: [Spec; 32] = [
         ],
     ),
     spec(
-        "max-per-address",
+        "max-connections-per-ip",
         Value,
         "CONNECTIONS",
         "auto",
@@ -213,7 +213,7 @@ pub(super) static TABLE: [Spec; 32] = [
         ],
     ),
     spec(
-        "max-per-user",
+        "max-connections-per-user",
         Value,
         "CONNECTIONS",
         "auto",
@@ -223,9 +223,15 @@ pub(super) static TABLE: [Spec; 32] = [
         ],
     ),
     spec("max-channels", Value, "CHANNELS", "10000", &["Channels this node follows at once."]),
-    spec("max-message", Value, "SIZE", "64KiB", &["Longest message taken from a client, at most 16MiB."]),
     spec(
-        "message-rate",
+        "max-message-size",
+        Value,
+        "SIZE",
+        "64KiB",
+        &["Longest message taken from a client, at most 16MiB."],
+    ),
+    spec(
+        "max-message-rate",
         Value,
         "MESSAGES",
         "100",
@@ -242,32 +248,32 @@ pub(super) static TABLE: [Spec; 32] = [
         "auto",
         &[
             "Bytes of messages that a connection may send in a second, with the same bursts and shares.",
-            "auto: 1MiB, or --max-message if that is more. 0: no limit.",
+            "auto: 1MiB, or --max-message-size if that is more. 0: no limit.",
         ],
     ),
     spec(
-        "heartbeat",
+        "ping-interval",
         Value,
         "TIME",
         "25s",
         &["Time between two heartbeats of a connection. Keep it below the idle timeout of any proxy."],
     ),
     spec(
-        "heartbeat-timeout",
+        "ping-timeout",
         Value,
         "TIME",
         "20s",
         &["How long a connection may be silent after a heartbeat before it is closed."],
     ),
     spec(
-        "heartbeat-format",
+        "ping-format",
         Value,
-        "ping|json|both",
-        "ping",
+        "websocket|json|both",
+        "websocket",
         &["A WebSocket ping, a {\"type\":\"ping\"} message that scripts can see, or both."],
     ),
     spec(
-        "drain",
+        "drain-timeout",
         Value,
         "TIME",
         "20s",
@@ -277,7 +283,7 @@ pub(super) static TABLE: [Spec; 32] = [
         ],
     ),
     spec(
-        "drain-notice",
+        "drain-delay",
         Value,
         "TIME",
         "0s",
@@ -288,12 +294,12 @@ pub(super) static TABLE: [Spec; 32] = [
     ),
     spec("shards", Value, "THREADS", "auto", &["Threads that serve connections. auto: one for each core."]),
     spec(
-        "feed-memory",
+        "buffer-memory",
         Value,
         "SIZE",
         "auto",
         &[
-            "Recent events held in memory, all channels together. At least --max-message. auto: a sixteenth",
+            "Recent events held in memory, all channels together. At least --max-message-size. auto: a sixteenth",
             "of the memory of the cgroup or the machine, at most 64MiB.",
         ],
     ),
@@ -307,10 +313,26 @@ pub(super) static TABLE: [Spec; 32] = [
     spec("log-format", Value, "text|json", "text", &["Lines for people, or one JSON object a line."]),
 ];
 
+/// Names that settings had before 0.1.0, and what they are called now.
+pub(super) const RENAMED: [(&str, &str); 12] = [
+    ("open", "allow-anonymous"),
+    ("max-per-address", "max-connections-per-ip"),
+    ("max-per-user", "max-connections-per-user"),
+    ("max-message", "max-message-size"),
+    ("message-rate", "max-message-rate"),
+    ("heartbeat", "ping-interval"),
+    ("heartbeat-timeout", "ping-timeout"),
+    ("heartbeat-format", "ping-format"),
+    ("drain", "drain-timeout"),
+    ("drain-notice", "drain-delay"),
+    ("feed-memory", "buffer-memory"),
+    ("bare-channels", "pubsub-channels"),
+];
+
 /// The heading before each setting that begins a group.
 const GROUPS: [(&str, &str); 6] = [
     ("listen", "Addresses"),
-    ("open", "Access"),
+    ("allow-anonymous", "Access"),
     ("redis", "Bus"),
     ("max-connections", "Clients"),
     ("shards", "Machine"),

@@ -25,7 +25,7 @@ fn nothing_given_means_the_defaults_that_help_shows() {
     let settings = run(&[], &[]);
     for (spec, (name, shown)) in TABLE.iter().zip(settings.shown()) {
         assert_eq!(spec.name, name);
-        if !matches!(name, "shards" | "max-connections" | "feed-memory" | "max-byte-rate") {
+        if !matches!(name, "shards" | "max-connections" | "buffer-memory" | "max-byte-rate") {
             assert_eq!(shown, spec.default, "--{name}");
         }
     }
@@ -33,7 +33,7 @@ fn nothing_given_means_the_defaults_that_help_shows() {
     let files = settings.open_files.unwrap_or(u32::MAX);
     assert!((1..=files).contains(&settings.most_connections()));
     assert_eq!(settings.byte_rate(), 1 << 20);
-    assert_eq!(run(&["--max-message", "2MiB"], &[]).byte_rate(), 2 << 20);
+    assert_eq!(run(&["--max-message-size", "2MiB"], &[]).byte_rate(), 2 << 20);
     assert_eq!(settings.log_targets().default_level(), Some(LevelFilter::INFO));
 }
 
@@ -42,34 +42,34 @@ fn every_setting_is_read_from_its_flag_in_both_forms_and_from_its_variable() {
     let others = [
         ("listen", "0.0.0.0:80,[::1]:81"),
         ("admin", "unix:/run/fanfare.sock"),
-        ("open", "true"),
+        ("allow-anonymous", "true"),
         ("jwt-key", "/etc/fanfare/new.pem,/etc/fanfare/old"),
         ("admin-key", "/etc/fanfare/admin.key"),
-        ("client-publish", "own"),
+        ("client-publish", "channel"),
         ("allow-origin", "https://example.com,https://*.example.org:8443"),
         ("trusted-proxy", "10.0.0.7/32,fd00::/8"),
         ("redis", "redis://10.0.0.1:6379/2"),
         ("redis-prefix", "app:live"),
         ("redis-durable", "true"),
-        ("bare-channels", "news,chat"),
+        ("pubsub-channels", "news,chat"),
         ("history", "1000"),
         ("history-bytes", "2MiB"),
         ("history-ttl", "5m"),
         ("publish-timeout", "250ms"),
         ("max-connections", "5"),
-        ("max-per-address", "0"),
-        ("max-per-user", "5"),
+        ("max-connections-per-ip", "0"),
+        ("max-connections-per-user", "5"),
         ("max-channels", "7"),
-        ("max-message", "1KiB"),
-        ("message-rate", "20"),
+        ("max-message-size", "1KiB"),
+        ("max-message-rate", "20"),
         ("max-byte-rate", "2MiB"),
-        ("heartbeat", "1s"),
-        ("heartbeat-timeout", "2s"),
-        ("heartbeat-format", "both"),
-        ("drain", "0s"),
-        ("drain-notice", "15s"),
+        ("ping-interval", "1s"),
+        ("ping-timeout", "2s"),
+        ("ping-format", "both"),
+        ("drain-timeout", "0s"),
+        ("drain-delay", "15s"),
         ("shards", "3"),
-        ("feed-memory", "1MiB"),
+        ("buffer-memory", "1MiB"),
         ("log", "warn,fanfare::bus=debug"),
         ("log-format", "json"),
     ];
@@ -81,7 +81,7 @@ fn every_setting_is_read_from_its_flag_in_both_forms_and_from_its_variable() {
         variables.push((table::variable(name), value.to_owned()));
         attached.push(format!("--{name}={value}"));
         separate.push(format!("--{name}"));
-        if !matches!(name, "redis-durable" | "open") {
+        if !matches!(name, "redis-durable" | "allow-anonymous") {
             separate.push(value.to_owned());
         }
     }
@@ -102,6 +102,17 @@ fn every_setting_is_read_from_its_flag_in_both_forms_and_from_its_variable() {
 }
 
 #[test]
+fn renamed_settings_name_their_successor() {
+    for (old, new) in table::RENAMED {
+        let Err(errors) = read(&[&format!("--{old}=1")], &[]) else { panic!("--{old} is taken") };
+        assert_eq!(errors[0].problem, format!("was renamed: use --{new}"));
+        let Err(errors) = read(&[], &[(&table::variable(old), "1")]) else { panic!("{old} is taken") };
+        assert_eq!(errors[0].problem, format!("was renamed: use {}", table::variable(new)));
+        assert!(table::TABLE.iter().any(|spec| spec.name == new), "--{new}");
+    }
+}
+
+#[test]
 fn a_flag_wins_over_its_variable_and_an_empty_variable_is_none() {
     let settings = run(&["--history", "2000"], &[("FANFARE_HISTORY", "3000"), ("FANFARE_REDIS", "")]);
     assert_eq!((settings.history, settings.redis), (2000, None));
@@ -113,7 +124,7 @@ fn lists_come_by_comma_and_by_repeating_the_flag() {
     let settings =
         run(&["--listen", "127.0.0.1:1,127.0.0.1:2", "--listen=127.0.0.1:0", "--listen", "127.0.0.1:0"], &[]);
     assert_eq!(settings.listen.iter().map(SocketAddr::port).collect::<Vec<_>>(), [1, 2, 0, 0]);
-    assert_eq!(run(&["--bare-channels", "none"], &[]).bare_channels, []);
+    assert_eq!(run(&["--pubsub-channels", "none"], &[]).pubsub_channels, []);
 }
 
 #[test]
@@ -137,9 +148,9 @@ fn proxies_are_networks_or_single_addresses() {
 #[test]
 fn caps_are_numbers_or_none_or_what_fits() {
     let caps = |text: &str| {
-        let settings = run(&["--max-per-address", text, "--max-per-user", text], &[]);
-        assert_eq!(settings.max_per_address, settings.max_per_user);
-        settings.max_per_user
+        let settings = run(&["--max-connections-per-ip", text, "--max-connections-per-user", text], &[]);
+        assert_eq!(settings.max_connections_per_ip, settings.max_connections_per_user);
+        settings.max_connections_per_user
     };
     assert_eq!((caps("auto"), caps("0")), (Cap::Auto, Cap::Off));
     assert_eq!(caps("1"), Cap::Most(NonZeroU32::MIN));
@@ -195,37 +206,37 @@ fn each_wrong_setting_is_named_and_explained() {
         (&["--trusted-proxy", "10.0.0.1:80"], "no address or network"),
         (&["--max-connections", "0"], "between 1 and"),
         (&["--max-connections", "many"], "nor auto"),
-        (&["--max-per-address", "-1"], "neither a number of connections"),
-        (&["--max-per-user", "4294967296"], "neither a number of connections"),
+        (&["--max-connections-per-ip", "-1"], "neither a number of connections"),
+        (&["--max-connections-per-user", "4294967296"], "neither a number of connections"),
         (&["--redis", "redis-cluster://a:1"], "not supported yet"),
         (&["--redis", ""], "--redis: is empty"),
         (&["--redis-prefix", "a b"], "no blanks"),
         (&["--redis-prefix", "a{b}"], "braces"),
         (&["--redis-durable"], "--redis-durable: says something about a Redis"),
         (&["--redis-durable=yes"], "neither true nor false"),
-        (&["--bare-channels", "a b"], "\"a b\" is not a channel name"),
-        (&["--bare-channels", "fanfare:x"], "own Redis channels"),
-        (&["--bare-channels", "a,b", "--max-channels", "1"], "fewer than --bare-channels"),
+        (&["--pubsub-channels", "a b"], "\"a b\" is not a channel name"),
+        (&["--pubsub-channels", "fanfare:x"], "own Redis channels"),
+        (&["--pubsub-channels", "a,b", "--max-channels", "1"], "fewer than --pubsub-channels"),
         (&["--history", "999"], "between 1000 and"),
         (&["--history-ttl", "24"], "such as 25s"),
         (&["--history-ttl", "0s"], "more than nothing"),
         (&["--publish-timeout", "0ms"], "more than nothing"),
         (&["--max-channels", "0"], "between 1 and"),
-        (&["--max-message", "0"], "between 1 byte and 16MiB"),
-        (&["--max-message", "17MiB"], "between 1 byte and 16MiB"),
+        (&["--max-message-size", "0"], "between 1 byte and 16MiB"),
+        (&["--max-message-size", "17MiB"], "between 1 byte and 16MiB"),
         (
-            &["--max-message", "16MiB", "--feed-memory", "15MiB"],
-            "--feed-memory: must be at least --max-message (16MiB)",
+            &["--max-message-size", "16MiB", "--buffer-memory", "15MiB"],
+            "--buffer-memory: must be at least --max-message-size (16MiB)",
         ),
         (&["--max-byte-rate", "fast"], "KB, MB or GB, nor auto"),
-        (&["--max-byte-rate", "63KiB"], "at least 64KiB, or 0, with --max-message 64KiB"),
-        (&["--max-byte-rate", "1MiB", "--max-message", "16MiB"], "at least 4MiB, or 0"),
-        (&["--heartbeat", "0s"], "more than nothing"),
-        (&["--heartbeat-timeout", "20"], "not a duration"),
-        (&["--heartbeat-format", "pong"], "none of ping"),
+        (&["--max-byte-rate", "63KiB"], "at least 64KiB, or 0, with --max-message-size 64KiB"),
+        (&["--max-byte-rate", "1MiB", "--max-message-size", "16MiB"], "at least 4MiB, or 0"),
+        (&["--ping-interval", "0s"], "more than nothing"),
+        (&["--ping-timeout", "20"], "not a duration"),
+        (&["--ping-format", "pong"], "none of ping"),
         (&["--shards", "0"], "between 1 and 1024"),
         (&["--shards", "-1"], "between 1 and 1024, nor auto"),
-        (&["--feed-memory", "63KiB"], "must be at least --max-message (64KiB)"),
+        (&["--buffer-memory", "63KiB"], "must be at least --max-message-size (64KiB)"),
         (&["--log", "inof"], "did you mean info?"),
         (&["--log", "info,fanfare=loud"], "\"loud\" is not a level: one of off"),
         (&["--log", "info,"], "\"\" is not a level"),

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering}
 use std::sync::{Arc, Mutex};
 use std::time::{Instant, SystemTime};
 
-use crate::metrics::rejections::{Class, Refusals};
+use crate::metrics::rejections::{Class, RejectionLog};
 use crate::protocol::close::REASONS;
 use crate::protocol::frame::ErrorCode;
 
@@ -40,7 +40,7 @@ impl Number {
 
 /// What the bus counts.
 #[derive(Debug, Default)]
-pub struct BusNumbers {
+pub struct BusMetrics {
     /// Events handed to the shards.
     pub events: Number,
     /// Events this node published.
@@ -55,7 +55,7 @@ pub struct BusNumbers {
     pub resets: Number,
     /// Pages of history read.
     pub reads: Number,
-    /// Plain messages dropped: longer than `--max-message`.
+    /// Plain messages dropped: longer than `--max-message-size`.
     pub oversized: Number,
     /// Channels followed (gauge).
     pub channels: Number,
@@ -70,7 +70,7 @@ pub struct BusNumbers {
 /// What one shard counts. Only that shard writes it; aligned so that no two shards write to one cache line.
 #[derive(Debug, Default)]
 #[repr(align(128))]
-pub struct ShardNumbers {
+pub struct ShardMetrics {
     /// Sockets given to it. Only the accept loop writes this one.
     pub accepted: Number,
     /// Sockets of those that are closed again.
@@ -79,7 +79,7 @@ pub struct ShardNumbers {
     pub turns: Number,
     /// Connections upgraded.
     pub joins: Number,
-    /// Connections ended, by [`crate::protocol::close::Reason`].
+    /// Connections ended, by [`crate::protocol::close::CloseReason`].
     pub ends: [Number; REASONS],
     /// Events written to sockets whole.
     pub delivered: Number,
@@ -131,7 +131,7 @@ const STATUSES: [(u16, &str); 16] = [
     (0, "other"),
 ];
 
-impl ShardNumbers {
+impl ShardMetrics {
     /// Counts a request that was answered with this status.
     pub fn count_refused(&self, status: u16) {
         let at = STATUSES.iter().position(|(known, _)| *known == status);
@@ -150,14 +150,14 @@ impl ShardNumbers {
 #[derive(Debug)]
 pub struct Metrics {
     /// By [`crate::bus::ShardId`].
-    pub shards: Box<[ShardNumbers]>,
+    pub shards: Box<[ShardMetrics]>,
     /// Turns of the accept loop, two a second at least. Only the watchdog reads this.
     pub accept_turns: Number,
     /// Turns of the admin listener's thread, two a second at least; 0 when there is none. Only the watchdog reads this.
     pub admin_turns: Number,
     /// Connections that could not be accepted, for want of descriptors or memory.
     pub accept_failures: Number,
-    /// Connections answered at once, there being too many that wait for an answer: by [`crate::limits::connections::Full`], `Node`
+    /// Connections answered at once, there being too many that wait for an answer: by [`crate::limits::connections::LimitReached`], `Node`
     /// and `Address`.
     pub turned_away: [Number; 2],
     /// Bytes of incomplete messages of all shards, to which each adds its own.
@@ -167,9 +167,9 @@ pub struct Metrics {
     /// Requests to the admin listener without the right key, or under a name that is not this machine's.
     pub admin_refused: Number,
     /// What was refused, for the log.
-    pub refusals: Refusals,
+    pub refusals: RejectionLog,
     /// What the bus counts.
-    pub bus: Arc<BusNumbers>,
+    pub bus: Arc<BusMetrics>,
     /// Whether the node takes clients.
     pub readiness: Arc<Readiness>,
     /// When the process started, for durations.
@@ -180,9 +180,9 @@ pub struct Metrics {
 
 impl Metrics {
     /// Numbers that begin now.
-    pub fn new(shards: usize, bus: Arc<BusNumbers>, readiness: Arc<Readiness>) -> Metrics {
+    pub fn new(shards: usize, bus: Arc<BusMetrics>, readiness: Arc<Readiness>) -> Metrics {
         Metrics {
-            shards: (0..shards).map(|_| ShardNumbers::default()).collect(),
+            shards: (0..shards).map(|_| ShardMetrics::default()).collect(),
             accept_turns: Number::default(),
             admin_turns: Number::default(),
             accept_failures: Number::default(),
@@ -190,7 +190,7 @@ impl Metrics {
             partial_bytes: AtomicUsize::default(),
             max_connections: Number::default(),
             admin_refused: Number::default(),
-            refusals: Refusals::default(),
+            refusals: RejectionLog::default(),
             bus,
             readiness,
             started: Instant::now(),
@@ -216,13 +216,13 @@ impl Metrics {
 
     /// Open connections of all shards.
     pub fn connections(&self) -> u64 {
-        self.shards.iter().map(ShardNumbers::load).sum()
+        self.shards.iter().map(ShardMetrics::load).sum()
     }
 
-    /// Bytes in the buffers that [`crate::config::Settings::buffer_memory`] limits.
+    /// Bytes in the buffers that [`crate::config::Settings::total_buffer_memory`] limits.
     pub fn buffered(&self) -> u64 {
         let of_shard =
-            |shard: &ShardNumbers| shard.feed_bytes.get() + shard.page_bytes.get() + shard.unsent_bytes.get();
+            |shard: &ShardMetrics| shard.feed_bytes.get() + shard.page_bytes.get() + shard.unsent_bytes.get();
         let partial = self.partial_bytes.load(Ordering::Relaxed) as u64;
         self.bus.held_bytes.get() + partial + self.shards.iter().map(of_shard).sum::<u64>()
     }

@@ -38,9 +38,9 @@ struct Told {
 
 /// What was refused lately, all threads together. The lock is held for a few comparisons, and only by refusals.
 #[derive(Debug, Default)]
-pub struct Refusals(Mutex<Vec<Told>>);
+pub struct RejectionLog(Mutex<Vec<Told>>);
 
-impl Refusals {
+impl RejectionLog {
     /// Counts one, and tells the log if its class has been quiet.
     pub fn note(&self, class: Class, text: &str) {
         if let Some(line) = self.take(class, text, Instant::now()) {
@@ -97,12 +97,12 @@ impl Line {
 mod tests {
     use super::*;
 
-    const A: Class = Class { what: "request", why: "answered", status: 400 };
+    const A: Class = Class { what: "request", why: "http_response", status: 400 };
     const B: Class = Class { status: 503, ..A };
 
     #[test]
     fn one_line_a_class_at_once_and_then_one_in_ten_seconds_that_counts() {
-        let refusals = Refusals::default();
+        let refusals = RejectionLog::default();
         let start = Instant::now();
         let at = |seconds: f64| start + Duration::from_secs_f64(seconds);
         let count = |line: Option<Line>| line.map(|line| line.count);

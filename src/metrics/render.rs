@@ -188,11 +188,11 @@ mod tests {
         assert_eq!(kinds.len(), TABLE.len());
         for line in [
             "fanfare_connections{shard=\"1\"} 4",
-            "fanfare_ends_total{reason=\"peer_gone\"} 11",
-            "fanfare_refused_total{status=\"431\"} 1",
-            "fanfare_refused_total{status=\"other\"} 1",
-            "fanfare_refused_total{status=\"503\"} 0",
-            "fanfare_publishes_refused_total{code=\"forbidden\"} 0",
+            "fanfare_connections_closed_total{reason=\"connection_lost\"} 11",
+            "fanfare_http_rejections_total{status=\"431\"} 1",
+            "fanfare_http_rejections_total{status=\"other\"} 1",
+            "fanfare_http_rejections_total{status=\"503\"} 0",
+            "fanfare_publish_errors_total{code=\"forbidden\"} 0",
             "fanfare_pass_duration_seconds_bucket{le=\"0.0025\"} 0",
             "fanfare_pass_duration_seconds_bucket{le=\"0.005\"} 1",
             "fanfare_pass_duration_seconds_bucket{le=\"+Inf\"} 1",
@@ -210,7 +210,7 @@ mod tests {
         assert_eq!(stats["connections"], 7);
         assert_eq!((&stats["feed_bytes"], &stats["shards"][0]["feed_bytes"]), (&json!(40), &json!(30)));
         assert_eq!(stats["shards"][0]["connections"], 3);
-        assert_eq!(stats["ends"]["peer_gone"], 11);
+        assert_eq!(stats["ends"]["connection_lost"], 11);
         assert_eq!(stats["refused"]["431"], 1);
         assert_eq!(stats["bus_round_trip_seconds"]["sum"], 0.0015);
         assert_eq!(stats["bus_round_trip_seconds"]["buckets"]["0.0025"], 1);

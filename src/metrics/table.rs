@@ -8,8 +8,8 @@ use serde_json::Value;
 
 use super::histogram::Times;
 use super::process::Process;
-use super::{Metrics, STATUSES, ShardNumbers};
-use crate::limits::connections::Full;
+use super::{Metrics, STATUSES, ShardMetrics};
+use crate::limits::connections::LimitReached;
 use crate::protocol::close::LABELS;
 use crate::protocol::frame::ErrorCode;
 
@@ -44,7 +44,7 @@ pub(super) enum Read {
     /// One number; null where it can't be had.
     One(fn(&View<'_>) -> Value),
     /// One for each shard.
-    Shards(Fold, fn(&ShardNumbers) -> u64),
+    Shards(Fold, fn(&ShardMetrics) -> u64),
     /// One for each value of a label.
     Labels(&'static str, fn(&View<'_>) -> Vec<(&'static str, u64)>),
     /// Buckets.
@@ -91,7 +91,7 @@ pub(super) static TABLE: &[Family] = &[
         "fanfare_connections",
         Gauge,
         "Open connections, those still in their handshake among them.",
-        Shards(Sum, ShardNumbers::load),
+        Shards(Sum, ShardMetrics::load),
     ),
     family(
         "fanfare_max_connections",
@@ -99,9 +99,14 @@ pub(super) static TABLE: &[Family] = &[
         "Most connections that this node takes.",
         One(|view| view.metrics.max_connections.get().into()),
     ),
-    family("fanfare_joins_total", Counter, "Connections upgraded.", Shards(Sum, |shard| shard.joins.get())),
     family(
-        "fanfare_ends_total",
+        "fanfare_connections_upgraded_total",
+        Counter,
+        "Connections upgraded.",
+        Shards(Sum, |shard| shard.joins.get()),
+    ),
+    family(
+        "fanfare_connections_closed_total",
         Counter,
         "Connections ended, by reason.",
         Labels("reason", |view| {
@@ -110,7 +115,7 @@ pub(super) static TABLE: &[Family] = &[
         }),
     ),
     family(
-        "fanfare_refused_total",
+        "fanfare_http_rejections_total",
         Counter,
         "Requests on the public listener that were answered with an error, by status.",
         Labels("status", |view| {
@@ -125,22 +130,24 @@ pub(super) static TABLE: &[Family] = &[
         One(|view| view.metrics.accept_failures.get().into()),
     ),
     family(
-        "fanfare_turned_away_total",
+        "fanfare_connections_rejected_total",
         Counter,
         "Connections answered with 503 or 429 before they asked, so many being refused at once, by reason.",
         Labels("reason", |view| {
-            let count = |full: Full| view.metrics.turned_away[full as usize].get();
-            [Full::Node, Full::Address].map(|full| (full.reason().label(), count(full))).into()
+            let count = |full: LimitReached| view.metrics.turned_away[full as usize].get();
+            [LimitReached::Node, LimitReached::Address]
+                .map(|full| (full.reason().label(), count(full)))
+                .into()
         }),
     ),
     family(
-        "fanfare_messages_total",
+        "fanfare_messages_received_total",
         Counter,
         "Messages that clients sent.",
         Shards(Sum, |shard| shard.messages.get()),
     ),
     family(
-        "fanfare_publishes_refused_total",
+        "fanfare_publish_errors_total",
         Counter,
         "Messages of clients that were not published, by the code of the error frame.",
         Labels("code", |view| {
@@ -156,7 +163,7 @@ pub(super) static TABLE: &[Family] = &[
     ),
     // Delivery.
     family(
-        "fanfare_delivered_total",
+        "fanfare_events_delivered_total",
         Counter,
         "Events written to sockets.",
         Shards(Sum, |shard| shard.delivered.get()),
@@ -168,7 +175,7 @@ pub(super) static TABLE: &[Family] = &[
         Shards(Sum, |shard| shard.bytes_sent.get()),
     ),
     times(
-        "fanfare_pass_duration_seconds",
+        "fanfare_fanout_duration_seconds",
         "How long a shard took to write what had come for a channel to everybody in it.",
         |view| Times::of(view.metrics.shards.iter().map(|shard| &shard.pass_times)),
     ),
@@ -196,7 +203,7 @@ pub(super) static TABLE: &[Family] = &[
         Shards(Sum, |shard| shard.bare_misses.get()),
     ),
     family(
-        "fanfare_feed_bytes",
+        "fanfare_buffer_bytes",
         Gauge,
         "Recent events in memory. Shards share the bytes, so the largest counts, not the sum.",
         Shards(Max, |shard| shard.feed_bytes.get()),
@@ -227,13 +234,13 @@ pub(super) static TABLE: &[Family] = &[
         One(|view| view.metrics.bus.published.get().into()),
     ),
     family(
-        "fanfare_bus_refused_total",
+        "fanfare_bus_publish_rejected_total",
         Counter,
         "Events that the bus refused: certainly not published.",
         One(|view| view.metrics.bus.refused.get().into()),
     ),
     family(
-        "fanfare_bus_unknown_total",
+        "fanfare_bus_publish_unknown_total",
         Counter,
         "Events whose publication was never confirmed.",
         One(|view| view.metrics.bus.unknown.get().into()),
@@ -241,11 +248,11 @@ pub(super) static TABLE: &[Family] = &[
     family(
         "fanfare_bus_oversized_total",
         Counter,
-        "Messages from bare channels dropped for being longer than --max-message.",
+        "Messages from bare channels dropped for being longer than --max-message-size.",
         One(|view| view.metrics.bus.oversized.get().into()),
     ),
     family(
-        "fanfare_bus_holes_total",
+        "fanfare_bus_gaps_filled_total",
         Counter,
         "Holes filled from history, clients noticing nothing.",
         One(|view| view.metrics.bus.holes.get().into()),
@@ -274,14 +281,14 @@ pub(super) static TABLE: &[Family] = &[
         |view| Times::of([&view.metrics.bus.round_trips]),
     ),
     family(
-        "fanfare_bus_canary_seconds",
+        "fanfare_bus_probe_interval_seconds",
         Gauge,
         "Time within which every followed channel is compared with Redis; more than 2 with over 1000 channels.",
         One(|view| view.metrics.bus.canary_seconds.get().into()),
     ),
     // The node itself.
     family(
-        "fanfare_admin_refused_total",
+        "fanfare_admin_rejections_total",
         Counter,
         "Requests to the admin listener without the right key, or with a Host that is not this machine's.",
         One(|view| view.metrics.admin_refused.get().into()),
@@ -317,7 +324,7 @@ pub(super) static TABLE: &[Family] = &[
 ];
 
 impl View<'_> {
-    fn sum(&self, read: impl Fn(&ShardNumbers) -> u64) -> u64 {
+    fn sum(&self, read: impl Fn(&ShardMetrics) -> u64) -> u64 {
         self.metrics.shards.iter().map(read).sum()
     }
 }

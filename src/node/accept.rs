@@ -14,10 +14,10 @@ use mio::{Events, Interest, Poll, Token, Waker};
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use tokio::sync::oneshot;
 
-use crate::bus::{Shards, ToShard};
-use crate::config::{HeartbeatFormat, Settings};
+use crate::bus::{ShardMessage, Shards};
+use crate::config::{PingFormat, Settings};
 use crate::http::{self, HEAD_MAX};
-use crate::limits::connections::{Full, Guard, Place};
+use crate::limits::connections::{ConnectionLimits, ConnectionSlot, LimitReached};
 use crate::metrics::Metrics;
 use crate::metrics::rejections::Class;
 use crate::node::memory_watch::MemoryWatch;
@@ -68,8 +68,8 @@ pub fn adopt(listener: std::net::TcpListener, settings: &Settings) -> io::Result
     socket.set_tcp_nodelay(true)?; // events leave at once; batches are made by the feed
     // Nobody answers a JSON ping, so the kernel has to tell when a peer no longer acknowledges. Where pings are
     // answered they tell, and the kernel, which counts a small window as silence too, would end slow readers.
-    if settings.heartbeat_format == HeartbeatFormat::Json {
-        socket.set_tcp_user_timeout(Some(settings.heartbeat + settings.heartbeat_timeout))?;
+    if settings.ping_format == PingFormat::Json {
+        socket.set_tcp_user_timeout(Some(settings.ping_interval + settings.ping_timeout))?;
     }
     socket.set_nonblocking(true)?;
     socket.listen(BACKLOG)?; // one that listens already takes the new backlog
@@ -94,7 +94,7 @@ pub fn start(
     mut listeners: Vec<TcpListener>,
     shared: bool,
     shards: Shards,
-    guard: Arc<Guard>,
+    guard: Arc<ConnectionLimits>,
     metrics: Arc<Metrics>,
 ) -> io::Result<(Stop, oneshot::Receiver<()>)> {
     let mut poll = Poll::new()?;
@@ -166,7 +166,7 @@ pub fn start(
 #[derive(Debug)]
 struct Acceptor {
     shards: Shards,
-    guard: Arc<Guard>,
+    guard: Arc<ConnectionLimits>,
     memory: MemoryWatch,
     metrics: Arc<Metrics>,
     /// A descriptor to give up for the moment in which a client is told that there are no more.
@@ -219,8 +219,11 @@ impl Acceptor {
             match listener.accept() {
                 Ok((stream, peer)) => {
                     self.log.succeeded("connections");
-                    let admitted =
-                        if self.memory.admit() { self.guard.arrive(peer.ip()) } else { Err(Full::Node) };
+                    let admitted = if self.memory.admit() {
+                        self.guard.acquire(peer.ip())
+                    } else {
+                        Err(LimitReached::Node)
+                    };
                     match admitted {
                         Ok(place) => self.hand_over(stream, place),
                         Err(full) => {
@@ -261,7 +264,7 @@ impl Acceptor {
     /// hang until someone leaves, and a proxy would take the node for dead.
     fn tell_one(&mut self, listener: &TcpListener) -> io::Result<()> {
         self.spare = None;
-        let told = listener.accept().map(|(stream, _)| turn_away(stream, &Full::Node.answer()));
+        let told = listener.accept().map(|(stream, _)| turn_away(stream, &LimitReached::Node.answer()));
         self.spare = spare();
         told
     }
@@ -274,12 +277,12 @@ impl Acceptor {
         (0..self.shards.count()).for_each(|shard| self.shards.ring(shard));
     }
 
-    fn hand_over(&self, stream: TcpStream, place: Place) {
+    fn hand_over(&self, stream: TcpStream, place: ConnectionSlot) {
         // A socket under way to its shard counts at once, else a burst would go to one shard whole.
         let load = |shard: &usize| self.metrics.shards[*shard].load();
         let shard = (0..self.shards.count()).min_by_key(load).expect("there is at least one shard");
         self.metrics.shards[shard].accepted.add(1);
-        self.shards.leave(shard, ToShard::Socket(stream, place));
+        self.shards.leave(shard, ShardMessage::Socket(stream, place));
     }
 }
 

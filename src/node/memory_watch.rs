@@ -51,7 +51,7 @@ impl MemoryWatch {
             groups: Groups::read(Path::new("/")),
             limit: settings.memory.cgroup,
             spare: settings.memory.spare(),
-            buffers: settings.buffer_memory(),
+            buffers: settings.total_buffer_memory(),
             metrics,
             measured: None,
             admitted: 0,

@@ -13,20 +13,20 @@ use tokio::time::{sleep, timeout};
 use self::systemd::Manager;
 use crate::admin::{self, AdminContext};
 use crate::auth::keys::KeyRing;
-use crate::bus::{self, Requests, Shards, ToShard};
+use crate::bus::{self, Requests, ShardMessage, Shards};
 use crate::config::{RedisUrl, Settings};
-use crate::limits::connections::Guard;
-use crate::metrics::{BusNumbers, Metrics, Readiness};
+use crate::limits::connections::ConnectionLimits;
+use crate::metrics::{BusMetrics, Metrics, Readiness};
 use crate::node::listeners::Listeners;
 use crate::shard;
-use crate::ws::handshake::Door;
+use crate::ws::handshake::HandshakeContext;
 
 pub mod accept;
 pub mod listeners;
 pub mod memory_watch;
 pub mod systemd;
 
-/// How long the accept loop, and then the shards after `--drain`, may take to end. They need milliseconds; this is
+/// How long the accept loop, and then the shards after `--drain-timeout`, may take to end. They need milliseconds; this is
 /// for one that is stuck.
 const GRACE: Duration = Duration::from_secs(2);
 
@@ -45,13 +45,13 @@ pub async fn run(
     shutdown: impl Future<Output = &'static str>,
 ) -> anyhow::Result<()> {
     let settings = Arc::new(settings);
-    let numbers = Arc::new(BusNumbers::default());
+    let numbers = Arc::new(BusMetrics::default());
     let readiness = Arc::new(Readiness::waiting_for_bus());
     let metrics = Arc::new(Metrics::new(settings.shards.get(), numbers.clone(), readiness.clone()));
     let (requests, asked) = mpsc::unbounded_channel();
-    let guard = Arc::new(Guard::new(&settings));
+    let guard = Arc::new(ConnectionLimits::new(&settings));
     metrics.max_connections.set(u64::from(settings.most_connections()));
-    let door = Door {
+    let door = HandshakeContext {
         settings: settings.clone(),
         readiness: readiness.clone(),
         keys: keys.clone(),
@@ -73,7 +73,7 @@ pub async fn run(
     let admin = listeners.admin.map(|listener| admin::start(listener, context)).transpose()?;
 
     let wiring =
-        bus::Wiring { requests: asked, shards: shards.clone(), numbers, readiness: readiness.clone() };
+        bus::BusContext { requests: asked, shards: shards.clone(), numbers, readiness: readiness.clone() };
     let mut bus = std::pin::pin!(bus::run(&settings, wiring));
     let why = tokio::select! {
         result = &mut bus => return Ok(result?),
@@ -84,23 +84,23 @@ pub async fn run(
     let (stopping, closed) = (Instant::now(), metrics.closed());
     tracing::info!(why, connections = metrics.connections(), "stopping");
     // Publishes of backends may still wait for the bus after the drain, but no longer than the drain was allowed to take.
-    let publish_wait = settings.publish_timeout.min(settings.drain.max(GRACE)).min(PUBLISH_WAIT_MAX);
-    manager.stopping(settings.drain_notice + settings.drain + publish_wait + 3 * GRACE);
+    let publish_wait = settings.publish_timeout.min(settings.drain_timeout.max(GRACE)).min(PUBLISH_WAIT_MAX);
+    manager.stopping(settings.drain_delay + settings.drain_timeout + publish_wait + 3 * GRACE);
     readiness.drain();
     let drained = async {
-        sleep(settings.drain_notice).await;
+        sleep(settings.drain_delay).await;
         drop(stop_accepting);
         // Whoever is accepted last reaches a shard before it is told to end.
         let _ = timeout(GRACE, accepted).await;
         for shard in 0..shards.count() {
-            shards.tell(shard, ToShard::Drain(settings.drain));
+            shards.tell(shard, ShardMessage::Drain(settings.drain_timeout));
         }
         let all_ended = async {
             for _ in 0..shards.count() {
                 ended.recv().await;
             }
         };
-        let drained = timeout(settings.drain + GRACE, all_ended).await;
+        let drained = timeout(settings.drain_timeout + GRACE, all_ended).await;
         if let Some(admin) = admin {
             admin.finish(publish_wait).await;
         }
@@ -129,9 +129,9 @@ fn tell_start(settings: &Settings, listeners: &Listeners) -> io::Result<()> {
         shards = settings.shards,
         max_connections = settings.most_connections(),
         max_channels = settings.max_channels,
-        max_message = settings.max_message,
+        max_message_size = settings.max_message_size,
         history = settings.history,
-        feed_memory = settings.feed_memory(),
+        buffer_memory = settings.buffer_memory(),
         open_files = settings.open_files,
         "started"
     );
@@ -139,7 +139,7 @@ fn tell_start(settings: &Settings, listeners: &Listeners) -> io::Result<()> {
         tracing::warn!(
             excess,
             limit = settings.memory.limit(),
-            "the settings need more memory than available: lower --max-connections or --feed-memory"
+            "the settings need more memory than available: lower --max-connections or --buffer-memory"
         );
     }
     if let Some(asked) = settings.max_connections.filter(|asked| asked.get() > settings.most_connections()) {
@@ -153,7 +153,11 @@ fn tell_start(settings: &Settings, listeners: &Listeners) -> io::Result<()> {
 
 type Ended = mpsc::UnboundedReceiver<io::Result<()>>;
 
-fn start_shards(door: &Door, requests: &Requests, metrics: &Arc<Metrics>) -> io::Result<(Shards, Ended)> {
+fn start_shards(
+    door: &HandshakeContext,
+    requests: &Requests,
+    metrics: &Arc<Metrics>,
+) -> io::Result<(Shards, Ended)> {
     let (end, ended) = mpsc::unbounded_channel();
     let mut inboxes = Vec::new();
     let mut bells = Vec::new();
@@ -168,7 +172,7 @@ fn start_shards(door: &Door, requests: &Requests, metrics: &Arc<Metrics>) -> io:
     let shards = Shards::new(inboxes).with_bells(bells);
     for (id, (poll, bell, inbox)) in waiting.into_iter().enumerate() {
         let (door, requests, metrics) = (door.clone(), requests.clone(), metrics.clone());
-        let wiring = shard::Wiring {
+        let wiring = shard::ShardContext {
             id,
             door,
             requests,

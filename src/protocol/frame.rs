@@ -249,7 +249,7 @@ pub enum ErrorCode {
     /// This client may not publish it.
     Forbidden,
     /// It came faster than it may.
-    TooFast,
+    RateLimited,
     /// Certainly not published: the bus is away, or refuses.
     Unavailable,
     /// It may or may not have been published.
@@ -261,7 +261,7 @@ impl ErrorCode {
     pub const ALL: [ErrorCode; 5] = [
         ErrorCode::Invalid,
         ErrorCode::Forbidden,
-        ErrorCode::TooFast,
+        ErrorCode::RateLimited,
         ErrorCode::Unavailable,
         ErrorCode::Unknown,
     ];
@@ -271,7 +271,7 @@ impl ErrorCode {
         match self {
             ErrorCode::Invalid => "invalid",
             ErrorCode::Forbidden => "forbidden",
-            ErrorCode::TooFast => "too_fast",
+            ErrorCode::RateLimited => "rate_limited",
             ErrorCode::Unavailable => "unavailable",
             ErrorCode::Unknown => "unknown",
         }

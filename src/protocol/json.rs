@@ -123,7 +123,7 @@ const PAIRWISE_MAX: usize = 12;
 impl Scanner<'_> {
     fn document(&mut self, depth_max: usize) -> Result<(), Fault> {
         if u32::try_from(self.text.len()).is_err() {
-            return Err(Fault::Syntax); // far beyond --max-message, and beyond the numbers in Name
+            return Err(Fault::Syntax); // far beyond --max-message-size, and beyond the numbers in Name
         }
         self.skip_blanks();
         self.value(depth_max)?;

@@ -249,7 +249,7 @@ fn first_of(users: &HashTable<u32>, user: &str, connections: &Slab<Connection>, 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::limits::connections::Place;
+    use crate::limits::connections::ConnectionSlot;
 
     /// Connections that nothing is written to.
     fn connections(count: u32) -> Slab<Connection> {
@@ -257,7 +257,7 @@ mod tests {
         let address = listener.local_addr().expect("it is bound");
         let connect = |n| {
             let stream = mio::net::TcpStream::connect(address).expect("it listens");
-            Connection::new(stream, Place::Proxy, n, 0)
+            Connection::new(stream, ConnectionSlot::Proxy, n, 0)
         };
         (0..count).map(|n| (n as usize, connect(n))).collect()
     }

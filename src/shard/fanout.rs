@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use super::Shard;
 use crate::feed::{Cursor, Feed, Start};
-use crate::protocol::close::Reason;
+use crate::protocol::close::CloseReason;
 use crate::protocol::event::{ChannelName, Entry, Kind};
 use crate::ws::connection::{BURST, Copies, Flushed, State};
 
@@ -41,7 +41,7 @@ impl Shard {
     /// to all members, since events without id are in no history. For that feeds may hold twice as much, or two of the
     /// longest entries.
     pub(super) fn trim(&mut self) {
-        let part = self.settings.feed_memory() / self.settings.shards.get();
+        let part = self.settings.buffer_memory() / self.settings.shards.get();
         let limit = part >> self.door.readiness.memory_pressure();
         let most = 2 * limit.max(self.longest_entry);
         while self.feed_bytes > limit {
@@ -157,11 +157,11 @@ impl Shard {
             Flushed::All | Flushed::Behind => self.reconsider(slot),
             Flushed::More => self.write_later(slot),
             Flushed::Missed => self.miss(slot),
-            Flushed::Dead => self.end(slot, Reason::PeerGone),
+            Flushed::Dead => self.end(slot, CloseReason::ConnectionLost),
         }
     }
 
-    /// Brings a connection that the feed has left behind nearer to it, by parts of history. `answered`: the part that it
+    /// Brings a connection that the feed has left behind nearer to it, by parts of history. `http_response`: the part that it
     /// waited for has just come.
     pub(super) fn catch_up(&mut self, slot: u32, mut answered: bool) {
         let id = self.id_of(slot);

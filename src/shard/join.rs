@@ -8,9 +8,9 @@ use bytes::{Bytes, BytesMut};
 use super::replay::Part;
 use super::{JOIN_TIME, Shard};
 use crate::bus::reads::Read;
-use crate::bus::{BusError, ConnectionId, Page, Request, ShardId, ToShard};
+use crate::bus::{BusError, ConnectionId, Page, Request, ShardId, ShardMessage};
 use crate::feed::{Cursor, Feed, Start};
-use crate::protocol::close::Reason;
+use crate::protocol::close::CloseReason;
 use crate::protocol::event::{ChannelName, Entry, EventId};
 use crate::protocol::frame;
 use crate::ws::connection::{LastSeen, State};
@@ -48,7 +48,7 @@ impl Shard {
         let last_seen = join.last_seen;
         let name = join.channel.clone();
         if !self.names.contains_key(&name) && !self.may_name_channel(slot) {
-            return self.refuse(slot, handshake::too_many_channels(), Reason::TooFast);
+            return self.refuse(slot, handshake::too_many_channels(), CloseReason::RateLimited);
         }
         let key = self.channel_key(&name);
         self.connections[slot as usize].channel = key;
@@ -161,7 +161,7 @@ impl Shard {
         // A channel that has been dropped here and is followed anew is not where the bus says.
         let feed = feed.filter(|feed| feed.position() == position && feed.base() == base);
         let recent = feed.map_or_else(Vec::new, |feed| feed.recent().cloned().collect());
-        self.shards.tell(with, ToShard::Followed { channel, base, position, recent });
+        self.shards.tell(with, ShardMessage::Followed { channel, base, position, recent });
     }
 
     pub(super) fn on_not_followed(&mut self, name: &ChannelName, why: &BusError) {

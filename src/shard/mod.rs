@@ -14,14 +14,14 @@ use mio::{Events, Interest, Poll, Registry, Token};
 use slab::Slab;
 use tokio::sync::mpsc;
 
-use crate::bus::{Bell, BusError, ConnectionId, Request, Requests, ShardId, Shards, ToShard};
+use crate::bus::{Bell, BusError, ConnectionId, Request, Requests, ShardId, ShardMessage, Shards};
 use crate::config::Settings;
 use crate::feed::Feed;
 use crate::http;
-use crate::limits::connections::Place;
+use crate::limits::connections::ConnectionSlot;
 use crate::metrics::rejections::Class;
-use crate::metrics::{Metrics, ShardNumbers};
-use crate::protocol::close::Reason;
+use crate::metrics::{Metrics, ShardMetrics};
+use crate::protocol::close::CloseReason;
 use crate::protocol::event::ChannelName;
 use crate::ws::connection::{Connection, State, Tally};
 use crate::ws::decoder;
@@ -74,11 +74,11 @@ const EVENTS: usize = 1024;
 
 /// What a shard works with.
 #[derive(Debug)]
-pub struct Wiring {
+pub struct ShardContext {
     /// Its number.
     pub id: ShardId,
     /// What decides over requests, with the node's settings.
-    pub door: handshake::Door,
+    pub door: handshake::HandshakeContext,
     /// The way to the bus.
     pub requests: Requests,
     /// The way to the other shards.
@@ -86,7 +86,7 @@ pub struct Wiring {
     /// Its sockets; it and the bell come from [`poll`].
     pub poll: Poll,
     /// What it is told.
-    pub inbox: mpsc::UnboundedReceiver<ToShard>,
+    pub inbox: mpsc::UnboundedReceiver<ShardMessage>,
     /// Rings when there is something in the inbox.
     pub bell: Arc<Bell>,
     /// What the node counts; it writes its own part.
@@ -100,7 +100,7 @@ pub struct Wiring {
 pub struct Shard {
     id: ShardId,
     settings: Arc<Settings>,
-    door: handshake::Door,
+    door: handshake::HandshakeContext,
     requests: Requests,
     shards: Shards,
     metrics: Arc<Metrics>,
@@ -154,7 +154,7 @@ pub struct Shard {
     drain: Option<Drain>,
     tick: u32,
     heartbeat_slot: usize,
-    /// Full sockets seen since the walk through the slab began.
+    /// LimitReached sockets seen since the walk through the slab began.
     slow: u64,
     tally: Tally,
     scratch: Box<[u8]>,
@@ -174,8 +174,10 @@ pub fn poll() -> io::Result<(Poll, Arc<Bell>)> {
 }
 
 /// A shard without connections, with its poll, its inbox and its bell.
-fn assemble(wiring: Wiring) -> io::Result<(Shard, Poll, mpsc::UnboundedReceiver<ToShard>, Arc<Bell>)> {
-    let Wiring { poll, inbox, bell, .. } = wiring;
+fn assemble(
+    wiring: ShardContext,
+) -> io::Result<(Shard, Poll, mpsc::UnboundedReceiver<ShardMessage>, Arc<Bell>)> {
+    let ShardContext { poll, inbox, bell, .. } = wiring;
     let registry = poll.registry().try_clone()?;
     let settings = wiring.door.settings.clone();
     let shard = Shard {
@@ -195,7 +197,7 @@ fn assemble(wiring: Wiring) -> io::Result<(Shard, Poll, mpsc::UnboundedReceiver<
         stale_ages: 0,
         feed_bytes: 0,
         longest_entry: 0,
-        pages: Pages::new(settings.page_memory(), settings.max_message),
+        pages: Pages::new(settings.page_memory(), settings.max_message_size),
         answered: VecDeque::new(),
         empty_channels: VecDeque::new(),
         channel_emptied: false,
@@ -221,14 +223,14 @@ fn assemble(wiring: Wiring) -> io::Result<(Shard, Poll, mpsc::UnboundedReceiver<
         scratch: vec![0; SCRATCH].into(),
         messages: Vec::new(),
         pongs: Vec::new(),
-        limits: decoder::Limits { max_message: settings.max_message, binary: wiring.takes_binary },
+        limits: decoder::Limits { max_message_size: settings.max_message_size, binary: wiring.takes_binary },
         settings,
     };
     Ok((shard, poll, inbox, bell))
 }
 
 /// Runs a shard until it has drained.
-pub fn run(wiring: Wiring) -> io::Result<()> {
+pub fn run(wiring: ShardContext) -> io::Result<()> {
     let (mut shard, mut poll, mut inbox, bell) = assemble(wiring)?;
     let mut events = Events::with_capacity(EVENTS);
     let mut next_tick = Instant::now() + TICK;
@@ -283,7 +285,7 @@ fn token_of(id: ConnectionId) -> Token {
 }
 
 impl Shard {
-    fn numbers(&self) -> &ShardNumbers {
+    fn numbers(&self) -> &ShardMetrics {
         &self.metrics.shards[self.id]
     }
 
@@ -322,25 +324,27 @@ impl Shard {
         }
     }
 
-    fn take(&mut self, message: ToShard) {
+    fn take(&mut self, message: ShardMessage) {
         match message {
-            ToShard::Socket(stream, place) => self.on_socket(stream, place),
-            ToShard::Followed { channel, base, position, recent } => {
+            ShardMessage::Socket(stream, place) => self.on_socket(stream, place),
+            ShardMessage::Followed { channel, base, position, recent } => {
                 self.on_followed(&channel, base, position, recent);
             }
-            ToShard::Share { channel, base, position, with } => self.on_share(channel, base, position, with),
-            ToShard::NotFollowed { channel, why } => self.on_not_followed(&channel, &why),
-            ToShard::Entry { channel, entry, arrived } => self.on_entry(&channel, entry, arrived),
-            ToShard::Page { channel, position, result } => self.on_page(&channel, position, result),
-            ToShard::Looked { channel, result } => self.on_looked(&channel, result),
-            ToShard::Published { connection, reference, result } => {
+            ShardMessage::Share { channel, base, position, with } => {
+                self.on_share(channel, base, position, with)
+            }
+            ShardMessage::NotFollowed { channel, why } => self.on_not_followed(&channel, &why),
+            ShardMessage::Entry { channel, entry, arrived } => self.on_entry(&channel, entry, arrived),
+            ShardMessage::Page { channel, position, result } => self.on_page(&channel, position, result),
+            ShardMessage::Looked { channel, result } => self.on_looked(&channel, result),
+            ShardMessage::Published { connection, reference, result } => {
                 self.on_published(connection, reference.as_deref(), result);
             }
-            ToShard::Drain(time) => self.on_drain(time),
+            ShardMessage::Drain(time) => self.on_drain(time),
         }
     }
 
-    fn on_socket(&mut self, stream: mio::net::TcpStream, place: Place) {
+    fn on_socket(&mut self, stream: mio::net::TcpStream, place: ConnectionSlot) {
         self.generation = self.generation.wrapping_add(1);
         let connection = Connection::new(stream, place, self.generation, self.tick);
         let slot = self.connections.insert(connection) as u32;
@@ -392,7 +396,7 @@ impl Shard {
         if !std::mem::replace(&mut connection.watched, true) {
             let both = Interest::READABLE | Interest::WRITABLE;
             if self.registry.reregister(connection.stream(), token, both).is_err() {
-                self.end(slot, Reason::PeerGone); // it would wait for ever
+                self.end(slot, CloseReason::ConnectionLost); // it would wait for ever
             }
         }
     }
@@ -404,7 +408,7 @@ impl Shard {
     }
 
     /// Begins a connection's end.
-    fn end(&mut self, slot: u32, reason: Reason) {
+    fn end(&mut self, slot: u32, reason: CloseReason) {
         let feed = self.leave(slot);
         let id = self.id_of(slot);
         let connection = &mut self.connections[slot as usize];
@@ -425,7 +429,7 @@ impl Shard {
         if std::mem::take(&mut connection.paused) {
             self.read_later(slot);
         }
-        if reason == Reason::PeerGone {
+        if reason == CloseReason::ConnectionLost {
             return self.remove(slot);
         }
         let feed = feed.and_then(|key| self.channels.get(key as usize)?.feed.as_ref());
@@ -433,7 +437,7 @@ impl Shard {
         // Whoever had no seat is not waited for: its request has been read, so nothing can cut its answer short.
         let turned_away = connection.place.full().is_some_and(|full| full.reason() == reason);
         // Nor is whoever was silent for so long; the kernel goes on with what it has been given.
-        let silent = matches!(reason, Reason::HeartbeatTimeout | Reason::SlowReader);
+        let silent = matches!(reason, CloseReason::PingTimeout | CloseReason::SlowReader);
         if connection.finish(feed, &mut self.tally) && !silent && (connection.blocked || !turned_away) {
             if connection.blocked {
                 self.watch_room(slot);
@@ -445,10 +449,10 @@ impl Shard {
     }
 
     /// Sends an HTTP answer to a client that may not join, and ends.
-    fn refuse(&mut self, slot: u32, answer: bytes::Bytes, reason: Reason) {
+    fn refuse(&mut self, slot: u32, answer: bytes::Bytes, reason: CloseReason) {
         let class = Class { what: "request", why: reason.label(), status: http::status_of(&answer) };
         let mut text = http::body_of(&answer);
-        if reason == Reason::UntrustedProxy
+        if reason == CloseReason::ProxyNotTrusted
             && let Some(peer) = self.connections[slot as usize].client()
         {
             text = format!("{} (it is {peer})", text.trim_end()).into(); // what the operator has to name
@@ -458,7 +462,7 @@ impl Shard {
     }
 
     /// Sends an HTTP answer and ends.
-    fn answer(&mut self, slot: u32, answer: bytes::Bytes, reason: Reason) {
+    fn answer(&mut self, slot: u32, answer: bytes::Bytes, reason: CloseReason) {
         let status = http::status_of(&answer);
         if status >= 400 {
             self.numbers().count_refused(status);
@@ -486,7 +490,7 @@ impl Shard {
     /// Closes the socket and gives back what the connection held. Every connection ends here, once.
     fn remove(&mut self, slot: u32) {
         let connection = self.connections.remove(slot as usize);
-        self.door.guard.leave(connection.place, &connection.user);
+        self.door.guard.release(connection.place, &connection.user);
         self.numbers().closed.add(1);
     }
 
@@ -559,7 +563,7 @@ impl Shard {
                 }
                 BusError::TooManyChannels => handshake::unavailable(&why.to_string()),
             };
-            self.refuse(slot, answer, Reason::Answered);
+            self.refuse(slot, answer, CloseReason::HttpResponse);
         }
     }
 

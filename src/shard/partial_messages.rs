@@ -7,7 +7,7 @@ use std::time::Instant;
 use super::{SCRATCH, Shard};
 use crate::bus::ConnectionId;
 use crate::config::Settings;
-use crate::protocol::close::Reason;
+use crate::protocol::close::CloseReason;
 
 /// A shard counts again when this part of its share has arrived, since messages may be finished meanwhile.
 const RECOUNT_PART: usize = 8;
@@ -91,7 +91,7 @@ impl Shard {
                 && let Some((since, id)) = begun.pop_front()
             {
                 held -= self.held_since(since, id).unwrap_or(0);
-                self.end(id.slot, Reason::Unfinished);
+                self.end(id.slot, CloseReason::MessageTimeout);
             }
             self.count_unfinished(held);
         }

@@ -6,9 +6,9 @@ use super::Shard;
 use super::join::Asked;
 use crate::bus::{Answer, ConnectionId, Publish, PublishError, Request};
 use crate::config::ClientPublish;
-use crate::limits::connections::Full;
+use crate::limits::connections::LimitReached;
 use crate::limits::rate::Decision;
-use crate::protocol::close::Reason;
+use crate::protocol::close::CloseReason;
 use crate::protocol::event::EventId;
 use crate::protocol::frame::{self, ClientFrame, ErrorCode};
 use crate::ws::connection::State;
@@ -29,11 +29,11 @@ enum End {
     /// It closes, with this code.
     Close(Option<u16>),
     /// It is closed.
-    For(Reason),
+    For(CloseReason),
 }
 
-impl From<Reason> for End {
-    fn from(reason: Reason) -> End {
+impl From<CloseReason> for End {
+    fn from(reason: CloseReason) -> End {
         End::For(reason)
     }
 }
@@ -62,7 +62,7 @@ impl Shard {
                 _ if length == 0 => {}
                 State::Request(_) => self.on_request_bytes(slot, length),
                 // A client may only speak after the upgrade; what it says here would be lost.
-                State::Joining(_) => self.refuse(slot, handshake::too_early(), Reason::Answered),
+                State::Joining(_) => self.refuse(slot, handshake::too_early(), CloseReason::HttpResponse),
                 State::Live | State::History(_) | State::Missed => self.on_frames(slot, length),
                 State::Closing { .. } => {}
             }
@@ -84,7 +84,7 @@ impl Shard {
     fn on_end(&mut self, slot: u32) {
         match self.connections[slot as usize].state {
             // A proxy takes an end without an answer for a dead node.
-            State::Request(Some(_)) => self.refuse(slot, handshake::incomplete(), Reason::Answered),
+            State::Request(Some(_)) => self.refuse(slot, handshake::incomplete(), CloseReason::HttpResponse),
             _ => self.end_or_remove(slot),
         }
     }
@@ -92,7 +92,7 @@ impl Shard {
     fn end_or_remove(&mut self, slot: u32) {
         match self.connections[slot as usize].state {
             State::Closing { .. } => self.remove(slot),
-            _ => self.end(slot, Reason::PeerGone),
+            _ => self.end(slot, CloseReason::ConnectionLost),
         }
     }
 
@@ -113,15 +113,15 @@ impl Shard {
                 None => *kept = Some(Box::new(bytes[read..].to_vec())),
                 Some(kept) => drop(kept.drain(..read)),
             },
-            Verdict::Answer(answer) => self.answer(slot, answer, Reason::Answered),
+            Verdict::Answer(answer) => self.answer(slot, answer, CloseReason::HttpResponse),
             Verdict::Refuse(answer, reason) => self.refuse(slot, answer, reason),
             // It waited to be accepted when the node began to stop.
             Verdict::Join(_) if self.drain.is_some() => {
-                self.refuse(slot, handshake::stopping(), Reason::Draining);
+                self.refuse(slot, handshake::stopping(), CloseReason::Draining);
             }
             Verdict::Join(mut join) => {
                 if !self.door.guard.seat_user(&join.user) {
-                    return self.refuse(slot, Full::User.answer(), Full::User.reason());
+                    return self.refuse(slot, LimitReached::User.answer(), LimitReached::User.reason());
                 }
                 connection.user = std::mem::take(&mut join.user);
                 connection.state = State::Joining(join);
@@ -151,7 +151,7 @@ impl Shard {
             match (end, read) {
                 (Err(End::Close(code)), _) => {
                     connection.enqueue(frame::close_answer(code));
-                    return self.end(slot, Reason::ClosedByPeer);
+                    return self.end(slot, CloseReason::ClosedByPeer);
                 }
                 (Err(End::For(reason)), _) | (Ok(()), Err(reason)) => return self.end(slot, reason),
                 (Ok(()), Ok(read)) => begin += read,
@@ -214,22 +214,28 @@ impl Shard {
     }
 
     /// Rejects a message that is over the rate.
-    fn too_fast(&mut self, slot: u32, message: &Incoming, text: &str, close: bool) -> Result<(), Reason> {
-        self.metrics.refuse_message(self.id, ErrorCode::TooFast, text);
+    fn too_fast(
+        &mut self,
+        slot: u32,
+        message: &Incoming,
+        text: &str,
+        close: bool,
+    ) -> Result<(), CloseReason> {
+        self.metrics.refuse_message(self.id, ErrorCode::RateLimited, text);
         let connection = &mut self.connections[slot as usize];
         if close || !connection.recovers {
-            return Err(Reason::TooFast);
+            return Err(CloseReason::RateLimited);
         }
         let reference = match message {
             Incoming::Text(text, _) if connection.json => frame::reference_in(text),
             _ => None,
         };
-        connection.enqueue(frame::error(ErrorCode::TooFast, text, reference.as_deref()));
+        connection.enqueue(frame::error(ErrorCode::RateLimited, text, reference.as_deref()));
         Ok(())
     }
 
     /// An error ends the connection.
-    fn on_text(&mut self, slot: u32, text: &str) -> Result<(), Reason> {
+    fn on_text(&mut self, slot: u32, text: &str) -> Result<(), CloseReason> {
         self.numbers().messages.add(1);
         let connection = &mut self.connections[slot as usize];
         let (event, to, reference) = if connection.json {
@@ -260,7 +266,7 @@ impl Shard {
                 if to_others { "clients may not address one user here" } else { "you may not publish here" };
             self.metrics.refuse_message(self.id, ErrorCode::Forbidden, text);
             if !connection.recovers {
-                return Err(Reason::Forbidden);
+                return Err(CloseReason::Forbidden);
             }
             connection.enqueue(frame::error(ErrorCode::Forbidden, text, reference.as_deref()));
             return Ok(());
@@ -303,7 +309,7 @@ impl Shard {
                 let text = error.to_string();
                 self.metrics.refuse_message(self.id, code, &text);
                 if !connection.recovers {
-                    return self.end(slot, Reason::PublishFailed);
+                    return self.end(slot, CloseReason::PublishFailed);
                 }
                 // What is wrong with the bus is for operators.
                 let text = if code == ErrorCode::Unavailable { frame::NOT_PUBLISHED } else { &text };

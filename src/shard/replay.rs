@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use crate::bus::reads::{Read, Reads};
-use crate::bus::{ConnectionId, Page, is_gone, is_proven, page_begin};
+use crate::bus::{ConnectionId, Page, is_continuous, is_gone, page_begin};
 use crate::feed::Feed;
 use crate::protocol::event::EventId;
 use crate::ws::connection::Copies;
@@ -60,7 +60,7 @@ impl ReadyPage {
 
     /// Whether it proves that a client at `position` misses nothing by reading on.
     pub fn proves(&self, position: EventId) -> bool {
-        is_proven(position, self.base, self.head, self.oldest)
+        is_continuous(position, self.base, self.head, self.oldest)
     }
 
     /// Whether it says what follows `position`: the next event, or that it is gone for good.

@@ -15,10 +15,10 @@ use super::*;
 use crate::auth::keys::KeyRing;
 use crate::bus::{Answer, PAGE, Page, PublishError, page_begin};
 use crate::config::Action;
-use crate::limits::connections::Guard;
-use crate::metrics::{BusNumbers, Readiness};
+use crate::limits::connections::ConnectionLimits;
+use crate::metrics::{BusMetrics, Readiness};
 use crate::protocol::event::{Entry, EventId};
-use crate::ws::handshake::Door;
+use crate::ws::handshake::HandshakeContext;
 
 /// Events that history holds.
 const HISTORY: usize = 60;
@@ -104,7 +104,7 @@ struct Client {
 struct Testbed {
     shard: Shard,
     asked: mpsc::UnboundedReceiver<Request>,
-    guard: Arc<Guard>,
+    guard: Arc<ConnectionLimits>,
     name: ChannelName,
     clients: Vec<Client>,
     base: u64,
@@ -121,12 +121,12 @@ impl Testbed {
     fn new() -> Testbed {
         let flags = [
             "--shards=1",
-            "--max-message=4KiB",
-            "--feed-memory=8KiB",
-            "--message-rate=0",
-            "--heartbeat=1s",
-            "--heartbeat-timeout=1h",
-            "--heartbeat-format=both",
+            "--max-message-size=4KiB",
+            "--buffer-memory=8KiB",
+            "--max-message-rate=0",
+            "--ping-interval=1s",
+            "--ping-timeout=1h",
+            "--ping-format=both",
         ];
         let Ok(Action::Run(settings)) = Settings::from(flags.iter().map(Into::into), []) else {
             panic!("these settings are good")
@@ -134,12 +134,12 @@ impl Testbed {
         let (poll, bell) = poll().expect("a poll");
         let (inbox_tx, inbox) = mpsc::unbounded_channel();
         let (requests, asked) = mpsc::unbounded_channel();
-        let metrics = Metrics::new(1, Arc::new(BusNumbers::default()), Arc::new(Readiness::default()));
+        let metrics = Metrics::new(1, Arc::new(BusMetrics::default()), Arc::new(Readiness::default()));
         let metrics = Arc::new(metrics);
         let keys = Arc::new(KeyRing::load(&settings).expect("no keys are needed"));
-        let guard = Arc::new(Guard::new(&settings));
+        let guard = Arc::new(ConnectionLimits::new(&settings));
         let readiness = metrics.readiness.clone();
-        let door = Door {
+        let door = HandshakeContext {
             settings: Arc::new(settings),
             readiness,
             keys,
@@ -148,7 +148,7 @@ impl Testbed {
         };
         let shards = Shards::new(vec![inbox_tx]);
         let wiring =
-            Wiring { id: 0, door, requests, shards, poll, inbox, bell, metrics, takes_binary: false };
+            ShardContext { id: 0, door, requests, shards, poll, inbox, bell, metrics, takes_binary: false };
         let (shard, poll, ..) = assemble(wiring).expect("a shard");
         let mut testbed = Testbed {
             shard,
@@ -177,8 +177,8 @@ impl Testbed {
         }
         SockRef::from(&theirs).set_send_buffer_size(4 << 10).expect("a socket");
         let theirs = std::net::TcpStream::from(OwnedFd::from(theirs));
-        let place = self.guard.arrive(Ipv4Addr::LOCALHOST.into()).expect("there is room");
-        self.shard.take(ToShard::Socket(mio::net::TcpStream::from_std(theirs), place));
+        let place = self.guard.acquire(Ipv4Addr::LOCALHOST.into()).expect("there is room");
+        self.shard.take(ShardMessage::Socket(mio::net::TcpStream::from_std(theirs), place));
         let (user, mode) = CLIENTS[number];
         let query = match (mode, at) {
             (Mode::Plain, _) => String::new(),
@@ -281,7 +281,7 @@ impl Testbed {
     }
 
     fn entry(&mut self, entry: Entry) {
-        self.shard.take(ToShard::Entry { channel: self.name.clone(), entry, arrived: Instant::now() });
+        self.shard.take(ShardMessage::Entry { channel: self.name.clone(), entry, arrived: Instant::now() });
     }
 
     fn entries(&self, first: u64, last: u64) -> Vec<Entry> {
@@ -299,7 +299,7 @@ impl Testbed {
                 Request::Follow { channel, .. } => {
                     self.follows = true;
                     let (base, position) = (EventId(self.base), EventId(self.head));
-                    ToShard::Followed { channel, base, position, recent: Vec::new() }
+                    ShardMessage::Followed { channel, base, position, recent: Vec::new() }
                 }
                 Request::Unfollow { .. } => {
                     self.follows = false;
@@ -321,9 +321,9 @@ impl Testbed {
                         oldest: EventId(oldest),
                         entries,
                     };
-                    ToShard::Page { channel, position, result: Ok(Arc::new(page)) }
+                    ShardMessage::Page { channel, position, result: Ok(Arc::new(page)) }
                 }
-                Request::Look { channel, .. } => ToShard::Looked { channel, result: Ok(()) },
+                Request::Look { channel, .. } => ShardMessage::Looked { channel, result: Ok(()) },
                 Request::Publish(publish) => {
                     let Answer::Connection(connection, reference) = publish.answer else { continue };
                     let result = if self.head.is_multiple_of(4) {
@@ -333,7 +333,7 @@ impl Testbed {
                         self.tell(self.head);
                         Ok(EventId(self.head))
                     };
-                    ToShard::Published { connection, reference, result }
+                    ShardMessage::Published { connection, reference, result }
                 }
             };
             self.shard.take(message);

@@ -7,8 +7,8 @@ use super::channels::Channel;
 use super::join::Asked;
 use super::{LINGER, Shard};
 use crate::bus::{BusError, Request};
-use crate::config::HeartbeatFormat;
-use crate::protocol::close::Reason;
+use crate::config::PingFormat;
+use crate::protocol::close::CloseReason;
 use crate::protocol::frame;
 use crate::ws::connection::State;
 use crate::ws::handshake;
@@ -73,7 +73,7 @@ impl Shard {
             if let Some(slot) = late {
                 match self.connections[slot as usize].place.full() {
                     Some(full) => self.refuse(slot, full.answer(), full.reason()),
-                    None => self.refuse(slot, handshake::too_slow(), Reason::RequestTimeout),
+                    None => self.refuse(slot, handshake::too_slow(), CloseReason::RequestTimeout),
                 }
             }
         }
@@ -97,7 +97,7 @@ impl Shard {
             let Some(id) = self.missed.pop_front() else { break };
             let missed = |slot: &u32| matches!(self.connections[*slot as usize].state, State::Missed);
             if let Some(slot) = self.find(id).filter(missed) {
-                self.end(slot, Reason::MissedEvents);
+                self.end(slot, CloseReason::MissedEvents);
             }
         }
         self.drop_empty_channels(now);
@@ -178,8 +178,8 @@ impl Shard {
     /// Looks after a slice of the slab, so that every connection has its turn once a second, and several times in a
     /// short heartbeat: what has no timer of its own (heartbeats, silence, a token's end) is seen here.
     fn heartbeats(&mut self, now: Instant) {
-        let heartbeat = ticks(self.settings.heartbeat);
-        let timeout = ticks(self.settings.heartbeat_timeout);
+        let heartbeat = ticks(self.settings.ping_interval);
+        let timeout = ticks(self.settings.ping_timeout);
         let turns = (heartbeat.min(timeout) / 4).clamp(1, SECOND);
         let seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs() as u32);
         let slots = self.connections.capacity();
@@ -197,7 +197,7 @@ impl Shard {
                 continue;
             };
             if connection.expires <= seconds {
-                self.end(slot as u32, Reason::TokenExpired);
+                self.end(slot as u32, CloseReason::TokenExpired);
                 continue;
             }
             self.slow += u64::from(connection.is_behind());
@@ -210,9 +210,9 @@ impl Shard {
 
     fn look_after(&mut self, slot: u32, heartbeat: u32, timeout: u32, now: Instant) {
         let connection = &mut self.connections[slot as usize];
-        let format = self.settings.heartbeat_format;
+        let format = self.settings.ping_format;
         // Nobody answers a JSON ping: then only a full socket tells of silence, and TCP_USER_TIMEOUT of a dead peer.
-        let answers = format != HeartbeatFormat::Json || connection.blocked;
+        let answers = format != PingFormat::Json || connection.blocked;
         if connection.paused && !connection.blocked {
             connection.heard = self.tick; // it waits for the bus: nobody reads what it may have said
         }
@@ -224,7 +224,7 @@ impl Shard {
         let reading_time = if connection.blocked { 0 } else { ticks(connection.reading_time()) };
         let silence = heartbeat.saturating_add(timeout).saturating_add(reading_time);
         if answers && self.tick.wrapping_sub(connection.heard) >= silence {
-            return self.end(slot, Reason::HeartbeatTimeout);
+            return self.end(slot, CloseReason::PingTimeout);
         }
         if connection.blocked {
             // Writable comes only when a third of the send buffer is free; a slow reader lives all the same.
@@ -234,7 +234,7 @@ impl Shard {
         let late = !connection.paused
             && now.checked_sub(MESSAGE_TIME).is_some_and(|then| connection.began_before(then));
         if late {
-            return self.end(slot, Reason::Unfinished);
+            return self.end(slot, CloseReason::MessageTimeout);
         }
         if self.tick.wrapping_sub(connection.heartbeat) < heartbeat {
             return;
@@ -243,10 +243,10 @@ impl Shard {
         if connection.queued() > 0 {
             return; // it has not taken the last one
         }
-        if format != HeartbeatFormat::Json {
+        if format != PingFormat::Json {
             connection.ping();
         }
-        if format != HeartbeatFormat::Ping {
+        if format != PingFormat::WebSocket {
             let feed = self.channels[connection.channel as usize].feed.as_ref();
             let position = feed.filter(|_| connection.recovers).map(|feed| connection.shown_position(feed));
             connection.enqueue(frame::json_ping(position));
@@ -286,9 +286,11 @@ impl Shard {
             None | Some(State::Closing { .. }) => return false,
             Some(State::Request(_)) if !last => return false,
             Some(State::Request(_) | State::Joining(_)) => {
-                self.answer(slot as u32, handshake::stopping(), Reason::Draining);
+                self.answer(slot as u32, handshake::stopping(), CloseReason::Draining);
             }
-            Some(State::Live | State::History(_) | State::Missed) => self.end(slot as u32, Reason::Draining),
+            Some(State::Live | State::History(_) | State::Missed) => {
+                self.end(slot as u32, CloseReason::Draining)
+            }
         }
         true
     }

@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 
 use super::Shard;
-use crate::protocol::close::Reason;
+use crate::protocol::close::CloseReason;
 use crate::ws::connection::State;
 
 /// A connection for which something is kept.
@@ -60,7 +60,7 @@ impl Shard {
                 match self.connections.get(holder.slot as usize).map(|connection| &connection.state) {
                     None => {}
                     Some(State::Closing { .. }) => self.remove(holder.slot),
-                    Some(_) => self.end(holder.slot, Reason::SlowReader),
+                    Some(_) => self.end(holder.slot, CloseReason::SlowReader),
                 }
             }
         }

@@ -13,9 +13,9 @@ use mio::net::TcpStream;
 
 use crate::auth::token::NEVER;
 use crate::feed::{Cursor, Feed, Reader, Start};
-use crate::limits::connections::{Address, Guard, Place};
+use crate::limits::connections::{Address, ConnectionLimits, ConnectionSlot};
 use crate::limits::rate::Allowance;
-use crate::protocol::close::Reason;
+use crate::protocol::close::CloseReason;
 use crate::protocol::event::{ChannelName, Entry, EventId, Kind};
 use crate::protocol::frame;
 use crate::ws::decoder::Partial;
@@ -221,7 +221,7 @@ pub struct Connection {
     /// What it keeps between two reads.
     pub partial: Option<Box<Partial>>,
     /// What it holds of the node's counts.
-    pub place: Place,
+    pub place: ConnectionSlot,
     /// Who it is; empty until its request is found good, and its user has room for it.
     pub user: Box<str>,
     /// Its channel's key in the shard.
@@ -281,7 +281,7 @@ pub struct Connection {
 
 impl Connection {
     /// A socket that has sent nothing yet.
-    pub fn new(stream: TcpStream, place: Place, generation: u32, tick: u32) -> Connection {
+    pub fn new(stream: TcpStream, place: ConnectionSlot, generation: u32, tick: u32) -> Connection {
         Connection {
             stream,
             generation,
@@ -329,8 +329,8 @@ impl Connection {
     /// proxy has named in vain, since that name was not kept.
     pub fn client(&self) -> Option<Address> {
         match self.place {
-            Place::Client(address) => Some(address),
-            Place::Doorstep { named: true, .. } => None,
+            ConnectionSlot::Client(address) => Some(address),
+            ConnectionSlot::Doorstep { named: true, .. } => None,
             _ => self.stream.peer_addr().ok().map(|peer| peer.ip().into()),
         }
     }
@@ -482,7 +482,7 @@ impl Connection {
     }
 
     /// Finds the allowance of its client when it is first needed.
-    pub fn look_up_allowance(&mut self, guard: &Guard) {
+    pub fn look_up_allowance(&mut self, guard: &ConnectionLimits) {
         if self.allowance.is_none() {
             self.allowance = guard.allowance(self.place, &self.user);
         }
@@ -795,7 +795,7 @@ impl Connection {
     }
 
     /// Begins its end: the close frame for `reason`, if there is one, is its last word.
-    pub fn close(&mut self, reason: Reason) {
+    pub fn close(&mut self, reason: CloseReason) {
         self.partial = None; // what it says now means nothing
         // Before the upgrade an HTTP answer is all there is to say.
         if let Some((code, text)) = reason.close().filter(|_| self.is_open()) {

@@ -15,7 +15,7 @@ use tokio_tungstenite::tungstenite::protocol::frame::coding::{Control, Data, OpC
 use tokio_tungstenite::tungstenite::protocol::{Message, Role, WebSocketConfig, WebSocketContext};
 
 use crate::limits::rate::{FRAGMENT_BYTES, FRAGMENTS_MAX};
-use crate::protocol::close::Reason;
+use crate::protocol::close::CloseReason;
 
 /// Most messages taken before the caller looks whether it wants more of them.
 pub const MESSAGES_AT_ONCE: usize = 64;
@@ -57,7 +57,7 @@ impl Incoming {
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
     /// Longest message, in bytes.
-    pub max_message: usize,
+    pub max_message_size: usize,
     /// Binary messages are taken. fanfare takes none; the echo that Autobahn judges does.
     pub binary: bool,
 }
@@ -120,7 +120,7 @@ pub fn read(
     data: &mut [u8],
     limits: Limits,
     messages: &mut Vec<Incoming>,
-) -> Result<usize, Reason> {
+) -> Result<usize, CloseReason> {
     let mut at = 0;
     while at < data.len() && messages.len() < MESSAGES_AT_ONCE {
         if let Some(begun) = partial.as_deref_mut().filter(|partial| partial.remaining > 0) {
@@ -140,7 +140,7 @@ pub fn read(
         let Some((header, length)) = parsed else { break };
         let head = cursor.position() as usize;
         let mask = check(&header, head, length, limits)?;
-        let length = length as usize; // at most max_message
+        let length = length as usize; // at most max_message_size
         let fragments = partial.as_ref().map_or(0, |partial| partial.fragments);
         let whole = data.len() - at - head >= length;
         match header.opcode {
@@ -161,17 +161,17 @@ pub fn read(
             }
             OpCode::Data(Data::Text) if header.is_final && whole && fragments == 0 => {
                 let payload = unmasked(&mut data[at + head..at + head + length], mask);
-                let text = std::str::from_utf8(payload).map_err(|_| Reason::InvalidText)?;
+                let text = std::str::from_utf8(payload).map_err(|_| CloseReason::InvalidText)?;
                 messages.push(Incoming::Text(text.to_owned(), 1));
                 at += head + length;
             }
             OpCode::Data(_) => {
                 let begun = partial.get_or_insert_default();
                 begun.remaining = head + length;
-                begun.frames = begun.fragments as u32 + 1; // at most FRAGMENTS_MAX and what max_message adds
+                begun.frames = begun.fragments as u32 + 1; // at most FRAGMENTS_MAX and what max_message_size adds
                 begun.fragments = if header.is_final { 0 } else { begun.fragments + 1 };
-                if begun.fragments > FRAGMENTS_MAX + limits.max_message / FRAGMENT_BYTES {
-                    return Err(Reason::Unfinished);
+                if begun.fragments > FRAGMENTS_MAX + limits.max_message_size / FRAGMENT_BYTES {
+                    return Err(CloseReason::MessageTimeout);
                 }
             }
         }
@@ -183,7 +183,7 @@ pub fn read(
 }
 
 /// What a frame's head (of `head` bytes) alone forbids, before anything is kept for it. Gives the mask.
-fn check(header: &FrameHeader, head: usize, length: u64, limits: Limits) -> Result<[u8; 4], Reason> {
+fn check(header: &FrameHeader, head: usize, length: u64, limits: Limits) -> Result<[u8; 4], CloseReason> {
     let reserved = header.rsv1 || header.rsv2 || header.rsv3;
     let shortest = match length {
         0..=125 => 6,
@@ -191,15 +191,15 @@ fn check(header: &FrameHeader, head: usize, length: u64, limits: Limits) -> Resu
         _ => 14,
     };
     let Some(mask) = header.mask.filter(|_| !reserved && head == shortest) else {
-        return Err(Reason::Protocol); // RFC 6455 sections 5.1 and 5.2
+        return Err(CloseReason::Protocol); // RFC 6455 sections 5.1 and 5.2
     };
     match header.opcode {
-        OpCode::Control(Control::Reserved(_)) => Err(Reason::Protocol),
-        OpCode::Control(_) if length > CONTROL_MAX || !header.is_final => Err(Reason::Protocol), // section 5.5
+        OpCode::Control(Control::Reserved(_)) => Err(CloseReason::Protocol),
+        OpCode::Control(_) if length > CONTROL_MAX || !header.is_final => Err(CloseReason::Protocol), // section 5.5
         OpCode::Control(_) => Ok(mask),
-        OpCode::Data(Data::Reserved(_)) => Err(Reason::Protocol),
-        OpCode::Data(Data::Binary) if !limits.binary => Err(Reason::Binary),
-        OpCode::Data(_) if length > limits.max_message as u64 => Err(Reason::TooLong),
+        OpCode::Data(Data::Reserved(_)) => Err(CloseReason::Protocol),
+        OpCode::Data(Data::Binary) if !limits.binary => Err(CloseReason::Binary),
+        OpCode::Data(_) if length > limits.max_message_size as u64 => Err(CloseReason::MessageTooBig),
         OpCode::Data(_) => Ok(mask),
     }
 }
@@ -218,24 +218,24 @@ fn unmasked(payload: &mut [u8], mask: [u8; 4]) -> &[u8] {
 }
 
 /// The code of a close frame's payload (RFC 6455 sections 5.5.1 and 7.4, and the IANA registry of close codes).
-fn close_code(payload: &[u8]) -> Result<Option<u16>, Reason> {
+fn close_code(payload: &[u8]) -> Result<Option<u16>, CloseReason> {
     let (code, text) = match payload {
         [] => return Ok(None),
         [high, low, text @ ..] => (u16::from_be_bytes([*high, *low]), text),
-        [_] => return Err(Reason::Protocol),
+        [_] => return Err(CloseReason::Protocol),
     };
     if !matches!(code, 1000..=1003 | 1007..=1014 | 3000..=4999) {
-        return Err(Reason::Protocol);
+        return Err(CloseReason::Protocol);
     }
-    std::str::from_utf8(text).map_err(|_| Reason::InvalidText)?;
+    std::str::from_utf8(text).map_err(|_| CloseReason::InvalidText)?;
     Ok(Some(code))
 }
 
 fn new_context(limits: Limits) -> Box<WebSocketContext> {
     let config = WebSocketConfig::default()
         .read_buffer_size(CONTEXT_BUFFER)
-        .max_message_size(Some(limits.max_message))
-        .max_frame_size(Some(limits.max_message));
+        .max_message_size(Some(limits.max_message_size))
+        .max_frame_size(Some(limits.max_message_size));
     Box::new(WebSocketContext::new(Role::Server, Some(config)))
 }
 
@@ -245,7 +245,7 @@ fn feed(
     part: &[u8],
     frames: u32,
     messages: &mut Vec<Incoming>,
-) -> Result<(), Reason> {
+) -> Result<(), CloseReason> {
     let mut wire = Wire(part);
     loop {
         match context.read(&mut wire) {
@@ -258,11 +258,11 @@ fn feed(
     }
 }
 
-fn reason(error: &Error) -> Reason {
+fn reason(error: &Error) -> CloseReason {
     match error {
-        Error::Capacity(_) => Reason::TooLong,
-        Error::Utf8(_) => Reason::InvalidText,
-        _ => Reason::Protocol,
+        Error::Capacity(_) => CloseReason::MessageTooBig,
+        Error::Utf8(_) => CloseReason::InvalidText,
+        _ => CloseReason::Protocol,
     }
 }
 
@@ -313,8 +313,8 @@ mod tests {
     }
 
     /// Reads `bytes` in pieces that end at these places, as the shard does with its scratch.
-    fn read_in_pieces(bytes: &[u8], cuts: &[usize]) -> (Result<(), Reason>, Vec<Incoming>, bool) {
-        let limits = Limits { max_message: 1000, binary: false };
+    fn read_in_pieces(bytes: &[u8], cuts: &[usize]) -> (Result<(), CloseReason>, Vec<Incoming>, bool) {
+        let limits = Limits { max_message_size: 1000, binary: false };
         let (mut partial, mut messages) = (None, Vec::new());
         let mut cuts: Vec<usize> = cuts.iter().map(|cut| cut % (bytes.len() + 1)).collect();
         cuts.push(bytes.len());
@@ -380,7 +380,7 @@ mod tests {
         let fragments =
             |many| [frame(0x01, b""), frame(0x00, b"").repeat(many - 2), frame(0x80, b"")].concat();
         assert_eq!(read_in_pieces(&fragments(most + 1), &[]).0, Ok(()));
-        assert_eq!(read_in_pieces(&fragments(most + 2), &[]).0, Err(Reason::Unfinished));
+        assert_eq!(read_in_pieces(&fragments(most + 2), &[]).0, Err(CloseReason::MessageTimeout));
     }
 
     #[test]
@@ -389,25 +389,25 @@ mod tests {
         unmasked[1] &= 0x7F;
         let huge = [0x81, 0xFF, 0x7F, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0, 0, 0, 0];
         for (bytes, expected) in [
-            (unmasked, Reason::Protocol),
-            (frame(0xC1, b"rsv"), Reason::Protocol),
-            (frame(0x83, b"opcode"), Reason::Protocol),
-            (vec![0x81, 0xFE, 0, 1, 0, 0, 0, 0, b'a'], Reason::Protocol),
-            (vec![0x81, 0xFF, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, b'a'], Reason::Protocol),
-            (frame(0x8B, b"opcode"), Reason::Protocol),
-            (frame(0x89, &[0; 126]), Reason::Protocol),
-            (frame(0x09, b"fragmented ping"), Reason::Protocol),
-            (frame(0x80, b"nothing to continue"), Reason::Protocol),
-            ([frame(0x01, b"a"), frame(0x81, b"b")].concat(), Reason::Protocol),
-            (frame(0x88, &[0x03]), Reason::Protocol),
-            (frame(0x88, &1005u16.to_be_bytes()), Reason::Protocol),
-            (frame(0x88, &[0x03, 0xE8, 0xFF]), Reason::InvalidText),
-            (frame(0x82, b"binary"), Reason::Binary),
-            (frame(0x81, &[0xFF]), Reason::InvalidText),
-            ([frame(0x01, &[0xC3]), frame(0x80, b"a")].concat(), Reason::InvalidText),
-            (frame(0x81, &[b'a'; 1001]), Reason::TooLong),
-            (huge.to_vec(), Reason::TooLong),
-            ([frame(0x01, &[b'a'; 600]), frame(0x80, &[b'a'; 600])].concat(), Reason::TooLong),
+            (unmasked, CloseReason::Protocol),
+            (frame(0xC1, b"rsv"), CloseReason::Protocol),
+            (frame(0x83, b"opcode"), CloseReason::Protocol),
+            (vec![0x81, 0xFE, 0, 1, 0, 0, 0, 0, b'a'], CloseReason::Protocol),
+            (vec![0x81, 0xFF, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, b'a'], CloseReason::Protocol),
+            (frame(0x8B, b"opcode"), CloseReason::Protocol),
+            (frame(0x89, &[0; 126]), CloseReason::Protocol),
+            (frame(0x09, b"fragmented ping"), CloseReason::Protocol),
+            (frame(0x80, b"nothing to continue"), CloseReason::Protocol),
+            ([frame(0x01, b"a"), frame(0x81, b"b")].concat(), CloseReason::Protocol),
+            (frame(0x88, &[0x03]), CloseReason::Protocol),
+            (frame(0x88, &1005u16.to_be_bytes()), CloseReason::Protocol),
+            (frame(0x88, &[0x03, 0xE8, 0xFF]), CloseReason::InvalidText),
+            (frame(0x82, b"binary"), CloseReason::Binary),
+            (frame(0x81, &[0xFF]), CloseReason::InvalidText),
+            ([frame(0x01, &[0xC3]), frame(0x80, b"a")].concat(), CloseReason::InvalidText),
+            (frame(0x81, &[b'a'; 1001]), CloseReason::MessageTooBig),
+            (huge.to_vec(), CloseReason::MessageTooBig),
+            ([frame(0x01, &[b'a'; 600]), frame(0x80, &[b'a'; 600])].concat(), CloseReason::MessageTooBig),
         ] {
             assert_eq!(read_in_pieces(&bytes, &[]).0, Err(expected), "{bytes:x?}");
         }

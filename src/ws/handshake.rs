@@ -15,9 +15,9 @@ use crate::http::origin;
 use crate::http::page;
 use crate::http::proxy::{self, Preamble, Unreadable};
 use crate::http::{self, BodyLength, Head, Refusal, Response};
-use crate::limits::connections::{Full, Guard, Place};
+use crate::limits::connections::{ConnectionLimits, ConnectionSlot, LimitReached};
 use crate::metrics::Readiness;
-use crate::protocol::close::Reason;
+use crate::protocol::close::CloseReason;
 use crate::protocol::event::{ChannelName, DEFAULT_CHANNEL, EventId, is_user_id};
 use crate::ws::connection::{Join, LastSeen};
 
@@ -42,12 +42,12 @@ pub enum Verdict {
     /// What was asked for, after which the connection ends.
     Answer(Bytes),
     /// Why there is no upgrade, after which the connection ends for this reason.
-    Refuse(Bytes, Reason),
+    Refuse(Bytes, CloseReason),
 }
 
 /// What decides over requests.
 #[derive(Clone, Debug)]
-pub struct Door {
+pub struct HandshakeContext {
     /// Who may come in.
     pub settings: Arc<Settings>,
     /// Whether the node takes clients.
@@ -55,12 +55,12 @@ pub struct Door {
     /// The keys of tokens.
     pub keys: Arc<KeyRing>,
     /// The counts of connections, and the trusted proxies.
-    pub guard: Arc<Guard>,
+    pub guard: Arc<ConnectionLimits>,
     /// Public listeners on loopback addresses.
     pub loopback: Arc<[SocketAddr]>,
 }
 
-impl Door {
+impl HandshakeContext {
     /// Whether this is a connection to a loopback listener, and not from a trusted proxy, which may pass on other hosts.
     pub fn is_loopback(&self, stream: &mio::net::TcpStream) -> bool {
         let came_to = || stream.local_addr().is_ok_and(|addr| self.loopback.contains(&addr));
@@ -70,17 +70,17 @@ impl Door {
 }
 
 /// A request that is not served: the answer, and the reason to count it under.
-struct Refused(Refusal, Reason);
+struct Refused(Refusal, CloseReason);
 
 impl From<Refusal> for Refused {
     fn from(refusal: Refusal) -> Refused {
-        Refused(refusal, Reason::Answered)
+        Refused(refusal, CloseReason::HttpResponse)
     }
 }
 
 /// Reads the bytes of a request on a public listener and decides. `place` is the connection's; it changes when a
-/// trusted proxy names the client. `loopback` is the result of [`Door::is_loopback`].
-pub fn decide(bytes: &[u8], door: &Door, place: &mut Place, loopback: bool) -> Verdict {
+/// trusted proxy names the client. `loopback` is the result of [`HandshakeContext::is_loopback`].
+pub fn decide(bytes: &[u8], door: &HandshakeContext, place: &mut ConnectionSlot, loopback: bool) -> Verdict {
     let (request, read) = match after_preambles(bytes, door, place) {
         Ok(found) => found,
         Err(verdict) => return verdict,
@@ -88,12 +88,14 @@ pub fn decide(bytes: &[u8], door: &Door, place: &mut Place, loopback: bool) -> V
     let (head, length) = match http::parse(request) {
         Ok(None) => return Verdict::Incomplete(read),
         Ok(Some(parsed)) => parsed,
-        Err(refusal) => return Verdict::Refuse(Response::from(refusal).to_closing_bytes(), Reason::Answered),
+        Err(refusal) => {
+            return Verdict::Refuse(Response::from(refusal).to_closing_bytes(), CloseReason::HttpResponse);
+        }
     };
     let decided = match head.path.strip_prefix("/ws/") {
         Some(user) => match name_client(&head, door, place) {
             Ok(()) => upgrade(&head, user, request.len() > length, door, loopback),
-            Err(Unseated::Full(full)) => return refuse_full(full),
+            Err(Unseated::LimitReached(full)) => return refuse_full(full),
             Err(Unseated::Refused(refused)) => Err(refused),
         },
         None => {
@@ -113,8 +115,8 @@ pub fn decide(bytes: &[u8], door: &Door, place: &mut Place, loopback: bool) -> V
 /// the caller may drop.
 fn after_preambles<'b>(
     bytes: &'b [u8],
-    door: &Door,
-    place: &mut Place,
+    door: &HandshakeContext,
+    place: &mut ConnectionSlot,
 ) -> Result<(&'b [u8], usize), Verdict> {
     let refuse = |text, reason| {
         Err(Verdict::Refuse(Response::from(Refusal::new(400, text)).to_closing_bytes(), reason))
@@ -125,7 +127,7 @@ fn after_preambles<'b>(
         match proxy::preamble(rest) {
             Preamble::Absent => return Ok((rest, read)),
             Preamble::Partial => return Err(Verdict::Incomplete(read)),
-            Preamble::Broken => return refuse("the PROXY header can't be read", Reason::Answered),
+            Preamble::Broken => return refuse("the PROXY header can't be read", CloseReason::HttpResponse),
             Preamble::Header { client: Some(client), length } => {
                 read += length;
                 rest = &bytes[read..];
@@ -140,35 +142,35 @@ fn after_preambles<'b>(
         }
     }
     if proxy::is_preamble(rest) {
-        return refuse(UNTRUSTED_PREAMBLE, Reason::UntrustedProxy);
+        return refuse(UNTRUSTED_PREAMBLE, CloseReason::ProxyNotTrusted);
     }
     Ok((rest, read))
 }
 
 /// Why a client gets no seat.
 enum Unseated {
-    Full(Full),
+    LimitReached(LimitReached),
     Refused(Refused),
 }
 
 /// Takes the client's address from `X-Forwarded-For`, and sees to it that it has a seat.
-fn name_client(head: &Head<'_>, door: &Door, place: &mut Place) -> Result<(), Unseated> {
+fn name_client(head: &Head<'_>, door: &HandshakeContext, place: &mut ConnectionSlot) -> Result<(), Unseated> {
     let refused = |text, reason| Err(Unseated::Refused(Refused(Refusal::new(400, text), reason)));
     if place.full().is_none() && head.count("x-forwarded-for") > 0 {
         if !place.is_proxy() {
-            return refused(UNTRUSTED_FORWARD, Reason::UntrustedProxy);
+            return refused(UNTRUSTED_FORWARD, CloseReason::ProxyNotTrusted);
         }
         match proxy::forwarded_for(head, |ip| door.guard.trusts(ip)) {
-            Err(Unreadable) => return refused(UNREADABLE_FORWARD, Reason::Answered),
+            Err(Unreadable) => return refused(UNREADABLE_FORWARD, CloseReason::HttpResponse),
             Ok(None) => {}
-            Ok(Some(client)) => door.guard.name(place, client).map_err(Unseated::Full)?,
+            Ok(Some(client)) => door.guard.name(place, client).map_err(Unseated::LimitReached)?,
         }
     }
-    place.full().map_or(Ok(()), |full| Err(Unseated::Full(full)))
+    place.full().map_or(Ok(()), |full| Err(Unseated::LimitReached(full)))
 }
 
 /// The end of one for whom there is no room.
-fn refuse_full(full: Full) -> Verdict {
+fn refuse_full(full: LimitReached) -> Verdict {
     Verdict::Refuse(full.answer(), full.reason())
 }
 
@@ -226,7 +228,13 @@ fn plain(head: &Head<'_>, readiness: &Readiness) -> Response {
 }
 
 /// The checks of RFC 6455 section 4.2.1, and ours.
-fn upgrade(head: &Head<'_>, user: &str, more: bool, door: &Door, loopback: bool) -> Result<Join, Refused> {
+fn upgrade(
+    head: &Head<'_>,
+    user: &str,
+    more: bool,
+    door: &HandshakeContext,
+    loopback: bool,
+) -> Result<Join, Refused> {
     let refuse = |status, text: &'static str| Err(Refusal::new(status, text).into());
     if head.method != "GET" {
         return Err(Refusal::new(405, "a WebSocket begins with GET").with("Allow", "GET").into());
@@ -263,7 +271,10 @@ fn upgrade(head: &Head<'_>, user: &str, more: bool, door: &Door, loopback: bool)
         return refuse(400, "channel must be 1 to 128 of A-Z a-z 0-9 _ . : -");
     };
     if grant.as_ref().is_some_and(|grant| !grant.may_join(&channel)) {
-        return Err(Refused(Refusal::new(403, "the token is not good for this channel"), Reason::Forbidden));
+        return Err(Refused(
+            Refusal::new(403, "the token is not good for this channel"),
+            CloseReason::Forbidden,
+        ));
     }
     let given = http::query_value(head.query, "lastEventId");
     let json = head.tokens("sec-websocket-protocol").any(|offered| offered == SUBPROTOCOL);
@@ -282,12 +293,12 @@ fn upgrade(head: &Head<'_>, user: &str, more: bool, door: &Door, loopback: bool)
 }
 
 /// What the client's token allows it; `None` where no token is asked for.
-fn check_token(head: &Head<'_>, user: &str, door: &Door) -> Result<Option<Grant>, Refused> {
+fn check_token(head: &Head<'_>, user: &str, door: &HandshakeContext) -> Result<Option<Grant>, Refused> {
     if !door.keys.asks_for_tokens() {
         return Ok(None);
     }
     let refused = |text: &'static str| {
-        Err(Refused(Refusal::new(401, text).with("WWW-Authenticate", "Bearer"), Reason::Unauthorized))
+        Err(Refused(Refusal::new(401, text).with("WWW-Authenticate", "Bearer"), CloseReason::Unauthorized))
     };
     let Some(token) = given_token(head)? else {
         return refused(
@@ -316,7 +327,7 @@ fn given_token<'a>(head: &Head<'a>) -> Result<Option<Cow<'a, str>>, Refusal> {
 /// A request without Origin is no browser's. With DNS rebinding a page's own name points to this machine and is in both
 /// Host and Origin, so without rules a loopback listener accepts loopback hosts only.
 fn check_origin(head: &Head<'_>, settings: &Settings, loopback: bool) -> Result<(), Refused> {
-    let refuse = |text| Err(Refused(Refusal::new(403, text), Reason::ForeignOrigin));
+    let refuse = |text| Err(Refused(Refusal::new(403, text), CloseReason::OriginNotAllowed));
     let host = head.header("host").unwrap_or_default();
     match head.count("origin") {
         0 => Ok(()),
@@ -365,22 +376,22 @@ mod tests {
     /// A PROXY header of version 2 by which the proxy speaks for itself.
     const LOCAL_V2: &str = "\r\n\r\n\0\r\nQUIT\n\x20\0\0\0";
 
-    fn door(flags: &[&str]) -> Door {
+    fn door(flags: &[&str]) -> HandshakeContext {
         let settings = match Settings::from(flags.iter().map(std::ffi::OsString::from), []) {
             Ok(crate::config::Action::Run(settings)) => Arc::new(settings),
             other => panic!("{other:?}"),
         };
         let keys = Arc::new(KeyRing::load(&settings).unwrap());
-        let guard = Arc::new(Guard::new(&settings));
-        Door { settings, readiness: Arc::default(), keys, guard, loopback: Arc::default() }
+        let guard = Arc::new(ConnectionLimits::new(&settings));
+        HandshakeContext { settings, readiness: Arc::default(), keys, guard, loopback: Arc::default() }
     }
 
     fn verdict(bytes: &[u8]) -> Verdict {
         decide_from("192.0.2.1", bytes, &door(&[])).0
     }
 
-    fn decide_from(peer: &str, bytes: &[u8], door: &Door) -> (Verdict, Place) {
-        let mut place = door.guard.arrive(peer.parse().unwrap()).unwrap();
+    fn decide_from(peer: &str, bytes: &[u8], door: &HandshakeContext) -> (Verdict, ConnectionSlot) {
+        let mut place = door.guard.acquire(peer.parse().unwrap()).unwrap();
         (decide(bytes, door, &mut place, false), place)
     }
 
@@ -453,15 +464,16 @@ mod tests {
             (LOCAL_V2.as_bytes(), &upgrade, None),
             (v2, &upgrade, Some("192.0.2.7")),
         ] {
-            let client =
-                client.map_or(Place::Proxy, |client| Place::Client(client.parse::<IpAddr>().unwrap().into()));
+            let client = client.map_or(ConnectionSlot::Proxy, |client| {
+                ConnectionSlot::Client(client.parse::<IpAddr>().unwrap().into())
+            });
             let bytes = [begin, request.as_bytes()].concat();
             let (verdict, place) = decide_from("10.0.0.1", &bytes, &door);
             assert!(matches!(verdict, Verdict::Join(_)), "{verdict:?}");
             assert_eq!(place, client, "{}", String::from_utf8_lossy(&bytes));
 
             // Byte by byte, as a shard keeps them.
-            let mut place = door.guard.arrive("10.0.0.1".parse().unwrap()).unwrap();
+            let mut place = door.guard.acquire("10.0.0.1".parse().unwrap()).unwrap();
             let mut kept = Vec::new();
             for (at, byte) in bytes.iter().enumerate() {
                 kept.push(*byte);
@@ -490,7 +502,7 @@ mod tests {
             ("10.0.0.1", LOCAL_V2.to_owned() + named, "a PROXY header is taken from trusted"),
         ] {
             let (verdict, _) = decide_from(peer, bytes.as_bytes(), &door);
-            let Verdict::Refuse(answer, Reason::UntrustedProxy) = verdict else {
+            let Verdict::Refuse(answer, CloseReason::ProxyNotTrusted) = verdict else {
                 panic!("{bytes}: {verdict:?}")
             };
             let answer = String::from_utf8(answer.to_vec()).unwrap();
@@ -500,13 +512,13 @@ mod tests {
             if peer != "10.0.0.1" {
                 continue; // byte by byte its version 2 begins as a bad request
             }
-            let mut place = door.guard.arrive(peer.parse().unwrap()).unwrap();
+            let mut place = door.guard.acquire(peer.parse().unwrap()).unwrap();
             let mut kept = Vec::new();
             let refused = bytes.bytes().any(|byte| {
                 kept.push(byte);
                 match decide(&kept, &door, &mut place, false) {
                     Verdict::Incomplete(read) => drop(kept.drain(..read)),
-                    Verdict::Refuse(_, Reason::UntrustedProxy) => return true,
+                    Verdict::Refuse(_, CloseReason::ProxyNotTrusted) => return true,
                     other => panic!("{other:?} after {bytes}"),
                 }
                 false
@@ -515,7 +527,9 @@ mod tests {
         }
         for bytes in ["PROXY TCP4\r\n".to_owned(), request("/ws/a", "X-Forwarded-For: unknown\r\n")] {
             let (verdict, _) = decide_from("10.0.0.1", bytes.as_bytes(), &door);
-            let Verdict::Refuse(answer, Reason::Answered) = verdict else { panic!("{bytes}: {verdict:?}") };
+            let Verdict::Refuse(answer, CloseReason::HttpResponse) = verdict else {
+                panic!("{bytes}: {verdict:?}")
+            };
             assert!(answer.starts_with(b"HTTP/1.1 400 "));
         }
         // What needs no client's address is there for everybody.
@@ -530,7 +544,8 @@ mod tests {
 
     #[test]
     fn who_has_no_seat_is_told_before_anything_is_looked_at() {
-        let door = door(&["--max-connections", "2", "--max-per-address", "1", "--trusted-proxy", "10.0.0.1"]);
+        let door =
+            door(&["--max-connections", "2", "--max-connections-per-ip", "1", "--trusted-proxy", "10.0.0.1"]);
         let bad = request("/ws/%ff", "Sec-WebSocket-Key: twice\r\n");
         let status = |peer, bytes: &str| match decide_from(peer, bytes.as_bytes(), &door).0 {
             Verdict::Refuse(answer, reason) => (String::from_utf8_lossy(&answer[9..12]).into_owned(), reason),
@@ -538,19 +553,19 @@ mod tests {
         };
         let first = decide_from("192.0.2.1", request("/ws/a", "").as_bytes(), &door);
         assert!(matches!(first.0, Verdict::Join(_)));
-        assert_eq!(status("192.0.2.1", &bad), ("429".into(), Reason::AddressFull));
+        assert_eq!(status("192.0.2.1", &bad), ("429".into(), CloseReason::IpLimit));
         let forward = request("/ws/%ff", "X-Forwarded-For: 192.0.2.1\r\n");
-        assert_eq!(status("10.0.0.1", &forward), ("429".into(), Reason::AddressFull));
+        assert_eq!(status("10.0.0.1", &forward), ("429".into(), CloseReason::IpLimit));
         assert_eq!(
             status("10.0.0.1", &format!("PROXY TCP4 192.0.2.1 10.0.0.9 1 2\r\n{bad}")).1,
-            Reason::AddressFull
+            CloseReason::IpLimit
         );
         let second = decide_from("192.0.2.2", request("/ws/a", "").as_bytes(), &door);
         assert!(matches!(second.0, Verdict::Join(_)));
-        assert_eq!(status("192.0.2.3", &bad), ("503".into(), Reason::NodeFull));
+        assert_eq!(status("192.0.2.3", &bad), ("503".into(), CloseReason::NodeLimit));
         assert_eq!(
             status("10.0.0.1", &format!("PROXY TCP4 192.0.2.9 10.0.0.9 1 2\r\n{bad}")).1,
-            Reason::NodeFull
+            CloseReason::NodeLimit
         );
         let (verdict, _) = decide_from("192.0.2.3", request("/healthz", "").as_bytes(), &door);
         assert!(matches!(verdict, Verdict::Answer(answer) if answer.starts_with(b"HTTP/1.1 200 ")));
@@ -572,7 +587,7 @@ mod tests {
         ] {
             let header = if origin.is_empty() { String::new() } else { format!("Origin: {origin}\r\n") };
             let request = request("/ws/a", &header).replace("Host: a", &format!("Host: {host}"));
-            let mut place = door.guard.arrive("127.0.0.1".parse().unwrap()).unwrap();
+            let mut place = door.guard.acquire("127.0.0.1".parse().unwrap()).unwrap();
             let verdict = decide(request.as_bytes(), door, &mut place, loopback);
             assert_eq!(matches!(verdict, Verdict::Join(_)), joins, "{host} {origin}: {verdict:?}");
         }

@@ -13,7 +13,7 @@ use std::net::TcpListener;
 use std::thread;
 use std::time::Instant;
 
-use fanfare::bus::{Publish, Request, Shards, ToShard};
+use fanfare::bus::{Publish, Request, ShardMessage, Shards};
 use fanfare::protocol::event::{Entry, EventId};
 use lone::Lone;
 use tokio::sync::mpsc;
@@ -22,15 +22,15 @@ use tokio::sync::mpsc;
 const FLAGS: [&str; 12] = [
     "--shards",
     "1",
-    "--max-message",
+    "--max-message-size",
     "16MiB",
-    "--feed-memory",
+    "--buffer-memory",
     "64MiB",
-    "--message-rate",
+    "--max-message-rate",
     "0",
     "--max-byte-rate",
     "0",
-    "--heartbeat",
+    "--ping-interval",
     "1h",
 ];
 
@@ -54,8 +54,8 @@ fn main() -> Result<(), Box<dyn Error>> {
         let (socket, peer) = listener.accept()?;
         socket.set_nonblocking(true)?;
         socket.set_nodelay(true)?;
-        let place = guard.arrive(peer.ip()).map_err(|_| "the suite has too many connections")?;
-        shards.tell(0, ToShard::Socket(mio::net::TcpStream::from_std(socket), place));
+        let place = guard.acquire(peer.ip()).map_err(|_| "the suite has too many connections")?;
+        shards.tell(0, ShardMessage::Socket(mio::net::TcpStream::from_std(socket), place));
     }
 }
 
@@ -65,8 +65,10 @@ fn echo(mut asked: mpsc::UnboundedReceiver<Request>, shards: Shards) {
     while let Some(request) = asked.blocking_recv() {
         match request {
             Request::Follow { channel, shard } => {
-                shards
-                    .tell(shard, ToShard::Followed { channel, base: position, position, recent: Vec::new() });
+                shards.tell(
+                    shard,
+                    ShardMessage::Followed { channel, base: position, position, recent: Vec::new() },
+                );
             }
             Request::Publish(Publish { channel, event, answer, .. }) => {
                 let chat: Option<Chat> = event
@@ -79,7 +81,7 @@ fn echo(mut asked: mpsc::UnboundedReceiver<Request>, shards: Shards) {
                     frame[0] = BINARY;
                     entry.bytes = frame.into();
                 }
-                shards.tell(0, ToShard::Entry { channel, entry, arrived: Instant::now() });
+                shards.tell(0, ShardMessage::Entry { channel, entry, arrived: Instant::now() });
                 shards.answer(answer, Ok(position));
             }
             Request::Unfollow { .. } | Request::Read { .. } | Request::Look { .. } => {}

@@ -6,10 +6,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use fanfare::bus::{
-    self, Answer, BusError, Page, Publish, PublishError, Request, Requests, Shards, ToShard, Unusable, Wiring,
+    self, Answer, BusContext, BusError, Page, Publish, PublishError, Request, Requests, ShardMessage, Shards,
+    Unusable,
 };
 use fanfare::config::{Action, RedisUrl, Settings};
-use fanfare::metrics::{BusNumbers, Readiness};
+use fanfare::metrics::{BusMetrics, Readiness};
 use fanfare::protocol::event::{ChannelName, Entry, EventId, Kind};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
@@ -33,11 +34,11 @@ pub fn channel(name: &str) -> ChannelName {
 
 pub struct Node {
     pub requests: Requests,
-    pub numbers: Arc<BusNumbers>,
+    pub numbers: Arc<BusMetrics>,
     pub readiness: Arc<Readiness>,
-    inboxes: Vec<mpsc::UnboundedReceiver<ToShard>>,
+    inboxes: Vec<mpsc::UnboundedReceiver<ShardMessage>>,
     /// Taken from an inbox while something else was looked for.
-    put_by: Vec<VecDeque<ToShard>>,
+    put_by: Vec<VecDeque<ShardMessage>>,
     pub task: tokio::task::JoinHandle<Result<(), Unusable>>,
 }
 
@@ -47,10 +48,14 @@ impl Node {
         let (senders, inboxes): (Vec<_>, Vec<_>) = (0..2).map(|_| mpsc::unbounded_channel()).unzip();
         let shards = Shards::new(senders);
         let inboxes = inboxes.into_iter().map(|inbox| share_nothing(inbox, shards.clone())).collect();
-        let numbers = Arc::new(BusNumbers::default());
+        let numbers = Arc::new(BusMetrics::default());
         let readiness = Arc::new(Readiness::waiting_for_bus());
-        let wiring =
-            Wiring { requests: requests_rx, shards, numbers: numbers.clone(), readiness: readiness.clone() };
+        let wiring = BusContext {
+            requests: requests_rx,
+            shards,
+            numbers: numbers.clone(),
+            readiness: readiness.clone(),
+        };
         let task = tokio::spawn(async move { bus::run(&settings, wiring).await });
         let put_by = vec![VecDeque::new(), VecDeque::new()];
         Node { requests, numbers, readiness, inboxes, put_by, task }
@@ -72,7 +77,7 @@ impl Node {
     }
 
     /// The next thing told to a shard that `wanted` takes; the others stay in order.
-    pub async fn told<T>(&mut self, shard: usize, mut wanted: impl FnMut(&ToShard) -> Option<T>) -> T {
+    pub async fn told<T>(&mut self, shard: usize, mut wanted: impl FnMut(&ShardMessage) -> Option<T>) -> T {
         for at in 0..self.put_by[shard].len() {
             if let Some(found) = wanted(&self.put_by[shard][at]) {
                 self.put_by[shard].remove(at);
@@ -93,16 +98,16 @@ impl Node {
         self.ask(Request::Follow { channel: wanted.clone(), shard });
         let answer = self
             .told(shard, |told| match told {
-                ToShard::Followed { channel, base, position, .. } if *channel == wanted => {
+                ShardMessage::Followed { channel, base, position, .. } if *channel == wanted => {
                     Some(Ok((*base, *position)))
                 }
-                ToShard::NotFollowed { channel, why } if *channel == wanted => Some(Err(why.clone())),
+                ShardMessage::NotFollowed { channel, why } if *channel == wanted => Some(Err(why.clone())),
                 _ => None,
             })
             .await?;
         // As a shard does: what came earlier than this word and is older is from before it let go.
         self.put_by[shard].retain(|told| match told {
-            ToShard::Entry { channel, entry, .. } => *channel != wanted || entry.before() >= answer.1,
+            ShardMessage::Entry { channel, entry, .. } => *channel != wanted || entry.before() >= answer.1,
             _ => true,
         });
         Ok(Reader {
@@ -157,7 +162,7 @@ impl Node {
 
     pub async fn page_told(&mut self, asked: EventId, shard: usize) -> Result<Arc<Page>, BusError> {
         self.told(shard, |told| match told {
-            ToShard::Page { position, result, .. } if *position == asked => Some(result.clone()),
+            ShardMessage::Page { position, result, .. } if *position == asked => Some(result.clone()),
             _ => None,
         })
         .await
@@ -170,14 +175,14 @@ impl Node {
 
 /// Passes on what a shard is told. A shard that is to share a channel does so at once, having nothing to share.
 fn share_nothing(
-    mut told: mpsc::UnboundedReceiver<ToShard>,
+    mut told: mpsc::UnboundedReceiver<ShardMessage>,
     shards: Shards,
-) -> mpsc::UnboundedReceiver<ToShard> {
+) -> mpsc::UnboundedReceiver<ShardMessage> {
     let (sender, inbox) = mpsc::unbounded_channel();
     tokio::spawn(async move {
         while let Some(message) = told.recv().await {
-            if let ToShard::Share { channel, base, position, with } = message {
-                shards.tell(with, ToShard::Followed { channel, base, position, recent: Vec::new() });
+            if let ShardMessage::Share { channel, base, position, with } = message {
+                shards.tell(with, ShardMessage::Followed { channel, base, position, recent: Vec::new() });
             } else if sender.send(message).is_err() {
                 return;
             }
@@ -247,7 +252,7 @@ impl Reader {
         let channel = self.channel.clone();
         let entry = node
             .told(self.shard, |told| match told {
-                ToShard::Entry { channel: other, entry, .. } if *other == channel => Some(entry.clone()),
+                ShardMessage::Entry { channel: other, entry, .. } if *other == channel => Some(entry.clone()),
                 _ => None,
             })
             .await;

@@ -65,7 +65,7 @@ async fn fcall_publishes_like_a_node() {
         (&["{}", "bob", &long_user], "idempotency key"),
         (&["{}", "bob", "key", "more"], "then optionally"),
         (&[], "JSON object"),
-        (&[&large], "--max-message"),
+        (&[&large], "--max-message-size"),
     ] {
         let reply = fcall(args);
         assert!(reply.error().contains(says), "{args:?}: {reply:?}");
@@ -330,10 +330,10 @@ async fn a_node_starts_without_redis_and_joins_when_it_comes() {
 #[tokio::test]
 async fn fcall_follows_the_settings_of_its_prefix() {
     let redis = RedisServer::start();
-    let of = |prefix: &str, history: u64, hours: u64, max_message: usize| {
+    let of = |prefix: &str, history: u64, hours: u64, max_message_size: usize| {
         let mut settings = settings(&redis.url());
         settings.redis_prefix = prefix.into();
-        (settings.history, settings.max_message) = (history, max_message);
+        (settings.history, settings.max_message_size) = (history, max_message_size);
         settings.history_ttl = Duration::from_secs(hours * 3600);
         settings
     };

@@ -246,7 +246,7 @@ async fn numbers_of_nodes_that_are_gone_are_forgotten() {
 async fn events_too_long_for_redis_are_refused() {
     let redis = RedisServer::start_with(&["--save", "", "--proto-max-bulk-len", "1mb"]);
     let mut large = settings(&redis.url());
-    large.max_message = 4 << 20;
+    large.max_message_size = 4 << 20;
     let mut node = Node::ready(large).await;
     let mut reader = node.follow("room", 0).await;
     let id = node.publish("room", &event(1)).await.unwrap();

@@ -54,16 +54,16 @@ pub static BREAKS: [Break; 22] = [
 
 /// An event in somebody's notes.
 #[derive(Clone, Copy)]
-struct Place {
+struct ConnectionSlot {
     watcher: usize,
     note: usize,
 }
 
-fn places(history: &History, wanted: impl Fn(&Watcher, usize) -> bool) -> Vec<Place> {
+fn places(history: &History, wanted: impl Fn(&Watcher, usize) -> bool) -> Vec<ConnectionSlot> {
     let mut places = Vec::new();
     for (at, watcher) in history.watchers.iter().enumerate() {
         let notes = (0..watcher.seen.len()).filter(|note| wanted(watcher, *note));
-        places.extend(notes.map(|note| Place { watcher: at, note }));
+        places.extend(notes.map(|note| ConnectionSlot { watcher: at, note }));
     }
     places
 }
@@ -88,7 +88,7 @@ fn is_acked(history: &History, body: &str) -> bool {
 }
 
 /// Whether someone else than this client proves that the event exists.
-fn is_proven(history: &History, watcher: &Watcher, body: &str) -> bool {
+fn is_continuous(history: &History, watcher: &Watcher, body: &str) -> bool {
     let saw =
         |other: &Watcher| (0..other.seen.len()).any(|note| event(other, note).is_some_and(|e| e.1 == body));
     is_acked(history, body) || history.watchers.iter().any(|other| other.name != watcher.name && saw(other))
@@ -103,10 +103,10 @@ fn is_promised(history: &History, watcher: &Watcher, note: usize) -> bool {
         (since, Seen::LetIn) => attempt(history, body).begun > *since,
         _ => true,
     };
-    goes_on && begun && is_proven(history, watcher, body)
+    goes_on && begun && is_continuous(history, watcher, body)
 }
 
-fn describe(history: &History, place: Place) -> String {
+fn describe(history: &History, place: ConnectionSlot) -> String {
     let watcher = &history.watchers[place.watcher];
     format!("{} at {:?}", watcher.name, watcher.seen[place.note])
 }
@@ -181,7 +181,7 @@ fn cut_end(history: &mut History, dice: &mut Dice) -> Option<String> {
     promised.then_some(what)
 }
 
-fn any_event(history: &History, dice: &mut Dice) -> Option<Place> {
+fn any_event(history: &History, dice: &mut Dice) -> Option<ConnectionSlot> {
     pick(&places(history, |watcher, note| event(watcher, note).is_some()), dice)
 }
 
@@ -257,7 +257,7 @@ fn reuse_id(history: &mut History, dice: &mut Dice) -> Option<String> {
 
 fn other_id(history: &mut History, dice: &mut Dice) -> Option<String> {
     let known = places(history, |watcher, note| {
-        event(watcher, note).is_some_and(|(_, body)| is_proven(history, watcher, body))
+        event(watcher, note).is_some_and(|(_, body)| is_continuous(history, watcher, body))
     });
     let place = pick(&known, dice)?;
     let what = describe(history, place);

@@ -5,12 +5,12 @@ use std::sync::Arc;
 use std::thread;
 
 use fanfare::auth::keys::KeyRing;
-use fanfare::bus::{Request, Shards, ToShard};
+use fanfare::bus::{Request, ShardMessage, Shards};
 use fanfare::config::{Action, Settings};
-use fanfare::limits::connections::Guard;
-use fanfare::metrics::{BusNumbers, Metrics, Readiness};
+use fanfare::limits::connections::ConnectionLimits;
+use fanfare::metrics::{BusMetrics, Metrics, Readiness};
 use fanfare::shard;
-use fanfare::ws::handshake::Door;
+use fanfare::ws::handshake::HandshakeContext;
 use tokio::sync::mpsc;
 
 /// A shard that runs, and all that speaks with it.
@@ -18,13 +18,13 @@ pub struct Lone {
     /// The way to it (number 0), and to a shard beside it that is not there.
     pub shards: Shards,
     /// What the shard beside it is told.
-    pub other: mpsc::UnboundedReceiver<ToShard>,
+    pub other: mpsc::UnboundedReceiver<ShardMessage>,
     /// What it asks of the bus.
     pub asked: mpsc::UnboundedReceiver<Request>,
     /// What it counts.
     pub metrics: Arc<Metrics>,
     /// Where its connections are counted.
-    pub guard: Arc<Guard>,
+    pub guard: Arc<ConnectionLimits>,
 }
 
 impl Lone {
@@ -37,20 +37,20 @@ impl Lone {
         let (inbox_tx, inbox) = mpsc::unbounded_channel();
         let (requests, asked) = mpsc::unbounded_channel();
         let (other_tx, other) = mpsc::unbounded_channel();
-        let numbers = Arc::new(BusNumbers::default());
+        let numbers = Arc::new(BusMetrics::default());
         let metrics = Arc::new(Metrics::new(1, numbers, Arc::new(Readiness::default())));
         let shards = Shards::new(vec![inbox_tx, other_tx]).with_bells(vec![bell.clone()]);
         let keys = Arc::new(KeyRing::load(&settings).map_err(|_| "there are no keys to load")?);
-        let guard = Arc::new(Guard::new(&settings));
+        let guard = Arc::new(ConnectionLimits::new(&settings));
         let readiness = metrics.readiness.clone();
-        let door = Door {
+        let door = HandshakeContext {
             settings: Arc::new(settings),
             readiness,
             keys,
             guard: guard.clone(),
             loopback: Arc::default(),
         };
-        let wiring = shard::Wiring {
+        let wiring = shard::ShardContext {
             id: 0,
             door,
             requests,

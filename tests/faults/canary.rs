@@ -14,7 +14,7 @@ const LOST_EVENT: Duration = Duration::from_secs(2);
 const HALF_OPEN: Duration = Duration::from_secs(5);
 
 /// No frames but events.
-const QUIET: [&str; 2] = ["--heartbeat-format", "ping"];
+const QUIET: [&str; 2] = ["--ping-format", "websocket"];
 
 #[tokio::test]
 async fn the_last_event_of_a_quiet_channel_is_lost_and_comes_within_two_seconds() {
@@ -31,7 +31,7 @@ async fn the_last_event_of_a_quiet_channel_is_lost_and_comes_within_two_seconds(
         assert_eq!(world.ways[1].dropped(), n, "the message was lost");
         assert!(took < LOST_EVENT, "it came after {took:?}");
     }
-    assert_eq!(b.metric("fanfare_bus_holes_total").await, 5.0);
+    assert_eq!(b.metric("fanfare_bus_gaps_filled_total").await, 5.0);
 }
 
 #[tokio::test]

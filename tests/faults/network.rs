@@ -16,7 +16,7 @@ use crate::world::World;
 const LONG: Duration = Duration::from_secs(6);
 
 /// Hardly a second of events in memory: whoever stalls or stays away reads history.
-const SHORT: [&str; 2] = ["--feed-memory", "64KiB"];
+const SHORT: [&str; 2] = ["--buffer-memory", "64KiB"];
 
 #[tokio::test]
 async fn answers_to_publishes_are_lost_and_publishes_retried() {
@@ -103,7 +103,10 @@ async fn client_kill_in_a_loop() {
     run.flows().await;
     assert!(killed >= 12 * 2, "both nodes, each time: {killed}");
     run.end().await.nobody_was_told();
-    assert!(world.metric("fanfare_bus_holes_total").await > 0.0, "messages were lost, and read from history");
+    assert!(
+        world.metric("fanfare_bus_gaps_filled_total").await > 0.0,
+        "messages were lost, and read from history"
+    );
 }
 
 #[tokio::test]
@@ -135,7 +138,7 @@ async fn cut(silence: Silence) {
     assert!(world.ways[1].connections() > connections, "connections were given up and made anew");
     run.flows().await;
     run.end().await.nobody_was_told();
-    assert!(world.nodes.get(1).metric("fanfare_bus_holes_total").await > 0.0);
+    assert!(world.nodes.get(1).metric("fanfare_bus_gaps_filled_total").await > 0.0);
 }
 
 #[tokio::test]
@@ -190,12 +193,12 @@ async fn a_subscriber_runs_into_its_output_buffer_limit() {
     world.ways[1].hold_messages(false);
     run.flows().await;
     run.end().await.nobody_was_told();
-    assert!(world.nodes.get(1).metric("fanfare_bus_holes_total").await > 0.0);
+    assert!(world.nodes.get(1).metric("fanfare_bus_gaps_filled_total").await > 0.0);
 }
 
 #[tokio::test]
 async fn more_messages_at_once_than_the_client_library_holds() {
-    let flags = ["--log", "info,fanfare::bus=debug", "--history", "200000", "--bare-channels", "b"];
+    let flags = ["--log", "info,fanfare::bus=debug", "--history", "200000", "--pubsub-channels", "b"];
     let world = World::start(&[], &flags).await;
     let run = Run::start(&world, Crowd { roamers: 0, ..Crowd::default() }).await;
     let node = world.nodes.get(1);
@@ -247,7 +250,7 @@ async fn single_messages_are_lost_under_traffic() {
     }
     run.flows().await;
     run.end().await.nobody_was_told();
-    assert!(world.metric("fanfare_bus_holes_total").await >= 30.0, "and were read from history");
+    assert!(world.metric("fanfare_bus_gaps_filled_total").await >= 30.0, "and were read from history");
 }
 
 #[tokio::test]

@@ -28,7 +28,7 @@ async fn subscribe_refused_by_acl() {
     }
     // Programs could go on all the time, though nobody could be told: history has it.
     run.end().await.nobody_was_told();
-    assert!(world.metric("fanfare_bus_holes_total").await > 0.0);
+    assert!(world.metric("fanfare_bus_gaps_filled_total").await > 0.0);
 }
 
 #[tokio::test]
@@ -152,10 +152,10 @@ async fn a_publish_under_outage_is_bounded_and_keeps_its_order() {
     world.ready().await;
     run.flows().await;
     // Longer: everybody is told in time, again and again.
-    let refused = world.metric("fanfare_bus_refused_total").await;
+    let refused = world.metric("fanfare_bus_publish_rejected_total").await;
     world.redis.kill();
     until("refusals", || async {
-        (world.metric("fanfare_bus_refused_total").await > refused + 20.0).then_some(())
+        (world.metric("fanfare_bus_publish_rejected_total").await > refused + 20.0).then_some(())
     })
     .await;
     world.redis.up().await;

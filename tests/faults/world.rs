@@ -5,16 +5,8 @@ use crate::common::{Node, Proxy, Redis};
 
 /// Flags of every node: heartbeats often enough that silence means a fault, which tell clients where they stand, and a
 /// wait for Redis that is longer than most outages here.
-pub const FLAGS: [&str; 8] = [
-    "--heartbeat",
-    "2s",
-    "--heartbeat-timeout",
-    "20s",
-    "--heartbeat-format",
-    "both",
-    "--publish-timeout",
-    "10s",
-];
+pub const FLAGS: [&str; 8] =
+    ["--ping-interval", "2s", "--ping-timeout", "20s", "--ping-format", "both", "--publish-timeout", "10s"];
 
 /// What the faults happen to.
 pub struct World {

@@ -185,7 +185,7 @@ const tests = {
     equal(e, { text: "t", to: "x", ref: 5 });
     last().says({ type: "ack", ref: b.ref, id: 102 });
     last().says({ type: "ack", ref: a.ref, id: 101 });
-    last().says({ type: "error", ref: c.ref, code: "too_fast", message: "slow down" });
+    last().says({ type: "error", ref: c.ref, code: "rate_limited", message: "slow down" });
     last().ends(1006);
     equal(await Promise.all(outcomes),
       [101, 102, "FanfareError too_fast", "FanfareError unknown", "FanfareError unknown"]);

@@ -15,7 +15,7 @@ const MEANINGS: [(&str, &str); 17] = [
     ),
     (
         "ERR Protocol error: invalid bulk length",
-        "the message is too long for Redis: raise its proto-max-bulk-len, or lower --max-message",
+        "the message is too long for Redis: raise its proto-max-bulk-len, or lower --max-message-size",
     ),
     (FAULT, "this channel's data in Redis is wrong, as the log says: the other channels work"),
     ("LOADING", "Redis is loading its data: wait until it has"),

@@ -56,8 +56,8 @@ fn settings(terms: &Terms) -> Vec<Value> {
     let mut bare: Vec<&str> = terms.bare.iter().map(|channel| channel.as_str()).collect();
     bare.sort_unstable();
     vec![
-        "max_message".into(),
-        scripts::number(terms.max_message as u64),
+        "max_message_size".into(),
+        scripts::number(terms.max_message_size as u64),
         "history".into(),
         scripts::number(terms.history),
         "history_bytes".into(),
@@ -66,7 +66,7 @@ fn settings(terms: &Terms) -> Vec<Value> {
         scripts::number(terms.ttl_ms),
         "durable".into(),
         scripts::number(u64::from(terms.durable)),
-        "bare_channels".into(),
+        "pubsub_channels".into(),
         bare.join(" ").into(),
     ]
 }

@@ -9,7 +9,7 @@ use super::session::CallError;
 use super::subscriptions::read;
 use super::{Bus, Outcome, errors, scripts, wire};
 use crate::bus::reads::{Read, Reads};
-use crate::bus::{BusError, PAGE, PART_SHARED, Page, ShardId, ToShard, page_begin};
+use crate::bus::{BusError, PAGE, PART_SHARED, Page, ShardId, ShardMessage, page_begin};
 use crate::feed::Feed;
 use crate::protocol::event::{ChannelName, EventId};
 
@@ -92,7 +92,7 @@ impl Bus {
     ) {
         if let Some(page) = self.pages.find(&channel, position, self.known(&channel).base) {
             let result = Ok(page.clone());
-            return self.shards.tell(shard, ToShard::Page { channel, position, result });
+            return self.shards.tell(shard, ShardMessage::Page { channel, position, result });
         }
         self.pages.reads.wait(channel, position, bytes, shard);
         self.start_page_reads();
@@ -164,7 +164,7 @@ impl Bus {
         let all = served.len() >= self.shards.count();
         for (shard, position) in served {
             let (channel, result) = (name.clone(), Ok(page.clone()));
-            self.shards.tell(shard, ToShard::Page { channel, position, result });
+            self.shards.tell(shard, ShardMessage::Page { channel, position, result });
         }
         // One that ends where the head stood is as good: whoever has all of it asks for what follows.
         if !all && !page.entries.is_empty() {
@@ -175,7 +175,7 @@ impl Bus {
     fn fail_page(&mut self, name: &ChannelName, position: EventId, why: &BusError) {
         for (shard, position) in self.pages.reads.fail(name.clone(), position) {
             let (channel, result) = (name.clone(), Err(why.clone()));
-            self.shards.tell(shard, ToShard::Page { channel, position, result });
+            self.shards.tell(shard, ShardMessage::Page { channel, position, result });
         }
     }
 }

@@ -25,9 +25,9 @@ use self::publisher::Publisher;
 use self::scripts::Known;
 use self::session::{CallError, ConnectError, Report, Session};
 use self::settings::Terms;
-use super::{BusError, Page, Request, Shards, Unusable, Wiring};
+use super::{BusContext, BusError, Page, Request, Shards, Unusable};
 use crate::config::{RedisUrl, Settings};
-use crate::metrics::{BusNumbers, Readiness};
+use crate::metrics::{BusMetrics, Readiness};
 use crate::protocol::event::{ChannelName, EventId};
 
 mod address;
@@ -112,7 +112,7 @@ struct Bus {
     terms: Arc<Terms>,
     config: Config,
     shards: Shards,
-    numbers: Arc<BusNumbers>,
+    numbers: Arc<BusMetrics>,
     readiness: Arc<Readiness>,
     outcomes: mpsc::UnboundedSender<Outcome>,
     reads: Arc<Semaphore>,
@@ -148,13 +148,13 @@ struct Bus {
 }
 
 /// Runs until every sender of requests is gone.
-pub async fn run(settings: &Settings, url: &RedisUrl, wiring: Wiring) -> Result<(), Unusable> {
+pub async fn run(settings: &Settings, url: &RedisUrl, wiring: BusContext) -> Result<(), Unusable> {
     let config =
         Config::from_url(&url.0).map_err(|error| Unusable(format!("--redis {url}: {}", error.details())))?;
     if config.server.is_clustered() {
         return Err(Unusable(format!("--redis {url}: a cluster is not supported yet")));
     }
-    let Wiring { mut requests, shards, numbers, readiness } = wiring;
+    let BusContext { mut requests, shards, numbers, readiness } = wiring;
     let (outcomes, mut outcomes_rx) = mpsc::unbounded_channel();
     let mut bus = Bus {
         terms: Arc::new(Terms::new(settings)),
@@ -174,7 +174,7 @@ pub async fn run(settings: &Settings, url: &RedisUrl, wiring: Wiring) -> Result<
         call_number: 0,
         starting: VecDeque::new(),
         ticket: 0,
-        pages: Pages::new(settings.max_message),
+        pages: Pages::new(settings.max_message_size),
         rounds: VecDeque::new(),
         next_sweep: Instant::now() + IDLE,
         warned_of_size: None,

@@ -119,7 +119,7 @@ const STEP_BYTES: usize = 2 << 20;
 
 /// The arguments of [`READ`].
 pub fn read_args(terms: &Terms, known: Known, wanted: Wanted) -> Vec<Value> {
-    let step = (STEP_BYTES / terms.max_message).clamp(1, STEP_EVENTS);
+    let step = (STEP_BYTES / terms.max_message_size).clamp(1, STEP_EVENTS);
     let mut args = opening(terms, known);
     args.extend([
         number(wanted.from.0),

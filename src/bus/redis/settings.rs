@@ -23,7 +23,7 @@ pub struct Terms {
     /// Channels that are Redis channels too.
     pub bare: HashSet<ChannelName>,
     /// Longest event from outside, in bytes.
-    pub max_message: usize,
+    pub max_message_size: usize,
     /// How long an event may wait for the bus.
     pub publish_timeout: Duration,
     /// How long Redis remembers a node's last publish number, in milliseconds: many times the longest retry.
@@ -69,8 +69,8 @@ impl Terms {
             history_bytes: settings.history_bytes,
             ttl_ms: millis(settings.history_ttl),
             number_ttl_ms: millis(settings.publish_timeout.saturating_mul(10)).max(NUMBER_TTL_MIN_MS),
-            bare: settings.bare_channels.iter().cloned().collect(),
-            max_message: settings.max_message,
+            bare: settings.pubsub_channels.iter().cloned().collect(),
+            max_message_size: settings.max_message_size,
             publish_timeout: settings.publish_timeout,
             max_channels: settings.max_channels.get(),
             waiting_max: settings.bus_memory(),

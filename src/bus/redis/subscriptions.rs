@@ -12,7 +12,7 @@ use super::session::{CallError, Caller, Script};
 use super::settings::Lane;
 use super::wire::FAULT;
 use super::{Bus, Outcome, Purpose, errors, scripts, wire};
-use crate::bus::{BusError, Page, ShardId, ToShard};
+use crate::bus::{BusError, Page, ShardId, ShardMessage};
 use crate::protocol::event::{ChannelName, Entry, EventId, Kind};
 use crate::protocol::ingest;
 
@@ -32,7 +32,7 @@ impl Bus {
         let refusal = if full { Some(BusError::TooManyChannels) } else { self.away() };
         // A refused channel is not remembered.
         if let Some(why) = refusal.filter(|_| !is_followed) {
-            self.shards.tell(shard, ToShard::NotFollowed { channel: name, why });
+            self.shards.tell(shard, ShardMessage::NotFollowed { channel: name, why });
             return;
         }
         let channel = self.channels.entry(name.clone()).or_default();
@@ -115,7 +115,7 @@ impl Bus {
         };
         for shard in std::mem::take(&mut follow.joining) {
             let why = BusError::Away(why.into());
-            self.shards.tell(shard, ToShard::NotFollowed { channel: name.clone(), why });
+            self.shards.tell(shard, ShardMessage::NotFollowed { channel: name.clone(), why });
         }
         if follow.followers.is_empty() {
             self.let_go(name);
@@ -157,10 +157,10 @@ impl Bus {
         let Some((name, channel)) = self.channels.get_key_value(channel) else { return };
         let Some(follow) = &channel.follow else { return };
         let Some(sequence) = &follow.sequence else { return };
-        if text.len() > self.terms.max_message {
+        if text.len() > self.terms.max_message_size {
             self.numbers.oversized.add(1);
             if is_due(&mut self.warned_of_size) {
-                tracing::warn!(channel = %name, bytes = text.len(), "message dropped: longer than --max-message");
+                tracing::warn!(channel = %name, bytes = text.len(), "message dropped: longer than --max-message-size");
             }
             return;
         }
@@ -207,7 +207,7 @@ impl Bus {
             (_, Some(away)) => Err(away),
             _ => Err(BusError::Away("the channel is not followed".into())),
         };
-        self.shards.tell(shard, ToShard::Looked { channel: name, result });
+        self.shards.tell(shard, ShardMessage::Looked { channel: name, result });
     }
 
     /// Asks Redis where the channel stands and, to fill a hole, for what comes after a position.
@@ -276,7 +276,7 @@ impl Bus {
                 }
                 self.hand_on(name, out);
                 for shard in looked {
-                    self.shards.tell(shard, ToShard::Looked { channel: name.clone(), result: Ok(()) });
+                    self.shards.tell(shard, ShardMessage::Looked { channel: name.clone(), result: Ok(()) });
                 }
             }
             _ => {} // let go meanwhile
@@ -297,7 +297,7 @@ impl Bus {
             (Purpose::Fill(_), Some(follow)) => {
                 for shard in follow.failed() {
                     let result = Err(BusError::Away(text.clone()));
-                    self.shards.tell(shard, ToShard::Looked { channel: name.clone(), result });
+                    self.shards.tell(shard, ShardMessage::Looked { channel: name.clone(), result });
                 }
             }
             _ => {}
@@ -327,7 +327,7 @@ fn tell(
     arrived: Instant,
 ) {
     for shard in followers {
-        shards.tell(*shard, ToShard::Entry { channel: name.clone(), entry: entry.clone(), arrived });
+        shards.tell(*shard, ShardMessage::Entry { channel: name.clone(), entry: entry.clone(), arrived });
     }
 }
 

@@ -112,7 +112,7 @@ fn memory(host: &Host, load: &Load) -> Finding {
     let fits = have.saturating_sub(load.own_memory) / each;
     if needed > have {
         let remedy =
-            format!("more memory (MemoryMax= of the unit), a smaller --feed-memory, or {fits} connections");
+            format!("more memory (MemoryMax= of the unit), a smaller --buffer-memory, or {fits} connections");
         Finding::problem(WHAT, text).remedy(remedy)
     } else if needed > have / 5 * 4 {
         Finding::warning(WHAT, text + ": that leaves little for clients that stall")

@@ -129,23 +129,23 @@ fn buffer(facts: &Facts) -> Finding {
 /// Whether Redis accepts the longest message. A command holds one event of any size, or up to 1 MiB of smaller ones.
 fn message_size(facts: &Facts, settings: &Settings) -> Finding {
     const WHAT: &str = "message size";
-    let longest = settings.max_message as u64;
+    let longest = settings.max_message_size as u64;
     for (name, needed) in
         [("proto-max-bulk-len", longest), ("client-query-buffer-limit", longest + (2 << 20))]
     {
         let limit = facts.config.get(name).and_then(|value| value.parse::<u64>().ok());
         if limit.is_some_and(|limit| limit < needed) {
             let text = format!(
-                "{name} is {}, but --max-message allows {}: Redis closes the connection of a node that sends such a message",
+                "{name} is {}, but --max-message-size allows {}: Redis closes the connection of a node that sends such a message",
                 show(limit.unwrap_or_default()),
                 show_size(longest)
             );
             return Finding::problem(WHAT, text)
                 .remedy(format!("redis.conf: {name} {}", show(2 * needed)))
-                .remedy("or a smaller --max-message");
+                .remedy("or a smaller --max-message-size");
         }
     }
-    Finding::ok(WHAT, "Redis accepts messages of --max-message")
+    Finding::ok(WHAT, "Redis accepts messages of --max-message-size")
 }
 
 /// Hard limit, soft limit and its seconds, of `normal 0 0 0 slave … pubsub 33554432 8388608 60`.
@@ -264,7 +264,7 @@ fn history(facts: &Facts, settings: &Settings) -> Finding {
     };
     let fastest = rate(busiest);
     let (ttl, kept) = (settings.history_ttl, settings.history as f64);
-    let away = settings.heartbeat + settings.heartbeat_timeout + COMING_BACK;
+    let away = settings.ping_interval + settings.ping_timeout + COMING_BACK;
     let average = busiest.since_begin.map_or("unknown".into(), |rate| format!("{rate:.2}"));
     let derived = format!(
         "channel {}, the busiest of {}{}, has {:.2} events/s ({:.2} in the last {} s, {average} on average since its \
@@ -449,7 +449,7 @@ mod tests {
         let finding = found(&busy(5.0, 10.0), &[]);
         assert_eq!(finding.level, Level::Ok);
         assert!(finding.found.starts_with("the last 17 min can be replayed: channel busy"), "{finding:?}");
-        // 45 s to notice and 15 to come back, with what --heartbeat is by default.
+        // 45 s to notice and 15 to come back, with what --ping-interval is by default.
         let finding = found(&busy(500.0, 10.0), &[]);
         assert_eq!(finding.level, Level::Warning);
         assert_eq!(finding.remedy, ["--history 120000"]);
@@ -474,7 +474,7 @@ mod tests {
         assert_eq!(bad(&lacking, &[]), [("commands", Level::Problem)]);
         let short = with(&[("proto-max-bulk-len", "1048576")]);
         assert_eq!(bad(&short, &[]), []);
-        assert_eq!(bad(&short, &["--max-message", "2MiB"]), [("message size", Level::Problem)]);
+        assert_eq!(bad(&short, &["--max-message-size", "2MiB"]), [("message size", Level::Problem)]);
         let small = with(&[("client-query-buffer-limit", "1048576")]);
         assert_eq!(bad(&small, &[]), [("message size", Level::Problem)]);
     }

@@ -31,9 +31,9 @@ export interface FanfareOptions {
    */
   token?: string | (() => string | null | undefined | Promise<string | null | undefined>);
   /** Milliseconds without a frame until the server is asked for a sign of life (30,000). */
-  silence?: number;
+  pingInterval?: number;
   /** Milliseconds it may take to give one (10,000). */
-  patience?: number;
+  pongTimeout?: number;
 }
 
 export type FanfareState =

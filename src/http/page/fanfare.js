@@ -27,7 +27,7 @@ export class Fanfare {
   #last = null; // our position's id; null as long as there is none
   #head = -1; // ids up to this one are older than the connection
   #socket = null; // what comes from any other is ignored
-  #timer; // the only one: an attempt's deadline, the delay before the next, or the watch over silence
+  #timer; // the only one: an attempt's deadline, the delay before the next, or the watch over pingInterval
   #pending = new Map(); // sent and not answered: ref → the promise's functions
   #ref = 0;
   #failures = 0; // losses since the last steady connection
@@ -43,7 +43,7 @@ export class Fanfare {
     this.#url.protocol = this.#url.protocol.replace("http", "ws");
     if (channel) this.#url.searchParams.set("channel", channel);
     if ((lastEventId ?? "") !== "") this.#last = Number(lastEventId);
-    this.#options = { silence: 30_000, patience: 10_000, ...options };
+    this.#options = { pingInterval: 30_000, pongTimeout: 10_000, ...options };
     // Moments when a connection is often found dead, or can be had again.
     const { signal } = this.#listening;
     for (const name of ["online", "offline", "pageshow", "visibilitychange"])
@@ -143,9 +143,9 @@ export class Fanfare {
     else if (resumed) this.#emit("recovered", { lastEventId, head });
   }
 
-  // After some silence asks for a sign of life. Without one the connection is dead, whatever the system says.
+  // After some pingInterval asks for a sign of life. Without one the connection is dead, whatever the system says.
   #watch() {
-    const rest = this.#heard + this.#options.silence - performance.now();
+    const rest = this.#heard + this.#options.pingInterval - performance.now();
     if (rest > 0) this.#after(rest, () => this.#watch());
     else this.#probe();
   }
@@ -154,7 +154,7 @@ export class Fanfare {
     if (this.#asked > this.#heard) return; // asked already
     this.#asked = performance.now();
     this.#socket.send(PROBE);
-    this.#after(this.#options.patience, () =>
+    this.#after(this.#options.pongTimeout, () =>
       this.#heard >= this.#asked ? this.#watch() : this.#lost(1006, "no sign of life"));
   }
 

@@ -18,7 +18,7 @@ use crate::config::{self, Cap, Settings};
 use crate::http::Response;
 use crate::limits::allowances::Allowances;
 use crate::limits::rate::{Allowance, Client};
-use crate::protocol::close::Reason;
+use crate::protocol::close::CloseReason;
 
 /// Most connections of one address, unless said otherwise: a large office behind one address has fewer, and a
 /// program that opens more is one to talk about. Loopback is free, since a proxy on the same machine may not be named.
@@ -82,22 +82,22 @@ impl fmt::Display for Address {
 
 /// What is full.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Full {
+pub enum LimitReached {
     /// The node: `--max-connections`.
     Node,
-    /// The client's address: `--max-per-address`.
+    /// The client's address: `--max-connections-per-ip`.
     Address,
-    /// The user: `--max-per-user`.
+    /// The user: `--max-connections-per-user`.
     User,
 }
 
-impl Full {
+impl LimitReached {
     /// Why the connection ends.
-    pub fn reason(self) -> Reason {
+    pub fn reason(self) -> CloseReason {
         match self {
-            Full::Node => Reason::NodeFull,
-            Full::Address => Reason::AddressFull,
-            Full::User => Reason::UserFull,
+            LimitReached::Node => CloseReason::NodeLimit,
+            LimitReached::Address => CloseReason::IpLimit,
+            LimitReached::User => CloseReason::UserLimit,
         }
     }
 
@@ -119,7 +119,7 @@ impl Full {
 
 /// What a connection holds of the counts, from accept to the end of its socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Place {
+pub enum ConnectionSlot {
     /// A seat: it comes from a trusted proxy, which has not named a client, and is counted for nobody.
     Proxy,
     /// A seat, counted for this address.
@@ -127,7 +127,7 @@ pub enum Place {
     /// No seat, for this reason: it waits on the doorstep until its request can be answered.
     Doorstep {
         /// What is full.
-        full: Full,
+        full: LimitReached,
         /// It comes from a trusted proxy.
         proxy: bool,
         /// Its client is another than its peer, by the word of a trusted proxy.
@@ -135,24 +135,24 @@ pub enum Place {
     },
 }
 
-impl Place {
+impl ConnectionSlot {
     /// Whether its peer is a trusted proxy, who may name the client.
     pub fn is_proxy(self) -> bool {
-        matches!(self, Place::Proxy | Place::Doorstep { proxy: true, .. })
+        matches!(self, ConnectionSlot::Proxy | ConnectionSlot::Doorstep { proxy: true, .. })
     }
 
     /// Why it has no seat.
-    pub fn full(self) -> Option<Full> {
+    pub fn full(self) -> Option<LimitReached> {
         match self {
-            Place::Doorstep { full, .. } => Some(full),
-            Place::Proxy | Place::Client(_) => None,
+            ConnectionSlot::Doorstep { full, .. } => Some(full),
+            ConnectionSlot::Proxy | ConnectionSlot::Client(_) => None,
         }
     }
 }
 
 /// The counts and their caps.
 #[derive(Debug)]
-pub struct Guard {
+pub struct ConnectionLimits {
     trusted: Box<[IpNet]>,
     max_seats: u32,
     max_doorstep: u32,
@@ -171,15 +171,15 @@ pub struct Guard {
     pub allowances: Allowances,
 }
 
-impl Guard {
+impl ConnectionLimits {
     /// Nobody is there yet.
-    pub fn new(settings: &Settings) -> Guard {
-        Guard {
+    pub fn new(settings: &Settings) -> ConnectionLimits {
+        ConnectionLimits {
             trusted: settings.trusted_proxy.clone().into(),
             max_seats: settings.most_connections(),
             max_doorstep: config::rejection_slots(settings.most_connections()),
-            per_address: settings.max_per_address,
-            per_user: match settings.max_per_user {
+            per_address: settings.max_connections_per_ip,
+            per_user: match settings.max_connections_per_user {
                 Cap::Auto => (!settings.jwt_key.is_empty()).then_some(PER_USER),
                 Cap::Off => None,
                 Cap::Most(most) => Some(most.get()),
@@ -200,60 +200,62 @@ impl Guard {
         self.trusted.iter().any(|net| net.contains(&ip))
     }
 
-    /// A connection has come. Only the accept loop calls this. To be given back with [`Guard::leave`].
+    /// A connection has come. Only the accept loop calls this. To be given back with [`ConnectionLimits::leave`].
     ///
     /// # Errors
     /// What is full, when there is no room on the doorstep either.
-    pub fn arrive(&self, peer: IpAddr) -> Result<Place, Full> {
+    pub fn acquire(&self, peer: IpAddr) -> Result<ConnectionSlot, LimitReached> {
         let proxy = self.trusts(peer);
         let address = Address::from(peer);
         let full = if self.seats.load(Relaxed) >= self.max_seats {
-            Full::Node
+            LimitReached::Node
         } else if proxy || self.count(address) {
             self.seats.fetch_add(1, Relaxed);
-            return Ok(if proxy { Place::Proxy } else { Place::Client(address) });
+            return Ok(if proxy { ConnectionSlot::Proxy } else { ConnectionSlot::Client(address) });
         } else {
-            Full::Address
+            LimitReached::Address
         };
         if self.doorstep.load(Relaxed) >= self.max_doorstep {
             return Err(full);
         }
         self.doorstep.fetch_add(1, Relaxed);
-        Ok(Place::Doorstep { full, proxy, named: false })
+        Ok(ConnectionSlot::Doorstep { full, proxy, named: false })
     }
 
     /// A trusted proxy names the client of its connection. Whoever has no seat keeps its reason.
     ///
     /// # Errors
     /// The client's address is full, and so is the doorstep: it is to be answered at once.
-    pub fn name(&self, place: &mut Place, client: IpAddr) -> Result<(), Full> {
+    pub fn name(&self, place: &mut ConnectionSlot, client: IpAddr) -> Result<(), LimitReached> {
         debug_assert!(place.is_proxy(), "{place:?} names nobody");
         let proxy = self.trusts(client); // its own address is never counted
         match place {
-            Place::Doorstep { full, .. } => *place = Place::Doorstep { full: *full, proxy, named: true },
+            ConnectionSlot::Doorstep { full, .. } => {
+                *place = ConnectionSlot::Doorstep { full: *full, proxy, named: true }
+            }
             _ if proxy => {}
-            _ if self.count(client.into()) => *place = Place::Client(client.into()),
+            _ if self.count(client.into()) => *place = ConnectionSlot::Client(client.into()),
             _ => {
                 self.seats.fetch_sub(1, Relaxed);
-                *place = Place::Doorstep { full: Full::Address, proxy, named: true };
+                *place = ConnectionSlot::Doorstep { full: LimitReached::Address, proxy, named: true };
                 if self.doorstep.fetch_add(1, Relaxed) >= self.max_doorstep {
-                    return Err(Full::Address);
+                    return Err(LimitReached::Address);
                 }
             }
         }
         Ok(())
     }
 
-    /// A connection's socket has ended. `user` is empty unless [`Guard::seat_user`] took it.
-    pub fn leave(&self, place: Place, user: &str) {
+    /// A connection's socket has ended. `user` is empty unless [`ConnectionLimits::seat_user`] took it.
+    pub fn release(&self, place: ConnectionSlot, user: &str) {
         match place {
-            Place::Doorstep { .. } => {
+            ConnectionSlot::Doorstep { .. } => {
                 self.doorstep.fetch_sub(1, Relaxed);
             }
-            Place::Proxy => {
+            ConnectionSlot::Proxy => {
                 self.seats.fetch_sub(1, Relaxed);
             }
-            Place::Client(address) => {
+            ConnectionSlot::Client(address) => {
                 self.seats.fetch_sub(1, Relaxed);
                 discount(&self.addresses, &address);
             }
@@ -271,10 +273,10 @@ impl Guard {
     /// The allowance of the client of this connection. `None`: the connection shares with no other. Without tokens that
     /// holds for loopback, since a proxy on the same machine may not forward client addresses, and for a proxy's own
     /// connections.
-    pub fn allowance(&self, place: Place, user: &str) -> Option<Arc<Allowance>> {
+    pub fn allowance(&self, place: ConnectionSlot, user: &str) -> Option<Arc<Allowance>> {
         match (self.client, place) {
             (Client::User, _) => Some(self.allowances.get(user)),
-            (Client::Address, Place::Client(address)) if !address.is_loopback() => {
+            (Client::Address, ConnectionSlot::Client(address)) if !address.is_loopback() => {
                 Some(self.allowances.get(address))
             }
             (Client::Address, _) => None,

@@ -33,20 +33,20 @@ const TOLERATED_MAX: u32 = u16::MAX as u32 - 1;
 /// Highest message rate. Above it, times between messages are shorter than a turn of a shard.
 pub const RATE_MAX: u32 = 100_000;
 
-/// Most frames of one message, and one more for every [`FRAGMENT_BYTES`] of `--max-message`. No honest client needs more.
+/// Most frames of one message, and one more for every [`FRAGMENT_BYTES`] of `--max-message-size`. No honest client needs more.
 pub const FRAGMENTS_MAX: usize = 1024;
 
 /// Bytes that each further frame of a message counts at the byte rate beside its payload, since tiny fragments are work.
 pub const FRAGMENT_BYTES: usize = 64;
 
-/// Default of `--max-byte-rate` in bytes a second, unless `--max-message` is more: a hundred messages of 10 KiB, so that
+/// Default of `--max-byte-rate` in bytes a second, unless `--max-message-size` is more: a hundred messages of 10 KiB, so that
 /// an address fills at most a tenth of a link of 1 Gbit/s to Redis.
 pub const BYTE_RATE: u64 = 1 << 20;
 
 /// Lowest byte rate, in bytes a second. With [`MESSAGE_PART`] it makes the longest message in the most fragments fit into
 /// the burst.
 pub const BYTE_RATE_MIN: u64 = 64 * 1024;
-/// The byte rate is at least this part of `--max-message`.
+/// The byte rate is at least this part of `--max-message-size`.
 pub const MESSAGE_PART: u64 = 4;
 const _: () =
     assert!(2 * MESSAGE_PART + (FRAGMENT_BYTES * FRAGMENTS_MAX) as u64 / BYTE_RATE_MIN < BURST_SECONDS);
@@ -174,7 +174,7 @@ pub enum Decision {
 impl RateLimiter {
     /// The rates of these settings; `None` where there is no limit.
     pub fn new(settings: &Settings) -> Option<RateLimiter> {
-        let (rate, byte_rate) = (u64::from(settings.message_rate), settings.byte_rate());
+        let (rate, byte_rate) = (u64::from(settings.max_message_rate), settings.byte_rate());
         if rate == 0 && byte_rate == 0 {
             return None;
         }
@@ -199,11 +199,11 @@ impl RateLimiter {
             byte_rate,
             burst,
             burst_when_new: 0,
-            tolerated: settings.message_rate.clamp(TOLERATED_MIN, TOLERATED_MAX) as u16,
+            tolerated: settings.max_message_rate.clamp(TOLERATED_MIN, TOLERATED_MAX) as u16,
             texts: [text(1, ""), text(share.into(), whose)],
             share,
         };
-        let longest = limiter.cost(2 * settings.max_message, FRAGMENTS_MAX as u32);
+        let longest = limiter.cost(2 * settings.max_message_size, FRAGMENTS_MAX as u32);
         limiter.burst_when_new = (burst / NEW_PART).max(BURST_MIN * each).max(longest).min(burst);
         Some(limiter)
     }

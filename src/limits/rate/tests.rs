@@ -14,7 +14,7 @@ fn limiter(flags: &[&str]) -> RateLimiter {
 }
 
 fn of_rate(rate: u32) -> RateLimiter {
-    limiter(&["--message-rate", &rate.to_string()])
+    limiter(&["--max-message-rate", &rate.to_string()])
 }
 
 /// How many of these messages, of a few bytes each, are accepted, rejected, and close the connection.
@@ -67,7 +67,7 @@ fn a_slow_rate_tolerates_ten_rejections() {
 
 #[test]
 fn no_rates_mean_no_limiter() {
-    let flags = ["--message-rate", "0", "--max-byte-rate", "0"].map(std::ffi::OsString::from);
+    let flags = ["--max-message-rate", "0", "--max-byte-rate", "0"].map(std::ffi::OsString::from);
     match Settings::from(flags, []) {
         Ok(Action::Run(settings)) => assert!(RateLimiter::new(&settings).is_none()),
         other => panic!("{other:?}"),
@@ -76,8 +76,8 @@ fn no_rates_mean_no_limiter() {
 
 #[test]
 fn connections_of_a_client_share_its_allowance() {
-    let tokens = limiter(&["--message-rate", "100", "--jwt-key", "/some/file"]);
-    let addresses = limiter(&["--message-rate", "100"]);
+    let tokens = limiter(&["--max-message-rate", "100", "--jwt-key", "/some/file"]);
+    let addresses = limiter(&["--max-message-rate", "100"]);
     for (limiter, times) in [(tokens, 1), (addresses, 10)] {
         let client = Allowance::new(limiter.first_tat(SECOND));
         let accepted = |now, connections| {
@@ -96,20 +96,20 @@ fn connections_of_a_client_share_its_allowance() {
 
 #[test]
 fn bytes_and_fragments_cost_at_the_byte_rate() {
-    let limiter = limiter(&["--message-rate", "100", "--max-byte-rate", "1MiB"]);
+    let limiter = limiter(&["--max-message-rate", "100", "--max-byte-rate", "1MiB"]);
     let each = SECOND / 100;
     assert_eq!(limiter.cost(0, 1), each);
     assert_eq!(limiter.cost(10_000, 1), each, "a message of 10 KB costs no more than an empty one");
     assert_eq!(limiter.cost(1 << 20, 1), SECOND);
     assert_eq!(limiter.cost(0, 1 + (1 << 20) / FRAGMENT_BYTES as u32), SECOND);
     // At every allowed byte rate the most expensive message fits into the burst, also of a new client.
-    for max_message in [1, 1 << 10, 64 << 10, 1 << 20, 16 << 20_usize] {
-        let byte_rate = BYTE_RATE_MIN.max((max_message as u64).div_ceil(MESSAGE_PART)).to_string();
-        let message = max_message.to_string();
-        let flags = ["--max-message", &message, "--max-byte-rate", &byte_rate];
+    for max_message_size in [1, 1 << 10, 64 << 10, 1 << 20, 16 << 20_usize] {
+        let byte_rate = BYTE_RATE_MIN.max((max_message_size as u64).div_ceil(MESSAGE_PART)).to_string();
+        let message = max_message_size.to_string();
+        let flags = ["--max-message-size", &message, "--max-byte-rate", &byte_rate];
         let limiter = tests::limiter(&flags);
-        let frames = (FRAGMENTS_MAX + max_message / FRAGMENT_BYTES) as u32;
-        let cost = limiter.cost(max_message, frames);
+        let frames = (FRAGMENTS_MAX + max_message_size / FRAGMENT_BYTES) as u32;
+        let cost = limiter.cost(max_message_size, frames);
         let client = Allowance::new(limiter.first_tat(SECOND));
         let (mut tat, mut rejected) = Used::default();
         let decision = limiter.check(&mut tat, &mut rejected, Some(&client), cost, SECOND);
@@ -137,7 +137,7 @@ proptest! {
         rate in 1..=RATE_MAX,
         steps in prop::collection::vec((0..3_000u64, 1..500u32), 1..20),
     ) {
-        let limiter = limiter(&["--message-rate", &rate.to_string(), "--max-byte-rate", "0"]);
+        let limiter = limiter(&["--max-message-rate", &rate.to_string(), "--max-byte-rate", "0"]);
         let (mut hasty, mut steady) = (Used::default(), Used::default());
         let (mut now, mut accepted) = (0, 0);
         for (millis, messages) in steps {

@@ -117,7 +117,7 @@ end
 -- The settings of the nodes of a prefix, or nil and the reason.
 local function settings_of(prefix)
   local key = prefix .. ':settings'
-  local found = redis.pcall('HMGET', key, 'max_message', 'history', 'history_ttl', 'durable', 'bare_channels',
+  local found = redis.pcall('HMGET', key, 'max_message_size', 'history', 'history_ttl', 'durable', 'pubsub_channels',
     'history_bytes')
   if found.err then
     return nil, "can't read " .. key .. ': ' .. found.err
@@ -147,7 +147,7 @@ local function publish(keys, args)
   end
   local text = args[1]
   if #text > settings.max then
-    return refuse('the event has ' .. #text .. ' bytes; --max-message allows ' .. settings.max)
+    return refuse('the event has ' .. #text .. ' bytes; --max-message-size allows ' .. settings.max)
   end
   local event, fault = decode(text)
   if fault then
