@@ -1,4 +1,4 @@
-//! Every seed of the fuzz targets through their bodies: what they once found stays found. README tells how to fuzz.
+//! Every seed of the fuzz targets through their bodies: what they once found stays found. docs/development.md says how to fuzz.
 
 #[path = "../fuzz/bodies.rs"]
 mod bodies;

@@ -5,7 +5,7 @@ use super::session::CallError;
 use super::wire::FAULT;
 
 const NOT_PERMITTED: &str =
-    "Redis does not permit its user all that a node does: see its ACL rules, and README for those needed";
+    "the Redis user of this node lacks permissions: docs/redis.md lists them";
 
 /// What Redis or the way to it says, by its beginning, and what that means.
 const MEANINGS: [(&str, &str); 17] = [

@@ -56,7 +56,7 @@ fn rights(facts: &Facts) -> Finding {
                 Some((refused, rights)) => Finding::problem("rights", refused)
                     .remedy(format!("redis-cli ACL SETUSER <user> {rights}")),
                 None => Finding::problem("rights", text)
-                    .remedy("redis-cli ACL SETUSER, with the rights in README"),
+                    .remedy("redis-cli ACL SETUSER, with the permissions in docs/redis.md"),
             }
         }
     }
