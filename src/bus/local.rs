@@ -9,7 +9,6 @@ use std::time::{Duration, Instant, SystemTime};
 
 use super::{BusContext, BusError, PAGE, PART_SHARED, Page, Publish, Request, ShardMessage, page_begin};
 use crate::config::Settings;
-use crate::feed::Feed;
 use crate::protocol::event::{ChannelName, Entry, EventId};
 use crate::protocol::frame;
 
@@ -99,7 +98,7 @@ impl Channel {
         let (begin, end) = (page_begin(position), EventId(page_begin(position).0 + PAGE));
         let at = self.history.partition_point(|entry| entry.last <= position);
         let first = self.history.partition_point(|entry| entry.last <= begin);
-        let front: usize = self.history.range(first..at).map(Feed::cost).sum();
+        let front: usize = self.history.range(first..at).map(Entry::memory).sum();
         let (after, first) = if front <= PART_SHARED { (begin, first) } else { (position, at) };
         let mut entries = Vec::new();
         for entry in self.history.range(first..) {
@@ -108,7 +107,7 @@ impl Channel {
             if !is_shared && bytes == 0 {
                 break;
             }
-            bytes = if is_shared { bytes } else { bytes.saturating_sub(Feed::cost(&entry)) };
+            bytes = if is_shared { bytes } else { bytes.saturating_sub(entry.memory()) };
             entries.push(entry);
         }
         let after = entries.first().map_or(position, |entry| entry.before().min(position));
@@ -117,7 +116,7 @@ impl Channel {
 
     fn push(&mut self, entry: Entry) {
         self.events += entry.ids();
-        self.bytes += Feed::cost(&entry);
+        self.bytes += entry.memory();
         self.history.push_back(entry);
     }
 
@@ -125,7 +124,7 @@ impl Channel {
     fn pop(&mut self) {
         if let Some(entry) = self.history.pop_front() {
             self.events -= entry.ids();
-            self.bytes -= Feed::cost(&entry);
+            self.bytes -= entry.memory();
         }
     }
 

@@ -9,13 +9,6 @@ use std::sync::Arc;
 
 use crate::protocol::event::{Entry, EventId, Kind};
 
-/// What an entry costs beside its bytes: slot, index by kind, allocation head, trim order.
-const ENTRY_OVERHEAD: usize = 128;
-
-/// What a private entry costs more, beside its user's name: the name's allocation head (16 bytes) and 16 bytes in a B-tree
-/// whose leaves may be half empty.
-const PRIVATE_OVERHEAD: usize = 64;
-
 /// A place in a feed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Cursor {
@@ -107,15 +100,6 @@ impl Feed {
     pub fn recent(&self) -> impl Iterator<Item = &Entry> {
         let begin = self.entries.partition_point(|entry| entry.last <= self.base);
         self.entries.range(begin..).filter(|entry| entry.kind != Kind::Raw)
-    }
-
-    /// What `entry` counts against the memory for feeds, in bytes.
-    pub fn cost(entry: &Entry) -> usize {
-        let private = match &entry.kind {
-            Kind::Private(user) => user.len() + PRIVATE_OVERHEAD,
-            _ => 0,
-        };
-        entry.bytes.len() + 4 * entry.frames() + ENTRY_OVERHEAD + private
     }
 
     /// Positions before this are not continuous with what follows.

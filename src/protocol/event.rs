@@ -11,6 +11,14 @@ pub const NAME_MAX: usize = 128;
 /// The channel of a socket that names none.
 pub const DEFAULT_CHANNEL: &str = "ws_broadcast";
 
+/// Memory of an entry in a feed or a history beside its bytes: the entry itself (72), its place in an index and in the
+/// eviction queue (24), and the heads of its allocations (32).
+const ENTRY_OVERHEAD: usize = 128;
+
+/// Memory of a private entry beside its user's name: the head of the name's allocation (16 bytes) and 16 bytes in a B-tree
+/// whose leaves may be half empty.
+const PRIVATE_OVERHEAD: usize = 64;
+
 /// A place in a channel's one sequence. Below 2^53, so that JavaScript holds it exactly.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct EventId(pub u64);
@@ -146,6 +154,15 @@ impl Entry {
     /// How many frames it holds.
     pub fn frames(&self) -> usize {
         self.ends.as_ref().map_or(1, |ends| ends.len())
+    }
+
+    /// Bytes of memory that it counts for in a feed or a history.
+    pub fn memory(&self) -> usize {
+        let private = match &self.kind {
+            Kind::Private(user) => user.len() + PRIVATE_OVERHEAD,
+            _ => 0,
+        };
+        self.bytes.len() + size_of::<u32>() * self.frames() + ENTRY_OVERHEAD + private
     }
 
     /// How many ids it takes in the sequence.

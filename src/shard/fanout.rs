@@ -14,7 +14,7 @@ impl Shard {
         let Some(key) = self.names.get(name).copied() else { return };
         let channel = &mut self.channels[key as usize];
         let Some(feed) = &mut channel.feed else { return channel.early.push(entry) };
-        let cost = Feed::cost(&entry);
+        let cost = entry.memory();
         self.feed_bytes += cost;
         self.longest_entry = self.longest_entry.max(cost);
         self.ages.push_back((key, channel.serial));
@@ -59,7 +59,7 @@ impl Shard {
             }
             self.ages.pop_front();
             let Some(entry) = channel.feed.as_mut().and_then(Feed::pop) else { continue };
-            self.feed_bytes -= Feed::cost(&entry);
+            self.feed_bytes -= entry.memory();
             let mut copies = Copies::default();
             while let Some((_, slot)) = channel.begun.first().copied().filter(|begun| begun.0 <= number) {
                 channel.begun.pop_first();

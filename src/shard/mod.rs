@@ -514,7 +514,7 @@ impl Shard {
         self.passes.retain(|other| *other != key);
         if let Some(mut feed) = channel.feed {
             while let Some(entry) = feed.pop() {
-                self.feed_bytes -= Feed::cost(&entry);
+                self.feed_bytes -= entry.memory();
                 self.stale_ages += 1;
             }
         }

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, VecDeque};
 use crate::bus::reads::{Read, Reads};
 use crate::bus::{ConnectionId, Page, is_continuous, is_gone, page_begin};
 use crate::feed::Feed;
-use crate::protocol::event::EventId;
+use crate::protocol::event::{Entry, EventId};
 use crate::ws::connection::Copies;
 
 /// A shard may always keep parts of this many events of the greatest length. Parts under way may take as much again.
@@ -52,7 +52,7 @@ impl ReadyPage {
             oldest: page.oldest,
             feed: Feed::of(page.base, page.after, &entries),
             copies: Copies::default(),
-            cost: entries.iter().map(Feed::cost).sum(),
+            cost: entries.iter().map(Entry::memory).sum(),
             used: tick,
             unserved: 0,
         }
@@ -216,7 +216,6 @@ impl Pages {
 mod tests {
     use super::*;
     use crate::bus::{PAGE, PART_SHARED};
-    use crate::protocol::event::Entry;
     use crate::ws::connection::{BURST, CatchUp};
     use proptest::prelude::*;
 

@@ -10,8 +10,7 @@ use super::subscriptions::read;
 use super::{Bus, Outcome, errors, scripts, wire};
 use crate::bus::reads::{Read, Reads};
 use crate::bus::{BusError, PAGE, PART_SHARED, Page, ShardId, ShardMessage, page_begin};
-use crate::feed::Feed;
-use crate::protocol::event::{ChannelName, EventId};
+use crate::protocol::event::{ChannelName, Entry, EventId};
 
 /// How long a part is kept for other shards. Their clients come together after a cut, and each shard keeps what it
 /// got for as long as it is in use.
@@ -55,7 +54,7 @@ impl Pages {
         if self.kept.contains_key(&key) {
             return; // one of an earlier epoch, whose time will come
         }
-        let size = page.entries.iter().map(Feed::cost).sum();
+        let size = page.entries.iter().map(Entry::memory).sum();
         self.bytes += size;
         self.ages.push_back((Instant::now(), size, key.clone()));
         self.kept.insert(key, page);
