@@ -13,6 +13,7 @@ use crate::limits::connections::ConnectionSlot;
 use crate::metrics::{BusMetrics, Readiness};
 use crate::protocol::event::{ChannelName, Entry, EventId};
 
+pub mod coalesced;
 pub mod local;
 pub mod reads;
 pub mod redis;
