@@ -1,7 +1,8 @@
 //! Requests shared by all that wait for the same answer.
 
-/// Waiters for an answer that must be as recent as their wait. A request that was under way when a waiter came may be too
-/// old for it, so the next request serves it, together with all others that came meanwhile.
+/// Waiters for an answer that must be as recent as their wait. A request that was under way when a
+/// waiter came may be too old for it, so the next request serves it, together with all others that
+/// came meanwhile.
 #[derive(Debug)]
 pub struct Coalesced<W> {
     /// Served by the request under way.

@@ -2,11 +2,12 @@
 
 use std::collections::VecDeque;
 
-/// Keys of what is held, oldest first, with the bytes that each takes. The owner holds the values; this queue says which
-/// of them goes next.
+/// Keys of what is held, oldest first, with the bytes that each takes. The owner holds the values;
+/// this queue says which of them goes next.
 ///
-/// Values of an owner that goes away all at once (the entries of a dropped channel) would take a search to remove. They
-/// stay in the queue as stale keys, which count no bytes: see [`EvictionQueue::mark_stale`].
+/// Values of an owner that goes away all at once (the entries of a dropped channel) would take a
+/// search to remove. They stay in the queue as stale keys, which count no bytes: see
+/// [`EvictionQueue::mark_stale`].
 #[derive(Debug)]
 pub struct EvictionQueue<K> {
     /// Keys and their bytes.
@@ -55,7 +56,8 @@ impl<K> EvictionQueue<K> {
         Some(key)
     }
 
-    /// Removes the oldest key for which `may_go` holds, if all values together take more than `budget` bytes.
+    /// Removes the oldest key for which `may_go` holds, if all values together take more than
+    /// `budget` bytes.
     pub fn evict(&mut self, budget: usize, may_go: impl Fn(&K) -> bool) -> Option<K> {
         if self.bytes <= budget {
             return None;

@@ -1,7 +1,8 @@
-//! A channel's recent events in memory, and cursors into them.
+//! Recent events of one channel in memory, and cursors into them.
 //!
-//! Entries are numbered from 0 for as long as the channel is followed. A cursor is an entry's number and a byte
-//! offset in it; a connection also keeps its position (the last event it has whole), which outlives the entry.
+//! Entries are numbered from 0 for as long as the channel is followed. A cursor is the number of an
+//! entry and a byte offset in it. A connection also keeps its position, the last event that it got
+//! whole. The position stays valid when the entry is evicted.
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::hash::{BuildHasher, RandomState};
@@ -9,52 +10,55 @@ use std::sync::Arc;
 
 use crate::protocol::event::{Entry, EventId, Kind};
 
-/// A place in a feed.
+pub mod eviction;
+#[cfg(test)]
+mod tests;
+
+/// A place in a feed: what a connection gets next.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Cursor {
-    /// The entry to be written next.
+    /// The number of the entry.
     pub entry: u64,
-    /// How many of its bytes are written already.
+    /// How many of its bytes are written.
     pub offset: u32,
 }
 
-/// Who reads, as far as it decides which entries are for them.
+/// What decides which entries a connection gets.
 #[derive(Clone, Copy, Debug)]
 pub struct Reader<'a> {
-    /// Their user id.
     pub user: &'a str,
-    /// Events without id before this entry are the past: they are never replayed.
+    /// Events without id count from this entry on: they are never replayed.
     pub live_from: u64,
 }
 
-/// Where a client that has everything up to some position finds what follows.
+/// Where the events after a position are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Start {
-    /// In the feed, from here.
-    At(Cursor),
-    /// Before the feed begins: history has to say.
-    Before,
-    /// The channel's sequence was broken since: it can't be proven that nothing is missing.
-    Broken,
-    /// The feed is not that far yet.
+pub enum Lookup {
+    /// In the feed, from here on.
+    Found(Cursor),
+    /// No longer in the feed: they are read from history.
+    Evicted,
+    /// The position is before a reset, so that events after it may be lost.
+    Discontinuous,
+    /// The feed has not reached the position.
     Ahead,
 }
 
-/// Recent entries of one channel, indexed by reader: the next entry for a reader is found in O(log n), however many entries
-/// for others lie before it.
+/// Recent entries of one channel. Indexes by kind and user find the next entry for a reader in
+/// O(log n), however many entries for others are before it.
 #[derive(Debug)]
 pub struct Feed {
     base: EventId,
-    /// The position before the first entry held.
+    /// The position before the first entry.
     before: EventId,
     /// The position after the last entry.
     position: EventId,
-    /// The number of the first entry held.
+    /// The number of the first entry.
     start: u64,
-    /// Entries before this number that are no longer held include one for everybody.
-    lost: u64,
-    /// The number after the last event without id that is no longer held.
-    plain_lost: u64,
+    /// The number after the last evicted entry for everybody; 0: none was evicted.
+    evicted_shared: u64,
+    /// The number after the last evicted event without id.
+    evicted_plain: u64,
     entries: VecDeque<Entry>,
     /// Numbers of the entries for everybody that are replayed: events and reset marks.
     shared: VecDeque<u64>,
@@ -63,21 +67,22 @@ pub struct Feed {
     /// Private entries by the hash of their user, then by number.
     private: BTreeSet<(u64, u64)>,
     hasher: RandomState,
-    /// Users with a private fan-out under way, with the number after their last private entry that was evicted meanwhile
-    /// (0: none).
+    /// Users with a private fan-out under way, and the number after their last private entry
+    /// evicted during it (0: none).
     undelivered: HashMap<Arc<str>, u64>,
 }
 
 impl Feed {
-    /// An empty feed that goes on after `position`; nothing before `base` is continuous with it.
+    /// An empty feed that continues after `position`. No position before `base` is continuous with
+    /// it.
     pub fn new(base: EventId, position: EventId) -> Feed {
         Feed {
             base,
             before: position,
             position,
             start: 0,
-            lost: 0,
-            plain_lost: 0,
+            evicted_shared: 0,
+            evicted_plain: 0,
             entries: VecDeque::new(),
             shared: VecDeque::new(),
             plain: VecDeque::new(),
@@ -87,27 +92,25 @@ impl Feed {
         }
     }
 
-    /// A feed that holds these consecutive entries; `position` is what it stands at when there are none.
-    pub fn of(base: EventId, position: EventId, entries: &[Entry]) -> Feed {
+    /// A feed of these consecutive entries, or an empty one at `position`.
+    pub fn with_entries(base: EventId, position: EventId, entries: Vec<Entry>) -> Feed {
         let mut feed = Feed::new(base, entries.first().map_or(position, Entry::before));
-        entries.iter().for_each(|entry| {
-            feed.append(entry.clone());
-        });
+        entries.into_iter().for_each(|entry| feed.append(entry));
         feed
     }
 
-    /// What is held of the last run without a break, oldest first; events without id are left out.
+    /// Entries after the last reset, oldest first, without the events that have no id.
     pub fn recent(&self) -> impl Iterator<Item = &Entry> {
-        let begin = self.entries.partition_point(|entry| entry.last <= self.base);
-        self.entries.range(begin..).filter(|entry| entry.kind != Kind::Raw)
+        let first = self.entries.partition_point(|entry| entry.last <= self.base);
+        self.entries.range(first..).filter(|entry| entry.kind != Kind::Raw)
     }
 
-    /// Positions before this are not continuous with what follows.
+    /// The first position of the epoch: none before it is continuous with what follows.
     pub fn base(&self) -> EventId {
         self.base
     }
 
-    /// The position before the first entry held.
+    /// The position before the first entry.
     pub fn before(&self) -> EventId {
         self.before
     }
@@ -117,7 +120,7 @@ impl Feed {
         self.position
     }
 
-    /// The number of the first entry held.
+    /// The number of the first entry.
     pub fn start(&self) -> u64 {
         self.start
     }
@@ -127,12 +130,13 @@ impl Feed {
         self.start + self.entries.len() as u64
     }
 
-    /// The position of a client that has everything before the entry with this number, which is held or the next one.
+    /// The position of a client that got everything before the entry with this number, which is in
+    /// the feed or the next one to come.
     pub fn position_before(&self, number: u64) -> EventId {
         number.checked_sub(1).and_then(|previous| self.get(previous)).map_or(self.before, |entry| entry.last)
     }
 
-    /// The entry with this number, while it is held.
+    /// The entry with this number, unless it was evicted.
     pub fn get(&self, number: u64) -> Option<&Entry> {
         let index = number.checked_sub(self.start)?;
         self.entries.get(usize::try_from(index).ok()?)
@@ -161,7 +165,7 @@ impl Feed {
     }
 
     /// Evicts the oldest entry.
-    pub fn pop(&mut self) -> Option<Entry> {
+    pub fn evict(&mut self) -> Option<Entry> {
         let entry = self.entries.pop_front()?;
         let number = self.start;
         self.start += 1;
@@ -169,63 +173,64 @@ impl Feed {
         match &entry.kind {
             Kind::Events | Kind::Reset => {
                 self.shared.pop_front();
-                self.lost = self.start;
+                self.evicted_shared = self.start;
             }
             Kind::Raw => {
                 self.plain.pop_front();
-                self.lost = self.start;
-                self.plain_lost = self.start;
+                self.evicted_shared = self.start;
+                self.evicted_plain = self.start;
             }
             Kind::Private(user) => {
                 self.private.remove(&(self.hasher.hash_one(&**user), number));
-                if let Some(lost) = self.undelivered.get_mut(user) {
-                    *lost = self.start;
+                if let Some(evicted) = self.undelivered.get_mut(user) {
+                    *evicted = self.start;
                 }
             }
         }
         Some(entry)
     }
 
-    /// Starts a private fan-out to this user. Until [`Feed::finish_delivery`] the feed remembers whether it evicted a
-    /// private entry of this user, so that no connection skips it.
+    /// Notes the start of a private fan-out to this user. Until [`Feed::finish_delivery`] the feed
+    /// remembers whether it evicted a private entry of this user, so that no connection skips it.
     pub fn start_delivery(&mut self, user: Arc<str>) {
         self.undelivered.entry(user).or_default();
     }
 
-    /// Finishes the private fan-out to this user: all their connections were visited.
+    /// Notes that the private fan-out has visited all connections of this user.
     pub fn finish_delivery(&mut self, user: &str) {
         self.undelivered.remove(user);
     }
 
-    /// Where a client that has everything up to `position` goes on.
-    pub fn find(&self, position: EventId) -> Start {
+    /// Where a client that got everything up to `position` continues.
+    pub fn find(&self, position: EventId) -> Lookup {
         if position > self.position {
-            return Start::Ahead;
+            return Lookup::Ahead;
         }
         if position < self.base {
-            return Start::Broken;
+            return Lookup::Discontinuous;
         }
         if position < self.before {
-            return Start::Before;
+            return Lookup::Evicted;
         }
         let index = self.entries.partition_point(|entry| entry.last <= position);
         let offset = self.entries.get(index).map_or(0, |entry| entry.offset_after(position));
-        Start::At(Cursor { entry: self.start + index as u64, offset })
+        Lookup::Found(Cursor { entry: self.start + index as u64, offset })
     }
 
-    /// Whether no entry for this user from `number` on was evicted. Holds only for a connection that has everything before
-    /// `number` and was visited by every later private fan-out.
+    /// Whether no entry for this user from `number` on was evicted. Valid only for a connection
+    /// that got everything before `number` and was visited by every later private fan-out.
     pub fn holds_all_from(&self, number: u64, user: &str) -> bool {
-        let held = |lost: &u64| number >= *lost;
-        number >= self.start || (held(&self.lost) && self.undelivered.get(user).is_none_or(held))
+        let is_before = |evicted: &u64| *evicted <= number;
+        number >= self.start
+            || (is_before(&self.evicted_shared) && self.undelivered.get(user).is_none_or(is_before))
     }
 
-    /// Whether an event without id that is no longer held came at `number` or later.
-    pub fn has_lost_plain(&self, number: u64) -> bool {
-        number < self.plain_lost
+    /// Whether an event without id was evicted that came at `number` or later.
+    pub fn has_evicted_plain(&self, number: u64) -> bool {
+        number < self.evicted_plain
     }
 
-    /// The first entry from `number` on that is for this reader.
+    /// The number of the first entry from `number` on that is for this reader.
     pub fn next_for(&self, number: u64, reader: Reader<'_>) -> Option<u64> {
         let number = number.max(self.start);
         if is_for(self.get(number)?, number, reader) {
@@ -233,17 +238,17 @@ impl Feed {
         }
         let shared = first_from(&self.shared, number);
         let plain = first_from(&self.plain, number.max(reader.live_from));
-        let own = self.next_private(number, reader);
-        [shared, plain, own].into_iter().flatten().min()
+        let private = self.next_private(number, reader);
+        [shared, plain, private].into_iter().flatten().min()
     }
 
     fn next_private(&self, number: u64, reader: Reader<'_>) -> Option<u64> {
         if self.private.is_empty() {
-            return None; // without hashing the name
+            return None; // saves hashing the name
         }
         let hash = self.hasher.hash_one(reader.user);
         let same_hash = self.private.range((hash, number)..=(hash, u64::MAX)).map(|(_, number)| *number);
-        // Other users' names may have the same hash.
+        // Another user may have the same hash.
         same_hash
             .into_iter()
             .find(|number| self.get(*number).is_some_and(|entry| is_for(entry, *number, reader)))
@@ -265,6 +270,3 @@ fn first_from(numbers: &VecDeque<u64>, number: u64) -> Option<u64> {
     }
     numbers.get(numbers.partition_point(|other| *other < number)).copied()
 }
-
-#[cfg(test)]
-mod tests;

@@ -25,39 +25,39 @@ fn finds_the_event_after_a_position_inside_an_entry() {
     feed.append(events(101, 3));
     feed.append(event(104));
     let frame = 2 + r#"{"id":101}"#.len() as u32;
-    assert_eq!(feed.find(EventId(100)), Start::At(Cursor { entry: 0, offset: 0 }));
-    assert_eq!(feed.find(EventId(101)), Start::At(Cursor { entry: 0, offset: frame }));
-    assert_eq!(feed.find(EventId(102)), Start::At(Cursor { entry: 0, offset: 2 * frame }));
-    assert_eq!(feed.find(EventId(103)), Start::At(Cursor { entry: 1, offset: 0 }));
-    assert_eq!(feed.find(EventId(104)), Start::At(Cursor { entry: 2, offset: 0 }));
-    assert_eq!(feed.find(EventId(105)), Start::Ahead);
-    assert_eq!(feed.find(EventId(99)), Start::Broken);
-    feed.pop();
-    assert_eq!(feed.find(EventId(102)), Start::Before);
-    assert_eq!(feed.find(EventId(103)), Start::At(Cursor { entry: 1, offset: 0 }));
+    assert_eq!(feed.find(EventId(100)), Lookup::Found(Cursor { entry: 0, offset: 0 }));
+    assert_eq!(feed.find(EventId(101)), Lookup::Found(Cursor { entry: 0, offset: frame }));
+    assert_eq!(feed.find(EventId(102)), Lookup::Found(Cursor { entry: 0, offset: 2 * frame }));
+    assert_eq!(feed.find(EventId(103)), Lookup::Found(Cursor { entry: 1, offset: 0 }));
+    assert_eq!(feed.find(EventId(104)), Lookup::Found(Cursor { entry: 2, offset: 0 }));
+    assert_eq!(feed.find(EventId(105)), Lookup::Ahead);
+    assert_eq!(feed.find(EventId(99)), Lookup::Discontinuous);
+    feed.evict();
+    assert_eq!(feed.find(EventId(102)), Lookup::Evicted);
+    assert_eq!(feed.find(EventId(103)), Lookup::Found(Cursor { entry: 1, offset: 0 }));
 }
 
 #[test]
-fn positions_before_a_reset_are_broken() {
+fn positions_before_a_reset_are_discontinuous() {
     let mut feed = Feed::new(EventId(1), EventId(1));
     feed.append(event(2));
     feed.append(Entry::reset(EventId(50)));
     feed.append(event(51));
-    assert_eq!(feed.find(EventId(2)), Start::Broken);
-    assert_eq!(feed.find(EventId(49)), Start::Broken);
-    assert_eq!(feed.find(EventId(50)), Start::At(Cursor { entry: 2, offset: 0 }));
+    assert_eq!(feed.find(EventId(2)), Lookup::Discontinuous);
+    assert_eq!(feed.find(EventId(49)), Lookup::Discontinuous);
+    assert_eq!(feed.find(EventId(50)), Lookup::Found(Cursor { entry: 2, offset: 0 }));
 }
 
 #[test]
-fn standing_before_what_is_for_others_is_not_falling_behind() {
+fn entries_for_others_can_be_evicted_unread() {
     let mut feed = Feed::new(EventId(1), EventId(1));
     feed.append(private(2, "bob"));
     feed.append(private(3, "bob"));
     feed.append(event(4));
-    feed.pop();
+    feed.evict();
     assert!(feed.holds_all_from(0, "alice"));
-    feed.pop();
-    feed.pop();
+    feed.evict();
+    feed.evict();
     assert!(!feed.holds_all_from(2, "alice"));
     assert!(feed.holds_all_from(3, "alice"));
 }
@@ -69,16 +69,16 @@ fn remembers_evictions_during_a_private_fan_out() {
     feed.start_delivery("bob".into());
     feed.append(private(3, "bob"));
     assert!(feed.holds_all_from(0, "bob"));
-    feed.pop();
+    feed.evict();
     assert!(!feed.holds_all_from(0, "bob"));
     assert!(feed.holds_all_from(1, "bob") && feed.holds_all_from(0, "alice"));
     feed.finish_delivery("bob");
-    feed.pop();
+    feed.evict();
     assert!(feed.holds_all_from(1, "bob"));
 }
 
 #[test]
-fn what_has_no_id_is_never_replayed() {
+fn events_without_id_are_not_replayed() {
     let mut feed = Feed::new(EventId(1), EventId(1));
     feed.append(Entry::raw(EventId(1), b"{}"));
     feed.append(event(2));
@@ -87,12 +87,12 @@ fn what_has_no_id_is_never_replayed() {
 }
 
 proptest! {
-    /// Whatever is appended and let go, a reader from any position the feed still covers sees exactly the
-    /// events after it that are for them, in order.
+    /// After any appends and evictions, a reader at any position that the feed covers gets exactly
+    /// the later events for it, in order.
     #[test]
-    fn a_reader_sees_exactly_what_is_theirs(
+    fn a_reader_gets_exactly_its_events(
         shapes in prop::collection::vec((0u8..5, 1u64..5), 1..60),
-        pops in 0usize..30,
+        evictions in 0usize..30,
         skip in 0u64..120,
     ) {
         let mut feed = Feed::new(EventId(1000), EventId(1000));
@@ -112,15 +112,15 @@ proptest! {
                 }
             }
         }
-        for _ in 0..pops {
-            feed.pop();
+        for _ in 0..evictions {
+            feed.evict();
         }
         let position = EventId(1000 + skip);
         match feed.find(position) {
-            Start::Ahead => prop_assert!(position > feed.position()),
-            Start::Before => prop_assert!(position < feed.before()),
-            Start::Broken => prop_assert!(false, "nothing was broken"),
-            Start::At(mut cursor) => {
+            Lookup::Ahead => prop_assert!(position > feed.position()),
+            Lookup::Evicted => prop_assert!(position < feed.before()),
+            Lookup::Discontinuous => prop_assert!(false, "there was no reset"),
+            Lookup::Found(mut cursor) => {
                 let reader = Reader { user: "alice", live_from: feed.end() };
                 let mut seen = Vec::new();
                 while let Some(number) = feed.next_for(cursor.entry, reader) {
@@ -136,9 +136,10 @@ proptest! {
         }
     }
 
-    /// The index finds the same entries as a linear search, for every reader and place, and shrinks with the feed.
+    /// The indexes find the same entries as a linear search, for every reader and number, and
+    /// shrink with the feed.
     #[test]
-    fn the_index_agrees_with_a_search(steps in prop::collection::vec(0u8..8, 1..200)) {
+    fn indexes_agree_with_a_linear_search(steps in prop::collection::vec(0u8..8, 1..200)) {
         let mut feed = Feed::new(EventId(1000), EventId(1000));
         for step in steps {
             let next = feed.position().0 + 1;
@@ -148,7 +149,7 @@ proptest! {
                 4 => feed.append(event(next)),
                 5 => feed.append(Entry::raw(feed.position(), b"{}")),
                 6 => feed.append(Entry::reset(EventId(next))),
-                _ => drop(feed.pop()),
+                _ => drop(feed.evict()),
             }
         }
         for user in ["alice", "bob", "carol"] {
@@ -161,7 +162,7 @@ proptest! {
                 }
             }
         }
-        while feed.pop().is_some() {}
+        while feed.evict().is_some() {}
         prop_assert!(feed.shared.is_empty() && feed.plain.is_empty() && feed.private.is_empty());
     }
 }

@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use super::Shard;
-use crate::feed::{Cursor, Feed, Start};
+use crate::feed::{Cursor, Feed, Lookup};
 use crate::protocol::close::CloseReason;
 use crate::protocol::event::{ChannelName, Entry, Kind};
 use crate::ws::connection::{BURST, Copies, Flushed, State};
@@ -58,7 +58,7 @@ impl Shard {
                 return;
             }
             self.ages.pop_front();
-            let Some(entry) = channel.feed.as_mut().and_then(Feed::pop) else { continue };
+            let Some(entry) = channel.feed.as_mut().and_then(Feed::evict) else { continue };
             self.feed_bytes -= entry.memory();
             let mut copies = Copies::default();
             while let Some((_, slot)) = channel.begun.first().copied().filter(|begun| begun.0 <= number) {
@@ -192,16 +192,16 @@ impl Shard {
             let channel = &self.channels[key as usize];
             let feed = channel.feed.as_ref().expect("members are in channels that are followed");
             match feed.find(position) {
-                Start::At(cursor) => {
+                Lookup::Found(cursor) => {
                     connection.count_bare_miss(feed, &mut self.tally);
                     connection.state = State::Live;
                     connection.cursor = cursor;
                     return self.flush(slot);
                 }
-                Start::Broken => return self.tell_lost(slot),
+                Lookup::Discontinuous => return self.tell_lost(slot),
                 // Never, since parts are cut at the feed's position. A client that comes back gets its position.
-                Start::Ahead => return self.miss(slot),
-                Start::Before => {}
+                Lookup::Ahead => return self.miss(slot),
+                Lookup::Evicted => {}
             }
             if !pace.may_take(self.tick) {
                 connection.waits_for_page = true;
@@ -238,7 +238,7 @@ impl Shard {
         let feed = channel.feed.as_ref().expect("members are in channels that are followed");
         let position = feed.before().max(feed.base());
         let cursor = match feed.find(position) {
-            Start::At(cursor) => cursor,
+            Lookup::Found(cursor) => cursor,
             _ => Cursor { entry: feed.end(), offset: 0 },
         };
         connection.enqueue(Entry::reset(position).bytes);

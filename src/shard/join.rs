@@ -9,7 +9,7 @@ use super::replay::Part;
 use super::{JOIN_TIME, Shard};
 use crate::bus::reads::Read;
 use crate::bus::{BusError, ConnectionId, Page, Request, ShardId, ShardMessage};
-use crate::feed::{Cursor, Feed, Start};
+use crate::feed::{Cursor, Feed, Lookup};
 use crate::protocol::close::CloseReason;
 use crate::protocol::event::{ChannelName, Entry, EventId};
 use crate::protocol::frame;
@@ -58,14 +58,14 @@ impl Shard {
             LastSeen::Nothing => Entrance::Head,
             LastSeen::Unknown => Entrance::Unproven,
             LastSeen::Event(seen) => match feed.find(seen) {
-                Start::At(cursor) => Entrance::Feed(seen, cursor),
-                Start::Broken => Entrance::Unproven,
-                Start::Ahead if asked == Asked::Look => Entrance::Unproven,
-                Start::Ahead => {
+                Lookup::Found(cursor) => Entrance::Feed(seen, cursor),
+                Lookup::Discontinuous => Entrance::Unproven,
+                Lookup::Ahead if asked == Asked::Look => Entrance::Unproven,
+                Lookup::Ahead => {
                     channel.look_next.push(id);
                     return self.look(key);
                 }
-                Start::Before => match self.pages.find((key, channel.serial), seen, self.tick) {
+                Lookup::Evicted => match self.pages.find((key, channel.serial), seen, self.tick) {
                     Some(page) if page.proves(seen) => Entrance::History(seen),
                     Some(_) => Entrance::Unproven,
                     // An answer that says nothing about this client is not to be asked for again.

@@ -16,7 +16,6 @@ use tokio::sync::mpsc;
 
 use crate::bus::{Bell, BusError, ConnectionId, Request, Requests, ShardId, ShardMessage, Shards};
 use crate::config::Settings;
-use crate::feed::Feed;
 use crate::http;
 use crate::limits::connections::ConnectionSlot;
 use crate::metrics::rejections::Class;
@@ -513,7 +512,7 @@ impl Shard {
         self.names.remove(&channel.name);
         self.passes.retain(|other| *other != key);
         if let Some(mut feed) = channel.feed {
-            while let Some(entry) = feed.pop() {
+            while let Some(entry) = feed.evict() {
                 self.feed_bytes -= entry.memory();
                 self.stale_ages += 1;
             }

@@ -50,9 +50,9 @@ impl ReadyPage {
             base: page.base,
             head: page.head,
             oldest: page.oldest,
-            feed: Feed::of(page.base, page.after, &entries),
-            copies: Copies::default(),
             cost: entries.iter().map(Entry::memory).sum(),
+            feed: Feed::with_entries(page.base, page.after, entries),
+            copies: Copies::default(),
             used: tick,
             unserved: 0,
         }

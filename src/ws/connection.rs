@@ -12,7 +12,7 @@ use bytes::Bytes;
 use mio::net::TcpStream;
 
 use crate::auth::token::NEVER;
-use crate::feed::{Cursor, Feed, Reader, Start};
+use crate::feed::{Cursor, Feed, Lookup, Reader};
 use crate::limits::connections::{Address, ConnectionLimits, ConnectionSlot};
 use crate::limits::rate::Allowance;
 use crate::protocol::close::CloseReason;
@@ -549,7 +549,7 @@ impl Connection {
     /// Counts, once, that the feed has removed events without id which came while it was connected and which it has not
     /// got. They are in no history.
     pub fn count_bare_miss(&mut self, feed: &Feed, tally: &mut Tally) {
-        if feed.has_lost_plain(self.cursor.entry.max(self.live_from)) {
+        if feed.has_evicted_plain(self.cursor.entry.max(self.live_from)) {
             tally.bare_misses += 1;
             self.live_from = feed.start();
         }
@@ -583,7 +583,7 @@ impl Connection {
     /// Writes what a page of history has for it. The page may go afterwards: a frame whose begin the socket has
     /// is kept whole.
     pub fn flush_page(&mut self, page: &Feed, copies: &mut Copies, tally: &mut Tally) -> Flushed {
-        let Start::At(cursor) = page.find(self.position) else { return Flushed::Behind };
+        let Lookup::Found(cursor) = page.find(self.position) else { return Flushed::Behind };
         self.cursor = cursor;
         self.current = false;
         let flushed = self.write_from(page, tally);
