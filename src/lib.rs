@@ -7,7 +7,7 @@
 //!
 //! Data goes one way. One control thread runs the bus and the signals, another the admin listener (tokio,
 //! single-threaded); one thread accepts; one thread for each core is a shard (mio, no runtime). They talk by messages: a
-//! shard's inbox takes [`bus::ShardMessage`], the bus takes [`bus::Request`]. The rooms, in the order in which they are best
+//! shard's inbox takes [`shard::mailbox::ShardMessage`], the bus takes [`bus::Request`]. The rooms, in the order in which they are best
 //! read:
 //!
 //! | room | what is done there |

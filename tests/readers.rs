@@ -27,8 +27,9 @@ use common::client::{JSON_MODE, position};
 use common::stream::{Dice, Nodes};
 use common::{Client, Lone, Options};
 use crowd::{Kind, Shared, canonical};
-use fanfare::bus::{PAGE, Page, Request, ShardMessage, Shards, page_begin};
+use fanfare::bus::{BusMessage, PAGE, Page, Request, page_begin};
 use fanfare::protocol::event::{ChannelName, Entry, EventId};
+use fanfare::shard::mailbox::{Mailboxes, ShardMessage};
 use serde_json::json;
 use tokio::net::TcpSocket;
 use tokio::sync::mpsc;
@@ -42,10 +43,10 @@ const HISTORY: usize = 150;
 /// The bus: it gives ids, keeps history, and answers.
 struct Bus {
     shared: Arc<Shared>,
-    shards: Shards,
+    shards: Mailboxes,
     asked: mpsc::UnboundedReceiver<Request>,
     /// Answers that are not given yet.
-    later: VecDeque<ShardMessage>,
+    later: VecDeque<BusMessage>,
     name: ChannelName,
     base: u64,
     head: u64,
@@ -115,8 +116,7 @@ impl Bus {
     }
 
     fn tell_entry(&self, entry: Entry) {
-        self.shards
-            .tell(0, ShardMessage::Entry { channel: self.name.clone(), entry, arrived: Instant::now() });
+        self.shards.send(0, BusMessage::Entry { channel: self.name.clone(), entry, arrived: Instant::now() });
     }
 
     fn oldest(&self) -> u64 {
@@ -145,8 +145,7 @@ impl Bus {
                 Request::Follow { channel, .. } => {
                     self.follows = true;
                     let (base, position) = (EventId(self.base), EventId(self.head));
-                    self.shards
-                        .tell(0, ShardMessage::Followed { channel, base, position, recent: Vec::new() });
+                    self.shards.send(0, BusMessage::Followed { channel, base, position, recent: Vec::new() });
                     continue;
                 }
                 Request::Unfollow { .. } => {
@@ -173,15 +172,15 @@ impl Bus {
                         oldest: EventId(self.oldest()),
                         entries,
                     };
-                    ShardMessage::Page { channel, position, result: Ok(Arc::new(page)) }
+                    BusMessage::Page { channel, position, result: Ok(Arc::new(page)) }
                 }
-                Request::Look { channel, .. } => ShardMessage::Looked { channel, result: Ok(()) },
+                Request::Look { channel, .. } => BusMessage::Refreshed { channel, result: Ok(()) },
                 Request::Publish(publish) => panic!("nobody publishes: {publish:?}"),
             };
             self.later.push_back(answer);
         }
         while !self.later.is_empty() && self.dice.below(4) > 0 {
-            self.shards.tell(0, self.later.pop_front().expect("it is not empty"));
+            self.shards.send(0, self.later.pop_front().expect("it is not empty"));
         }
     }
 }
@@ -212,7 +211,7 @@ fn start(shared: &Arc<Shared>, seed: u64, feed: &str) -> (Bus, SocketAddr) {
         while let Ok((socket, peer)) = listener.accept().await {
             let socket = socket.into_std().expect("a socket of tokio's");
             let place = guard.acquire(peer.ip()).expect("there is room");
-            accepted.tell(0, ShardMessage::Socket(mio::net::TcpStream::from_std(socket), place));
+            accepted.send(0, ShardMessage::Socket(mio::net::TcpStream::from_std(socket), place));
         }
     });
     let name = ChannelName::parse(CHANNEL).expect("a name");

@@ -9,8 +9,9 @@ use std::time::{Duration, Instant};
 
 use common::raw::{frame_bytes, opcode};
 use common::{Lone, http, until};
-use fanfare::bus::{Page, Request, ShardMessage};
+use fanfare::bus::{BusMessage, Page, Request, ShardSender};
 use fanfare::protocol::event::{ChannelName, Entry, EventId};
+use fanfare::shard::mailbox::ShardMessage;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
@@ -34,7 +35,7 @@ impl Shard {
         client.write_all(bytes).await.expect("there is room");
         let socket = socket.into_std().expect("a socket of tokio's");
         let place = self.0.guard.acquire(addr.ip()).expect("there is room");
-        self.0.shards.tell(0, ShardMessage::Socket(mio::net::TcpStream::from_std(socket), place));
+        self.0.shards.send(0, ShardMessage::Socket(mio::net::TcpStream::from_std(socket), place));
         client
     }
 
@@ -47,7 +48,7 @@ impl Shard {
     async fn follows(&mut self) {
         let Request::Follow { channel, .. } = self.asks().await else { panic!("it asks to follow") };
         let (base, position) = (EventId(1000), EventId(1000));
-        self.0.shards.tell(0, ShardMessage::Followed { channel, base, position, recent: Vec::new() });
+        self.0.shards.send(0, BusMessage::Followed { channel, base, position, recent: Vec::new() });
     }
 
     async fn closed(&self, many: u64) {
@@ -60,7 +61,7 @@ impl Shard {
 
 impl Drop for Shard {
     fn drop(&mut self) {
-        self.0.shards.tell(0, ShardMessage::Drain(Duration::ZERO));
+        self.0.shards.send(0, ShardMessage::Drain(Duration::ZERO));
     }
 }
 
@@ -93,7 +94,7 @@ async fn a_channel_whose_first_client_never_came_in_is_let_go() {
     drop(client);
     shard.closed(1).await;
     let (base, position) = (EventId(1000), EventId(1000));
-    shard.0.shards.tell(0, ShardMessage::Followed { channel, base, position, recent: Vec::new() });
+    shard.0.shards.send(0, BusMessage::Followed { channel, base, position, recent: Vec::new() });
     assert!(matches!(shard.asks().await, Request::Unfollow { .. }));
 }
 
@@ -152,13 +153,13 @@ fn addressed(ids: RangeInclusive<u64>, to: Option<&str>) -> Entry {
 impl Shard {
     fn gets(&self, entry: Entry) {
         self.queue("a", entry);
-        self.0.shards.ring(0);
+        self.0.shards.wake(0);
     }
 
     /// Gives it an entry without waking it.
     fn queue(&self, channel: &str, entry: Entry) {
         let channel = ChannelName::parse(channel).expect("a name");
-        self.0.shards.leave(0, ShardMessage::Entry { channel, entry, arrived: Instant::now() });
+        self.0.shards.queue(0, BusMessage::Entry { channel, entry, arrived: Instant::now() });
     }
 }
 
@@ -186,7 +187,7 @@ async fn entries_that_come_before_the_word_that_it_is_followed_are_kept_if_they_
     shard.gets(events(999..=1000));
     shard.gets(events(1001..=1002));
     let (base, position) = (EventId(900), EventId(1000));
-    shard.0.shards.tell(0, ShardMessage::Followed { channel, base, position, recent: Vec::new() });
+    shard.0.shards.send(0, BusMessage::Followed { channel, base, position, recent: Vec::new() });
     shard.gets(events(1003..=1003));
     assert_eq!(ids_up_to(&mut client, 1003).await, [1001, 1002, 1003]);
 }
@@ -201,10 +202,10 @@ async fn a_shard_gives_what_is_in_memory_only_if_it_stands_where_the_bus_says() 
     for (base, position, held) in [(1000, 1002, true), (2000, 2000, false), (1000, 1005, false)] {
         let (base, position) = (EventId(base), EventId(position));
         let channel = ChannelName::parse("a").expect("a name");
-        shard.0.shards.tell(0, ShardMessage::Share { channel, base, position, with: 1 });
+        shard.0.shards.send(0, BusMessage::Share { channel, base, position, with: 1 });
         let told = tokio::time::timeout(Duration::from_secs(60), shard.0.other.recv()).await;
-        let Ok(Some(ShardMessage::Followed { base: to_base, position: to_position, recent, .. })) = told
-        else {
+        let Ok(Some(ShardMessage::Bus(told))) = told else { panic!("the other shard has ended: {told:?}") };
+        let BusMessage::Followed { base: to_base, position: to_position, recent, .. } = told else {
             panic!("the other is told that it follows: {told:?}")
         };
         assert_eq!((to_base, to_position, !recent.is_empty()), (base, position, held));
@@ -217,7 +218,7 @@ async fn leaving_while_joining_frees_the_slot() {
     let client = shard.client(&upgrade_after("&lastEventId=1002")).await;
     let Request::Follow { channel, .. } = shard.asks().await else { panic!("it asks to follow") };
     let (base, position) = (EventId(1000), EventId(1005));
-    shard.0.shards.tell(0, ShardMessage::Followed { channel, base, position, recent: Vec::new() });
+    shard.0.shards.send(0, BusMessage::Followed { channel, base, position, recent: Vec::new() });
     let Request::Read { channel, position: at, .. } = shard.asks().await else {
         panic!("it asks for history")
     };
@@ -233,7 +234,7 @@ async fn leaving_while_joining_frees_the_slot() {
         oldest: EventId(1001),
         entries: vec![events(1003..=1005)],
     };
-    shard.0.shards.tell(0, ShardMessage::Page { channel, position: at, result: Ok(Arc::new(page)) });
+    shard.0.shards.send(0, BusMessage::Page { channel, position: at, result: Ok(Arc::new(page)) });
     shard.gets(events(1006..=1006));
     assert_eq!(ids_up_to(&mut other, 1006).await, [1003, 1004, 1005, 1006]);
 }
@@ -244,7 +245,7 @@ async fn slow_joins_get_503() {
     let mut client = shard.client(&upgrade_after("&lastEventId=1002")).await;
     let Request::Follow { channel, .. } = shard.asks().await else { panic!("it asks to follow") };
     let (base, position) = (EventId(1000), EventId(1005));
-    shard.0.shards.tell(0, ShardMessage::Followed { channel, base, position, recent: Vec::new() });
+    shard.0.shards.send(0, BusMessage::Followed { channel, base, position, recent: Vec::new() });
     let Request::Read { .. } = shard.asks().await else { panic!("it asks for history") };
     let mut answer = Vec::new();
     let read = tokio::time::timeout(Duration::from_secs(60), client.read_to_end(&mut answer)).await;
@@ -261,7 +262,7 @@ async fn a_page_that_knows_more_than_the_feed_brings_nothing_twice() {
     let mut client = shard.client(&upgrade_after("&lastEventId=1002")).await;
     let Request::Follow { channel, .. } = shard.asks().await else { panic!("it asks to follow") };
     let (base, position) = (EventId(1000), EventId(1005));
-    shard.0.shards.tell(0, ShardMessage::Followed { channel, base, position, recent: Vec::new() });
+    shard.0.shards.send(0, BusMessage::Followed { channel, base, position, recent: Vec::new() });
     let Request::Read { channel, position: at, .. } = shard.asks().await else {
         panic!("it asks for history")
     };
@@ -273,7 +274,7 @@ async fn a_page_that_knows_more_than_the_feed_brings_nothing_twice() {
         oldest: EventId(1001),
         entries: vec![events(1001..=1008)],
     };
-    shard.0.shards.tell(0, ShardMessage::Page { channel, position: at, result: Ok(Arc::new(page)) });
+    shard.0.shards.send(0, BusMessage::Page { channel, position: at, result: Ok(Arc::new(page)) });
     assert_eq!(ids_up_to(&mut client, 1005).await, [1003, 1004, 1005]);
     shard.gets(events(1006..=1007));
     shard.gets(events(1008..=1009));
@@ -329,7 +330,7 @@ async fn a_fan_out_to_many_leaves_others_their_turn() {
         }
         to_bob += 1;
         shard.queue("b", events(to_bob..=to_bob));
-        shard.0.shards.ring(0);
+        shard.0.shards.wake(0);
         delivered += 90 * READERS as u64 + 1;
         until("everything to be delivered", || async {
             (shard.0.metrics.shards[0].delivered.get() >= delivered).then_some(())
@@ -371,11 +372,11 @@ async fn private_event_evicted_early_is_replayed() {
     for entry in &entries {
         shard.queue("a", entry.clone());
     }
-    shard.0.shards.ring(0);
+    shard.0.shards.wake(0);
     let Request::Read { channel, position, .. } = shard.asks().await else { panic!("it asks for history") };
     let (base, head, oldest) = (EventId(1000), EventId(1004), EventId(1001));
     let page = Page { after: base, base, head, oldest, entries };
-    shard.0.shards.tell(0, ShardMessage::Page { channel, position, result: Ok(Arc::new(page)) });
+    shard.0.shards.send(0, BusMessage::Page { channel, position, result: Ok(Arc::new(page)) });
     shard.gets(events(1005..=1005));
     for client in &mut clients {
         assert_eq!(ids_up_to(client, 1005).await, [1001, 1005]);

@@ -7,7 +7,7 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use super::{BusContext, BusError, PAGE, PART_SHARED, Page, Publish, Request, ShardMessage, page_begin};
+use super::{BusContext, BusError, BusMessage, PAGE, PART_SHARED, Page, Publish, Request, page_begin};
 use crate::config::Settings;
 use crate::protocol::event::{ChannelName, Entry, EventId};
 use crate::protocol::frame;
@@ -268,9 +268,9 @@ impl Local {
         let Some(channel) = self.channels.get_mut(name) else { return };
         wiring.numbers.events.add(entry.ids());
         for (shard, _) in channel.followers.iter().enumerate().filter(|(_, follows)| **follows) {
-            wiring.shards.tell(
+            wiring.shards.send(
                 shard,
-                ShardMessage::Entry { channel: name.clone(), entry: entry.clone(), arrived: self.now },
+                BusMessage::Entry { channel: name.clone(), entry: entry.clone(), arrived: self.now },
             );
         }
         let before = channel.bytes;
@@ -302,7 +302,7 @@ impl Local {
                 let is_new = !self.channels.get(&name).is_some_and(Channel::is_followed);
                 if is_new && self.followed >= self.max_channels {
                     let why = BusError::TooManyChannels;
-                    return wiring.shards.tell(shard, ShardMessage::NotFollowed { channel: name, why });
+                    return wiring.shards.send(shard, BusMessage::NotFollowed { channel: name, why });
                 }
                 self.followed += usize::from(is_new);
                 let channel = self.channel(&name);
@@ -320,11 +320,11 @@ impl Local {
             Request::Read { channel: name, position, bytes, shard } => {
                 wiring.numbers.reads.add(1);
                 let result = Ok(Arc::new(self.channel(&name).page(position, bytes)));
-                wiring.shards.tell(shard, ShardMessage::Page { channel: name, position, result });
+                wiring.shards.send(shard, BusMessage::Page { channel: name, position, result });
             }
             // There is nobody else who could have given ids.
             Request::Look { channel, shard } => {
-                wiring.shards.tell(shard, ShardMessage::Looked { channel, result: Ok(()) });
+                wiring.shards.send(shard, BusMessage::Refreshed { channel, result: Ok(()) });
             }
             Request::Publish(_) => unreachable!("publishes go through the batch"),
         }

@@ -1,15 +1,14 @@
 //! What a bus is: it gives every event its id, keeps history, and hands each channel's events to the shards
 //! in id order. One runs in the control thread: [`local`] alone on this node, [`redis`] across nodes.
 
+use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use bytes::Bytes;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::config::Settings;
-use crate::limits::connections::ConnectionSlot;
 use crate::metrics::{BusMetrics, Readiness};
 use crate::protocol::event::{ChannelName, Entry, EventId};
 
@@ -49,8 +48,8 @@ pub struct ConnectionId {
 /// What shards and the admin listener ask of the bus. Requests are taken in the order sent.
 #[derive(Debug)]
 pub enum Request {
-    /// The shard's first client of a channel has come. Answered once by [`ShardMessage::Followed`] or
-    /// [`ShardMessage::NotFollowed`]; after `Followed` the shard gets every entry of the channel, in order.
+    /// The shard's first client of a channel has come. Answered once by [`BusMessage::Followed`] or
+    /// [`BusMessage::NotFollowed`]; after `Followed` the shard gets every entry of the channel, in order.
     Follow {
         /// The channel.
         channel: ChannelName,
@@ -67,7 +66,7 @@ pub enum Request {
     /// An event to be given an id.
     Publish(Publish),
     /// The events after a position, at most up to the end of the page that holds the first of them. Answered once
-    /// by [`ShardMessage::Page`].
+    /// by [`BusMessage::Page`].
     Read {
         /// The channel; the shard follows it.
         channel: ChannelName,
@@ -80,7 +79,7 @@ pub enum Request {
         shard: ShardId,
     },
     /// A client claims an id ahead of the node: look at the bus once, hand out what is new, then answer with
-    /// [`ShardMessage::Looked`]. All who ask meanwhile share it.
+    /// [`BusMessage::Refreshed`]. All who ask meanwhile share it.
     Look {
         /// The channel; the shard follows it.
         channel: ChannelName,
@@ -108,7 +107,7 @@ pub struct Publish {
 /// Where the outcome of a publish goes.
 #[derive(Debug)]
 pub enum Answer {
-    /// To a connection, by [`ShardMessage::Published`]. The reference is the client's own, as JSON text.
+    /// To a connection, by [`BusMessage::Published`]. The reference is the client's own, as JSON text.
     Connection(ConnectionId, Option<Box<str>>),
     /// To whoever waits, as the admin listener does.
     Waiter(oneshot::Sender<Result<EventId, PublishError>>),
@@ -162,11 +161,9 @@ impl Page {
     }
 }
 
-/// What the bus tells a shard. Taken in the order sent.
+/// What the bus sends to a shard, which handles it in the order sent.
 #[derive(Debug)]
-pub enum ShardMessage {
-    /// A new socket, to be served by this shard, and what it holds of the counts.
-    Socket(mio::net::TcpStream, ConnectionSlot),
+pub enum BusMessage {
     /// The channel is followed from here on. Where another shard gave it, the bus's next entries may have come
     /// before it.
     Followed {
@@ -216,7 +213,7 @@ pub enum ShardMessage {
         result: Result<Arc<Page>, BusError>,
     },
     /// The answer to [`Request::Look`]; entries found by it came before.
-    Looked {
+    Refreshed {
         /// The channel.
         channel: ChannelName,
         /// An error when the bus could not be asked.
@@ -231,89 +228,20 @@ pub enum ShardMessage {
         /// The event's id, or why there is none.
         result: Result<EventId, PublishError>,
     },
-    /// The node is stopping: end every connection, spread over this time.
-    Drain(std::time::Duration),
 }
 
-/// Wakes a shard that sleeps in its poll, and costs nothing while it does not sleep.
-#[derive(Debug)]
-pub struct Bell {
-    waker: mio::Waker,
-    asleep: AtomicBool,
-}
-
-impl Bell {
-    /// A bell that rings by this waker.
-    pub fn new(waker: mio::Waker) -> Bell {
-        Bell { waker, asleep: AtomicBool::new(false) }
-    }
-
-    /// Polls, with a nap unless there is something to do; whoever brings something meanwhile wakes it.
-    pub fn sleep<T>(&self, has_work: impl FnOnce() -> bool, poll: impl FnOnce(bool) -> T) -> T {
-        // Both sides write, then read what the other wrote, in one order for all (SeqCst): either the sender sees
-        // that the shard sleeps, or the shard sees what was sent.
-        self.asleep.store(true, Ordering::SeqCst);
-        let nap = !has_work();
-        if !nap {
-            self.asleep.store(false, Ordering::SeqCst);
-        }
-        let result = poll(nap);
-        self.asleep.store(false, Ordering::SeqCst);
-        result
-    }
-
-    fn ring(&self) {
-        if self.asleep.swap(false, Ordering::SeqCst) {
-            // It fails only when the shard's poll is gone, and with it whoever would have to wake.
-            let _ = self.waker.wake();
-        }
-    }
-}
-
-/// The shards' inboxes. Cloned freely; sending never waits, since a shard empties its inbox at every turn.
-#[derive(Clone, Debug)]
-pub struct Shards {
-    inboxes: Arc<[mpsc::UnboundedSender<ShardMessage>]>,
-    bells: Arc<[Arc<Bell>]>,
-}
-
-impl Shards {
-    /// One inbox a shard, by [`ShardId`]; whoever reads it awaits it.
-    pub fn new(inboxes: Vec<mpsc::UnboundedSender<ShardMessage>>) -> Shards {
-        Shards { inboxes: inboxes.into(), bells: Arc::default() }
-    }
-
-    /// The same for shards that sleep in a poll.
-    pub fn with_bells(self, bells: Vec<Arc<Bell>>) -> Shards {
-        Shards { bells: bells.into(), ..self }
-    }
-
+/// Sends messages to the shards of this node. Sending never waits: a shard empties its mailbox at every turn. A message
+/// to a shard that has ended is dropped.
+pub trait ShardSender: fmt::Debug + Send + Sync {
     /// How many shards there are.
-    pub fn count(&self) -> usize {
-        self.inboxes.len()
-    }
+    fn count(&self) -> usize;
 
-    /// Tells one shard. A shard that has ended has nobody left to tell, so that is not an error.
-    pub fn tell(&self, shard: ShardId, message: ShardMessage) {
-        self.leave(shard, message);
-        self.ring(shard);
-    }
+    /// Sends a message to one shard.
+    fn send(&self, shard: ShardId, message: BusMessage);
 
-    /// Tells one shard without waking it: for many messages with one [`Shards::ring`].
-    pub fn leave(&self, shard: ShardId, message: ShardMessage) {
-        let _ = self.inboxes[shard].send(message);
-    }
-
-    /// Wakes a shard that sleeps.
-    pub fn ring(&self, shard: ShardId) {
-        if let Some(bell) = self.bells.get(shard) {
-            bell.ring();
-        }
-    }
-
-    /// Tells a shard that it follows a channel from `position` on; through another that has its recent entries,
-    /// where there is one. So a client finds on every shard what any has in memory.
-    pub fn share(
+    /// Sends [`BusMessage::Followed`] to the shard `with`. Where another shard follows the channel already it goes through
+    /// that one, which adds its recent entries, so that a client finds the same on every shard.
+    fn share(
         &self,
         channel: ChannelName,
         base: EventId,
@@ -322,16 +250,16 @@ impl Shards {
         with: ShardId,
     ) {
         match from {
-            Some(from) => self.tell(*from, ShardMessage::Share { channel, base, position, with }),
-            None => self.tell(with, ShardMessage::Followed { channel, base, position, recent: Vec::new() }),
+            Some(from) => self.send(*from, BusMessage::Share { channel, base, position, with }),
+            None => self.send(with, BusMessage::Followed { channel, base, position, recent: Vec::new() }),
         }
     }
 
-    /// Tells whoever asked what became of a publish.
-    pub fn answer(&self, answer: Answer, result: Result<EventId, PublishError>) {
+    /// Sends the outcome of a publish to whoever asked for it.
+    fn answer(&self, answer: Answer, result: Result<EventId, PublishError>) {
         match answer {
             Answer::Connection(connection, reference) => {
-                self.tell(connection.shard, ShardMessage::Published { connection, reference, result });
+                self.send(connection.shard, BusMessage::Published { connection, reference, result });
             }
             Answer::Waiter(waiter) => {
                 let _ = waiter.send(result); // nobody waits any more
@@ -359,7 +287,7 @@ pub struct BusContext {
     /// What it is asked.
     pub requests: mpsc::UnboundedReceiver<Request>,
     /// Whom it tells.
-    pub shards: Shards,
+    pub shards: Arc<dyn ShardSender>,
     /// What it counts.
     pub numbers: Arc<BusMetrics>,
     /// Where it says whether it works.

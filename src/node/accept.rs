@@ -14,13 +14,13 @@ use mio::{Events, Interest, Poll, Token, Waker};
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use tokio::sync::oneshot;
 
-use crate::bus::{ShardMessage, Shards};
 use crate::config::{PingFormat, Settings};
 use crate::http::{self, HEAD_MAX};
 use crate::limits::connections::{ConnectionLimits, ConnectionSlot, LimitReached};
 use crate::metrics::Metrics;
 use crate::metrics::rejections::Class;
 use crate::node::memory_watch::MemoryWatch;
+use crate::shard::mailbox::{Mailboxes, ShardMessage};
 
 /// Connections that the kernel holds until they are accepted; it takes the smaller of this and
 /// net.core.somaxconn. A storm of reconnects waits here instead of retrying after a second.
@@ -93,7 +93,7 @@ pub fn start(
     settings: &Settings,
     mut listeners: Vec<TcpListener>,
     shared: bool,
-    shards: Shards,
+    shards: Mailboxes,
     guard: Arc<ConnectionLimits>,
     metrics: Arc<Metrics>,
 ) -> io::Result<(Stop, oneshot::Receiver<()>)> {
@@ -148,7 +148,7 @@ pub fn start(
             acceptor.stuck = false;
             ready.retain(|number| acceptor.accept(&listeners[*number]));
             // Only now: a shard that wakes for every socket would take turns with this loop.
-            (0..acceptor.shards.count()).for_each(|shard| acceptor.shards.ring(shard));
+            (0..acceptor.shards.count()).for_each(|shard| acceptor.shards.wake(shard));
             if ready.is_empty() {
                 std::thread::sleep(GATHER);
             }
@@ -165,7 +165,7 @@ pub fn start(
 
 #[derive(Debug)]
 struct Acceptor {
-    shards: Shards,
+    shards: Mailboxes,
     guard: Arc<ConnectionLimits>,
     memory: MemoryWatch,
     metrics: Arc<Metrics>,
@@ -274,7 +274,7 @@ impl Acceptor {
         for listener in listeners {
             while self.accept(listener) && !self.stuck {}
         }
-        (0..self.shards.count()).for_each(|shard| self.shards.ring(shard));
+        (0..self.shards.count()).for_each(|shard| self.shards.wake(shard));
     }
 
     fn hand_over(&self, stream: TcpStream, place: ConnectionSlot) {
@@ -282,7 +282,7 @@ impl Acceptor {
         let load = |shard: &usize| self.metrics.shards[*shard].load();
         let shard = (0..self.shards.count()).min_by_key(load).expect("there is at least one shard");
         self.metrics.shards[shard].accepted.add(1);
-        self.shards.leave(shard, ShardMessage::Socket(stream, place));
+        self.shards.queue(shard, ShardMessage::Socket(stream, place));
     }
 }
 

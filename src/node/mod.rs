@@ -13,12 +13,13 @@ use tokio::time::{sleep, timeout};
 use self::systemd::Manager;
 use crate::admin::{self, AdminContext};
 use crate::auth::keys::KeyRing;
-use crate::bus::{self, Requests, ShardMessage, Shards};
+use crate::bus::{self, Requests};
 use crate::config::{RedisUrl, Settings};
 use crate::limits::connections::ConnectionLimits;
 use crate::metrics::{BusMetrics, Metrics, Readiness};
 use crate::node::listeners::Listeners;
-use crate::shard;
+use crate::shard::mailbox::{Mailboxes, ShardMessage};
+use crate::shard::{self, ShardContext};
 use crate::ws::handshake::HandshakeContext;
 
 pub mod accept;
@@ -72,8 +73,12 @@ pub async fn run(
     let context = AdminContext { requests, metrics: metrics.clone(), keys, settings: settings.clone() };
     let admin = listeners.admin.map(|listener| admin::start(listener, context)).transpose()?;
 
-    let wiring =
-        bus::BusContext { requests: asked, shards: shards.clone(), numbers, readiness: readiness.clone() };
+    let wiring = bus::BusContext {
+        requests: asked,
+        shards: Arc::new(shards.clone()),
+        numbers,
+        readiness: readiness.clone(),
+    };
     let mut bus = std::pin::pin!(bus::run(&settings, wiring));
     let why = tokio::select! {
         result = &mut bus => return Ok(result?),
@@ -93,7 +98,7 @@ pub async fn run(
         // Whoever is accepted last reaches a shard before it is told to end.
         let _ = timeout(GRACE, accepted).await;
         for shard in 0..shards.count() {
-            shards.tell(shard, ShardMessage::Drain(settings.drain_timeout));
+            shards.send(shard, ShardMessage::Drain(settings.drain_timeout));
         }
         let all_ended = async {
             for _ in 0..shards.count() {
@@ -157,29 +162,29 @@ fn start_shards(
     door: &HandshakeContext,
     requests: &Requests,
     metrics: &Arc<Metrics>,
-) -> io::Result<(Shards, Ended)> {
+) -> io::Result<(Mailboxes, Ended)> {
     let (end, ended) = mpsc::unbounded_channel();
     let mut inboxes = Vec::new();
-    let mut bells = Vec::new();
+    let mut wakers = Vec::new();
     let mut waiting = Vec::new();
     for _ in 0..door.settings.shards.get() {
-        let (poll, bell) = shard::poll()?;
+        let (poll, waker) = shard::poll()?;
         let (sender, inbox) = mpsc::unbounded_channel();
         inboxes.push(sender);
-        bells.push(bell.clone());
-        waiting.push((poll, bell, inbox));
+        wakers.push(waker.clone());
+        waiting.push((poll, waker, inbox));
     }
-    let shards = Shards::new(inboxes).with_bells(bells);
-    for (id, (poll, bell, inbox)) in waiting.into_iter().enumerate() {
+    let shards = Mailboxes::new(inboxes).with_wakers(wakers);
+    for (id, (poll, waker, inbox)) in waiting.into_iter().enumerate() {
         let (door, requests, metrics) = (door.clone(), requests.clone(), metrics.clone());
-        let wiring = shard::ShardContext {
+        let wiring = ShardContext {
             id,
             door,
             requests,
             shards: shards.clone(),
             poll,
             inbox,
-            bell,
+            waker,
             metrics,
             takes_binary: false,
         };

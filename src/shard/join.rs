@@ -8,7 +8,7 @@ use bytes::{Bytes, BytesMut};
 use super::replay::Part;
 use super::{JOIN_TIME, Shard};
 use crate::bus::reads::Read;
-use crate::bus::{BusError, ConnectionId, Page, Request, ShardId, ShardMessage};
+use crate::bus::{BusError, BusMessage, ConnectionId, Page, Request, ShardId};
 use crate::feed::{Cursor, Feed, Lookup};
 use crate::protocol::close::CloseReason;
 use crate::protocol::event::{ChannelName, Entry, EventId};
@@ -161,7 +161,7 @@ impl Shard {
         // A channel that has been dropped here and is followed anew is not where the bus says.
         let feed = feed.filter(|feed| feed.position() == position && feed.base() == base);
         let recent = feed.map_or_else(Vec::new, |feed| feed.recent().cloned().collect());
-        self.shards.tell(with, ShardMessage::Followed { channel, base, position, recent });
+        self.shards.send(with, BusMessage::Followed { channel, base, position, recent });
     }
 
     pub(super) fn on_not_followed(&mut self, name: &ChannelName, why: &BusError) {

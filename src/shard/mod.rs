@@ -10,11 +10,10 @@ use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use mio::{Events, Interest, Poll, Registry, Token};
+use mio::{Interest, Poll, Registry, Token};
 use slab::Slab;
-use tokio::sync::mpsc;
 
-use crate::bus::{Bell, BusError, ConnectionId, Request, Requests, ShardId, ShardMessage, Shards};
+use crate::bus::{BusError, BusMessage, ConnectionId, Request, Requests, ShardId};
 use crate::config::Settings;
 use crate::http;
 use crate::limits::connections::ConnectionSlot;
@@ -27,8 +26,10 @@ use crate::ws::decoder;
 use crate::ws::handshake;
 
 mod channels;
+mod event_loop;
 mod fanout;
 mod join;
+pub mod mailbox;
 mod partial_messages;
 mod private;
 mod read;
@@ -39,10 +40,12 @@ mod timers;
 mod unsent;
 
 use channels::Channel;
+pub use event_loop::{poll, run};
 use join::Asked;
+use mailbox::{Inbox, Mailboxes, ShardMessage, ShardWaker};
 use partial_messages::Unfinished;
 use replay::Pages;
-use timers::{Drain, TICK};
+use timers::Drain;
 
 /// How long a request may take to be complete.
 const REQUEST_TIME: Duration = Duration::from_secs(5);
@@ -57,9 +60,6 @@ const LINGER: Duration = Duration::from_secs(5);
 /// One read takes this much; longer ones take turns.
 const SCRATCH: usize = 16 * 1024;
 
-/// Most messages taken from the inbox before others get their turn.
-const MESSAGES_A_TURN: usize = 1024;
-
 /// Most writes of fan-outs before others get their turn. Writes are counted, not connections, since a connection with
 /// many small entries ahead takes many writes.
 const WRITES_A_TURN: u64 = 256;
@@ -67,9 +67,6 @@ const WRITES_A_TURN: u64 = 256;
 /// Connections read from or brought up to date, before passes under way get their turn: in a storm each of thousands
 /// has a handshake, a token and a page of history to be dealt with, and live events would wait behind all of them.
 const OTHERS_A_TURN: usize = 32;
-
-/// Sockets that epoll names at once.
-const EVENTS: usize = 1024;
 
 /// What a shard works with.
 #[derive(Debug)]
@@ -81,13 +78,13 @@ pub struct ShardContext {
     /// The way to the bus.
     pub requests: Requests,
     /// The way to the other shards.
-    pub shards: Shards,
-    /// Its sockets; it and the bell come from [`poll`].
+    pub shards: Mailboxes,
+    /// Its sockets; it and the waker come from [`poll`].
     pub poll: Poll,
-    /// What it is told.
-    pub inbox: mpsc::UnboundedReceiver<ShardMessage>,
-    /// Rings when there is something in the inbox.
-    pub bell: Arc<Bell>,
+    /// Its messages.
+    pub inbox: Inbox,
+    /// Wakes it for a message.
+    pub waker: Arc<ShardWaker>,
     /// What the node counts; it writes its own part.
     pub metrics: Arc<Metrics>,
     /// Whether binary messages are published as they are: for an echo that tests the WebSocket alone.
@@ -101,7 +98,7 @@ pub struct Shard {
     settings: Arc<Settings>,
     door: handshake::HandshakeContext,
     requests: Requests,
-    shards: Shards,
+    shards: Mailboxes,
     metrics: Arc<Metrics>,
     registry: Registry,
     connections: Slab<Connection>,
@@ -162,21 +159,9 @@ pub struct Shard {
     limits: decoder::Limits,
 }
 
-/// What epoll says when the bell rings. No connection has it: slots are below 2^32.
-const BELL: Token = Token(usize::MAX);
-
-/// A poll for a shard, and the bell that wakes it.
-pub fn poll() -> io::Result<(Poll, Arc<Bell>)> {
-    let poll = Poll::new()?;
-    let bell = Bell::new(mio::Waker::new(poll.registry(), BELL)?);
-    Ok((poll, Arc::new(bell)))
-}
-
-/// A shard without connections, with its poll, its inbox and its bell.
-fn assemble(
-    wiring: ShardContext,
-) -> io::Result<(Shard, Poll, mpsc::UnboundedReceiver<ShardMessage>, Arc<Bell>)> {
-    let ShardContext { poll, inbox, bell, .. } = wiring;
+/// A shard without connections, with its poll, its inbox and its waker.
+fn assemble(wiring: ShardContext) -> io::Result<(Shard, Poll, Inbox, Arc<ShardWaker>)> {
+    let ShardContext { poll, inbox, waker, .. } = wiring;
     let registry = poll.registry().try_clone()?;
     let settings = wiring.door.settings.clone();
     let shard = Shard {
@@ -225,57 +210,7 @@ fn assemble(
         limits: decoder::Limits { max_message_size: settings.max_message_size, binary: wiring.takes_binary },
         settings,
     };
-    Ok((shard, poll, inbox, bell))
-}
-
-/// Runs a shard until it has drained.
-pub fn run(wiring: ShardContext) -> io::Result<()> {
-    let (mut shard, mut poll, mut inbox, bell) = assemble(wiring)?;
-    let mut events = Events::with_capacity(EVENTS);
-    let mut next_tick = Instant::now() + TICK;
-    let mut more = false;
-    while !shard.has_ended() {
-        let busy = more || shard.has_work();
-        let wait = if busy { Duration::ZERO } else { next_tick.saturating_duration_since(Instant::now()) };
-        let slept = bell.sleep(
-            || wait.is_zero() || !inbox.is_empty(),
-            |nap| poll.poll(&mut events, Some(if nap { wait } else { Duration::ZERO })),
-        );
-        match slept {
-            Err(error) if error.kind() != io::ErrorKind::Interrupted => return Err(error),
-            _ => {}
-        }
-        more = false;
-        shard.now = Instant::now();
-        for taken in 1.. {
-            let Ok(message) = inbox.try_recv() else { break };
-            shard.take(message);
-            if taken == MESSAGES_A_TURN {
-                more = true;
-                break;
-            }
-        }
-        let mut named = 0;
-        for event in &events {
-            named += 1;
-            if event.token() == BELL {
-                continue;
-            }
-            let end = event.is_read_closed() || event.is_error();
-            shard.on_ready(event.token(), event.is_readable() || end, event.is_writable(), end);
-            shard.let_pass(named);
-        }
-        more |= named == EVENTS;
-        shard.work();
-        let now = Instant::now();
-        shard.time_passes(now);
-        if now >= next_tick {
-            next_tick = now + TICK;
-            shard.on_tick();
-        }
-        shard.report();
-    }
-    Ok(())
+    Ok((shard, poll, inbox, waker))
 }
 
 /// What epoll gives back for a connection.
@@ -325,21 +260,27 @@ impl Shard {
 
     fn take(&mut self, message: ShardMessage) {
         match message {
+            ShardMessage::Bus(message) => self.on_bus_message(message),
             ShardMessage::Socket(stream, place) => self.on_socket(stream, place),
-            ShardMessage::Followed { channel, base, position, recent } => {
+            ShardMessage::Drain(time) => self.on_drain(time),
+        }
+    }
+
+    fn on_bus_message(&mut self, message: BusMessage) {
+        match message {
+            BusMessage::Followed { channel, base, position, recent } => {
                 self.on_followed(&channel, base, position, recent);
             }
-            ShardMessage::Share { channel, base, position, with } => {
+            BusMessage::Share { channel, base, position, with } => {
                 self.on_share(channel, base, position, with)
             }
-            ShardMessage::NotFollowed { channel, why } => self.on_not_followed(&channel, &why),
-            ShardMessage::Entry { channel, entry, arrived } => self.on_entry(&channel, entry, arrived),
-            ShardMessage::Page { channel, position, result } => self.on_page(&channel, position, result),
-            ShardMessage::Looked { channel, result } => self.on_looked(&channel, result),
-            ShardMessage::Published { connection, reference, result } => {
+            BusMessage::NotFollowed { channel, why } => self.on_not_followed(&channel, &why),
+            BusMessage::Entry { channel, entry, arrived } => self.on_entry(&channel, entry, arrived),
+            BusMessage::Page { channel, position, result } => self.on_page(&channel, position, result),
+            BusMessage::Refreshed { channel, result } => self.on_looked(&channel, result),
+            BusMessage::Published { connection, reference, result } => {
                 self.on_published(connection, reference.as_deref(), result);
             }
-            ShardMessage::Drain(time) => self.on_drain(time),
         }
     }
 

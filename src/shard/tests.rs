@@ -10,6 +10,7 @@ use std::os::unix::net::UnixStream;
 use proptest::prelude::*;
 use serde_json::Value;
 use socket2::SockRef;
+use tokio::sync::mpsc;
 
 use super::*;
 use crate::auth::keys::KeyRing;
@@ -131,7 +132,7 @@ impl Testbed {
         let Ok(Action::Run(settings)) = Settings::from(flags.iter().map(Into::into), []) else {
             panic!("these settings are good")
         };
-        let (poll, bell) = poll().expect("a poll");
+        let (poll, waker) = poll().expect("a poll");
         let (inbox_tx, inbox) = mpsc::unbounded_channel();
         let (requests, asked) = mpsc::unbounded_channel();
         let metrics = Metrics::new(1, Arc::new(BusMetrics::default()), Arc::new(Readiness::default()));
@@ -146,9 +147,9 @@ impl Testbed {
             guard: guard.clone(),
             loopback: Arc::default(),
         };
-        let shards = Shards::new(vec![inbox_tx]);
+        let shards = Mailboxes::new(vec![inbox_tx]);
         let wiring =
-            ShardContext { id: 0, door, requests, shards, poll, inbox, bell, metrics, takes_binary: false };
+            ShardContext { id: 0, door, requests, shards, poll, inbox, waker, metrics, takes_binary: false };
         let (shard, poll, ..) = assemble(wiring).expect("a shard");
         let mut testbed = Testbed {
             shard,
@@ -281,7 +282,11 @@ impl Testbed {
     }
 
     fn entry(&mut self, entry: Entry) {
-        self.shard.take(ShardMessage::Entry { channel: self.name.clone(), entry, arrived: Instant::now() });
+        self.shard.on_bus_message(BusMessage::Entry {
+            channel: self.name.clone(),
+            entry,
+            arrived: Instant::now(),
+        });
     }
 
     fn entries(&self, first: u64, last: u64) -> Vec<Entry> {
@@ -299,7 +304,7 @@ impl Testbed {
                 Request::Follow { channel, .. } => {
                     self.follows = true;
                     let (base, position) = (EventId(self.base), EventId(self.head));
-                    ShardMessage::Followed { channel, base, position, recent: Vec::new() }
+                    BusMessage::Followed { channel, base, position, recent: Vec::new() }
                 }
                 Request::Unfollow { .. } => {
                     self.follows = false;
@@ -321,9 +326,9 @@ impl Testbed {
                         oldest: EventId(oldest),
                         entries,
                     };
-                    ShardMessage::Page { channel, position, result: Ok(Arc::new(page)) }
+                    BusMessage::Page { channel, position, result: Ok(Arc::new(page)) }
                 }
-                Request::Look { channel, .. } => ShardMessage::Looked { channel, result: Ok(()) },
+                Request::Look { channel, .. } => BusMessage::Refreshed { channel, result: Ok(()) },
                 Request::Publish(publish) => {
                     let Answer::Connection(connection, reference) = publish.answer else { continue };
                     let result = if self.head.is_multiple_of(4) {
@@ -333,10 +338,10 @@ impl Testbed {
                         self.tell(self.head);
                         Ok(EventId(self.head))
                     };
-                    ShardMessage::Published { connection, reference, result }
+                    BusMessage::Published { connection, reference, result }
                 }
             };
-            self.shard.take(message);
+            self.shard.on_bus_message(message);
         }
     }
 

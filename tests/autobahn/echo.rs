@@ -13,8 +13,9 @@ use std::net::TcpListener;
 use std::thread;
 use std::time::Instant;
 
-use fanfare::bus::{Publish, Request, ShardMessage, Shards};
+use fanfare::bus::{BusMessage, Publish, Request, ShardSender};
 use fanfare::protocol::event::{Entry, EventId};
+use fanfare::shard::mailbox::{Mailboxes, ShardMessage};
 use lone::Lone;
 use tokio::sync::mpsc;
 
@@ -55,19 +56,19 @@ fn main() -> Result<(), Box<dyn Error>> {
         socket.set_nonblocking(true)?;
         socket.set_nodelay(true)?;
         let place = guard.acquire(peer.ip()).map_err(|_| "the suite has too many connections")?;
-        shards.tell(0, ShardMessage::Socket(mio::net::TcpStream::from_std(socket), place));
+        shards.send(0, ShardMessage::Socket(mio::net::TcpStream::from_std(socket), place));
     }
 }
 
 /// The bus.
-fn echo(mut asked: mpsc::UnboundedReceiver<Request>, shards: Shards) {
+fn echo(mut asked: mpsc::UnboundedReceiver<Request>, shards: Mailboxes) {
     let position = EventId(1); // events without id don't move it
     while let Some(request) = asked.blocking_recv() {
         match request {
             Request::Follow { channel, shard } => {
-                shards.tell(
+                shards.send(
                     shard,
-                    ShardMessage::Followed { channel, base: position, position, recent: Vec::new() },
+                    BusMessage::Followed { channel, base: position, position, recent: Vec::new() },
                 );
             }
             Request::Publish(Publish { channel, event, answer, .. }) => {
@@ -81,7 +82,7 @@ fn echo(mut asked: mpsc::UnboundedReceiver<Request>, shards: Shards) {
                     frame[0] = BINARY;
                     entry.bytes = frame.into();
                 }
-                shards.tell(0, ShardMessage::Entry { channel, entry, arrived: Instant::now() });
+                shards.send(0, BusMessage::Entry { channel, entry, arrived: Instant::now() });
                 shards.answer(answer, Ok(position));
             }
             Request::Unfollow { .. } | Request::Read { .. } | Request::Look { .. } => {}

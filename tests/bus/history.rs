@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use fanfare::bus::{PAGE, ShardMessage};
+use fanfare::bus::{BusMessage, PAGE};
 use fanfare::protocol::event::EventId;
 use tokio::time::{sleep, timeout};
 
@@ -106,12 +106,12 @@ async fn a_look_hands_out_what_is_new_before_it_answers() {
         let mut entry_came = false;
         let looked = node
             .told(shard, |told| match told {
-                ShardMessage::Entry { entry, .. } => {
+                BusMessage::Entry { entry, .. } => {
                     assert_eq!(entry.last.0, id);
                     entry_came = true;
                     None
                 }
-                ShardMessage::Looked { result, .. } => Some(result.clone()),
+                BusMessage::Refreshed { result, .. } => Some(result.clone()),
                 _ => None,
             })
             .await;

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use fanfare::bus::{
-    self, Answer, BusContext, BusError, Page, Publish, PublishError, Request, Requests, ShardMessage, Shards,
-    Unusable,
+    self, Answer, BusContext, BusError, BusMessage, Page, Publish, PublishError, Request, Requests, ShardId,
+    ShardSender, Unusable,
 };
 use fanfare::config::{Action, RedisUrl, Settings};
 use fanfare::metrics::{BusMetrics, Readiness};
@@ -32,13 +32,27 @@ pub fn channel(name: &str) -> ChannelName {
     ChannelName::parse(name).unwrap()
 }
 
+/// The shards' inboxes.
+#[derive(Clone, Debug)]
+struct Inboxes(Arc<[mpsc::UnboundedSender<BusMessage>]>);
+
+impl ShardSender for Inboxes {
+    fn count(&self) -> usize {
+        self.0.len()
+    }
+
+    fn send(&self, shard: ShardId, message: BusMessage) {
+        let _ = self.0[shard].send(message); // fails only when the test has ended
+    }
+}
+
 pub struct Node {
     pub requests: Requests,
     pub numbers: Arc<BusMetrics>,
     pub readiness: Arc<Readiness>,
-    inboxes: Vec<mpsc::UnboundedReceiver<ShardMessage>>,
+    inboxes: Vec<mpsc::UnboundedReceiver<BusMessage>>,
     /// Taken from an inbox while something else was looked for.
-    put_by: Vec<VecDeque<ShardMessage>>,
+    put_by: Vec<VecDeque<BusMessage>>,
     pub task: tokio::task::JoinHandle<Result<(), Unusable>>,
 }
 
@@ -46,13 +60,13 @@ impl Node {
     pub fn start(settings: Settings) -> Node {
         let (requests, requests_rx) = mpsc::unbounded_channel();
         let (senders, inboxes): (Vec<_>, Vec<_>) = (0..2).map(|_| mpsc::unbounded_channel()).unzip();
-        let shards = Shards::new(senders);
+        let shards = Inboxes(senders.into());
         let inboxes = inboxes.into_iter().map(|inbox| share_nothing(inbox, shards.clone())).collect();
         let numbers = Arc::new(BusMetrics::default());
         let readiness = Arc::new(Readiness::waiting_for_bus());
         let wiring = BusContext {
             requests: requests_rx,
-            shards,
+            shards: Arc::new(shards),
             numbers: numbers.clone(),
             readiness: readiness.clone(),
         };
@@ -77,7 +91,7 @@ impl Node {
     }
 
     /// The next thing told to a shard that `wanted` takes; the others stay in order.
-    pub async fn told<T>(&mut self, shard: usize, mut wanted: impl FnMut(&ShardMessage) -> Option<T>) -> T {
+    pub async fn told<T>(&mut self, shard: usize, mut wanted: impl FnMut(&BusMessage) -> Option<T>) -> T {
         for at in 0..self.put_by[shard].len() {
             if let Some(found) = wanted(&self.put_by[shard][at]) {
                 self.put_by[shard].remove(at);
@@ -98,16 +112,16 @@ impl Node {
         self.ask(Request::Follow { channel: wanted.clone(), shard });
         let answer = self
             .told(shard, |told| match told {
-                ShardMessage::Followed { channel, base, position, .. } if *channel == wanted => {
+                BusMessage::Followed { channel, base, position, .. } if *channel == wanted => {
                     Some(Ok((*base, *position)))
                 }
-                ShardMessage::NotFollowed { channel, why } if *channel == wanted => Some(Err(why.clone())),
+                BusMessage::NotFollowed { channel, why } if *channel == wanted => Some(Err(why.clone())),
                 _ => None,
             })
             .await?;
         // As a shard does: what came earlier than this word and is older is from before it let go.
         self.put_by[shard].retain(|told| match told {
-            ShardMessage::Entry { channel, entry, .. } => *channel != wanted || entry.before() >= answer.1,
+            BusMessage::Entry { channel, entry, .. } => *channel != wanted || entry.before() >= answer.1,
             _ => true,
         });
         Ok(Reader {
@@ -162,7 +176,7 @@ impl Node {
 
     pub async fn page_told(&mut self, asked: EventId, shard: usize) -> Result<Arc<Page>, BusError> {
         self.told(shard, |told| match told {
-            ShardMessage::Page { position, result, .. } if *position == asked => Some(result.clone()),
+            BusMessage::Page { position, result, .. } if *position == asked => Some(result.clone()),
             _ => None,
         })
         .await
@@ -175,14 +189,14 @@ impl Node {
 
 /// Passes on what a shard is told. A shard that is to share a channel does so at once, having nothing to share.
 fn share_nothing(
-    mut told: mpsc::UnboundedReceiver<ShardMessage>,
-    shards: Shards,
-) -> mpsc::UnboundedReceiver<ShardMessage> {
+    mut told: mpsc::UnboundedReceiver<BusMessage>,
+    shards: Inboxes,
+) -> mpsc::UnboundedReceiver<BusMessage> {
     let (sender, inbox) = mpsc::unbounded_channel();
     tokio::spawn(async move {
         while let Some(message) = told.recv().await {
-            if let ShardMessage::Share { channel, base, position, with } = message {
-                shards.tell(with, ShardMessage::Followed { channel, base, position, recent: Vec::new() });
+            if let BusMessage::Share { channel, base, position, with } = message {
+                shards.send(with, BusMessage::Followed { channel, base, position, recent: Vec::new() });
             } else if sender.send(message).is_err() {
                 return;
             }
@@ -252,7 +266,7 @@ impl Reader {
         let channel = self.channel.clone();
         let entry = node
             .told(self.shard, |told| match told {
-                ShardMessage::Entry { channel: other, entry, .. } if *other == channel => Some(entry.clone()),
+                BusMessage::Entry { channel: other, entry, .. } if *other == channel => Some(entry.clone()),
                 _ => None,
             })
             .await;

@@ -5,20 +5,21 @@ use std::sync::Arc;
 use std::thread;
 
 use fanfare::auth::keys::KeyRing;
-use fanfare::bus::{Request, ShardMessage, Shards};
+use fanfare::bus::Request;
 use fanfare::config::{Action, Settings};
 use fanfare::limits::connections::ConnectionLimits;
 use fanfare::metrics::{BusMetrics, Metrics, Readiness};
-use fanfare::shard;
+use fanfare::shard::mailbox::{Inbox, Mailboxes};
+use fanfare::shard::{self, ShardContext};
 use fanfare::ws::handshake::HandshakeContext;
 use tokio::sync::mpsc;
 
 /// A shard that runs, and all that speaks with it.
 pub struct Lone {
     /// The way to it (number 0), and to a shard beside it that is not there.
-    pub shards: Shards,
+    pub shards: Mailboxes,
     /// What the shard beside it is told.
-    pub other: mpsc::UnboundedReceiver<ShardMessage>,
+    pub other: Inbox,
     /// What it asks of the bus.
     pub asked: mpsc::UnboundedReceiver<Request>,
     /// What it counts.
@@ -33,13 +34,13 @@ impl Lone {
         let Ok(Action::Run(settings)) = Settings::from(flags.iter().map(Into::into), []) else {
             return Err("these settings should be good".into());
         };
-        let (poll, bell) = shard::poll()?;
+        let (poll, waker) = shard::poll()?;
         let (inbox_tx, inbox) = mpsc::unbounded_channel();
         let (requests, asked) = mpsc::unbounded_channel();
         let (other_tx, other) = mpsc::unbounded_channel();
         let numbers = Arc::new(BusMetrics::default());
         let metrics = Arc::new(Metrics::new(1, numbers, Arc::new(Readiness::default())));
-        let shards = Shards::new(vec![inbox_tx, other_tx]).with_bells(vec![bell.clone()]);
+        let shards = Mailboxes::new(vec![inbox_tx, other_tx]).with_wakers(vec![waker.clone()]);
         let keys = Arc::new(KeyRing::load(&settings).map_err(|_| "there are no keys to load")?);
         let guard = Arc::new(ConnectionLimits::new(&settings));
         let readiness = metrics.readiness.clone();
@@ -50,14 +51,14 @@ impl Lone {
             guard: guard.clone(),
             loopback: Arc::default(),
         };
-        let wiring = shard::ShardContext {
+        let wiring = ShardContext {
             id: 0,
             door,
             requests,
             shards: shards.clone(),
             poll,
             inbox,
-            bell,
+            waker,
             metrics: metrics.clone(),
             takes_binary,
         };

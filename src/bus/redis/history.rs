@@ -9,7 +9,7 @@ use super::session::CallError;
 use super::subscriptions::read;
 use super::{Bus, Outcome, errors, scripts, wire};
 use crate::bus::reads::{Read, Reads};
-use crate::bus::{BusError, PAGE, PART_SHARED, Page, ShardId, ShardMessage, page_begin};
+use crate::bus::{BusError, BusMessage, PAGE, PART_SHARED, Page, ShardId, page_begin};
 use crate::protocol::event::{ChannelName, Entry, EventId};
 
 /// How long a part is kept for other shards. Their clients come together after a cut, and each shard keeps what it
@@ -91,7 +91,7 @@ impl Bus {
     ) {
         if let Some(page) = self.pages.find(&channel, position, self.known(&channel).base) {
             let result = Ok(page.clone());
-            return self.shards.tell(shard, ShardMessage::Page { channel, position, result });
+            return self.shards.send(shard, BusMessage::Page { channel, position, result });
         }
         self.pages.reads.wait(channel, position, bytes, shard);
         self.start_page_reads();
@@ -163,7 +163,7 @@ impl Bus {
         let all = served.len() >= self.shards.count();
         for (shard, position) in served {
             let (channel, result) = (name.clone(), Ok(page.clone()));
-            self.shards.tell(shard, ShardMessage::Page { channel, position, result });
+            self.shards.send(shard, BusMessage::Page { channel, position, result });
         }
         // One that ends where the head stood is as good: whoever has all of it asks for what follows.
         if !all && !page.entries.is_empty() {
@@ -174,7 +174,7 @@ impl Bus {
     fn fail_page(&mut self, name: &ChannelName, position: EventId, why: &BusError) {
         for (shard, position) in self.pages.reads.fail(name.clone(), position) {
             let (channel, result) = (name.clone(), Err(why.clone()));
-            self.shards.tell(shard, ShardMessage::Page { channel, position, result });
+            self.shards.send(shard, BusMessage::Page { channel, position, result });
         }
     }
 }

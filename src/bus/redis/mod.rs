@@ -25,7 +25,7 @@ use self::publisher::Publisher;
 use self::scripts::Known;
 use self::session::{CallError, ConnectError, Report, Session};
 use self::settings::Terms;
-use super::{BusContext, BusError, Page, Request, Shards, Unusable};
+use super::{BusContext, BusError, Page, Request, ShardSender, Unusable};
 use crate::config::{RedisUrl, Settings};
 use crate::metrics::{BusMetrics, Readiness};
 use crate::protocol::event::{ChannelName, EventId};
@@ -111,7 +111,7 @@ impl Default for Channel {
 struct Bus {
     terms: Arc<Terms>,
     config: Config,
-    shards: Shards,
+    shards: Arc<dyn ShardSender>,
     numbers: Arc<BusMetrics>,
     readiness: Arc<Readiness>,
     outcomes: mpsc::UnboundedSender<Outcome>,

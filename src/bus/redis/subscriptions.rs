@@ -12,7 +12,7 @@ use super::session::{CallError, Caller, Script};
 use super::settings::Lane;
 use super::wire::FAULT;
 use super::{Bus, Outcome, Purpose, errors, scripts, wire};
-use crate::bus::{BusError, Page, ShardId, ShardMessage};
+use crate::bus::{BusError, BusMessage, Page, ShardId, ShardSender};
 use crate::protocol::event::{ChannelName, Entry, EventId, Kind};
 use crate::protocol::ingest;
 
@@ -32,7 +32,7 @@ impl Bus {
         let refusal = if full { Some(BusError::TooManyChannels) } else { self.away() };
         // A refused channel is not remembered.
         if let Some(why) = refusal.filter(|_| !is_followed) {
-            self.shards.tell(shard, ShardMessage::NotFollowed { channel: name, why });
+            self.shards.send(shard, BusMessage::NotFollowed { channel: name, why });
             return;
         }
         let channel = self.channels.entry(name.clone()).or_default();
@@ -115,7 +115,7 @@ impl Bus {
         };
         for shard in std::mem::take(&mut follow.joining) {
             let why = BusError::Away(why.into());
-            self.shards.tell(shard, ShardMessage::NotFollowed { channel: name.clone(), why });
+            self.shards.send(shard, BusMessage::NotFollowed { channel: name.clone(), why });
         }
         if follow.followers.is_empty() {
             self.let_go(name);
@@ -171,7 +171,7 @@ impl Bus {
             tracing::warn!(channel = %name, "message of a plain PUBLISH shown as text: {fault}");
         }
         let entry = Entry::raw(sequence.position(), shown.event.as_bytes());
-        tell(&self.shards, &follow.followers, name, entry, Instant::now());
+        tell(&*self.shards, &follow.followers, name, entry, Instant::now());
     }
 
     /// Gives entries to everyone who follows, and reads if there is a hole.
@@ -184,7 +184,7 @@ impl Bus {
             if entry.kind == Kind::Reset {
                 self.numbers.resets.add(1);
             }
-            tell(&self.shards, &follow.followers, name, entry, arrived);
+            tell(&*self.shards, &follow.followers, name, entry, arrived);
         }
         if let Some(sequence) = &follow.sequence {
             channel.known.learn(sequence.base(), sequence.position());
@@ -207,7 +207,7 @@ impl Bus {
             (_, Some(away)) => Err(away),
             _ => Err(BusError::Away("the channel is not followed".into())),
         };
-        self.shards.tell(shard, ShardMessage::Looked { channel: name, result });
+        self.shards.send(shard, BusMessage::Refreshed { channel: name, result });
     }
 
     /// Asks Redis where the channel stands and, to fill a hole, for what comes after a position.
@@ -276,7 +276,7 @@ impl Bus {
                 }
                 self.hand_on(name, out);
                 for shard in looked {
-                    self.shards.tell(shard, ShardMessage::Looked { channel: name.clone(), result: Ok(()) });
+                    self.shards.send(shard, BusMessage::Refreshed { channel: name.clone(), result: Ok(()) });
                 }
             }
             _ => {} // let go meanwhile
@@ -297,7 +297,7 @@ impl Bus {
             (Purpose::Fill(_), Some(follow)) => {
                 for shard in follow.failed() {
                     let result = Err(BusError::Away(text.clone()));
-                    self.shards.tell(shard, ShardMessage::Looked { channel: name.clone(), result });
+                    self.shards.send(shard, BusMessage::Refreshed { channel: name.clone(), result });
                 }
             }
             _ => {}
@@ -319,15 +319,9 @@ fn is_joining(channel: &super::Channel) -> bool {
     channel.follow.as_ref().is_some_and(|follow| !follow.joining.is_empty())
 }
 
-fn tell(
-    shards: &crate::bus::Shards,
-    followers: &[ShardId],
-    name: &ChannelName,
-    entry: Entry,
-    arrived: Instant,
-) {
+fn tell(shards: &dyn ShardSender, followers: &[ShardId], name: &ChannelName, entry: Entry, arrived: Instant) {
     for shard in followers {
-        shards.tell(*shard, ShardMessage::Entry { channel: name.clone(), entry: entry.clone(), arrived });
+        shards.send(*shard, BusMessage::Entry { channel: name.clone(), entry: entry.clone(), arrived });
     }
 }
 
