@@ -105,6 +105,28 @@ fn the_example_of_an_environment_is_one() {
     assert!(output.status.success(), "{output:?}");
 }
 
+fn root(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
+}
+
+#[test]
+fn files_of_the_debian_package_exist() {
+    let manifest = std::fs::read_to_string(root("Cargo.toml")).expect("cargo has read it");
+    let (_, deb) = manifest.split_once("[package.metadata.deb]\n").expect("settings of cargo-deb");
+    let (_, assets) = deb.split_once("assets = [\n").expect("files");
+    let assets = assets.lines().take_while(|line| *line != "]");
+    let sources: Vec<_> =
+        assets.filter_map(|line| line.trim().strip_prefix("[\"")?.split('"').next()).collect();
+    assert!(sources.len() > 4, "{sources:?}");
+    for source in sources.iter().filter(|source| !source.starts_with("target/")) {
+        assert!(root(source).is_file(), "there is no {source}");
+    }
+    for script in ["packaging/postinst", "packaging/prerm"] {
+        let text = std::fs::read_to_string(root(script)).expect("it is there");
+        assert!(text.contains("\n#DEBHELPER#\n"), "{script} lacks the commands of cargo-deb");
+    }
+}
+
 /// The system calls that the service may make: its groups, less those that are taken away again.
 fn allowed() -> BTreeSet<String> {
     let mut allowed = BTreeSet::new();
