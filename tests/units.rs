@@ -127,6 +127,31 @@ fn files_of_the_debian_package_exist() {
     }
 }
 
+#[test]
+fn the_container_image_can_be_built_and_started() {
+    let dockerfile = std::fs::read_to_string(root("Dockerfile")).expect("it is there");
+    let sent = std::fs::read_to_string(root(".dockerignore")).expect("it is there");
+    let copied = dockerfile.lines().filter_map(|line| line.strip_prefix("COPY "));
+    let copied = copied.filter(|paths| !paths.starts_with("--from"));
+    let copied: Vec<_> =
+        copied.flat_map(|paths| paths.rsplit_once(' ').expect("a target").0.split(' ')).collect();
+    assert!(copied.contains(&"src") && copied.contains(&"Cargo.lock"), "{copied:?}");
+    for path in copied {
+        assert!(root(path).exists(), "there is no {path}");
+        assert!(sent.lines().any(|line| line.strip_prefix('!') == Some(path)), "{path} is ignored");
+    }
+    let variables = dockerfile.lines().filter_map(|line| line.strip_prefix("ENV ")?.split_once('='));
+    let directory = Directory::new();
+    let key = directory.path().join("jwt.key");
+    std::fs::write(&key, "k".repeat(32)).expect("the directory is ours");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_fanfare"));
+    command.env_clear().envs(variables).arg("--check").arg("--jwt-key").arg(&key);
+    let output = command.output().expect("it runs");
+    assert!(output.status.success(), "{output:?}");
+    let settings = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(settings.contains("0.0.0.0:8080"), "{settings}");
+}
+
 /// The system calls that the service may make: its groups, less those that are taken away again.
 fn allowed() -> BTreeSet<String> {
     let mut allowed = BTreeSet::new();
