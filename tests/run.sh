@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs every test: unit, integration (real Redis), and the page in a real browser. Installs with apt what is
+# Runs every test: unit, integration (real Redis), and the page in a real browser. Installs what is
 # missing, builds once, and leaves no process behind. Arguments go to `cargo test`, but for a first
 # `--soak SECONDS`: how long faults happen at random (tests/soak.rs), two minutes unless said. SOAK_SEED=N in the
 # environment repeats those of an earlier run.
@@ -19,11 +19,7 @@ fi
 
 say() { printf '\n== %s\n' "$*"; }
 
-# Package and the program that it brings.
-missing=()
-while read -r package program; do
-    command -v "$program" >/dev/null || missing+=("$package")
-done <<'LIST'
+tests/install.sh <<'LIST'
 redis-server redis-server
 chromium chromium
 chromium-driver chromedriver
@@ -34,17 +30,6 @@ nginx nginx
 systemd systemd-analyze
 strace strace
 LIST
-
-if ((${#missing[@]})); then
-    say "Installing ${missing[*]}"
-    as_root=()
-    if ((EUID != 0)); then
-        as_root=(sudo)
-    fi
-    install=("${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends)
-    # Package lists may be missing or old; then they are fetched and it is tried again.
-    "${install[@]}" "${missing[@]}" || { "${as_root[@]}" apt-get update && "${install[@]}" "${missing[@]}"; }
-fi
 
 # The tests run in a process group of their own. Whatever is left of it when they end, or when this script is
 # interrupted, is ended with it.
