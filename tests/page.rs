@@ -400,3 +400,34 @@ async fn the_client_finds_out_that_a_silent_node_is_dead() {
     let sent = "return await fanfare.send('hello again') > 0;";
     assert_eq!(browser.run_client(&format!("const fanfare = window.fanfare; {sent}")).await, json!(true));
 }
+
+/// The page in examples/, served from another origin as its README says.
+#[tokio::test]
+async fn the_example_page_shows_events() {
+    let node = Node::start(&[]).await;
+    let port = free_port().to_string();
+    let mut command = Command::new("python3");
+    command.args(["-u", "-m", "http.server", &port, "--bind", "127.0.0.1", "--directory", "examples/page"]);
+    let server = Process::start("http.server", command.current_dir(env!("CARGO_MANIFEST_DIR")));
+    let ready = |line: &str| line.contains("Serving HTTP on").then_some(());
+    server.line("a web server that is ready", ready).await.unwrap_or_else(|ended| panic!("{ended}"));
+
+    let browser = Browser::start().await;
+    browser.open(&format!("http://127.0.0.1:{port}/?node={}", node.public)).await;
+    let becomes = async |script: &str, wanted: Value| {
+        until(script, || async { (browser.run(&format!("return {script}")).await == wanted).then_some(()) })
+            .await;
+    };
+    becomes("document.querySelector('#state').value", json!("live")).await;
+    let id = node.publish("orders", &json!({ "order": "<b>tea</b>" })).await;
+    let events = "[...document.querySelectorAll('#events li')].map((row) => row.textContent)";
+    let first = format!(r#"{{"order":"<b>tea</b>","id":{id}}}"#);
+    becomes(events, json!([first])).await;
+    browser.type_into("[name=text]", &format!("hello{ENTER}")).await;
+    becomes("document.querySelectorAll('#events li').length", json!(2)).await;
+    let events = browser.run(&format!("return {events}")).await;
+    assert!(events[1].as_str().is_some_and(|row| row.contains("\"text\":\"hello\"")), "{events}");
+    let complaints = browser.complaints().await;
+    let complaints: Vec<_> = complaints.iter().filter(|line| !line.contains("favicon.ico")).collect();
+    assert!(complaints.is_empty(), "{complaints:?}");
+}

@@ -26,10 +26,16 @@ chromium-driver chromedriver
 prometheus promtool
 openssl openssl
 python3 python3
+python3-pip pip3
+nodejs node
+npm npm
 nginx nginx
 systemd systemd-analyze
 strace strace
 LIST
+
+say "Installing what the examples need"
+tests/examples.sh
 
 # The tests run in a process group of their own. Whatever is left of it when they end, or when this script is
 # interrupted, is ended with it.
