@@ -14,7 +14,7 @@ use fanfare::protocol::event::{ChannelName, Entry, EventId, is_user_id};
 use fanfare::protocol::frame::{self, ClientFrame};
 use fanfare::protocol::ingest;
 use fanfare::ws::decoder::{self, Incoming, Limits, MESSAGES_AT_ONCE};
-use fanfare::ws::handshake::{self, HandshakeContext, Verdict};
+use fanfare::ws::handshake::{self, HandshakeContext, HandshakeOutcome};
 use fred::types::Resp3Frame;
 use serde_json::Value;
 
@@ -35,49 +35,53 @@ fn choice<'a>(data: &mut &'a [u8]) -> u8 {
 
 // ---- requests ----
 
-fn door(with_tokens: bool) -> &'static HandshakeContext {
-    static DOORS: OnceLock<[HandshakeContext; 2]> = OnceLock::new();
-    let doors = DOORS.get_or_init(|| {
+fn context(with_tokens: bool) -> &'static HandshakeContext {
+    static CONTEXTS: OnceLock<[HandshakeContext; 2]> = OnceLock::new();
+    let contexts = CONTEXTS.get_or_init(|| {
         let file = std::env::temp_dir().join(format!("fanfare-fuzz-{}.key", std::process::id()));
         std::fs::write(&file, KEY).expect("there is room for a key");
         let key = format!("--jwt-key={}", file.display());
-        let doors = [&[][..], &[key.as_str()]].map(|flags| {
+        let contexts = [&[][..], &[key.as_str()]].map(|flags| {
             let flags = [&["--trusted-proxy=10.0.0.0/8"], flags].concat();
             let Ok(Action::Run(settings)) = Settings::from(flags.iter().map(|flag| flag.into()), []) else {
                 panic!("these settings are good")
             };
             let keys = Arc::new(KeyRing::load(&settings).expect("the key is there"));
-            let guard = Arc::new(ConnectionLimits::new(&settings));
+            let limits = Arc::new(ConnectionLimits::new(&settings));
             HandshakeContext {
                 settings: Arc::new(settings),
                 readiness: Arc::default(),
                 keys,
-                guard,
+                limits,
                 loopback: Arc::default(),
             }
         });
         let _ = std::fs::remove_file(file);
-        doors
+        contexts
     });
-    &doors[usize::from(with_tokens)]
+    &contexts[usize::from(with_tokens)]
 }
 
 /// What a connection from this peer gets whose bytes come in these pieces, as the shard reads them.
-fn decide<'a>(pieces: impl Iterator<Item = &'a [u8]>, door: &HandshakeContext, peer: [u8; 4]) -> Verdict {
-    let mut place = door.guard.acquire(peer.into()).expect("there is room for one");
+fn decide<'a>(
+    pieces: impl Iterator<Item = &'a [u8]>,
+    context: &HandshakeContext,
+    peer: [u8; 4],
+) -> HandshakeOutcome {
+    let mut connection_slot = context.limits.acquire(peer.into()).expect("there is room for one");
     let mut kept = Vec::new();
-    let mut verdict = Verdict::Incomplete(0);
+    let mut outcome = HandshakeOutcome::Incomplete(0);
     for piece in pieces {
         kept.extend_from_slice(piece);
-        verdict = handshake::decide(&kept, door, &mut place, false);
-        match &verdict {
-            Verdict::Incomplete(read) => drop(kept.drain(..*read)),
+        outcome = handshake::decide(&kept, context, &mut connection_slot, false);
+        match &outcome {
+            HandshakeOutcome::Incomplete(read) => drop(kept.drain(..*read)),
             _ => break,
         }
         assert!(kept.len() <= http::HEAD_MAX + PREAMBLE_MAX, "{} bytes are kept of a request", kept.len());
     }
-    door.guard.release(place, "");
-    verdict
+    context.limits.release(connection_slot, "");
+    outcome
 }
 
 /// An answer is one whole HTTP response, whatever of the request is repeated in it.
@@ -106,30 +110,33 @@ fn check_answer(answer: &[u8]) -> u16 {
 pub fn request(mut data: &[u8]) {
     let flags = choice(&mut data);
     let size = usize::from(choice(&mut data)) + 1;
-    let (door, peer) = (door(flags & 1 > 0), if flags & 2 > 0 { [10, 0, 0, 1] } else { [192, 0, 2, 1] });
-    let whole = decide(std::iter::once(data), door, peer);
-    let split = decide(data.chunks(size), door, peer);
-    for verdict in [&whole, &split] {
-        match verdict {
-            Verdict::Incomplete(_) => {
+    let (context, peer) =
+        (context(flags & 1 > 0), if flags & 2 > 0 { [10, 0, 0, 1] } else { [192, 0, 2, 1] });
+    let whole = decide(std::iter::once(data), context, peer);
+    let split = decide(data.chunks(size), context, peer);
+    for outcome in [&whole, &split] {
+        match outcome {
+            HandshakeOutcome::Incomplete(_) => {
                 assert!(data.len() <= http::HEAD_MAX + PREAMBLE_MAX, "it goes on for ever")
             }
-            Verdict::Answer(answer) => drop(check_answer(answer)),
-            Verdict::Refuse(answer, _) => assert!(check_answer(answer) >= 400),
-            Verdict::Join(join) => {
+            HandshakeOutcome::Answer(answer) => drop(check_answer(answer)),
+            HandshakeOutcome::Reject(answer, _) => assert!(check_answer(answer) >= 400),
+            HandshakeOutcome::Join(join) => {
                 assert!(is_user_id(&join.user) && ChannelName::parse(join.channel.as_str()).is_some());
                 assert_eq!(check_answer(&join.response), 101);
             }
         }
     }
     match (&whole, &split) {
-        (Verdict::Join(whole), Verdict::Join(split)) => {
+        (HandshakeOutcome::Join(whole), HandshakeOutcome::Join(split)) => {
             assert_eq!((&whole.user, &whole.channel), (&split.user, &split.channel));
-            assert_eq!((whole.last_seen, whole.json), (split.last_seen, split.json));
+            assert_eq!((whole.last_seen, whole.json_mode), (split.last_seen, split.json_mode));
         }
-        (Verdict::Join(_), other) => panic!("good whole, and in pieces {other:?}"),
-        (Verdict::Incomplete(_), other) => assert!(matches!(other, Verdict::Incomplete(_)), "{other:?}"),
-        (_, Verdict::Incomplete(_)) => panic!("whole {whole:?}, and waited for in pieces"),
+        (HandshakeOutcome::Join(_), other) => panic!("good whole, and in pieces {other:?}"),
+        (HandshakeOutcome::Incomplete(_), other) => {
+            assert!(matches!(other, HandshakeOutcome::Incomplete(_)), "{other:?}")
+        }
+        (_, HandshakeOutcome::Incomplete(_)) => panic!("whole {whole:?}, and waited for in pieces"),
         // What follows a good request is not known yet when it has come in a piece of its own.
         _ => {}
     }

@@ -199,7 +199,7 @@ fn start(shared: &Arc<Shared>, seed: u64, feed: &str) -> (Bus, SocketAddr) {
         "--ping-format",
         "both",
     ];
-    let Lone { shards, asked, guard, .. } = Lone::start(&flags, false).expect("a shard");
+    let Lone { shards, asked, limits, .. } = Lone::start(&flags, false).expect("a shard");
 
     let socket = TcpSocket::new_v4().expect("a socket");
     socket.set_send_buffer_size(4 << 10).expect("a TCP socket");
@@ -210,8 +210,8 @@ fn start(shared: &Arc<Shared>, seed: u64, feed: &str) -> (Bus, SocketAddr) {
     tokio::spawn(async move {
         while let Ok((socket, peer)) = listener.accept().await {
             let socket = socket.into_std().expect("a socket of tokio's");
-            let place = guard.acquire(peer.ip()).expect("there is room");
-            accepted.send(0, ShardMessage::Socket(mio::net::TcpStream::from_std(socket), place));
+            let connection_slot = limits.acquire(peer.ip()).expect("there is room");
+            accepted.send(0, ShardMessage::Socket(mio::net::TcpStream::from_std(socket), connection_slot));
         }
     });
     let name = ChannelName::parse(CHANNEL).expect("a name");

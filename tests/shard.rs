@@ -34,8 +34,8 @@ impl Shard {
         let (mut client, socket) = (client.expect("it is listening"), accepted.expect("one comes").0);
         client.write_all(bytes).await.expect("there is room");
         let socket = socket.into_std().expect("a socket of tokio's");
-        let place = self.0.guard.acquire(addr.ip()).expect("there is room");
-        self.0.shards.send(0, ShardMessage::Socket(mio::net::TcpStream::from_std(socket), place));
+        let connection_slot = self.0.limits.acquire(addr.ip()).expect("there is room");
+        self.0.shards.send(0, ShardMessage::Socket(mio::net::TcpStream::from_std(socket), connection_slot));
         client
     }
 

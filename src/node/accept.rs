@@ -94,7 +94,7 @@ pub fn start(
     mut listeners: Vec<TcpListener>,
     shared: bool,
     shards: Mailboxes,
-    guard: Arc<ConnectionLimits>,
+    limits: Arc<ConnectionLimits>,
     metrics: Arc<Metrics>,
 ) -> io::Result<(Stop, oneshot::Receiver<()>)> {
     let mut poll = Poll::new()?;
@@ -106,7 +106,7 @@ pub fn start(
     let (end, ended) = oneshot::channel();
     let mut acceptor = Acceptor {
         shards,
-        guard,
+        limits,
         memory: MemoryWatch::new(settings, metrics.clone()),
         metrics,
         spare: spare(),
@@ -166,7 +166,7 @@ pub fn start(
 #[derive(Debug)]
 struct Acceptor {
     shards: Mailboxes,
-    guard: Arc<ConnectionLimits>,
+    limits: Arc<ConnectionLimits>,
     memory: MemoryWatch,
     metrics: Arc<Metrics>,
     /// A descriptor to give up for the moment in which a client is told that there are no more.
@@ -220,12 +220,12 @@ impl Acceptor {
                 Ok((stream, peer)) => {
                     self.log.succeeded("connections");
                     let admitted = if self.memory.admit() {
-                        self.guard.acquire(peer.ip())
+                        self.limits.acquire(peer.ip())
                     } else {
                         Err(LimitReached::Node)
                     };
                     match admitted {
-                        Ok(place) => self.hand_over(stream, place),
+                        Ok(connection_slot) => self.hand_over(stream, connection_slot),
                         Err(full) => {
                             self.metrics.turned_away[full as usize].add(1);
                             let (answer, why) = (full.answer(), full.reason().label());
@@ -277,12 +277,12 @@ impl Acceptor {
         (0..self.shards.count()).for_each(|shard| self.shards.wake(shard));
     }
 
-    fn hand_over(&self, stream: TcpStream, place: ConnectionSlot) {
+    fn hand_over(&self, stream: TcpStream, connection_slot: ConnectionSlot) {
         // A socket under way to its shard counts at once, else a burst would go to one shard whole.
         let load = |shard: &usize| self.metrics.shards[*shard].load();
         let shard = (0..self.shards.count()).min_by_key(load).expect("there is at least one shard");
         self.metrics.shards[shard].accepted.add(1);
-        self.shards.queue(shard, ShardMessage::Socket(stream, place));
+        self.shards.queue(shard, ShardMessage::Socket(stream, connection_slot));
     }
 }
 

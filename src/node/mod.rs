@@ -50,13 +50,13 @@ pub async fn run(
     let readiness = Arc::new(Readiness::waiting_for_bus());
     let metrics = Arc::new(Metrics::new(settings.shards.get(), numbers.clone(), readiness.clone()));
     let (requests, asked) = mpsc::unbounded_channel();
-    let guard = Arc::new(ConnectionLimits::new(&settings));
+    let limits = Arc::new(ConnectionLimits::new(&settings));
     metrics.max_connections.set(u64::from(settings.most_connections()));
-    let door = HandshakeContext {
+    let context = HandshakeContext {
         settings: settings.clone(),
         readiness: readiness.clone(),
         keys: keys.clone(),
-        guard: guard.clone(),
+        limits: limits.clone(),
         loopback: listeners
             .public()?
             .into_iter()
@@ -65,9 +65,15 @@ pub async fn run(
     };
 
     tell_start(&settings, &listeners)?;
-    let (shards, mut ended) = start_shards(&door, &requests, &metrics)?;
-    let (stop_accepting, accepted) =
-        accept::start(&settings, listeners.public, listeners.shared, shards.clone(), guard, metrics.clone())?;
+    let (shards, mut ended) = start_shards(&context, &requests, &metrics)?;
+    let (stop_accepting, accepted) = accept::start(
+        &settings,
+        listeners.public,
+        listeners.shared,
+        shards.clone(),
+        limits,
+        metrics.clone(),
+    )?;
     manager.ready();
     tokio::spawn(systemd::attend(manager.clone(), metrics.clone()));
     let context = AdminContext { requests, metrics: metrics.clone(), keys, settings: settings.clone() };
@@ -159,7 +165,7 @@ fn tell_start(settings: &Settings, listeners: &Listeners) -> io::Result<()> {
 type Ended = mpsc::UnboundedReceiver<io::Result<()>>;
 
 fn start_shards(
-    door: &HandshakeContext,
+    context: &HandshakeContext,
     requests: &Requests,
     metrics: &Arc<Metrics>,
 ) -> io::Result<(Mailboxes, Ended)> {
@@ -167,7 +173,7 @@ fn start_shards(
     let mut inboxes = Vec::new();
     let mut wakers = Vec::new();
     let mut waiting = Vec::new();
-    for _ in 0..door.settings.shards.get() {
+    for _ in 0..context.settings.shards.get() {
         let (poll, waker) = shard::poll()?;
         let (sender, inbox) = mpsc::unbounded_channel();
         inboxes.push(sender);
@@ -176,10 +182,10 @@ fn start_shards(
     }
     let shards = Mailboxes::new(inboxes).with_wakers(wakers);
     for (id, (poll, waker, inbox)) in waiting.into_iter().enumerate() {
-        let (door, requests, metrics) = (door.clone(), requests.clone(), metrics.clone());
+        let (context, requests, metrics) = (context.clone(), requests.clone(), metrics.clone());
         let wiring = ShardContext {
             id,
-            door,
+            context,
             requests,
             shards: shards.clone(),
             poll,

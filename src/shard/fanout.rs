@@ -6,7 +6,7 @@ use super::Shard;
 use crate::feed::{Cursor, Feed, Lookup};
 use crate::protocol::close::CloseReason;
 use crate::protocol::event::{ChannelName, Entry, Kind};
-use crate::ws::connection::{BURST, Copies, Flushed, State};
+use crate::ws::connection::{BURST, Flushed, SharedTails, State};
 
 impl Shard {
     /// Takes a channel's next entry into its feed and sees that it goes out.
@@ -42,7 +42,7 @@ impl Shard {
     /// longest entries.
     pub(super) fn trim(&mut self) {
         let part = self.settings.buffer_memory() / self.settings.shards.get();
-        let limit = part >> self.door.readiness.memory_pressure();
+        let limit = part >> self.context.readiness.memory_pressure();
         let most = 2 * limit.max(self.longest_entry);
         while self.feed_bytes > limit {
             let Some((key, serial)) = self.ages.front().copied() else { return };
@@ -60,10 +60,10 @@ impl Shard {
             self.ages.pop_front();
             let Some(entry) = channel.feed.as_mut().and_then(Feed::evict) else { continue };
             self.feed_bytes -= entry.memory();
-            let mut copies = Copies::default();
+            let mut tails = SharedTails::default();
             while let Some((_, slot)) = channel.begun.first().copied().filter(|begun| begun.0 <= number) {
                 channel.begun.pop_first();
-                self.connections[slot as usize].keep_rest(&entry, &mut copies, &mut self.tally);
+                self.connections[slot as usize].keep_tail(&entry, &mut tails, &mut self.tally);
             }
         }
     }
@@ -106,7 +106,7 @@ impl Shard {
     }
 
     /// Writes to a socket that was full. If it takes anything, its peer has read something, which shows that it lives.
-    pub(super) fn try_again(&mut self, slot: u32) {
+    pub(super) fn retry_write(&mut self, slot: u32) {
         let id = self.id_of(slot);
         let connection = &mut self.connections[slot as usize];
         connection.blocked = false;
@@ -117,7 +117,7 @@ impl Shard {
         let before = self.tally.bytes;
         self.flush(slot);
         if self.tally.bytes > before && self.find(id).is_some() {
-            self.connections[slot as usize].heard = self.tick;
+            self.connections[slot as usize].last_activity = self.tick;
         }
     }
 
@@ -133,12 +133,12 @@ impl Shard {
                     channel.begun.insert((connection.cursor.entry, slot));
                 }
                 if flushed == Flushed::Behind {
-                    connection.go_back(feed, connection.position);
+                    connection.start_replay(feed, connection.position);
                     return self.catch_up(slot, false);
                 }
                 flushed
             }
-            State::History(_) => return self.catch_up(slot, false),
+            State::Replay(_) => return self.catch_up(slot, false),
             State::Missed => connection.flush_queue(&mut self.tally),
             State::Closing { .. } => {
                 if !connection.finish(None, &mut self.tally) {
@@ -153,10 +153,10 @@ impl Shard {
 
     fn after_flush(&mut self, slot: u32, flushed: Flushed) {
         match flushed {
-            Flushed::Blocked => self.watch_room(slot),
-            Flushed::All | Flushed::Behind => self.reconsider(slot),
+            Flushed::Blocked => self.register_writable(slot),
+            Flushed::All | Flushed::Behind => self.resume_reading(slot),
             Flushed::More => self.write_later(slot),
-            Flushed::Missed => self.miss(slot),
+            Flushed::Missed => self.mark_missed(slot),
             Flushed::Dead => self.end(slot, CloseReason::ConnectionLost),
         }
     }
@@ -171,7 +171,7 @@ impl Shard {
                 return self.after_flush(slot, Flushed::More);
             }
             let connection = &mut self.connections[slot as usize];
-            let State::History(pace) = connection.state else { return };
+            let State::Replay(pace) = connection.state else { return };
             if connection.blocked {
                 return;
             }
@@ -179,7 +179,7 @@ impl Shard {
             if connection.waits_for_page || connection.queued() > 0 {
                 let before = self.tally.bytes;
                 let flushed = connection.flush_queue(&mut self.tally);
-                connection.took_history(self.tally.bytes - before, self.tick);
+                connection.count_replayed(self.tally.bytes - before, self.tick);
                 let goes_on = flushed == Flushed::All && !connection.waits_for_page;
                 self.after_flush(slot, flushed);
                 if goes_on {
@@ -198,9 +198,9 @@ impl Shard {
                     connection.cursor = cursor;
                     return self.flush(slot);
                 }
-                Lookup::Discontinuous => return self.tell_lost(slot),
+                Lookup::Discontinuous => return self.send_reset(slot),
                 // Never, since parts are cut at the feed's position. A client that comes back gets its position.
-                Lookup::Ahead => return self.miss(slot),
+                Lookup::Ahead => return self.mark_missed(slot),
                 Lookup::Evicted => {}
             }
             if !pace.may_take(self.tick) {
@@ -212,16 +212,16 @@ impl Shard {
                     connection.waits_for_page = true;
                     return self.parked.push(id); // the answer brought it nowhere: not to be asked for again at once
                 }
-                let bytes = connection.ask_history();
+                let bytes = connection.next_part_bytes();
                 return self.wait_for_page(slot, position, bytes);
             };
             if !page.proves(position) {
-                return self.tell_lost(slot);
+                return self.send_reset(slot);
             }
             answered = false;
             let before = self.tally.bytes;
-            let flushed = connection.flush_page(&page.feed, &mut page.copies, &mut self.tally);
-            connection.took_history(self.tally.bytes - before, self.tick);
+            let flushed = connection.flush_page(&page.feed, &mut page.tails, &mut self.tally);
+            connection.count_replayed(self.tally.bytes - before, self.tick);
             if flushed != Flushed::All {
                 return self.after_flush(slot, flushed);
             }
@@ -229,10 +229,10 @@ impl Shard {
     }
 
     /// Tells a client that events may be missing for it, and goes on from the oldest in memory.
-    fn tell_lost(&mut self, slot: u32) {
+    fn send_reset(&mut self, slot: u32) {
         let connection = &mut self.connections[slot as usize];
-        if !connection.recovers {
-            return self.miss(slot);
+        if !connection.wants_recovery {
+            return self.mark_missed(slot);
         }
         let channel = &self.channels[connection.channel as usize];
         let feed = channel.feed.as_ref().expect("members are in channels that are followed");
@@ -242,13 +242,13 @@ impl Shard {
             _ => Cursor { entry: feed.end(), offset: 0 },
         };
         connection.enqueue(Entry::reset(position).bytes);
-        connection.go_live(feed, cursor, position);
+        connection.start_live(feed, cursor, position);
         self.tally.resets += 1;
         self.flush(slot);
     }
 
     /// A client without recovery frames has missed events: closing is how it is told.
-    fn miss(&mut self, slot: u32) {
+    fn mark_missed(&mut self, slot: u32) {
         self.tally.resets += 1;
         self.connections[slot as usize].state = State::Missed;
         self.missed.push_back(self.id_of(slot));

@@ -71,7 +71,7 @@ impl Shard {
                     // An answer that says nothing about this client is not to be asked for again.
                     None if matches!(asked, Asked::Page(_)) => Entrance::Unproven,
                     None => {
-                        let bytes = self.connections[slot as usize].ask_history();
+                        let bytes = self.connections[slot as usize].next_part_bytes();
                         return self.wait_for_page(slot, seen, bytes);
                     }
                 },
@@ -83,10 +83,10 @@ impl Shard {
     /// Whether the client of this connection has not named too many new channels lately. One that only this shard does
     /// not follow counts, too.
     fn may_name_channel(&mut self, slot: u32) -> bool {
-        let guard = &self.door.guard;
+        let limits = &self.context.limits;
         let connection = &mut self.connections[slot as usize];
-        connection.look_up_allowance(guard);
-        connection.allowance.as_deref().is_none_or(|client| guard.take_channel(client))
+        connection.load_allowance(limits);
+        connection.allowance.as_deref().is_none_or(|client| limits.take_channel(client))
     }
 
     /// Gives a client that has to wait for the bus a deadline.
@@ -111,21 +111,21 @@ impl Shard {
             Entrance::Unproven => (feed.position(), false),
         };
         match entrance {
-            Entrance::Feed(seen, cursor) => connection.go_live(feed, cursor, seen),
-            Entrance::History(seen) => connection.go_back(feed, seen),
-            Entrance::Head | Entrance::Unproven => connection.go_live(feed, end, feed.position()),
+            Entrance::Feed(seen, cursor) => connection.start_live(feed, cursor, seen),
+            Entrance::History(seen) => connection.start_replay(feed, seen),
+            Entrance::Head | Entrance::Unproven => connection.start_live(feed, end, feed.position()),
         }
         let mut first = BytesMut::from(&joining.response[..]);
-        if joining.recovers {
+        if joining.wants_recovery {
             first.extend_from_slice(&frame::welcome(last, feed.position(), recovered));
         }
         connection.enqueue(Bytes::from(first));
-        connection.recovers = joining.recovers;
-        connection.json = joining.json;
+        connection.wants_recovery = joining.wants_recovery;
+        connection.json_mode = joining.json_mode;
         connection.may_publish = joining.may_publish;
         connection.expires = joining.expires;
-        connection.heard = self.tick;
-        connection.heartbeat = self.tick;
+        connection.last_activity = self.tick;
+        connection.last_ping = self.tick;
         self.channels[key as usize].add(slot, &mut self.connections, &self.hasher);
         self.numbers().joins.add(1);
         self.flush(slot);
@@ -201,7 +201,7 @@ impl Shard {
                 self.connections[slot as usize].waits_for_page = false;
                 match self.connections[slot as usize].state {
                     State::Joining(_) => self.join(slot, asked),
-                    State::History(_) => self.catch_up(slot, matches!(asked, Asked::Page(_))),
+                    State::Replay(_) => self.catch_up(slot, matches!(asked, Asked::Page(_))),
                     _ => {}
                 }
             }
@@ -216,10 +216,10 @@ impl Shard {
     /// read than it may.
     pub(super) fn wait_for_page(&mut self, slot: u32, position: EventId, bytes: usize) {
         let id = self.id_of(slot);
-        let guard = &self.door.guard;
-        let now = guard.allowances.now();
+        let limits = &self.context.limits;
+        let now = limits.allowances.now();
         let connection = &mut self.connections[slot as usize];
-        connection.look_up_allowance(guard);
+        connection.load_allowance(limits);
         connection.waits_for_page = true;
         if connection.allowance.as_deref().is_some_and(|client| !client.take_history(bytes, now)) {
             return self.next_tick.push(id);

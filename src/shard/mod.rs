@@ -43,7 +43,7 @@ use channels::Channel;
 pub use event_loop::{poll, run};
 use join::Asked;
 use mailbox::{Inbox, Mailboxes, ShardMessage, ShardWaker};
-use partial_messages::Unfinished;
+use partial_messages::PartialMessages;
 use replay::Pages;
 use timers::Drain;
 
@@ -74,7 +74,7 @@ pub struct ShardContext {
     /// Its number.
     pub id: ShardId,
     /// What decides over requests, with the node's settings.
-    pub door: handshake::HandshakeContext,
+    pub context: handshake::HandshakeContext,
     /// The way to the bus.
     pub requests: Requests,
     /// The way to the other shards.
@@ -96,7 +96,7 @@ pub struct ShardContext {
 pub struct Shard {
     id: ShardId,
     settings: Arc<Settings>,
-    door: handshake::HandshakeContext,
+    context: handshake::HandshakeContext,
     requests: Requests,
     shards: Mailboxes,
     metrics: Arc<Metrics>,
@@ -142,7 +142,7 @@ pub struct Shard {
     next_tick: Vec<ConnectionId>,
     /// Connections that missed events and are to be closed, some at every tick.
     missed: VecDeque<ConnectionId>,
-    unfinished: Unfinished,
+    partial_messages: PartialMessages,
     /// Connections with bytes kept for full sockets, as far as the walk through the slab has come.
     unsent: Vec<u32>,
     /// More such bytes that may be kept before they are counted again.
@@ -163,10 +163,10 @@ pub struct Shard {
 fn assemble(wiring: ShardContext) -> io::Result<(Shard, Poll, Inbox, Arc<ShardWaker>)> {
     let ShardContext { poll, inbox, waker, .. } = wiring;
     let registry = poll.registry().try_clone()?;
-    let settings = wiring.door.settings.clone();
+    let settings = wiring.context.settings.clone();
     let shard = Shard {
         id: wiring.id,
-        door: wiring.door,
+        context: wiring.context,
         requests: wiring.requests,
         shards: wiring.shards,
         metrics: wiring.metrics,
@@ -196,7 +196,7 @@ fn assemble(wiring: ShardContext) -> io::Result<(Shard, Poll, Inbox, Arc<ShardWa
         parked: Vec::new(),
         next_tick: Vec::new(),
         missed: VecDeque::new(),
-        unfinished: Unfinished::new(&settings),
+        partial_messages: PartialMessages::new(&settings),
         unsent: Vec::new(),
         unsent_room: 0,
         drain: None,
@@ -232,14 +232,14 @@ impl Shard {
     fn work(&mut self) {
         for (done, id) in std::mem::take(&mut self.unread).into_iter().enumerate() {
             if let Some(slot) = self.find(id) {
-                self.connections[slot as usize].reads_later = false;
+                self.connections[slot as usize].read_queued = false;
                 self.on_readable(slot, true);
             }
             self.let_pass(done);
         }
         for (done, id) in std::mem::take(&mut self.unflushed).into_iter().enumerate() {
             if let Some(slot) = self.find(id) {
-                self.connections[slot as usize].writes_later = false;
+                self.connections[slot as usize].write_queued = false;
                 self.flush(slot);
             }
             self.let_pass(done);
@@ -261,7 +261,7 @@ impl Shard {
     fn take(&mut self, message: ShardMessage) {
         match message {
             ShardMessage::Bus(message) => self.on_bus_message(message),
-            ShardMessage::Socket(stream, place) => self.on_socket(stream, place),
+            ShardMessage::Socket(stream, connection_slot) => self.on_socket(stream, connection_slot),
             ShardMessage::Drain(time) => self.on_drain(time),
         }
     }
@@ -284,9 +284,9 @@ impl Shard {
         }
     }
 
-    fn on_socket(&mut self, stream: mio::net::TcpStream, place: ConnectionSlot) {
+    fn on_socket(&mut self, stream: mio::net::TcpStream, connection_slot: ConnectionSlot) {
         self.generation = self.generation.wrapping_add(1);
-        let connection = Connection::new(stream, place, self.generation, self.tick);
+        let connection = Connection::new(stream, connection_slot, self.generation, self.tick);
         let slot = self.connections.insert(connection) as u32;
         let token = token_of(self.id_of(slot));
         let stream = self.connections[slot as usize].stream();
@@ -300,25 +300,25 @@ impl Shard {
         let id = ConnectionId { shard: self.id, slot: token.0 as u32, generation: (token.0 >> 32) as u32 };
         let Some(slot) = self.find(id) else { return };
         if writable && self.connections[slot as usize].blocked {
-            self.try_again(slot);
+            self.retry_write(slot);
         }
         // Whoever has more to read has its turn anyway, to the end. It must not get one more for every word of epoll, or
         // a few who send without a pause would be read from ever more often in a turn, and all others wait.
-        if readable && self.find(id).is_some() && !self.connections[slot as usize].reads_later {
+        if readable && self.find(id).is_some() && !self.connections[slot as usize].read_queued {
             self.on_readable(slot, end);
         }
     }
 
     /// Reads from a connection in the next turn.
     fn read_later(&mut self, slot: u32) {
-        if !std::mem::replace(&mut self.connections[slot as usize].reads_later, true) {
+        if !std::mem::replace(&mut self.connections[slot as usize].read_queued, true) {
             self.unread.push(self.id_of(slot));
         }
     }
 
     /// Writes to a connection in the next turn.
     fn write_later(&mut self, slot: u32) {
-        if !std::mem::replace(&mut self.connections[slot as usize].writes_later, true) {
+        if !std::mem::replace(&mut self.connections[slot as usize].write_queued, true) {
             self.unflushed.push(self.id_of(slot));
         }
     }
@@ -330,10 +330,10 @@ impl Shard {
 
     /// Has epoll tell when a full socket has room again. Only now: asked for from the start, it would tell so once
     /// for every new socket.
-    fn watch_room(&mut self, slot: u32) {
+    fn register_writable(&mut self, slot: u32) {
         let token = token_of(self.id_of(slot));
         let connection = &mut self.connections[slot as usize];
-        if !std::mem::replace(&mut connection.watched, true) {
+        if !std::mem::replace(&mut connection.write_interest, true) {
             let both = Interest::READABLE | Interest::WRITABLE;
             if self.registry.reregister(connection.stream(), token, both).is_err() {
                 self.end(slot, CloseReason::ConnectionLost); // it would wait for ever
@@ -366,7 +366,7 @@ impl Shard {
             "connection ends"
         );
         connection.close(reason);
-        if std::mem::take(&mut connection.paused) {
+        if std::mem::take(&mut connection.read_paused) {
             self.read_later(slot);
         }
         if reason == CloseReason::ConnectionLost {
@@ -375,12 +375,13 @@ impl Shard {
         let feed = feed.and_then(|key| self.channels.get(key as usize)?.feed.as_ref());
         let connection = &mut self.connections[slot as usize];
         // Whoever had no seat is not waited for: its request has been read, so nothing can cut its answer short.
-        let turned_away = connection.place.full().is_some_and(|full| full.reason() == reason);
+        let turned_away =
+            connection.connection_slot.limit_reached().is_some_and(|limit| limit.reason() == reason);
         // Nor is whoever was silent for so long; the kernel goes on with what it has been given.
         let silent = matches!(reason, CloseReason::PingTimeout | CloseReason::SlowReader);
         if connection.finish(feed, &mut self.tally) && !silent && (connection.blocked || !turned_away) {
             if connection.blocked {
-                self.watch_room(slot);
+                self.register_writable(slot);
             }
             self.lingering.push_back((Instant::now() + LINGER, id));
         } else {
@@ -430,7 +431,7 @@ impl Shard {
     /// Closes the socket and gives back what the connection held. Every connection ends here, once.
     fn remove(&mut self, slot: u32) {
         let connection = self.connections.remove(slot as usize);
-        self.door.guard.release(connection.place, &connection.user);
+        self.context.limits.release(connection.connection_slot, &connection.user);
         self.numbers().closed.add(1);
     }
 

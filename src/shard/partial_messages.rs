@@ -19,7 +19,7 @@ const NOTED: usize = 1024;
 /// each shard with more than its share closes the connections with the oldest messages. A shard's part of the count is
 /// never too small: it grows with every read, and is corrected when the shard counts again.
 #[derive(Debug)]
-pub(super) struct Unfinished {
+pub(super) struct PartialMessages {
     /// Most bytes of all unfinished messages of the node.
     limit: usize,
     /// This shard's share.
@@ -34,17 +34,24 @@ pub(super) struct Unfinished {
     next_recount: usize,
 }
 
-impl Unfinished {
-    pub(super) fn new(settings: &Settings) -> Unfinished {
+impl PartialMessages {
+    pub(super) fn new(settings: &Settings) -> PartialMessages {
         let limit = settings.partial_memory();
         let share = limit / settings.shards.get();
-        Unfinished { limit, share, begun: VecDeque::new(), counted: 0, since_recount: 0, next_recount: NOTED }
+        PartialMessages {
+            limit,
+            share,
+            begun: VecDeque::new(),
+            counted: 0,
+            since_recount: 0,
+            next_recount: NOTED,
+        }
     }
 }
 
 impl Shard {
     /// Notes what is left unfinished after `new` bytes have come, and sees to it that there is room for it.
-    pub(super) fn note_unfinished(&mut self, slot: u32, new: usize) {
+    pub(super) fn record_partial(&mut self, slot: u32, new: usize) {
         let id = self.id_of(slot);
         let Some(partial) = &mut self.connections[slot as usize].partial else { return };
         if partial.held() == 0 {
@@ -54,56 +61,58 @@ impl Shard {
         // The first bytes of a message may have arrived in one read with the end of another.
         let new = if first { partial.held().max(new) } else { new };
         if first {
-            self.unfinished.begun.push_back((partial.since, id));
+            self.partial_messages.begun.push_back((partial.since, id));
         }
-        self.unfinished.counted += new;
-        self.unfinished.since_recount += new;
+        self.partial_messages.counted += new;
+        self.partial_messages.since_recount += new;
         let all = self.metrics.partial_bytes.fetch_add(new, Relaxed) + new;
-        let is_due = self.unfinished.since_recount > (self.unfinished.share / RECOUNT_PART).max(SCRATCH);
-        let is_over = all > self.unfinished.limit && self.unfinished.counted > self.unfinished.share;
-        if is_due || is_over || self.unfinished.begun.len() >= self.unfinished.next_recount {
-            self.recount_unfinished();
+        let is_due =
+            self.partial_messages.since_recount > (self.partial_messages.share / RECOUNT_PART).max(SCRATCH);
+        let is_over =
+            all > self.partial_messages.limit && self.partial_messages.counted > self.partial_messages.share;
+        if is_due || is_over || self.partial_messages.begun.len() >= self.partial_messages.next_recount {
+            self.recount_partial_messages();
         }
     }
 
     /// Counts again once a tick where that may matter: messages are finished, and other shards may need the room.
-    pub(super) fn bound_unfinished(&mut self) {
+    pub(super) fn limit_partial_messages(&mut self) {
         let all = self.metrics.partial_bytes.load(Relaxed);
-        let idle = self.unfinished.since_recount == 0 && self.unfinished.begun.is_empty();
-        if !idle && (all > self.unfinished.limit / 2 || self.unfinished.begun.len() > NOTED) {
-            self.recount_unfinished();
+        let idle = self.partial_messages.since_recount == 0 && self.partial_messages.begun.is_empty();
+        if !idle && (all > self.partial_messages.limit / 2 || self.partial_messages.begun.len() > NOTED) {
+            self.recount_partial_messages();
         }
     }
 
-    fn recount_unfinished(&mut self) {
-        let mut begun = std::mem::take(&mut self.unfinished.begun);
+    fn recount_partial_messages(&mut self) {
+        let mut begun = std::mem::take(&mut self.partial_messages.begun);
         let mut held = 0;
         begun.retain(|(since, id)| {
             let bytes = self.held_since(*since, *id);
             held += bytes.unwrap_or(0);
             bytes.is_some()
         });
-        let all = self.count_unfinished(held);
+        let all = self.set_partial_bytes(held);
         // The oldest first, since honest messages are soon finished. Down to three quarters, so that it does not happen
         // again at once.
-        if all > self.unfinished.limit && held > self.unfinished.share {
-            while held > self.unfinished.share / 4 * 3
+        if all > self.partial_messages.limit && held > self.partial_messages.share {
+            while held > self.partial_messages.share / 4 * 3
                 && let Some((since, id)) = begun.pop_front()
             {
                 held -= self.held_since(since, id).unwrap_or(0);
                 self.end(id.slot, CloseReason::MessageTimeout);
             }
-            self.count_unfinished(held);
+            self.set_partial_bytes(held);
         }
         begun.shrink_to(NOTED.max(begun.len() * 2));
-        self.unfinished.next_recount = NOTED + 2 * begun.len();
-        self.unfinished.begun = begun;
-        self.unfinished.since_recount = 0;
+        self.partial_messages.next_recount = NOTED + 2 * begun.len();
+        self.partial_messages.begun = begun;
+        self.partial_messages.since_recount = 0;
     }
 
     /// Sets this shard's part of the count, and returns the whole count.
-    fn count_unfinished(&mut self, held: usize) -> usize {
-        let before = std::mem::replace(&mut self.unfinished.counted, held);
+    fn set_partial_bytes(&mut self, held: usize) -> usize {
+        let before = std::mem::replace(&mut self.partial_messages.counted, held);
         // No underflow: every shard subtracts only what it has added.
         self.metrics.partial_bytes.fetch_add(held, Relaxed);
         self.metrics.partial_bytes.fetch_sub(before, Relaxed) - before

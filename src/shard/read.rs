@@ -13,7 +13,7 @@ use crate::protocol::event::EventId;
 use crate::protocol::frame::{self, ClientFrame, ErrorCode};
 use crate::ws::connection::State;
 use crate::ws::decoder::{self, Incoming};
-use crate::ws::handshake::{self, Verdict};
+use crate::ws::handshake::{self, HandshakeOutcome};
 
 /// Nothing more is read from a client that has this many publishes without an answer,
 const UNANSWERED_MAX: u32 = 256;
@@ -45,7 +45,7 @@ impl Shard {
         let id = self.id_of(slot);
         loop {
             let connection = &mut self.connections[slot as usize];
-            if connection.paused {
+            if connection.read_paused {
                 return;
             }
             let Ok((length, new)) = connection.read(&mut self.scratch) else {
@@ -54,7 +54,7 @@ impl Shard {
             if let Some(new) = new.filter(|new| *new > 0) {
                 // A client that sends and does not read is no better than a silent one.
                 if !connection.blocked {
-                    connection.heard = self.tick;
+                    connection.last_activity = self.tick;
                 }
                 self.tally.received += new as u64;
             }
@@ -63,7 +63,7 @@ impl Shard {
                 State::Request(_) => self.on_request_bytes(slot, length),
                 // A client may only speak after the upgrade; what it says here would be lost.
                 State::Joining(_) => self.refuse(slot, handshake::too_early(), CloseReason::HttpResponse),
-                State::Live | State::History(_) | State::Missed => self.on_frames(slot, length),
+                State::Live | State::Replay(_) | State::Missed => self.on_frames(slot, length),
                 State::Closing { .. } => {}
             }
             if self.find(id).is_none() || new.is_none() {
@@ -99,28 +99,28 @@ impl Shard {
     fn on_request_bytes(&mut self, slot: u32, length: usize) {
         let bytes = &self.scratch[..length];
         let connection = &mut self.connections[slot as usize];
-        let loopback = self.door.is_loopback(connection.stream());
+        let loopback = self.context.is_loopback(connection.stream());
         let State::Request(kept) = &mut connection.state else { return };
-        let verdict = match kept {
-            None => handshake::decide(bytes, &self.door, &mut connection.place, loopback),
+        let outcome = match kept {
+            None => handshake::decide(bytes, &self.context, &mut connection.connection_slot, loopback),
             Some(kept) => {
                 kept.extend_from_slice(bytes);
-                handshake::decide(kept, &self.door, &mut connection.place, loopback)
+                handshake::decide(kept, &self.context, &mut connection.connection_slot, loopback)
             }
         };
-        match verdict {
-            Verdict::Incomplete(read) => match kept {
+        match outcome {
+            HandshakeOutcome::Incomplete(read) => match kept {
                 None => *kept = Some(Box::new(bytes[read..].to_vec())),
                 Some(kept) => drop(kept.drain(..read)),
             },
-            Verdict::Answer(answer) => self.answer(slot, answer, CloseReason::HttpResponse),
-            Verdict::Refuse(answer, reason) => self.refuse(slot, answer, reason),
+            HandshakeOutcome::Answer(answer) => self.answer(slot, answer, CloseReason::HttpResponse),
+            HandshakeOutcome::Reject(answer, reason) => self.refuse(slot, answer, reason),
             // It waited to be accepted when the node began to stop.
-            Verdict::Join(_) if self.drain.is_some() => {
+            HandshakeOutcome::Join(_) if self.drain.is_some() => {
                 self.refuse(slot, handshake::stopping(), CloseReason::Draining);
             }
-            Verdict::Join(mut join) => {
-                if !self.door.guard.seat_user(&join.user) {
+            HandshakeOutcome::Join(mut join) => {
+                if !self.context.limits.acquire_user(&join.user) {
                     return self.refuse(slot, LimitReached::User.answer(), LimitReached::User.reason());
                 }
                 connection.user = std::mem::take(&mut join.user);
@@ -165,24 +165,25 @@ impl Shard {
             if !connection.is_open() {
                 return;
             }
-            connection.paused = connection.queued() > QUEUE_MAX || connection.unanswered >= UNANSWERED_MAX;
-            if connection.paused || !more {
+            connection.read_paused =
+                connection.queued() > QUEUE_MAX || connection.unanswered >= UNANSWERED_MAX;
+            if connection.read_paused || !more {
                 connection.keep(&self.scratch[begin..length]);
-                return self.note_unfinished(slot, length);
+                return self.record_partial(slot, length);
             }
         }
     }
 
     fn on_messages(&mut self, slot: u32, messages: impl Iterator<Item = Incoming>) -> Result<(), End> {
-        let now = self.door.guard.allowances.now();
+        let now = self.context.limits.allowances.now();
         for message in messages {
             let connection = &mut self.connections[slot as usize];
-            let is_heartbeat = message == Incoming::Pong && connection.take_pong();
-            if !is_heartbeat && !matches!(message, Incoming::Close(_)) {
+            let answers_ping = message == Incoming::Pong && connection.take_pong();
+            if !answers_ping && !matches!(message, Incoming::Close(_)) {
                 let (bytes, frames) = message.size();
                 let decision = self.check_rate(slot, bytes, frames, now);
                 if let Decision::Reject(text) | Decision::Close(text) = &decision {
-                    self.too_fast(slot, &message, text, matches!(decision, Decision::Close(_)))?;
+                    self.reject_message(slot, &message, text, matches!(decision, Decision::Close(_)))?;
                     continue;
                 }
             }
@@ -204,17 +205,17 @@ impl Shard {
     }
 
     fn check_rate(&mut self, slot: u32, bytes: usize, frames: u32, now: u64) -> Decision {
-        let guard = &self.door.guard;
-        let Some(limiter) = guard.allowances.limiter() else { return Decision::Accept };
+        let limits = &self.context.limits;
+        let Some(limiter) = limits.allowances.limiter() else { return Decision::Accept };
         let connection = &mut self.connections[slot as usize];
-        connection.look_up_allowance(guard);
+        connection.load_allowance(limits);
         let client = connection.allowance.as_deref();
         let cost = limiter.cost(bytes, frames);
         limiter.check(&mut connection.tat, &mut connection.rejected, client, cost, now)
     }
 
     /// Rejects a message that is over the rate.
-    fn too_fast(
+    fn reject_message(
         &mut self,
         slot: u32,
         message: &Incoming,
@@ -223,11 +224,11 @@ impl Shard {
     ) -> Result<(), CloseReason> {
         self.metrics.refuse_message(self.id, ErrorCode::RateLimited, text);
         let connection = &mut self.connections[slot as usize];
-        if close || !connection.recovers {
+        if close || !connection.wants_recovery {
             return Err(CloseReason::RateLimited);
         }
         let reference = match message {
-            Incoming::Text(text, _) if connection.json => frame::reference_in(text),
+            Incoming::Text(text, _) if connection.json_mode => frame::reference_in(text),
             _ => None,
         };
         connection.enqueue(frame::error(ErrorCode::RateLimited, text, reference.as_deref()));
@@ -238,7 +239,7 @@ impl Shard {
     fn on_text(&mut self, slot: u32, text: &str) -> Result<(), CloseReason> {
         self.numbers().messages.add(1);
         let connection = &mut self.connections[slot as usize];
-        let (event, to, reference) = if connection.json {
+        let (event, to, reference) = if connection.json_mode {
             match frame::parse_client_frame(&connection.user, text) {
                 Ok(ClientFrame::Publish(publish)) => (publish.event, publish.to, publish.reference),
                 Ok(ClientFrame::Ping) => {
@@ -265,7 +266,7 @@ impl Shard {
             let text =
                 if to_others { "clients may not address one user here" } else { "you may not publish here" };
             self.metrics.refuse_message(self.id, ErrorCode::Forbidden, text);
-            if !connection.recovers {
+            if !connection.wants_recovery {
                 return Err(CloseReason::Forbidden);
             }
             connection.enqueue(frame::error(ErrorCode::Forbidden, text, reference.as_deref()));
@@ -308,7 +309,7 @@ impl Shard {
                 };
                 let text = error.to_string();
                 self.metrics.refuse_message(self.id, code, &text);
-                if !connection.recovers {
+                if !connection.wants_recovery {
                     return self.end(slot, CloseReason::PublishFailed);
                 }
                 // What is wrong with the bus is for operators.
@@ -319,16 +320,16 @@ impl Shard {
         if connection.queued() > 0 {
             self.flush(slot);
         } else {
-            self.reconsider(slot);
+            self.resume_reading(slot);
         }
     }
 
     /// Reads from a client again that has taken what waited for it.
-    pub(super) fn reconsider(&mut self, slot: u32) {
+    pub(super) fn resume_reading(&mut self, slot: u32) {
         let connection = &mut self.connections[slot as usize];
         let eased = connection.queued() <= QUEUE_MAX / 2 && connection.unanswered <= UNANSWERED_MAX / 2;
-        if connection.paused && eased {
-            connection.paused = false;
+        if connection.read_paused && eased {
+            connection.read_paused = false;
             self.read_later(slot);
         }
     }

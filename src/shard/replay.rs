@@ -6,7 +6,7 @@ use crate::bus::reads::{Read, Reads};
 use crate::bus::{ConnectionId, Page, is_continuous, is_gone, page_begin};
 use crate::feed::Feed;
 use crate::protocol::event::{Entry, EventId};
-use crate::ws::connection::Copies;
+use crate::ws::connection::SharedTails;
 
 /// A shard may always keep parts of this many events of the greatest length. Parts under way may take as much again.
 const LONGEST_EVENTS: usize = 4;
@@ -30,7 +30,7 @@ pub struct ReadyPage {
     /// Its events.
     pub feed: Feed,
     /// Frames that were partly written when it was last read from.
-    pub copies: Copies,
+    pub tails: SharedTails,
     /// Its size in memory, in bytes.
     cost: usize,
     /// When it was last read from, in ticks of the shard.
@@ -52,7 +52,7 @@ impl ReadyPage {
             oldest: page.oldest,
             cost: entries.iter().map(Entry::memory).sum(),
             feed: Feed::with_entries(page.base, page.after, entries),
-            copies: Copies::default(),
+            tails: SharedTails::default(),
             used: tick,
             unserved: 0,
         }
@@ -216,7 +216,7 @@ impl Pages {
 mod tests {
     use super::*;
     use crate::bus::{PAGE, PART_SHARED};
-    use crate::ws::connection::{BURST, CatchUp};
+    use crate::ws::connection::{BURST, ReplayPace};
     use proptest::prelude::*;
 
     const CHANNEL: ChannelKey = (1, 1);
@@ -276,7 +276,7 @@ mod tests {
     /// A connection that reads history, without its socket.
     struct Reader {
         position: u64,
-        pace: CatchUp,
+        pace: ReplayPace,
         waits: bool,
         gone: bool,
         /// What its socket takes in one turn, in bytes.
@@ -403,7 +403,7 @@ mod tests {
                 .iter()
                 .map(|(at, takes, gone)| Reader {
                     position: FIRST + at.index(bus.sizes.len()) as u64,
-                    pace: CatchUp::default(),
+                    pace: ReplayPace::default(),
                     waits: false,
                     gone: *gone && takes % 4 == 0,
                     takes: 1 << takes,

@@ -105,7 +105,7 @@ struct Client {
 struct Testbed {
     shard: Shard,
     asked: mpsc::UnboundedReceiver<Request>,
-    guard: Arc<ConnectionLimits>,
+    limits: Arc<ConnectionLimits>,
     name: ChannelName,
     clients: Vec<Client>,
     base: u64,
@@ -138,23 +138,32 @@ impl Testbed {
         let metrics = Metrics::new(1, Arc::new(BusMetrics::default()), Arc::new(Readiness::default()));
         let metrics = Arc::new(metrics);
         let keys = Arc::new(KeyRing::load(&settings).expect("no keys are needed"));
-        let guard = Arc::new(ConnectionLimits::new(&settings));
+        let limits = Arc::new(ConnectionLimits::new(&settings));
         let readiness = metrics.readiness.clone();
-        let door = HandshakeContext {
+        let context = HandshakeContext {
             settings: Arc::new(settings),
             readiness,
             keys,
-            guard: guard.clone(),
+            limits: limits.clone(),
             loopback: Arc::default(),
         };
         let shards = Mailboxes::new(vec![inbox_tx]);
-        let wiring =
-            ShardContext { id: 0, door, requests, shards, poll, inbox, waker, metrics, takes_binary: false };
+        let wiring = ShardContext {
+            id: 0,
+            context,
+            requests,
+            shards,
+            poll,
+            inbox,
+            waker,
+            metrics,
+            takes_binary: false,
+        };
         let (shard, poll, ..) = assemble(wiring).expect("a shard");
         let mut testbed = Testbed {
             shard,
             asked,
-            guard,
+            limits,
             name: ChannelName::parse("c").expect("a name"),
             clients: Vec::new(),
             base: 1000,
@@ -178,8 +187,8 @@ impl Testbed {
         }
         SockRef::from(&theirs).set_send_buffer_size(4 << 10).expect("a socket");
         let theirs = std::net::TcpStream::from(OwnedFd::from(theirs));
-        let place = self.guard.acquire(Ipv4Addr::LOCALHOST.into()).expect("there is room");
-        self.shard.take(ShardMessage::Socket(mio::net::TcpStream::from_std(theirs), place));
+        let connection_slot = self.limits.acquire(Ipv4Addr::LOCALHOST.into()).expect("there is room");
+        self.shard.take(ShardMessage::Socket(mio::net::TcpStream::from_std(theirs), connection_slot));
         let (user, mode) = CLIENTS[number];
         let query = match (mode, at) {
             (Mode::Plain, _) => String::new(),

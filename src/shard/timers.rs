@@ -60,7 +60,7 @@ impl Shard {
     pub(super) fn on_tick(&mut self) {
         self.tick = self.tick.wrapping_add(1);
         self.numbers().turns.add(1);
-        self.bound_unfinished();
+        self.limit_partial_messages();
         let now = Instant::now();
         while let Some((due, id)) = self.handshakes.front().copied() {
             let request = |slot: &u32| matches!(self.connections[*slot as usize].state, State::Request(_));
@@ -71,8 +71,8 @@ impl Shard {
             // Nearly all have come in long before; five seconds of a storm would be remembered else.
             self.handshakes.pop_front();
             if let Some(slot) = late {
-                match self.connections[slot as usize].place.full() {
-                    Some(full) => self.refuse(slot, full.answer(), full.reason()),
+                match self.connections[slot as usize].connection_slot.limit_reached() {
+                    Some(limit) => self.refuse(slot, limit.answer(), limit.reason()),
                     None => self.refuse(slot, handshake::too_slow(), CloseReason::RequestTimeout),
                 }
             }
@@ -125,7 +125,7 @@ impl Shard {
     pub(super) fn excess_channels(&self) -> usize {
         let most = self.settings.max_channels.get();
         let followed = self.metrics.bus.channels.get() as usize;
-        if self.door.readiness.is_memory_short() {
+        if self.context.readiness.is_memory_short() {
             return followed;
         }
         (followed + 1).saturating_sub(most - most / CHANNEL_RESERVE_PART)
@@ -204,42 +204,42 @@ impl Shard {
             if connection.blocked && connection.queued() > 0 {
                 self.unsent.push(slot as u32);
             }
-            self.look_after(slot as u32, heartbeat, timeout, now);
+            self.check_liveness(slot as u32, heartbeat, timeout, now);
         }
     }
 
-    fn look_after(&mut self, slot: u32, heartbeat: u32, timeout: u32, now: Instant) {
+    fn check_liveness(&mut self, slot: u32, heartbeat: u32, timeout: u32, now: Instant) {
         let connection = &mut self.connections[slot as usize];
         let format = self.settings.ping_format;
         // Nobody answers a JSON ping: then only a full socket tells of silence, and TCP_USER_TIMEOUT of a dead peer.
         let answers = format != PingFormat::Json || connection.blocked;
-        if connection.paused && !connection.blocked {
-            connection.heard = self.tick; // it waits for the bus: nobody reads what it may have said
+        if connection.read_paused && !connection.blocked {
+            connection.last_activity = self.tick; // it waits for the bus: nobody reads what it may have said
         }
         let was_blocked = std::mem::replace(&mut connection.was_blocked, connection.blocked);
         if connection.blocked && !was_blocked {
-            connection.heard = self.tick; // it had room until now
+            connection.last_activity = self.tick; // it had room until now
         }
         // A pong comes after everything written before its ping was read. A full socket shows progress by itself.
         let reading_time = if connection.blocked { 0 } else { ticks(connection.reading_time()) };
         let silence = heartbeat.saturating_add(timeout).saturating_add(reading_time);
-        if answers && self.tick.wrapping_sub(connection.heard) >= silence {
+        if answers && self.tick.wrapping_sub(connection.last_activity) >= silence {
             return self.end(slot, CloseReason::PingTimeout);
         }
         if connection.blocked {
             // Writable comes only when a third of the send buffer is free; a slow reader lives all the same.
-            return self.try_again(slot);
+            return self.retry_write(slot);
         }
         // What a paused client has begun, it can't end.
-        let late = !connection.paused
+        let late = !connection.read_paused
             && now.checked_sub(MESSAGE_TIME).is_some_and(|then| connection.began_before(then));
         if late {
             return self.end(slot, CloseReason::MessageTimeout);
         }
-        if self.tick.wrapping_sub(connection.heartbeat) < heartbeat {
+        if self.tick.wrapping_sub(connection.last_ping) < heartbeat {
             return;
         }
-        connection.heartbeat = self.tick;
+        connection.last_ping = self.tick;
         if connection.queued() > 0 {
             return; // it has not taken the last one
         }
@@ -248,7 +248,8 @@ impl Shard {
         }
         if format != PingFormat::WebSocket {
             let feed = self.channels[connection.channel as usize].feed.as_ref();
-            let position = feed.filter(|_| connection.recovers).map(|feed| connection.shown_position(feed));
+            let position =
+                feed.filter(|_| connection.wants_recovery).map(|feed| connection.shown_position(feed));
             connection.enqueue(frame::json_ping(position));
         }
         self.flush(slot);
@@ -271,7 +272,7 @@ impl Shard {
         drain.ahead = drain.ahead.saturating_sub(due);
         let mut slot = drain.slot;
         while slot < self.connections.capacity() && due > 0 {
-            due -= usize::from(self.let_go(slot, last));
+            due -= usize::from(self.drain_slot(slot, last));
             slot += 1;
         }
         if let Some(drain) = &mut self.drain {
@@ -281,14 +282,14 @@ impl Shard {
 
     /// Ends what is in a slot because the node stops. `false`: there is nothing to end. Who has not asked yet gets
     /// the answer when it asks, and only at the `last` moment unasked.
-    fn let_go(&mut self, slot: usize, last: bool) -> bool {
+    fn drain_slot(&mut self, slot: usize, last: bool) -> bool {
         match self.connections.get(slot).map(|connection| &connection.state) {
             None | Some(State::Closing { .. }) => return false,
             Some(State::Request(_)) if !last => return false,
             Some(State::Request(_) | State::Joining(_)) => {
                 self.answer(slot as u32, handshake::stopping(), CloseReason::Draining);
             }
-            Some(State::Live | State::History(_) | State::Missed) => {
+            Some(State::Live | State::Replay(_) | State::Missed) => {
                 self.end(slot as u32, CloseReason::Draining)
             }
         }

@@ -45,7 +45,7 @@ impl Shard {
         if total > allowed {
             for holder in &mut holders {
                 let share = holder.frame.map_or(0, |key| frames[&key].0 / frames[&key].1);
-                let waited = self.tick.wrapping_sub(self.connections[holder.slot as usize].heard);
+                let waited = self.tick.wrapping_sub(self.connections[holder.slot as usize].last_activity);
                 holder.cost = (holder.own + share) * (u64::from(waited) + 1);
             }
             holders.sort_unstable_by_key(|holder| holder.cost);

@@ -60,9 +60,9 @@ pub struct Join {
     /// From which event on.
     pub last_seen: LastSeen,
     /// Whether the client gets recovery frames.
-    pub recovers: bool,
+    pub wants_recovery: bool,
     /// Whether it speaks `fanfare.v1`.
-    pub json: bool,
+    pub json_mode: bool,
     /// Whether it may publish.
     pub may_publish: bool,
     /// When its token ends, in seconds since 1970.
@@ -81,7 +81,7 @@ pub enum State {
     /// It follows its channel in the feed.
     Live,
     /// The feed has left it behind: it reads history, part by part.
-    History(CatchUp),
+    Replay(ReplayPace),
     /// It missed events and can only be told by a close, which is due.
     Missed,
     /// Its last words are on their way; then it waits for the peer's end.
@@ -93,7 +93,7 @@ pub enum State {
 
 /// How fast one connection reads history.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct CatchUp {
+pub struct ReplayPace {
     /// Bytes that it took since it last asked for a part.
     taken: u32,
     /// Bytes that it took in the latest tick of the shard.
@@ -108,7 +108,7 @@ const HISTORY_IN_TICK: u32 = 4 * 1024 * 1024;
 /// Bytes of history that a connection asks for at first.
 const PART_FIRST: usize = 64 * 1024;
 
-impl CatchUp {
+impl ReplayPace {
     /// Counts what it took.
     pub fn took(&mut self, bytes: u64, tick: u32) {
         let bytes = u32::try_from(bytes).unwrap_or(u32::MAX);
@@ -172,12 +172,12 @@ pub struct Tally {
 
 /// What waits for one client alone.
 #[derive(Debug, Default)]
-enum Waiting {
+enum Outbox {
     #[default]
     Nothing,
     /// The last `left` bytes of a frame that the feed, or a page, has let go of, and whose begin the socket has. All who
     /// have it share it: thousands who stall cost no more than thousands who don't.
-    Rest { frame: Arc<Bytes>, left: u32 },
+    Tail { frame: Arc<Bytes>, left: u32 },
     /// Frames of its own, behind such a rest if there was one.
     Frames(Box<Queue>),
 }
@@ -187,16 +187,16 @@ struct Queue {
     frames: VecDeque<Bytes>,
     bytes: usize,
     /// The frame whose rest is the first one.
-    rest_of: Option<Arc<Bytes>>,
+    tail_of: Option<Arc<Bytes>>,
 }
 
 /// Frames of entries that go, each once for all who have its begin: their rest must not keep the whole entry.
 #[derive(Debug, Default)]
-pub struct Copies(BTreeMap<Cursor, Arc<Bytes>>);
+pub struct SharedTails(BTreeMap<Cursor, Arc<Bytes>>);
 
-impl Copies {
+impl SharedTails {
     /// The frame in which this cursor stands, and how much of it is ahead.
-    fn rest(&mut self, entry: &Entry, cursor: Cursor, tally: &mut Tally) -> (Arc<Bytes>, u32) {
+    fn tail(&mut self, entry: &Entry, cursor: Cursor, tally: &mut Tally) -> (Arc<Bytes>, u32) {
         let (begin, end) = (entry.frame_begin(cursor.offset), entry.frame_end(cursor.offset));
         let frame = self.0.entry(Cursor { offset: end, ..cursor }).or_insert_with(|| {
             tally.kept += u64::from(end - begin);
@@ -217,11 +217,11 @@ pub struct Connection {
     pub generation: u32,
     /// What it is doing.
     pub state: State,
-    waiting: Waiting,
+    outbox: Outbox,
     /// What it keeps between two reads.
     pub partial: Option<Box<Partial>>,
     /// What it holds of the node's counts.
-    pub place: ConnectionSlot,
+    pub connection_slot: ConnectionSlot,
     /// Who it is; empty until its request is found good, and its user has room for it.
     pub user: Box<str>,
     /// Its channel's key in the shard.
@@ -242,23 +242,23 @@ pub struct Connection {
     /// Its socket was full when its heartbeat was last checked.
     pub was_blocked: bool,
     /// It is told when its socket has room again.
-    pub watched: bool,
+    pub write_interest: bool,
     /// Nothing is read from it until it takes what waits for it, or the bus has answered it.
-    pub paused: bool,
+    pub read_paused: bool,
     /// It is on the shard's list of those who have more to read,
-    pub reads_later: bool,
+    pub read_queued: bool,
     /// and of those who have more to write.
-    pub writes_later: bool,
+    pub write_queued: bool,
     /// It gets recovery frames.
-    pub recovers: bool,
+    pub wants_recovery: bool,
     /// It speaks `fanfare.v1`.
-    pub json: bool,
+    pub json_mode: bool,
     /// It may publish.
     pub may_publish: bool,
     /// When its token ends, in seconds since 1970.
     pub expires: u32,
     /// When it was last active, in ticks of the shard: it sent bytes or, while its socket is full, took some.
-    pub heard: u32,
+    pub last_activity: u32,
     /// Bytes written that no pong has confirmed as read.
     unconfirmed: u32,
     /// How many of them were written before the ping that awaits its pong.
@@ -268,9 +268,9 @@ pub struct Connection {
     /// Publishes without an answer yet.
     pub unanswered: u32,
     /// When the last heartbeat was sent, in ticks of the shard.
-    pub heartbeat: u32,
+    pub last_ping: u32,
     /// A pong is due from it.
-    pinged: bool,
+    awaiting_pong: bool,
     /// TAT of its messages, see [`crate::limits::rate`].
     pub tat: u64,
     /// The allowance of its client, looked up when it is first needed.
@@ -281,13 +281,13 @@ pub struct Connection {
 
 impl Connection {
     /// A socket that has sent nothing yet.
-    pub fn new(stream: TcpStream, place: ConnectionSlot, generation: u32, tick: u32) -> Connection {
+    pub fn new(stream: TcpStream, connection_slot: ConnectionSlot, generation: u32, tick: u32) -> Connection {
         Connection {
             stream,
             generation,
-            place,
+            connection_slot,
             state: State::Request(None),
-            waiting: Waiting::Nothing,
+            outbox: Outbox::Nothing,
             partial: None,
             user: Box::default(),
             channel: NONE,
@@ -299,21 +299,21 @@ impl Connection {
             current: false,
             blocked: false,
             was_blocked: false,
-            watched: false,
-            paused: false,
-            reads_later: false,
-            writes_later: false,
-            recovers: false,
-            json: false,
+            write_interest: false,
+            read_paused: false,
+            read_queued: false,
+            write_queued: false,
+            wants_recovery: false,
+            json_mode: false,
             may_publish: false,
             expires: NEVER,
-            heard: tick,
+            last_activity: tick,
             unconfirmed: 0,
             before_ping: 0,
             waits_for_page: false,
             unanswered: 0,
-            heartbeat: tick,
-            pinged: false,
+            last_ping: tick,
+            awaiting_pong: false,
             tat: 0,
             allowance: None,
             rejected: 0,
@@ -328,40 +328,40 @@ impl Connection {
     /// Where its client is, for people: by what it is counted, else where the socket says. `None` also for one whom a
     /// proxy has named in vain, since that name was not kept.
     pub fn client(&self) -> Option<Address> {
-        match self.place {
+        match self.connection_slot {
             ConnectionSlot::Client(address) => Some(address),
-            ConnectionSlot::Doorstep { named: true, .. } => None,
+            ConnectionSlot::Rejecting { reported: true, .. } => None,
             _ => self.stream.peer_addr().ok().map(|peer| peer.ip().into()),
         }
     }
 
     /// Whether it is one of its channel's members.
     pub fn is_open(&self) -> bool {
-        matches!(self.state, State::Live | State::History(_) | State::Missed)
+        matches!(self.state, State::Live | State::Replay(_) | State::Missed)
     }
 
     /// Whether it has yet to get what others in its channel have: its socket is full, or it reads history.
     pub fn is_behind(&self) -> bool {
-        self.blocked || matches!(self.state, State::History(_))
+        self.blocked || matches!(self.state, State::Replay(_))
     }
 
     /// Whether it waits for a part of history.
     pub fn awaits_page(&self) -> bool {
-        self.waits_for_page && matches!(self.state, State::Joining(_) | State::History(_))
+        self.waits_for_page && matches!(self.state, State::Joining(_) | State::Replay(_))
     }
 
     /// Counts what it took of history.
-    pub fn took_history(&mut self, bytes: u64, tick: u32) {
-        if let State::History(pace) = &mut self.state {
+    pub fn count_replayed(&mut self, bytes: u64, tick: u32) {
+        if let State::Replay(pace) = &mut self.state {
             pace.took(bytes, tick);
         }
     }
 
     /// The size of the part of history that it asks for now, in bytes.
-    pub fn ask_history(&mut self) -> usize {
+    pub fn next_part_bytes(&mut self) -> usize {
         match &mut self.state {
-            State::History(pace) => pace.ask(),
-            _ => CatchUp::default().ask(),
+            State::Replay(pace) => pace.ask(),
+            _ => ReplayPace::default().ask(),
         }
     }
 
@@ -390,34 +390,34 @@ impl Connection {
 
     /// Has a frame wait for its turn.
     pub fn enqueue(&mut self, frame: Bytes) {
-        let queue = self.own_queue();
+        let queue = self.outbox_mut();
         queue.bytes += frame.len();
         queue.frames.push_back(frame);
     }
 
     /// What waits, as frames of its own.
-    fn own_queue(&mut self) -> &mut Queue {
-        if !matches!(self.waiting, Waiting::Frames(_)) {
+    fn outbox_mut(&mut self) -> &mut Queue {
+        if !matches!(self.outbox, Outbox::Frames(_)) {
             let mut queue = Box::<Queue>::default();
-            if let Waiting::Rest { frame, left } = &self.waiting {
+            if let Outbox::Tail { frame, left } = &self.outbox {
                 queue.bytes = *left as usize;
                 queue.frames.push_back(frame.slice(frame.len() - *left as usize..));
-                queue.rest_of = Some(frame.clone());
+                queue.tail_of = Some(frame.clone());
             }
-            self.waiting = Waiting::Frames(queue);
+            self.outbox = Outbox::Frames(queue);
         }
-        match &mut self.waiting {
-            Waiting::Frames(queue) => queue,
+        match &mut self.outbox {
+            Outbox::Frames(queue) => queue,
             _ => unreachable!("it was made so above"),
         }
     }
 
     /// Bytes that wait for this client alone.
     pub fn queued(&self) -> usize {
-        match &self.waiting {
-            Waiting::Nothing => 0,
-            Waiting::Rest { left, .. } => *left as usize,
-            Waiting::Frames(queue) => queue.bytes,
+        match &self.outbox {
+            Outbox::Nothing => 0,
+            Outbox::Tail { left, .. } => *left as usize,
+            Outbox::Frames(queue) => queue.bytes,
         }
     }
 
@@ -425,20 +425,20 @@ impl Connection {
     /// others the address and the length.
     pub fn unsent(&self) -> (u64, Option<(usize, u64)>) {
         let shared = |frame: &Arc<Bytes>| (frame.as_ptr() as usize, frame.len() as u64);
-        match &self.waiting {
-            Waiting::Nothing => (0, None),
-            Waiting::Rest { frame, .. } => (0, Some(shared(frame))),
-            Waiting::Frames(queue) => {
-                let rest = queue.rest_of.as_ref().map_or(0, |_| queue.frames[0].len());
+        match &self.outbox {
+            Outbox::Nothing => (0, None),
+            Outbox::Tail { frame, .. } => (0, Some(shared(frame))),
+            Outbox::Frames(queue) => {
+                let rest = queue.tail_of.as_ref().map_or(0, |_| queue.frames[0].len());
                 let own = queue.bytes - rest + queue.frames.len() * FRAME_OVERHEAD;
-                (own as u64, queue.rest_of.as_ref().map(shared))
+                (own as u64, queue.tail_of.as_ref().map(shared))
             }
         }
     }
 
     /// Enqueues a ping.
     pub fn ping(&mut self) {
-        if !std::mem::replace(&mut self.pinged, true) {
+        if !std::mem::replace(&mut self.awaiting_pong, true) {
             self.before_ping = self.unconfirmed;
         }
         self.enqueue(frame::PING);
@@ -446,7 +446,7 @@ impl Connection {
 
     /// Takes a pong. True if it answers a ping; then the client has read what was written before that ping.
     pub fn take_pong(&mut self) -> bool {
-        let answers = std::mem::take(&mut self.pinged);
+        let answers = std::mem::take(&mut self.awaiting_pong);
         if answers {
             self.unconfirmed = self.unconfirmed.saturating_sub(self.before_ping);
         }
@@ -464,7 +464,7 @@ impl Connection {
     }
 
     /// Has it stand at `cursor`, with everything up to `position`.
-    pub fn go_live(&mut self, feed: &Feed, cursor: Cursor, position: EventId) {
+    pub fn start_live(&mut self, feed: &Feed, cursor: Cursor, position: EventId) {
         self.state = State::Live;
         self.cursor = cursor;
         self.position = position;
@@ -473,8 +473,8 @@ impl Connection {
     }
 
     /// Has it read what follows `position` from history.
-    pub fn go_back(&mut self, feed: &Feed, position: EventId) {
-        self.state = State::History(CatchUp::default());
+    pub fn start_replay(&mut self, feed: &Feed, position: EventId) {
+        self.state = State::Replay(ReplayPace::default());
         self.cursor = Cursor::default();
         self.position = position;
         self.live_from = feed.end();
@@ -482,9 +482,9 @@ impl Connection {
     }
 
     /// Finds the allowance of its client when it is first needed.
-    pub fn look_up_allowance(&mut self, guard: &ConnectionLimits) {
+    pub fn load_allowance(&mut self, limits: &ConnectionLimits) {
         if self.allowance.is_none() {
-            self.allowance = guard.allowance(self.place, &self.user);
+            self.allowance = limits.allowance(self.connection_slot, &self.user);
         }
     }
 
@@ -525,17 +525,17 @@ impl Connection {
     }
 
     /// The feed lets go of the entry it stands in: keeps the rest of the frame whose begin the socket has.
-    pub fn keep_rest(&mut self, entry: &Entry, copies: &mut Copies, tally: &mut Tally) {
+    pub fn keep_tail(&mut self, entry: &Entry, tails: &mut SharedTails, tally: &mut Tally) {
         tally.deliveries += 1;
         let end = entry.frame_end(self.cursor.offset);
-        let (frame, left) = copies.rest(entry, self.cursor, tally);
+        let (frame, left) = tails.tail(entry, self.cursor, tally);
         if self.queued() == 0 {
-            self.waiting = Waiting::Rest { frame, left };
+            self.outbox = Outbox::Tail { frame, left };
         } else {
-            let queue = self.own_queue();
+            let queue = self.outbox_mut();
             queue.bytes += left as usize;
             queue.frames.push_front(frame.slice(frame.len() - left as usize..));
-            queue.rest_of = Some(frame);
+            queue.tail_of = Some(frame);
         }
         self.position = position_at(entry, end);
         let whole = end as usize == entry.bytes.len();
@@ -582,7 +582,7 @@ impl Connection {
 
     /// Writes what a page of history has for it. The page may go afterwards: a frame whose begin the socket has
     /// is kept whole.
-    pub fn flush_page(&mut self, page: &Feed, copies: &mut Copies, tally: &mut Tally) -> Flushed {
+    pub fn flush_page(&mut self, page: &Feed, tails: &mut SharedTails, tally: &mut Tally) -> Flushed {
         let Lookup::Found(cursor) = page.find(self.position) else { return Flushed::Behind };
         self.cursor = cursor;
         self.current = false;
@@ -591,7 +591,7 @@ impl Connection {
             Flushed::All => self.position = page.position(),
             _ if self.is_inside_frame(page) => {
                 let entry = page.get(self.cursor.entry).expect("a cursor inside a frame is inside an entry");
-                self.keep_rest(entry, copies, tally);
+                self.keep_tail(entry, tails, tally);
             }
             _ => {}
         }
@@ -625,13 +625,13 @@ impl Connection {
             let mut queued = 0;
             let mut size = 0;
             let mut missed = false;
-            match &self.waiting {
-                Waiting::Rest { frame, left } if !inside => {
+            match &self.outbox {
+                Outbox::Tail { frame, left } if !inside => {
                     slices[0] = IoSlice::new(&frame[frame.len() - *left as usize..]);
                     size = *left as usize;
                     queued = 1;
                 }
-                Waiting::Frames(queue) if !inside => {
+                Outbox::Frames(queue) if !inside => {
                     // All of them are written before any event: the positions in welcome, reset and ping hold only
                     // at their place in the stream.
                     for frame in queue.frames.iter().take(SLICES) {
@@ -646,7 +646,7 @@ impl Connection {
             while queued + count < SLICES && size < BURST {
                 let Some(number) = feed.next_for(next, self.reader()) else { break };
                 let entry = feed.get(number).expect("next_for names entries that are held");
-                if entry.kind == Kind::Reset && !self.recovers {
+                if entry.kind == Kind::Reset && !self.wants_recovery {
                     missed = true;
                     break;
                 }
@@ -694,7 +694,7 @@ impl Connection {
 
     /// The common case, live: one entry lies ahead and nothing waits for this client alone. `None`: it is another.
     fn write_one(&mut self, feed: &Feed, tally: &mut Tally) -> Option<Flushed> {
-        if !matches!(self.waiting, Waiting::Nothing) || self.cursor.offset > 0 {
+        if !matches!(self.outbox, Outbox::Nothing) || self.cursor.offset > 0 {
             return None;
         }
         let Some(number) = feed.next_for(self.cursor.entry, self.reader()) else { return Some(Flushed::All) };
@@ -735,15 +735,15 @@ impl Connection {
         if frames == 0 {
             return written;
         }
-        let left = match &mut self.waiting {
-            Waiting::Nothing => 0,
-            Waiting::Rest { left, .. } => {
+        let left = match &mut self.outbox {
+            Outbox::Nothing => 0,
+            Outbox::Tail { left, .. } => {
                 let part = written.min(*left as usize);
                 written -= part;
                 *left -= part as u32;
                 *left as usize
             }
-            Waiting::Frames(queue) => {
+            Outbox::Frames(queue) => {
                 for _ in 0..frames {
                     let front = &mut queue.frames[0];
                     let part = written.min(front.len());
@@ -754,13 +754,13 @@ impl Connection {
                         break;
                     }
                     queue.frames.pop_front();
-                    queue.rest_of = None;
+                    queue.tail_of = None;
                 }
                 queue.frames.len()
             }
         };
         if left == 0 {
-            self.waiting = Waiting::Nothing;
+            self.outbox = Outbox::Nothing;
         }
         written
     }
@@ -809,7 +809,7 @@ impl Connection {
         if let Some(feed) = feed.filter(|feed| self.is_inside_frame(feed)) {
             let entry =
                 feed.get(self.cursor.entry).expect("a cursor inside a frame is inside an entry").clone();
-            self.keep_rest(&entry, &mut Copies::default(), tally);
+            self.keep_tail(&entry, &mut SharedTails::default(), tally);
         }
         match self.flush_queue(tally) {
             Flushed::All if matches!(self.state, State::Closing { finished: true }) => true,

@@ -34,7 +34,7 @@ const TOO_EARLY: &str = "nothing may follow the request before the upgrade is an
 
 /// What a request leads to.
 #[derive(Debug)]
-pub enum Verdict {
+pub enum HandshakeOutcome {
     /// More bytes are needed. So many of these are read for good, and not to be shown again.
     Incomplete(usize),
     /// The client may join, once the bus agrees.
@@ -42,7 +42,7 @@ pub enum Verdict {
     /// What was asked for, after which the connection ends.
     Answer(Bytes),
     /// Why there is no upgrade, after which the connection ends for this reason.
-    Refuse(Bytes, CloseReason),
+    Reject(Bytes, CloseReason),
 }
 
 /// What decides over requests.
@@ -55,7 +55,7 @@ pub struct HandshakeContext {
     /// The keys of tokens.
     pub keys: Arc<KeyRing>,
     /// The counts of connections, and the trusted proxies.
-    pub guard: Arc<ConnectionLimits>,
+    pub limits: Arc<ConnectionLimits>,
     /// Public listeners on loopback addresses.
     pub loopback: Arc<[SocketAddr]>,
 }
@@ -64,7 +64,7 @@ impl HandshakeContext {
     /// Whether this is a connection to a loopback listener, and not from a trusted proxy, which may pass on other hosts.
     pub fn is_loopback(&self, stream: &mio::net::TcpStream) -> bool {
         let came_to = || stream.local_addr().is_ok_and(|addr| self.loopback.contains(&addr));
-        let from_proxy = || stream.peer_addr().is_ok_and(|peer| self.guard.trusts(peer.ip()));
+        let from_proxy = || stream.peer_addr().is_ok_and(|peer| self.limits.trusts(peer.ip()));
         !self.loopback.is_empty() && came_to() && !from_proxy()
     }
 }
@@ -80,33 +80,41 @@ impl From<Refusal> for Refused {
 
 /// Reads the bytes of a request on a public listener and decides. `place` is the connection's; it changes when a
 /// trusted proxy names the client. `loopback` is the result of [`HandshakeContext::is_loopback`].
-pub fn decide(bytes: &[u8], door: &HandshakeContext, place: &mut ConnectionSlot, loopback: bool) -> Verdict {
-    let (request, read) = match after_preambles(bytes, door, place) {
+pub fn decide(
+    bytes: &[u8],
+    context: &HandshakeContext,
+    connection_slot: &mut ConnectionSlot,
+    loopback: bool,
+) -> HandshakeOutcome {
+    let (request, read) = match after_preambles(bytes, context, connection_slot) {
         Ok(found) => found,
-        Err(verdict) => return verdict,
+        Err(outcome) => return outcome,
     };
     let (head, length) = match http::parse(request) {
-        Ok(None) => return Verdict::Incomplete(read),
+        Ok(None) => return HandshakeOutcome::Incomplete(read),
         Ok(Some(parsed)) => parsed,
         Err(refusal) => {
-            return Verdict::Refuse(Response::from(refusal).to_closing_bytes(), CloseReason::HttpResponse);
+            return HandshakeOutcome::Reject(
+                Response::from(refusal).to_closing_bytes(),
+                CloseReason::HttpResponse,
+            );
         }
     };
     let decided = match head.path.strip_prefix("/ws/") {
-        Some(user) => match name_client(&head, door, place) {
-            Ok(()) => upgrade(&head, user, request.len() > length, door, loopback),
-            Err(Unseated::LimitReached(full)) => return refuse_full(full),
+        Some(user) => match name_client(&head, context, connection_slot) {
+            Ok(()) => upgrade(&head, user, request.len() > length, context, loopback),
+            Err(Unseated::LimitReached(limit)) => return reject_full(limit),
             Err(Unseated::Refused(refused)) => Err(refused),
         },
         None => {
-            let response = plain(&head, &door.readiness);
-            return Verdict::Answer(response.to_bytes(&head, false));
+            let response = plain(&head, &context.readiness);
+            return HandshakeOutcome::Answer(response.to_bytes(&head, false));
         }
     };
     match decided {
-        Ok(join) => Verdict::Join(Box::new(join)),
+        Ok(join) => HandshakeOutcome::Join(Box::new(join)),
         Err(Refused(refusal, reason)) => {
-            Verdict::Refuse(Response::from(refusal).to_bytes(&head, false), reason)
+            HandshakeOutcome::Reject(Response::from(refusal).to_bytes(&head, false), reason)
         }
     }
 }
@@ -115,23 +123,23 @@ pub fn decide(bytes: &[u8], door: &HandshakeContext, place: &mut ConnectionSlot,
 /// the caller may drop.
 fn after_preambles<'b>(
     bytes: &'b [u8],
-    door: &HandshakeContext,
-    place: &mut ConnectionSlot,
-) -> Result<(&'b [u8], usize), Verdict> {
+    context: &HandshakeContext,
+    connection_slot: &mut ConnectionSlot,
+) -> Result<(&'b [u8], usize), HandshakeOutcome> {
     let refuse = |text, reason| {
-        Err(Verdict::Refuse(Response::from(Refusal::new(400, text)).to_closing_bytes(), reason))
+        Err(HandshakeOutcome::Reject(Response::from(Refusal::new(400, text)).to_closing_bytes(), reason))
     };
     let mut read = 0;
     let mut rest = bytes;
-    while place.is_proxy() {
+    while connection_slot.is_proxy() {
         match proxy::preamble(rest) {
             Preamble::Absent => return Ok((rest, read)),
-            Preamble::Partial => return Err(Verdict::Incomplete(read)),
+            Preamble::Partial => return Err(HandshakeOutcome::Incomplete(read)),
             Preamble::Broken => return refuse("the PROXY header can't be read", CloseReason::HttpResponse),
             Preamble::Header { client: Some(client), length } => {
                 read += length;
                 rest = &bytes[read..];
-                door.guard.name(place, client).map_err(refuse_full)?;
+                context.limits.name_client(connection_slot, client).map_err(reject_full)?;
             }
             // It names no client, so no proxy has written what follows: another PROXY header is refused. The caller keeps
             // this one, since nothing else remembers it.
@@ -154,24 +162,30 @@ enum Unseated {
 }
 
 /// Takes the client's address from `X-Forwarded-For`, and sees to it that it has a seat.
-fn name_client(head: &Head<'_>, door: &HandshakeContext, place: &mut ConnectionSlot) -> Result<(), Unseated> {
+fn name_client(
+    head: &Head<'_>,
+    context: &HandshakeContext,
+    connection_slot: &mut ConnectionSlot,
+) -> Result<(), Unseated> {
     let refused = |text, reason| Err(Unseated::Refused(Refused(Refusal::new(400, text), reason)));
-    if place.full().is_none() && head.count("x-forwarded-for") > 0 {
-        if !place.is_proxy() {
+    if connection_slot.limit_reached().is_none() && head.count("x-forwarded-for") > 0 {
+        if !connection_slot.is_proxy() {
             return refused(UNTRUSTED_FORWARD, CloseReason::ProxyNotTrusted);
         }
-        match proxy::forwarded_for(head, |ip| door.guard.trusts(ip)) {
+        match proxy::forwarded_for(head, |ip| context.limits.trusts(ip)) {
             Err(Unreadable) => return refused(UNREADABLE_FORWARD, CloseReason::HttpResponse),
             Ok(None) => {}
-            Ok(Some(client)) => door.guard.name(place, client).map_err(Unseated::LimitReached)?,
+            Ok(Some(client)) => {
+                context.limits.name_client(connection_slot, client).map_err(Unseated::LimitReached)?
+            }
         }
     }
-    place.full().map_or(Ok(()), |full| Err(Unseated::LimitReached(full)))
+    connection_slot.limit_reached().map_or(Ok(()), |limit| Err(Unseated::LimitReached(limit)))
 }
 
 /// The end of one for whom there is no room.
-fn refuse_full(full: LimitReached) -> Verdict {
-    Verdict::Refuse(full.answer(), full.reason())
+fn reject_full(limit: LimitReached) -> HandshakeOutcome {
+    HandshakeOutcome::Reject(limit.answer(), limit.reason())
 }
 
 /// The answer to a client whose channel can't be joined now.
@@ -232,7 +246,7 @@ fn upgrade(
     head: &Head<'_>,
     user: &str,
     more: bool,
-    door: &HandshakeContext,
+    context: &HandshakeContext,
     loopback: bool,
 ) -> Result<Join, Refused> {
     let refuse = |status, text: &'static str| Err(Refusal::new(status, text).into());
@@ -253,7 +267,7 @@ fn upgrade(
     let Some(key) = key.filter(|_| head.count("sec-websocket-key") == 1) else {
         return refuse(400, "Sec-WebSocket-Key must be given once, 16 bytes in base64");
     };
-    check_origin(head, &door.settings, loopback)?;
+    check_origin(head, &context.settings, loopback)?;
     let user = Some(user).filter(|user| !user.contains('/')).and_then(http::percent_decode);
     let user = user.filter(|user| is_user_id(user));
     let Some(user) = user else {
@@ -262,7 +276,7 @@ fn upgrade(
             "the user id in /ws/{user_id} must be 1 to 128 bytes of UTF-8 without control characters",
         );
     };
-    let grant = check_token(head, &user, door)?;
+    let grant = check_token(head, &user, context)?;
     let channel = match http::query_value(head.query, "channel")? {
         Some(name) => ChannelName::parse(&name),
         None => ChannelName::parse(DEFAULT_CHANNEL),
@@ -277,24 +291,33 @@ fn upgrade(
         ));
     }
     let given = http::query_value(head.query, "lastEventId");
-    let json = head.tokens("sec-websocket-protocol").any(|offered| offered == SUBPROTOCOL);
-    let recovers = json || !matches!(given, Ok(None));
+    let json_mode = head.tokens("sec-websocket-protocol").any(|offered| offered == SUBPROTOCOL);
+    let wants_recovery = json_mode || !matches!(given, Ok(None));
     let last_seen = match given {
         Ok(None) => LastSeen::Nothing,
         Ok(Some(text)) if text.is_empty() => LastSeen::Nothing,
         Ok(Some(text)) => EventId::parse(text.as_bytes()).map_or(LastSeen::Unknown, LastSeen::Event),
         Err(_) => LastSeen::Unknown,
     };
-    let may_publish = door.settings.client_publish != ClientPublish::Off
+    let may_publish = context.settings.client_publish != ClientPublish::Off
         && grant.as_ref().is_none_or(|grant| grant.may_publish(&channel));
     let expires = grant.map_or(NEVER, |grant| grant.expires);
-    let response = switching(key, json);
-    Ok(Join { user: user.into(), channel, last_seen, recovers, json, may_publish, expires, response })
+    let response = switching(key, json_mode);
+    Ok(Join {
+        user: user.into(),
+        channel,
+        last_seen,
+        wants_recovery,
+        json_mode,
+        may_publish,
+        expires,
+        response,
+    })
 }
 
 /// What the client's token allows it; `None` where no token is asked for.
-fn check_token(head: &Head<'_>, user: &str, door: &HandshakeContext) -> Result<Option<Grant>, Refused> {
-    if !door.keys.asks_for_tokens() {
+fn check_token(head: &Head<'_>, user: &str, context: &HandshakeContext) -> Result<Option<Grant>, Refused> {
+    if !context.keys.asks_for_tokens() {
         return Ok(None);
     }
     let refused = |text: &'static str| {
@@ -306,7 +329,7 @@ fn check_token(head: &Head<'_>, user: &str, door: &HandshakeContext) -> Result<O
         );
     };
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(u64::MAX, |since| since.as_secs());
-    match token::verify(&door.keys.current().tokens, &token, user, now) {
+    match token::verify(&context.keys.current().tokens, &token, user, now) {
         Ok(grant) => Ok(Some(grant)),
         Err(token::Bad) => refused("the token is not good for this user, or no longer"),
     }
@@ -347,12 +370,12 @@ fn is_key(key: &str) -> bool {
     key.len() == 24 && key.ends_with("==") && key.bytes().take(22).all(digit)
 }
 
-fn switching(key: &str, json: bool) -> Bytes {
+fn switching(key: &str, json_mode: bool) -> Bytes {
     let mut out = BytesMut::with_capacity(192);
     out.put_slice(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n");
     out.put_slice(b"Sec-WebSocket-Accept: ");
     out.put_slice(derive_accept_key(key.as_bytes()).as_bytes());
-    if json {
+    if json_mode {
         out.put_slice(b"\r\nSec-WebSocket-Protocol: ");
         out.put_slice(SUBPROTOCOL.as_bytes());
     }
@@ -376,35 +399,39 @@ mod tests {
     /// A PROXY header of version 2 by which the proxy speaks for itself.
     const LOCAL_V2: &str = "\r\n\r\n\0\r\nQUIT\n\x20\0\0\0";
 
-    fn door(flags: &[&str]) -> HandshakeContext {
+    fn context(flags: &[&str]) -> HandshakeContext {
         let settings = match Settings::from(flags.iter().map(std::ffi::OsString::from), []) {
             Ok(crate::config::Action::Run(settings)) => Arc::new(settings),
             other => panic!("{other:?}"),
         };
         let keys = Arc::new(KeyRing::load(&settings).unwrap());
-        let guard = Arc::new(ConnectionLimits::new(&settings));
-        HandshakeContext { settings, readiness: Arc::default(), keys, guard, loopback: Arc::default() }
+        let limits = Arc::new(ConnectionLimits::new(&settings));
+        HandshakeContext { settings, readiness: Arc::default(), keys, limits, loopback: Arc::default() }
     }
 
-    fn verdict(bytes: &[u8]) -> Verdict {
-        decide_from("192.0.2.1", bytes, &door(&[])).0
+    fn outcome(bytes: &[u8]) -> HandshakeOutcome {
+        decide_from("192.0.2.1", bytes, &context(&[])).0
     }
 
-    fn decide_from(peer: &str, bytes: &[u8], door: &HandshakeContext) -> (Verdict, ConnectionSlot) {
-        let mut place = door.guard.acquire(peer.parse().unwrap()).unwrap();
-        (decide(bytes, door, &mut place, false), place)
+    fn decide_from(
+        peer: &str,
+        bytes: &[u8],
+        context: &HandshakeContext,
+    ) -> (HandshakeOutcome, ConnectionSlot) {
+        let mut connection_slot = context.limits.acquire(peer.parse().unwrap()).unwrap();
+        (decide(bytes, context, &mut connection_slot, false), connection_slot)
     }
 
     fn join(target: &str, headers: &str) -> Join {
-        match verdict(request(target, headers).as_bytes()) {
-            Verdict::Join(join) => *join,
+        match outcome(request(target, headers).as_bytes()) {
+            HandshakeOutcome::Join(join) => *join,
             other => panic!("{other:?}"),
         }
     }
 
     fn status(bytes: &[u8]) -> String {
-        match verdict(bytes) {
-            Verdict::Answer(answer) | Verdict::Refuse(answer, _) => {
+        match outcome(bytes) {
+            HandshakeOutcome::Answer(answer) | HandshakeOutcome::Reject(answer, _) => {
                 String::from_utf8_lossy(&answer[9..12]).into_owned()
             }
             other => panic!("{other:?}"),
@@ -415,7 +442,7 @@ mod tests {
     fn a_good_request_joins() {
         let plain = join("/ws/al%20ice", "");
         assert_eq!((&*plain.user, plain.channel.as_str()), ("al ice", DEFAULT_CHANNEL));
-        assert!(!plain.recovers && !plain.json && plain.last_seen == LastSeen::Nothing);
+        assert!(!plain.wants_recovery && !plain.json_mode && plain.last_seen == LastSeen::Nothing);
         let answer = String::from_utf8(plain.response.to_vec()).unwrap();
         assert!(
             answer.contains("Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n"),
@@ -424,7 +451,7 @@ mod tests {
         assert!(!answer.contains("Protocol:"));
 
         let json = join("/ws/a?channel=x.y:1&lastEventId=17", "Sec-WebSocket-Protocol: a, fanfare.v1\r\n");
-        assert!(json.recovers && json.json && json.last_seen == LastSeen::Event(EventId(17)));
+        assert!(json.wants_recovery && json.json_mode && json.last_seen == LastSeen::Event(EventId(17)));
         assert!(
             String::from_utf8(json.response.to_vec())
                 .unwrap()
@@ -444,7 +471,7 @@ mod tests {
 
     #[test]
     fn trusted_proxies_name_their_clients_however_the_bytes_are_cut() {
-        let door = door(&["--trusted-proxy", "10.0.0.0/8"]);
+        let context = context(&["--trusted-proxy", "10.0.0.0/8"]);
         let upgrade = request("/ws/a", "");
         let forward = |value: &str| request("/ws/a", &format!("X-Forwarded-For: {value}\r\n"));
         let v2 = b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0C\xC0\0\x02\x07\xC0\0\x02\x01\0\x01\0\x02";
@@ -468,28 +495,28 @@ mod tests {
                 ConnectionSlot::Client(client.parse::<IpAddr>().unwrap().into())
             });
             let bytes = [begin, request.as_bytes()].concat();
-            let (verdict, place) = decide_from("10.0.0.1", &bytes, &door);
-            assert!(matches!(verdict, Verdict::Join(_)), "{verdict:?}");
-            assert_eq!(place, client, "{}", String::from_utf8_lossy(&bytes));
+            let (outcome, connection_slot) = decide_from("10.0.0.1", &bytes, &context);
+            assert!(matches!(outcome, HandshakeOutcome::Join(_)), "{outcome:?}");
+            assert_eq!(connection_slot, client, "{}", String::from_utf8_lossy(&bytes));
 
             // Byte by byte, as a shard keeps them.
-            let mut place = door.guard.acquire("10.0.0.1".parse().unwrap()).unwrap();
+            let mut connection_slot = context.limits.acquire("10.0.0.1".parse().unwrap()).unwrap();
             let mut kept = Vec::new();
             for (at, byte) in bytes.iter().enumerate() {
                 kept.push(*byte);
-                match decide(&kept, &door, &mut place, false) {
-                    Verdict::Incomplete(read) => drop(kept.drain(..read)),
-                    Verdict::Join(_) => assert_eq!(at + 1, bytes.len()),
+                match decide(&kept, &context, &mut connection_slot, false) {
+                    HandshakeOutcome::Incomplete(read) => drop(kept.drain(..read)),
+                    HandshakeOutcome::Join(_) => assert_eq!(at + 1, bytes.len()),
                     other => panic!("{other:?} after {}", String::from_utf8_lossy(&kept)),
                 }
             }
-            assert_eq!(place, client, "{}", String::from_utf8_lossy(&bytes));
+            assert_eq!(connection_slot, client, "{}", String::from_utf8_lossy(&bytes));
         }
     }
 
     #[test]
     fn who_speaks_as_a_proxy_and_is_none_is_told_what_to_do() {
-        let door = door(&["--trusted-proxy", "10.0.0.0/8"]);
+        let context = context(&["--trusted-proxy", "10.0.0.0/8"]);
         let forward = request("/ws/a", "X-Forwarded-For: 192.0.2.7\r\n");
         let named = "PROXY TCP4 192.0.2.7 10.0.0.1 1 2\r\n";
         for (peer, bytes, text) in [
@@ -501,9 +528,9 @@ mod tests {
             ("10.0.0.1", format!("PROXY UNKNOWN\r\n{named}"), "a PROXY header is taken from trusted"),
             ("10.0.0.1", LOCAL_V2.to_owned() + named, "a PROXY header is taken from trusted"),
         ] {
-            let (verdict, _) = decide_from(peer, bytes.as_bytes(), &door);
-            let Verdict::Refuse(answer, CloseReason::ProxyNotTrusted) = verdict else {
-                panic!("{bytes}: {verdict:?}")
+            let (outcome, _) = decide_from(peer, bytes.as_bytes(), &context);
+            let HandshakeOutcome::Reject(answer, CloseReason::ProxyNotTrusted) = outcome else {
+                panic!("{bytes}: {outcome:?}")
             };
             let answer = String::from_utf8(answer.to_vec()).unwrap();
             assert!(answer.starts_with("HTTP/1.1 400 ") && answer.contains("--trusted-proxy"), "{answer}");
@@ -512,13 +539,13 @@ mod tests {
             if peer != "10.0.0.1" {
                 continue; // byte by byte its version 2 begins as a bad request
             }
-            let mut place = door.guard.acquire(peer.parse().unwrap()).unwrap();
+            let mut connection_slot = context.limits.acquire(peer.parse().unwrap()).unwrap();
             let mut kept = Vec::new();
             let refused = bytes.bytes().any(|byte| {
                 kept.push(byte);
-                match decide(&kept, &door, &mut place, false) {
-                    Verdict::Incomplete(read) => drop(kept.drain(..read)),
-                    Verdict::Refuse(_, CloseReason::ProxyNotTrusted) => return true,
+                match decide(&kept, &context, &mut connection_slot, false) {
+                    HandshakeOutcome::Incomplete(read) => drop(kept.drain(..read)),
+                    HandshakeOutcome::Reject(_, CloseReason::ProxyNotTrusted) => return true,
                     other => panic!("{other:?} after {bytes}"),
                 }
                 false
@@ -526,9 +553,9 @@ mod tests {
             assert!(refused, "{bytes}");
         }
         for bytes in ["PROXY TCP4\r\n".to_owned(), request("/ws/a", "X-Forwarded-For: unknown\r\n")] {
-            let (verdict, _) = decide_from("10.0.0.1", bytes.as_bytes(), &door);
-            let Verdict::Refuse(answer, CloseReason::HttpResponse) = verdict else {
-                panic!("{bytes}: {verdict:?}")
+            let (outcome, _) = decide_from("10.0.0.1", bytes.as_bytes(), &context);
+            let HandshakeOutcome::Reject(answer, CloseReason::HttpResponse) = outcome else {
+                panic!("{bytes}: {outcome:?}")
             };
             assert!(answer.starts_with(b"HTTP/1.1 400 "));
         }
@@ -536,23 +563,33 @@ mod tests {
         for path in ["/healthz", "/"] {
             let bytes = request(path, "X-Forwarded-For: unknown\r\n");
             for peer in ["192.0.2.1", "10.0.0.1"] {
-                let (verdict, _) = decide_from(peer, bytes.as_bytes(), &door);
-                assert!(matches!(verdict, Verdict::Answer(answer) if answer.starts_with(b"HTTP/1.1 200 ")));
+                let (outcome, _) = decide_from(peer, bytes.as_bytes(), &context);
+                assert!(
+                    matches!(outcome, HandshakeOutcome::Answer(answer) if answer.starts_with(b"HTTP/1.1 200 "))
+                );
             }
         }
     }
 
     #[test]
     fn who_has_no_seat_is_told_before_anything_is_looked_at() {
-        let door =
-            door(&["--max-connections", "2", "--max-connections-per-ip", "1", "--trusted-proxy", "10.0.0.1"]);
+        let context = context(&[
+            "--max-connections",
+            "2",
+            "--max-connections-per-ip",
+            "1",
+            "--trusted-proxy",
+            "10.0.0.1",
+        ]);
         let bad = request("/ws/%ff", "Sec-WebSocket-Key: twice\r\n");
-        let status = |peer, bytes: &str| match decide_from(peer, bytes.as_bytes(), &door).0 {
-            Verdict::Refuse(answer, reason) => (String::from_utf8_lossy(&answer[9..12]).into_owned(), reason),
+        let status = |peer, bytes: &str| match decide_from(peer, bytes.as_bytes(), &context).0 {
+            HandshakeOutcome::Reject(answer, reason) => {
+                (String::from_utf8_lossy(&answer[9..12]).into_owned(), reason)
+            }
             other => panic!("{other:?}"),
         };
-        let first = decide_from("192.0.2.1", request("/ws/a", "").as_bytes(), &door);
-        assert!(matches!(first.0, Verdict::Join(_)));
+        let first = decide_from("192.0.2.1", request("/ws/a", "").as_bytes(), &context);
+        assert!(matches!(first.0, HandshakeOutcome::Join(_)));
         assert_eq!(status("192.0.2.1", &bad), ("429".into(), CloseReason::IpLimit));
         let forward = request("/ws/%ff", "X-Forwarded-For: 192.0.2.1\r\n");
         assert_eq!(status("10.0.0.1", &forward), ("429".into(), CloseReason::IpLimit));
@@ -560,36 +597,36 @@ mod tests {
             status("10.0.0.1", &format!("PROXY TCP4 192.0.2.1 10.0.0.9 1 2\r\n{bad}")).1,
             CloseReason::IpLimit
         );
-        let second = decide_from("192.0.2.2", request("/ws/a", "").as_bytes(), &door);
-        assert!(matches!(second.0, Verdict::Join(_)));
+        let second = decide_from("192.0.2.2", request("/ws/a", "").as_bytes(), &context);
+        assert!(matches!(second.0, HandshakeOutcome::Join(_)));
         assert_eq!(status("192.0.2.3", &bad), ("503".into(), CloseReason::NodeLimit));
         assert_eq!(
             status("10.0.0.1", &format!("PROXY TCP4 192.0.2.9 10.0.0.9 1 2\r\n{bad}")).1,
             CloseReason::NodeLimit
         );
-        let (verdict, _) = decide_from("192.0.2.3", request("/healthz", "").as_bytes(), &door);
-        assert!(matches!(verdict, Verdict::Answer(answer) if answer.starts_with(b"HTTP/1.1 200 ")));
+        let (outcome, _) = decide_from("192.0.2.3", request("/healthz", "").as_bytes(), &context);
+        assert!(matches!(outcome, HandshakeOutcome::Answer(answer) if answer.starts_with(b"HTTP/1.1 200 ")));
     }
 
     #[test]
     fn rebound_names_are_refused_on_loopback() {
-        let named = door(&["--allow-origin", "http://app.example:8080"]);
-        for (door, host, origin, loopback, joins) in [
-            (&door(&[]), "127.0.0.1:8080", "http://127.0.0.1:8080", true, true),
-            (&door(&[]), "localhost", "http://localhost:3000", true, true),
-            (&door(&[]), "[::1]:8080", "http://[::1]:8080", true, true),
-            (&door(&[]), "evil.example:8080", "http://evil.example:8080", true, false),
-            (&door(&[]), "evil.example:8080", "http://evil.example:8080", false, true), // to a public address
-            (&door(&[]), "127.0.0.1.evil.example", "http://127.0.0.1.evil.example", true, false),
-            (&door(&[]), "evil.example:8080", "", true, true), // no browser
+        let named = context(&["--allow-origin", "http://app.example:8080"]);
+        for (context, host, origin, loopback, joins) in [
+            (&context(&[]), "127.0.0.1:8080", "http://127.0.0.1:8080", true, true),
+            (&context(&[]), "localhost", "http://localhost:3000", true, true),
+            (&context(&[]), "[::1]:8080", "http://[::1]:8080", true, true),
+            (&context(&[]), "evil.example:8080", "http://evil.example:8080", true, false),
+            (&context(&[]), "evil.example:8080", "http://evil.example:8080", false, true), // to a public address
+            (&context(&[]), "127.0.0.1.evil.example", "http://127.0.0.1.evil.example", true, false),
+            (&context(&[]), "evil.example:8080", "", true, true), // no browser
             (&named, "app.example:8080", "http://app.example:8080", true, true),
             (&named, "evil.example:8080", "http://evil.example:8080", true, false),
         ] {
             let header = if origin.is_empty() { String::new() } else { format!("Origin: {origin}\r\n") };
             let request = request("/ws/a", &header).replace("Host: a", &format!("Host: {host}"));
-            let mut place = door.guard.acquire("127.0.0.1".parse().unwrap()).unwrap();
-            let verdict = decide(request.as_bytes(), door, &mut place, loopback);
-            assert_eq!(matches!(verdict, Verdict::Join(_)), joins, "{host} {origin}: {verdict:?}");
+            let mut connection_slot = context.limits.acquire("127.0.0.1".parse().unwrap()).unwrap();
+            let outcome = decide(request.as_bytes(), context, &mut connection_slot, loopback);
+            assert_eq!(matches!(outcome, HandshakeOutcome::Join(_)), joins, "{host} {origin}: {outcome:?}");
         }
     }
 

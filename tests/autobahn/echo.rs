@@ -45,7 +45,7 @@ struct Chat {
 }
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let Lone { shards, asked, guard, .. } = Lone::start(&FLAGS, true)?;
+    let Lone { shards, asked, limits, .. } = Lone::start(&FLAGS, true)?;
     let bus = shards.clone();
     thread::spawn(|| echo(asked, bus));
 
@@ -55,8 +55,8 @@ fn main() -> Result<(), Box<dyn Error>> {
         let (socket, peer) = listener.accept()?;
         socket.set_nonblocking(true)?;
         socket.set_nodelay(true)?;
-        let place = guard.acquire(peer.ip()).map_err(|_| "the suite has too many connections")?;
-        shards.send(0, ShardMessage::Socket(mio::net::TcpStream::from_std(socket), place));
+        let connection_slot = limits.acquire(peer.ip()).map_err(|_| "the suite has too many connections")?;
+        shards.send(0, ShardMessage::Socket(mio::net::TcpStream::from_std(socket), connection_slot));
     }
 }
 

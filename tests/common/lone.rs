@@ -25,7 +25,7 @@ pub struct Lone {
     /// What it counts.
     pub metrics: Arc<Metrics>,
     /// Where its connections are counted.
-    pub guard: Arc<ConnectionLimits>,
+    pub limits: Arc<ConnectionLimits>,
 }
 
 impl Lone {
@@ -42,18 +42,18 @@ impl Lone {
         let metrics = Arc::new(Metrics::new(1, numbers, Arc::new(Readiness::default())));
         let shards = Mailboxes::new(vec![inbox_tx, other_tx]).with_wakers(vec![waker.clone()]);
         let keys = Arc::new(KeyRing::load(&settings).map_err(|_| "there are no keys to load")?);
-        let guard = Arc::new(ConnectionLimits::new(&settings));
+        let limits = Arc::new(ConnectionLimits::new(&settings));
         let readiness = metrics.readiness.clone();
-        let door = HandshakeContext {
+        let context = HandshakeContext {
             settings: Arc::new(settings),
             readiness,
             keys,
-            guard: guard.clone(),
+            limits: limits.clone(),
             loopback: Arc::default(),
         };
         let wiring = ShardContext {
             id: 0,
-            door,
+            context,
             requests,
             shards: shards.clone(),
             poll,
@@ -63,6 +63,6 @@ impl Lone {
             takes_binary,
         };
         thread::spawn(|| shard::run(wiring).expect("a poll that works"));
-        Ok(Lone { shards, other, asked, metrics, guard })
+        Ok(Lone { shards, other, asked, metrics, limits })
     }
 }

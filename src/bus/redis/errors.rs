@@ -4,8 +4,7 @@
 use super::session::CallError;
 use super::wire::FAULT;
 
-const NOT_PERMITTED: &str =
-    "the Redis user of this node lacks permissions: docs/redis.md lists them";
+const NOT_PERMITTED: &str = "the Redis user of this node lacks permissions: docs/redis.md lists them";
 
 /// What Redis or the way to it says, by its beginning, and what that means.
 const MEANINGS: [(&str, &str); 17] = [

@@ -51,14 +51,13 @@ fn rights(facts: &Facts) -> Finding {
     }
     match &facts.not_permitted {
         None => Finding::ok("rights", "this user may do all that a node does"),
-        Some(text) => {
-            match text.split_once("; grant this user ") {
-                Some((refused, rights)) => Finding::problem("rights", refused)
-                    .remedy(format!("redis-cli ACL SETUSER <user> {rights}")),
-                None => Finding::problem("rights", text)
-                    .remedy("redis-cli ACL SETUSER, with the permissions in docs/redis.md"),
+        Some(text) => match text.split_once("; grant this user ") {
+            Some((refused, rights)) => {
+                Finding::problem("rights", refused).remedy(format!("redis-cli ACL SETUSER <user> {rights}"))
             }
-        }
+            None => Finding::problem("rights", text)
+                .remedy("redis-cli ACL SETUSER, with the permissions in docs/redis.md"),
+        },
     }
 }
 

@@ -125,26 +125,26 @@ pub enum ConnectionSlot {
     /// A seat, counted for this address.
     Client(Address),
     /// No seat, for this reason: it waits on the doorstep until its request can be answered.
-    Doorstep {
+    Rejecting {
         /// What is full.
-        full: LimitReached,
+        limit: LimitReached,
         /// It comes from a trusted proxy.
         proxy: bool,
         /// Its client is another than its peer, by the word of a trusted proxy.
-        named: bool,
+        reported: bool,
     },
 }
 
 impl ConnectionSlot {
     /// Whether its peer is a trusted proxy, who may name the client.
     pub fn is_proxy(self) -> bool {
-        matches!(self, ConnectionSlot::Proxy | ConnectionSlot::Doorstep { proxy: true, .. })
+        matches!(self, ConnectionSlot::Proxy | ConnectionSlot::Rejecting { proxy: true, .. })
     }
 
     /// Why it has no seat.
-    pub fn full(self) -> Option<LimitReached> {
+    pub fn limit_reached(self) -> Option<LimitReached> {
         match self {
-            ConnectionSlot::Doorstep { full, .. } => Some(full),
+            ConnectionSlot::Rejecting { limit, .. } => Some(limit),
             ConnectionSlot::Proxy | ConnectionSlot::Client(_) => None,
         }
     }
@@ -154,13 +154,13 @@ impl ConnectionSlot {
 #[derive(Debug)]
 pub struct ConnectionLimits {
     trusted: Box<[IpNet]>,
-    max_seats: u32,
-    max_doorstep: u32,
+    max_counted: u32,
+    max_rejecting: u32,
     per_address: Cap,
     /// `None`: users are not counted.
     per_user: Option<u32>,
-    seats: AtomicU32,
-    doorstep: AtomicU32,
+    counted: AtomicU32,
+    rejecting: AtomicU32,
     addresses: Mutex<HashMap<Address, u32>>,
     /// By hash: two users in 2^64 would share a cap, and a name is too long to keep twice.
     users: Mutex<HashMap<u64, u32>>,
@@ -176,16 +176,16 @@ impl ConnectionLimits {
     pub fn new(settings: &Settings) -> ConnectionLimits {
         ConnectionLimits {
             trusted: settings.trusted_proxy.clone().into(),
-            max_seats: settings.most_connections(),
-            max_doorstep: config::rejection_slots(settings.most_connections()),
+            max_counted: settings.most_connections(),
+            max_rejecting: config::rejection_slots(settings.most_connections()),
             per_address: settings.max_connections_per_ip,
             per_user: match settings.max_connections_per_user {
                 Cap::Auto => (!settings.jwt_key.is_empty()).then_some(PER_USER),
                 Cap::Off => None,
                 Cap::Most(most) => Some(most.get()),
             },
-            seats: AtomicU32::new(0),
-            doorstep: AtomicU32::new(0),
+            counted: AtomicU32::new(0),
+            rejecting: AtomicU32::new(0),
             addresses: Mutex::default(),
             users: Mutex::default(),
             hasher: RandomState::new(),
@@ -207,38 +207,43 @@ impl ConnectionLimits {
     pub fn acquire(&self, peer: IpAddr) -> Result<ConnectionSlot, LimitReached> {
         let proxy = self.trusts(peer);
         let address = Address::from(peer);
-        let full = if self.seats.load(Relaxed) >= self.max_seats {
+        let limit = if self.counted.load(Relaxed) >= self.max_counted {
             LimitReached::Node
         } else if proxy || self.count(address) {
-            self.seats.fetch_add(1, Relaxed);
+            self.counted.fetch_add(1, Relaxed);
             return Ok(if proxy { ConnectionSlot::Proxy } else { ConnectionSlot::Client(address) });
         } else {
             LimitReached::Address
         };
-        if self.doorstep.load(Relaxed) >= self.max_doorstep {
-            return Err(full);
+        if self.rejecting.load(Relaxed) >= self.max_rejecting {
+            return Err(limit);
         }
-        self.doorstep.fetch_add(1, Relaxed);
-        Ok(ConnectionSlot::Doorstep { full, proxy, named: false })
+        self.rejecting.fetch_add(1, Relaxed);
+        Ok(ConnectionSlot::Rejecting { limit, proxy, reported: false })
     }
 
     /// A trusted proxy names the client of its connection. Whoever has no seat keeps its reason.
     ///
     /// # Errors
-    /// The client's address is full, and so is the doorstep: it is to be answered at once.
-    pub fn name(&self, place: &mut ConnectionSlot, client: IpAddr) -> Result<(), LimitReached> {
-        debug_assert!(place.is_proxy(), "{place:?} names nobody");
+    /// The client's address is full, and so is the rejecting: it is to be answered at once.
+    pub fn name_client(
+        &self,
+        connection_slot: &mut ConnectionSlot,
+        client: IpAddr,
+    ) -> Result<(), LimitReached> {
+        debug_assert!(connection_slot.is_proxy(), "{connection_slot:?} names nobody");
         let proxy = self.trusts(client); // its own address is never counted
-        match place {
-            ConnectionSlot::Doorstep { full, .. } => {
-                *place = ConnectionSlot::Doorstep { full: *full, proxy, named: true }
+        match connection_slot {
+            ConnectionSlot::Rejecting { limit, .. } => {
+                *connection_slot = ConnectionSlot::Rejecting { limit: *limit, proxy, reported: true }
             }
             _ if proxy => {}
-            _ if self.count(client.into()) => *place = ConnectionSlot::Client(client.into()),
+            _ if self.count(client.into()) => *connection_slot = ConnectionSlot::Client(client.into()),
             _ => {
-                self.seats.fetch_sub(1, Relaxed);
-                *place = ConnectionSlot::Doorstep { full: LimitReached::Address, proxy, named: true };
-                if self.doorstep.fetch_add(1, Relaxed) >= self.max_doorstep {
+                self.counted.fetch_sub(1, Relaxed);
+                *connection_slot =
+                    ConnectionSlot::Rejecting { limit: LimitReached::Address, proxy, reported: true };
+                if self.rejecting.fetch_add(1, Relaxed) >= self.max_rejecting {
                     return Err(LimitReached::Address);
                 }
             }
@@ -246,17 +251,17 @@ impl ConnectionLimits {
         Ok(())
     }
 
-    /// A connection's socket has ended. `user` is empty unless [`ConnectionLimits::seat_user`] took it.
-    pub fn release(&self, place: ConnectionSlot, user: &str) {
-        match place {
-            ConnectionSlot::Doorstep { .. } => {
-                self.doorstep.fetch_sub(1, Relaxed);
+    /// A connection's socket has ended. `user` is empty unless [`ConnectionLimits::acquire_user`] took it.
+    pub fn release(&self, connection_slot: ConnectionSlot, user: &str) {
+        match connection_slot {
+            ConnectionSlot::Rejecting { .. } => {
+                self.rejecting.fetch_sub(1, Relaxed);
             }
             ConnectionSlot::Proxy => {
-                self.seats.fetch_sub(1, Relaxed);
+                self.counted.fetch_sub(1, Relaxed);
             }
             ConnectionSlot::Client(address) => {
-                self.seats.fetch_sub(1, Relaxed);
+                self.counted.fetch_sub(1, Relaxed);
                 discount(&self.addresses, &address);
             }
         }
@@ -266,15 +271,15 @@ impl ConnectionLimits {
     }
 
     /// Counts one more connection of this user; false when that would be too many.
-    pub fn seat_user(&self, user: &str) -> bool {
+    pub fn acquire_user(&self, user: &str) -> bool {
         self.per_user.is_none_or(|most| add(&self.users, self.hasher.hash_one(user), most))
     }
 
     /// The allowance of the client of this connection. `None`: the connection shares with no other. Without tokens that
     /// holds for loopback, since a proxy on the same machine may not forward client addresses, and for a proxy's own
     /// connections.
-    pub fn allowance(&self, place: ConnectionSlot, user: &str) -> Option<Arc<Allowance>> {
-        match (self.client, place) {
+    pub fn allowance(&self, connection_slot: ConnectionSlot, user: &str) -> Option<Arc<Allowance>> {
+        match (self.client, connection_slot) {
             (Client::User, _) => Some(self.allowances.get(user)),
             (Client::Address, ConnectionSlot::Client(address)) if !address.is_loopback() => {
                 Some(self.allowances.get(address))
