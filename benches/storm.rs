@@ -3,7 +3,7 @@
 //! Redis. Beside it the floor, to which everybody comes back as a newcomer: it keeps nothing.
 //!
 //! `cargo bench --bench storm`; `--help` lists the arguments. That nobody misses anything, and what it costs Redis, is
-//! what `tests/storm.rs` shows.
+//! what `tests/load/storm.rs` shows.
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a bench is there to print")]
 
 mod support;

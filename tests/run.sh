@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Runs every test: unit, integration (real Redis), and the page in a real browser. Installs what is
-# missing, builds once, and leaves no process behind. Arguments go to `cargo test`, but for a first
-# `--soak SECONDS`: how long faults happen at random (tests/soak.rs), two minutes unless said. SOAK_SEED=N in the
-# environment repeats those of an earlier run.
+# missing, builds once, and leaves no process behind. Arguments go to `cargo test`: a name, or `--test bus` for one
+# binary instead of all. A first `--soak SECONDS` says how long faults happen at random (tests/load/soak.rs), two
+# minutes unless said. SOAK_SEED=N in the environment repeats those of an earlier run.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH=$PATH:/usr/sbin # where Debian has nginx
@@ -50,13 +50,22 @@ trap finish EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
+# `cargo test` alone leaves out the binaries that need other programs.
+targets=(--lib --bins --test '*')
+for argument; do
+    case $argument in
+    --) break ;;
+    --lib | --bin | --bin=* | --bins | --test | --test=* | --tests | --example* | --doc | --all-targets) targets=() ;;
+    esac
+done
+
 say "Building"
-cargo test --no-run "$@" &
+cargo test --no-run "${targets[@]}" "$@" &
 tests=$!
 wait "$tests"
 
 say "Testing"
-cargo test "$@" &
+cargo test "${targets[@]}" "$@" &
 tests=$!
 wait "$tests"
 

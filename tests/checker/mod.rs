@@ -1,5 +1,5 @@
 //! The judge: from what publishers were told and what clients saw, it says whether the promise was kept. It knows
-//! neither sockets nor clocks, so it can be proven alone (`tests/checker_proof.rs`), and every whole-server test
+//! neither sockets nor clocks, so it can be proven alone (`tests/units/checker_proof.rs`), and every whole-server test
 //! that injects faults uses this one judge.
 
 #![allow(dead_code, unused_imports)] // each test binary uses its own part of this

@@ -16,6 +16,8 @@ pub mod process;
 pub mod proxy;
 pub mod raw;
 pub mod redis;
+pub mod sources;
+pub mod stalled;
 pub mod stream;
 
 use std::time::Duration;

@@ -34,7 +34,7 @@ impl Redis {
     pub async fn with_clock() -> Redis {
         let mut redis = Redis::away(&[]);
         let library = redis.directory.path().join("clock.so");
-        let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/faults/clock.c");
+        let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/common/clock.c");
         // The C compiler is there: Rust links with it.
         let built = Command::new("cc").args(["-shared", "-fPIC", "-o"]).arg(&library).arg(source).status();
         assert!(built.expect("cc is there").success(), "{source} can't be compiled");

@@ -1,0 +1,17 @@
+//! Every fault that happens to real deployments, done to real processes of fanfare and Redis in the middle of their
+//! work: clients of every kind watch, publishers of every kind publish, and the judge (`tests/checker`) reads what
+//! all of them noted. Each test also says what must hold beyond the promise: who must be told, who must not, and that
+//! the fault really took place.
+
+/// The harness itself: it sees what is broken.
+mod broken;
+/// How long a loss may stay unnoticed.
+mod canary;
+/// A replica takes over.
+mod failover;
+/// Connections that break, hang, lose or delay.
+mod network;
+/// Redis refuses, or its clock is wrong.
+mod refusals;
+/// Redis that dies, is wiped, or comes back with less; nodes that die.
+mod restarts;

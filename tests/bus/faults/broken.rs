@@ -1,0 +1,178 @@
+//! The harness itself, against a bus that is broken: something between a node and its clients drops, doubles, swaps or
+//! renumbers events, once, and the judge must say so each time.
+
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::net::{TcpListener, TcpStream};
+
+use crate::checker::Rule;
+use crate::common::stream::Nodes;
+use crate::common::{Node, Redis};
+use crate::workload::crowd::{Crowd, Run};
+use crate::workload::world::FLAGS;
+
+/// What is done to the next event that comes by.
+#[derive(Clone, Copy, Debug)]
+enum Break {
+    Drop,
+    Double,
+    Swap,
+    /// It comes with the id of the event before it, and that one does not come.
+    ReuseId,
+}
+
+/// Stands between a node and its clients.
+#[derive(Default)]
+struct Breaker {
+    next: Mutex<Option<Break>>,
+    done: AtomicU32,
+}
+
+impl Breaker {
+    /// Takes what is to be done now, if anything is.
+    fn take(&self) -> Option<Break> {
+        let next = self.next.lock().expect("nothing panics while holding it").take();
+        self.done.fetch_add(u32::from(next.is_some()), Ordering::SeqCst);
+        next
+    }
+
+    async fn carry(self: Arc<Breaker>, listener: TcpListener, node: SocketAddr) {
+        while let Ok((client, _)) = listener.accept().await {
+            let Ok(server) = TcpStream::connect(node).await else { continue };
+            let ((mut from_client, to_client), (from_node, mut to_node)) =
+                (client.into_split(), server.into_split());
+            let breaker = self.clone();
+            tokio::spawn(async move {
+                tokio::select! {
+                    _ = tokio::io::copy(&mut from_client, &mut to_node) => {}
+                    _ = breaker.down(from_node, to_client) => {}
+                }
+            });
+        }
+    }
+
+    async fn down(&self, from: OwnedReadHalf, mut to: OwnedWriteHalf) -> std::io::Result<()> {
+        let mut from = BufReader::new(from);
+        // The answer to the upgrade.
+        let mut head = Vec::new();
+        while !head.ends_with(b"\r\n\r\n") {
+            head.push(from.read_u8().await?);
+        }
+        to.write_all(&head).await?;
+        if !head.starts_with(b"HTTP/1.1 101") {
+            return tokio::io::copy(&mut from, &mut to).await.map(|_| ());
+        }
+        let mut seen = 0; // some first, so that the break is not at the edge
+        loop {
+            let frame = read_frame(&mut from).await?;
+            seen += u32::from(is_event(&frame));
+            let what = if seen > 5 && is_event(&frame) { self.take() } else { None };
+            match what {
+                None => to.write_all(&frame).await?,
+                Some(Break::Drop) => {}
+                Some(Break::Double) => to.write_all(&[&frame[..], &frame[..]].concat()).await?,
+                Some(Break::Swap | Break::ReuseId) => {
+                    let mut between = Vec::new();
+                    let next = loop {
+                        let next = read_frame(&mut from).await?;
+                        if is_event(&next) {
+                            break next;
+                        }
+                        between.extend(next);
+                    };
+                    let both = match what {
+                        Some(Break::Swap) => [next, between, frame].concat(),
+                        _ => [between, with_id_of(&next, &frame)].concat(),
+                    };
+                    to.write_all(&both).await?;
+                }
+            }
+        }
+    }
+}
+
+/// One frame as it came; servers do not mask (RFC 6455 section 5.2).
+async fn read_frame(from: &mut BufReader<OwnedReadHalf>) -> std::io::Result<Vec<u8>> {
+    let mut frame = vec![from.read_u8().await?, from.read_u8().await?];
+    let length = match frame[1] {
+        126 => {
+            let length = from.read_u16().await?;
+            frame.extend(length.to_be_bytes());
+            length as usize
+        }
+        length if length < 126 => length as usize,
+        _ => panic!("no event here is so long"),
+    };
+    let begin = frame.len();
+    frame.resize(begin + length, 0);
+    from.read_exact(&mut frame[begin..]).await?;
+    Ok(frame)
+}
+
+fn is_event(frame: &[u8]) -> bool {
+    frame[0] == 0x81 && frame.windows(5).any(|part| part == b"\"id\":")
+}
+
+/// The same event with another's id. Ids have 16 digits for the next two centuries.
+fn with_id_of(event: &[u8], other: &[u8]) -> Vec<u8> {
+    let (end, other_end) = (event.len() - 17, other.len() - 17);
+    [&event[..end], &other[other_end..]].concat()
+}
+
+async fn is_caught(what: Break, rules: &[Rule]) {
+    let redis = Redis::start(&[]).await;
+    let mut node = Node::on(&redis, &FLAGS).await;
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+    let breaker = Arc::new(Breaker::default());
+    let straight = node.public;
+    node.public = listener.local_addr().expect("it is bound");
+    let carrying = tokio::spawn(breaker.clone().carry(listener, straight));
+    let nodes = Nodes::new([node]);
+    for round in 0..3 {
+        // No publisher by WebSocket: what happens to them is not judged here, only what watchers see.
+        let crowd = Crowd {
+            users: 2,
+            roamers: 0,
+            clients: 0,
+            programs: 2,
+            seed: round,
+            channel: format!("broken{round}"),
+            ..Crowd::default()
+        };
+        let run = Run::at(&nodes, 1, &redis, crowd).await;
+        run.goes_on(50).await;
+        *breaker.next.lock().expect("nothing panics while holding it") = Some(what);
+        crate::common::until("the break", || async {
+            (breaker.done.load(Ordering::SeqCst) == round as u32 + 1).then_some(())
+        })
+        .await;
+        run.goes_on(50).await;
+        let breaches = run.breaches().await;
+        assert!(breaches.iter().any(|breach| rules.contains(&breach.rule)), "{what:?}: {breaches:?}");
+    }
+    carrying.abort();
+}
+
+#[tokio::test]
+async fn the_judge_sees_a_dropped_event() {
+    is_caught(Break::Drop, &[Rule::Missing]).await;
+}
+
+#[tokio::test]
+async fn the_judge_sees_a_doubled_event() {
+    is_caught(Break::Double, &[Rule::Twice]).await;
+}
+
+#[tokio::test]
+async fn the_judge_sees_swapped_events() {
+    is_caught(Break::Swap, &[Rule::Order]).await;
+}
+
+#[tokio::test]
+async fn the_judge_sees_an_id_that_is_used_again() {
+    is_caught(Break::ReuseId, &[Rule::OneId]).await;
+}

@@ -1,0 +1,509 @@
+//! The promise under faults: Redis dies, hangs, comes back empty or is replaced, and connections are cut.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use tokio::sync::watch;
+use tokio_tungstenite::tungstenite::Error;
+
+use crate::common::client::{JSON_MODE, position};
+use crate::common::stream::{self, CHANNEL, END, Journal, Nodes, Seen, Told};
+use crate::common::{Client, Frame, Node, Options, Proxy, Redis, until, within};
+
+/// Two nodes, by their ways to Redis.
+async fn two_nodes(a: &str, b: &str, flags: &[&str]) -> (Arc<Node>, Arc<Node>) {
+    let start = |url| async move { Arc::new(Node::start(&[&["--redis", url], flags].concat()).await) };
+    tokio::join!(start(a), start(b))
+}
+
+/// Watchers on both of two nodes, and publishers, while `fault` happens.
+async fn stream_through(
+    a: &Arc<Node>,
+    b: &Arc<Node>,
+    fault: impl Future<Output = ()>,
+) -> (Vec<Told>, Vec<Journal>) {
+    let users = ["w0", "w1", "w2", "w3"];
+    let mut watchers = Vec::new();
+    for (n, user) in users.into_iter().enumerate() {
+        let (client, welcome) = Client::resume([a, b][n % 2], user, CHANNEL, "").await;
+        watchers.push(tokio::spawn(async move { stream::watch(client, user, &welcome).await }));
+    }
+    let stop = watch::Sender::new(false);
+    let mut publishers = Vec::new();
+    for n in 0..3 {
+        let only = Nodes::of([a, b][n % 2].clone());
+        let users = users.map(String::from).to_vec();
+        publishers.push(tokio::spawn(stream::publish(
+            only,
+            format!("p{n}"),
+            n as u64,
+            users,
+            stop.subscribe(),
+        )));
+    }
+    fault.await;
+    stop.send_replace(true);
+    let mut told = Vec::new();
+    for publisher in publishers {
+        told.push(publisher.await.expect("a publisher that was told what it must"));
+    }
+    a.ready().await;
+    a.publish(CHANNEL, &json!({ "text": END })).await;
+    let mut journals = Vec::new();
+    for watcher in watchers {
+        journals.push(watcher.await.expect("a watcher that saw what it must"));
+    }
+    stream::check(&told, &journals);
+    (told, journals)
+}
+
+/// Waits until this node has handed out so many more events, so that a fault comes in the middle of a stream.
+async fn flowing(node: &Node, more: u64) {
+    let options = Options { query: "channel=room&lastEventId=".into(), ..Options::default() };
+    let join = || async { Client::try_open(node.public, "flow", &options).await.ok() };
+    let mut client = until("a join", join).await;
+    let mut events = 0;
+    while events < more {
+        events += u64::from(client.next_json().await.get("id").is_some());
+    }
+}
+
+/// Redis is killed and started again, twice, each time in the middle of a stream.
+async fn restarted_twice(redis: &mut Redis, a: &Node, b: &Node) {
+    for _ in 0..2 {
+        flowing(b, 30).await;
+        redis.kill();
+        a.unready().await;
+        b.unready().await;
+        redis.up().await;
+        a.ready().await;
+        b.ready().await;
+    }
+    flowing(a, 30).await;
+}
+
+/// The HTTP status and Retry-After with which a join is refused, or `None` when it works.
+async fn refused(node: &Node, query: &str) -> Option<(u16, Option<String>)> {
+    let options = Options { query: query.into(), ..Options::default() };
+    match Client::try_open(node.public, "joiner", &options).await {
+        Ok(_) => None,
+        Err(Error::Http(response)) => {
+            let retry = response.headers().get("Retry-After").and_then(|value| value.to_str().ok());
+            Some((response.status().as_u16(), retry.map(String::from)))
+        }
+        Err(error) => panic!("no HTTP answer: {error}"),
+    }
+}
+
+#[tokio::test]
+async fn redis_killed_and_started_empty_in_a_stream_is_announced() {
+    let mut redis = Redis::start(&[]).await;
+    let (a, b) = two_nodes(&redis.url(), &redis.url(), &[]).await;
+    let mut plain = Client::plain(&a, "plain", "room").await;
+    let (told, journals) = stream_through(&a, &b, restarted_twice(&mut redis, &a, &b)).await;
+    for journal in &journals {
+        assert!(journal.resets() >= 2, "each start of Redis is announced: {}", journal.resets());
+    }
+    assert!(told.iter().all(|told| told.acked.len() > 20));
+    // A client that can't be told by a frame is told by its close.
+    let code = loop {
+        match plain.next_frame().await {
+            Frame::Close(code, _) => break code,
+            Frame::Text(_) | Frame::Ping(_) => {}
+            other => panic!("{other:?}"),
+        }
+    };
+    assert_eq!(code, 4008);
+}
+
+#[tokio::test]
+async fn an_id_from_before_a_restart_is_not_recovered() {
+    let mut redis = Redis::start(&[]).await;
+    let (a, b) = tokio::join!(Node::on(&redis, &[]), Node::on(&redis, &[]));
+    let ids = a.publish_numbers("room", 0..5).await;
+    let (mut stays, _) = Client::resume(&a, "stays", "room", ids[0]).await;
+    stays.expect_numbers(&ids[1..], 1).await;
+    redis.kill();
+    redis.up().await;
+    let reset = stays.next_control("reset").await;
+    let base = position(&reset["lastEventId"]);
+    assert!(base > ids[4], "no id is given twice: {reset}");
+    b.ready().await;
+    for node in [&a, &b] {
+        for id in [ids[0], ids[4]] {
+            let (_, welcome) = Client::resume(node, "late", "room", id).await;
+            assert_eq!((&welcome["recovered"], &welcome["lastEventId"]), (&json!(false), &json!(base)));
+        }
+        let (_, welcome) = Client::resume(node, "new", "room", base).await;
+        assert_eq!(welcome["recovered"], true);
+    }
+    let id = b.publish("room", &json!({"n": 5})).await;
+    assert_eq!(id, base + 1);
+    stays.expect_event(id, &json!({"n": 5})).await;
+}
+
+#[tokio::test]
+async fn a_durable_redis_restarts_in_a_stream_and_nobody_notices() {
+    let mut redis = Redis::start(&["--appendonly", "yes", "--appendfsync", "always"]).await;
+    let (a, b) = two_nodes(&redis.url(), &redis.url(), &["--redis-durable"]).await;
+    let mut plain = Client::plain(&b, "plain", "room").await;
+    let (_, journals) = stream_through(&a, &b, restarted_twice(&mut redis, &a, &b)).await;
+    for journal in &journals {
+        assert_eq!(journal.resets(), 0);
+    }
+    let public = journals[0].seen.iter().filter_map(|seen| match seen {
+        Seen::Event(id, _, private) => (!private).then_some(*id),
+        Seen::Reset(_) => None,
+    });
+    for id in public {
+        assert_eq!(plain.next_event().await.0, id);
+    }
+}
+
+#[tokio::test]
+async fn a_redis_that_kept_its_data_is_still_announced_without_that_word() {
+    let mut redis = Redis::start(&["--appendonly", "yes", "--appendfsync", "always"]).await;
+    let node = Node::on(&redis, &[]).await;
+    let (mut client, _) = Client::resume(&node, "a", "room", "").await;
+    let ids = node.publish_numbers("room", 0..3).await;
+    client.expect_numbers(&ids, 0).await;
+    redis.kill();
+    redis.up().await;
+    assert!(position(&client.next_control("reset").await["lastEventId"]) > ids[2]);
+}
+
+#[tokio::test]
+async fn flushall_in_a_stream_is_announced() {
+    let redis = Redis::start(&[]).await;
+    let (a, b) = two_nodes(&redis.url(), &redis.url(), &[]).await;
+    let (_, journals) = stream_through(&a, &b, async {
+        for _ in 0..2 {
+            flowing(&a, 30).await;
+            redis.client().await.call(&["FLUSHALL"]).await;
+        }
+        flowing(&b, 30).await;
+    })
+    .await;
+    for journal in &journals {
+        assert!(journal.resets() >= 2, "{}", journal.resets());
+    }
+}
+
+#[tokio::test]
+async fn flushall_while_nothing_flows_is_announced_too() {
+    let redis = Redis::start(&[]).await;
+    let node = Node::on(&redis, &[]).await;
+    let (mut client, _) = Client::resume(&node, "a", "room", "").await;
+    let mut plain = Client::plain(&node, "b", "room").await;
+    let ids = node.publish_numbers("room", 0..3).await;
+    client.expect_numbers(&ids, 0).await;
+    plain.expect_numbers(&ids, 0).await;
+    redis.client().await.call(&["FLUSHALL"]).await;
+    let base = position(&client.next_control("reset").await["lastEventId"]);
+    assert!(base > ids[2]);
+    assert_eq!(plain.expect_close().await.0, 4008);
+    // An outside publisher that is first after a flush gives no id away that anyone has seen.
+    redis.flush_all_but_settings().await;
+    let given = redis.client().await.fcall("room", br#"{"n":4}"#, None).await.int() as u64;
+    let reset = client.next_control("reset").await;
+    assert!(position(&reset["lastEventId"]) > base);
+    client.expect_event(position(&reset["lastEventId"]) + 1, &json!({"n": 4})).await;
+    assert_eq!(given, position(&reset["lastEventId"]) + 1);
+}
+
+#[tokio::test]
+async fn scripts_that_were_flushed_come_back() {
+    let redis = Redis::start(&[]).await;
+    let (a, b) = tokio::join!(Node::on(&redis, &[]), Node::on(&redis, &[]));
+    let mut watcher = Client::plain(&b, "w", "room").await;
+    let mut admin = redis.client().await;
+    let first = a.publish("room", &json!({"n": 0})).await;
+    admin.call(&["SCRIPT", "FLUSH"]).await;
+    let second = a.publish("room", &json!({"n": 1})).await;
+    assert_eq!(second, first + 1);
+    watcher.expect_numbers(&[first, second], 0).await;
+}
+
+#[tokio::test]
+async fn connections_cut_in_a_stream_leave_no_trace() {
+    let redis = Redis::start(&[]).await;
+    let proxy = Proxy::to(redis.port()).await;
+    let (a, b) = two_nodes(&proxy.url(), &redis.url(), &[]).await;
+    let (told, journals) = stream_through(&a, &b, async {
+        for round in 0..6 {
+            flowing(&b, 40).await;
+            if round % 2 == 0 {
+                proxy.cut();
+            } else {
+                let mut admin = redis.client().await;
+                admin.call(&["CLIENT", "KILL", "TYPE", "pubsub"]).await;
+            }
+        }
+        a.ready().await;
+        flowing(&a, 40).await;
+    })
+    .await;
+    for journal in &journals {
+        assert_eq!(journal.resets(), 0, "a hole is filled from history");
+    }
+    for told in told {
+        assert!(told.unknown.is_empty(), "a call whose answer was lost is made again: {:?}", told.unknown);
+    }
+}
+
+#[tokio::test]
+async fn messages_held_back_and_lost_in_a_stream_leave_no_trace() {
+    let redis = Redis::start(&[]).await;
+    let proxy = Proxy::to(redis.port()).await;
+    let (a, b) = two_nodes(&redis.url(), &proxy.url(), &[]).await;
+    let (_, journals) = stream_through(&a, &b, async {
+        for _ in 0..3 {
+            flowing(&b, 20).await;
+            proxy.hold_messages(true);
+            flowing(&a, 50).await;
+            proxy.cut(); // what was held is gone
+            proxy.hold_messages(false);
+        }
+        b.ready().await;
+        flowing(&b, 20).await;
+    })
+    .await;
+    for journal in &journals {
+        assert_eq!(journal.resets(), 0);
+    }
+}
+
+#[tokio::test]
+async fn a_redis_that_hangs_for_a_while_loses_nothing() {
+    let redis = Redis::start(&[]).await;
+    let (a, b) = two_nodes(&redis.url(), &redis.url(), &[]).await;
+    let (_, journals) = stream_through(&a, &b, async {
+        flowing(&b, 30).await;
+        redis.freeze();
+        a.unready().await;
+        b.unready().await;
+        redis.thaw();
+        a.ready().await;
+        b.ready().await;
+        flowing(&b, 30).await;
+    })
+    .await;
+    for journal in &journals {
+        assert_eq!(journal.resets(), 0, "it is the same Redis, with all it had");
+    }
+}
+
+#[tokio::test]
+async fn a_replica_that_takes_over_is_announced() {
+    let primary = Redis::start(&[]).await;
+    let mut replica = Redis::replica_of(&primary).await;
+    let proxy = Proxy::to(primary.port()).await;
+    let url = proxy.url();
+    let (a, b) = two_nodes(&url, &url, &[]).await;
+    let (_, journals) = stream_through(&a, &b, async {
+        flowing(&b, 30).await;
+        // The replica misses the last events: it is cut off before it is promoted.
+        replica.promote().await;
+        flowing(&b, 30).await;
+        proxy.lead_to(replica.port());
+        flowing(&b, 1).await;
+        flowing(&a, 30).await;
+    })
+    .await;
+    for journal in &journals {
+        assert!(journal.resets() >= 1);
+    }
+}
+
+#[tokio::test]
+async fn a_failover_by_sentinel_is_announced_and_ids_go_on() {
+    let mut primary = Redis::start(&[]).await;
+    let replica = Redis::replica_of(&primary).await;
+    let sentinel = Redis::sentinel_for(&primary).await;
+    let url = format!("redis-sentinel://127.0.0.1:{}?sentinelServiceName=main", sentinel.port());
+    let (a, b) = two_nodes(&url, &url, &[]).await;
+    let (_, journals) = stream_through(&a, &b, async {
+        flowing(&b, 30).await;
+        primary.kill();
+        a.unready().await;
+        a.ready().await;
+        b.ready().await;
+        flowing(&a, 30).await;
+        flowing(&b, 1).await;
+    })
+    .await;
+    for journal in &journals {
+        assert!(journal.resets() >= 1);
+    }
+    let info = replica.client().await.call(&["INFO", "replication"]).await;
+    assert!(info.text().contains("role:master"), "{}", info.text());
+}
+
+#[tokio::test]
+async fn a_node_that_starts_before_redis_joins_when_it_comes() {
+    let mut redis = Redis::away(&[]);
+    let node = Node::start_unready(&["--redis", &redis.url()]).await;
+    assert_eq!(node.get("/healthz").await.status, 200);
+    assert!(!node.unready().await.trim().is_empty(), "it says why");
+    for query in ["channel=room", "channel=room&lastEventId=", "channel=room&lastEventId=5"] {
+        let (status, retry) = refused(&node, query).await.expect("nobody can join");
+        assert_eq!(status, 503, "{query}");
+        assert!(retry.is_some_and(|seconds| seconds.parse::<u32>().is_ok_and(|seconds| seconds >= 1)));
+    }
+    let publish = node.admin("POST", "/publish?channel=room", b"{}").await;
+    assert_eq!(publish.status, 503, "{publish:?}");
+    assert_eq!(node.get("/").await.status, 200);
+
+    redis.up().await;
+    node.ready().await;
+    let other = Node::on(&redis, &[]).await;
+    let mut here = Client::plain(&node, "a", "room").await;
+    let mut there = Client::plain(&other, "b", "room").await;
+    here.send("hi").await;
+    let (id, event) = there.next_event().await;
+    here.expect_event(id, &event).await;
+    let fcalled = redis.client().await.fcall("room", b"{}", None).await.int() as u64;
+    assert_eq!(fcalled, id + 1, "the function was loaded when Redis came");
+}
+
+#[tokio::test]
+async fn while_redis_is_away_connections_stay_and_publishing_is_answered() {
+    let mut redis = Redis::start(&[]).await;
+    let flags =
+        ["--publish-timeout", "1s", "--ping-interval", "1s", "--ping-timeout", "20s", "--shards", "2"];
+    let node = Node::on(&redis, &flags).await;
+    let (mut json_mode, _) = Client::json(&node, "j", "room").await;
+    let (mut recovering, _) = Client::resume(&node, "r", "room", "").await;
+    let mut plain = Client::plain(&node, "p", "room").await;
+    let mut silent = Client::plain(&node, "s", "room").await;
+    let ids = node.publish_numbers("room", 0..3).await;
+    for client in [&mut json_mode, &mut recovering, &mut plain, &mut silent] {
+        client.expect_numbers(&ids, 0).await;
+    }
+    redis.kill();
+    node.unready().await;
+    assert_eq!(node.get("/healthz").await.status, 200);
+
+    let start = Instant::now();
+    json_mode.send(r#"{"text":"lost","ref":1}"#).await;
+    recovering.send("lost").await;
+    plain.send("lost").await;
+    json_mode.expect_error(Some(json!(1))).await;
+    recovering.expect_error(None).await;
+    assert_eq!(plain.expect_close().await.0, 1013, "it can't be told by a frame");
+    assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
+    let publish = node.admin("POST", "/publish?channel=room", b"{}").await;
+    assert_eq!(publish.status, 503, "{publish:?}");
+
+    // Who can be served from memory alone may come in.
+    let (mut late, welcome) = Client::resume(&node, "late", "room", ids[1]).await;
+    assert_eq!(welcome["recovered"], true, "{welcome}");
+    late.expect_numbers(&ids[2..], 2).await;
+    assert_eq!(refused(&node, "channel=other").await.expect("not followed here").0, 503);
+
+    // All this while heartbeats go on.
+    for client in [&mut silent, &mut recovering] {
+        for _ in 0..2 {
+            assert!(matches!(client.next_frame().await, Frame::Ping(_)));
+        }
+    }
+    redis.up().await;
+    node.ready().await;
+    for client in [&mut recovering, &mut json_mode, &mut late] {
+        client.next_control("reset").await;
+    }
+    let id = node.publish("room", &json!({"n": 3})).await;
+    for client in [&mut recovering, &mut json_mode, &mut late] {
+        client.expect_event(id, &json!({"n": 3})).await;
+    }
+}
+
+#[tokio::test]
+async fn a_short_outage_delays_a_message_and_does_not_refuse_it() {
+    let mut redis = Redis::start(&["--appendonly", "yes", "--appendfsync", "always"]).await;
+    let node = Node::on(&redis, &["--redis-durable", "--publish-timeout", "20s"]).await;
+    let (mut client, welcome) = Client::json(&node, "a", "room").await;
+    redis.kill();
+    node.unready().await;
+    client.send(r#"{"text":"patient","ref":1}"#).await;
+    redis.up().await;
+    let head = position(&welcome["head"]);
+    let mut frames = [client.next_json().await, client.next_json().await];
+    frames.sort_by_key(|frame| frame["type"] == "ack");
+    assert_eq!(frames[0], json!({"sender": "a", "text": "patient", "id": head + 1}));
+    assert_eq!(frames[1], json!({"type": "ack", "ref": 1, "id": head + 1}));
+}
+
+#[tokio::test]
+async fn a_full_redis_refuses_and_goes_on_when_there_is_room() {
+    let redis = Redis::start(&["--maxmemory-policy", "noeviction"]).await;
+    let node = Node::on(&redis, &["--publish-timeout", "2s"]).await;
+    let (mut client, welcome) = Client::json(&node, "a", "room").await;
+    let mut admin = redis.client().await;
+    let head = position(&welcome["head"]);
+    let (answer, _) = client.send_for_ack(json!({"text": "one"})).await;
+    assert_eq!(answer, Ok(head + 1));
+    admin.call(&["CONFIG", "SET", "maxmemory", "1"]).await;
+    let (answer, _) = client.send_for_ack(json!({"text": "no room"})).await;
+    let error = answer.expect_err("there is no room");
+    assert_ne!(error["code"], "unknown", "it was certainly not taken: {error}");
+    admin.call(&["CONFIG", "SET", "maxmemory", "0"]).await;
+    let (answer, _) = client.send_for_ack(json!({"text": "two"})).await;
+    assert_eq!(answer, Ok(head + 2), "the refused one left no gap");
+}
+
+#[tokio::test]
+async fn clients_of_a_dead_node_go_on_at_the_other() {
+    let redis = Redis::start(&[]).await;
+    let (a, b) = tokio::join!(Node::on(&redis, &[]), Node::on(&redis, &[]));
+    let (mut client, _) = Client::resume(&a, "mover", "room", "").await;
+    let ids = b.publish_numbers("room", 0..10).await;
+    client.expect_numbers(&ids, 0).await;
+    a.kill();
+    assert!(matches!(client.next_frame().await, Frame::Lost(_)));
+    let more = b.publish_numbers("room", 10..20).await;
+    let (mut client, welcome) = Client::resume(&b, "mover", "room", ids[9]).await;
+    assert_eq!(welcome["recovered"], true);
+    client.expect_numbers(&more, 10).await;
+}
+
+#[tokio::test]
+async fn plain_clients_are_closed_over_some_time_when_a_reset_hits_many() {
+    let redis = Redis::start(&[]).await;
+    let node = Node::on(&redis, &["--shards", "1"]).await;
+    let mut clients = Vec::new();
+    for n in 0..400 {
+        clients.push(Client::plain(&node, &format!("user{n}"), "room").await);
+    }
+    let id = node.publish("room", &json!({"n": 0})).await;
+    for client in &mut clients {
+        client.expect_event(id, &json!({"n": 0})).await;
+    }
+    redis.client().await.call(&["FLUSHALL"]).await;
+    let closes = clients.into_iter().map(|mut client| {
+        tokio::spawn(async move {
+            assert_eq!(client.expect_close().await.0, 4008);
+            Instant::now()
+        })
+    });
+    let mut times = Vec::new();
+    for close in closes.collect::<Vec<_>>() {
+        times.push(within("a close", close).await.expect("closed with 4008"));
+    }
+    times.sort_unstable();
+    let spread = times[399] - times[0];
+    assert!(spread > Duration::from_secs(1), "all came back at once, within {spread:?}");
+    assert!(spread < Duration::from_secs(15), "{spread:?}");
+}
+
+#[tokio::test]
+async fn json_mode_is_told_of_resets_without_asking() {
+    let redis = Redis::start(&[]).await;
+    let node = Node::on(&redis, &[]).await;
+    let mut client = Client::open(&node, "a", "channel=room", Some(JSON_MODE)).await;
+    let welcome: Value = client.welcome().await;
+    redis.client().await.call(&["FLUSHALL"]).await;
+    let reset = client.next_control("reset").await;
+    assert!(position(&reset["lastEventId"]) > position(&welcome["head"]));
+}

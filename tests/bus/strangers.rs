@@ -1,0 +1,85 @@
+//! What strangers can make a node do with Redis: the rows of the table in `tests/protocol/strangers.rs` that need one.
+
+use serde_json::json;
+
+use crate::common::raw::opcode::TEXT;
+use crate::common::{Client, Node, Raw, Redis, until};
+
+#[tokio::test]
+async fn strange_ids_cost_one_shared_read_at_most() {
+    let redis = Redis::start(&[]).await;
+    let node = Node::on(&redis, &["--shards", "1"]).await;
+    let _stays = Client::plain(&node, "stays", "room").await;
+    let head = *node.publish_numbers("room", 0..5).await.last().expect("five");
+    let reads = || async { redis.info("cmdstat_xrange").await };
+    let reads_before = reads().await;
+    for strange in ["-1", "abc", "%FF", "1.5", "99999999999999999999", "9007199254740992"] {
+        let (_, welcome) = Client::resume(&node, "a", "room", strange).await;
+        assert_eq!(welcome["recovered"], false, "{strange}");
+    }
+    assert_eq!(reads().await, reads_before, "what is no id is not looked for");
+    // Those who come together from the future share a look: the first may be alone in its own.
+    let calls = |stat: &str| {
+        let calls =
+            stat.split_once("calls=").and_then(|(_, rest)| rest.split(',').next()?.parse::<u64>().ok());
+        calls.unwrap_or(0)
+    };
+    let futures = (1..=50).map(|n| Client::resume(&node, "a", "room", head + n));
+    for (_, welcome) in futures_util::future::join_all(futures).await {
+        assert_eq!((&welcome["recovered"], &welcome["lastEventId"]), (&json!(false), &json!(head)));
+    }
+    let more = calls(&reads().await) - calls(&reads_before);
+    assert!((1..=25).contains(&more), "{more} reads for 50 clients");
+}
+
+#[tokio::test]
+async fn a_channel_named_like_redis_own_is_an_ordinary_one() {
+    let redis = Redis::start(&[]).await;
+    let node = Node::on(&redis, &[]).await;
+    for channel in ["__sentinel__:hello", "__keyspace@0__", "other-program:jobs"] {
+        let mut raw = Raw::connect(node.public).await;
+        let joined = raw.upgrade(&format!("/ws/a?channel={channel}"), &[]).await;
+        if channel.contains('@') {
+            joined.expect_refusal(400); // no channel has such a name
+            continue;
+        }
+        assert_eq!(joined.status, 101);
+        let mut program = redis.client().await;
+        let named = program.call(&["PUBSUB", "NUMSUB", channel]).await;
+        assert_eq!(named.list()[1].int(), 0, "the node listens to {channel}");
+        program.call(&["PUBLISH", channel, r#"{"secret":1}"#]).await;
+        let mut listener = redis.client().await;
+        listener.subscribe(channel).await;
+        raw.frame(true, TEXT, b"hi").await;
+        let text = raw.next_text().await;
+        assert!(text.starts_with(r#"{"sender":"a","text":"hi","id":"#), "{text}");
+        // Nothing of it has reached whoever really listens there.
+        program.call(&["PUBLISH", channel, "marker"]).await;
+        assert_eq!(listener.message().await, b"marker");
+        let exists = program.call(&["EXISTS", &format!("fanfare:{{{channel}}}:events"), channel]).await;
+        assert_eq!(exists.int(), 1, "only the key with the prefix");
+    }
+}
+
+#[tokio::test]
+async fn channels_that_never_had_an_event_are_soon_forgotten_by_redis() {
+    const SOON: i64 = 10 * 60 * 1000;
+    let redis = Redis::start(&[]).await;
+    let node = Node::on(&redis, &[]).await;
+    let mut program = redis.client().await;
+    // What Redis was told last, by canaries too, of which two begin after this.
+    let mut lifetime = async || {
+        let canaries = || node.metric("fanfare_bus_round_trip_seconds_count");
+        let before = canaries().await;
+        until("two canaries", || async { (canaries().await >= before + 3.0).then_some(()) }).await;
+        program.call(&["PTTL", "fanfare:{named}:meta"]).await.int()
+    };
+    let _stays = Client::plain(&node, "a", "named").await;
+    let kept = lifetime().await;
+    assert!((1..=SOON).contains(&kept), "anyone may name any number of channels: {kept} ms for one");
+    node.publish_numbers("named", 0..1).await;
+    assert!(lifetime().await > SOON, "ids of events must not be given again");
+    // Nor ids that were given before Redis lost them.
+    redis.client().await.call(&["FLUSHALL"]).await;
+    assert!(lifetime().await > SOON);
+}

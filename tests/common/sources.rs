@@ -1,0 +1,48 @@
+//! The sources of the tests, for checks that what documents name is there.
+
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+/// A file: the path of its module, without and with the binary, and its text.
+struct Source {
+    module: String,
+    text: String,
+}
+
+fn gather(directory: &Path, into: &mut Vec<PathBuf>) {
+    for entry in std::fs::read_dir(directory).expect("tests are there") {
+        let path = entry.expect("tests can be listed").path();
+        if path.is_dir() {
+            gather(&path, into);
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            into.push(path);
+        }
+    }
+}
+
+fn sources() -> &'static [Source] {
+    static SOURCES: OnceLock<Vec<Source>> = OnceLock::new();
+    SOURCES.get_or_init(|| {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests");
+        let mut paths = Vec::new();
+        gather(&root, &mut paths);
+        let source = |path: PathBuf| {
+            let relative = path.strip_prefix(&root).expect("it is in there").with_extension("");
+            let parts: Vec<_> = relative.iter().map(|part| part.to_string_lossy().into_owned()).collect();
+            let parts: Vec<_> = parts.into_iter().filter(|part| part != "main" && part != "mod").collect();
+            Source { module: parts.join("::"), text: std::fs::read_to_string(&path).expect("text") }
+        };
+        paths.into_iter().map(source).collect()
+    })
+}
+
+/// Whether there is a test of this name: `module::test`, or with its binary `bus::module::test`.
+pub fn has_test(name: &str) -> bool {
+    let Some((module, test)) = name.rsplit_once("::") else { return false };
+    let is_it = |source: &&Source| {
+        let without = source.module.split_once("::").map(|(_, rest)| rest);
+        source.module == module || without == Some(module)
+    };
+    let line = format!("fn {test}()");
+    sources().iter().filter(is_it).any(|source| source.text.contains(&line))
+}

@@ -1,0 +1,122 @@
+//! What a node does in a small memory cgroup.
+
+use futures_util::future::join_all;
+use serde_json::json;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpSocket;
+
+use crate::common::{Cgroup, Client, Node, Raw, until};
+
+const MIB: u64 = 1 << 20;
+
+#[tokio::test]
+async fn a_small_cgroup_survives_heavy_traffic() {
+    let Some(cgroup) = Cgroup::new(64 * MIB) else { return };
+    let node = Node::start_in(&cgroup, &["--max-message-rate", "0"]).await;
+    let mut reader = Client::plain(&node, "reader", "room0").await;
+    // They fill their sockets, and the channels' feeds and histories go on without them.
+    let mut stalled = Vec::new();
+    for number in 0..200 {
+        stalled.push(
+            Raw::upgraded(node.public, &format!("/ws/stalled{number}?channel=room{}", number % 8)).await,
+        );
+    }
+    let event = json!({"text": "x".repeat(60_000)});
+    let publishers = (1..8).map(|room| {
+        let (node, event) = (&node, &event);
+        async move {
+            for _ in 0..300 {
+                node.publish(&format!("room{room}"), event).await; // 144 MB of all rooms
+            }
+        }
+    });
+    let read = async {
+        for _ in 0..300 {
+            let id = node.publish("room0", &event).await;
+            reader.expect_event(id, &event).await;
+        }
+    };
+    tokio::join!(join_all(publishers), read);
+    assert_eq!(cgroup.kills(), 0, "{}", node.log());
+    let id = node.publish("room0", &json!({"n": 1})).await;
+    reader.expect_event(id, &json!({"n": 1})).await;
+}
+
+#[tokio::test]
+async fn clients_beyond_the_cgroup_get_503() {
+    const CLIENTS: usize = 8000;
+    rlimit::increase_nofile_limit(u64::MAX).expect("a limit can be read");
+    let Some(cgroup) = Cgroup::new(12 * MIB) else { return };
+    // An explicit number wins over the one that would fit, so that only the kernel's count is left to go by.
+    let node = Node::start_in(&cgroup, &["--max-connections", "15000"]).await;
+    let warning = "the settings need more memory than available";
+    until("the warning", || async { node.log().contains(warning).then_some(()) }).await;
+    let mut first = Client::plain(&node, "first", "room").await;
+    let mut inside = Vec::new();
+    let mut rejected = 0;
+    while inside.len() + rejected < CLIENTS {
+        let batch = (0..100).map(|_| async {
+            let mut raw = Raw::connect(node.public).await;
+            let status = raw.upgrade("/ws/a?channel=room", &[]).await.status;
+            (raw, status)
+        });
+        for (raw, status) in join_all(batch).await {
+            match status {
+                101 => inside.push(raw),
+                503 => rejected += 1,
+                other => panic!("{other}"),
+            }
+        }
+    }
+    assert!(inside.len() > 1000 && rejected > 1000, "{} inside, {rejected} rejected", inside.len());
+    assert!(node.log().contains("memory is short"), "{}", node.log());
+    let id = node.publish("room", &json!({"n": 1})).await;
+    first.expect_event(id, &json!({"n": 1})).await;
+    assert_eq!(cgroup.kills(), 0, "{}", node.log());
+    drop(inside);
+    until("a place for a new client", || async {
+        let mut raw = Raw::connect(node.public).await;
+        (raw.upgrade("/ws/a?channel=room", &[]).await.status == 101).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn new_clients_join_after_a_flood_of_channel_names() {
+    const NAMES: usize = 20_000; // fewer than there are local ports
+    let Some(cgroup) = Cgroup::new(24 * MIB) else { return };
+    let node = Node::start_in(&cgroup, &["--trusted-proxy", "127.0.0.2"]).await;
+    let join = async |address: String, channel: String| {
+        let socket = TcpSocket::new_v4().expect("a socket");
+        socket.bind(([127, 0, 0, 2], 0).into()).expect("a free port");
+        let mut stream = socket.connect(node.public).await.expect("the node listens");
+        let request = format!(
+            "PROXY TCP4 {address} 127.0.0.1 1 2\r\nGET /ws/a?channel={channel} HTTP/1.1\r\nHost: a\r\n\
+             Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n\
+             Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+        );
+        // A node without memory answers before it reads, and may have closed the connection by then.
+        let mut answer = Vec::new();
+        let _ = stream.write_all(request.as_bytes()).await;
+        let _ = stream.read_buf(&mut answer).await;
+        String::from_utf8_lossy(&answer).split(' ').nth(1).map_or(0, |status| status.parse().unwrap_or(0))
+    };
+    let (mut named, mut rejected) = (0, 0);
+    while named < NAMES {
+        // Sixteen at a time from changing addresses, each gone at once; a long name takes more memory.
+        let batch = (0..16).map(|n| {
+            let address = format!("10.{}.{}.1", n, (named / 16) % 250);
+            join(address, format!("{named}-{n}-{}", "x".repeat(100)))
+        });
+        for status in join_all(batch).await {
+            named += 1;
+            rejected += usize::from(status == 503);
+        }
+    }
+    assert!(rejected > 0, "{named} channels fit");
+    until("a place for a new client", || async {
+        (join("192.0.2.1".into(), "room".into()).await == 101).then_some(())
+    })
+    .await;
+    assert_eq!(cgroup.kills(), 0, "{}", node.log());
+}

@@ -1,0 +1,206 @@
+//! `fanfare doctor` as an operator runs it: real limits of this process, a real Redis with bad settings, none at all.
+
+use std::process::{Command, Output};
+
+use serde_json::json;
+
+use crate::common::process::Directory;
+use crate::common::{Client, Node, Redis, within};
+
+/// What it said, and its exit code.
+struct Said {
+    text: String,
+    errors: String,
+    code: Option<i32>,
+}
+
+impl Said {
+    /// The finding on this, with all its lines.
+    fn on(&self, what: &str) -> String {
+        let mut lines =
+            self.text.lines().skip_while(|line| line.get(11..).is_none_or(|rest| !rest.starts_with(what)));
+        let first = lines.next().unwrap_or_else(|| panic!("nothing on {what} in\n{}", self.text));
+        let rest = lines.take_while(|line| line.starts_with("          "));
+        std::iter::once(first).chain(rest).map(str::trim).collect::<Vec<_>>().join(" ")
+    }
+}
+
+async fn run(mut command: Command) -> Said {
+    let output = tokio::task::spawn_blocking(move || command.output().expect("the binary can be run"));
+    let output: Output = within("the doctor's end", async { output.await.expect("no panic") }).await;
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).expect("UTF-8");
+    Said { text: text(output.stdout), errors: text(output.stderr), code: output.status.code() }
+}
+
+async fn doctor(args: &[&str], env: &[(&str, &str)]) -> Said {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_fanfare"));
+    command.env_clear().envs(env.iter().copied()).arg("doctor").args(args);
+    run(command).await
+}
+
+/// The same in a shell that may have so many files open.
+async fn doctor_with_files(files: u32, args: &[&str]) -> Said {
+    let mut command = Command::new("sh");
+    command
+        .env_clear()
+        .env("PATH", "/usr/bin:/bin")
+        .args(["-c", &format!("ulimit -n {files} && exec \"$0\" doctor \"$@\"")]);
+    command.arg(env!("CARGO_BIN_EXE_fanfare")).args(args);
+    run(command).await
+}
+
+#[tokio::test]
+async fn a_limit_on_files_that_is_too_low_is_a_problem_with_the_line_to_change() {
+    let said = doctor_with_files(500, &["--connections", "1000"]).await;
+    assert_eq!(said.code, Some(1), "{}", said.text);
+    let finding = said.on("open files");
+    assert!(finding.starts_with("PROBLEM") && finding.contains("but 500 allowed"), "{finding}");
+    assert!(finding.contains("-> fanfare.service: LimitNOFILE="), "{finding}");
+    assert!(said.text.contains("No Redis"), "{}", said.text);
+    // Enough for few. Without --connections it is what the limit allows.
+    for args in [&["--connections=10"][..], &[]] {
+        let said = doctor_with_files(500, args).await;
+        assert!(said.on("open files").starts_with("ok"), "{}", said.text);
+        assert_eq!(said.code, Some(0), "{}", said.text);
+    }
+}
+
+#[tokio::test]
+async fn more_clients_than_memory_is_a_problem() {
+    let said = doctor(&["--connections", "4000000000"], &[]).await;
+    assert_eq!(said.code, Some(1));
+    assert!(said.on("memory").starts_with("PROBLEM"), "{}", said.text);
+    assert!(said.on("TCP memory").starts_with("warning"), "{}", said.text);
+    assert!(said.on("ports of a proxy").contains("--listen"), "{}", said.text);
+}
+
+#[tokio::test]
+async fn a_redis_that_is_not_there_or_hangs_is_a_problem_within_bounded_time() {
+    let mut redis = Redis::away(&[]);
+    let said = doctor(&["--connections", "10"], &[("FANFARE_REDIS", &redis.url())]).await;
+    assert_eq!(said.code, Some(1), "{}", said.text);
+    assert!(said.on("connection").contains("see whether it runs"), "{}", said.text);
+    redis.up().await;
+    redis.freeze();
+    let said = doctor(&["--connections", "10", "--redis", &redis.url()], &[]).await;
+    redis.thaw();
+    assert_eq!(said.code, Some(1), "{}", said.text);
+    assert!(said.on("connection").contains("does not answer"), "{}", said.text);
+}
+
+#[tokio::test]
+async fn bad_settings_of_redis_are_named_with_the_lines_to_change() {
+    let flags = ["--maxmemory", "100mb", "--maxmemory-policy", "allkeys-lru", "--requirepass", "hunter2"];
+    let redis = Redis::start(&flags).await;
+    let url = redis.url().replace("//", "//:hunter2@");
+    let said = doctor(&["--connections", "10", "--redis-durable"], &[("FANFARE_REDIS", &url)]).await;
+    assert_eq!(said.code, Some(1), "{}", said.text);
+    for (what, level, line) in [
+        ("connection", "ok", "Redis "),
+        ("role", "ok", "primary"),
+        ("rights", "ok", ""),
+        ("eviction", "PROBLEM", "-> redis.conf: maxmemory-policy noeviction"),
+        ("maxmemory", "ok", "of 100mb in use"),
+        ("Pub/Sub buffer", "warning", "-> redis.conf: client-output-buffer-limit pubsub 256mb 64mb 60"),
+        ("persistence", "PROBLEM", "-> redis.conf: appendfsync always"),
+        ("replicas", "ok", "none"),
+        ("clock", "ok", "agree"),
+        ("history", "ok", "no channel has any yet"),
+    ] {
+        let finding = said.on(what);
+        assert!(finding.starts_with(level) && finding.contains(line), "{what}: {finding}");
+    }
+    assert!(!said.text.contains("hunter2") && said.text.contains(":***@"), "{}", said.text);
+    // It has changed nothing: the function is the nodes' own.
+    let mut client = redis.client().await;
+    client.call(&["AUTH", "hunter2"]).await;
+    assert_eq!(client.call(&["FUNCTION", "LIST"]).await.list(), []);
+    assert_eq!(client.call(&["DBSIZE"]).await.int(), 0);
+}
+
+#[tokio::test]
+async fn a_redis_as_the_readme_has_it_is_well() {
+    let redis = Redis::start(&[
+        "--maxmemory",
+        "100mb",
+        "--maxmemory-policy",
+        "noeviction",
+        "--appendonly",
+        "yes",
+        "--appendfsync",
+        "always",
+        "--client-output-buffer-limit",
+        "pubsub 256mb 64mb 60",
+    ])
+    .await;
+    let node = Node::on(&redis, &[]).await;
+    let mut client = Client::plain(&node, "alice", "room").await;
+    node.publish("room", &json!({"text": "hi"})).await;
+    client.next_event().await;
+    let args = ["--connections", "10", "--redis", &redis.url(), "--redis-durable"];
+    let said = doctor(&args, &[]).await;
+    assert_eq!(said.code, Some(0), "{}", said.text);
+    let (_, of_redis) = said.text.split_once("\nRedis, ").expect("a part on Redis");
+    assert!(!of_redis.contains("warning  ") && !of_redis.contains("PROBLEM"), "{of_redis}");
+    let history = said.on("history");
+    assert!(history.contains("channel room") && history.contains("holds 1 of 10000"), "{history}");
+}
+
+#[tokio::test]
+async fn replicas_and_missing_rights_are_found() {
+    let primary = Redis::start(&[]).await;
+    let replica = Redis::replica_of(&primary).await;
+    let said = doctor(&["--connections", "10", "--redis", &replica.url()], &[]).await;
+    assert_eq!(said.code, Some(1));
+    assert!(said.on("role").starts_with("PROBLEM"), "{}", said.text);
+    let said = doctor(&["--connections", "10", "--redis", &primary.url()], &[]).await;
+    assert!(said.on("replicas").contains("-> redis.conf: min-replicas-to-write 1"), "{}", said.text);
+
+    // What a managed service hides, and what an administrator has forgotten.
+    let mut client = primary.client().await;
+    let rights =
+        "~fanfare:* &fanfare:* &ws_broadcast +@read +@write +@pubsub +@scripting +@connection +info +time";
+    for (rights, refused) in
+        [(rights.to_owned(), None), (rights.replace("+@pubsub", "-subscribe"), Some("SUBSCRIBE"))]
+    {
+        let set: Vec<_> = ["ACL", "SETUSER", "fanfare", "reset", "on", ">secret"]
+            .into_iter()
+            .chain(rights.split(' '))
+            .collect();
+        client.call(&set).await;
+        let url = primary.url().replace("//", "//fanfare:secret@");
+        let said = doctor(&["--connections", "10", "--redis", &url], &[]).await;
+        assert!(
+            said.on("Pub/Sub buffer").contains("see by hand client-output-buffer-limit"),
+            "{}",
+            said.text
+        );
+        assert!(said.on("persistence").contains("see by hand appendonly"), "{}", said.text);
+        assert_eq!(said.code, Some(i32::from(refused.is_some())), "{}", said.text);
+        if let Some(refused) = refused {
+            let finding = said.on("rights");
+            assert!(finding.contains(refused) && finding.contains("-> redis-cli ACL SETUSER"), "{finding}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn wrong_arguments_end_it_with_code_2_all_at_once() {
+    let said = doctor(&["--connections", "none", "--histroy", "5"], &[("FANFARE_SHARDS", "lots")]).await;
+    assert_eq!((said.code, said.text.as_str()), (Some(2), ""));
+    for part in
+        ["3 settings are wrong", "--connections: \"none\"", "did you mean --history?", "FANFARE_SHARDS"]
+    {
+        assert!(said.errors.contains(part), "{part} is not in {}", said.errors);
+    }
+    let directory = Directory::new();
+    let key = directory.path().join("missing");
+    let said = doctor(&["--jwt-key", key.to_str().expect("UTF-8")], &[]).await;
+    assert_eq!(said.code, Some(2), "{}", said.text);
+    let said = doctor(&["--help"], &[]).await;
+    assert_eq!(said.code, Some(0));
+    assert!(said.text.starts_with("Usage: fanfare doctor"));
+    let mut help = Command::new(env!("CARGO_BIN_EXE_fanfare"));
+    help.arg("--help");
+    assert!(run(help).await.text.contains("fanfare doctor --help"));
+}

@@ -1,0 +1,263 @@
+//! How a node stops: when, how evenly, with which words, and what becomes of those who don't listen.
+
+use std::time::{Duration, Instant};
+
+use futures_util::{SinkExt, StreamExt};
+use serde_json::json;
+use tokio::net::TcpStream;
+use tokio::task::JoinSet;
+use tokio_tungstenite::tungstenite::Message;
+
+use crate::common::proxy::Silence;
+use crate::common::{Client, Node, Proxy, Raw, Redis, until, within};
+
+/// What the longest drain here may take on top: two looks of the shards, and a busy machine.
+const SLACK: Duration = Duration::from_millis(1500);
+
+#[tokio::test]
+async fn closes_are_spread_over_the_time_and_the_node_ends_when_all_have_gone() {
+    let node = Node::start(&["--drain-timeout", "4s", "--shards", "2"]).await;
+    let mut clients = Vec::new();
+    for n in 0..60 {
+        clients.push(Client::plain(&node, &format!("user{n}"), "room").await);
+    }
+    let begun = Instant::now();
+    node.signal("TERM");
+    let mut closes = JoinSet::new();
+    for mut client in clients {
+        closes.spawn(async move {
+            let close = client.expect_close().await;
+            assert_eq!(close, (1012, "the node is restarting: reconnect".into()));
+            begun.elapsed()
+        });
+    }
+    until("readiness to go", || async {
+        let response = node.admin("GET", "/readyz", b"").await;
+        (response.body == "this node is stopping\n").then_some(())
+    })
+    .await;
+    let closes = closes.join_all().await;
+    assert!(node.ended().await.success());
+    let took = begun.elapsed();
+    assert!(took < Duration::from_secs(4), "nobody was left to wait for: {took:?} {closes:?}");
+    // The last quarter is for last words: 60 closes in 3 seconds.
+    let after = |time| closes.iter().filter(|close| **close >= Duration::from_millis(time)).count();
+    assert!((15..=45).contains(&after(1500)), "{closes:?}");
+    for begin in (0..=2000).step_by(250) {
+        let many = after(begin) - after(begin + 1000);
+        assert!((8..=40).contains(&many), "{many} closes from {begin} ms on for a second: {closes:?}");
+    }
+}
+
+#[tokio::test]
+async fn whoever_never_reads_or_answers_does_not_hold_up_the_end() {
+    let node = Node::start(&["--drain-timeout", "2s"]).await;
+    let mut deaf = Vec::new();
+    for n in 0..10 {
+        // Half of them read nothing at all, so that not even the close frame fits.
+        let small = n % 2 == 0;
+        let mut raw = match small {
+            true => Raw::connect_with_small_buffers(node.public).await,
+            false => Raw::connect(node.public).await,
+        };
+        assert_eq!(raw.upgrade("/ws/a?channel=room", &[]).await.status, 101);
+        deaf.push(raw);
+    }
+    until("sockets that are full", || async {
+        node.publish("room", &json!({"text": "x".repeat(60_000)})).await;
+        (node.metric("fanfare_slow_connections").await >= 5.0).then_some(())
+    })
+    .await;
+    let begun = Instant::now();
+    node.signal("TERM");
+    assert!(node.ended().await.success());
+    let took = begun.elapsed();
+    assert!((Duration::from_millis(1900)..Duration::from_secs(2) + SLACK).contains(&took), "{took:?}");
+    drop(deaf);
+}
+
+#[tokio::test]
+async fn a_drain_of_nothing_tells_everybody_at_once() {
+    let node = Node::start(&["--drain-timeout", "0s"]).await;
+    let mut clients = Vec::new();
+    for _ in 0..20 {
+        clients.push(Client::plain(&node, "a", "room").await);
+    }
+    let begun = Instant::now();
+    node.signal("INT");
+    for client in &mut clients {
+        assert_eq!(client.expect_close().await.0, 1012);
+    }
+    assert!(node.ended().await.success());
+    assert!(begun.elapsed() < SLACK);
+}
+
+#[tokio::test]
+async fn a_node_without_clients_ends_at_once() {
+    let node = Node::start(&["--drain-timeout", "10m"]).await;
+    Client::plain(&node, "a", "room").await.leave().await;
+    let begun = Instant::now();
+    node.signal("TERM");
+    assert!(node.ended().await.success());
+    assert!(begun.elapsed() < SLACK);
+}
+
+#[tokio::test]
+async fn a_second_signal_ends_it_now() {
+    for (first, second) in [("TERM", "TERM"), ("INT", "TERM"), ("TERM", "INT")] {
+        let node = Node::start(&["--drain-timeout", "10m", "--drain-delay", "10m"]).await;
+        let _client = Client::plain(&node, "a", "room").await;
+        node.signal(first);
+        node.unready().await;
+        let begun = Instant::now();
+        node.signal(second);
+        assert!(node.ended().await.success(), "it was asked to, twice");
+        assert!(begun.elapsed() < SLACK);
+        let said = || async { node.log().contains("stopping at once").then_some(()) };
+        until("its last line, which may come later than its end", said).await;
+    }
+}
+
+#[tokio::test]
+async fn during_the_notice_clients_are_taken_and_nobody_is_closed() {
+    let node = Node::start(&["--drain-delay", "2s", "--drain-timeout", "1s"]).await;
+    let mut before = Client::plain(&node, "a", "room").await;
+    let begun = Instant::now();
+    node.signal("TERM");
+    let response = until("the notice", || async {
+        let response = node.get("/readyz").await;
+        (response.status == 503).then_some(response)
+    })
+    .await;
+    assert_eq!(response.body, "not ready\n");
+    let mut after = Client::plain(&node, "b", "room").await;
+    let id = node.publish("room", &json!({"n": 1})).await;
+    for client in [&mut before, &mut after] {
+        client.expect_event(id, &json!({"n": 1})).await;
+        assert_eq!(client.expect_close().await.0, 1012);
+        assert!(begun.elapsed() >= Duration::from_secs(2));
+    }
+    assert!(TcpStream::connect(node.public).await.is_err(), "the listener is closed");
+    assert!(node.ended().await.success());
+}
+
+#[tokio::test]
+async fn whoever_waits_to_be_accepted_when_it_stops_gets_an_answer() {
+    let node = Node::start(&["--shards", "1"]).await;
+    // While it stands still the kernel completes connections for it.
+    node.signal("STOP");
+    let mut waiting = Vec::new();
+    for _ in 0..300 {
+        waiting.push(Raw::connect(node.public).await);
+    }
+    node.signal("TERM");
+    node.signal("CONT");
+    for raw in &mut waiting {
+        let response = raw.upgrade("/ws/a?channel=room", &[]).await;
+        assert!([101, 503].contains(&response.status), "{response:?}");
+        if response.status == 503 {
+            assert!(response.header("retry-after").is_some(), "{response:?}");
+        }
+    }
+    drop(waiting);
+    assert!(node.ended().await.success());
+}
+
+#[tokio::test]
+async fn under_a_flood_everybody_who_reads_is_told() {
+    let flags = [
+        "--drain-timeout",
+        "4s",
+        "--ping-interval",
+        "1s",
+        "--ping-timeout",
+        "1s",
+        "--max-message-rate",
+        "0",
+        "--max-byte-rate",
+        "0",
+    ];
+    let node = Node::start(&flags).await;
+    let mut readers = JoinSet::new();
+    for n in 0..20 {
+        let name = format!("user{n}");
+        let (client, _) = Client::json(&node, &name, "room").await;
+        let (mut sink, mut stream) = client.split();
+        let text = json!({"text": "x".repeat(200)}).to_string();
+        let writer =
+            tokio::spawn(async move { while sink.send(Message::text(text.clone())).await.is_ok() {} });
+        readers.spawn(async move {
+            let mut frames = 0;
+            loop {
+                match within("the next frame", stream.next()).await {
+                    Some(Ok(Message::Close(close))) => {
+                        writer.abort();
+                        return (name, frames, close.map(|close| u16::from(close.code)));
+                    }
+                    Some(Ok(_)) => frames += 1,
+                    other => panic!("{name}: {other:?} after {frames} frames"),
+                }
+            }
+        });
+    }
+    until("the flood", || async {
+        (node.metric("fanfare_messages_received_total").await > 1e4).then_some(())
+    })
+    .await;
+    node.signal("TERM");
+    let ends = readers.join_all().await;
+    assert!(ends.iter().all(|(.., code)| *code == Some(1012)), "{ends:?}");
+    assert!(node.ended().await.success());
+}
+
+/// A POST /publish on a connection of its own, up to its answer.
+async fn begin_publish(node: &Node, event: &str) -> Raw {
+    let mut raw = Raw::connect(node.admin).await;
+    let length = event.len();
+    let head = format!("POST /publish?channel=room HTTP/1.1\r\nHost: {}\r\n", node.admin);
+    raw.write(format!("{head}Content-Length: {length}\r\n\r\n{event}").as_bytes()).await;
+    raw
+}
+
+#[tokio::test]
+async fn a_publish_in_flight_is_answered_before_the_end() {
+    let redis = Redis::start(&[]).await;
+    let way = Proxy::to(redis.port()).await;
+    let flags = ["--redis", &way.url(), "--drain-timeout", "4s", "--log", "debug"];
+    let node = Node::start(&flags).await;
+    node.publish("room", &json!({"n": 0})).await;
+    let before = redis.head("room").await;
+    way.silence(Silence { up: false, down: true });
+    let mut publishing = begin_publish(&node, r#"{"n":1}"#).await;
+    until("Redis to take the event", || async { (redis.head("room").await > before).then_some(()) }).await;
+    let idle = Raw::connect(node.admin).await;
+    node.signal("TERM");
+    until("the stop", || async { node.log().contains("stopping").then_some(()) }).await;
+    tokio::time::sleep(Duration::from_millis(300)).await; // there is nobody else to wait for
+    way.silence(Silence::default());
+    let response = publishing.response().await;
+    assert_eq!((response.status, &response.json()["id"]), (200, &json!(before + 1)), "{response:?}");
+    assert_eq!(response.header("connection"), Some("close"));
+    drop(publishing);
+    assert!(node.ended().await.success());
+    drop(idle);
+}
+
+#[tokio::test]
+async fn unanswered_publishes_get_504_at_a_stop() {
+    let redis = Redis::start(&[]).await;
+    let way = Proxy::to(redis.port()).await;
+    let node =
+        Node::start(&["--redis", &way.url(), "--drain-timeout", "1s", "--publish-timeout", "10m"]).await;
+    node.publish("room", &json!({"n": 0})).await;
+    let before = redis.head("room").await;
+    way.silence(Silence { up: false, down: true });
+    let mut publishing = begin_publish(&node, r#"{"n":1}"#).await;
+    until("Redis to take the event", || async { (redis.head("room").await > before).then_some(()) }).await;
+    let begun = Instant::now();
+    node.signal("TERM");
+    publishing.response().await.expect_refusal(504);
+    drop(publishing);
+    assert!(node.ended().await.success());
+    assert!(begun.elapsed() < Duration::from_secs(2) + 2 * SLACK, "{:?}", begun.elapsed());
+}

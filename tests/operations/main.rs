@@ -1,0 +1,17 @@
+//! A node as operators run it: under systemd, behind nginx, over TLS, stopped and replaced, observed.
+
+#[path = "../checker/mod.rs"]
+mod checker;
+#[path = "../common/mod.rs"]
+mod common;
+#[path = "../workload/mod.rs"]
+mod workload;
+
+mod behind_nginx;
+mod doctor;
+mod drain;
+mod rolling;
+mod seeing;
+mod systemd;
+mod tls;
+mod units;

@@ -1,0 +1,89 @@
+//! Nodes behind a real nginx, set as README says.
+
+use std::net::SocketAddr;
+
+use serde_json::json;
+
+use crate::common::redis::free_port;
+use crate::common::stream::Nodes;
+use crate::common::{Client, Frame, Nginx, Node, Options, Redis, cluster, until};
+use crate::workload::crowd::{Crowd, Run};
+
+fn recovering() -> Options {
+    Options { query: "channel=room&lastEventId=".into(), ..Options::default() }
+}
+
+#[tokio::test]
+async fn clients_come_through_nginx_also_when_a_node_is_gone() {
+    let (_redis, a, b) = cluster(&["--trusted-proxy", "127.0.0.1"]).await;
+    let nginx = Nginx::before(&[a.public, b.public]).await;
+    let mut clients = Vec::new();
+    for _ in 0..4 {
+        let mut client = Client::try_open(nginx.addr, "alice", &recovering()).await.expect("a way in");
+        client.welcome().await;
+        clients.push(client);
+    }
+    for node in [&a, &b] {
+        assert_eq!(node.metric("fanfare_connections").await, 2.0, "least_conn shares them out");
+    }
+    let id = a.publish("room", &json!({"text": "hi"})).await;
+    for client in &mut clients {
+        assert_eq!(client.next_json().await["id"], id);
+    }
+
+    a.kill();
+    let mut gone = 0;
+    for client in &mut clients {
+        b.publish("room", &json!({"text": "still here"})).await;
+        gone += usize::from(matches!(client.next_frame().await, Frame::Lost(_)));
+    }
+    assert_eq!(gone, 2);
+    for _ in 0..4 {
+        let mut client = Client::try_open(nginx.addr, "alice", &recovering()).await.expect("a way in");
+        client.welcome().await;
+        clients.push(client);
+    }
+    until("nginx to tell of the node that is gone", || async {
+        nginx.errors().iter().any(|line| line.contains("Connection refused")).then_some(())
+    })
+    .await;
+    drop(clients);
+    // A connection's line is written when it is over.
+    until("nginx to note what it did", || async { (nginx.requests().len() == 8).then_some(()) }).await;
+    assert!(nginx.requests().iter().all(|line| line.starts_with("101 ")), "{:?}", nginx.requests());
+}
+
+/// Starts a node at this address, whose clients come by way of nginx.
+async fn node(redis: &Redis, at: SocketAddr, nginx: &Nginx) -> Node {
+    let mut node = Node::on(
+        redis,
+        &["--listen", &at.to_string(), "--drain-timeout", "3s", "--trusted-proxy", "127.0.0.1"],
+    )
+    .await;
+    node.public = nginx.addr;
+    node
+}
+
+#[tokio::test]
+async fn a_rolling_restart_behind_nginx_misses_nothing_and_nobody_is_told_of_a_loss() {
+    let redis = Redis::start(&[]).await;
+    let places = [free_port(), free_port()].map(|port| SocketAddr::from(([127, 0, 0, 1], port)));
+    let nginx = Nginx::before(&places).await;
+    let nodes = Nodes::new([node(&redis, places[0], &nginx).await, node(&redis, places[1], &nginx).await]);
+    let run = Run::at(&nodes, 2, &redis, Crowd { users: 2, ..Crowd::default() }).await;
+    for place in [0, 1, 0, 1] {
+        run.goes_on(50).await;
+        let old = nodes.get(place);
+        old.signal("TERM");
+        assert!(old.ended().await.success(), "it ends in order");
+        nodes.replace(place, node(&redis, places[place], &nginx).await);
+        run.flows().await;
+    }
+    let verdict = run.end().await;
+    verdict.nobody_was_told();
+    let moved = verdict.history.watchers.iter().filter(|watcher| watcher.connections() > 2).count();
+    assert!(moved >= 12, "everybody who stayed was moved, and most of them twice");
+    // Nobody who knocked was turned away, though one node was always about to go.
+    let refused: Vec<_> = nginx.requests().into_iter().filter(|line| !line.starts_with("101 ")).collect();
+    assert!(refused.is_empty(), "{refused:#?}");
+}

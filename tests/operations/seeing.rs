@@ -1,0 +1,295 @@
+//! What an operator sees of a node: metrics, stats, the dashboard over them, the log.
+
+use std::collections::BTreeSet;
+use std::io::Write;
+use std::process::{Command, Stdio};
+
+use serde_json::{Value, json};
+
+use crate::common::raw::opcode;
+use crate::common::{Client, Node, Raw, Redis, http, until};
+
+const DASHBOARD: &str = include_str!("../../grafana/fanfare.json");
+
+/// The names in this text that could be metrics'.
+fn names(text: &str) -> BTreeSet<&str> {
+    let words = text.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
+    words.filter(|word| word.starts_with("fanfare_") || word.starts_with("process_")).collect()
+}
+
+/// The families that these metrics consist of.
+fn families(metrics: &str) -> BTreeSet<&str> {
+    let types = metrics.lines().filter_map(|line| line.strip_prefix("# TYPE "));
+    types.filter_map(|line| line.split(' ').next()).collect()
+}
+
+async fn metrics(node: &Node) -> String {
+    node.admin("GET", "/metrics", b"").await.body
+}
+
+/// Prometheus' own judgement. It is in Debian's package prometheus; tests/run.sh installs it.
+fn promtool(metrics: &str) {
+    let mut command = Command::new("promtool");
+    command.args(["check", "metrics"]).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().expect("promtool is there: apt install prometheus, or tests/run.sh");
+    child.stdin.take().expect("it is piped").write_all(metrics.as_bytes()).expect("promtool reads");
+    let output = child.wait_with_output().expect("it ends");
+    let said = [output.stdout, output.stderr].map(|said| String::from_utf8_lossy(&said).into_owned());
+    assert!(output.status.success() && said.concat().trim().is_empty(), "promtool says:\n{}", said.concat());
+}
+
+#[tokio::test]
+async fn prometheus_finds_nothing_to_complain_of() {
+    let redis = Redis::start(&[]).await;
+    for node in [Node::on(&redis, &[]).await, Node::start(&["--shards", "3"]).await] {
+        let mut client = Client::plain(&node, "alice", "room").await;
+        client.send("hi").await;
+        client.next_event().await;
+        let text = metrics(&node).await;
+        promtool(&text);
+        assert!(
+            !text.contains("alice") && !text.contains("room"),
+            "no user and no channel is a label: {text}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn what_happens_is_counted() {
+    let redis = Redis::start(&[]).await;
+    let node = Node::on(&redis, &["--shards", "1"]).await;
+    let mut alice = Client::plain(&node, "alice", "room").await;
+    let (mut bob, _) = Client::json(&node, "bob", "room").await;
+    alice.send("hi").await;
+    alice.next_event().await;
+    bob.next_event().await;
+    node.publish_to("room", "bob", &json!({"text": "psst"})).await;
+    bob.next_event().await;
+    bob.send("no JSON").await;
+    bob.expect_error(None).await;
+    // One pass for both, and one event brought to bob without a pass. They are counted when a turn is over.
+    let count = |name: &'static str| node.metric(name);
+    until("what was delivered to be counted", || async {
+        let latencies = count("fanfare_delivery_latency_seconds_count").await;
+        (latencies == 2.0 && count("fanfare_events_delivered_total").await == 3.0).then_some(())
+    })
+    .await;
+    assert_eq!(count("fanfare_pass_duration_seconds_count").await, 1.0);
+    assert!(count("fanfare_delivery_latency_seconds_sum").await > 0.0);
+    assert_eq!(count("fanfare_messages_received_total").await, 2.0);
+    assert_eq!(count("fanfare_bus_events_total").await, 2.0);
+    assert_eq!(count("fanfare_bus_published_total").await, 2.0);
+    assert_eq!(node.metric_of("fanfare_publish_errors_total", r#"code="invalid""#).await, 1.0);
+    assert!(count("fanfare_buffer_bytes").await > 0.0);
+    // At least both requests; and what was sent is more than both answers.
+    assert!(count("fanfare_received_bytes_total").await > 300.0);
+    assert!(count("fanfare_sent_bytes_total").await > 300.0);
+    until("canaries", || async { (count("fanfare_bus_round_trip_seconds_count").await > 1.0).then_some(()) })
+        .await;
+
+    for (path, origin, status) in [("/ws/a?channel=a%20b", "", 400), ("/ws/a", "https://evil.example", 403)] {
+        let headers = [("Origin", origin)];
+        let headers = if origin.is_empty() { &[][..] } else { &headers };
+        Raw::connect(node.public).await.upgrade(path, headers).await.expect_refusal(status);
+    }
+    http::request(node.public, "GET", "/nothing", &[], b"").await.expect_refusal(404);
+    for status in ["400", "403", "404"] {
+        let label = format!("status=\"{status}\"");
+        assert_eq!(node.metric_of("fanfare_http_rejections_total", &label).await, 1.0, "{status}");
+    }
+
+    // Stats show the same; that nothing is in one alone is tested beside the table.
+    until("the refused to be gone", || async { (count("fanfare_connections").await == 2.0).then_some(()) })
+        .await;
+    let stats = node.admin("GET", "/stats", b"").await.json();
+    assert_eq!(stats["version"], env!("CARGO_PKG_VERSION"));
+    assert!(stats["uptime_seconds"].is_u64());
+    assert_eq!((&stats["ready"], &stats["trouble"]), (&json!(true), &Value::Null));
+    assert_eq!((&stats["connections"], &stats["shards"][0]["connections"]), (&json!(2), &json!(2)));
+    assert_eq!((&stats["delivered"], &stats["refused"]["403"]), (&json!(3), &json!(1)));
+}
+
+#[tokio::test]
+async fn a_reader_that_stalls_is_counted_as_slow() {
+    let node = Node::start(&["--ping-interval", "1s", "--shards", "1"]).await;
+    let mut raw = Raw::connect_with_small_buffers(node.public).await;
+    raw.upgrade("/ws/slow?channel=room", &[]).await;
+    let event = json!({ "text": "x".repeat(60_000) });
+    until("a full socket", || async {
+        node.publish("room", &event).await;
+        (node.metric("fanfare_slow_connections").await == 1.0).then_some(())
+    })
+    .await;
+    raw.frame(true, opcode::CLOSE, b"").await;
+}
+
+#[tokio::test]
+async fn the_dashboard_shows_what_there_is() {
+    let node = Node::start(&[]).await;
+    let text = metrics(&node).await;
+    let known = families(&text);
+    let dashboard: Value = serde_json::from_str(DASHBOARD).expect("JSON");
+    assert_eq!((&dashboard["uid"], &dashboard["title"]), (&json!("fanfare"), &json!("fanfare")));
+    assert!(dashboard["schemaVersion"].as_u64().is_some_and(|version| version >= 36));
+    let variables = dashboard["templating"]["list"].as_array().expect("variables");
+    let datasource = variables.iter().find(|variable| variable["name"] == "datasource").expect("one");
+    assert_eq!((&datasource["type"], &datasource["query"]), (&json!("datasource"), &json!("prometheus")));
+
+    let panels = dashboard["panels"].as_array().expect("panels");
+    let ids: BTreeSet<_> = panels.iter().map(|panel| panel["id"].as_u64().expect("a number")).collect();
+    assert_eq!(ids.len(), panels.len(), "every panel has an id of its own");
+    let targets = panels.iter().flat_map(|panel| panel["targets"].as_array().cloned().unwrap_or_default());
+    let queries = targets.map(|target| (target["datasource"]["uid"].clone(), target["expr"].clone()));
+    let mut queries: Vec<_> = queries.collect();
+    for annotation in dashboard["annotations"]["list"].as_array().expect("annotations") {
+        queries.push((annotation["datasource"]["uid"].clone(), annotation["expr"].clone()));
+    }
+    assert!(queries.len() > 20);
+    let mut shown = BTreeSet::new();
+    for (datasource, expr) in &queries {
+        assert_eq!(datasource, "${datasource}", "{expr}");
+        let expr = expr.as_str().expect("text");
+        assert!(!names(expr).is_empty(), "{expr}");
+        for name in names(expr) {
+            let bucket = name.strip_suffix("_bucket").filter(|family| known.contains(family));
+            let family = bucket.unwrap_or(name);
+            assert!(known.contains(family), "{name} in {expr} is no metric");
+            assert_eq!(bucket.is_some(), text.contains(&format!("# TYPE {family} histogram")), "{expr}");
+            shown.insert(family);
+        }
+    }
+    let hidden: Vec<_> = known.difference(&shown).collect();
+    assert_eq!(hidden, [&"fanfare_build_info"], "what is counted and not shown helps nobody");
+}
+
+/// Lines of a node's log that hold this.
+fn lines(node: &Node, part: &str) -> Vec<String> {
+    node.log().lines().filter(|line| line.contains(part)).map(String::from).collect()
+}
+
+/// Strangers choose what comes here, so there must not be a way to begin a line, or to end an escape.
+const HOSTILE: &str = "a%E2%80%A8b%22%5C%7B%7D%E2%80%AE";
+
+#[tokio::test]
+async fn the_log_tells_of_start_stop_and_refusals_a_line_each() {
+    let node = Node::start(&["--log", "debug", "--log-format", "json", "--shards", "2"]).await;
+    let client = Client::open(&node, HOSTILE, "channel=room", None).await;
+    for _ in 0..30 {
+        let mut raw = Raw::connect(node.public).await;
+        raw.upgrade(&format!("/ws/{HOSTILE}"), &[("Origin", "https://evil.example")])
+            .await
+            .expect_refusal(403);
+        let mut raw = Raw::connect(node.public).await;
+        raw.upgrade("/ws/a%0Ab", &[]).await.expect_refusal(400);
+    }
+    client.leave().await;
+    let ended = || async { (lines(&node, "\"closed_by_peer\"").len() == 1).then_some(()) };
+    until("the log to tell of the client's end", ended).await;
+    node.signal("TERM");
+    assert!(node.ended().await.success());
+
+    let log = node.log();
+    let told: Vec<_> = log.lines().filter_map(|line| line.strip_prefix("! ")).collect();
+    let told: Vec<Value> =
+        told.iter().map(|line| serde_json::from_str(line).expect("an object a line")).collect();
+    let of = |message: &str| -> Vec<&Value> {
+        let is = |line: &&Value| line["message"].as_str().is_some_and(|text| text.starts_with(message));
+        told.iter().filter(is).collect()
+    };
+    let [started] = of("started")[..] else { panic!("one line: {log}") };
+    assert_eq!((&started["version"], &started["bus"]), (&json!(env!("CARGO_PKG_VERSION")), &json!("local")));
+    assert_eq!((&started["listen"], &started["shards"]), (&json!(node.public.to_string()), &json!(2)));
+    let [stopping] = of("stopping")[..] else { panic!("one line: {log}") };
+    assert_eq!(stopping["why"], "SIGTERM");
+    let [stopped] = of("stopped")[..] else { panic!("one line: {log}") };
+    assert!(stopped["seconds"].is_number() && stopped["closed"].is_u64(), "{stopped}");
+    // Thirty of each, and a line for each class. What comes in silence is counted later.
+    let refused = of("request refused");
+    assert!(
+        refused.iter().any(|line| line["status"] == 403 && line["why"] == "origin_not_allowed"),
+        "{refused:?}"
+    );
+    assert!(refused.iter().any(|line| line["status"] == 400 && line["count"] == 1), "{refused:?}");
+    assert!(refused.len() <= 4, "rate-limited, also where this took more than ten seconds: {refused:?}");
+    let ends = of("connection ends");
+    let end = ends.iter().find(|line| line["reason"] == "closed_by_peer").expect("it has left");
+    assert_eq!((&end["channel"], &end["user"]), (&json!("room"), &json!("a\u{2028}b\"\\{}\u{202e}")));
+}
+
+#[tokio::test]
+async fn readyz_says_what_to_do_and_the_log_what_redis_said() {
+    let mut redis = Redis::away(&["--requirepass", "secret"]);
+    let wrong = redis.url().replace("//", "//:hunter2@");
+    let node = Node::start_unready(&["--redis", &wrong]).await;
+    let says = |part: &'static str| {
+        let node = &node;
+        let asked = move || async move { node.unready().await.contains(part).then_some(()) };
+        async move { until(part, asked).await }
+    };
+    says("see whether it runs").await;
+    assert_eq!(lines(&node, "Connection refused").len(), 1, "{}", node.log());
+    redis.up().await;
+    says("mend the user or the password").await;
+    let reason = node.unready().await;
+    assert!(!reason.contains("WRONGPASS") && reason.lines().count() == 1, "{reason}");
+    assert_eq!(lines(&node, "WRONGPASS").len(), 1, "{}", node.log());
+    assert!(!node.log().contains("hunter2"));
+    // Strangers learn nothing of it.
+    assert_eq!(node.get("/readyz").await.body, "not ready\n");
+    let mut raw = Raw::connect(node.public).await;
+    let response = raw.upgrade("/ws/a", &[]).await;
+    response.expect_refusal(503);
+    assert_eq!(response.body, "no client can join now: try again, or another node\n");
+}
+
+#[tokio::test]
+async fn what_a_replica_refuses_is_told_once_and_again_when_it_changes() {
+    let primary = Redis::start(&[]).await;
+    let mut replica = Redis::replica_of(&primary).await;
+    let node = Node::start_unready(&["--redis", &replica.url()]).await;
+    let replica_is_it = || async { node.unready().await.contains("is a replica").then_some(()) };
+    until("a node that says what is wrong", replica_is_it).await;
+    let connections =
+        || async { replica.info("total_connections_received").await.parse::<u64>().expect("a number") };
+    // Each of ours takes one as well.
+    let (before, mut ours) = (connections().await, 0);
+    until("the node to have tried again and again", || {
+        ours += 1;
+        let tried = connections();
+        async move { (tried.await >= before + ours + 6).then_some(()) }
+    })
+    .await;
+    assert_eq!(lines(&node, "FCALL").len(), 1, "{}", node.log());
+    // On a machine that is slow for seconds Redis may be silent in between, which is a change.
+    let told = lines(&node, "the bus does not work");
+    let told: Vec<_> = told.iter().filter_map(|line| line.split_once("WARN")).map(|(_, what)| what).collect();
+    assert!(!told.is_empty() && told.windows(2).all(|pair| pair[0] != pair[1]), "{}", node.log());
+    replica.promote().await;
+    node.ready().await;
+    // Also on a connection that was made before: the node tries again.
+    let available =
+        || async { (lines(&node, "FCALL fanfare_publish is available").len() == 1).then_some(()) };
+    until("the log to tell of FCALL", available).await;
+    assert!(replica.client().await.fcall("room", b"{}", None).await.int() > 0);
+}
+
+#[tokio::test]
+async fn a_fault_in_a_channel_is_logged_with_its_key() {
+    let redis = Redis::start(&[]).await;
+    let node = Node::on(&redis, &[]).await;
+    let _client = Client::plain(&node, "alice", "room").await;
+    let mut raw = redis.client().await;
+    raw.call(&["DEL", "fanfare:{room}:meta"]).await;
+    raw.call(&["SET", "fanfare:{room}:meta", "x"]).await;
+    let faults = || node.log().lines().filter(|line| line.contains("fanfare:{room}:meta")).count();
+    until("a line with the key", || async { (faults() > 0).then_some(()) }).await;
+    for _ in 0..3 {
+        let refused = node.admin("POST", "/publish?channel=room", b"{}").await;
+        assert_eq!(refused.status, 503, "{}", refused.body);
+        assert!(refused.body.contains("this channel's data"), "{}", refused.body);
+    }
+    assert_eq!(faults(), 1, "{}", node.log());
+    let mut other = Client::plain(&node, "bob", "other").await;
+    node.publish("other", &json!({"text": "hi"})).await;
+    other.next_event().await;
+}

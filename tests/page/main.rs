@@ -1,0 +1,435 @@
+//! The page and the browser client in a real browser: headless Chromium, driven by chromedriver over WebDriver
+//! (https://www.w3.org/TR/webdriver2/).
+
+#[path = "../common/mod.rs"]
+mod common;
+
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::process::Command;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use common::cases::cases;
+use common::process::{Directory, Process};
+use common::redis::free_port;
+use common::{Node, Redis, http, until};
+
+/// A browser with one window. Dropping it ends it.
+struct Browser {
+    session: String,
+    address: SocketAddr,
+    _driver: Process,
+    _profile: Directory,
+}
+
+impl Browser {
+    /// Starts chromedriver and through it Chromium, with a profile of its own that is new and empty.
+    async fn start() -> Browser {
+        let port = free_port(); // by itself it takes one that only one of IPv4 and IPv6 need have free
+        let driver =
+            Process::start("chromedriver", Command::new("chromedriver").arg(format!("--port={port}")));
+        let ready = |line: &str| line.contains("started successfully").then_some(());
+        driver.line("a chromedriver that is ready", ready).await.unwrap_or_else(|ended| panic!("{ended}"));
+        let address = SocketAddr::from(([127, 0, 0, 1], port));
+        let profile = Directory::new();
+        let flags = [
+            "--headless=new",
+            "--no-sandbox", // in containers there is none to be had
+            "--disable-gpu",
+            "--disable-dev-shm-usage",
+            "--disable-quic",
+            "--no-first-run",
+            "--disable-background-networking",
+            "--disable-component-update",
+            "--disable-sync",
+            "--window-size=1280,900",
+            &format!("--user-data-dir={}", profile.path().display()),
+        ];
+        let options = json!({ "args": flags });
+        let wanted = json!({ "capabilities": { "alwaysMatch": {
+            "browserName": "chrome", "goog:chromeOptions": options, "goog:loggingPrefs": { "browser": "ALL" },
+        } } });
+        let answer = http::request(address, "POST", "/session", &[], wanted.to_string().as_bytes()).await;
+        assert_eq!(answer.status, 200, "no browser: {}", answer.body);
+        let id = answer.json()["value"]["sessionId"].as_str().expect("a session has an id").to_owned();
+        Browser { session: format!("/session/{id}"), address, _driver: driver, _profile: profile }
+    }
+
+    async fn command(&self, path: &str, body: Value) -> Value {
+        let path = format!("{}{path}", self.session);
+        let answer = http::request(self.address, "POST", &path, &[], body.to_string().as_bytes()).await;
+        assert_eq!(answer.status, 200, "{path} {body}: {}", answer.body);
+        answer.json()["value"].take()
+    }
+
+    async fn open(&self, url: &str) {
+        self.command("/url", json!({ "url": url })).await;
+    }
+
+    /// What the body of a function returns.
+    async fn run(&self, script: &str) -> Value {
+        self.command("/execute/sync", json!({ "script": script, "args": [] })).await
+    }
+
+    /// What the body of an async function returns, with what fanfare.js exports at hand.
+    async fn run_client(&self, script: &str) -> Value {
+        let script = format!(
+            "const done = arguments[0]; import('/fanfare.js').then(async ({{ Fanfare }}) => {{ {script}\n }})
+                .then(done, (error) => done(String(error.stack)));"
+        );
+        self.command("/execute/async", json!({ "script": script, "args": [] })).await
+    }
+
+    async fn element(&self, selector: &str) -> String {
+        let found = self.command("/element", json!({ "using": "css selector", "value": selector })).await;
+        let id = found.as_object().and_then(|reference| reference.values().next()).and_then(Value::as_str);
+        format!("/element/{}", id.expect("a reference to an element"))
+    }
+
+    /// Clicks as a mouse does: fails when something covers the element.
+    async fn click(&self, selector: &str) {
+        let element = self.element(selector).await;
+        self.command(&format!("{element}/click"), json!({})).await;
+    }
+
+    /// Types as a keyboard does.
+    async fn type_into(&self, selector: &str, text: &str) {
+        let element = self.element(selector).await;
+        self.command(&format!("{element}/value"), json!({ "text": text })).await;
+    }
+
+    /// What the browser has to complain about: script errors, refused resources.
+    async fn complaints(&self) -> Vec<String> {
+        let log = self.command("/se/log", json!({ "type": "browser" })).await;
+        let lines = log.as_array().expect("a list").iter();
+        lines.filter_map(|line| line["message"].as_str()).map(str::to_owned).collect()
+    }
+}
+
+impl Drop for Browser {
+    fn drop(&mut self) {
+        // chromedriver would leave Chromium behind if it were only killed. Chromium has ended when it answers.
+        let Ok(mut socket) = TcpStream::connect(self.address) else { return };
+        let _ = socket.set_read_timeout(Some(Duration::from_secs(10)));
+        let request = format!("DELETE {} HTTP/1.1\r\nHost: {}\r\n\r\n", self.session, self.address);
+        let _ = socket.write_all(request.as_bytes());
+        let _ = socket.read(&mut [0; 64]);
+    }
+}
+
+/// The page with its two panes.
+struct Page(Browser);
+
+/// An event as a pane shows it.
+#[derive(Debug, PartialEq)]
+struct Row {
+    id: Option<u64>,
+    sender: String,
+    text: String,
+    marks: Vec<String>,
+}
+
+const ENTER: &str = "\u{E007}"; // WebDriver section 17.4.2, keyboard actions
+
+impl Page {
+    /// Opens the page of one node with the right pane on another, and waits until both are connected.
+    async fn open(left: &Node, right: &Node, channel: &str) -> Page {
+        let page = Page(Browser::start().await);
+        page.0.open(&format!("http://{}/?right={}&channel={channel}", left.public, right.public)).await;
+        page.reaches("left", "live").await;
+        page.reaches("right", "live").await;
+        page
+    }
+
+    async fn state(&self, pane: &str) -> String {
+        let state = self.0.run(&format!("return document.querySelector('#{pane}')?.dataset.state")).await;
+        state.as_str().unwrap_or_default().to_owned()
+    }
+
+    async fn reaches(&self, pane: &str, state: &str) {
+        until(&format!("the {pane} pane to be {state}"), || async {
+            (self.state(pane).await == state).then_some(())
+        })
+        .await;
+    }
+
+    /// Writes a message as a person would.
+    async fn say(&self, pane: &str, text: &str) {
+        self.0.type_into(&format!("#{pane} [name=text]"), &format!("{text}{ENTER}")).await;
+    }
+
+    async fn rows(&self, pane: &str) -> Vec<Row> {
+        let script = format!(
+            "return [...document.querySelectorAll('#{pane} .event')].map((row) => {{
+                const text = (part) => row.querySelector(part).textContent;
+                const marks = [...row.querySelectorAll('.chip')].map((chip) => chip.textContent);
+                return [text('.id'), text('.sender'), text('.body'), marks];
+            }});"
+        );
+        let rows = self.0.run(&script).await;
+        let text = |value: &Value| value.as_str().expect("a text").to_owned();
+        let row = |row: &Value| Row {
+            id: text(&row[0]).parse().ok(),
+            sender: text(&row[1]),
+            text: text(&row[2]),
+            marks: row[3].as_array().expect("a list").iter().map(text).collect(),
+        };
+        rows.as_array().expect("a list").iter().map(row).collect()
+    }
+
+    /// Waits until a pane shows this text as its last event, and gives all its rows.
+    async fn shows(&self, pane: &str, text: &str) -> Vec<Row> {
+        until(&format!("{text:?} in the {pane} pane"), || async {
+            let rows = self.rows(pane).await;
+            rows.last().is_some_and(|row| row.text == text).then_some(rows)
+        })
+        .await
+    }
+
+    /// Waits for a notice that begins like this, and gives it whole.
+    async fn notice(&self, pane: &str, begin: &str) -> String {
+        let script =
+            format!("return [...document.querySelectorAll('#{pane} .notice')].map((row) => row.textContent)");
+        until(&format!("a notice {begin:?} in the {pane} pane"), || async {
+            let notices = self.0.run(&script).await;
+            let mut texts = notices.as_array().expect("a list").iter().filter_map(Value::as_str);
+            texts.find(|text| text.starts_with(begin)).map(str::to_owned)
+        })
+        .await
+    }
+
+    /// Fails if the browser had something to complain about, other than connections that failed.
+    async fn expect_no_complaints(&self) {
+        let mut complaints = self.0.complaints().await;
+        complaints.retain(|line| !line.contains("WebSocket connection to"));
+        assert_eq!(complaints, [""; 0]);
+    }
+}
+
+/// Two panes show the same events in the same order, whatever their marks.
+fn expect_equal(left: &[Row], right: &[Row]) {
+    let plain = |rows: &[Row]| -> Vec<_> {
+        rows.iter().map(|row| (row.id, row.sender.clone(), row.text.clone())).collect()
+    };
+    assert_eq!(plain(left), plain(right));
+    let ids: Vec<_> = left.iter().map(|row| row.id.expect("an id")).collect();
+    assert!(ids.windows(2).all(|pair| pair[1] == pair[0] + 1), "none missing, none twice: {ids:?}");
+}
+
+#[tokio::test]
+async fn users_on_two_nodes_talk_and_a_cut_one_recovers() {
+    let redis = Redis::start(&[]).await;
+    let (a, b) = tokio::join!(Node::on(&redis, &[]), Node::on(&redis, &[]));
+    let page = Page::open(&a, &b, "cut").await;
+    page.say("left", "hi from <b>node A</b> & co").await;
+    page.shows("right", "hi from <b>node A</b> & co").await;
+    page.say("right", "hi from node B").await;
+    page.shows("left", "hi from node B").await;
+    let before = page.shows("right", "hi from node B").await;
+    assert_eq!(before.iter().map(|row| row.sender.as_str()).collect::<Vec<_>>(), ["alice", "bob"]);
+    let position = before[1].id.expect("an id");
+
+    page.0.click("#left .cut").await;
+    page.reaches("left", "cut").await;
+    page.say("right", "are you there?").await;
+    page.shows("right", "are you there?").await;
+    b.publish_numbers("cut", 0..100).await;
+    page.say("right", "still not?").await;
+    page.shows("right", "still not?").await;
+    assert_eq!(page.rows("left").await, before, "a cut pane hears nothing");
+
+    page.reaches("left", "live").await; // by itself
+    page.say("left", "here again").await;
+    let right = page.shows("right", "here again").await;
+    let left = page.shows("left", "here again").await;
+    expect_equal(&left, &right);
+    let recovered: Vec<_> = left.iter().map(|row| row.marks == ["recovered"]).collect();
+    assert_eq!(
+        recovered,
+        [&[false; 2][..], &[true; 102], &[false]].concat(),
+        "what was said while it was cut"
+    );
+    assert_eq!(
+        page.notice("left", "Resumed").await,
+        format!("Resumed after {position}: 102 events recovered")
+    );
+
+    // Once more, while events go on arriving: the seam between past and live shows in no row.
+    page.0.click("#left .cut").await;
+    tokio::join!(page.0.click("#left .cut"), b.publish_numbers("cut", 100..200));
+    page.reaches("left", "live").await;
+    page.say("left", "and again").await;
+    let right = page.shows("right", "and again").await;
+    let left = page.shows("left", "and again").await;
+    expect_equal(&left, &right);
+    assert_eq!(left.len(), 2 + 102 + 1 + 100 + 1);
+    assert!(right.iter().all(|row| row.marks.is_empty()), "the other pane never lost anything");
+    page.expect_no_complaints().await;
+}
+
+#[tokio::test]
+async fn a_message_to_one_user_is_shown_to_that_user() {
+    let redis = Redis::start(&[]).await;
+    let (a, b) = tokio::join!(Node::on(&redis, &[]), Node::on(&redis, &[]));
+    let page = Page::open(&a, &b, "private").await;
+    page.0.type_into("#left [name=to]", "bob").await;
+    page.say("left", "psst").await;
+    let right = page.shows("right", "psst").await;
+    assert_eq!((right[0].sender.as_str(), &right[0].marks[..]), ("alice", &["only you".to_owned()][..]));
+    let left = page.shows("left", "psst").await;
+    assert_eq!((left[0].id, &left[0].marks[..]), (right[0].id, &["only bob".to_owned()][..]));
+
+    b.publish_to("private", "alice", &json!({"text": "from the backend"})).await;
+    let left = page.shows("left", "from the backend").await;
+    assert_eq!((left[1].sender.as_str(), &left[1].marks[..]), ("backend", &["only you".to_owned()][..]));
+    page.say("right", "aloud").await;
+    let right = page.shows("right", "aloud").await;
+    assert_eq!(right.len(), 2, "what is for alice alone never came here: {right:?}");
+
+    // A third user, in a pane that was alice's, sees nothing that is not for all.
+    page.0.run("document.querySelector('#left .user').value = ''").await;
+    page.0.type_into("#left .user", &format!("carol / 50%\u{e4}{ENTER}")).await;
+    page.reaches("left", "live").await;
+    page.say("left", "psst again").await; // still only to bob
+    let right = page.shows("right", "psst again").await;
+    assert_eq!(right[2].sender, "carol / 50%\u{e4}");
+    page.expect_no_complaints().await;
+}
+
+#[tokio::test]
+async fn a_pane_recovers_when_its_node_is_killed_and_started_again() {
+    let redis = Redis::start(&[]).await;
+    let (a, b) = tokio::join!(Node::on(&redis, &[]), Node::on(&redis, &[]));
+    let page = Page::open(&a, &b, "kill").await;
+    page.say("right", "before").await;
+    page.shows("left", "before").await;
+    let before = page.shows("right", "before").await;
+
+    b.kill();
+    page.notice("right", "Connection lost (1006)").await;
+    a.publish_numbers("kill", 0..50).await;
+    page.say("left", "while it was away").await;
+    page.shows("left", "while it was away").await;
+    assert_eq!(page.rows("right").await, before);
+
+    let address = b.public.to_string();
+    let b = Node::on(&redis, &["--listen", &address]).await; // one address more, where the old one was
+    page.reaches("right", "live").await;
+    page.say("right", "back").await;
+    let left = page.shows("left", "back").await;
+    let right = page.shows("right", "back").await;
+    expect_equal(&left, &right);
+    let recovered: Vec<_> = right.iter().map(|row| row.marks == ["recovered"]).collect();
+    assert_eq!(recovered, [&[false][..], &[true; 51], &[false]].concat());
+    let notice = format!("Resumed after {}: 51 events recovered", before[0].id.expect("an id"));
+    assert_eq!(page.notice("right", "Resumed").await, notice);
+    assert!(page.state("left").await == "live" && left.iter().all(|row| row.marks.is_empty()));
+    page.expect_no_complaints().await;
+    drop(b);
+}
+
+#[tokio::test]
+async fn lost_history_is_told() {
+    let redis = Redis::start(&[]).await;
+    let (a, b) = tokio::join!(Node::on(&redis, &[]), Node::on(&redis, &[]));
+    let page = Page::open(&a, &b, "wiped").await;
+    page.say("left", "soon lost").await;
+    page.shows("right", "soon lost").await;
+    page.0.click("#left .cut").await;
+    page.reaches("left", "cut").await;
+    redis.client().await.call(&["FLUSHALL"]).await;
+    page.notice("right", "Reset: events may be missing").await;
+    // Until its own canary, the left node believes in what it has, and would tell of the reset after a welcome.
+    let known = || async { (a.metric("fanfare_bus_resets_total").await >= 1.0).then_some(()) };
+    until("the left node to know", known).await;
+    page.0.click("#left .cut").await; // now reads "Reconnect now"
+    page.notice("left", "Not recovered: events may be missing").await;
+    page.say("left", "on we go").await;
+    page.shows("right", "on we go").await;
+    let left = page.shows("left", "on we go").await;
+    assert!(left.iter().all(|row| row.marks.is_empty()), "{left:?}");
+    page.expect_no_complaints().await;
+}
+
+#[tokio::test]
+async fn the_client_does_what_each_answer_asks_for() {
+    let node = Node::start(&[]).await;
+    let browser = Browser::start().await;
+    browser.open(&format!("http://{}/healthz", node.public)).await;
+    let result = browser.run_client(include_str!("client.js")).await;
+    assert_eq!(result["failed"], json!([]), "{result}");
+    assert_eq!(result["passed"], json!(19));
+}
+
+#[tokio::test]
+async fn a_browser_reads_every_event_that_is_accepted() {
+    let node = Node::start(&[]).await;
+    let browser = Browser::start().await;
+    browser.open(&format!("http://{}/healthz", node.public)).await;
+    let cases = cases().into_iter().filter(|case| case.error().is_none());
+    let texts: Vec<String> = cases.map(|case| String::from_utf8(case.event()).expect("UTF-8")).collect();
+    let script = "texts.filter((text) => { try { JSON.parse(text); } catch { return true; } })";
+    assert_eq!(browser.run(&format!("const texts = {}; return {script};", json!(texts))).await, json!([]));
+}
+
+#[tokio::test]
+async fn the_client_finds_out_that_a_silent_node_is_dead() {
+    let node = Node::start(&[]).await;
+    let browser = Browser::start().await;
+    browser.open(&format!("http://{}/healthz", node.public)).await;
+    let begin = "
+        window.probes = 0;
+        window.states = [];
+        const send = WebSocket.prototype.send;
+        WebSocket.prototype.send = function (text) { probes++; send.call(this, text); };
+        window.fanfare = new Fanfare('/ws/alice', { silence: 100, patience: 2000 });
+        fanfare.on('state', ({ state, reason }) => states.push(reason ? `${state}: ${reason}` : state));";
+    assert_eq!(browser.run_client(begin).await, Value::Null);
+    let becomes = async |script: &str| {
+        until(script, || async {
+            (browser.run(&format!("return {script}")).await == json!(true)).then_some(())
+        })
+        .await;
+    };
+    becomes("probes >= 2").await; // so the first was answered
+    assert_eq!(browser.run("return states").await, json!(["connecting", "live"]), "it answers, so it lives");
+    node.signal("STOP");
+    becomes("states.includes('waiting: no sign of life')").await;
+    node.signal("CONT");
+    becomes("fanfare.state === 'live'").await;
+    let sent = "return await fanfare.send('hello again') > 0;";
+    assert_eq!(browser.run_client(&format!("const fanfare = window.fanfare; {sent}")).await, json!(true));
+}
+
+/// The page in examples/, served from another origin as its README says.
+#[tokio::test]
+async fn the_example_page_shows_events() {
+    let node = Node::start(&[]).await;
+    let port = free_port().to_string();
+    let mut command = Command::new("python3");
+    command.args(["-u", "-m", "http.server", &port, "--bind", "127.0.0.1", "--directory", "examples/page"]);
+    let server = Process::start("http.server", command.current_dir(env!("CARGO_MANIFEST_DIR")));
+    let ready = |line: &str| line.contains("Serving HTTP on").then_some(());
+    server.line("a web server that is ready", ready).await.unwrap_or_else(|ended| panic!("{ended}"));
+
+    let browser = Browser::start().await;
+    browser.open(&format!("http://127.0.0.1:{port}/?node={}", node.public)).await;
+    let becomes = async |script: &str, wanted: Value| {
+        until(script, || async { (browser.run(&format!("return {script}")).await == wanted).then_some(()) })
+            .await;
+    };
+    becomes("document.querySelector('#state').value", json!("live")).await;
+    let id = node.publish("orders", &json!({ "order": "<b>tea</b>" })).await;
+    let events = "[...document.querySelectorAll('#events li')].map((row) => row.textContent)";
+    let first = format!(r#"{{"order":"<b>tea</b>","id":{id}}}"#);
+    becomes(events, json!([first])).await;
+    browser.type_into("[name=text]", &format!("hello{ENTER}")).await;
+    becomes("document.querySelectorAll('#events li').length", json!(2)).await;
+    let events = browser.run(&format!("return {events}")).await;
+    assert!(events[1].as_str().is_some_and(|row| row.contains("\"text\":\"hello\"")), "{events}");
+    let complaints = browser.complaints().await;
+    let complaints: Vec<_> = complaints.iter().filter(|line| !line.contains("favicon.ico")).collect();
+    assert!(complaints.is_empty(), "{complaints:?}");
+}

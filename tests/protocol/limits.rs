@@ -1,0 +1,97 @@
+//! What is limited, and what a node does at its limits.
+
+use std::time::Instant;
+
+use serde_json::json;
+
+use crate::common::client::position;
+use crate::common::{Client, Node, Raw, until};
+
+#[tokio::test]
+async fn new_channels_of_a_client_are_limited() {
+    const MOST: u64 = 100;
+    let flags = ["--trusted-proxy", "127.0.0.2", "--max-connections-per-ip", "100", "--shards", "1"];
+    let node = Node::start(&flags).await;
+    let _stays = Client::plain(&node, "a", "used").await;
+    let empty = async || {
+        let alone = async || node.metric("fanfare_connections").await == 1.0;
+        until("the others to be gone", || async { alone().await.then_some(()) }).await;
+    };
+    let join = async |address: &str, channel: &str| {
+        let mut raw = Raw::connect_from([127, 0, 0, 2], node.public).await;
+        raw.write(format!("PROXY TCP4 {address} 127.0.0.1 1 2\r\n").as_bytes()).await;
+        raw.upgrade(&format!("/ws/a?channel={channel}"), &[]).await
+    };
+    let begun = Instant::now();
+    for named in 0..MOST {
+        assert_eq!(join("192.0.2.7", &format!("new{named}")).await.status, 101);
+    }
+    let mut named = MOST;
+    let refusal = loop {
+        empty().await; // so that the cap on connections has room
+        let response = join("192.0.2.7", &format!("new{named}")).await;
+        if response.status != 101 {
+            break response;
+        }
+        named += 1;
+        let most = MOST + begun.elapsed().as_secs() * MOST / 60 + 1;
+        assert!(named <= most, "{named} new channels, {most} are allowed");
+    };
+    refusal.expect_refusal(429);
+    assert!(refusal.body.contains("too many new channels"), "{refusal:?}");
+    assert_eq!(refusal.header("retry-after"), Some("5"));
+    // Channels in use are no new ones, and other addresses have their own allowance.
+    assert_eq!(join("192.0.2.7", "used").await.status, 101);
+    assert_eq!(join("192.0.2.8", "new").await.status, 101);
+}
+
+#[tokio::test]
+async fn local_history_is_limited_by_bytes() {
+    let flags = ["--history-bytes", "64KiB", "--buffer-memory", "64KiB"];
+    let node = Node::start(&flags).await;
+    let event = json!({"text": "x".repeat(10_000)});
+    let mut ids = Vec::new();
+    for _ in 0..20 {
+        ids.push(node.publish("room", &event).await);
+    }
+    let small = node.publish_numbers("other", 0..20).await;
+    let recovers = async |channel: &str, last: u64| {
+        let (_client, welcome) = Client::resume(&node, "a", channel, last).await;
+        welcome["recovered"] == true
+    };
+    assert!(!recovers("room", ids[10]).await);
+    assert!(recovers("room", ids[15]).await);
+    assert!(recovers("other", small[0]).await);
+}
+
+#[tokio::test]
+async fn busy_channels_evict_no_history_of_others() {
+    let node = Node::start(&["--max-message-size", "1MiB", "--buffer-memory", "1MiB"]).await;
+    let quiet = node.publish_numbers("quiet", 0..20).await;
+    let large = json!({"text": "x".repeat(1_000_000)});
+    let mut noise = Vec::new();
+    for _ in 0..100 {
+        noise.push(node.publish("noise", &large).await); // more than all histories may take together
+    }
+    let (mut back, welcome) = Client::resume(&node, "back", "quiet", quiet[0]).await;
+    assert_eq!(welcome["recovered"], true, "{welcome}");
+    back.expect_numbers(&quiet[1..], 1).await;
+    let (_late, welcome) = Client::resume(&node, "late", "noise", noise[10]).await;
+    assert_eq!(welcome["recovered"], false, "{welcome}");
+    let (_soon, welcome) = Client::resume(&node, "soon", "noise", noise[70]).await;
+    assert_eq!(welcome["recovered"], true, "{welcome}");
+}
+
+#[tokio::test]
+async fn a_node_that_starts_again_on_its_local_bus_tells_old_ids() {
+    let node = Node::start(&[]).await;
+    let ids = node.publish_numbers("room", 0..100).await;
+    drop(node);
+    let node = Node::start(&[]).await;
+    for last in [ids[0], ids[99]] {
+        let (_, welcome) = Client::resume(&node, "a", "room", last).await;
+        assert_eq!(welcome["recovered"], false, "{welcome}");
+        assert!(position(&welcome["head"]) > ids[99]);
+    }
+    assert!(node.publish("room", &json!({"n": 0})).await > ids[99]);
+}

@@ -1,0 +1,400 @@
+//! How fast a client may send, and what becomes of one that floods.
+
+use std::time::{Duration, Instant};
+
+use futures_util::stream::{self, StreamExt};
+use serde_json::{Value, json};
+use tokio::task::JoinSet;
+
+use crate::common::process::Directory;
+use crate::common::raw::{frame_bytes, opcode::*};
+use crate::common::{Client, Node, Raw, until};
+
+/// Joins `room` as `flood`; with a subprotocol in JSON mode, else in plain mode.
+async fn join(node: &Node, query: &str, subprotocol: &str) -> Raw {
+    let mut raw = Raw::connect(node.public).await;
+    let path = format!("/ws/flood?channel=room{query}");
+    assert_eq!(raw.upgrade(&path, &[("Sec-WebSocket-Protocol", subprotocol)]).await.status, 101);
+    raw
+}
+
+/// What a flooder is told until it is closed. Answers of the bus may come too late for it.
+#[derive(Default)]
+struct Told {
+    errors: Vec<Value>,
+    pongs: Vec<Vec<u8>>,
+    code: u16,
+}
+
+async fn told(raw: &mut Raw) -> Told {
+    let mut told = Told::default();
+    loop {
+        match raw.next().await {
+            Some((TEXT, text)) => {
+                let value: Value = serde_json::from_slice(&text).expect("JSON");
+                if value["type"] == "error" {
+                    told.errors.push(value);
+                }
+            }
+            Some((PONG, payload)) => told.pongs.push(payload),
+            Some((CLOSE, payload)) => {
+                told.code = u16::from_be_bytes([payload[0], payload[1]]);
+                raw.expect_end().await;
+                return told;
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+/// What a watcher sees of a flood until now.
+async fn published(node: &Node, watcher: &mut Client) -> Vec<Value> {
+    let marker = node.publish("room", &json!({"marker": 1})).await;
+    let mut events = Vec::new();
+    loop {
+        match watcher.next_event().await {
+            (id, _) if id == marker => return events,
+            (_, event) => events.push(event),
+        }
+    }
+}
+
+async fn too_fast(node: &Node) -> f64 {
+    node.metric_of("fanfare_publish_errors_total", r#"code="rate_limited""#).await
+}
+
+/// What one a second may come to: ten at once, and one more for each second that the test has taken.
+fn expect_burst(taken: usize, begun: Instant) {
+    let most = 11 + begun.elapsed().as_secs() as usize;
+    assert!((10..=most).contains(&taken), "{taken} of a rate of 1 a second were taken");
+}
+
+#[tokio::test]
+async fn a_message_flood_gets_error_frames_with_their_ref_and_then_4029() {
+    let node = Node::start(&["--max-message-rate", "1"]).await;
+    let mut watcher = Client::plain(&node, "watcher", "room").await;
+    let mut raw = join(&node, "", "fanfare.v1").await;
+    let begun = Instant::now();
+    let frame = |n: usize| frame_bytes(true, TEXT, true, json!({"data": n, "ref": n}).to_string().as_bytes());
+    raw.write(&(0..100).map(frame).collect::<Vec<_>>().concat()).await;
+    let told = told(&mut raw).await;
+    let events = published(&node, &mut watcher).await;
+    let taken = events.len();
+    expect_burst(taken, begun);
+    // What is taken keeps its order; what came after it is refused, each by its ref.
+    for (n, event) in events.iter().enumerate() {
+        assert_eq!(*event, json!({"sender": "flood", "data": n}));
+    }
+    assert_eq!(told.code, 4029);
+    let refused: Vec<_> = told.errors.iter().map(|error| (&error["code"], &error["ref"])).collect();
+    let expected: Vec<_> = (taken..taken + 10).map(|n| (json!("rate_limited"), json!(n))).collect();
+    assert_eq!(refused, expected.iter().map(|(code, n)| (code, n)).collect::<Vec<_>>());
+    assert_eq!(node.metric_of("fanfare_connections_closed_total", r#"reason="rate_limited""#).await, 1.0);
+    assert_eq!(too_fast(&node).await, 11.0);
+    assert_eq!(node.metric("fanfare_messages_received_total").await, taken as f64);
+}
+
+#[tokio::test]
+async fn a_plain_client_is_told_as_it_can_be() {
+    let node = Node::start(&["--max-message-rate", "1"]).await;
+    let mut watcher = Client::plain(&node, "watcher", "room").await;
+    let flood = frame_bytes(true, TEXT, true, b"hi").repeat(50);
+    let begun = Instant::now();
+    let mut simple = join(&node, "", "").await;
+    simple.write(&flood).await;
+    assert_eq!(told(&mut simple).await.code, 4029);
+    expect_burst(published(&node, &mut watcher).await.len(), begun);
+    assert_eq!(too_fast(&node).await, 1.0, "the first one is the last");
+
+    let begun = Instant::now();
+    let mut recovering = join(&node, "&lastEventId=", "").await;
+    recovering.write(&flood).await;
+    let told = told(&mut recovering).await;
+    assert_eq!((told.code, told.errors.len()), (4029, 10));
+    let message = "rate limit exceeded: 1 message or 1MiB a second";
+    assert_eq!(told.errors[0], json!({"type": "error", "code": "rate_limited", "message": message}));
+    expect_burst(published(&node, &mut watcher).await.len(), begun);
+}
+
+/// Floods over short connections, one after the other, and expects that they are closed after few messages in all.
+async fn expect_no_gain(node: &Node, rate: f64, connect: impl AsyncFn() -> Raw) {
+    let flood = frame_bytes(true, TEXT, true, b"hi").repeat(1500);
+    let before = node.metric("fanfare_messages_received_total").await;
+    let begun = Instant::now();
+    for _ in 0..12 {
+        let mut raw = connect().await;
+        raw.write_some(&flood).await;
+        assert_eq!(told(&mut raw).await.code, 4029);
+    }
+    let most = 101.0 + rate * begun.elapsed().as_secs_f64();
+    let taken = node.metric("fanfare_messages_received_total").await - before;
+    assert!((100.0..=most).contains(&taken), "{taken} messages on 12 connections, {most} are allowed");
+}
+
+#[tokio::test]
+async fn reconnecting_gains_no_messages() {
+    let node = Node::start(&["--trusted-proxy", "127.0.0.2"]).await;
+    let connect = async |address: &str, path: &str| {
+        let mut raw = Raw::connect_from([127, 0, 0, 2], node.public).await;
+        raw.write(format!("PROXY TCP6 {address} ::1 1 2\r\n").as_bytes()).await;
+        assert_eq!(raw.upgrade(path, &[]).await.status, 101);
+        raw
+    };
+    // An address has the allowance of ten users, whatever names they give. A new one may send a tenth of it at once.
+    expect_no_gain(&node, 1000.0, async || connect("2001:db8::1", "/ws/a?channel=room").await).await;
+    // Nor does it gain tolerance: once too many messages were rejected, each accepted one allows one more.
+    let flood = frame_bytes(true, TEXT, true, b"hi").repeat(4000);
+    let begun = Instant::now();
+    let mut errors = 0.0;
+    for _ in 0..2 {
+        let mut raw = connect("2001:db8:0:ff::1", "/ws/b?channel=room&lastEventId=").await;
+        raw.write_some(&flood).await;
+        let told = told(&mut raw).await;
+        assert_eq!(told.code, 4029);
+        errors += told.errors.len() as f64;
+        for error in &told.errors {
+            let text = error["message"].as_str().expect("text");
+            assert!(text.ends_with(" a second for all connections of an address"), "{text}");
+        }
+    }
+    let most = 1001.0 + 1000.0 * begun.elapsed().as_secs_f64();
+    assert!(errors <= most, "{errors} error frames, {most} are allowed");
+    // Other addresses have their own.
+    expect_no_gain(&node, 1000.0, async || connect("2001:db8:0:100::1", "/ws/a?channel=room").await).await;
+}
+
+#[tokio::test]
+async fn reconnecting_gains_a_user_no_messages() {
+    let keys = Directory::new();
+    let key = keys.path().join("key");
+    std::fs::write(&key, "a secret that is long enough for HS256\n").expect("a file");
+    let node = Node::start(&["--jwt-key", key.to_str().expect("UTF-8")]).await;
+    for user in ["alice", "bob"] {
+        let mut token = std::process::Command::new(env!("CARGO_BIN_EXE_fanfare"));
+        let token =
+            token.arg("token").arg("--jwt-key").arg(&key).args(["--user", user]).output().expect("a token");
+        let token = String::from_utf8(token.stdout).expect("text");
+        let path = format!("/ws/{user}?channel=room&token={}", token.trim_end());
+        expect_no_gain(&node, 100.0, async || Raw::upgraded(node.public, &path).await).await;
+    }
+}
+
+#[tokio::test]
+async fn bytes_and_fragments_have_a_rate_too() {
+    let node = Node::start(&["--max-byte-rate", "64KiB"]).await;
+    // Each costs nearly a second's worth, so ten may come at once.
+    let long = frame_bytes(true, TEXT, true, &[b'x'; 64_000]);
+    let fragments = [
+        frame_bytes(false, TEXT, true, b"e"),
+        frame_bytes(false, CONTINUATION, true, b"").repeat(999),
+        frame_bytes(true, CONTINUATION, true, b""),
+    ]
+    .concat();
+    for message in [long, fragments] {
+        let mut raw = join(&node, "&lastEventId=", "").await;
+        let begun = Instant::now();
+        raw.write(&message.repeat(20)).await;
+        let (mut taken, mut rejected) = (0, 0);
+        while taken + rejected < 20 {
+            let value: Value = serde_json::from_str(&raw.next_text().await).expect("JSON");
+            match value["type"].as_str() {
+                Some("error") => rejected += 1,
+                Some("welcome") => {}
+                _ => taken += 1,
+            }
+        }
+        expect_burst(taken, begun);
+    }
+}
+
+#[tokio::test]
+async fn a_flood_of_pings_or_pongs_is_one_too() {
+    let node = Node::start(&["--max-message-rate", "1"]).await;
+    for opcode in [PING, PONG] {
+        let mut raw = join(&node, "", "fanfare.v1").await;
+        let begun = Instant::now();
+        let frame = |n: u8| frame_bytes(true, opcode, true, &[n]);
+        raw.write(&(0..100).map(frame).collect::<Vec<_>>().concat()).await;
+        let told = told(&mut raw).await;
+        assert_eq!((told.code, told.errors.len()), (4029, 10));
+        assert_eq!(told.errors[0]["code"], "rate_limited");
+        if opcode == PING {
+            expect_burst(told.pongs.len(), begun);
+            assert_eq!(told.pongs[..10], [[0], [1], [2], [3], [4], [5], [6], [7], [8], [9]]);
+        }
+    }
+}
+
+#[tokio::test]
+async fn json_pings_and_frames_that_are_no_good_count_too() {
+    let node = Node::start(&["--max-message-rate", "1"]).await;
+    for text in [r#"{"type":"ping"}"#, "no JSON"] {
+        let mut raw = join(&node, "", "fanfare.v1").await;
+        raw.write(&frame_bytes(true, TEXT, true, text.as_bytes()).repeat(50)).await;
+        let told = told(&mut raw).await;
+        let too_fast = told.errors.iter().filter(|error| error["code"] == "rate_limited");
+        assert_eq!((told.code, too_fast.count()), (4029, 10), "{text}");
+    }
+}
+
+#[tokio::test]
+async fn whoever_slows_down_when_told_stays() {
+    let node = Node::start(&["--max-message-rate", "20"]).await;
+    let (mut client, _) = Client::json(&node, "a", "room").await;
+    for _ in 0..2 {
+        // As fast as it can until it is told.
+        let mut refused = 0;
+        while refused < 5 {
+            let (answer, _) = client.send_for_ack(json!({"text": "hi"})).await;
+            if let Err(error) = answer {
+                assert_eq!(error["code"], "rate_limited");
+                refused += 1;
+            }
+        }
+        // Then it waits, and what it says is published.
+        tokio::time::sleep(Duration::from_millis(500)).await; // ten messages' time
+        for _ in 0..5 {
+            let (answer, _) = client.send_for_ack(json!({"text": "hi"})).await;
+            answer.expect("it waited");
+        }
+    }
+}
+
+#[tokio::test]
+async fn answers_to_heartbeats_are_not_counted() {
+    let node = Node::start(&["--max-message-rate", "1", "--ping-interval", "100ms"]).await;
+    let mut raw = join(&node, "", "fanfare.v1").await;
+    let mut pings = 0;
+    while pings < 40 {
+        if let Some((PING, payload)) = raw.next().await {
+            raw.frame(true, PONG, &payload).await;
+            pings += 1;
+        }
+    }
+    assert_eq!(too_fast(&node).await, 0.0);
+}
+
+#[tokio::test]
+async fn pongs_are_for_the_last_pings_of_many() {
+    let node = Node::start(&["--shards", "1"]).await;
+    let mut raw = join(&node, "", "").await;
+    let frame = |n: u8| frame_bytes(true, PING, true, &[n; 125]);
+    raw.write(&(0..64).map(frame).collect::<Vec<_>>().concat()).await;
+    let mut pongs = 0;
+    loop {
+        let (opcode, payload) = raw.next().await.expect("a pong");
+        assert_eq!(opcode, PONG);
+        pongs += 1;
+        if payload[0] == 63 {
+            break;
+        }
+    }
+    // How many reads they came in is the kernel's choice, so this can only be said of all together.
+    assert!(pongs < 64, "each of many pings has a pong of its own");
+}
+
+#[tokio::test]
+async fn a_flood_costs_no_more_than_what_it_is_allowed() {
+    let node = Node::start(&["--shards", "1"]).await;
+    let mut watcher = Client::plain(&node, "watcher", "other").await;
+    let before = node.metric("process_cpu_seconds_total").await;
+    let flood = frame_bytes(true, TEXT, true, b"hi").repeat(10_000);
+    let mut raw = join(&node, "&lastEventId=", "").await;
+    let mut sent = 0;
+    while sent < 64 << 20 && raw.write_some(&flood).await {
+        sent += flood.len();
+    }
+    let taken = node.metric("fanfare_messages_received_total").await;
+    let spent = node.metric("process_cpu_seconds_total").await - before;
+    assert!((1000.0..2000.0).contains(&taken), "{taken} were taken");
+    assert!(spent < 1.0, "{spent} seconds of CPU for {sent} bytes");
+    let id = node.publish("other", &json!({"n": 1})).await;
+    watcher.expect_event(id, &json!({"n": 1})).await;
+}
+
+#[tokio::test]
+async fn a_flooder_that_never_reads_costs_no_memory() {
+    for (flags, opcode) in [
+        (&["--client-publish", "off", "--max-message-rate", "0", "--max-byte-rate", "0"][..], TEXT), // an error frame for each
+        (&["--max-message-rate", "0", "--max-byte-rate", "0"], PING),
+        (&["--client-publish", "off", "--max-message-rate", "100000"], TEXT), // and each of the last 65,534
+    ] {
+        let node = Node::start(&[&["--shards", "1", "--buffer-memory", "64KiB"], flags].concat()).await;
+        let mut raw = Raw::connect_with_small_buffers(node.public).await;
+        assert_eq!(raw.upgrade("/ws/rude?channel=room&lastEventId=", &[]).await.status, 101);
+        let before = node.resident();
+        let flood = frame_bytes(true, opcode, true, &[b'p'; 100]).repeat(1000);
+        let mut sent = 0;
+        while sent < 64 << 20 && raw.write_some(&flood).await {
+            sent += flood.len();
+        }
+        let grown = node.resident().saturating_sub(before);
+        assert!(grown < 4 << 20, "{grown} bytes after {sent} bytes: {flags:?}");
+        until("the node to answer", || async { (node.get("/healthz").await.status == 200).then_some(()) })
+            .await;
+    }
+}
+
+#[tokio::test]
+async fn who_sends_without_a_pause_gets_no_more_turns_than_others() {
+    let node = Node::start(&["--shards", "1", "--max-message-rate", "0", "--max-byte-rate", "0"]).await;
+    // The dearest bytes there are: many fragments of nothing, of which each message has as many as it may.
+    let message = [
+        frame_bytes(false, TEXT, true, b""),
+        frame_bytes(false, CONTINUATION, true, b"").repeat(1990),
+        frame_bytes(true, CONTINUATION, true, b"e"),
+    ]
+    .concat();
+    let mut floods = JoinSet::new();
+    for _ in 0..4 {
+        let mut raw = Raw::upgraded(node.public, "/ws/flood?channel=flood").await;
+        let message = message.clone();
+        floods.spawn(async move {
+            loop {
+                raw.write(&message).await;
+            }
+        });
+    }
+    let mut calm = Raw::upgraded(node.public, "/ws/calm?channel=calm").await;
+    let received = || node.metric("fanfare_received_bytes_total");
+    until("a long flood", || async { (received().await > 8e6).then_some(()) }).await;
+    // What is read from the others until a ping is answered. The test may be slow to ask, so the best of some counts.
+    let mut least = f64::MAX;
+    for _ in 0..10 {
+        let before = received().await;
+        calm.frame(true, PING, b"").await;
+        assert_eq!(calm.next().await, Some((PONG, Vec::new())));
+        least = least.min(received().await - before);
+    }
+    let turn = 4.0 * f64::from(16 << 10);
+    assert!(least < 6.0 * turn, "{} turns of everybody until a ping is answered", least / turn);
+}
+
+#[tokio::test]
+async fn history_read_for_one_address_has_a_rate() {
+    const EVENTS: u64 = 1000;
+    const JOINS: u64 = 5000; // 64 KiB each: five times what may be read at once
+    let flags = ["--trusted-proxy", "127.0.0.2", "--buffer-memory", "64KiB", "--shards", "1"];
+    let node = Node::start(&flags).await;
+    let _stays = Client::plain(&node, "stays", "room").await;
+    let event = json!({ "text": "x".repeat(30_000) });
+    let first = node.publish("room", &event).await;
+    for _ in 1..EVENTS {
+        node.publish("room", &event).await;
+    }
+    let join = async |address: &str, number: u64| {
+        let mut raw = Raw::connect_from([127, 0, 0, 2], node.public).await;
+        raw.write(format!("PROXY TCP4 {address} 127.0.0.1 1 2\r\n").as_bytes()).await;
+        let position = first + number * 7919 % (EVENTS - 10);
+        let path = format!("/ws/a?channel=room&lastEventId={position}");
+        assert_eq!(raw.upgrade(&path, &[]).await.status, 101);
+    };
+    let start = Instant::now();
+    let many = stream::iter((0..JOINS).map(|number| join("192.0.2.7", number))).buffer_unordered(50);
+    many.collect::<Vec<()>>().await;
+    // 64 MiB at once, then 32 MiB a second. Some joins find their part in memory.
+    assert!(start.elapsed() > Duration::from_secs(4), "{:?}", start.elapsed());
+    let start = Instant::now();
+    join("192.0.2.8", 0).await;
+    assert!(start.elapsed() < Duration::from_secs(2), "another address waited {:?}", start.elapsed());
+}

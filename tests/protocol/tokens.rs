@@ -1,0 +1,266 @@
+//! Tokens: who may come in with which, for how long, and that nobody else ever sees one.
+
+use std::path::PathBuf;
+use std::process::Command;
+
+use crate::common;
+use crate::common::process::Directory;
+use crate::common::{Client, Node, Options, Raw, until};
+
+const SECRET: &str = "a secret that is long enough for HS256";
+const OTHER: &str = "another one that is long enough as well";
+
+struct Keys {
+    directory: Directory,
+}
+
+impl Keys {
+    fn new() -> Keys {
+        let keys = Keys { directory: Directory::new() };
+        keys.write("key", SECRET);
+        keys
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    fn write(&self, name: &str, content: &str) {
+        std::fs::write(self.path(name), format!("{content}\n")).expect("a file");
+    }
+
+    /// What `fanfare token` makes with this key.
+    fn token(&self, name: &str, args: &[&str]) -> String {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_fanfare"));
+        let output = command.arg("token").arg("--jwt-key").arg(self.path(name)).args(args).output();
+        let output = output.expect("the binary can be run");
+        assert!(output.status.success() && output.stderr.is_empty(), "{output:?}");
+        String::from_utf8(output.stdout).expect("text").trim_end().to_owned()
+    }
+
+    async fn node(&self, flags: &[&str]) -> Node {
+        let key = self.path("key");
+        Node::start(&[&["--jwt-key", key.to_str().expect("UTF-8")], flags].concat()).await
+    }
+}
+
+async fn status(node: &Node, path: &str, headers: &[(&str, &str)]) -> u16 {
+    Raw::connect(node.public).await.upgrade(path, headers).await.status
+}
+
+#[tokio::test]
+async fn a_token_comes_in_three_ways_and_is_not_echoed() {
+    let keys = Keys::new();
+    let node = keys.node(&[]).await;
+    let token = keys.token("key", &["--user", "al ice"]);
+    let path = "/ws/al%20ice";
+    assert_eq!(status(&node, &format!("{path}?token={token}"), &[]).await, 101);
+    for scheme in ["Bearer", "bearer"] {
+        assert_eq!(status(&node, path, &[("Authorization", &format!("{scheme} {token}"))]).await, 101);
+    }
+    for (offered, chosen) in [
+        (format!("bearer.{token}"), None),
+        (format!("fanfare.v1, bearer.{token}"), Some("fanfare.v1")),
+        (format!("bearer.{token}, fanfare.v1"), Some("fanfare.v1")),
+    ] {
+        let mut raw = Raw::connect(node.public).await;
+        let response = raw.upgrade(path, &[("Sec-WebSocket-Protocol", &offered)]).await;
+        assert_eq!(response.status, 101);
+        assert_eq!(response.header("sec-websocket-protocol"), chosen);
+    }
+}
+
+#[tokio::test]
+async fn without_a_good_token_nobody_comes_in_and_no_token_is_shown() {
+    let keys = Keys::new();
+    keys.write("other", OTHER);
+    let node = keys.node(&["--log", "trace"]).await;
+    let good = keys.token("key", &["--user", "alice"]);
+    let (signed, _) = good.rsplit_once('.').expect("three parts");
+    let bob = keys.token("key", &["--user", "bob"]);
+    let ended = keys.token("key", &["--user", "alice", "--ttl", "0s"]);
+    let foreign = keys.token("other", &["--user", "alice"]);
+    let bad = [
+        &bob,
+        &ended,
+        &foreign,
+        &format!("{signed}."),
+        &signed.to_owned(),
+        &format!("{good}x"),
+        &"x".repeat(4000),
+    ];
+    let mut answers = Vec::new();
+    for token in bad {
+        let mut raw = Raw::connect(node.public).await;
+        let response = raw.upgrade(&format!("/ws/alice?token={token}"), &[]).await;
+        response.expect_refusal(401);
+        assert_eq!(response.header("www-authenticate"), Some("Bearer"));
+        raw.expect_end().await;
+        answers.push(response.body);
+    }
+    assert!(answers.windows(2).all(|pair| pair[0] == pair[1]), "a stranger learns nothing: {answers:?}");
+    for path in ["/ws/alice", "/ws/alice?token=", "/ws/alice?channel=a"] {
+        assert_eq!(status(&node, path, &[]).await, 401);
+    }
+    assert_eq!(status(&node, "/ws/alice", &[("Authorization", &format!("Basic {good}"))]).await, 401);
+    assert_eq!(node.metric_of("fanfare_connections_closed_total", r#"reason="unauthorized""#).await, 11.0);
+    // A good one after all that, ended by us; then everything the node shows is looked through.
+    Raw::upgraded(node.public, &format!("/ws/alice?token={good}")).await;
+    until("the log to tell of ends", || async { node.log().contains("unauthorized").then_some(()) }).await;
+    let shown = [
+        node.log(),
+        node.admin("GET", "/metrics", b"").await.body,
+        node.admin("GET", "/stats", b"").await.body,
+        answers.concat(),
+    ];
+    for token in bad.into_iter().chain([&good]).filter(|token| token.len() > 20) {
+        for part in token.split('.').filter(|part| part.len() > 20) {
+            // The header is the same in every token and says nothing.
+            assert!(shown.iter().all(|text| !text.contains(part)), "{part} is shown");
+        }
+    }
+    assert!(shown.iter().all(|text| !text.contains(SECRET)));
+}
+
+#[tokio::test]
+async fn a_token_is_good_for_its_channels_and_publishes_where_it_may() {
+    let keys = Keys::new();
+    let node = keys.node(&[]).await;
+    let token =
+        keys.token("key", &["--user", "a", "--channel", "news", "--channel=team.*", "--publish=team.*"]);
+    for (channel, expected) in
+        [("news", 101), ("team.7", 101), ("newsroom", 403), ("team", 403), ("ws_broadcast", 403)]
+    {
+        let path = format!("/ws/a?channel={channel}&token={token}");
+        assert_eq!(status(&node, &path, &[]).await, expected, "{channel}");
+    }
+    let mut codes = Vec::new();
+    for (channel, publish) in
+        [("news", None), ("team.7", None), ("team.7", Some("false")), ("news", Some("true"))]
+    {
+        let own = publish.map(|publish| keys.token("key", &["--user", "a", "--publish", publish]));
+        let token = own.as_ref().unwrap_or(&token);
+        let options = Options {
+            query: format!("channel={channel}&token={token}"),
+            subprotocol: Some("fanfare.v1"),
+            ..Options::default()
+        };
+        let mut client = Client::try_open(node.public, "a", &options).await.expect("it may join");
+        client.welcome().await;
+        let (answer, _) = client.send_for_ack(serde_json::json!({"text": "hi"})).await;
+        codes.push(answer.err().map(|error| error["code"].clone()));
+    }
+    assert_eq!(codes, [Some("forbidden".into()), None, Some("forbidden".into()), None]);
+    // The setting is the most that a token can give.
+    let node = keys.node(&["--client-publish", "off"]).await;
+    let token = keys.token("key", &["--user", "a", "--publish", "true"]);
+    let options = Options { query: format!("token={token}"), subprotocol: None, ..Options::default() };
+    let mut client = Client::try_open(node.public, "a", &options).await.expect("it may join");
+    client.send("hi").await;
+    assert_eq!(client.expect_close().await.0, 4003);
+}
+
+#[tokio::test]
+async fn a_connection_ends_with_its_token() {
+    let keys = Keys::new();
+    let node = keys.node(&[]).await; // heartbeats far apart: the end has to be seen without them
+    let long = keys.token("key", &["--user", "long"]);
+    let mut stays = Raw::upgraded(node.public, &format!("/ws/long?token={long}")).await;
+    let token = keys.token("key", &["--user", "a", "--ttl", "3s"]);
+    let made = std::time::Instant::now();
+    let options = Options { query: format!("token={token}"), subprotocol: None, ..Options::default() };
+    let mut client = Client::try_open(node.public, "a", &options).await.expect("it may join");
+    assert_eq!(client.expect_close().await, (4001, "token expired".into()));
+    // `exp` is in whole seconds, so a token of 3 s may have little more than 2 left.
+    assert!(made.elapsed() >= std::time::Duration::from_millis(1900), "{:?}", made.elapsed());
+    assert_eq!(status(&node, &format!("/ws/a?token={token}"), &[]).await, 401);
+    assert_eq!(node.metric_of("fanfare_connections_closed_total", r#"reason="token_expired""#).await, 1.0);
+    stays.frame(true, common::raw::opcode::PING, b"here").await;
+    assert_eq!(stays.next().await, Some((common::raw::opcode::PONG, b"here".to_vec())));
+}
+
+#[tokio::test]
+async fn keys_are_changed_without_a_restart() {
+    let keys = Keys::new();
+    keys.write("second", OTHER);
+    let second = keys.path("second");
+    let node = keys.node(&["--jwt-key", second.to_str().expect("UTF-8")]).await;
+    let (old, new) = (keys.token("key", &["--user", "a"]), keys.token("second", &["--user", "a"]));
+    let path = |token: &str| format!("/ws/a?token={token}");
+    assert_eq!((status(&node, &path(&old), &[]).await, status(&node, &path(&new), &[]).await), (101, 101));
+    let mut connected = Raw::upgraded(node.public, &path(&old)).await;
+
+    keys.write("key", "short");
+    node.signal("HUP");
+    until("the bad key to be refused", || async { node.log().contains("stay as they were").then_some(()) })
+        .await;
+    assert_eq!(status(&node, &path(&old), &[]).await, 101);
+
+    keys.write("key", &"n".repeat(32));
+    node.signal("HUP");
+    until("the old key to be gone", || async {
+        (status(&node, &path(&old), &[]).await == 401).then_some(())
+    })
+    .await;
+    assert_eq!(status(&node, &path(&new), &[]).await, 101);
+    // Whoever is connected stays until its token ends.
+    connected.frame(true, common::raw::opcode::PING, b"").await;
+    assert_eq!(connected.next().await, Some((common::raw::opcode::PONG, Vec::new())));
+}
+
+#[test]
+fn wrong_arguments_make_no_token() {
+    let keys = Keys::new();
+    keys.write("short", "short");
+    let (key, short) = (keys.path("key"), keys.path("short"));
+    let (key, short) = (key.to_str().expect("UTF-8"), short.to_str().expect("UTF-8"));
+    for (args, part) in [
+        (&["--jwt-key", key][..], "--user"),
+        (&["--user", "a"], "--jwt-key"),
+        (&["--user", "a", "--jwt-key", short], "too short"),
+        (&["--user", "a", "--jwt-key", "/nowhere"], "can't be opened"),
+        (&["--user", "a", "--jwt-key", &format!("{short},/nowhere")], "/nowhere: can't be opened"),
+        (&["--user", "a", "--jwt-key", key, "--channel", ""], "--channel: \"\" is not a channel"),
+        (&["--user", "a", "--jwt-key", key, "--channel", "a b"], "--channel: \"a b\""),
+        (&["--user", "a", "--jwt-key", key, "--publish", ""], "--publish: \"\""),
+        (&["--user", "a", "--jwt-key", key, "--publish", "yes"], "--publish: \"yes\" is not a value"),
+        (&["--user", "a", "--jwt-key", key, "--publish", "Off"], "true, false or a channel"),
+        (&["--user", "a", "--jwt-key", key, "--publish", "True"], "in lower case"),
+        (&["--user", "a", "--jwt-key", key, "--publish", "true", "--publish", "a"], "the only value"),
+        (&["--user", "a", "--jwt-key", key, "--ttl", "1"], "--ttl"),
+        (&["--user", "a", "--jwt-key", key, "--nope"], "--nope"),
+        (&["--user", "a", "--jwt-key"], "needs a value"),
+    ] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_fanfare"));
+        let output = command.env_remove("FANFARE_JWT_KEY").arg("token").args(args).output().expect("it runs");
+        assert_eq!(output.status.code(), Some(2), "{args:?}");
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert!(output.stdout.is_empty() && errors.contains(part) && !errors.contains(SECRET), "{errors}");
+    }
+}
+
+#[tokio::test]
+async fn the_first_secret_of_several_files_signs() {
+    let keys = Keys::new();
+    keys.write("other", OTHER);
+    let public =
+        Command::new("openssl").args(["genpkey", "-algorithm", "ed25519"]).output().expect("openssl");
+    std::fs::write(keys.path("private"), public.stdout).expect("a file");
+    let mut openssl = Command::new("openssl");
+    openssl.args(["pkey", "-pubout", "-in"]).arg(keys.path("private")).arg("-out").arg(keys.path("public"));
+    assert!(openssl.status().expect("openssl").success());
+    let files = ["public", "key", "other"].map(|name| keys.path(name).display().to_string()).join(",");
+    let node = Node::start(&["--jwt-key", &files]).await;
+    let path = |token: &str| format!("/ws/a?token={token}");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_fanfare"));
+    let output = command.env("FANFARE_JWT_KEY", &files).args(["token", "--user", "a"]).output();
+    let output = output.expect("the binary can be run");
+    assert!(output.status.success(), "{output:?}");
+    let token = String::from_utf8(output.stdout).expect("text");
+    assert_eq!(status(&node, &path(token.trim_end()), &[]).await, 101);
+    for args in [&["--channel", "team.*", "--channel", "*"][..], &["--publish", "false"], &["--publish", "a"]]
+    {
+        let token = keys.token("key", &[&["--user", "a"], args].concat());
+        assert_eq!(status(&node, &path(&token), &[]).await, 101, "{args:?}");
+    }
+}

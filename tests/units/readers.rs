@@ -1,0 +1,331 @@
+//! A shard alone, with the test as its bus, and readers of every pace: quick and slow ones, such as leave and come
+//! back, such as stand in the middle of a frame when the feed lets go of it or a page of history ends. The feed holds
+//! hardly more than one of the events here, so that every edge is met all the time; the judge reads what they noted.
+//!
+//! `READERS_SEED=7 READERS_STEPS=20000 cargo test --test units readers` makes another and longer run of it.
+
+use std::collections::VecDeque;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use fanfare::bus::{BusMessage, PAGE, Page, Request, page_begin};
+use fanfare::protocol::event::{ChannelName, Entry, EventId};
+use fanfare::shard::mailbox::{Mailboxes, ShardMessage};
+use serde_json::json;
+use tokio::net::TcpSocket;
+use tokio::sync::mpsc;
+
+use crate::checker;
+use crate::checker::{Attempt, History, Outcome, judge};
+use crate::common::client::{JSON_MODE, position};
+use crate::common::stream::{Dice, Nodes};
+use crate::common::{Client, Lone, Options};
+use crate::workload::crowd::{Kind, Shared, canonical};
+use crate::workload::watchers;
+
+const CHANNEL: &str = "room";
+const USERS: u64 = 3;
+
+/// Events that history holds: fewer than some readers are behind now and then.
+const HISTORY: usize = 150;
+
+/// The bus: it gives ids, keeps history, and answers.
+struct Bus {
+    shared: Arc<Shared>,
+    shards: Mailboxes,
+    asked: mpsc::UnboundedReceiver<Request>,
+    /// Answers that are not given yet.
+    later: VecDeque<BusMessage>,
+    name: ChannelName,
+    base: u64,
+    head: u64,
+    /// What history holds, the last one with the id `head`.
+    events: VecDeque<(String, Option<String>)>,
+    published: u64,
+    follows: bool,
+    pages: u64,
+    dice: Dice,
+}
+
+impl Bus {
+    /// Publishes one to three events in one entry, for everybody or for one user.
+    fn publish(&mut self) {
+        let to = (self.dice.below(4) == 0).then(|| format!("user{}", self.dice.below(USERS + 1)));
+        let count = 1 + self.dice.below(4).saturating_sub(1);
+        let first = self.head + 1;
+        for _ in 0..count {
+            // Some take more than the sockets do, so that frames are begun and not ended.
+            let most = if self.dice.below(8) == 0 { 40_000 } else { 800 };
+            let padding = self.dice.below(most) as usize;
+            self.give(to.clone(), padding);
+        }
+        self.tell(first);
+    }
+
+    /// Publishes one event with so much in it.
+    fn publish_padded(&mut self, to: Option<String>, padding: usize) {
+        self.give(to, padding);
+        self.tell(self.head);
+    }
+
+    /// Gives the next id.
+    fn give(&mut self, to: Option<String>, padding: usize) {
+        self.published += 1;
+        self.head += 1;
+        let mut event = json!({"text": format!("{} {}", self.published, "x".repeat(padding))});
+        if let Some(to) = &to {
+            event["to"] = json!(to);
+        }
+        let (begun, ended) = (self.shared.now(), self.shared.now());
+        let (body, outcome) = (canonical(&event), Outcome::Acked(self.head));
+        self.shared.note(Attempt { line: "bus".into(), body, to: to.clone(), begun, ended, outcome });
+        let text = event.to_string();
+        let text = format!("{},\"id\":{}}}", text.strip_suffix('}').expect("an object"), self.head);
+        self.events.push_back((text, to));
+        while self.events.len() > HISTORY {
+            self.events.pop_front();
+        }
+    }
+
+    /// Tells the shard what has ids from this one on.
+    fn tell(&self, first: u64) {
+        if self.follows {
+            self.entries(first, self.head).into_iter().for_each(|entry| self.tell_entry(entry));
+        }
+    }
+
+    /// The sequence begins anew, far ahead, and everybody is told.
+    fn anchor(&mut self) {
+        self.head += 1000 + self.dice.below(1000);
+        self.base = self.head;
+        self.events.clear();
+        if self.follows {
+            self.tell_entry(Entry::reset(EventId(self.base)));
+        }
+    }
+
+    fn tell_entry(&self, entry: Entry) {
+        self.shards.send(0, BusMessage::Entry { channel: self.name.clone(), entry, arrived: Instant::now() });
+    }
+
+    fn oldest(&self) -> u64 {
+        self.head + 1 - self.events.len() as u64
+    }
+
+    /// The events with these ids, as far as history holds them; those for the same readers together.
+    fn entries(&self, first: u64, last: u64) -> Vec<Entry> {
+        let oldest = self.oldest();
+        let (first, last) = (first.max(oldest), last.min(self.head));
+        let held: Vec<_> = (first..=last).map(|id| &self.events[(id - oldest) as usize]).collect();
+        let mut next = first;
+        let mut entries = Vec::new();
+        for run in held.chunk_by(|(_, to), (_, other)| to == other) {
+            let to = run[0].1.as_deref().map(Into::into);
+            entries.push(Entry::addressed(EventId(next), to, run.iter().map(|(text, _)| text.as_bytes())));
+            next += run.len() as u64;
+        }
+        entries
+    }
+
+    /// Takes what the shard asks, and answers it now or some steps later, from this moment's history.
+    fn answer(&mut self) {
+        while let Ok(request) = self.asked.try_recv() {
+            let answer = match request {
+                Request::Follow { channel, .. } => {
+                    self.follows = true;
+                    let (base, position) = (EventId(self.base), EventId(self.head));
+                    self.shards.send(0, BusMessage::Followed { channel, base, position, recent: Vec::new() });
+                    continue;
+                }
+                Request::Unfollow { .. } => {
+                    self.follows = false;
+                    continue;
+                }
+                Request::Read { channel, position, .. } => {
+                    self.pages += 1;
+                    // Now and then an answer is too large, and ends before its page does.
+                    let begin = page_begin(position);
+                    let end = begin.0 + PAGE;
+                    let end = if self.dice.below(4) == 0 {
+                        end.min(position.0 + 1 + self.dice.below(60))
+                    } else {
+                        end
+                    };
+                    // And now and then there is too much before the position to be shared.
+                    let from = if self.dice.below(4) == 0 { position } else { begin };
+                    let entries = self.entries(from.0 + 1, end);
+                    let page = Page {
+                        after: entries.first().map_or(position, |first| first.before().min(position)),
+                        base: EventId(self.base),
+                        head: EventId(self.head),
+                        oldest: EventId(self.oldest()),
+                        entries,
+                    };
+                    BusMessage::Page { channel, position, result: Ok(Arc::new(page)) }
+                }
+                Request::Look { channel, .. } => BusMessage::Refreshed { channel, result: Ok(()) },
+                Request::Publish(publish) => panic!("nobody publishes: {publish:?}"),
+            };
+            self.later.push_back(answer);
+        }
+        while !self.later.is_empty() && self.dice.below(4) > 0 {
+            self.shards.send(0, self.later.pop_front().expect("it is not empty"));
+        }
+    }
+}
+
+/// A shard that listens, as the accept loop does it, but with as little room in its sockets as can be.
+fn start(shared: &Arc<Shared>, seed: u64, feed: &str) -> (Bus, SocketAddr) {
+    let flags = [
+        "--shards",
+        "1",
+        "--max-message-size",
+        "4KiB",
+        "--buffer-memory",
+        feed,
+        "--ping-interval",
+        "1s",
+        "--ping-format",
+        "both",
+    ];
+    let Lone { shards, asked, limits, .. } = Lone::start(&flags, false).expect("a shard");
+
+    let socket = TcpSocket::new_v4().expect("a socket");
+    socket.set_send_buffer_size(4 << 10).expect("a TCP socket");
+    socket.bind(([127, 0, 0, 1], 0).into()).expect("a free port");
+    let listener = socket.listen(64).expect("a bound socket");
+    let addr = listener.local_addr().expect("it is bound");
+    let accepted = shards.clone();
+    tokio::spawn(async move {
+        while let Ok((socket, peer)) = listener.accept().await {
+            let socket = socket.into_std().expect("a socket of tokio's");
+            let connection_slot = limits.acquire(peer.ip()).expect("there is room");
+            accepted.send(0, ShardMessage::Socket(mio::net::TcpStream::from_std(socket), connection_slot));
+        }
+    });
+    let name = ChannelName::parse(CHANNEL).expect("a name");
+    let bus = Bus {
+        shared: shared.clone(),
+        shards,
+        asked,
+        later: VecDeque::new(),
+        name,
+        base: 1000,
+        head: 1000,
+        events: VecDeque::new(),
+        published: 0,
+        follows: false,
+        pages: 0,
+        dice: Dice(seed),
+    };
+    (bus, addr)
+}
+
+#[tokio::test]
+async fn readers_of_every_pace_see_all_in_order_or_are_told() {
+    let number = |name: &str| std::env::var(name).ok().map(|text| text.parse::<u64>().expect("a number"));
+    let (seed, steps) = (number("READERS_SEED").unwrap_or(1), number("READERS_STEPS").unwrap_or(4000));
+    let shared = Arc::new(Shared::new(CHANNEL, Nodes::default(), 0));
+    let (mut bus, addr) = start(&shared, seed, "8KiB");
+    let mut readers = Vec::new();
+    for n in 0..18 {
+        let kind = [Kind::Recovering, Kind::Json, Kind::Plain][n % 3];
+        let (user, stalls) = (n as u64 / 3 % USERS, (n >= 6).then_some(40));
+        let name = format!("{kind:?} {n} of user{user}");
+        shared.stands(&name, 0);
+        let home = (n % 2 == 0).then_some(0); // else it leaves and comes back
+        let plan = watchers::Plan {
+            name,
+            user: format!("user{user}"),
+            kind,
+            home,
+            door: Some(addr),
+            stalls,
+            narrow: stalls.is_some(),
+        };
+        readers.push(tokio::spawn(watchers::watch(shared.clone(), plan, seed * 100 + n as u64)));
+    }
+    for step in 0..steps {
+        if bus.dice.below(3) > 0 {
+            bus.publish();
+        }
+        if bus.dice.below(400) == 0 {
+            bus.anchor();
+        }
+        bus.answer();
+        // Some peace now and then, so that everybody is at the head at times; else the others just get their turn.
+        let pause = if step % 500 == 499 { 300 } else { bus.dice.below(3) };
+        tokio::time::sleep(Duration::from_millis(pause)).await;
+    }
+    // One who comes back without recovery after the last event never sees it: then there is another.
+    let begun = Instant::now();
+    loop {
+        bus.publish();
+        let looked = Instant::now();
+        while looked.elapsed() < Duration::from_secs(1) {
+            bus.answer();
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+        // What is for one user does not reach the others; their position is told by a heartbeat.
+        let behind = shared.behind(bus.head);
+        if behind.is_empty() {
+            break;
+        }
+        assert!(
+            begun.elapsed() < Duration::from_secs(60),
+            "seed {seed}: they don't come to the end: {behind:?}"
+        );
+    }
+    shared.over.send_replace(true);
+    let mut history = History::default();
+    for reader in readers {
+        history.watchers.push(reader.await.expect("a client that saw what it may"));
+    }
+    history.attempts = shared.attempts();
+    let breaches = judge(&history);
+    assert!(
+        breaches.is_empty(),
+        "seed {seed}: {} times: {:#?}",
+        breaches.len(),
+        &breaches[..breaches.len().min(20)]
+    );
+    let told: usize = history.watchers.iter().map(checker::Watcher::announcements).sum();
+    eprintln!("{} events, {} pages, {told} times told", bus.published, bus.pages);
+    assert!(bus.pages > 20, "{} pages: nobody fell behind", bus.pages);
+}
+
+#[tokio::test]
+async fn a_ping_tells_the_position_of_the_frame_that_it_follows() {
+    let shared = Arc::new(Shared::new(CHANNEL, Nodes::default(), 0));
+    let (mut bus, addr) = start(&shared, 1, "1MiB");
+    let options =
+        Options { query: format!("channel={CHANNEL}"), subprotocol: Some(JSON_MODE), small_buffer: true };
+    let joining = tokio::spawn(async move { Client::try_open(addr, "user0", &options).await });
+    while !joining.is_finished() {
+        bus.answer();
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+    let mut client = joining.await.expect("it joins").expect("it is let in");
+    let mut at = position(&client.welcome().await["lastEventId"]);
+    let mut pings = 0;
+    for round in 1..=60 {
+        // Nobody reads, so it soon stands in the middle of one of these.
+        (0..12).for_each(|_| bus.publish_padded(None, 1000 + 37 * round));
+        client.send(r#"{"type":"ping"}"#).await;
+        while at < bus.head || pings < round {
+            let frame = client.next_json().await;
+            if frame["type"] == "ping" {
+                let told = position(&frame["lastEventId"]);
+                assert!(told >= at, "round {round}: it has {at}, and is told that it stands at {told}");
+                pings += 1;
+                at = told;
+            } else {
+                let id = position(&frame["id"]);
+                assert_eq!(id, at + 1, "round {round}: the next after what it saw or was told");
+                at = id;
+            }
+            bus.answer();
+        }
+    }
+}

@@ -1,0 +1,36 @@
+//! Every seed of the fuzz targets through their bodies: what they once found stays found. docs/development.md says how to fuzz.
+
+#[path = "../../fuzz/bodies.rs"]
+mod bodies;
+
+fn run(target: &str, body: impl Fn(&[u8])) {
+    let directory = format!("{}/fuzz/seeds/{target}", env!("CARGO_MANIFEST_DIR"));
+    let mut seeds = 0;
+    for entry in std::fs::read_dir(&directory).expect(&directory) {
+        let path = entry.expect("a directory's entry").path();
+        let seed = std::fs::read(&path).expect("a file");
+        eprintln!("{}", path.display()); // shown when it panics
+        body(&seed);
+        // Cut short anywhere it is a seed, too.
+        for end in 0..seed.len().min(300) {
+            body(&seed[..end]);
+        }
+        seeds += 1;
+    }
+    assert!(seeds >= 10, "{seeds} seeds in {directory}");
+}
+
+#[test]
+fn requests() {
+    run("request", bodies::request);
+}
+
+#[test]
+fn frames() {
+    run("frames", bodies::frames);
+}
+
+#[test]
+fn what_comes_from_redis_and_from_backends() {
+    run("bus", bodies::bus);
+}

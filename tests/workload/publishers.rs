@@ -1,0 +1,410 @@
+//! Publishers of every kind. Each notes every event that it tried to publish, and what it was told of it.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+use tokio::net::TcpStream;
+use tokio::time::{sleep, timeout};
+
+use crate::checker::{Attempt, Moment, Outcome};
+use crate::common::client::{JSON_MODE, position};
+use crate::common::stream::Dice;
+use crate::common::{Client, Frame, Node, Options, http};
+use crate::workload::crowd::{Shared, canonical, local};
+
+/// Events of a client in JSON mode that wait for their answers at once.
+const IN_FLIGHT: usize = 4;
+
+/// How long an answer may take. A node answers within its `--publish-timeout`, and a program may give up.
+const ANSWER: Duration = Duration::from_secs(15);
+
+/// How long a plain client's text may stay away while its connection lives: longer than any fault here.
+const SILENCE: Duration = Duration::from_secs(30);
+
+/// Events that most who watch may be behind before publishers become slower.
+const LAG: u64 = 500;
+
+/// Between two attempts to connect.
+const RETRY: Duration = Duration::from_millis(50);
+
+/// Who publishes.
+pub struct Plan {
+    /// What all share.
+    pub shared: Arc<Shared>,
+    /// Whom events may be for.
+    pub users: Arc<[String]>,
+    /// Time between two events.
+    pub pace: Duration,
+    /// What is random about it.
+    pub dice: Dice,
+    /// Tells it from the others.
+    pub seed: u64,
+}
+
+/// An event under way.
+struct Sent {
+    text: String,
+    to: Option<String>,
+    begun: Moment,
+    at: Instant,
+}
+
+impl Plan {
+    fn is_quiet(&self) -> bool {
+        *self.shared.quiet.borrow()
+    }
+
+    /// The time until the next event. Where this machine is too slow for all who read on it, publishers are slower too:
+    /// what is tested are faults.
+    fn pause(&self) -> Duration {
+        self.pace * (1 + self.shared.lag() / LAG).min(10) as u32
+    }
+
+    /// The next event: a text of its own, one in three for one user.
+    fn event(&mut self, name: &str, n: &mut u64) -> Sent {
+        *n += 1;
+        let text = format!("{name} {} {n}", self.seed);
+        let to = (self.dice.below(3) == 0)
+            .then(|| self.users[self.dice.below(self.users.len() as u64) as usize].clone());
+        Sent { text, to, begun: self.shared.now(), at: Instant::now() }
+    }
+
+    fn note(&self, line: &str, event: &Value, sent: Sent, outcome: Outcome) {
+        let body = canonical(event);
+        let Sent { to, begun, at, .. } = sent;
+        self.shared.waited(line, at.elapsed());
+        let ended = self.shared.now();
+        self.shared.note(Attempt { line: line.into(), body, to, begun, ended, outcome });
+    }
+
+    async fn join(&mut self, name: &str, subprotocol: Option<&'static str>) -> Option<Client> {
+        while !self.is_quiet() {
+            let node = self.shared.nodes.any(&mut self.dice);
+            let options = Options {
+                query: format!("channel={}", self.shared.channel),
+                subprotocol,
+                ..Options::default()
+            };
+            if let Ok(client) = Client::try_open(node.public, name, &options).await {
+                return Some(client);
+            }
+            sleep(RETRY).await;
+        }
+        None
+    }
+}
+
+/// What everybody sees of a client's text.
+fn chat(name: &str, sent: &Sent) -> Value {
+    match &sent.to {
+        Some(to) => json!({"sender": name, "to": to, "text": sent.text}),
+        None => json!({"sender": name, "text": sent.text}),
+    }
+}
+
+/// What everybody sees of a program's text.
+fn posted(sent: &Sent) -> Value {
+    match &sent.to {
+        Some(to) => json!({"text": sent.text, "to": to}),
+        None => json!({"text": sent.text}),
+    }
+}
+
+/// A client in JSON mode, with some events in flight at once.
+pub async fn json_client(mut plan: Plan) {
+    let name = format!("json{}", plan.seed);
+    let (mut n, mut connections) = (0, 0);
+    while let Some(mut client) = plan.join(&name, Some(JSON_MODE)).await {
+        connections += 1;
+        let line = format!("{name} on connection {connections}");
+        let mut waiting: VecDeque<(u64, Sent)> = VecDeque::new();
+        let mut open = true;
+        while open && !(plan.is_quiet() && waiting.is_empty()) {
+            if waiting.len() < IN_FLIGHT && !plan.is_quiet() {
+                let sent = plan.event("json", &mut n);
+                let mut frame = json!({"text": sent.text, "ref": n});
+                if let Some(to) = &sent.to {
+                    frame["to"] = json!(to);
+                }
+                waiting.push_back((n, sent));
+                open = client.try_send(frame.to_string()).await;
+                let pause = plan.pause();
+                // Answers and events are read meanwhile.
+                let _ = timeout(pause, async {
+                    while open {
+                        open = hear(&plan, &name, &line, &mut client, &mut waiting).await;
+                    }
+                })
+                .await;
+            } else {
+                open = hear(&plan, &name, &line, &mut client, &mut waiting).await;
+            }
+        }
+        for (_, sent) in waiting {
+            let event = chat(&name, &sent);
+            plan.note(&line, &event, sent, Outcome::Unknown);
+        }
+    }
+}
+
+/// Takes one frame. `false`: the connection is over.
+async fn hear(
+    plan: &Plan,
+    name: &str,
+    line: &str,
+    client: &mut Client,
+    waiting: &mut VecDeque<(u64, Sent)>,
+) -> bool {
+    let text = match client.next_frame().await {
+        Frame::Text(text) => text,
+        Frame::Ping(_) | Frame::Pong(_) => return true,
+        Frame::Close(..) | Frame::Lost(_) => return false,
+    };
+    let frame: Value = serde_json::from_str(&text).expect("JSON");
+    let outcome = match frame["type"].as_str() {
+        Some("ack") => Outcome::Acked(position(&frame["id"])),
+        Some("error") if frame["code"] == "unknown" => Outcome::Unknown,
+        Some("error") if frame["code"] == "unavailable" => Outcome::Refused,
+        Some("error") => panic!("{name}: {text}"),
+        _ => return true,
+    };
+    // Answers come in the order of the events: so a client can tell without a reference which one is meant.
+    let (n, sent) = waiting.pop_front().unwrap_or_else(|| panic!("{name}: an answer to nothing: {text}"));
+    assert_eq!(frame["ref"], n, "{name}: {text}");
+    let event = chat(name, &sent);
+    plan.note(line, &event, sent, outcome);
+    true
+}
+
+/// A client in plain mode. It gets no answers, but its own texts, as everybody does: each of them in its order, or the
+/// connection is closed.
+pub async fn plain_client(mut plan: Plan) {
+    let name = format!("plain{}", plan.seed);
+    let (mut n, mut connections) = (0, 0);
+    while let Some(mut client) = plan.join(&name, None).await {
+        connections += 1;
+        let line = format!("{name} on connection {connections}");
+        let mut waiting: VecDeque<Sent> = VecDeque::new();
+        let mut open = true;
+        while open && !(plan.is_quiet() && waiting.is_empty()) {
+            if !plan.is_quiet() {
+                let mut sent = plan.event("plain", &mut n);
+                sent.to = None;
+                let text = sent.text.clone();
+                waiting.push_back(sent);
+                open = client.try_send(text).await;
+            }
+            let _ = timeout(plan.pause(), async {
+                while open {
+                    open = come_back(&plan, &name, &line, &mut client, &mut waiting).await;
+                }
+            })
+            .await;
+            if let Some(first) = waiting.front().filter(|first| open && first.at.elapsed() > SILENCE) {
+                panic!("{name}: {:?} neither came nor was the connection closed", first.text);
+            }
+        }
+        for sent in waiting {
+            let event = chat(&name, &sent);
+            plan.note(&line, &event, sent, Outcome::Unknown);
+        }
+    }
+}
+
+/// Takes one frame, which may be a text of its own. `false`: the connection is over.
+async fn come_back(
+    plan: &Plan,
+    name: &str,
+    line: &str,
+    client: &mut Client,
+    waiting: &mut VecDeque<Sent>,
+) -> bool {
+    let text = match client.next_frame().await {
+        Frame::Text(text) => text,
+        Frame::Ping(_) | Frame::Pong(_) => return true,
+        // It goes on, missed events, or could not publish.
+        Frame::Close(1012 | 1013 | 4008, _) | Frame::Lost(_) => return false,
+        Frame::Close(code, reason) => panic!("{name} was closed with {code}: {reason}"),
+    };
+    let frame: Value = serde_json::from_str(&text).expect("JSON");
+    if frame["sender"] != name || frame.get("id").is_none() {
+        return true;
+    }
+    match waiting.front() {
+        Some(first) if frame["text"] == first.text => {
+            let sent = waiting.pop_front().expect("it has a front");
+            plan.note(line, &chat(name, &sent), sent, Outcome::Acked(position(&frame["id"])));
+        }
+        // From a connection before this one.
+        _ if waiting.iter().all(|sent| frame["text"] != sent.text) => {}
+        first => panic!("{name}: {:?} got lost on the way, since {text} came", first.map(|sent| &sent.text)),
+    }
+    true
+}
+
+/// A program that publishes by POST, and waits for each answer.
+pub async fn poster(mut plan: Plan) {
+    let (mut n, mut lines) = (0, 0);
+    while !plan.is_quiet() {
+        let node = plan.shared.nodes.any(&mut plan.dice);
+        let sent = plan.event("post", &mut n);
+        let (event, outcome) = (posted(&sent), post(&plan.shared.channel, &node, &sent).await);
+        // Each node keeps the order of what it is given; two nodes may be on two primaries.
+        let line = format!("post {} {lines} by {}", plan.seed, node.public);
+        plan.note(&line, &event, sent, outcome);
+        if outcome == Outcome::Unknown {
+            lines += 1; // it may be taken even after what comes next, by another node
+        }
+        sleep(plan.pause()).await;
+    }
+}
+
+async fn post(channel: &str, node: &Node, sent: &Sent) -> Outcome {
+    let body = json!({"text": sent.text}).to_string();
+    let to = sent.to.as_ref().map(|to| format!("&to={to}")).unwrap_or_default();
+    let path = format!("/publish?channel={channel}{to}");
+    let Ok(socket) = TcpStream::connect(node.admin).await else { return Outcome::Refused };
+    let answer = async {
+        let mut socket = BufReader::new(socket);
+        let bytes = http::request_bytes(node.admin, "POST", &path, &[], body.as_bytes());
+        socket.get_mut().write_all(&bytes).await.ok()?;
+        http::read_response(&mut socket, false).await.ok()
+    };
+    match timeout(ANSWER, answer).await.ok().flatten() {
+        Some(response) if response.status == 200 => Outcome::Acked(position(&response.json()["id"])),
+        Some(response) if response.status == 503 => Outcome::Refused,
+        Some(response) if response.status == 504 => Outcome::Unknown,
+        Some(response) => panic!("no answer to a publish: {response:?}"),
+        None => Outcome::Unknown,
+    }
+}
+
+/// Publishes an end of the run, if that can be done now, and gives its id.
+pub async fn end(shared: &Arc<Shared>, n: u64) -> Option<u64> {
+    let node = shared.nodes.any(&mut Dice(n));
+    let id = post_once(shared, &node, &format!("end {n}")).await;
+    if id.is_none() {
+        sleep(RETRY).await;
+    }
+    id
+}
+
+/// Publishes one event by POST to this node where it must work, and gives its id.
+pub async fn post_to(shared: &Arc<Shared>, node: &Node, name: &str) -> u64 {
+    post_once(shared, node, name).await.unwrap_or_else(|| panic!("{name}: not published"))
+}
+
+async fn post_once(shared: &Arc<Shared>, node: &Node, name: &str) -> Option<u64> {
+    let sent = Sent { text: name.into(), to: None, begun: shared.now(), at: Instant::now() };
+    let outcome = post(&shared.channel, node, &sent).await;
+    let (body, begun, ended) = (canonical(&posted(&sent)), sent.begun, shared.now());
+    shared.note(Attempt { line: name.into(), body, to: None, begun, ended, outcome });
+    match outcome {
+        Outcome::Acked(id) => Some(id),
+        _ => None,
+    }
+}
+
+/// Any program with a Redis client: it publishes by FCALL, and waits for each answer.
+pub async fn program(mut plan: Plan) {
+    let (mut n, mut lines) = (0, 0);
+    let mut connection: Option<BufReader<TcpStream>> = None;
+    while !plan.is_quiet() {
+        let Some(redis) = &mut connection else {
+            let port = plan.shared.redis.load(Ordering::SeqCst);
+            match TcpStream::connect(local(port)).await {
+                Ok(stream) => connection = Some(BufReader::new(stream)),
+                Err(_) => sleep(RETRY).await,
+            }
+            continue;
+        };
+        let sent = plan.event("fcall", &mut n);
+        let (event, outcome) =
+            (posted(&sent), timeout(ANSWER, fcall(redis, &plan.shared.channel, &sent)).await.ok().flatten());
+        if outcome.is_none() {
+            connection = None;
+        }
+        let outcome = outcome.unwrap_or(Outcome::Unknown);
+        plan.note(&format!("fcall {} {lines}", plan.seed), &event, sent, outcome);
+        if outcome == Outcome::Unknown {
+            lines += 1;
+        }
+        sleep(plan.pause()).await;
+    }
+}
+
+/// What Redis says when it has certainly not run the function.
+const REFUSALS: [&str; 8] =
+    ["ERR Function not found", "OOM", "READONLY", "LOADING", "BUSY", "MISCONF", "NOREPLICAS", "MASTERDOWN"];
+
+async fn fcall(redis: &mut BufReader<TcpStream>, channel: &str, sent: &Sent) -> Option<Outcome> {
+    let (key, event) = (format!("fanfare:{{{channel}}}"), json!({"text": sent.text}).to_string());
+    let mut parts = vec!["FCALL", "fanfare_publish", "1", &key, &event];
+    parts.extend(sent.to.as_deref());
+    let mut command = format!("*{}\r\n", parts.len());
+    for part in parts {
+        command += &format!("${}\r\n{part}\r\n", part.len());
+    }
+    redis.get_mut().write_all(command.as_bytes()).await.ok()?;
+    let mut line = String::new();
+    if redis.read_line(&mut line).await.ok()? == 0 {
+        return None;
+    }
+    let answer = line.trim_end();
+    if let Some(id) = answer.strip_prefix(':') {
+        return Some(Outcome::Acked(id.parse().expect("an id")));
+    }
+    let error = answer.strip_prefix('-').unwrap_or_else(|| panic!("neither id nor error: {answer}"));
+    let refused = REFUSALS.iter().any(|prefix| error.starts_with(prefix));
+    Some(if refused { Outcome::Refused } else { Outcome::Unknown })
+}
+
+/// Publishes so many events of this size by FCALL, one after the other without waiting for answers in between.
+pub async fn burst(shared: &Arc<Shared>, name: &str, count: usize, size: usize) {
+    let port = shared.redis.load(Ordering::SeqCst);
+    let mut redis = BufReader::new(TcpStream::connect(local(port)).await.expect("Redis runs"));
+    let key = format!("fanfare:{{{}}}", shared.channel);
+    let padding = "x".repeat(size);
+    for chunk in (0..count).collect::<Vec<_>>().chunks(500) {
+        let (mut commands, mut sent) = (String::new(), Vec::new());
+        for n in chunk {
+            let event = Sent {
+                text: format!("burst {name} {n} {padding}"),
+                to: None,
+                begun: shared.now(),
+                at: Instant::now(),
+            };
+            let text = json!({"text": event.text}).to_string();
+            commands += "*5\r\n$5\r\nFCALL\r\n$15\r\nfanfare_publish\r\n$1\r\n1\r\n";
+            commands += &format!("${}\r\n{key}\r\n${}\r\n{text}\r\n", key.len(), text.len());
+            sent.push(event);
+        }
+        redis.get_mut().write_all(commands.as_bytes()).await.expect("Redis runs");
+        for event in sent {
+            let mut line = String::new();
+            redis.read_line(&mut line).await.expect("Redis answers");
+            let id =
+                line.trim_end().strip_prefix(':').unwrap_or_else(|| panic!("{line}")).parse().expect("an id");
+            let (body, ended) = (canonical(&posted(&event)), shared.now());
+            let line = format!("burst {name}");
+            let outcome = Outcome::Acked(id);
+            shared.note(Attempt { line, body, to: None, begun: event.begun, ended, outcome });
+        }
+    }
+}
+
+/// Publishes one event by FCALL where it must work, and gives its id.
+pub async fn one(shared: &Arc<Shared>, name: &str) -> u64 {
+    let port = shared.redis.load(Ordering::SeqCst);
+    let sent = Sent { text: name.into(), to: None, begun: shared.now(), at: Instant::now() };
+    let mut redis = BufReader::new(TcpStream::connect(local(port)).await.expect("Redis runs"));
+    let outcome = fcall(&mut redis, &shared.channel, &sent).await.expect("Redis answers");
+    let Outcome::Acked(id) = outcome else { panic!("{name}: {outcome:?}") };
+    let (body, begun, ended) = (canonical(&posted(&sent)), sent.begun, shared.now());
+    shared.note(Attempt { line: name.into(), body, to: None, begun, ended, outcome });
+    id
+}
