@@ -109,6 +109,7 @@ impl Cluster {
 
 #[tokio::test]
 async fn whatever_happens_everybody_sees_all_in_order_or_is_told() {
+    let _alone = crate::alone().await;
     let seed = number("CHAOS_SEED", 1);
     let mut dice = Dice(seed);
     let redis = Redis::start(&[]).await;

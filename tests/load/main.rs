@@ -1,4 +1,5 @@
-//! What takes the whole machine: thousands of clients, faults without end, memory that runs out.
+//! Tests that use the whole machine: thousands of clients, minutes of faults, memory that runs out. They run one at a
+//! time.
 
 #[path = "../checker/mod.rs"]
 mod checker;
@@ -12,3 +13,11 @@ mod churn;
 mod memory;
 mod soak;
 mod storm;
+
+use tokio::sync::{Mutex, MutexGuard};
+
+/// Every test of this binary holds this lock: two at once would starve each other and run out of descriptors.
+async fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::const_new(());
+    ALONE.lock().await
+}

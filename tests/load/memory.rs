@@ -11,6 +11,7 @@ const MIB: u64 = 1 << 20;
 
 #[tokio::test]
 async fn a_small_cgroup_survives_heavy_traffic() {
+    let _alone = crate::alone().await;
     let Some(cgroup) = Cgroup::new(64 * MIB) else { return };
     let node = Node::start_in(&cgroup, &["--max-message-rate", "0"]).await;
     let mut reader = Client::plain(&node, "reader", "room0").await;
@@ -44,6 +45,7 @@ async fn a_small_cgroup_survives_heavy_traffic() {
 
 #[tokio::test]
 async fn clients_beyond_the_cgroup_get_503() {
+    let _alone = crate::alone().await;
     const CLIENTS: usize = 8000;
     rlimit::increase_nofile_limit(u64::MAX).expect("a limit can be read");
     let Some(cgroup) = Cgroup::new(12 * MIB) else { return };
@@ -83,6 +85,7 @@ async fn clients_beyond_the_cgroup_get_503() {
 
 #[tokio::test]
 async fn new_clients_join_after_a_flood_of_channel_names() {
+    let _alone = crate::alone().await;
     const NAMES: usize = 20_000; // fewer than there are local ports
     let Some(cgroup) = Cgroup::new(24 * MIB) else { return };
     let node = Node::start_in(&cgroup, &["--trusted-proxy", "127.0.0.2"]).await;

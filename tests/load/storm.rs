@@ -13,7 +13,7 @@ mod wire;
 
 use std::time::Duration;
 
-use tokio::sync::{Mutex, oneshot};
+use tokio::sync::oneshot;
 
 use crate::common::{Node, Redis, Resp};
 use herd::Herd;
@@ -27,9 +27,6 @@ const PAGE: u64 = 256;
 
 /// Time between two events while clients come back.
 const PACE: Duration = Duration::from_millis(250);
-
-/// One storm after the other: two would not fit in the open files of one process.
-static TURN: Mutex<()> = Mutex::const_new(());
 
 /// Who publishes: `{"n":0}`, `{"n":1}`… so that each number belongs to one id.
 struct Publisher {
@@ -169,7 +166,7 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> anyhow::Result<T> + 
 
 #[tokio::test]
 async fn cut_at_once_they_come_back_from_memory() {
-    let _turn = TURN.lock().await;
+    let _alone = crate::alone().await;
     files::allow_files(CUT + STAY).expect("as many open files");
     let redis = Redis::start(&[]).await;
     let node = Node::on(&redis, &["--shards", "2"]).await;
@@ -181,7 +178,7 @@ async fn cut_at_once_they_come_back_from_memory() {
 
 #[tokio::test]
 async fn cut_at_once_they_come_back_from_beyond_the_feed() {
-    let _turn = TURN.lock().await;
+    let _alone = crate::alone().await;
     files::allow_files(CUT + STAY).expect("as many open files");
     let redis = Redis::start(&[]).await;
     let flags = ["--shards", "2", "--buffer-memory", "64KiB", "--max-message-size", "1KiB"]; // some 100 events a shard
@@ -198,7 +195,7 @@ async fn cut_at_once_they_come_back_from_beyond_the_feed() {
 /// The node dies under ten thousand, who all come to another that nobody was on.
 #[tokio::test]
 async fn their_node_killed_they_come_back_on_one_that_has_nothing_in_memory() {
-    let _turn = TURN.lock().await;
+    let _alone = crate::alone().await;
     files::allow_files(CUT + STAY).expect("as many open files");
     let redis = Redis::start(&[]).await;
     let flags = ["--shards", "2"];
