@@ -1,61 +1,25 @@
 //! The promise under faults: Redis dies, hangs, comes back empty or is replaced, and connections are cut.
 
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use tokio::sync::watch;
 use tokio_tungstenite::tungstenite::Error;
 
+use crate::checker::{Attempt, Outcome, Seen};
 use crate::common::client::{JSON_MODE, position};
-use crate::common::stream::{self, CHANNEL, END, Journal, Nodes, Seen, Told};
-use crate::common::{Client, Frame, Node, Options, Proxy, Redis, until, within};
+use crate::common::{Client, Frame, Node, Nodes, Options, Proxy, Redis, until, within};
+use crate::workload::crowd::{Crowd, Run};
 
-/// Two nodes, by their ways to Redis.
-async fn two_nodes(a: &str, b: &str, flags: &[&str]) -> (Arc<Node>, Arc<Node>) {
-    let start = |url| async move { Arc::new(Node::start(&[&["--redis", url], flags].concat()).await) };
-    tokio::join!(start(a), start(b))
+/// Two nodes, by their URLs of Redis.
+async fn two_nodes(a: &str, b: &str, flags: &[&str]) -> Nodes {
+    let start = |url| async move { Node::start(&[&["--redis", url], flags].concat()).await };
+    let (a, b) = tokio::join!(start(a), start(b));
+    Nodes::new([a, b])
 }
 
-/// Watchers on both of two nodes, and publishers, while `fault` happens.
-async fn stream_through(
-    a: &Arc<Node>,
-    b: &Arc<Node>,
-    fault: impl Future<Output = ()>,
-) -> (Vec<Told>, Vec<Journal>) {
-    let users = ["w0", "w1", "w2", "w3"];
-    let mut watchers = Vec::new();
-    for (n, user) in users.into_iter().enumerate() {
-        let (client, welcome) = Client::resume([a, b][n % 2], user, CHANNEL, "").await;
-        watchers.push(tokio::spawn(async move { stream::watch(client, user, &welcome).await }));
-    }
-    let stop = watch::Sender::new(false);
-    let mut publishers = Vec::new();
-    for n in 0..3 {
-        let only = Nodes::of([a, b][n % 2].clone());
-        let users = users.map(String::from).to_vec();
-        publishers.push(tokio::spawn(stream::publish(
-            only,
-            format!("p{n}"),
-            n as u64,
-            users,
-            stop.subscribe(),
-        )));
-    }
-    fault.await;
-    stop.send_replace(true);
-    let mut told = Vec::new();
-    for publisher in publishers {
-        told.push(publisher.await.expect("a publisher that was told what it must"));
-    }
-    a.ready().await;
-    a.publish(CHANNEL, &json!({ "text": END })).await;
-    let mut journals = Vec::new();
-    for watcher in watchers {
-        journals.push(watcher.await.expect("a watcher that saw what it must"));
-    }
-    stream::check(&told, &journals);
-    (told, journals)
+/// A stream of events of clients and backends, with subscribers that stay.
+async fn stream(nodes: &Nodes, redis: &Redis) -> Run {
+    Run::at(nodes, 2, redis, Crowd { users: 2, roamers: 0, programs: 0, ..Crowd::default() }).await
 }
 
 /// Waits until this node has handed out so many more events, so that a fault comes in the middle of a stream.
@@ -70,9 +34,10 @@ async fn flowing(node: &Node, more: u64) {
 }
 
 /// Redis is killed and started again, twice, each time in the middle of a stream.
-async fn restarted_twice(redis: &mut Redis, a: &Node, b: &Node) {
+async fn restarted_twice(redis: &mut Redis, nodes: &Nodes) {
+    let (a, b) = (nodes.get(0), nodes.get(1));
     for _ in 0..2 {
-        flowing(b, 30).await;
+        flowing(&b, 30).await;
         redis.kill();
         a.unready().await;
         b.unready().await;
@@ -80,7 +45,7 @@ async fn restarted_twice(redis: &mut Redis, a: &Node, b: &Node) {
         a.ready().await;
         b.ready().await;
     }
-    flowing(a, 30).await;
+    flowing(&a, 30).await;
 }
 
 /// The HTTP status and Retry-After with which a join is refused, or `None` when it works.
@@ -99,14 +64,19 @@ async fn refused(node: &Node, query: &str) -> Option<(u16, Option<String>)> {
 #[tokio::test]
 async fn redis_killed_and_started_empty_in_a_stream_is_announced() {
     let mut redis = Redis::start(&[]).await;
-    let (a, b) = two_nodes(&redis.url(), &redis.url(), &[]).await;
-    let mut plain = Client::plain(&a, "plain", "room").await;
-    let (told, journals) = stream_through(&a, &b, restarted_twice(&mut redis, &a, &b)).await;
-    for journal in &journals {
-        assert!(journal.resets() >= 2, "each start of Redis is announced: {}", journal.resets());
+    let nodes = two_nodes(&redis.url(), &redis.url(), &[]).await;
+    let mut plain = Client::plain(&nodes.get(0), "plain", "room").await;
+    let run = stream(&nodes, &redis).await;
+    restarted_twice(&mut redis, &nodes).await;
+    let verdict = run.end().await;
+    verdict.everybody_was_told(2..=usize::MAX);
+    for kind in ["json", "plain", "post"] {
+        let acked = |attempt: &&Attempt| {
+            attempt.line.starts_with(kind) && matches!(attempt.outcome, Outcome::Acked(_))
+        };
+        assert!(verdict.history.attempts.iter().filter(acked).count() > 20, "{kind}");
     }
-    assert!(told.iter().all(|told| told.acked.len() > 20));
-    // A client that can't be told by a frame is told by its close.
+    // A client that can't get a frame about it is closed.
     let code = loop {
         match plain.next_frame().await {
             Frame::Close(code, _) => break code,
@@ -146,16 +116,23 @@ async fn an_id_from_before_a_restart_is_not_recovered() {
 #[tokio::test]
 async fn a_durable_redis_restarts_in_a_stream_and_nobody_notices() {
     let mut redis = Redis::start(&["--appendonly", "yes", "--appendfsync", "always"]).await;
-    let (a, b) = two_nodes(&redis.url(), &redis.url(), &["--redis-durable"]).await;
-    let mut plain = Client::plain(&b, "plain", "room").await;
-    let (_, journals) = stream_through(&a, &b, restarted_twice(&mut redis, &a, &b)).await;
-    for journal in &journals {
-        assert_eq!(journal.resets(), 0);
-    }
-    let public = journals[0].seen.iter().filter_map(|seen| match seen {
-        Seen::Event(id, _, private) => (!private).then_some(*id),
-        Seen::Reset(_) => None,
+    let nodes = two_nodes(&redis.url(), &redis.url(), &["--redis-durable"]).await;
+    let mut plain = Client::plain(&nodes.get(1), "plain", "room").await;
+    let run = stream(&nodes, &redis).await;
+    restarted_twice(&mut redis, &nodes).await;
+    let verdict = run.end().await;
+    verdict.nobody_was_told();
+    let mut public = verdict.history.watchers[0].seen.iter().filter_map(|(_, seen)| match seen {
+        Seen::Event(id, _, None) => Some(*id),
+        _ => None,
     });
+    // The plain client may have joined first.
+    let first = public.next().expect("there were events");
+    let mut at = 0;
+    while at < first {
+        at = plain.next_event().await.0;
+    }
+    assert_eq!(at, first);
     for id in public {
         assert_eq!(plain.next_event().await.0, id);
     }
@@ -176,18 +153,14 @@ async fn a_redis_that_kept_its_data_is_still_announced_without_that_word() {
 #[tokio::test]
 async fn flushall_in_a_stream_is_announced() {
     let redis = Redis::start(&[]).await;
-    let (a, b) = two_nodes(&redis.url(), &redis.url(), &[]).await;
-    let (_, journals) = stream_through(&a, &b, async {
-        for _ in 0..2 {
-            flowing(&a, 30).await;
-            redis.client().await.call(&["FLUSHALL"]).await;
-        }
-        flowing(&b, 30).await;
-    })
-    .await;
-    for journal in &journals {
-        assert!(journal.resets() >= 2, "{}", journal.resets());
+    let nodes = two_nodes(&redis.url(), &redis.url(), &[]).await;
+    let run = stream(&nodes, &redis).await;
+    for _ in 0..2 {
+        flowing(&nodes.get(0), 30).await;
+        redis.client().await.call(&["FLUSHALL"]).await;
     }
+    flowing(&nodes.get(1), 30).await;
+    run.end().await.everybody_was_told(2..=usize::MAX);
 }
 
 #[tokio::test]
@@ -229,69 +202,58 @@ async fn scripts_that_were_flushed_come_back() {
 async fn connections_cut_in_a_stream_leave_no_trace() {
     let redis = Redis::start(&[]).await;
     let proxy = Proxy::to(redis.port()).await;
-    let (a, b) = two_nodes(&proxy.url(), &redis.url(), &[]).await;
-    let (told, journals) = stream_through(&a, &b, async {
-        for round in 0..6 {
-            flowing(&b, 40).await;
-            if round % 2 == 0 {
-                proxy.cut();
-            } else {
-                let mut admin = redis.client().await;
-                admin.call(&["CLIENT", "KILL", "TYPE", "pubsub"]).await;
-            }
+    let nodes = two_nodes(&proxy.url(), &redis.url(), &[]).await;
+    let run = stream(&nodes, &redis).await;
+    for round in 0..6 {
+        flowing(&nodes.get(1), 40).await;
+        if round % 2 == 0 {
+            proxy.cut();
+        } else {
+            let mut admin = redis.client().await;
+            admin.call(&["CLIENT", "KILL", "TYPE", "pubsub"]).await;
         }
-        a.ready().await;
-        flowing(&a, 40).await;
-    })
-    .await;
-    for journal in &journals {
-        assert_eq!(journal.resets(), 0, "a hole is filled from history");
     }
-    for told in told {
-        assert!(told.unknown.is_empty(), "a call whose answer was lost is made again: {:?}", told.unknown);
-    }
+    nodes.get(0).ready().await;
+    flowing(&nodes.get(0), 40).await;
+    let verdict = run.end().await;
+    verdict.nobody_was_told(); // gaps are filled from history
+    let unknown = verdict.count(|outcome| outcome == Outcome::Unknown);
+    assert_eq!(unknown, 0, "a call whose answer was lost is made again");
 }
 
 #[tokio::test]
 async fn messages_held_back_and_lost_in_a_stream_leave_no_trace() {
     let redis = Redis::start(&[]).await;
     let proxy = Proxy::to(redis.port()).await;
-    let (a, b) = two_nodes(&redis.url(), &proxy.url(), &[]).await;
-    let (_, journals) = stream_through(&a, &b, async {
-        for _ in 0..3 {
-            flowing(&b, 20).await;
-            proxy.hold_messages(true);
-            flowing(&a, 50).await;
-            proxy.cut(); // what was held is gone
-            proxy.hold_messages(false);
-        }
-        b.ready().await;
-        flowing(&b, 20).await;
-    })
-    .await;
-    for journal in &journals {
-        assert_eq!(journal.resets(), 0);
+    let nodes = two_nodes(&redis.url(), &proxy.url(), &[]).await;
+    let run = stream(&nodes, &redis).await;
+    for _ in 0..3 {
+        flowing(&nodes.get(1), 20).await;
+        proxy.hold_messages(true);
+        flowing(&nodes.get(0), 50).await;
+        proxy.cut(); // what was held is gone
+        proxy.hold_messages(false);
     }
+    nodes.get(1).ready().await;
+    flowing(&nodes.get(1), 20).await;
+    run.end().await.nobody_was_told();
 }
 
 #[tokio::test]
 async fn a_redis_that_hangs_for_a_while_loses_nothing() {
     let redis = Redis::start(&[]).await;
-    let (a, b) = two_nodes(&redis.url(), &redis.url(), &[]).await;
-    let (_, journals) = stream_through(&a, &b, async {
-        flowing(&b, 30).await;
-        redis.freeze();
-        a.unready().await;
-        b.unready().await;
-        redis.thaw();
-        a.ready().await;
-        b.ready().await;
-        flowing(&b, 30).await;
-    })
-    .await;
-    for journal in &journals {
-        assert_eq!(journal.resets(), 0, "it is the same Redis, with all it had");
-    }
+    let nodes = two_nodes(&redis.url(), &redis.url(), &[]).await;
+    let (a, b) = (nodes.get(0), nodes.get(1));
+    let run = stream(&nodes, &redis).await;
+    flowing(&b, 30).await;
+    redis.freeze();
+    a.unready().await;
+    b.unready().await;
+    redis.thaw();
+    a.ready().await;
+    b.ready().await;
+    flowing(&b, 30).await;
+    run.end().await.nobody_was_told(); // it is the same Redis, with all it had
 }
 
 #[tokio::test]
@@ -299,21 +261,17 @@ async fn a_replica_that_takes_over_is_announced() {
     let primary = Redis::start(&[]).await;
     let mut replica = Redis::replica_of(&primary).await;
     let proxy = Proxy::to(primary.port()).await;
-    let url = proxy.url();
-    let (a, b) = two_nodes(&url, &url, &[]).await;
-    let (_, journals) = stream_through(&a, &b, async {
-        flowing(&b, 30).await;
-        // The replica misses the last events: it is cut off before it is promoted.
-        replica.promote().await;
-        flowing(&b, 30).await;
-        proxy.lead_to(replica.port());
-        flowing(&b, 1).await;
-        flowing(&a, 30).await;
-    })
-    .await;
-    for journal in &journals {
-        assert!(journal.resets() >= 1);
-    }
+    let nodes = two_nodes(&proxy.url(), &proxy.url(), &[]).await;
+    let (a, b) = (nodes.get(0), nodes.get(1));
+    let run = stream(&nodes, &primary).await;
+    flowing(&b, 30).await;
+    // The replica misses the last events: it is cut off before it is promoted.
+    replica.promote().await;
+    flowing(&b, 30).await;
+    proxy.lead_to(replica.port());
+    flowing(&b, 1).await;
+    flowing(&a, 30).await;
+    run.end().await.everybody_was_told(1..=usize::MAX);
 }
 
 #[tokio::test]
@@ -322,20 +280,17 @@ async fn a_failover_by_sentinel_is_announced_and_ids_go_on() {
     let replica = Redis::replica_of(&primary).await;
     let sentinel = Redis::sentinel_for(&primary).await;
     let url = format!("redis-sentinel://127.0.0.1:{}?sentinelServiceName=main", sentinel.port());
-    let (a, b) = two_nodes(&url, &url, &[]).await;
-    let (_, journals) = stream_through(&a, &b, async {
-        flowing(&b, 30).await;
-        primary.kill();
-        a.unready().await;
-        a.ready().await;
-        b.ready().await;
-        flowing(&a, 30).await;
-        flowing(&b, 1).await;
-    })
-    .await;
-    for journal in &journals {
-        assert!(journal.resets() >= 1);
-    }
+    let nodes = two_nodes(&url, &url, &[]).await;
+    let (a, b) = (nodes.get(0), nodes.get(1));
+    let run = stream(&nodes, &primary).await;
+    flowing(&b, 30).await;
+    primary.kill();
+    a.unready().await;
+    a.ready().await;
+    b.ready().await;
+    flowing(&a, 30).await;
+    flowing(&b, 1).await;
+    run.end().await.everybody_was_told(1..=usize::MAX);
     let info = replica.client().await.call(&["INFO", "replication"]).await;
     assert!(info.text().contains("role:master"), "{}", info.text());
 }

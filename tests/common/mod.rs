@@ -16,9 +16,9 @@ pub mod process;
 pub mod proxy;
 pub mod raw;
 pub mod redis;
+pub mod rng;
 pub mod sources;
 pub mod stalled;
-pub mod stream;
 
 use std::time::Duration;
 
@@ -27,10 +27,11 @@ pub use client::{Client, Frame, Options};
 pub use http::Response;
 pub use lone::Lone;
 pub use nginx::Nginx;
-pub use node::Node;
+pub use node::{Node, Nodes};
 pub use proxy::{Proxy, Silence};
 pub use raw::Raw;
 pub use redis::{Redis, Resp, Value, free_port};
+pub use rng::Rng;
 
 /// How long a test waits for something that must come. Long, since many tests share few cores.
 pub const DEADLINE: Duration = Duration::from_secs(20);

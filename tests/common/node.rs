@@ -1,13 +1,15 @@
-//! One process of fanfare.
+//! Processes of fanfare.
 
 use std::net::SocketAddr;
 use std::path::Path;
 use std::process::{Command, ExitStatus};
+use std::sync::{Arc, Mutex};
 
 use serde_json::{Value, json};
 
 use super::http::{self, Response};
 use super::process::Process;
+use super::rng::Rng;
 use super::{Cgroup, Redis, until};
 
 /// A running node on free ports. Dropping it kills it.
@@ -190,6 +192,43 @@ impl Node {
     /// Waits for its end.
     pub async fn ended(&self) -> ExitStatus {
         self.process.ended().await
+    }
+}
+
+/// Nodes that may be replaced while clients come to them.
+#[derive(Clone, Default)]
+pub struct Nodes(Arc<Mutex<Vec<Arc<Node>>>>);
+
+impl Nodes {
+    /// These.
+    pub fn new(nodes: impl IntoIterator<Item = Node>) -> Nodes {
+        Nodes(Arc::new(Mutex::new(nodes.into_iter().map(Arc::new).collect())))
+    }
+
+    /// One alone.
+    pub fn of(node: Arc<Node>) -> Nodes {
+        Nodes(Arc::new(Mutex::new(vec![node])))
+    }
+
+    /// The one with this number.
+    pub fn get(&self, number: usize) -> Arc<Node> {
+        self.0.lock().expect("nothing panics while holding it")[number].clone()
+    }
+
+    /// Every one.
+    pub fn all(&self) -> Vec<Arc<Node>> {
+        self.0.lock().expect("nothing panics while holding it").clone()
+    }
+
+    /// Any of them.
+    pub fn any(&self, rng: &mut Rng) -> Arc<Node> {
+        let nodes = self.0.lock().expect("nothing panics while holding it");
+        nodes[rng.index(nodes.len())].clone()
+    }
+
+    /// Puts another in the place of one.
+    pub fn replace(&self, number: usize, node: Node) {
+        self.0.lock().expect("nothing panics while holding it")[number] = Arc::new(node);
     }
 }
 

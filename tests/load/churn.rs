@@ -6,8 +6,7 @@ use std::time::Duration;
 use serde_json::json;
 
 use crate::common::client::position;
-use crate::common::stream::Dice;
-use crate::common::{Client, Node, Redis, until};
+use crate::common::{Client, Node, Redis, Rng, until};
 
 const CLIENTS: u64 = 1000;
 const USERS: u64 = 50;
@@ -26,15 +25,15 @@ fn user(number: u64) -> String {
 /// seen. Gives the number of connections it took.
 async fn come_and_go(nodes: Arc<[Node; 2]>, number: u64, base: u64) -> u64 {
     let user = user(number);
-    let mut dice = Dice(number);
+    let mut rng = Rng(number);
     let mut at = base;
     let mut connections = 0;
     loop {
         connections += 1;
-        let node = &nodes[dice.below(2) as usize];
+        let node = &nodes[rng.below(2) as usize];
         let (mut client, welcome) = Client::resume(node, &user, "room", at).await;
         assert_eq!((&welcome["recovered"], &welcome["lastEventId"]), (&json!(true), &json!(at)));
-        for _ in 0..1 + dice.below(100) {
+        for _ in 0..1 + rng.below(100) {
             let (id, event) = client.next_event().await;
             let is_mine = |n: &u64| addressee(*n).is_none_or(|to| to == user);
             let expected = (at - base..).find(is_mine).map(|n| (base + 1 + n, json!(n)));
@@ -45,7 +44,7 @@ async fn come_and_go(nodes: Arc<[Node; 2]>, number: u64, base: u64) -> u64 {
                 return connections;
             }
         }
-        match dice.below(2) {
+        match rng.below(2) {
             0 => client.leave().await,
             _ => drop(client), // gone without a word, maybe in the middle of what is being sent
         }

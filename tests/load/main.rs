@@ -8,7 +8,6 @@ mod common;
 #[path = "../workload/mod.rs"]
 mod workload;
 
-mod chaos;
 mod churn;
 mod memory;
 mod soak;

@@ -5,8 +5,7 @@ use std::net::SocketAddr;
 use serde_json::json;
 
 use crate::common::redis::free_port;
-use crate::common::stream::Nodes;
-use crate::common::{Client, Frame, Nginx, Node, Options, Redis, cluster, until};
+use crate::common::{Client, Frame, Nginx, Node, Nodes, Options, Redis, cluster, until};
 use crate::workload::crowd::{Crowd, Run};
 
 fn recovering() -> Options {

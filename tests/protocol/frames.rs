@@ -3,8 +3,7 @@
 use serde_json::json;
 
 use crate::common::raw::{frame_bytes, opcode::*};
-use crate::common::stream::Dice;
-use crate::common::{Client, Node, Raw, http};
+use crate::common::{Client, Node, Raw, Rng, http};
 
 /// Joins with a raw connection in a channel of its own.
 async fn join(node: &Node) -> Raw {
@@ -241,27 +240,27 @@ async fn a_client_that_pings_and_never_reads_costs_no_memory() {
 #[tokio::test]
 async fn no_bytes_end_the_node() {
     let node = Node::start(&["--shards", "1", "--max-message-size", "1KiB"]).await;
-    let mut dice = Dice(1);
+    let mut rng = Rng(1);
     let request = http::request_bytes(node.admin, "POST", "/publish?channel=room", &[], b"{\"a\":1}");
     for round in 0..600 {
         let mut bytes = Vec::new();
-        for _ in 0..1 + dice.below(6) {
-            let payload: Vec<u8> = (0..dice.below(300)).map(|_| dice.below(256) as u8).collect();
-            let text = [&payload[..], b"\xC3\xBC{\"text\":1}"][dice.below(2) as usize];
-            let opcode = [0, 1, 1, 1, 2, 8, 9, 10, 3][dice.below(9) as usize];
-            bytes.extend(frame_bytes(dice.below(4) > 0, opcode, dice.below(20) > 0, text));
+        for _ in 0..1 + rng.below(6) {
+            let payload: Vec<u8> = (0..rng.below(300)).map(|_| rng.below(256) as u8).collect();
+            let text = [&payload[..], b"\xC3\xBC{\"text\":1}"][rng.below(2) as usize];
+            let opcode = [0, 1, 1, 1, 2, 8, 9, 10, 3][rng.below(9) as usize];
+            bytes.extend(frame_bytes(rng.below(4) > 0, opcode, rng.below(20) > 0, text));
         }
-        if dice.below(2) == 0 {
-            let at = dice.below(bytes.len() as u64) as usize;
-            bytes[at] = dice.below(256) as u8;
+        if rng.below(2) == 0 {
+            let at = rng.below(bytes.len() as u64) as usize;
+            bytes[at] = rng.below(256) as u8;
         }
-        bytes.truncate(1 + dice.below(bytes.len() as u64) as usize);
+        bytes.truncate(1 + rng.below(bytes.len() as u64) as usize);
         let mut raw = match round % 3 {
             0 => {
                 // The admin listener, with a request that is damaged somewhere.
-                let at = dice.below(request.len() as u64) as usize;
+                let at = rng.below(request.len() as u64) as usize;
                 bytes = request.clone();
-                bytes[at] = dice.below(256) as u8;
+                bytes[at] = rng.below(256) as u8;
                 Raw::connect(node.admin).await
             }
             1 => Raw::upgraded(node.public, "/ws/fuzz?channel=room&lastEventId=").await,
@@ -272,7 +271,7 @@ async fn no_bytes_end_the_node() {
                 raw
             }
         };
-        for part in bytes.chunks(1 + dice.below(bytes.len() as u64) as usize) {
+        for part in bytes.chunks(1 + rng.below(bytes.len() as u64) as usize) {
             if !raw.write_some(part).await {
                 break; // it was ended for the part before
             }

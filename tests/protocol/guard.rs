@@ -4,8 +4,7 @@ use futures_util::future::join_all;
 use serde_json::json;
 
 use crate::common;
-use crate::common::stream::Dice;
-use crate::common::{Client, Node, Raw, http, until};
+use crate::common::{Client, Node, Raw, Rng, http, until};
 
 const PROXY: [u8; 4] = [127, 0, 0, 2];
 const OTHER: [u8; 4] = [127, 0, 0, 3];
@@ -275,25 +274,25 @@ async fn every_place_is_given_back_once_however_connections_end() {
     ];
     let node = Node::start(&flags).await;
     let churn = async |number: u64| {
-        let mut dice = Dice(number);
+        let mut rng = Rng(number);
         for _ in 0..25 {
-            let mut raw = match dice.below(3) {
+            let mut raw = match rng.below(3) {
                 0 => Raw::connect(node.public).await,
                 1 => Raw::connect_from(OTHER, node.public).await,
                 _ => proxied(&node, "192.0.2.7").await,
             };
-            match dice.below(7) {
+            match rng.below(7) {
                 0 => drop(raw),
                 1 => drop(raw.write_some(b"GET /ws/a HTTP/1.1\r\n").await),
                 2 => drop(raw.write_some(b"\x16\x03\x01\r\n\r\n").await), // and gone before the answer
                 3 => drop(raw.write_some(b"POST /ws/a HTTP/1.1\r\nHost: a\r\n\r\n").await),
                 _ => {
-                    let path = format!("/ws/user{}?channel=room{}", dice.below(2), dice.below(3));
+                    let path = format!("/ws/user{}?channel=room{}", rng.below(2), rng.below(3));
                     // It may have its answer, and be closed, before it asks.
                     raw.write_some(&http::request_bytes(node.public, "GET", &path, &UPGRADE, b"")).await;
                     let status = raw.status().await;
                     assert!(matches!(status, 101 | 429 | 503), "{status}");
-                    if status == 101 && dice.below(2) == 0 {
+                    if status == 101 && rng.below(2) == 0 {
                         raw.frame(true, common::raw::opcode::CLOSE, &[0x03, 0xE8]).await;
                         raw.rest().await;
                     }

@@ -6,8 +6,9 @@ mod model;
 
 use crate::checker;
 use crate::checker::{Outcome, Seen, judge};
+use crate::common::Rng;
 use breaks::BREAKS;
-use model::{Dice, history};
+use model::history;
 
 const HISTORIES: u64 = 300;
 
@@ -34,9 +35,9 @@ fn every_break_is_caught_every_time_by_the_rule_it_breaks() {
     for kind in &BREAKS {
         let mut done = 0;
         for seed in 0..HISTORIES {
-            let mut dice = Dice(seed ^ 0x5eed);
+            let mut rng = Rng(seed ^ 0x5eed);
             let mut broken = history(seed, 260);
-            let Some(what) = (kind.apply)(&mut broken, &mut dice) else { continue };
+            let Some(what) = (kind.apply)(&mut broken, &mut rng) else { continue };
             done += 1;
             let breaches = judge(&broken);
             let right = breaches.iter().any(|breach| kind.rules.contains(&breach.rule));
@@ -67,7 +68,7 @@ fn ids_may_fall_excuse_lower_ids_behind_an_announcement_and_nothing_else() {
         for seed in 0..HISTORIES / 10 {
             let mut broken = model::history(seed, 200);
             broken.ids_may_fall = true;
-            let Some(what) = (kind.apply)(&mut broken, &mut Dice(seed)) else { continue };
+            let Some(what) = (kind.apply)(&mut broken, &mut Rng(seed)) else { continue };
             let breaches = judge(&broken);
             let right = breaches.iter().any(|breach| kind.rules.contains(&breach.rule));
             assert!(right, "{}, seed {seed}: {what}: {breaches:#?}", kind.name);

@@ -19,8 +19,7 @@ use tokio::sync::mpsc;
 use crate::checker;
 use crate::checker::{Attempt, History, Outcome, judge};
 use crate::common::client::{JSON_MODE, position};
-use crate::common::stream::{Dice, Nodes};
-use crate::common::{Client, Lone, Options};
+use crate::common::{Client, Lone, Nodes, Options, Rng};
 use crate::workload::crowd::{Kind, Shared, canonical};
 use crate::workload::watchers;
 
@@ -45,19 +44,19 @@ struct Bus {
     published: u64,
     follows: bool,
     pages: u64,
-    dice: Dice,
+    rng: Rng,
 }
 
 impl Bus {
     /// Publishes one to three events in one entry, for everybody or for one user.
     fn publish(&mut self) {
-        let to = (self.dice.below(4) == 0).then(|| format!("user{}", self.dice.below(USERS + 1)));
-        let count = 1 + self.dice.below(4).saturating_sub(1);
+        let to = (self.rng.below(4) == 0).then(|| format!("user{}", self.rng.below(USERS + 1)));
+        let count = 1 + self.rng.below(4).saturating_sub(1);
         let first = self.head + 1;
         for _ in 0..count {
             // Some take more than the sockets do, so that frames are begun and not ended.
-            let most = if self.dice.below(8) == 0 { 40_000 } else { 800 };
-            let padding = self.dice.below(most) as usize;
+            let most = if self.rng.below(8) == 0 { 40_000 } else { 800 };
+            let padding = self.rng.below(most) as usize;
             self.give(to.clone(), padding);
         }
         self.tell(first);
@@ -97,7 +96,7 @@ impl Bus {
 
     /// The sequence begins anew, far ahead, and everybody is told.
     fn anchor(&mut self) {
-        self.head += 1000 + self.dice.below(1000);
+        self.head += 1000 + self.rng.below(1000);
         self.base = self.head;
         self.events.clear();
         if self.follows {
@@ -147,13 +146,13 @@ impl Bus {
                     // Now and then an answer is too large, and ends before its page does.
                     let begin = page_begin(position);
                     let end = begin.0 + PAGE;
-                    let end = if self.dice.below(4) == 0 {
-                        end.min(position.0 + 1 + self.dice.below(60))
+                    let end = if self.rng.below(4) == 0 {
+                        end.min(position.0 + 1 + self.rng.below(60))
                     } else {
                         end
                     };
                     // And now and then there is too much before the position to be shared.
-                    let from = if self.dice.below(4) == 0 { position } else { begin };
+                    let from = if self.rng.below(4) == 0 { position } else { begin };
                     let entries = self.entries(from.0 + 1, end);
                     let page = Page {
                         after: entries.first().map_or(position, |first| first.before().min(position)),
@@ -169,7 +168,7 @@ impl Bus {
             };
             self.later.push_back(answer);
         }
-        while !self.later.is_empty() && self.dice.below(4) > 0 {
+        while !self.later.is_empty() && self.rng.below(4) > 0 {
             self.shards.send(0, self.later.pop_front().expect("it is not empty"));
         }
     }
@@ -217,7 +216,7 @@ fn start(shared: &Arc<Shared>, seed: u64, feed: &str) -> (Bus, SocketAddr) {
         published: 0,
         follows: false,
         pages: 0,
-        dice: Dice(seed),
+        rng: Rng(seed),
     };
     (bus, addr)
 }
@@ -247,15 +246,15 @@ async fn readers_of_every_pace_see_all_in_order_or_are_told() {
         readers.push(tokio::spawn(watchers::watch(shared.clone(), plan, seed * 100 + n as u64)));
     }
     for step in 0..steps {
-        if bus.dice.below(3) > 0 {
+        if bus.rng.below(3) > 0 {
             bus.publish();
         }
-        if bus.dice.below(400) == 0 {
+        if bus.rng.below(400) == 0 {
             bus.anchor();
         }
         bus.answer();
         // Some peace now and then, so that everybody is at the head at times; else the others just get their turn.
-        let pause = if step % 500 == 499 { 300 } else { bus.dice.below(3) };
+        let pause = if step % 500 == 499 { 300 } else { bus.rng.below(3) };
         tokio::time::sleep(Duration::from_millis(pause)).await;
     }
     // One who comes back without recovery after the last event never sees it: then there is another.

@@ -13,8 +13,7 @@ use tokio::task::JoinHandle;
 
 use crate::checker::{Attempt, Breach, History, Moment, Outcome, Seen, Watcher, judge};
 use crate::common::client::JSON_MODE;
-use crate::common::stream::{Dice, Nodes};
-use crate::common::{Redis, until};
+use crate::common::{Nodes, Redis, Rng, until};
 use crate::workload::publishers;
 use crate::workload::watchers;
 use crate::workload::world::World;
@@ -58,7 +57,7 @@ pub struct Crowd {
     pub programs: u64,
     /// Time between two events of one publisher.
     pub pace: Duration,
-    /// What dice begin with.
+    /// What rng begin with.
     pub seed: u64,
     /// The channel.
     pub channel: String,
@@ -235,7 +234,7 @@ impl Run {
                 shared: shared.clone(),
                 users: users.clone(),
                 pace: crowd.pace,
-                dice: Dice(seed),
+                rng: Rng(seed),
                 seed,
             }
         };

@@ -12,8 +12,7 @@ use tokio::time::{sleep, timeout};
 
 use crate::checker::{Attempt, Moment, Outcome};
 use crate::common::client::{JSON_MODE, position};
-use crate::common::stream::Dice;
-use crate::common::{Client, Frame, Node, Options, http};
+use crate::common::{Client, Frame, Node, Options, Rng, http};
 use crate::workload::crowd::{Shared, canonical, local};
 
 /// Events of a client in JSON mode that wait for their answers at once.
@@ -40,7 +39,7 @@ pub struct Plan {
     /// Time between two events.
     pub pace: Duration,
     /// What is random about it.
-    pub dice: Dice,
+    pub rng: Rng,
     /// Tells it from the others.
     pub seed: u64,
 }
@@ -68,8 +67,8 @@ impl Plan {
     fn event(&mut self, name: &str, n: &mut u64) -> Sent {
         *n += 1;
         let text = format!("{name} {} {n}", self.seed);
-        let to = (self.dice.below(3) == 0)
-            .then(|| self.users[self.dice.below(self.users.len() as u64) as usize].clone());
+        let to = (self.rng.below(3) == 0)
+            .then(|| self.users[self.rng.below(self.users.len() as u64) as usize].clone());
         Sent { text, to, begun: self.shared.now(), at: Instant::now() }
     }
 
@@ -83,7 +82,7 @@ impl Plan {
 
     async fn join(&mut self, name: &str, subprotocol: Option<&'static str>) -> Option<Client> {
         while !self.is_quiet() {
-            let node = self.shared.nodes.any(&mut self.dice);
+            let node = self.shared.nodes.any(&mut self.rng);
             let options = Options {
                 query: format!("channel={}", self.shared.channel),
                 subprotocol,
@@ -250,7 +249,7 @@ async fn come_back(
 pub async fn poster(mut plan: Plan) {
     let (mut n, mut lines) = (0, 0);
     while !plan.is_quiet() {
-        let node = plan.shared.nodes.any(&mut plan.dice);
+        let node = plan.shared.nodes.any(&mut plan.rng);
         let sent = plan.event("post", &mut n);
         let (event, outcome) = (posted(&sent), post(&plan.shared.channel, &node, &sent).await);
         // Each node keeps the order of what it is given; two nodes may be on two primaries.
@@ -285,7 +284,7 @@ async fn post(channel: &str, node: &Node, sent: &Sent) -> Outcome {
 
 /// Publishes an end of the run, if that can be done now, and gives its id.
 pub async fn end(shared: &Arc<Shared>, n: u64) -> Option<u64> {
-    let node = shared.nodes.any(&mut Dice(n));
+    let node = shared.nodes.any(&mut Rng(n));
     let id = post_once(shared, &node, &format!("end {n}")).await;
     if id.is_none() {
         sleep(RETRY).await;

@@ -8,8 +8,7 @@ use serde_json::Value;
 
 use crate::checker::{Seen, Watcher};
 use crate::common::client::position;
-use crate::common::stream::Dice;
-use crate::common::{Client, Frame, Options};
+use crate::common::{Client, Frame, Options, Rng};
 use crate::workload::crowd::{Kind, Shared, canonical};
 
 /// Between two attempts to connect, as clients do it.
@@ -63,7 +62,7 @@ impl Notes {
 
 /// Watches until the run is over.
 pub async fn watch(shared: Arc<Shared>, plan: Plan, seed: u64) -> Watcher {
-    let mut dice = Dice(seed);
+    let mut rng = Rng(seed);
     let mut over = shared.over.subscribe();
     let recovers = plan.kind != Kind::Plain;
     let watcher = Watcher {
@@ -81,7 +80,7 @@ pub async fn watch(shared: Arc<Shared>, plan: Plan, seed: u64) -> Watcher {
         let door = match (plan.door, plan.home) {
             (Some(door), _) => door,
             (None, Some(home)) if failures < 3 => shared.nodes.get(home).public,
-            _ => shared.nodes.any(&mut dice).public,
+            _ => shared.nodes.any(&mut rng).public,
         };
         let query = match (plan.kind, notes.position) {
             (Kind::Plain, _) | (Kind::Json, None) => format!("channel={channel}"),
@@ -99,11 +98,11 @@ pub async fn watch(shared: Arc<Shared>, plan: Plan, seed: u64) -> Watcher {
             notes.note(Seen::LetIn);
         }
         // One that roams leaves after some frames.
-        let frames = if plan.home.is_some() { u64::MAX } else { 1 + dice.below(60) };
+        let frames = if plan.home.is_some() { u64::MAX } else { 1 + rng.below(60) };
         let mut welcomed = !recovers;
         for _ in 0..frames {
-            if plan.stalls.is_some_and(|frames| dice.below(frames) == 0) {
-                let time = STALL.mul_f64(dice.below(100) as f64 / 100.0);
+            if plan.stalls.is_some_and(|frames| rng.below(frames) == 0) {
+                let time = STALL.mul_f64(rng.below(100) as f64 / 100.0);
                 tokio::time::sleep(time).await; // that it stalls is what is tested
             }
             let frame = tokio::select! {
@@ -123,7 +122,7 @@ pub async fn watch(shared: Arc<Shared>, plan: Plan, seed: u64) -> Watcher {
                     let is_event = matches!(seen, Seen::Event(..));
                     notes.note(seen);
                     // Now and then one in JSON mode asks where it stands.
-                    if plan.kind == Kind::Json && is_event && dice.below(20) == 0 {
+                    if plan.kind == Kind::Json && is_event && rng.below(20) == 0 {
                         client.try_send(r#"{"type":"ping"}"#).await;
                     }
                 }
@@ -151,8 +150,8 @@ pub async fn watch(shared: Arc<Shared>, plan: Plan, seed: u64) -> Watcher {
             notes.note(Seen::Ended(None));
         }
         drop(client);
-        if plan.home.is_none() && plan.stalls.is_some_and(|frames| dice.below(frames / 20) == 0) {
-            let time = AWAY.mul_f64(dice.below(100) as f64 / 100.0);
+        if plan.home.is_none() && plan.stalls.is_some_and(|frames| rng.below(frames / 20) == 0) {
+            let time = AWAY.mul_f64(rng.below(100) as f64 / 100.0);
             tokio::time::sleep(time).await; // as above
         }
     }

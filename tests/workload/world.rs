@@ -1,7 +1,6 @@
 //! A Redis, nodes, and a way from each node to Redis that can be bent.
 
-use crate::common::stream::Nodes;
-use crate::common::{Node, Proxy, Redis};
+use crate::common::{Node, Nodes, Proxy, Redis};
 
 /// Flags of every node: heartbeats often enough that silence means a fault, which tell clients where they stand, and a
 /// wait for Redis that is longer than most outages here.

@@ -10,8 +10,7 @@ use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpListener, TcpStream};
 
 use crate::checker::Rule;
-use crate::common::stream::Nodes;
-use crate::common::{Node, Redis};
+use crate::common::{Node, Nodes, Redis};
 use crate::workload::crowd::{Crowd, Run};
 use crate::workload::world::FLAGS;
 

@@ -8,8 +8,7 @@ use serde_json::json;
 use tokio::net::{TcpListener, TcpStream};
 
 use crate::common::process::Directory;
-use crate::common::stream::Nodes;
-use crate::common::{Client, Node, Options, Proxy, Redis, Silence, until};
+use crate::common::{Client, Node, Nodes, Options, Proxy, Redis, Silence, until};
 use crate::workload::crowd::{Crowd, Run};
 use crate::workload::publishers;
 use crate::workload::world::FLAGS;

@@ -1,7 +1,7 @@
 //! The ways in which a bus can be broken, done to a history in which nothing is wrong.
 
-use super::model::Dice;
 use crate::checker::{Attempt, History, Outcome, Rule, Seen, Watcher};
+use crate::common::Rng;
 
 /// One way.
 pub struct Break {
@@ -12,14 +12,14 @@ pub struct Break {
     /// Whether it shows even where two primaries excuse much.
     pub always: bool,
     /// Does it somewhere; `None` when the history has no place for it. Else: where.
-    pub apply: fn(&mut History, &mut Dice) -> Option<String>,
+    pub apply: fn(&mut History, &mut Rng) -> Option<String>,
 }
 
 const fn way(
     name: &'static str,
     rules: &'static [Rule],
     always: bool,
-    apply: fn(&mut History, &mut Dice) -> Option<String>,
+    apply: fn(&mut History, &mut Rng) -> Option<String>,
 ) -> Break {
     Break { name, rules, always, apply }
 }
@@ -68,8 +68,8 @@ fn places(history: &History, wanted: impl Fn(&Watcher, usize) -> bool) -> Vec<Lo
     places
 }
 
-fn pick<T: Copy>(from: &[T], dice: &mut Dice) -> Option<T> {
-    (!from.is_empty()).then(|| from[dice.below(from.len())])
+fn pick<T: Copy>(from: &[T], rng: &mut Rng) -> Option<T> {
+    (!from.is_empty()).then(|| from[rng.index(from.len())])
 }
 
 fn event(watcher: &Watcher, note: usize) -> Option<(u64, &str)> {
@@ -111,8 +111,8 @@ fn describe(history: &History, place: Location) -> String {
     format!("{} at {:?}", watcher.name, watcher.seen[place.note])
 }
 
-fn drop_one(history: &mut History, dice: &mut Dice) -> Option<String> {
-    let place = pick(&places(history, |watcher, note| is_promised(history, watcher, note)), dice)?;
+fn drop_one(history: &mut History, rng: &mut Rng) -> Option<String> {
+    let place = pick(&places(history, |watcher, note| is_promised(history, watcher, note)), rng)?;
     let what = describe(history, place);
     history.watchers[place.watcher].seen.remove(place.note);
     Some(what)
@@ -124,21 +124,21 @@ fn forget(history: &mut History, body: &str) {
     }
 }
 
-fn vanish(history: &mut History, dice: &mut Dice) -> Option<String> {
+fn vanish(history: &mut History, rng: &mut Rng) -> Option<String> {
     let promised = places(history, |watcher, note| {
         is_promised(history, watcher, note)
             && event(watcher, note).is_some_and(|(_, body)| is_acked(history, body))
             // It must still be promised when the others don't see it: by what follows, or to one who stays.
             && (note + 1 == watcher.seen.len() || watcher.recovers)
     });
-    let place = pick(&promised, dice)?;
+    let place = pick(&promised, rng)?;
     let what = describe(history, place);
     let body = event(&history.watchers[place.watcher], place.note)?.1.to_owned();
     forget(history, &body);
     Some(what)
 }
 
-fn vanish_unknown(history: &mut History, _: &mut Dice) -> Option<String> {
+fn vanish_unknown(history: &mut History, _: &mut Rng) -> Option<String> {
     let unknown = |body: &str| attempt(history, body).outcome == Outcome::Unknown;
     let inside = places(history, |watcher, note| {
         let next = event(watcher, note + 1).is_some_and(|(_, body)| is_acked(history, body));
@@ -166,11 +166,11 @@ fn vanish_unknown(history: &mut History, _: &mut Dice) -> Option<String> {
     Some(format!("{bodies:?}"))
 }
 
-fn cut_end(history: &mut History, dice: &mut Dice) -> Option<String> {
-    let at = dice.below(history.watchers.len());
+fn cut_end(history: &mut History, rng: &mut Rng) -> Option<String> {
+    let at = rng.index(history.watchers.len());
     let watcher = &mut history.watchers[at];
     let events = (0..watcher.seen.len()).rev().take_while(|note| event(watcher, *note).is_some()).count();
-    let keep = watcher.seen.len() - 1 - dice.below(events);
+    let keep = watcher.seen.len() - 1 - rng.index(events);
     // Without recovery, what was under way when it came need not be seen.
     let keep = if watcher.recovers { keep } else { watcher.seen.len() - 1 };
     let since = watcher.seen.iter().rev().find(|(_, seen)| *seen == Seen::LetIn).map(|(moment, _)| *moment);
@@ -181,27 +181,27 @@ fn cut_end(history: &mut History, dice: &mut Dice) -> Option<String> {
     promised.then_some(what)
 }
 
-fn any_event(history: &History, dice: &mut Dice) -> Option<Location> {
-    pick(&places(history, |watcher, note| event(watcher, note).is_some()), dice)
+fn any_event(history: &History, rng: &mut Rng) -> Option<Location> {
+    pick(&places(history, |watcher, note| event(watcher, note).is_some()), rng)
 }
 
-fn double(history: &mut History, dice: &mut Dice) -> Option<String> {
-    let place = any_event(history, dice)?;
+fn double(history: &mut History, rng: &mut Rng) -> Option<String> {
+    let place = any_event(history, rng)?;
     let what = describe(history, place);
     let seen = &mut history.watchers[place.watcher].seen;
     seen.insert(place.note + 1, seen[place.note].clone());
     Some(what)
 }
 
-fn again_later(history: &mut History, dice: &mut Dice) -> Option<String> {
-    let place = any_event(history, dice)?;
+fn again_later(history: &mut History, rng: &mut Rng) -> Option<String> {
+    let place = any_event(history, rng)?;
     let seen = &mut history.watchers[place.watcher].seen;
     seen.push(seen[place.note].clone());
     Some(describe(history, place))
 }
 
-fn again_as_new(history: &mut History, dice: &mut Dice) -> Option<String> {
-    let place = any_event(history, dice)?;
+fn again_as_new(history: &mut History, rng: &mut Rng) -> Option<String> {
+    let place = any_event(history, rng)?;
     let seen = &mut history.watchers[place.watcher].seen;
     let (moment, Seen::Event(_, body, to)) = seen[place.note].clone() else { return None };
     let (_, Seen::Event(last, ..)) = seen.last()? else { return None };
@@ -210,10 +210,10 @@ fn again_as_new(history: &mut History, dice: &mut Dice) -> Option<String> {
     Some(describe(history, place))
 }
 
-fn swap(history: &mut History, dice: &mut Dice) -> Option<String> {
+fn swap(history: &mut History, rng: &mut Rng) -> Option<String> {
     let pairs =
         places(history, |watcher, note| event(watcher, note).is_some() && event(watcher, note + 1).is_some());
-    let place = pick(&pairs, dice)?;
+    let place = pick(&pairs, rng)?;
     let what = describe(history, place);
     history.watchers[place.watcher].seen.swap(place.note, place.note + 1);
     Some(what)
@@ -247,69 +247,69 @@ fn acked(history: &History) -> Vec<(usize, u64)> {
         .collect()
 }
 
-fn reuse_id(history: &mut History, dice: &mut Dice) -> Option<String> {
+fn reuse_id(history: &mut History, rng: &mut Rng) -> Option<String> {
     let acked = acked(history);
-    let first = dice.below(acked.len() - 1);
-    let second = first + 1 + dice.below(acked.len() - first - 1);
+    let first = rng.index(acked.len() - 1);
+    let second = first + 1 + rng.index(acked.len() - first - 1);
     renumber(history, acked[second].1, acked[first].1);
     Some(format!("{:?} as {:?}", acked[second], acked[first]))
 }
 
-fn other_id(history: &mut History, dice: &mut Dice) -> Option<String> {
+fn other_id(history: &mut History, rng: &mut Rng) -> Option<String> {
     let known = places(history, |watcher, note| {
         event(watcher, note).is_some_and(|(_, body)| is_continuous(history, watcher, body))
     });
-    let place = pick(&known, dice)?;
+    let place = pick(&known, rng)?;
     let what = describe(history, place);
     if let Seen::Event(id, ..) = &mut history.watchers[place.watcher].seen[place.note].1 {
-        *id = if dice.once_in(2) { *id + 1 } else { *id - 1 };
+        *id = if rng.once_in(2) { *id + 1 } else { *id - 1 };
     }
     Some(what)
 }
 
-fn unpublished(history: &mut History, dice: &mut Dice) -> Option<String> {
-    let place = any_event(history, dice)?;
+fn unpublished(history: &mut History, rng: &mut Rng) -> Option<String> {
+    let place = any_event(history, rng)?;
     let seen = &mut history.watchers[place.watcher].seen;
     let (moment, Seen::Event(id, ..)) = seen[place.note] else { return None };
     seen.insert(place.note + 1, (moment, Seen::Event(id + 1, "nobody's".into(), None)));
     Some(describe(history, place))
 }
 
-fn alter(history: &mut History, dice: &mut Dice) -> Option<String> {
-    let place = any_event(history, dice)?;
+fn alter(history: &mut History, rng: &mut Rng) -> Option<String> {
+    let place = any_event(history, rng)?;
     if let Seen::Event(_, body, _) = &mut history.watchers[place.watcher].seen[place.note].1 {
         body.push('!');
     }
     Some(describe(history, place))
 }
 
-fn refused(history: &mut History, dice: &mut Dice) -> Option<String> {
-    let place = any_event(history, dice)?;
+fn refused(history: &mut History, rng: &mut Rng) -> Option<String> {
+    let place = any_event(history, rng)?;
     let body = event(&history.watchers[place.watcher], place.note)?.1.to_owned();
     let attempt = history.attempts.iter_mut().find(|attempt| attempt.body == body)?;
     attempt.outcome = Outcome::Refused;
     Some(body)
 }
 
-fn wrong_user(history: &mut History, dice: &mut Dice) -> Option<String> {
+fn wrong_user(history: &mut History, rng: &mut Rng) -> Option<String> {
     let private: Vec<(usize, u64)> =
         acked(history).into_iter().filter(|(at, _)| history.attempts[*at].to.is_some()).collect();
-    let (at, id) = pick(&private, dice)?;
+    let (at, id) = pick(&private, rng)?;
     let Attempt { body, to, .. } = history.attempts[at].clone();
     let gaps = places(history, |watcher, note| {
         let around = event(watcher, note).zip(event(watcher, note + 1));
         Some(&watcher.user) != to.as_ref() && around.is_some_and(|(a, b)| a.0 < id && id < b.0)
     });
-    let place = pick(&gaps, dice)?;
+    let place = pick(&gaps, rng)?;
     let what = format!("{} {body}", describe(history, place));
     let moment = history.watchers[place.watcher].seen[place.note].0;
     history.watchers[place.watcher].seen.insert(place.note + 1, (moment, Seen::Event(id, body, to)));
     Some(what)
 }
 
-fn addressee_lost(history: &mut History, dice: &mut Dice) -> Option<String> {
+fn addressee_lost(history: &mut History, rng: &mut Rng) -> Option<String> {
     let private = places(history, |watcher, note| matches!(watcher.seen[note].1, Seen::Event(_, _, Some(_))));
-    let place = pick(&private, dice)?;
+    let place = pick(&private, rng)?;
     if let Seen::Event(_, _, to) = &mut history.watchers[place.watcher].seen[place.note].1 {
         *to = None;
     }
@@ -331,45 +331,45 @@ fn position(watcher: &Watcher, note: usize) -> Option<u64> {
     })
 }
 
-fn reset_withheld(history: &mut History, dice: &mut Dice) -> Option<String> {
+fn reset_withheld(history: &mut History, rng: &mut Rng) -> Option<String> {
     let resets = places(history, |watcher, note| {
         let Seen::Reset(to) = watcher.seen[note].1 else { return false };
         let position = position(watcher, note).expect("it was connected");
         lost(history, watcher, position, to) && event(watcher, note + 1).is_some()
     });
-    let place = pick(&resets, dice)?;
+    let place = pick(&resets, rng)?;
     let what = describe(history, place);
     history.watchers[place.watcher].seen.remove(place.note);
     Some(what)
 }
 
-fn welcome_lies(history: &mut History, dice: &mut Dice) -> Option<String> {
+fn welcome_lies(history: &mut History, rng: &mut Rng) -> Option<String> {
     let honest = places(history, |watcher, note| {
         let Seen::Welcomed { asked: Some(asked), at, recovered: false, .. } = watcher.seen[note].1 else {
             return false;
         };
         lost(history, watcher, asked, at) && event(watcher, note + 1).is_some()
     });
-    let place = pick(&honest, dice)?;
+    let place = pick(&honest, rng)?;
     let what = describe(history, place);
     if let Seen::Welcomed { asked, at, recovered, .. } =
         &mut history.watchers[place.watcher].seen[place.note].1
     {
         *recovered = true;
         // Either it goes on where the client asked, or not even that.
-        *at = if dice.once_in(4) { *at } else { asked.expect("it asked") };
+        *at = if rng.once_in(4) { *at } else { asked.expect("it asked") };
     }
     Some(what)
 }
 
 /// What came before the announcement comes once more behind it.
-fn again_behind(history: &mut History, dice: &mut Dice) -> Option<String> {
+fn again_behind(history: &mut History, rng: &mut Rng) -> Option<String> {
     let told = places(history, |watcher, note| {
         let (_, seen) = &watcher.seen[note];
         matches!(seen, Seen::Reset(_) | Seen::Welcomed { asked: Some(_), recovered: false, .. })
             && (0..note).any(|note| event(watcher, note).is_some())
     });
-    let place = pick(&told, dice)?;
+    let place = pick(&told, rng)?;
     let what = describe(history, place);
     let seen = &mut history.watchers[place.watcher].seen;
     let again = seen[..place.note].iter().rev().find(|(_, seen)| matches!(seen, Seen::Event(..)))?.clone();
@@ -377,11 +377,11 @@ fn again_behind(history: &mut History, dice: &mut Dice) -> Option<String> {
     Some(what)
 }
 
-fn stands_ahead(history: &mut History, dice: &mut Dice) -> Option<String> {
+fn stands_ahead(history: &mut History, rng: &mut Rng) -> Option<String> {
     let promised = places(history, |watcher, note| {
         watcher.recovers && event(watcher, note).is_some() && !matches!(watcher.seen[note - 1].1, Seen::LetIn)
     });
-    let place = pick(&promised, dice)?;
+    let place = pick(&promised, rng)?;
     let what = describe(history, place);
     let watcher = &mut history.watchers[place.watcher];
     let id = event(watcher, place.note)?.0;
@@ -390,14 +390,14 @@ fn stands_ahead(history: &mut History, dice: &mut Dice) -> Option<String> {
     Some(what)
 }
 
-fn head_ahead(history: &mut History, dice: &mut Dice) -> Option<String> {
+fn head_ahead(history: &mut History, rng: &mut Rng) -> Option<String> {
     let acked = acked(history);
     let later = |moment: u64| acked.iter().find(|(at, _)| history.attempts[*at].begun > moment);
     let recovered = places(history, |watcher, note| {
         let (moment, seen) = &watcher.seen[note];
         matches!(seen, Seen::Welcomed { asked: Some(_), recovered: true, .. }) && later(*moment).is_some()
     });
-    let place = pick(&recovered, dice)?;
+    let place = pick(&recovered, rng)?;
     let what = describe(history, place);
     let (moment, _) = history.watchers[place.watcher].seen[place.note];
     let ahead = later(moment)?.1;
@@ -410,7 +410,7 @@ fn head_ahead(history: &mut History, dice: &mut Dice) -> Option<String> {
 /// Two acknowledged events for everybody that come one after the other on these terms.
 fn two_in_order(
     history: &History,
-    dice: &mut Dice,
+    rng: &mut Rng,
     wanted: impl Fn(&Attempt, &Attempt) -> bool,
 ) -> Option<[(usize, u64); 2]> {
     let open = acked(history).into_iter().filter(|(at, _)| history.attempts[*at].to.is_none());
@@ -420,7 +420,7 @@ fn two_in_order(
         .filter(|pair| wanted(&history.attempts[pair[0].0], &history.attempts[pair[1].0]))
         .map(|pair| [pair[0], pair[1]])
         .collect();
-    pick(&pairs, dice)
+    pick(&pairs, rng)
 }
 
 /// Gives each of two events the other's id, in everybody's notes.
@@ -440,13 +440,13 @@ fn exchange(history: &mut History, [(first, low), (second, high)]: [(usize, u64)
     format!("{bodies:?}")
 }
 
-fn late(history: &mut History, dice: &mut Dice) -> Option<String> {
-    let pair = two_in_order(history, dice, |first, second| first.ended < second.begun)?;
+fn late(history: &mut History, rng: &mut Rng) -> Option<String> {
+    let pair = two_in_order(history, rng, |first, second| first.ended < second.begun)?;
     Some(exchange(history, pair))
 }
 
-fn change_places(history: &mut History, dice: &mut Dice) -> Option<String> {
-    let pair = two_in_order(history, dice, |first, second| first.line == second.line)?;
+fn change_places(history: &mut History, rng: &mut Rng) -> Option<String> {
+    let pair = two_in_order(history, rng, |first, second| first.line == second.line)?;
     // Both were sent before either was answered: only their sender knows which came first.
     history.attempts[pair[0].0].ended = history.attempts[pair[1].0].ended;
     Some(exchange(history, pair))

@@ -2,22 +2,7 @@
 //! that real ones hold: joins, resumes, resets, lost answers, private events, clients without recovery.
 
 use crate::checker::{Attempt, History, Moment, Outcome, Seen, Watcher};
-
-/// Numbers that look random, the same for the same seed.
-pub struct Dice(pub u64);
-
-impl Dice {
-    /// A number below `limit`.
-    pub fn below(&mut self, limit: usize) -> usize {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (self.0 >> 33) as usize % limit
-    }
-
-    /// True once in so many times.
-    pub fn once_in(&mut self, times: usize) -> bool {
-        self.below(times) == 0
-    }
-}
+use crate::common::Rng;
 
 const USERS: usize = 3;
 const LINES: usize = 3;
@@ -32,7 +17,7 @@ struct Client {
 }
 
 struct Model {
-    dice: Dice,
+    rng: Rng,
     moment: Moment,
     base: u64,
     head: u64,
@@ -60,7 +45,7 @@ pub fn history(seed: u64, steps: usize) -> History {
     let clients = clients.collect();
     let (base, head) = (1000, 1000);
     let mut model =
-        Model { dice: Dice(seed), moment: 0, base, head, events: Vec::new(), clients, attempts: Vec::new() };
+        Model { rng: Rng(seed), moment: 0, base, head, events: Vec::new(), clients, attempts: Vec::new() };
     for _ in 0..steps {
         model.step();
     }
@@ -85,24 +70,24 @@ impl Model {
     }
 
     fn step(&mut self) {
-        let at = self.dice.below(self.clients.len());
-        match self.dice.below(40) {
+        let at = self.rng.index(self.clients.len());
+        match self.rng.index(40) {
             0 => self.anchor(),
             1..=3 if self.clients[at].connected => self.leave(at, None),
             1..=9 if !self.clients[at].connected => self.join(at),
             10..=20 => {
-                let outcome = match self.dice.below(12) {
+                let outcome = match self.rng.index(12) {
                     0 => Outcome::Refused,
                     1 | 2 => Outcome::Unknown,
                     _ => Outcome::Acked(0),
                 };
-                let private = self.dice.once_in(3);
+                let private = self.rng.once_in(3);
                 self.publish(private, outcome);
             }
             _ if self.clients[at].connected => {
-                let most = 1 + self.dice.below(6);
+                let most = 1 + self.rng.index(6);
                 self.serve(at, most);
-                if self.dice.once_in(20) && self.clients[at].watcher.recovers {
+                if self.rng.once_in(20) && self.clients[at].watcher.recovers {
                     let moment = self.now();
                     let client = &mut self.clients[at];
                     client.position = Some(client.served);
@@ -115,31 +100,31 @@ impl Model {
 
     fn publish(&mut self, private: bool, outcome: Outcome) {
         let begun = self.now();
-        let to = private.then(|| format!("user{}", self.dice.below(USERS)));
+        let to = private.then(|| format!("user{}", self.rng.index(USERS)));
         let body = format!("event {}", self.attempts.len());
         let taken = match outcome {
             Outcome::Acked(_) => true,
             Outcome::Refused => false,
-            Outcome::Unknown => self.dice.once_in(2),
+            Outcome::Unknown => self.rng.once_in(2),
         };
         if taken {
             self.head += 1;
             self.events.push((body.clone(), to.clone()));
             // Some see it before its publisher knows.
             for at in 0..self.clients.len() {
-                if self.dice.once_in(4) && self.clients[at].connected {
+                if self.rng.once_in(4) && self.clients[at].connected {
                     self.serve(at, 3);
                 }
             }
         }
         let outcome = if let Outcome::Acked(_) = outcome { Outcome::Acked(self.head) } else { outcome };
-        let line = format!("line {}", self.dice.below(LINES));
+        let line = format!("line {}", self.rng.index(LINES));
         let ended = self.now();
         self.attempts.push(Attempt { line, body, to, begun, ended, outcome });
     }
 
     fn anchor(&mut self) {
-        self.base = self.head + 1 + self.dice.below(1000) as u64;
+        self.base = self.head + 1 + self.rng.below(1000);
         self.head = self.base;
         self.events.clear();
         for at in 0..self.clients.len() {
