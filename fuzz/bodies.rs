@@ -1,4 +1,4 @@
-//! What is held of any bytes at all: the bodies of the fuzz targets. `tests/units/seeds.rs` runs every seed through them, on a
+//! What is held of any bytes at all: the bodies of the fuzz targets. `tests/units/fuzz_corpus.rs` runs every seed through them, on a
 //! stable compiler and with the other tests.
 
 use std::sync::{Arc, OnceLock};

@@ -4,8 +4,8 @@
 //! each of the suite's connections a channel that no other has at the time.
 
 #[allow(dead_code)] // it has a shard beside it for tests
-#[path = "../common/lone.rs"]
-mod lone;
+#[path = "../common/single_shard.rs"]
+mod single_shard;
 
 use std::error::Error;
 use std::io::{self, Write};
@@ -16,7 +16,7 @@ use std::time::Instant;
 use fanfare::bus::{BusMessage, Publish, Request, ShardSender};
 use fanfare::protocol::event::{Entry, EventId};
 use fanfare::shard::mailbox::{Mailboxes, ShardMessage};
-use lone::Lone;
+use single_shard::SingleShard;
 use tokio::sync::mpsc;
 
 /// The suite's messages are as long as 16 MiB and as many as it likes, and it expects no pings.
@@ -45,7 +45,7 @@ struct Chat {
 }
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let Lone { shards, asked, limits, .. } = Lone::start(&FLAGS, true)?;
+    let SingleShard { shards, asked, limits, .. } = SingleShard::start(&FLAGS, true)?;
     let bus = shards.clone();
     thread::spawn(|| echo(asked, bus));
 

@@ -41,9 +41,9 @@ async fn a_simple_chat_spans_both_nodes() {
 async fn the_order_is_equal_on_both_nodes_and_ids_are_contiguous() {
     const EACH: u64 = 100;
     let (redis, a, b) = cluster(&[]).await;
-    let mut watchers = Vec::new();
+    let mut subscribers = Vec::new();
     for node in [&a, &b, &a, &b] {
-        watchers.push(Client::plain(node, "watcher", "room").await);
+        subscribers.push(Client::plain(node, "subscriber", "room").await);
     }
     let chat = async |node: &Node, user: &str| {
         let mut client = Client::plain(node, user, "room").await;
@@ -66,8 +66,8 @@ async fn the_order_is_equal_on_both_nodes_and_ids_are_contiguous() {
     };
     let watch = async {
         let mut seen = Vec::new();
-        for watcher in &mut watchers {
-            seen.push(read_contiguous(watcher, 6 * EACH as usize).await);
+        for subscriber in &mut subscribers {
+            seen.push(read_contiguous(subscriber, 6 * EACH as usize).await);
         }
         seen
     };
@@ -265,7 +265,7 @@ async fn a_lost_answer_doubles_nothing() {
     let a = Node::start(&["--redis", &proxy.url()]).await;
     let b = Node::on(&redis, &[]).await;
     let (mut sender, welcome) = Client::json(&a, "sender", "room").await;
-    let (mut watcher, _) = Client::resume(&b, "watcher", "room", "").await;
+    let (mut subscriber, _) = Client::resume(&b, "subscriber", "room", "").await;
     let mut head = position(&welcome["head"]);
     for round in 1..=5 {
         let text = format!("answer lost {round}");
@@ -275,7 +275,7 @@ async fn a_lost_answer_doubles_nothing() {
         assert_eq!(answer, Ok(head), "the retry gets the first one's answer");
         assert_eq!(proxy.lost(), round, "an answer was lost indeed");
         let event = json!({"sender": "sender", "text": text});
-        watcher.expect_event(head, &event).await;
+        subscriber.expect_event(head, &event).await;
         if seen.is_empty() {
             seen.push(sender.next_json().await);
         }
@@ -283,7 +283,7 @@ async fn a_lost_answer_doubles_nothing() {
     }
     let id = b.publish("room", &json!({"end": 1})).await;
     assert_eq!(id, head + 1);
-    watcher.expect_event(id, &json!({"end": 1})).await;
+    subscriber.expect_event(id, &json!({"end": 1})).await;
     sender.expect_event(id, &json!({"end": 1})).await;
 }
 
@@ -306,15 +306,15 @@ async fn a_last_event_that_no_message_told_of_is_noticed_soon() {
     let proxy = Proxy::to(redis.port()).await;
     let a = Node::on(&redis, &[]).await;
     let b = Node::start(&["--redis", &proxy.url()]).await;
-    let mut watcher = Client::plain(&b, "watcher", "room").await;
+    let mut subscriber = Client::plain(&b, "subscriber", "room").await;
     let ids = a.publish_numbers("room", 0..2).await;
-    watcher.expect_numbers(&ids, 0).await;
+    subscriber.expect_numbers(&ids, 0).await;
     // The message is lost together with its connection; nothing else ever comes in this channel.
     proxy.hold_messages(true);
     let id = a.publish("room", &json!({"n": 2})).await;
     proxy.cut();
     proxy.hold_messages(false);
-    within("the last event", watcher.expect_event(id, &json!({"n": 2}))).await;
+    within("the last event", subscriber.expect_event(id, &json!({"n": 2}))).await;
 }
 
 #[tokio::test]
@@ -414,12 +414,12 @@ async fn one_key_is_one_event_however_it_comes() {
 #[tokio::test]
 async fn a_retry_after_an_unknown_publish_doubles_nothing() {
     let redis = Redis::start(&[]).await;
-    let way = Proxy::to(redis.port()).await;
-    let a = Node::start(&["--redis", &way.url(), "--publish-timeout", "1s"]).await;
+    let proxy = Proxy::to(redis.port()).await;
+    let a = Node::start(&["--redis", &proxy.url(), "--publish-timeout", "1s"]).await;
     let b = Node::on(&redis, &[]).await;
     let before = a.publish("room", &json!({"n": 0})).await;
     let mut client = Client::plain(&b, "alice", "room").await;
-    way.silence(Silence { up: false, down: true });
+    proxy.silence(Silence { up: false, down: true });
     let key = [("Idempotency-Key", "order-1")];
     let path = "/publish?channel=room";
     let response = http::request(a.admin, "POST", path, &key, br#"{"n":1}"#).await;
@@ -429,7 +429,7 @@ async fn a_retry_after_an_unknown_publish_doubles_nothing() {
     let last = b.publish("room", &json!({"n": 2})).await;
     client.expect_event(id, &json!({"n": 1})).await;
     client.expect_event(last, &json!({"n": 2})).await;
-    way.silence(Silence::default());
+    proxy.silence(Silence::default());
 }
 
 #[tokio::test]

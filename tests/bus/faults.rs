@@ -3,15 +3,15 @@
 //! all of them noted. Each test also says what must hold beyond the promise: who must be told, who must not, and that
 //! the fault really took place.
 
-/// The harness itself: it sees what is broken.
-mod broken;
-/// How long a loss may stay unnoticed.
-mod canary;
 /// A replica takes over.
 mod failover;
+/// The harness itself: it sees what is broken.
+mod mutations;
 /// Connections that break, hang, lose or delay.
 mod network;
+/// How long a loss may stay unnoticed.
+mod probe;
 /// Redis refuses, or its clock is wrong.
-mod refusals;
+mod redis_errors;
 /// Redis that dies, is wiped, or comes back with less; nodes that die.
 mod restarts;

@@ -8,11 +8,11 @@ mod common;
 mod workload;
 
 mod cluster;
+mod external_publishers;
 mod faults;
-mod interface;
 mod limits;
 mod model;
 mod recovery;
 mod redis;
-mod slow;
-mod strangers;
+mod slow_readers;
+mod untrusted_input;

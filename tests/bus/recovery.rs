@@ -8,7 +8,7 @@ use tokio_tungstenite::tungstenite::Error;
 use crate::checker::{Attempt, Outcome, Seen};
 use crate::common::client::{JSON_MODE, position};
 use crate::common::{Client, Frame, Node, Nodes, Options, Proxy, Redis, until, within};
-use crate::workload::crowd::{Crowd, Run};
+use crate::workload::run::{Run, Workload};
 
 /// Two nodes, by their URLs of Redis.
 async fn two_nodes(a: &str, b: &str, flags: &[&str]) -> Nodes {
@@ -19,7 +19,7 @@ async fn two_nodes(a: &str, b: &str, flags: &[&str]) -> Nodes {
 
 /// A stream of events of clients and backends, with subscribers that stay.
 async fn stream(nodes: &Nodes, redis: &Redis) -> Run {
-    Run::at(nodes, 2, redis, Crowd { users: 2, roamers: 0, programs: 0, ..Crowd::default() }).await
+    Run::at(nodes, 2, redis, Workload { users: 2, roamers: 0, programs: 0, ..Workload::default() }).await
 }
 
 /// Waits until this node has handed out so many more events, so that a fault comes in the middle of a stream.
@@ -68,13 +68,13 @@ async fn redis_killed_and_started_empty_in_a_stream_is_announced() {
     let mut plain = Client::plain(&nodes.get(0), "plain", "room").await;
     let run = stream(&nodes, &redis).await;
     restarted_twice(&mut redis, &nodes).await;
-    let verdict = run.end().await;
-    verdict.everybody_was_told(2..=usize::MAX);
+    let report = run.end().await;
+    report.assert_loss_reported(2..=usize::MAX);
     for kind in ["json", "plain", "post"] {
         let acked = |attempt: &&Attempt| {
             attempt.line.starts_with(kind) && matches!(attempt.outcome, Outcome::Acked(_))
         };
-        assert!(verdict.history.attempts.iter().filter(acked).count() > 20, "{kind}");
+        assert!(report.history.attempts.iter().filter(acked).count() > 20, "{kind}");
     }
     // A client that can't get a frame about it is closed.
     let code = loop {
@@ -120,9 +120,9 @@ async fn a_durable_redis_restarts_in_a_stream_and_nobody_notices() {
     let mut plain = Client::plain(&nodes.get(1), "plain", "room").await;
     let run = stream(&nodes, &redis).await;
     restarted_twice(&mut redis, &nodes).await;
-    let verdict = run.end().await;
-    verdict.nobody_was_told();
-    let mut public = verdict.history.watchers[0].seen.iter().filter_map(|(_, seen)| match seen {
+    let report = run.end().await;
+    report.assert_no_loss_reported();
+    let mut public = report.history.subscribers[0].seen.iter().filter_map(|(_, seen)| match seen {
         Seen::Event(id, _, None) => Some(*id),
         _ => None,
     });
@@ -160,7 +160,7 @@ async fn flushall_in_a_stream_is_announced() {
         redis.client().await.call(&["FLUSHALL"]).await;
     }
     flowing(&nodes.get(1), 30).await;
-    run.end().await.everybody_was_told(2..=usize::MAX);
+    run.end().await.assert_loss_reported(2..=usize::MAX);
 }
 
 #[tokio::test]
@@ -189,13 +189,13 @@ async fn flushall_while_nothing_flows_is_announced_too() {
 async fn scripts_that_were_flushed_come_back() {
     let redis = Redis::start(&[]).await;
     let (a, b) = tokio::join!(Node::on(&redis, &[]), Node::on(&redis, &[]));
-    let mut watcher = Client::plain(&b, "w", "room").await;
+    let mut subscriber = Client::plain(&b, "w", "room").await;
     let mut admin = redis.client().await;
     let first = a.publish("room", &json!({"n": 0})).await;
     admin.call(&["SCRIPT", "FLUSH"]).await;
     let second = a.publish("room", &json!({"n": 1})).await;
     assert_eq!(second, first + 1);
-    watcher.expect_numbers(&[first, second], 0).await;
+    subscriber.expect_numbers(&[first, second], 0).await;
 }
 
 #[tokio::test]
@@ -215,9 +215,9 @@ async fn connections_cut_in_a_stream_leave_no_trace() {
     }
     nodes.get(0).ready().await;
     flowing(&nodes.get(0), 40).await;
-    let verdict = run.end().await;
-    verdict.nobody_was_told(); // gaps are filled from history
-    let unknown = verdict.count(|outcome| outcome == Outcome::Unknown);
+    let report = run.end().await;
+    report.assert_no_loss_reported(); // gaps are filled from history
+    let unknown = report.count(|outcome| outcome == Outcome::Unknown);
     assert_eq!(unknown, 0, "a call whose answer was lost is made again");
 }
 
@@ -236,7 +236,7 @@ async fn messages_held_back_and_lost_in_a_stream_leave_no_trace() {
     }
     nodes.get(1).ready().await;
     flowing(&nodes.get(1), 20).await;
-    run.end().await.nobody_was_told();
+    run.end().await.assert_no_loss_reported();
 }
 
 #[tokio::test]
@@ -253,7 +253,7 @@ async fn a_redis_that_hangs_for_a_while_loses_nothing() {
     a.ready().await;
     b.ready().await;
     flowing(&b, 30).await;
-    run.end().await.nobody_was_told(); // it is the same Redis, with all it had
+    run.end().await.assert_no_loss_reported(); // it is the same Redis, with all it had
 }
 
 #[tokio::test]
@@ -271,7 +271,7 @@ async fn a_replica_that_takes_over_is_announced() {
     proxy.lead_to(replica.port());
     flowing(&b, 1).await;
     flowing(&a, 30).await;
-    run.end().await.everybody_was_told(1..=usize::MAX);
+    run.end().await.assert_loss_reported(1..=usize::MAX);
 }
 
 #[tokio::test]
@@ -290,7 +290,7 @@ async fn a_failover_by_sentinel_is_announced_and_ids_go_on() {
     b.ready().await;
     flowing(&a, 30).await;
     flowing(&b, 1).await;
-    run.end().await.everybody_was_told(1..=usize::MAX);
+    run.end().await.assert_loss_reported(1..=usize::MAX);
     let info = replica.client().await.call(&["INFO", "replication"]).await;
     assert!(info.text().contains("role:master"), "{}", info.text());
 }

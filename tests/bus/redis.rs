@@ -2,11 +2,11 @@
 #![allow(clippy::unwrap_used)] // clippy.toml excepts test functions, not those beside them
 
 mod damage;
+mod external_publishers;
 mod history;
 mod node;
 mod order;
-mod outside;
 mod promotions;
 mod publishing;
 mod redis_server;
-mod runs;
+mod restarts;

@@ -2,8 +2,8 @@
 
 use std::collections::BTreeSet;
 
-use super::history::{Moment, Seen, Watcher};
-use super::rules::{Breach, Rule};
+use super::history::{Moment, Seen, Subscriber};
+use super::rules::{Rule, Violation};
 
 /// A stretch of the sequence in which a client was told of no loss.
 #[derive(Debug)]
@@ -29,27 +29,28 @@ impl Claim {
 }
 
 /// Reads a client's notes, and objects to whatever is wrong with them by themselves: order, doubles, positions.
-pub fn claims(watcher: &Watcher, ids_may_fall: bool, breaches: &mut Vec<Breach>) -> Vec<Claim> {
+pub fn claims(subscriber: &Subscriber, ids_may_fall: bool, violations: &mut Vec<Violation>) -> Vec<Claim> {
     let mut done: Vec<Claim> = Vec::new();
     let mut claim: Option<Claim> = None;
     let mut connected = false;
-    let mut object =
-        |rule, text: String| breaches.push(Breach { rule, text: format!("{}: {text}", watcher.name) });
-    for (moment, seen) in &watcher.seen {
+    let mut object = |rule, text: String| {
+        violations.push(Violation { rule, text: format!("{}: {text}", subscriber.name) })
+    };
+    for (moment, seen) in &subscriber.seen {
         let position = claim.as_ref().and_then(|claim| claim.position);
         match seen {
             Seen::LetIn | Seen::Welcomed { .. } if connected => {
                 object(Rule::Form, format!("{seen:?} on an open connection"));
             }
             Seen::LetIn => {
-                if watcher.recovers {
+                if subscriber.recovers {
                     object(Rule::Form, "no welcome came".into());
                 }
                 connected = true;
                 done.extend(claim.replace(Claim::new(None, *moment)));
             }
             Seen::Welcomed { asked, at, head, recovered } => {
-                if !watcher.recovers {
+                if !subscriber.recovers {
                     object(Rule::Form, format!("it asked for no welcome: {seen:?}"));
                 }
                 connected = true;
@@ -97,7 +98,7 @@ pub fn claims(watcher: &Watcher, ids_may_fall: bool, breaches: &mut Vec<Breach>)
                 claim.seen.insert(*id);
             }
             Seen::Reset(to) => {
-                if !watcher.recovers || !connected {
+                if !subscriber.recovers || !connected {
                     object(Rule::Form, format!("it can't be told of a reset to {to}"));
                 }
                 if position.is_some_and(|position| *to < position) {
@@ -106,7 +107,7 @@ pub fn claims(watcher: &Watcher, ids_may_fall: bool, breaches: &mut Vec<Breach>)
                 done.extend(claim.replace(Claim::new(Some(*to), *moment)));
             }
             Seen::Stands(at) => {
-                let Some(claim) = claim.as_mut().filter(|_| watcher.recovers && connected) else {
+                let Some(claim) = claim.as_mut().filter(|_| subscriber.recovers && connected) else {
                     object(Rule::Form, format!("it can't be told that it stands at {at}"));
                     continue;
                 };
@@ -119,20 +120,20 @@ pub fn claims(watcher: &Watcher, ids_may_fall: bool, breaches: &mut Vec<Breach>)
                 claim.position = claim.position.max(Some(*at));
             }
             Seen::Ended(code) => {
-                if *code == Some(4008) && watcher.recovers {
+                if *code == Some(4008) && subscriber.recovers {
                     object(Rule::Form, "it was told by a close, not by a reset".into());
                 }
                 if !connected {
                     object(Rule::Form, "it ended twice".into());
                 }
                 connected = false;
-                if !watcher.recovers {
+                if !subscriber.recovers {
                     done.extend(claim.take());
                 }
             }
         }
     }
-    if watcher.stayed {
+    if subscriber.stayed {
         match &mut claim {
             Some(claim) if connected => claim.open = true,
             _ => object(Rule::Form, "it is said to have stayed, and was not connected at the end".into()),

@@ -59,7 +59,7 @@ pub enum Seen {
 
 /// One client, over all its connections.
 #[derive(Clone, Debug)]
-pub struct Watcher {
+pub struct Subscriber {
     /// Tells it from the others.
     pub name: String,
     /// The user it is connected as.
@@ -74,7 +74,7 @@ pub struct Watcher {
     pub seen: Vec<(Moment, Seen)>,
 }
 
-impl Watcher {
+impl Subscriber {
     /// How often it was told that events may be missing.
     pub fn announcements(&self) -> usize {
         let told = |seen: &Seen| match seen {
@@ -103,7 +103,7 @@ pub struct History {
     /// Every attempt to publish there, without exception.
     pub attempts: Vec<Attempt>,
     /// Every client that was noted.
-    pub watchers: Vec<Watcher>,
+    pub subscribers: Vec<Subscriber>,
     /// There were two primaries at once, or Redis lost all it knew while its clock was set back. Then the promise
     /// holds within each run, and a client may be led to lower ids, behind an announcement, and from there sees again
     /// what it had seen of that run; that later events have higher ids can't be had.

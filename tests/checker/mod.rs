@@ -8,5 +8,5 @@ mod claims;
 mod history;
 mod rules;
 
-pub use history::{Attempt, History, Moment, Outcome, Seen, Watcher};
-pub use rules::{Breach, Rule, judge};
+pub use history::{Attempt, History, Moment, Outcome, Seen, Subscriber};
+pub use rules::{Rule, Violation, find_violations};

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::Bound;
 
 use super::claims::{Claim, claims};
-use super::history::{Attempt, History, Outcome, Seen, Watcher};
+use super::history::{Attempt, History, Outcome, Seen, Subscriber};
 
 /// What was broken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -33,7 +33,7 @@ pub enum Rule {
 
 /// One thing that is wrong.
 #[derive(Clone, Debug)]
-pub struct Breach {
+pub struct Violation {
     /// The rule.
     pub rule: Rule,
     /// Who, what and where.
@@ -55,38 +55,38 @@ impl Event<'_> {
 }
 
 /// All that is wrong with this history; nothing when the promise was kept.
-pub fn judge(history: &History) -> Vec<Breach> {
-    let mut judge = Judge { history, breaches: Vec::new() };
-    let attempts = judge.attempts();
-    let events = judge.events(&attempts);
+pub fn find_violations(history: &History) -> Vec<Violation> {
+    let mut checker = Checker { history, violations: Vec::new() };
+    let attempts = checker.attempts();
+    let events = checker.events(&attempts);
     let mut covered = Vec::new();
-    for watcher in &history.watchers {
-        for claim in claims(watcher, history.ids_may_fall, &mut judge.breaches) {
-            judge.complete(watcher, &claim, &events);
+    for subscriber in &history.subscribers {
+        for claim in claims(subscriber, history.ids_may_fall, &mut checker.violations) {
+            checker.complete(subscriber, &claim, &events);
             covered.extend(claim.after.zip(claim.position));
         }
     }
-    judge.known(covered, &events);
-    judge.heads(&events);
-    judge.time(&events);
-    judge.breaches
+    checker.known(covered, &events);
+    checker.heads(&events);
+    checker.time(&events);
+    checker.violations
 }
 
-struct Judge<'a> {
+struct Checker<'a> {
     history: &'a History,
-    breaches: Vec<Breach>,
+    violations: Vec<Violation>,
 }
 
-impl<'a> Judge<'a> {
-    fn object(&mut self, rule: Rule, text: String) {
-        self.breaches.push(Breach { rule, text });
+impl<'a> Checker<'a> {
+    fn violated(&mut self, rule: Rule, text: String) {
+        self.violations.push(Violation { rule, text });
     }
 
     fn attempts(&mut self) -> HashMap<&'a str, &'a Attempt> {
         let mut attempts = HashMap::new();
         for attempt in &self.history.attempts {
             if attempts.insert(&*attempt.body, attempt).is_some() || attempt.ended <= attempt.begun {
-                self.object(Rule::Form, format!("not noted well: {attempt:?}"));
+                self.violated(Rule::Form, format!("not noted well: {attempt:?}"));
             }
         }
         attempts
@@ -96,15 +96,15 @@ impl<'a> Judge<'a> {
     fn events(&mut self, attempts: &HashMap<&'a str, &'a Attempt>) -> BTreeMap<u64, Event<'a>> {
         let mut events: BTreeMap<u64, Event> = BTreeMap::new();
         let mut ids: HashMap<&str, u64> = HashMap::new();
-        let mut note = |judge: &mut Judge, id: u64, event: Event<'a>, who: &str| {
+        let mut note = |checker: &mut Checker, id: u64, event: Event<'a>, who: &str| {
             let known = *events.entry(id).or_insert(event);
             if (known.body, known.to) != (event.body, event.to) {
                 let text = format!("{who}: id {id} is {} and was {}", event.body, known.body);
-                judge.object(Rule::OneId, text);
+                checker.violated(Rule::OneId, text);
             }
             let first = *ids.entry(event.body).or_insert(id);
             if first != id {
-                judge.object(Rule::OneId, format!("{who}: {} has id {id} and {first}", event.body));
+                checker.violated(Rule::OneId, format!("{who}: {} has id {id} and {first}", event.body));
             }
         };
         for attempt in &self.history.attempts {
@@ -113,27 +113,26 @@ impl<'a> Judge<'a> {
                 note(self, id, event, &attempt.line);
             }
         }
-        for watcher in &self.history.watchers {
-            for (_, seen) in &watcher.seen {
+        for subscriber in &self.history.subscribers {
+            for (_, seen) in &subscriber.seen {
                 let Seen::Event(id, body, to) = seen else { continue };
                 let attempt = attempts.get(&**body).copied();
                 let event = Event { body, to: to.as_deref(), attempt };
-                note(self, *id, event, &watcher.name);
+                note(self, *id, event, &subscriber.name);
                 match attempt {
-                    None => {
-                        self.object(Rule::Published, format!("{}: nobody published {body}", watcher.name))
-                    }
+                    None => self
+                        .violated(Rule::Published, format!("{}: nobody published {body}", subscriber.name)),
                     Some(attempt) if attempt.outcome == Outcome::Refused => {
-                        self.object(Rule::Published, format!("{}: {body} was refused", watcher.name));
+                        self.violated(Rule::Published, format!("{}: {body} was refused", subscriber.name));
                     }
                     Some(attempt) if attempt.to != *to => {
-                        let text = format!("{}: {body} was for {:?}", watcher.name, attempt.to);
-                        self.object(Rule::Private, text);
+                        let text = format!("{}: {body} was for {:?}", subscriber.name, attempt.to);
+                        self.violated(Rule::Private, text);
                     }
                     Some(_) => {}
                 }
-                if !event.is_for(&watcher.user) {
-                    self.object(Rule::Private, format!("{}: {body} is for another", watcher.name));
+                if !event.is_for(&subscriber.user) {
+                    self.violated(Rule::Private, format!("{}: {body} is for another", subscriber.name));
                 }
             }
         }
@@ -141,8 +140,8 @@ impl<'a> Judge<'a> {
     }
 
     /// Nothing is missing in a claim.
-    fn complete(&mut self, watcher: &Watcher, claim: &Claim, events: &BTreeMap<u64, Event<'a>>) {
-        let mine = |event: &Event| event.is_for(&watcher.user);
+    fn complete(&mut self, subscriber: &Subscriber, claim: &Claim, events: &BTreeMap<u64, Event<'a>>) {
+        let mine = |event: &Event| event.is_for(&subscriber.user);
         let acked = |event: &Event| event.attempt.is_some_and(|a| matches!(a.outcome, Outcome::Acked(_)));
         let acked = events.iter().rev().find(|(_, event)| acked(event)).map_or(0, |(id, _)| *id);
         if let (Some(after), Some(position)) = (claim.after, claim.position) {
@@ -153,8 +152,8 @@ impl<'a> Judge<'a> {
             };
             for (id, event) in events.range((Bound::Excluded(after), Bound::Included(upto))) {
                 if mine(event) && !claim.seen.contains(id) && !after_the_end(*id, event) {
-                    let text = format!("{}: id {id}, {}, after {after}", watcher.name, event.body);
-                    self.object(Rule::Missing, text);
+                    let text = format!("{}: id {id}, {}, after {after}", subscriber.name, event.body);
+                    self.violated(Rule::Missing, text);
                 }
             }
         }
@@ -168,8 +167,8 @@ impl<'a> Judge<'a> {
         for (id, event) in events.range(..=before) {
             if mine(event) && event.attempt.is_some_and(|attempt| attempt.begun > claim.since) {
                 let rule = if claim.told { Rule::Time } else { Rule::Missing };
-                let text = format!("{}: id {id}, {}, begun after it came", watcher.name, event.body);
-                self.object(rule, text);
+                let text = format!("{}: id {id}, {}, begun after it came", subscriber.name, event.body);
+                self.violated(rule, text);
             }
         }
     }
@@ -192,7 +191,7 @@ impl<'a> Judge<'a> {
         let open = open.filter(|attempt| !seen.contains(&*attempt.body)).count() as u64;
         if unknown > open {
             let text = format!("{unknown} ids belong to nothing that anyone knows; at most {open} may");
-            self.object(Rule::Known, text);
+            self.violated(Rule::Known, text);
         }
     }
 
@@ -208,13 +207,13 @@ impl<'a> Judge<'a> {
         for at in (1..begun.len()).rev() {
             begun[at - 1].1 = begun[at - 1].1.min(begun[at].1);
         }
-        for watcher in &self.history.watchers {
-            for (moment, seen) in &watcher.seen {
+        for subscriber in &self.history.subscribers {
+            for (moment, seen) in &subscriber.seen {
                 let Seen::Welcomed { head, .. } = seen else { continue };
                 let later = begun.get(begun.partition_point(|(begun, _)| begun < moment));
                 if let Some((_, id)) = later.filter(|(_, id)| id <= head) {
-                    let text = format!("{}: {seen:?}, and {id} was begun later", watcher.name);
-                    self.object(Rule::Position, text);
+                    let text = format!("{}: {seen:?}, and {id} was begun later", subscriber.name);
+                    self.violated(Rule::Position, text);
                 }
             }
         }
@@ -230,7 +229,7 @@ impl<'a> Judge<'a> {
             if last.is_some_and(|last| last > *id) {
                 let text =
                     format!("{}: {} has id {id}, the one before it {last:?}", attempt.line, attempt.body);
-                self.object(Rule::Time, text);
+                self.violated(Rule::Time, text);
             }
         }
         if self.history.ids_may_fall {
@@ -249,7 +248,7 @@ impl<'a> Judge<'a> {
             }
             if id <= highest {
                 let text = format!("{} has id {id}, and {highest} was acknowledged before", attempt.body);
-                self.object(Rule::Time, text);
+                self.violated(Rule::Time, text);
             }
         }
     }

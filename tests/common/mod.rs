@@ -9,7 +9,6 @@ pub mod cases;
 pub mod cgroup;
 pub mod client;
 pub mod http;
-pub mod lone;
 pub mod nginx;
 pub mod node;
 pub mod process;
@@ -17,6 +16,7 @@ pub mod proxy;
 pub mod raw;
 pub mod redis;
 pub mod rng;
+pub mod single_shard;
 pub mod sources;
 pub mod stalled;
 
@@ -25,13 +25,13 @@ use std::time::Duration;
 pub use cgroup::Cgroup;
 pub use client::{Client, Frame, Options};
 pub use http::Response;
-pub use lone::Lone;
 pub use nginx::Nginx;
 pub use node::{Node, Nodes};
 pub use proxy::{Proxy, Silence};
 pub use raw::Raw;
 pub use redis::{Redis, Resp, Value, free_port};
 pub use rng::Rng;
+pub use single_shard::SingleShard;
 
 /// How long a test waits for something that must come. Long, since many tests share few cores.
 pub const DEADLINE: Duration = Duration::from_secs(20);

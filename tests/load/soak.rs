@@ -10,10 +10,10 @@ use serde_json::json;
 use tokio::time::sleep;
 
 use crate::common::{Client, Redis, Rng, Silence};
-use crate::workload::crowd::{Crowd, Run};
-use crate::workload::world::World;
+use crate::workload::run::{Run, Workload};
+use crate::workload::testbed::Testbed;
 
-/// How long one crowd works before it is judged: what it noted must fit into memory.
+/// How long one workload works before it is judged: what it noted must fit into memory.
 const ROUND: Duration = Duration::from_secs(60);
 
 /// How many kinds of faults there are.
@@ -39,54 +39,54 @@ impl Drop for Again {
 }
 
 /// Lets one thing go wrong, and right again.
-async fn fault(world: &mut World, run: &Run, kind: u64, rng: &mut Rng) -> String {
+async fn fault(testbed: &mut Testbed, run: &Run, kind: u64, rng: &mut Rng) -> String {
     let place = rng.below(2) as usize;
     // Most faults are short; one in four may outlast every patience of a node. It is what is tested.
     let most = if rng.below(4) == 0 { 7000 } else { 1500 };
     let time = Duration::from_millis(100 + rng.below(most));
-    let way = &world.ways[place];
-    let call = async |world: &World, command: &[&str]| {
-        world.redis.client().await.call(command).await;
+    let proxy = &testbed.proxies[place];
+    let call = async |testbed: &Testbed, command: &[&str]| {
+        testbed.redis.client().await.call(command).await;
     };
     let what = match kind {
         0 => {
-            world.redis.kill();
+            testbed.redis.kill();
             sleep(time).await;
-            world.redis.up().await;
+            testbed.redis.up().await;
             "Redis dies and comes back with what it has on disk"
         }
         1 => {
-            world.redis.kill();
-            world.redis.wipe();
+            testbed.redis.kill();
+            testbed.redis.wipe();
             sleep(time).await;
-            world.redis.up().await;
+            testbed.redis.up().await;
             "Redis dies and comes back empty"
         }
         2 => {
-            call(world, &["FLUSHALL"]).await;
+            call(testbed, &["FLUSHALL"]).await;
             "all is flushed"
         }
         3 => {
-            world.redis.freeze();
+            testbed.redis.freeze();
             sleep(time).await;
-            world.redis.thaw();
+            testbed.redis.thaw();
             "Redis hangs"
         }
         4 => {
-            way.cut();
+            proxy.cut();
             "connections are cut"
         }
         5 => {
-            way.hold_messages(true);
+            proxy.hold_messages(true);
             sleep(time).await;
-            way.cut();
-            way.hold_messages(false);
+            proxy.cut();
+            proxy.hold_messages(false);
             "messages are lost"
         }
         6 => {
-            way.hold_messages(true);
+            proxy.hold_messages(true);
             sleep(time).await;
-            way.hold_messages(false);
+            proxy.hold_messages(false);
             "messages are late"
         }
         7 => {
@@ -95,70 +95,70 @@ async fn fault(world: &mut World, run: &Run, kind: u64, rng: &mut Rng) -> String
                 1 => Silence { up: true, down: false },
                 _ => Silence { up: false, down: true },
             };
-            way.silence(silence);
+            proxy.silence(silence);
             sleep(time).await;
-            way.silence(Silence::default());
+            proxy.silence(Silence::default());
             "a network carries nothing"
         }
         8 => {
-            way.strand();
+            proxy.strand();
             "connections hang for ever"
         }
         9 => {
-            way.strand_subscribers();
+            proxy.strand_subscribers();
             "subscriptions hang for ever"
         }
         10 => {
             let which = ["pubsub", "normal"][rng.below(2) as usize];
-            call(world, &["CLIENT", "KILL", "TYPE", which]).await;
+            call(testbed, &["CLIENT", "KILL", "TYPE", which]).await;
             "Redis throws clients out"
         }
         11 => {
-            world.nodes.get(place).kill();
-            world.replace(place).await;
+            testbed.nodes.get(place).kill();
+            testbed.replace(place).await;
             "a node dies and another takes its place"
         }
         12 => {
-            let old = world.nodes.get(place);
+            let old = testbed.nodes.get(place);
             old.signal("TERM");
             assert!(old.ended().await.success(), "it ends in order");
-            world.replace(place).await;
+            testbed.replace(place).await;
             "a node is restarted"
         }
         13 => {
-            call(world, &["CONFIG", "SET", "maxmemory", "1"]).await;
+            call(testbed, &["CONFIG", "SET", "maxmemory", "1"]).await;
             sleep(time).await;
-            call(world, &["CONFIG", "SET", "maxmemory", "0"]).await;
+            call(testbed, &["CONFIG", "SET", "maxmemory", "0"]).await;
             "Redis is full"
         }
         14 => {
-            call(world, &["ACL", "SETUSER", "default", "resetchannels"]).await;
+            call(testbed, &["ACL", "SETUSER", "default", "resetchannels"]).await;
             sleep(time).await;
-            call(world, &["ACL", "SETUSER", "default", "allchannels"]).await;
+            call(testbed, &["ACL", "SETUSER", "default", "allchannels"]).await;
             "subscriptions are refused"
         }
         15 => {
-            way.lose_answer_to(r#""text":"#).await;
+            proxy.lose_answer_to(r#""text":"#).await;
             "an answer is lost"
         }
         16 => {
-            way.delay(Duration::from_millis(50));
+            proxy.delay(Duration::from_millis(50));
             sleep(time).await;
-            way.delay(Duration::ZERO);
+            proxy.delay(Duration::ZERO);
             "Redis is far away"
         }
         17 => {
             let events = format!("fanfare:{{{}}}:events", run.shared.channel);
-            call(world, [&["DEL", &events][..], &["XTRIM", &events, "MAXLEN", "3"]][rng.below(2) as usize])
+            call(testbed, [&["DEL", &events][..], &["XTRIM", &events, "MAXLEN", "3"]][rng.below(2) as usize])
                 .await;
             "history is deleted"
         }
         18 => {
-            call(world, &["SCRIPT", "FLUSH"]).await;
+            call(testbed, &["SCRIPT", "FLUSH"]).await;
             "scripts are flushed"
         }
         _ => {
-            failover(world, run).await;
+            failover(testbed, run).await;
             "a replica takes over that has not everything"
         }
     };
@@ -167,16 +167,16 @@ async fn fault(world: &mut World, run: &Run, kind: u64, rng: &mut Rng) -> String
 
 /// A replica is cut off, promoted, and takes over; the old primary is gone before anyone comes to the new one, so that
 /// there are never two.
-async fn failover(world: &mut World, run: &Run) {
-    let mut replica = Redis::replica_of(&world.redis).await;
+async fn failover(testbed: &mut Testbed, run: &Run) {
+    let mut replica = Redis::replica_of(&testbed.redis).await;
     replica.promote().await;
     sleep(Duration::from_millis(200)).await; // what is acknowledged meanwhile is lost
-    world.redis.kill();
-    run.programs_go_to(&replica);
-    for way in &world.ways {
-        way.lead_to(replica.port());
+    testbed.redis.kill();
+    run.connect_programs(&replica);
+    for proxy in &testbed.proxies {
+        proxy.lead_to(replica.port());
     }
-    world.redis = replica;
+    testbed.redis = replica;
 }
 
 #[tokio::test]
@@ -194,44 +194,44 @@ async fn faults_at_random_for_a_while() {
     let redis = Redis::start(&["--appendonly", "yes", "--maxmemory-policy", "noeviction"]).await;
     // Hardly a second of events in memory: whoever stalls or stays away reads history.
     let flags = ["--publish-timeout", "3s", "--buffer-memory", "64KiB"];
-    let mut world = World::on(redis, &flags).await;
+    let mut testbed = Testbed::on(redis, &flags).await;
     let mut kinds: Vec<u64> = (0..FAULTS).collect();
     for round in 0.. {
         if start.elapsed() > length && kinds.is_empty() {
             break;
         }
-        let crowd = Crowd {
+        let workload = Workload {
             seed: seed + round,
             users: 2,
             roamers: 12,
             slow: 3,
             channel: format!("soak{round}"),
-            ..Crowd::default()
+            ..Workload::default()
         };
-        let run = Run::start(&world, crowd).await;
+        let run = Run::start(&testbed, workload).await;
         let began = Instant::now();
         while began.elapsed() < ROUND && (start.elapsed() < length || !kinds.is_empty()) {
             let kind = match kinds.len() {
                 0 => rng.below(FAULTS),
                 left => kinds.swap_remove(rng.index(left)),
             };
-            let what = fault(&mut world, &run, kind, &mut rng).await;
+            let what = fault(&mut testbed, &run, kind, &mut rng).await;
             faults += 1;
             say(&format!("soak: {:4} s, fault {faults}: {what}", start.elapsed().as_secs()));
             if rng.below(3) > 0 {
-                run.flows().await; // the others follow one another at once
+                run.wait_for_delivery().await; // the others follow one another at once
             }
         }
-        world.ready().await;
-        let verdict = run.end().await;
-        acked += verdict.acked();
-        told += verdict.told();
+        testbed.ready().await;
+        let report = run.end().await;
+        acked += report.acked();
+        told += report.told();
     }
     say(&format!("soak: {faults} faults, {acked} events acknowledged, {told} times a client was told"));
     assert!(acked > 100);
     // And all is as it was: a plain client on one node gets an event of the other.
-    let mut client = Client::plain(&world.nodes.get(0), "last", "after").await;
-    let id = world.nodes.get(1).publish("after", &json!({"n": 1})).await;
+    let mut client = Client::plain(&testbed.nodes.get(0), "last", "after").await;
+    let id = testbed.nodes.get(1).publish("after", &json!({"n": 1})).await;
     let event = loop {
         match client.next_json().await {
             ping if ping["type"] == "ping" => {}

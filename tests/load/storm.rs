@@ -115,7 +115,7 @@ impl Storm {
     }
 
     /// Those who are there get so many events more.
-    async fn goes_on(mut self, events: u64) -> Storm {
+    async fn wait_for_acks(mut self, events: u64) -> Storm {
         let last = self.publisher.last + events;
         let (herd, ()) = tokio::join!(everybody_has(self.herd, last), self.publisher.publish(events));
         assert_eq!(self.publisher.last, last, "ids are contiguous");
@@ -172,7 +172,7 @@ async fn cut_at_once_they_come_back_from_memory() {
     let node = Node::on(&redis, &["--shards", "2"]).await;
     let mut storm = Storm::gathers(redis, &node, &node).await;
     storm.herd.cut(STAY..STAY + CUT);
-    let (reads, _) = storm.goes_on(100).await.comes_back(&node).await;
+    let (reads, _) = storm.wait_for_acks(100).await.comes_back(&node).await;
     assert_eq!(reads, Reads { node: 0, ranges: 0 });
 }
 
@@ -186,7 +186,7 @@ async fn cut_at_once_they_come_back_from_beyond_the_feed() {
     let mut storm = Storm::gathers(redis, &node, &node).await;
     storm.herd.cut(STAY..STAY + CUT);
     for _ in 0..10 {
-        storm = storm.goes_on(50).await; // so that those who stay don't fall behind, and need no history
+        storm = storm.wait_for_acks(50).await; // so that those who stay don't fall behind, and need no history
     }
     let (reads, pages) = storm.comes_back(&node).await;
     assert!(pages >= 3 && reads.are_of(pages), "{reads:?} of {pages} pages");
@@ -202,7 +202,7 @@ async fn their_node_killed_they_come_back_on_one_that_has_nothing_in_memory() {
     let (stay, dies) = tokio::join!(Node::on(&redis, &flags), Node::on(&redis, &flags));
     let storm = Storm::gathers(redis, &stay, &dies).await;
     dies.kill();
-    let storm = storm.goes_on(100).await;
+    let storm = storm.wait_for_acks(100).await;
     let node = Node::on(&storm.redis, &flags).await;
     let (reads, pages) = storm.comes_back(&node).await;
     assert!(reads.are_of(pages), "{reads:?} of {pages} pages");

@@ -222,19 +222,19 @@ async fn begin_publish(node: &Node, event: &str) -> Raw {
 #[tokio::test]
 async fn a_publish_in_flight_is_answered_before_the_end() {
     let redis = Redis::start(&[]).await;
-    let way = Proxy::to(redis.port()).await;
-    let flags = ["--redis", &way.url(), "--drain-timeout", "4s", "--log", "debug"];
+    let proxy = Proxy::to(redis.port()).await;
+    let flags = ["--redis", &proxy.url(), "--drain-timeout", "4s", "--log", "debug"];
     let node = Node::start(&flags).await;
     node.publish("room", &json!({"n": 0})).await;
     let before = redis.head("room").await;
-    way.silence(Silence { up: false, down: true });
+    proxy.silence(Silence { up: false, down: true });
     let mut publishing = begin_publish(&node, r#"{"n":1}"#).await;
     until("Redis to take the event", || async { (redis.head("room").await > before).then_some(()) }).await;
     let idle = Raw::connect(node.admin).await;
     node.signal("TERM");
     until("the stop", || async { node.log().contains("stopping").then_some(()) }).await;
     tokio::time::sleep(Duration::from_millis(300)).await; // there is nobody else to wait for
-    way.silence(Silence::default());
+    proxy.silence(Silence::default());
     let response = publishing.response().await;
     assert_eq!((response.status, &response.json()["id"]), (200, &json!(before + 1)), "{response:?}");
     assert_eq!(response.header("connection"), Some("close"));
@@ -246,12 +246,12 @@ async fn a_publish_in_flight_is_answered_before_the_end() {
 #[tokio::test]
 async fn unanswered_publishes_get_504_at_a_stop() {
     let redis = Redis::start(&[]).await;
-    let way = Proxy::to(redis.port()).await;
+    let proxy = Proxy::to(redis.port()).await;
     let node =
-        Node::start(&["--redis", &way.url(), "--drain-timeout", "1s", "--publish-timeout", "10m"]).await;
+        Node::start(&["--redis", &proxy.url(), "--drain-timeout", "1s", "--publish-timeout", "10m"]).await;
     node.publish("room", &json!({"n": 0})).await;
     let before = redis.head("room").await;
-    way.silence(Silence { up: false, down: true });
+    proxy.silence(Silence { up: false, down: true });
     let mut publishing = begin_publish(&node, r#"{"n":1}"#).await;
     until("Redis to take the event", || async { (redis.head("room").await > before).then_some(()) }).await;
     let begun = Instant::now();

@@ -6,7 +6,7 @@ use serde_json::json;
 
 use crate::common::redis::free_port;
 use crate::common::{Client, Frame, Nginx, Node, Nodes, Options, Redis, cluster, until};
-use crate::workload::crowd::{Crowd, Run};
+use crate::workload::run::{Run, Workload};
 
 fn recovering() -> Options {
     Options { query: "channel=room&lastEventId=".into(), ..Options::default() }
@@ -69,18 +69,18 @@ async fn a_rolling_restart_behind_nginx_misses_nothing_and_nobody_is_told_of_a_l
     let places = [free_port(), free_port()].map(|port| SocketAddr::from(([127, 0, 0, 1], port)));
     let nginx = Nginx::before(&places).await;
     let nodes = Nodes::new([node(&redis, places[0], &nginx).await, node(&redis, places[1], &nginx).await]);
-    let run = Run::at(&nodes, 2, &redis, Crowd { users: 2, ..Crowd::default() }).await;
+    let run = Run::at(&nodes, 2, &redis, Workload { users: 2, ..Workload::default() }).await;
     for place in [0, 1, 0, 1] {
-        run.goes_on(50).await;
+        run.wait_for_acks(50).await;
         let old = nodes.get(place);
         old.signal("TERM");
         assert!(old.ended().await.success(), "it ends in order");
         nodes.replace(place, node(&redis, places[place], &nginx).await);
-        run.flows().await;
+        run.wait_for_delivery().await;
     }
-    let verdict = run.end().await;
-    verdict.nobody_was_told();
-    let moved = verdict.history.watchers.iter().filter(|watcher| watcher.connections() > 2).count();
+    let report = run.end().await;
+    report.assert_no_loss_reported();
+    let moved = report.history.subscribers.iter().filter(|subscriber| subscriber.connections() > 2).count();
     assert!(moved >= 12, "everybody who stayed was moved, and most of them twice");
     // Nobody who knocked was turned away, though one node was always about to go.
     let refused: Vec<_> = nginx.requests().into_iter().filter(|line| !line.starts_with("101 ")).collect();

@@ -148,7 +148,7 @@ async fn the_admin_listener_asks_for_its_key() {
 
 /// What `--client-publish` and a token's `publish` come to: a text and a private message, in either mode.
 async fn expect_publishing(node: &Node, path_query: &str, text: bool, private: bool) {
-    let mut watcher = Client::plain(node, "watcher", "room").await;
+    let mut subscriber = Client::plain(node, "subscriber", "room").await;
     let options = Options {
         query: format!("channel=room{path_query}"),
         subprotocol: Some("fanfare.v1"),
@@ -157,13 +157,13 @@ async fn expect_publishing(node: &Node, path_query: &str, text: bool, private: b
     let mut json = Client::try_open(node.public, "a", &options).await.expect("it may join");
     json.welcome().await;
     for (message, allowed) in
-        [(json!({"text": "hi"}), text), (json!({"text": "psst", "to": "watcher"}), private)]
+        [(json!({"text": "hi"}), text), (json!({"text": "psst", "to": "subscriber"}), private)]
     {
         let (answer, _) = json.send_for_ack(message.clone()).await;
         match answer {
             Ok(id) => {
                 assert!(allowed, "{message} was published");
-                assert_eq!(watcher.next_event().await.0, id);
+                assert_eq!(subscriber.next_event().await.0, id);
             }
             Err(error) => {
                 assert!(!allowed, "{message}: {error}");
@@ -180,7 +180,7 @@ async fn expect_publishing(node: &Node, path_query: &str, text: bool, private: b
     let mut plain = Client::try_open(node.public, "a", &options).await.expect("it may join");
     plain.send("plain").await;
     if text {
-        assert_eq!(watcher.next_event().await.1, json!({"sender": "a", "text": "plain"}));
+        assert_eq!(subscriber.next_event().await.1, json!({"sender": "a", "text": "plain"}));
         return;
     }
     assert_eq!(plain.expect_close().await.0, 4003);
@@ -195,7 +195,7 @@ async fn expect_publishing(node: &Node, path_query: &str, text: bool, private: b
     assert_eq!(plain.expect_error(None).await, "forbidden");
     let id = node.publish("room", &json!({"n": 1})).await;
     plain.expect_event(id, &json!({"n": 1})).await;
-    watcher.expect_event(id, &json!({"n": 1})).await; // nothing of what was refused came before
+    subscriber.expect_event(id, &json!({"n": 1})).await; // nothing of what was refused came before
 }
 
 #[tokio::test]

@@ -198,13 +198,13 @@ async fn a_close_is_answered_with_its_code_and_the_connection_ends() {
 #[tokio::test]
 async fn what_follows_a_close_is_ignored() {
     let node = Node::start(&[]).await;
-    let mut watcher = Client::plain(&node, "watcher", "room").await;
+    let mut subscriber = Client::plain(&node, "subscriber", "room").await;
     let mut raw = join(&node).await;
     let close = frame_bytes(true, CLOSE, true, b"\x03\xE8");
     raw.write(&[close, frame_bytes(true, TEXT, true, b"too late")].concat()).await;
     assert_eq!(raw.expect_close().await, 1000);
-    watcher.send("marker").await;
-    assert_eq!(watcher.next_event().await.1, json!({"sender": "watcher", "text": "marker"}));
+    subscriber.send("marker").await;
+    assert_eq!(subscriber.next_event().await.1, json!({"sender": "subscriber", "text": "marker"}));
 }
 
 #[tokio::test]

@@ -4,12 +4,12 @@
 mod common;
 
 mod access;
+mod connection_limits;
 mod frames;
-mod guard;
 mod limits;
 mod protocol;
 mod rates;
-mod slow;
-mod strangers;
+mod slow_readers;
 mod tokens;
+mod untrusted_input;
 mod web;

@@ -329,7 +329,7 @@ async fn a_client_that_sends_faster_than_it_is_answered_loses_nothing() {
     const MESSAGES: u64 = 5000;
     let node = Node::start(&["--max-message-rate", "0", "--max-byte-rate", "0"]).await;
     let (mut client, welcome) = Client::json(&node, "a", "room").await;
-    let mut watcher = Client::plain(&node, "w", "room").await;
+    let mut subscriber = Client::plain(&node, "w", "room").await;
     let head = position(&welcome["head"]);
     // All are on their way before the first answer is read: what the server does not read, the kernel holds.
     for n in 0..MESSAGES {
@@ -347,7 +347,7 @@ async fn a_client_that_sends_faster_than_it_is_answered_loses_nothing() {
         }
     }
     for n in 0..MESSAGES {
-        watcher.expect_event(head + 1 + n, &json!({"sender": "a", "data": n})).await;
+        subscriber.expect_event(head + 1 + n, &json!({"sender": "a", "data": n})).await;
     }
 }
 

@@ -47,12 +47,12 @@ async fn told(raw: &mut Raw) -> Told {
     }
 }
 
-/// What a watcher sees of a flood until now.
-async fn published(node: &Node, watcher: &mut Client) -> Vec<Value> {
+/// What a subscriber sees of a flood until now.
+async fn published(node: &Node, subscriber: &mut Client) -> Vec<Value> {
     let marker = node.publish("room", &json!({"marker": 1})).await;
     let mut events = Vec::new();
     loop {
-        match watcher.next_event().await {
+        match subscriber.next_event().await {
             (id, _) if id == marker => return events,
             (_, event) => events.push(event),
         }
@@ -72,13 +72,13 @@ fn expect_burst(taken: usize, begun: Instant) {
 #[tokio::test]
 async fn a_message_flood_gets_error_frames_with_their_ref_and_then_4029() {
     let node = Node::start(&["--max-message-rate", "1"]).await;
-    let mut watcher = Client::plain(&node, "watcher", "room").await;
+    let mut subscriber = Client::plain(&node, "subscriber", "room").await;
     let mut raw = join(&node, "", "fanfare.v1").await;
     let begun = Instant::now();
     let frame = |n: usize| frame_bytes(true, TEXT, true, json!({"data": n, "ref": n}).to_string().as_bytes());
     raw.write(&(0..100).map(frame).collect::<Vec<_>>().concat()).await;
     let told = told(&mut raw).await;
-    let events = published(&node, &mut watcher).await;
+    let events = published(&node, &mut subscriber).await;
     let taken = events.len();
     expect_burst(taken, begun);
     // What is taken keeps its order; what came after it is refused, each by its ref.
@@ -97,13 +97,13 @@ async fn a_message_flood_gets_error_frames_with_their_ref_and_then_4029() {
 #[tokio::test]
 async fn a_plain_client_is_told_as_it_can_be() {
     let node = Node::start(&["--max-message-rate", "1"]).await;
-    let mut watcher = Client::plain(&node, "watcher", "room").await;
+    let mut subscriber = Client::plain(&node, "subscriber", "room").await;
     let flood = frame_bytes(true, TEXT, true, b"hi").repeat(50);
     let begun = Instant::now();
     let mut simple = join(&node, "", "").await;
     simple.write(&flood).await;
     assert_eq!(told(&mut simple).await.code, 4029);
-    expect_burst(published(&node, &mut watcher).await.len(), begun);
+    expect_burst(published(&node, &mut subscriber).await.len(), begun);
     assert_eq!(too_fast(&node).await, 1.0, "the first one is the last");
 
     let begun = Instant::now();
@@ -113,7 +113,7 @@ async fn a_plain_client_is_told_as_it_can_be() {
     assert_eq!((told.code, told.errors.len()), (4029, 10));
     let message = "rate limit exceeded: 1 message or 1MiB a second";
     assert_eq!(told.errors[0], json!({"type": "error", "code": "rate_limited", "message": message}));
-    expect_burst(published(&node, &mut watcher).await.len(), begun);
+    expect_burst(published(&node, &mut subscriber).await.len(), begun);
 }
 
 /// Floods over short connections, one after the other, and expects that they are closed after few messages in all.
@@ -296,7 +296,7 @@ async fn pongs_are_for_the_last_pings_of_many() {
 #[tokio::test]
 async fn a_flood_costs_no_more_than_what_it_is_allowed() {
     let node = Node::start(&["--shards", "1"]).await;
-    let mut watcher = Client::plain(&node, "watcher", "other").await;
+    let mut subscriber = Client::plain(&node, "subscriber", "other").await;
     let before = node.metric("process_cpu_seconds_total").await;
     let flood = frame_bytes(true, TEXT, true, b"hi").repeat(10_000);
     let mut raw = join(&node, "&lastEventId=", "").await;
@@ -309,7 +309,7 @@ async fn a_flood_costs_no_more_than_what_it_is_allowed() {
     assert!((1000.0..2000.0).contains(&taken), "{taken} were taken");
     assert!(spent < 1.0, "{spent} seconds of CPU for {sent} bytes");
     let id = node.publish("other", &json!({"n": 1})).await;
-    watcher.expect_event(id, &json!({"n": 1})).await;
+    subscriber.expect_event(id, &json!({"n": 1})).await;
 }
 
 #[tokio::test]

@@ -8,8 +8,8 @@ mod common;
 mod workload;
 
 mod checker_proof;
+mod fuzz_corpus;
 mod readers;
 mod readme;
-mod seeds;
 mod settings;
 mod shard;

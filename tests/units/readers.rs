@@ -17,11 +17,11 @@ use tokio::net::TcpSocket;
 use tokio::sync::mpsc;
 
 use crate::checker;
-use crate::checker::{Attempt, History, Outcome, judge};
+use crate::checker::{Attempt, History, Outcome, find_violations};
 use crate::common::client::{JSON_MODE, position};
-use crate::common::{Client, Lone, Nodes, Options, Rng};
-use crate::workload::crowd::{Kind, Shared, canonical};
-use crate::workload::watchers;
+use crate::common::{Client, Nodes, Options, Rng, SingleShard};
+use crate::workload::run::{Kind, Shared, canonical};
+use crate::workload::subscribers;
 
 const CHANNEL: &str = "room";
 const USERS: u64 = 3;
@@ -188,7 +188,7 @@ fn start(shared: &Arc<Shared>, seed: u64, feed: &str) -> (Bus, SocketAddr) {
         "--ping-format",
         "both",
     ];
-    let Lone { shards, asked, limits, .. } = Lone::start(&flags, false).expect("a shard");
+    let SingleShard { shards, asked, limits, .. } = SingleShard::start(&flags, false).expect("a shard");
 
     let socket = TcpSocket::new_v4().expect("a socket");
     socket.set_send_buffer_size(4 << 10).expect("a TCP socket");
@@ -234,7 +234,7 @@ async fn readers_of_every_pace_see_all_in_order_or_are_told() {
         let name = format!("{kind:?} {n} of user{user}");
         shared.stands(&name, 0);
         let home = (n % 2 == 0).then_some(0); // else it leaves and comes back
-        let plan = watchers::Plan {
+        let plan = subscribers::Plan {
             name,
             user: format!("user{user}"),
             kind,
@@ -243,7 +243,7 @@ async fn readers_of_every_pace_see_all_in_order_or_are_told() {
             stalls,
             narrow: stalls.is_some(),
         };
-        readers.push(tokio::spawn(watchers::watch(shared.clone(), plan, seed * 100 + n as u64)));
+        readers.push(tokio::spawn(subscribers::watch(shared.clone(), plan, seed * 100 + n as u64)));
     }
     for step in 0..steps {
         if bus.rng.below(3) > 0 {
@@ -279,17 +279,17 @@ async fn readers_of_every_pace_see_all_in_order_or_are_told() {
     shared.over.send_replace(true);
     let mut history = History::default();
     for reader in readers {
-        history.watchers.push(reader.await.expect("a client that saw what it may"));
+        history.subscribers.push(reader.await.expect("a client that saw what it may"));
     }
     history.attempts = shared.attempts();
-    let breaches = judge(&history);
+    let violations = find_violations(&history);
     assert!(
-        breaches.is_empty(),
+        violations.is_empty(),
         "seed {seed}: {} times: {:#?}",
-        breaches.len(),
-        &breaches[..breaches.len().min(20)]
+        violations.len(),
+        &violations[..violations.len().min(20)]
     );
-    let told: usize = history.watchers.iter().map(checker::Watcher::announcements).sum();
+    let told: usize = history.subscribers.iter().map(checker::Subscriber::announcements).sum();
     eprintln!("{} events, {} pages, {told} times told", bus.published, bus.pages);
     assert!(bus.pages > 20, "{} pages: nobody fell behind", bus.pages);
 }

@@ -12,9 +12,9 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
 use crate::common::raw::{frame_bytes, opcode};
-use crate::common::{Lone, http, until};
+use crate::common::{SingleShard, http, until};
 
-struct Shard(Lone);
+struct Shard(SingleShard);
 
 impl Shard {
     fn start() -> Shard {
@@ -22,7 +22,7 @@ impl Shard {
     }
 
     fn start_with(flags: &[&str]) -> Shard {
-        Shard(Lone::start(&[&["--shards", "1"], flags].concat(), false).expect("a shard"))
+        Shard(SingleShard::start(&[&["--shards", "1"], flags].concat(), false).expect("a shard"))
     }
 
     /// A client's end of a connection; the shard has the other. What `bytes` are it finds there already.

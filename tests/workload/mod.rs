@@ -2,7 +2,7 @@
 
 #![allow(dead_code)] // each test binary uses its own part of this
 
-pub mod crowd;
 pub mod publishers;
-pub mod watchers;
-pub mod world;
+pub mod run;
+pub mod subscribers;
+pub mod testbed;

@@ -13,7 +13,7 @@ use tokio::time::{sleep, timeout};
 use crate::checker::{Attempt, Moment, Outcome};
 use crate::common::client::{JSON_MODE, position};
 use crate::common::{Client, Frame, Node, Options, Rng, http};
-use crate::workload::crowd::{Shared, canonical, local};
+use crate::workload::run::{Shared, canonical, local};
 
 /// Events of a client in JSON mode that wait for their answers at once.
 const IN_FLIGHT: usize = 4;

@@ -9,9 +9,9 @@ use tokio::net::{TcpListener, TcpStream};
 
 use crate::common::process::Directory;
 use crate::common::{Client, Node, Nodes, Options, Proxy, Redis, Silence, until};
-use crate::workload::crowd::{Crowd, Run};
 use crate::workload::publishers;
-use crate::workload::world::FLAGS;
+use crate::workload::run::{Run, Workload};
+use crate::workload::testbed::FLAGS;
 
 /// A primary, its replica behind a link that can be cut, a Sentinel, and two nodes that ask it.
 struct Pair {
@@ -35,12 +35,12 @@ impl Pair {
     /// Cuts the replica off, lets the primary acknowledge more, and ends the primary. Gives the last id that the
     /// replica has.
     async fn lose(&mut self, run: &Run) -> u64 {
-        run.goes_on(50).await;
+        run.wait_for_acks(50).await;
         // A primary may be slow to begin with a replica; it is to have some, and the function.
         until("the replica to follow", || async { (self.replica.head("room").await > 0).then_some(()) })
             .await;
         self.link.silence(Silence { up: true, down: true });
-        run.goes_on(50).await;
+        run.wait_for_acks(50).await;
         let (kept, given) = (self.replica.head("room").await, self.primary.head("room").await);
         assert!(given >= kept + 30, "the replica has not got {} events", given - kept);
         kept
@@ -81,33 +81,33 @@ async fn go_on(pair: &Pair, run: Run, lost: u64) {
     for place in 0..2 {
         pair.nodes.get(place).ready().await;
     }
-    run.flows().await;
-    run.goes_on(50).await;
+    run.wait_for_delivery().await;
+    run.wait_for_acks(50).await;
     assert!(pair.replica.head("room").await > lost + 1000, "ids are above those that were lost");
-    run.end().await.everybody_was_told(1..=1);
+    run.end().await.assert_loss_reported(1..=1);
 }
 
 #[tokio::test]
 async fn a_failover_loses_acknowledged_writes_and_a_node_comes_first() {
     let mut pair = Pair::start(&[]).await;
-    let run = Run::at(&pair.nodes, 2, &pair.primary, Crowd::default()).await;
-    run.programs_go_to_nobody();
+    let run = Run::at(&pair.nodes, 2, &pair.primary, Workload::default()).await;
+    run.disconnect_programs();
     let kept = pair.lose(&run).await;
     pair.primary.kill();
     pair.promoted().await;
-    run.programs_go_to(&pair.replica);
+    run.connect_programs(&pair.replica);
     go_on(&pair, run, kept).await;
 }
 
 #[tokio::test]
 async fn a_failover_is_announced_though_redis_was_called_durable() {
     let mut pair = Pair::start(&["--redis-durable"]).await;
-    let run = Run::at(&pair.nodes, 2, &pair.primary, Crowd::default()).await;
-    run.programs_go_to_nobody();
+    let run = Run::at(&pair.nodes, 2, &pair.primary, Workload::default()).await;
+    run.disconnect_programs();
     let kept = pair.lose(&run).await;
     // The first to come is a program, who has seen none of what is lost: only the run tells.
     pair.fail_over_unseen(kept).await;
-    run.programs_go_to(&pair.replica);
+    run.connect_programs(&pair.replica);
     publishers::one(&run.shared, "the first").await;
     pair.signal_nodes("CONT");
     go_on(&pair, run, kept).await;
@@ -116,7 +116,7 @@ async fn a_failover_is_announced_though_redis_was_called_durable() {
 #[tokio::test]
 async fn a_failover_loses_acknowledged_writes_and_a_new_node_publishes_first() {
     let mut pair = Pair::start(&[]).await;
-    let run = Run::at(&pair.nodes, 2, &pair.primary, Crowd { programs: 0, ..Crowd::default() }).await;
+    let run = Run::at(&pair.nodes, 2, &pair.primary, Workload { programs: 0, ..Workload::default() }).await;
     let kept = pair.lose(&run).await;
     let given = pair.primary.head("room").await;
     pair.fail_over_unseen(kept).await;
@@ -124,19 +124,19 @@ async fn a_failover_loses_acknowledged_writes_and_a_new_node_publishes_first() {
     let id = publishers::post_to(&run.shared, &third, "the first").await;
     assert!(id > given, "it has no id that was given before");
     pair.signal_nodes("CONT");
-    run.programs_go_to(&pair.replica);
+    run.connect_programs(&pair.replica);
     go_on(&pair, run, kept).await;
 }
 
 #[tokio::test]
 async fn a_failover_loses_acknowledged_writes_and_a_program_comes_first() {
     let mut pair = Pair::start(&[]).await;
-    let run = Run::at(&pair.nodes, 2, &pair.primary, Crowd::default()).await;
-    run.programs_go_to_nobody();
+    let run = Run::at(&pair.nodes, 2, &pair.primary, Workload::default()).await;
+    run.disconnect_programs();
     let kept = pair.lose(&run).await;
     let given = pair.primary.head("room").await;
     pair.fail_over_unseen(kept).await;
-    run.programs_go_to(&pair.replica);
+    run.connect_programs(&pair.replica);
     let id = publishers::one(&run.shared, "the first").await;
     assert!(id > given, "it has no id that was given before");
     pair.signal_nodes("CONT");
@@ -146,7 +146,7 @@ async fn a_failover_loses_acknowledged_writes_and_a_program_comes_first() {
 #[tokio::test]
 async fn a_failover_loses_acknowledged_writes_and_a_joiner_comes_first() {
     let mut pair = Pair::start(&[]).await;
-    let run = Run::at(&pair.nodes, 2, &pair.primary, Crowd { programs: 0, ..Crowd::default() }).await;
+    let run = Run::at(&pair.nodes, 2, &pair.primary, Workload { programs: 0, ..Workload::default() }).await;
     let kept = pair.lose(&run).await;
     let given = pair.primary.head("room").await;
     pair.fail_over_unseen(kept).await;
@@ -157,7 +157,7 @@ async fn a_failover_loses_acknowledged_writes_and_a_joiner_comes_first() {
     let welcome = joiner.welcome().await;
     assert!(welcome["recovered"] == false && welcome["head"].as_u64() > Some(given), "{welcome}");
     pair.signal_nodes("CONT");
-    run.programs_go_to(&pair.replica);
+    run.connect_programs(&pair.replica);
     go_on(&pair, run, kept).await;
 }
 
@@ -165,17 +165,17 @@ async fn a_failover_loses_acknowledged_writes_and_a_joiner_comes_first() {
 async fn an_old_primary_still_takes_writes() {
     let primary = Redis::start(&[]).await;
     let mut replica = Redis::replica_of(&primary).await;
-    let ways = [Proxy::to(primary.port()).await, Proxy::to(primary.port()).await];
-    let urls = [ways[0].url(), ways[1].url()];
+    let proxies = [Proxy::to(primary.port()).await, Proxy::to(primary.port()).await];
+    let urls = [proxies[0].url(), proxies[1].url()];
     let start = |url| async move { Node::start(&[&["--redis", url], &FLAGS[..]].concat()).await };
     let (a, b) = tokio::join!(start(&urls[0]), start(&urls[1]));
     let nodes = Nodes::new([a, b]);
-    let mut run = Run::at(&nodes, 2, &primary, Crowd::default()).await;
+    let mut run = Run::at(&nodes, 2, &primary, Workload::default()).await;
     run.ids_may_fall();
-    run.goes_on(50).await;
+    run.wait_for_acks(50).await;
     // One node and the programs stay with the old primary; the other is led to the new one.
     replica.promote().await;
-    ways[1].lead_to(replica.port());
+    proxies[1].lead_to(replica.port());
     let heads = || async { (primary.head("room").await, replica.head("room").await) };
     let before = heads().await;
     until("both to give ids", || async {
@@ -183,11 +183,11 @@ async fn an_old_primary_still_takes_writes() {
         (now.0 > before.0 + 30 && now.1 > before.1 + 30).then_some(())
     })
     .await;
-    ways[0].lead_to(replica.port());
-    run.programs_go_to(&replica);
-    run.goes_on(30).await;
-    run.flows().await;
-    run.end().await.everybody_was_told(1..=20);
+    proxies[0].lead_to(replica.port());
+    run.connect_programs(&replica);
+    run.wait_for_acks(30).await;
+    run.wait_for_delivery().await;
+    run.end().await.assert_loss_reported(1..=20);
 }
 
 /// A name that DNS moves to another Redis, as managed services fail over, while the old one lives and answers.

@@ -4,53 +4,53 @@ use std::time::Duration;
 
 use crate::checker::Outcome;
 use crate::common::Redis;
-use crate::workload::crowd::{Crowd, Run};
-use crate::workload::world::World;
+use crate::workload::run::{Run, Workload};
+use crate::workload::testbed::Testbed;
 
 const DURABLE: [&str; 4] = ["--appendonly", "yes", "--appendfsync", "always"];
 
-/// Kills Redis in the middle of the crowd's work, starts it again, and waits until all works.
-async fn kill(world: &mut World, run: &Run, between: impl FnOnce(&Redis)) {
-    run.goes_on(50).await;
-    world.redis.kill();
-    world.unready().await;
-    between(&world.redis);
-    world.redis.up().await;
-    world.ready().await;
-    run.flows().await;
-    run.goes_on(50).await;
+/// Kills Redis in the middle of the workload's work, starts it again, and waits until all works.
+async fn kill(testbed: &mut Testbed, run: &Run, between: impl FnOnce(&Redis)) {
+    run.wait_for_acks(50).await;
+    testbed.redis.kill();
+    testbed.unready().await;
+    between(&testbed.redis);
+    testbed.redis.up().await;
+    testbed.ready().await;
+    run.wait_for_delivery().await;
+    run.wait_for_acks(50).await;
 }
 
 #[tokio::test]
 async fn redis_killed_with_appendfsync_always_and_the_word_for_it() {
-    let mut world = World::start(&DURABLE, &["--redis-durable"]).await;
-    let run = Run::start(&world, Crowd::default()).await;
-    let before = world.redis.info("run_id").await;
+    let mut testbed = Testbed::start(&DURABLE, &["--redis-durable"]).await;
+    let run = Run::start(&testbed, Workload::default()).await;
+    let before = testbed.redis.info("run_id").await;
     for _ in 0..2 {
-        kill(&mut world, &run, |_| {}).await;
+        kill(&mut testbed, &run, |_| {}).await;
     }
-    assert_ne!(world.redis.info("run_id").await, before, "it was another process");
-    let verdict = run.end().await;
-    verdict.nobody_was_told();
-    assert_eq!(world.metric("fanfare_bus_resets_total").await, 0.0);
+    assert_ne!(testbed.redis.info("run_id").await, before, "it was another process");
+    let report = run.end().await;
+    report.assert_no_loss_reported();
+    assert_eq!(testbed.metric("fanfare_bus_resets_total").await, 0.0);
 }
 
 #[tokio::test]
 async fn redis_killed_with_appendfsync_always_without_the_word_for_it() {
-    let mut world = World::start(&DURABLE, &[]).await;
-    let run = Run::start(&world, Crowd::default()).await;
-    kill(&mut world, &run, |_| {}).await;
-    let verdict = run.end().await;
-    verdict.everybody_was_told(1..=1);
-    assert_eq!(world.metric("fanfare_bus_resets_total").await, 2.0, "once for each node");
+    let mut testbed = Testbed::start(&DURABLE, &[]).await;
+    let run = Run::start(&testbed, Workload::default()).await;
+    kill(&mut testbed, &run, |_| {}).await;
+    let report = run.end().await;
+    report.assert_loss_reported(1..=1);
+    assert_eq!(testbed.metric("fanfare_bus_resets_total").await, 2.0, "once for each node");
 }
 
 #[tokio::test]
 async fn redis_loses_its_last_writes_with_appendfsync_everysec() {
-    let mut world = World::start(&["--appendonly", "yes", "--appendfsync", "everysec"], &[]).await;
-    let run = Run::start(&world, Crowd::default()).await;
+    let mut testbed = Testbed::start(&["--appendonly", "yes", "--appendfsync", "everysec"], &[]).await;
+    let run = Run::start(&testbed, Workload::default()).await;
     let mut lost = String::new();
-    kill(&mut world, &run, |redis| {
+    kill(&mut testbed, &run, |redis| {
         // As after a power failure: what was written and not yet synced is gone.
         let file = redis.directory().join("appendonlydir/appendonly.aof.1.incr.aof");
         let bytes = std::fs::read(&file).expect("the append-only file");
@@ -60,38 +60,38 @@ async fn redis_loses_its_last_writes_with_appendfsync_everysec() {
         file.set_len(keep as u64).expect("a file can be cut");
     })
     .await;
-    let verdict = run.end().await;
-    verdict.everybody_was_told(1..=1);
+    let report = run.end().await;
+    report.assert_loss_reported(1..=1);
     let text = |body: &str| serde_json::from_str::<serde_json::Value>(body).expect("JSON")["text"].clone();
     let acked = |outcome| matches!(outcome, Outcome::Acked(_));
-    let gone = verdict.history.attempts.iter().filter(|attempt| acked(attempt.outcome));
+    let gone = report.history.attempts.iter().filter(|attempt| acked(attempt.outcome));
     let gone = gone.filter(|attempt| lost.contains(&format!("{}", text(&attempt.body)))).count();
     assert!(gone > 0, "events that had been acknowledged were lost");
 }
 
 #[tokio::test]
 async fn redis_killed_that_keeps_nothing() {
-    let mut world = World::start(&[], &[]).await;
-    let run = Run::start(&world, Crowd::default()).await;
+    let mut testbed = Testbed::start(&[], &[]).await;
+    let run = Run::start(&testbed, Workload::default()).await;
     for _ in 0..2 {
-        kill(&mut world, &run, |_| {}).await;
+        kill(&mut testbed, &run, |_| {}).await;
     }
-    run.end().await.everybody_was_told(2..=2);
+    run.end().await.assert_loss_reported(2..=2);
 }
 
 #[tokio::test]
 async fn flushall() {
-    let world = World::start(&[], &[]).await;
-    let run = Run::start(&world, Crowd::default()).await;
+    let testbed = Testbed::start(&[], &[]).await;
+    let run = Run::start(&testbed, Workload::default()).await;
     for _ in 0..2 {
-        run.goes_on(50).await;
-        let head = world.redis.head("room").await;
-        world.redis.client().await.call(&["FLUSHALL"]).await;
+        run.wait_for_acks(50).await;
+        let head = testbed.redis.head("room").await;
+        testbed.redis.client().await.call(&["FLUSHALL"]).await;
         // The functions are still there: FLUSHALL leaves them.
-        run.flows().await;
-        assert!(world.redis.head("room").await > head);
+        run.wait_for_delivery().await;
+        assert!(testbed.redis.head("room").await > head);
     }
-    run.end().await.everybody_was_told(2..=2);
+    run.end().await.assert_loss_reported(2..=2);
 }
 
 #[tokio::test]
@@ -102,13 +102,13 @@ async fn redis_comes_back_empty_while_nodes_hold_ids_ahead_of_its_clock() {
     let meta = ["HSET", "fanfare:{room}:meta", "head", &far, "base", &far, "run"];
     let epoch = redis.info("master_replid").await;
     redis.client().await.call(&[&meta[..], &[&epoch]].concat()).await;
-    let mut world = World::on(redis, &[]).await;
+    let mut testbed = Testbed::on(redis, &[]).await;
     // Programs that come first know nothing of what nodes have seen: see the test of the clock.
-    let run = Run::start(&world, Crowd { programs: 0, ..Crowd::default() }).await;
-    kill(&mut world, &run, |_| {}).await;
-    let verdict = run.end().await;
-    verdict.everybody_was_told(1..=1);
-    let ids = verdict.history.attempts.iter().filter_map(|attempt| match attempt.outcome {
+    let run = Run::start(&testbed, Workload { programs: 0, ..Workload::default() }).await;
+    kill(&mut testbed, &run, |_| {}).await;
+    let report = run.end().await;
+    report.assert_loss_reported(1..=1);
+    let ids = report.history.attempts.iter().filter_map(|attempt| match attempt.outcome {
         Outcome::Acked(id) => Some(id),
         _ => None,
     });
@@ -117,47 +117,47 @@ async fn redis_comes_back_empty_while_nodes_hold_ids_ahead_of_its_clock() {
 
 #[tokio::test]
 async fn a_node_killed_and_its_clients_resume_on_another() {
-    let world = World::start(&[], &[]).await;
-    let run = Run::start(&world, Crowd::default()).await;
-    run.goes_on(50).await;
-    world.nodes.get(0).kill();
-    run.flows().await;
-    run.goes_on(50).await;
-    let verdict = run.end().await;
-    verdict.nobody_was_told();
-    let moved = verdict.history.watchers.iter().filter(|watcher| watcher.connections() > 1).count();
+    let testbed = Testbed::start(&[], &[]).await;
+    let run = Run::start(&testbed, Workload::default()).await;
+    run.wait_for_acks(50).await;
+    testbed.nodes.get(0).kill();
+    run.wait_for_delivery().await;
+    run.wait_for_acks(50).await;
+    let report = run.end().await;
+    report.assert_no_loss_reported();
+    let moved = report.history.subscribers.iter().filter(|subscriber| subscriber.connections() > 1).count();
     assert!(moved >= 3, "all that were there have gone elsewhere");
 }
 
 #[tokio::test]
 async fn nodes_restarted_under_load() {
-    let world = World::start(&[], &[]).await;
-    let run = Run::start(&world, Crowd::default()).await;
+    let testbed = Testbed::start(&[], &[]).await;
+    let run = Run::start(&testbed, Workload::default()).await;
     for place in [0, 1, 0] {
-        run.goes_on(30).await;
-        let old = world.nodes.get(place);
+        run.wait_for_acks(30).await;
+        let old = testbed.nodes.get(place);
         old.signal("TERM");
         assert!(old.ended().await.success(), "it ends in order");
-        world.replace(place).await;
-        run.flows().await;
+        testbed.replace(place).await;
+        run.wait_for_delivery().await;
     }
-    run.end().await.nobody_was_told();
+    run.end().await.assert_no_loss_reported();
 }
 
 #[tokio::test]
 async fn publishers_race_on_new_channels() {
-    let world = World::start(&[], &[]).await;
+    let testbed = Testbed::start(&[], &[]).await;
     for channel in ["new1", "new2", "new3", "new4", "new5", "new6"] {
         // Everybody begins at once: the first event, the first follow and the first join are whoever's they are.
-        let crowd = Crowd {
+        let workload = Workload {
             channel: channel.into(),
             pace: Duration::from_millis(2),
             clients: 2,
             programs: 2,
-            ..Crowd::default()
+            ..Workload::default()
         };
-        let run = Run::start(&world, crowd).await;
-        run.goes_on(50).await;
-        run.end().await.nobody_was_told();
+        let run = Run::start(&testbed, workload).await;
+        run.wait_for_acks(50).await;
+        run.end().await.assert_no_loss_reported();
     }
 }

@@ -11,12 +11,12 @@ use tokio::net::{TcpListener, TcpStream};
 
 use crate::checker::Rule;
 use crate::common::{Node, Nodes, Redis};
-use crate::workload::crowd::{Crowd, Run};
-use crate::workload::world::FLAGS;
+use crate::workload::run::{Run, Workload};
+use crate::workload::testbed::FLAGS;
 
 /// What is done to the next event that comes by.
 #[derive(Clone, Copy, Debug)]
-enum Break {
+enum Mutation {
     Drop,
     Double,
     Swap,
@@ -26,29 +26,29 @@ enum Break {
 
 /// Stands between a node and its clients.
 #[derive(Default)]
-struct Breaker {
-    next: Mutex<Option<Break>>,
+struct Mutator {
+    next: Mutex<Option<Mutation>>,
     done: AtomicU32,
 }
 
-impl Breaker {
+impl Mutator {
     /// Takes what is to be done now, if anything is.
-    fn take(&self) -> Option<Break> {
+    fn take(&self) -> Option<Mutation> {
         let next = self.next.lock().expect("nothing panics while holding it").take();
         self.done.fetch_add(u32::from(next.is_some()), Ordering::SeqCst);
         next
     }
 
-    async fn carry(self: Arc<Breaker>, listener: TcpListener, node: SocketAddr) {
+    async fn carry(self: Arc<Mutator>, listener: TcpListener, node: SocketAddr) {
         while let Ok((client, _)) = listener.accept().await {
             let Ok(server) = TcpStream::connect(node).await else { continue };
             let ((mut from_client, to_client), (from_node, mut to_node)) =
                 (client.into_split(), server.into_split());
-            let breaker = self.clone();
+            let mutator = self.clone();
             tokio::spawn(async move {
                 tokio::select! {
                     _ = tokio::io::copy(&mut from_client, &mut to_node) => {}
-                    _ = breaker.down(from_node, to_client) => {}
+                    _ = mutator.down(from_node, to_client) => {}
                 }
             });
         }
@@ -72,9 +72,9 @@ impl Breaker {
             let what = if seen > 5 && is_event(&frame) { self.take() } else { None };
             match what {
                 None => to.write_all(&frame).await?,
-                Some(Break::Drop) => {}
-                Some(Break::Double) => to.write_all(&[&frame[..], &frame[..]].concat()).await?,
-                Some(Break::Swap | Break::ReuseId) => {
+                Some(Mutation::Drop) => {}
+                Some(Mutation::Double) => to.write_all(&[&frame[..], &frame[..]].concat()).await?,
+                Some(Mutation::Swap | Mutation::ReuseId) => {
                     let mut between = Vec::new();
                     let next = loop {
                         let next = read_frame(&mut from).await?;
@@ -84,7 +84,7 @@ impl Breaker {
                         between.extend(next);
                     };
                     let both = match what {
-                        Some(Break::Swap) => [next, between, frame].concat(),
+                        Some(Mutation::Swap) => [next, between, frame].concat(),
                         _ => [between, with_id_of(&next, &frame)].concat(),
                     };
                     to.write_all(&both).await?;
@@ -122,56 +122,59 @@ fn with_id_of(event: &[u8], other: &[u8]) -> Vec<u8> {
     [&event[..end], &other[other_end..]].concat()
 }
 
-async fn is_caught(what: Break, rules: &[Rule]) {
+async fn is_caught(what: Mutation, rules: &[Rule]) {
     let redis = Redis::start(&[]).await;
     let mut node = Node::on(&redis, &FLAGS).await;
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
-    let breaker = Arc::new(Breaker::default());
+    let mutator = Arc::new(Mutator::default());
     let straight = node.public;
     node.public = listener.local_addr().expect("it is bound");
-    let carrying = tokio::spawn(breaker.clone().carry(listener, straight));
+    let carrying = tokio::spawn(mutator.clone().carry(listener, straight));
     let nodes = Nodes::new([node]);
     for round in 0..3 {
-        // No publisher by WebSocket: what happens to them is not judged here, only what watchers see.
-        let crowd = Crowd {
+        // No publisher by WebSocket: what happens to them is not judged here, only what subscribers see.
+        let workload = Workload {
             users: 2,
             roamers: 0,
             clients: 0,
             programs: 2,
             seed: round,
             channel: format!("broken{round}"),
-            ..Crowd::default()
+            ..Workload::default()
         };
-        let run = Run::at(&nodes, 1, &redis, crowd).await;
-        run.goes_on(50).await;
-        *breaker.next.lock().expect("nothing panics while holding it") = Some(what);
+        let run = Run::at(&nodes, 1, &redis, workload).await;
+        run.wait_for_acks(50).await;
+        *mutator.next.lock().expect("nothing panics while holding it") = Some(what);
         crate::common::until("the break", || async {
-            (breaker.done.load(Ordering::SeqCst) == round as u32 + 1).then_some(())
+            (mutator.done.load(Ordering::SeqCst) == round as u32 + 1).then_some(())
         })
         .await;
-        run.goes_on(50).await;
-        let breaches = run.breaches().await;
-        assert!(breaches.iter().any(|breach| rules.contains(&breach.rule)), "{what:?}: {breaches:?}");
+        run.wait_for_acks(50).await;
+        let violations = run.violations().await;
+        assert!(
+            violations.iter().any(|violation| rules.contains(&violation.rule)),
+            "{what:?}: {violations:?}"
+        );
     }
     carrying.abort();
 }
 
 #[tokio::test]
 async fn the_judge_sees_a_dropped_event() {
-    is_caught(Break::Drop, &[Rule::Missing]).await;
+    is_caught(Mutation::Drop, &[Rule::Missing]).await;
 }
 
 #[tokio::test]
 async fn the_judge_sees_a_doubled_event() {
-    is_caught(Break::Double, &[Rule::Twice]).await;
+    is_caught(Mutation::Double, &[Rule::Twice]).await;
 }
 
 #[tokio::test]
 async fn the_judge_sees_swapped_events() {
-    is_caught(Break::Swap, &[Rule::Order]).await;
+    is_caught(Mutation::Swap, &[Rule::Order]).await;
 }
 
 #[tokio::test]
 async fn the_judge_sees_an_id_that_is_used_again() {
-    is_caught(Break::ReuseId, &[Rule::OneId]).await;
+    is_caught(Mutation::ReuseId, &[Rule::OneId]).await;
 }

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use crate::common::Client;
-use crate::workload::world::World;
+use crate::workload::testbed::Testbed;
 
 /// Within this a lost last event is delivered.
 const LOST_EVENT: Duration = Duration::from_secs(2);
@@ -18,17 +18,17 @@ const QUIET: [&str; 2] = ["--ping-format", "websocket"];
 
 #[tokio::test]
 async fn the_last_event_of_a_quiet_channel_is_lost_and_comes_within_two_seconds() {
-    let world = World::start(&[], &QUIET).await;
-    let (a, b) = (world.nodes.get(0), world.nodes.get(1));
-    let (mut client, _) = Client::resume(&b, "watcher", "quiet", "").await;
+    let testbed = Testbed::start(&[], &QUIET).await;
+    let (a, b) = (testbed.nodes.get(0), testbed.nodes.get(1));
+    let (mut client, _) = Client::resume(&b, "subscriber", "quiet", "").await;
     for n in 1..=5 {
-        world.ways[1].drop_message_with(&format!("lost {n}")).await;
+        testbed.proxies[1].drop_message_with(&format!("lost {n}")).await;
         let event = json!({"text": format!("lost {n}")});
         let id = a.publish("quiet", &event).await;
         let start = Instant::now();
         client.expect_event(id, &event).await;
         let took = start.elapsed();
-        assert_eq!(world.ways[1].dropped(), n, "the message was lost");
+        assert_eq!(testbed.proxies[1].dropped(), n, "the message was lost");
         assert!(took < LOST_EVENT, "it came after {took:?}");
     }
     assert_eq!(b.metric("fanfare_bus_gaps_filled_total").await, 5.0);
@@ -36,18 +36,18 @@ async fn the_last_event_of_a_quiet_channel_is_lost_and_comes_within_two_seconds(
 
 #[tokio::test]
 async fn a_half_open_subscriber_connection_is_replaced_within_five_seconds() {
-    let world = World::start(&[], &QUIET).await;
-    let (a, b) = (world.nodes.get(0), world.nodes.get(1));
-    let (mut client, _) = Client::resume(&b, "watcher", "quiet", "").await;
+    let testbed = Testbed::start(&[], &QUIET).await;
+    let (a, b) = (testbed.nodes.get(0), testbed.nodes.get(1));
+    let (mut client, _) = Client::resume(&b, "subscriber", "quiet", "").await;
     for n in 1..=3 {
-        let (event, connections) = (json!({"text": format!("lost {n}")}), world.ways[1].connections());
-        world.ways[1].strand_subscribers();
+        let (event, connections) = (json!({"text": format!("lost {n}")}), testbed.proxies[1].connections());
+        testbed.proxies[1].strand_subscribers();
         let start = Instant::now();
         let id = a.publish("quiet", &event).await;
         client.expect_event(id, &event).await;
         let took = start.elapsed();
         assert!(took < HALF_OPEN, "it came after {took:?}");
-        assert!(world.ways[1].connections() > connections, "by new connections");
+        assert!(testbed.proxies[1].connections() > connections, "by new connections");
         b.ready().await;
         assert!(start.elapsed() < HALF_OPEN + LOST_EVENT, "ready after {:?}", start.elapsed());
     }
@@ -55,30 +55,30 @@ async fn a_half_open_subscriber_connection_is_replaced_within_five_seconds() {
 
 #[tokio::test]
 async fn readiness_tells_the_truth_in_both_directions() {
-    let mut world = World::start(&[], &[]).await;
-    let node = world.nodes.get(0);
+    let mut testbed = Testbed::start(&[], &[]).await;
+    let node = testbed.nodes.get(0);
     for _ in 0..2 {
         let start = Instant::now();
-        world.redis.kill();
+        testbed.redis.kill();
         node.unready().await;
         assert!(start.elapsed() < LOST_EVENT, "not ready {:?} after Redis died", start.elapsed());
         let start = Instant::now();
-        world.redis.up().await;
+        testbed.redis.up().await;
         node.ready().await;
         assert!(start.elapsed() < HALF_OPEN, "ready {:?} after Redis came", start.elapsed());
     }
     for _ in 0..2 {
         let start = Instant::now();
-        world.redis.freeze();
+        testbed.redis.freeze();
         node.unready().await;
         assert!(start.elapsed() < HALF_OPEN, "not ready {:?} after Redis hung", start.elapsed());
         let start = Instant::now();
-        world.redis.thaw();
+        testbed.redis.thaw();
         node.ready().await;
         assert!(start.elapsed() < HALF_OPEN, "ready {:?} after Redis went on", start.elapsed());
     }
     let start = Instant::now();
-    world.ways[0].strand_subscribers();
+    testbed.proxies[0].strand_subscribers();
     node.unready().await;
     assert!(start.elapsed() < HALF_OPEN, "not ready {:?} after the subscriptions hung", start.elapsed());
     node.ready().await;

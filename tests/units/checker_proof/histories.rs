@@ -1,14 +1,14 @@
 //! A bus that keeps the promise, as a model: it gives the judge histories in which nothing is wrong. They hold all
 //! that real ones hold: joins, resumes, resets, lost answers, private events, clients without recovery.
 
-use crate::checker::{Attempt, History, Moment, Outcome, Seen, Watcher};
+use crate::checker::{Attempt, History, Moment, Outcome, Seen, Subscriber};
 use crate::common::Rng;
 
 const USERS: usize = 3;
 const LINES: usize = 3;
 
 struct Client {
-    watcher: Watcher,
+    subscriber: Subscriber,
     connected: bool,
     /// The last id that was looked at for it, whether it was for it or not.
     served: u64,
@@ -30,8 +30,8 @@ struct Model {
 /// A history without fault, of so many steps.
 pub fn history(seed: u64, steps: usize) -> History {
     let clients = (0..2 * USERS + 2).map(|n| Client {
-        watcher: Watcher {
-            name: format!("watcher {n}"),
+        subscriber: Subscriber {
+            name: format!("subscriber {n}"),
             user: format!("user{}", n % USERS),
             home: None,
             recovers: n < 2 * USERS,
@@ -57,10 +57,10 @@ pub fn history(seed: u64, steps: usize) -> History {
     model.publish(false, Outcome::Acked(0));
     for at in 0..model.clients.len() {
         model.serve(at, usize::MAX);
-        model.clients[at].watcher.stayed = true;
+        model.clients[at].subscriber.stayed = true;
     }
-    let watchers = model.clients.into_iter().map(|client| client.watcher).collect();
-    History { attempts: model.attempts, watchers, ids_may_fall: false }
+    let subscribers = model.clients.into_iter().map(|client| client.subscriber).collect();
+    History { attempts: model.attempts, subscribers, ids_may_fall: false }
 }
 
 impl Model {
@@ -87,11 +87,11 @@ impl Model {
             _ if self.clients[at].connected => {
                 let most = 1 + self.rng.index(6);
                 self.serve(at, most);
-                if self.rng.once_in(20) && self.clients[at].watcher.recovers {
+                if self.rng.once_in(20) && self.clients[at].subscriber.recovers {
                     let moment = self.now();
                     let client = &mut self.clients[at];
                     client.position = Some(client.served);
-                    client.watcher.seen.push((moment, Seen::Stands(client.served)));
+                    client.subscriber.seen.push((moment, Seen::Stands(client.served)));
                 }
             }
             _ => {}
@@ -131,13 +131,13 @@ impl Model {
             if !self.clients[at].connected {
                 continue;
             }
-            if !self.clients[at].watcher.recovers {
+            if !self.clients[at].subscriber.recovers {
                 self.leave(at, Some(4008));
                 continue;
             }
             let moment = self.now();
             let client = &mut self.clients[at];
-            client.watcher.seen.push((moment, Seen::Reset(self.base)));
+            client.subscriber.seen.push((moment, Seen::Reset(self.base)));
             (client.served, client.position) = (self.base, Some(self.base));
         }
     }
@@ -145,7 +145,7 @@ impl Model {
     fn leave(&mut self, at: usize, code: Option<u16>) {
         let moment = self.now();
         let client = &mut self.clients[at];
-        client.watcher.seen.push((moment, Seen::Ended(code)));
+        client.subscriber.seen.push((moment, Seen::Ended(code)));
         client.connected = false;
     }
 
@@ -154,15 +154,15 @@ impl Model {
         let client = &mut self.clients[at];
         client.connected = true;
         client.served = self.head;
-        if !client.watcher.recovers {
-            client.watcher.seen.push((moment, Seen::LetIn));
+        if !client.subscriber.recovers {
+            client.subscriber.seen.push((moment, Seen::LetIn));
             return;
         }
         let asked = client.position;
         let recovered = asked.is_none_or(|asked| asked >= self.base);
         let position = if recovered { asked.unwrap_or(self.head) } else { self.head };
         client
-            .watcher
+            .subscriber
             .seen
             .push((moment, Seen::Welcomed { asked, at: position, head: self.head, recovered }));
         (client.served, client.position) = (position, Some(position));
@@ -177,9 +177,9 @@ impl Model {
             let moment = self.now();
             let client = &mut self.clients[at];
             client.served += 1;
-            if to.as_ref().is_none_or(|to| *to == client.watcher.user) {
+            if to.as_ref().is_none_or(|to| *to == client.subscriber.user) {
                 client.position = Some(client.served);
-                client.watcher.seen.push((moment, Seen::Event(client.served, body, to)));
+                client.subscriber.seen.push((moment, Seen::Event(client.served, body, to)));
             }
         }
     }

@@ -15,7 +15,7 @@ use fanfare::ws::handshake::HandshakeContext;
 use tokio::sync::mpsc;
 
 /// A shard that runs, and all that speaks with it.
-pub struct Lone {
+pub struct SingleShard {
     /// The way to it (number 0), and to a shard beside it that is not there.
     pub shards: Mailboxes,
     /// What the shard beside it is told.
@@ -28,9 +28,9 @@ pub struct Lone {
     pub limits: Arc<ConnectionLimits>,
 }
 
-impl Lone {
+impl SingleShard {
     /// Starts one with these settings.
-    pub fn start(flags: &[&str], takes_binary: bool) -> Result<Lone, Box<dyn Error>> {
+    pub fn start(flags: &[&str], takes_binary: bool) -> Result<SingleShard, Box<dyn Error>> {
         let Ok(Action::Run(settings)) = Settings::from(flags.iter().map(Into::into), []) else {
             return Err("these settings should be good".into());
         };
@@ -63,6 +63,6 @@ impl Lone {
             takes_binary,
         };
         thread::spawn(|| shard::run(wiring).expect("a poll that works"));
-        Ok(Lone { shards, other, asked, metrics, limits })
+        Ok(SingleShard { shards, other, asked, metrics, limits })
     }
 }

@@ -6,10 +6,10 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::checker::{Seen, Watcher};
+use crate::checker::{Seen, Subscriber};
 use crate::common::client::position;
 use crate::common::{Client, Frame, Options, Rng};
-use crate::workload::crowd::{Kind, Shared, canonical};
+use crate::workload::run::{Kind, Shared, canonical};
 
 /// Between two attempts to connect, as clients do it.
 const RETRY: Duration = Duration::from_millis(50);
@@ -41,7 +41,7 @@ pub struct Plan {
 
 struct Notes {
     shared: Arc<Shared>,
-    watcher: Watcher,
+    subscriber: Subscriber,
     position: Option<u64>,
 }
 
@@ -50,22 +50,22 @@ impl Notes {
         match seen {
             Seen::Event(at, ..) | Seen::Reset(at) | Seen::Stands(at) | Seen::Welcomed { at, .. } => {
                 self.position = Some(at);
-                self.shared.stands(&self.watcher.name, at);
+                self.shared.stands(&self.subscriber.name, at);
             }
             // Without recovery it knows nothing of what was before.
-            Seen::LetIn => self.shared.stands(&self.watcher.name, 0),
+            Seen::LetIn => self.shared.stands(&self.subscriber.name, 0),
             Seen::Ended(_) => {}
         }
-        self.watcher.seen.push((self.shared.now(), seen));
+        self.subscriber.seen.push((self.shared.now(), seen));
     }
 }
 
 /// Watches until the run is over.
-pub async fn watch(shared: Arc<Shared>, plan: Plan, seed: u64) -> Watcher {
+pub async fn watch(shared: Arc<Shared>, plan: Plan, seed: u64) -> Subscriber {
     let mut rng = Rng(seed);
     let mut over = shared.over.subscribe();
     let recovers = plan.kind != Kind::Plain;
-    let watcher = Watcher {
+    let subscriber = Subscriber {
         name: plan.name.clone(),
         user: plan.user.clone(),
         home: plan.home,
@@ -73,7 +73,7 @@ pub async fn watch(shared: Arc<Shared>, plan: Plan, seed: u64) -> Watcher {
         stayed: false,
         seen: Vec::new(),
     };
-    let mut notes = Notes { shared: shared.clone(), watcher, position: None };
+    let mut notes = Notes { shared: shared.clone(), subscriber, position: None };
     let (channel, mut failures) = (shared.channel.clone(), 0);
     while !*over.borrow_and_update() {
         // One whose node is gone goes where the balancer leads it.
@@ -108,8 +108,8 @@ pub async fn watch(shared: Arc<Shared>, plan: Plan, seed: u64) -> Watcher {
             let frame = tokio::select! {
                 frame = client.next_frame() => frame,
                 _ = over.wait_for(|over| *over) => {
-                    notes.watcher.stayed = welcomed;
-                    return notes.watcher;
+                    notes.subscriber.stayed = welcomed;
+                    return notes.subscriber;
                 }
             };
             match frame {
@@ -155,7 +155,7 @@ pub async fn watch(shared: Arc<Shared>, plan: Plan, seed: u64) -> Watcher {
             tokio::time::sleep(time).await; // as above
         }
     }
-    notes.watcher
+    notes.subscriber
 }
 
 /// What a text frame says.

@@ -8,36 +8,36 @@ pub const FLAGS: [&str; 8] =
     ["--ping-interval", "2s", "--ping-timeout", "20s", "--ping-format", "both", "--publish-timeout", "10s"];
 
 /// What the faults happen to.
-pub struct World {
+pub struct Testbed {
     /// The Redis.
     pub redis: Redis,
     /// Each node's way to it.
-    pub ways: Vec<Proxy>,
+    pub proxies: Vec<Proxy>,
     /// The nodes.
     pub nodes: Nodes,
     flags: Vec<String>,
 }
 
-impl World {
+impl Testbed {
     /// A Redis and two nodes, with these flags besides the usual ones.
-    pub async fn start(redis_flags: &[&str], node_flags: &[&str]) -> World {
-        World::on(Redis::start(redis_flags).await, node_flags).await
+    pub async fn start(redis_flags: &[&str], node_flags: &[&str]) -> Testbed {
+        Testbed::on(Redis::start(redis_flags).await, node_flags).await
     }
 
     /// Two nodes on this Redis.
-    pub async fn on(redis: Redis, node_flags: &[&str]) -> World {
-        let ways = vec![Proxy::to(redis.port()).await, Proxy::to(redis.port()).await];
+    pub async fn on(redis: Redis, node_flags: &[&str]) -> Testbed {
+        let proxies = vec![Proxy::to(redis.port()).await, Proxy::to(redis.port()).await];
         // What is given here counts instead of the usual.
         let usual = FLAGS.chunks(2).filter(|pair| !node_flags.contains(&pair[0])).flatten();
         let flags: Vec<String> = usual.chain(node_flags).map(|flag| flag.to_string()).collect();
-        let urls = [ways[0].url(), ways[1].url()];
+        let urls = [proxies[0].url(), proxies[1].url()];
         let (a, b) = tokio::join!(node(&urls[0], &flags), node(&urls[1], &flags));
-        World { redis, ways, nodes: Nodes::new([a, b]), flags }
+        Testbed { redis, proxies, nodes: Nodes::new([a, b]), flags }
     }
 
     /// Another node in the place of one, by the same way.
     pub async fn replace(&self, place: usize) {
-        self.nodes.replace(place, node(&self.ways[place].url(), &self.flags).await);
+        self.nodes.replace(place, node(&self.proxies[place].url(), &self.flags).await);
     }
 
     /// Waits until both nodes say that they are ready.

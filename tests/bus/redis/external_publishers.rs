@@ -310,7 +310,11 @@ async fn a_unix_socket_and_another_prefix_work_too() {
     reader.assert_has(one, &mark(1));
     let own = other.publish("ws_broadcast", &event(2)).await.unwrap();
     stranger.until(&mut other, own).await;
-    assert_eq!((stranger.events.len(), stranger.count(&mark(1))), (1, 0), "another prefix is another world");
+    assert_eq!(
+        (stranger.events.len(), stranger.count(&mark(1))),
+        (1, 0),
+        "another prefix is another testbed"
+    );
 }
 
 #[tokio::test]

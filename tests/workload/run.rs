@@ -11,12 +11,12 @@ use serde_json::Value;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-use crate::checker::{Attempt, Breach, History, Moment, Outcome, Seen, Watcher, judge};
+use crate::checker::{Attempt, History, Moment, Outcome, Seen, Subscriber, Violation, find_violations};
 use crate::common::client::JSON_MODE;
 use crate::common::{Nodes, Redis, Rng, until};
 use crate::workload::publishers;
-use crate::workload::watchers;
-use crate::workload::world::World;
+use crate::workload::subscribers;
+use crate::workload::testbed::Testbed;
 
 /// How often to look whether something has happened in other processes.
 const LOOK: Duration = Duration::from_millis(20);
@@ -44,7 +44,7 @@ impl Kind {
 
 /// Who takes part.
 #[derive(Clone, Debug)]
-pub struct Crowd {
+pub struct Workload {
     /// Clients that stay on a node while they can: each kind once on every node, for each of these users.
     pub users: u64,
     /// Clients that leave and come back, to any node.
@@ -63,9 +63,9 @@ pub struct Crowd {
     pub channel: String,
 }
 
-impl Default for Crowd {
-    fn default() -> Crowd {
-        Crowd {
+impl Default for Workload {
+    fn default() -> Workload {
+        Workload {
             users: 1,
             roamers: 3,
             slow: 0,
@@ -177,29 +177,29 @@ impl Shared {
     }
 }
 
-/// A crowd at work.
+/// A workload at work.
 pub struct Run {
     /// What all share.
     pub shared: Arc<Shared>,
-    watchers: Vec<JoinHandle<Watcher>>,
+    subscribers: Vec<JoinHandle<Subscriber>>,
     publishers: Vec<JoinHandle<()>>,
     history: History,
 }
 
 impl Run {
-    /// Sends a crowd to these nodes, and waits until everyone is there and events flow.
-    pub async fn start(world: &World, crowd: Crowd) -> Run {
-        Run::at(&world.nodes, 2, &world.redis, crowd).await
+    /// Sends a workload to these nodes, and waits until everyone is there and events flow.
+    pub async fn start(testbed: &Testbed, workload: Workload) -> Run {
+        Run::at(&testbed.nodes, 2, &testbed.redis, workload).await
     }
 
     /// The same for nodes that are on more than one Redis.
-    pub async fn at(nodes: &Nodes, count: usize, redis: &Redis, crowd: Crowd) -> Run {
-        let shared = Arc::new(Shared::new(&crowd.channel, nodes.clone(), redis.port()));
-        let mut watchers = Vec::new();
-        let mut watcher = |user: u64, kind: Kind, home: Option<usize>, stalls: Option<u64>| {
-            let name = format!("{kind:?} {} of user{user}", watchers.len());
+    pub async fn at(nodes: &Nodes, count: usize, redis: &Redis, workload: Workload) -> Run {
+        let shared = Arc::new(Shared::new(&workload.channel, nodes.clone(), redis.port()));
+        let mut subscribers = Vec::new();
+        let mut subscriber = |user: u64, kind: Kind, home: Option<usize>, stalls: Option<u64>| {
+            let name = format!("{kind:?} {} of user{user}", subscribers.len());
             shared.stands(&name, 0);
-            let plan = watchers::Plan {
+            let plan = subscribers::Plan {
                 name,
                 user: format!("user{user}"),
                 kind,
@@ -208,46 +208,46 @@ impl Run {
                 stalls,
                 narrow: false,
             };
-            watchers.push(tokio::spawn(watchers::watch(
+            subscribers.push(tokio::spawn(subscribers::watch(
                 shared.clone(),
                 plan,
-                crowd.seed + watchers.len() as u64,
+                workload.seed + subscribers.len() as u64,
             )));
         };
         for home in 0..count {
-            for user in 0..crowd.users {
+            for user in 0..workload.users {
                 for kind in [Kind::Recovering, Kind::Json, Kind::Plain] {
-                    watcher(user, kind, Some(home), None);
+                    subscriber(user, kind, Some(home), None);
                 }
             }
         }
-        for n in 0..crowd.roamers {
+        for n in 0..workload.roamers {
             let kind = [Kind::Recovering, Kind::Json, Kind::Plain][n as usize % 3];
-            watcher(n % crowd.users, kind, None, (n < crowd.slow).then_some(400));
+            subscriber(n % workload.users, kind, None, (n < workload.slow).then_some(400));
         }
         let mut publishers: Vec<JoinHandle<()>> = Vec::new();
-        let users: Arc<[String]> = (0..crowd.users + 1).map(|user| format!("user{user}")).collect();
-        let mut seed = crowd.seed * 1000;
+        let users: Arc<[String]> = (0..workload.users + 1).map(|user| format!("user{user}")).collect();
+        let mut seed = workload.seed * 1000;
         let mut plan = || {
             seed += 1;
             publishers::Plan {
                 shared: shared.clone(),
                 users: users.clone(),
-                pace: crowd.pace,
+                pace: workload.pace,
                 rng: Rng(seed),
                 seed,
             }
         };
-        for _ in 0..crowd.clients {
+        for _ in 0..workload.clients {
             publishers.push(tokio::spawn(publishers::json_client(plan())));
             publishers.push(tokio::spawn(publishers::plain_client(plan())));
             publishers.push(tokio::spawn(publishers::poster(plan())));
         }
-        for _ in 0..crowd.programs {
+        for _ in 0..workload.programs {
             publishers.push(tokio::spawn(publishers::program(plan())));
         }
-        let run = Run { shared, watchers, publishers, history: History::default() };
-        run.flows().await;
+        let run = Run { shared, subscribers, publishers, history: History::default() };
+        run.wait_for_delivery().await;
         run
     }
 
@@ -257,12 +257,12 @@ impl Run {
     }
 
     /// Programs find Redis at this port from now on.
-    pub fn programs_go_to(&self, redis: &Redis) {
+    pub fn connect_programs(&self, redis: &Redis) {
         self.shared.redis.store(redis.port(), Ordering::SeqCst);
     }
 
     /// Programs find no Redis until told where.
-    pub fn programs_go_to_nobody(&self) {
+    pub fn disconnect_programs(&self) {
         self.shared.redis.store(0, Ordering::SeqCst);
     }
 
@@ -272,14 +272,14 @@ impl Run {
     }
 
     /// Waits until so many more events are acknowledged.
-    pub async fn goes_on(&self, more: usize) {
+    pub async fn wait_for_acks(&self, more: usize) {
         let enough = self.acked() + more;
         until("more events to be acknowledged", || async { (self.acked() >= enough).then_some(()) }).await;
     }
 
     /// Waits until all works: an event acknowledged from now on, and everybody beyond it.
-    pub async fn flows(&self) {
-        self.goes_on(1).await;
+    pub async fn wait_for_delivery(&self) {
+        self.wait_for_acks(1).await;
         let (_, highest) = self.shared.acked();
         self.reached(highest).await;
     }
@@ -305,22 +305,26 @@ impl Run {
     }
 
     /// Ends the run: publishers stop, everybody reads to the end, and the judge speaks. Fails the test if he objects.
-    pub async fn end(self) -> Verdict {
+    pub async fn end(self) -> Report {
         let ended = self.finish().await;
-        let breaches = judge(&ended.verdict.history);
-        let shown = &breaches[..breaches.len().min(20)];
-        assert!(breaches.is_empty(), "the promise is broken {} times:\n{shown:#?}", breaches.len());
+        let violations = find_violations(&ended.report.history);
+        let shown = &violations[..violations.len().min(20)];
+        assert!(violations.is_empty(), "the promise is broken {} times:\n{shown:#?}", violations.len());
         assert!(ended.missing.is_none(), "{}", ended.missing.unwrap_or_default());
-        for watcher in &ended.verdict.history.watchers {
-            assert!(watcher.stayed || watcher.home.is_none(), "{} was not there at the end", watcher.name);
-            assert!(watcher.events() > 20, "{} has seen next to nothing", watcher.name);
+        for subscriber in &ended.report.history.subscribers {
+            assert!(
+                subscriber.stayed || subscriber.home.is_none(),
+                "{} was not there at the end",
+                subscriber.name
+            );
+            assert!(subscriber.events() > 20, "{} has seen next to nothing", subscriber.name);
         }
-        ended.verdict
+        ended.report
     }
 
     /// The same for a run in which the judge must object: what he says.
-    pub async fn breaches(self) -> Vec<Breach> {
-        judge(&self.finish().await.verdict.history)
+    pub async fn violations(self) -> Vec<Violation> {
+        find_violations(&self.finish().await.report.history)
     }
 
     async fn finish(mut self) -> Ended {
@@ -346,30 +350,30 @@ impl Run {
         };
         self.shared.over.send_replace(true);
         let mut history = self.history;
-        for watcher in self.watchers {
-            history.watchers.push(watcher.await.expect("a client that saw what it may"));
+        for subscriber in self.subscribers {
+            history.subscribers.push(subscriber.await.expect("a client that saw what it may"));
         }
         history.attempts = self.shared.attempts();
         let waits = std::mem::take(&mut *self.shared.waits.lock().expect("all have ended"));
-        Ended { verdict: Verdict { history, waits }, missing }
+        Ended { report: Report { history, waits }, missing }
     }
 }
 
 struct Ended {
-    verdict: Verdict,
+    report: Report,
     /// Who did not come to the end.
     missing: Option<String>,
 }
 
 /// A run that kept the promise.
-pub struct Verdict {
+pub struct Report {
     /// What happened.
     pub history: History,
     /// How long each publisher waited for each answer, by its line.
     waits: Vec<(String, Duration)>,
 }
 
-impl Verdict {
+impl Report {
     /// How many events had this outcome.
     pub fn count(&self, wanted: impl Fn(Outcome) -> bool) -> usize {
         self.history.attempts.iter().filter(|attempt| wanted(attempt.outcome)).count()
@@ -378,7 +382,7 @@ impl Verdict {
     /// Whether anybody saw this event.
     pub fn came(&self, body: &str) -> bool {
         let is = |seen: &Seen| matches!(seen, Seen::Event(_, other, _) if other == body);
-        self.history.watchers.iter().any(|watcher| watcher.seen.iter().any(|(_, seen)| is(seen)))
+        self.history.subscribers.iter().any(|subscriber| subscriber.seen.iter().any(|(_, seen)| is(seen)))
     }
 
     /// How many events were acknowledged.
@@ -387,21 +391,26 @@ impl Verdict {
     }
 
     /// Fails if anybody was told that something may be missing: nothing was, so every event reached everybody.
-    pub fn nobody_was_told(&self) {
-        for watcher in &self.history.watchers {
-            assert_eq!(watcher.announcements(), 0, "{}: {:?}", watcher.name, told(watcher));
+    pub fn assert_no_loss_reported(&self) {
+        for subscriber in &self.history.subscribers {
+            assert_eq!(subscriber.announcements(), 0, "{}: {:?}", subscriber.name, told(subscriber));
         }
     }
 
     /// Fails unless everybody who was there all the time was told, so often at least and at most.
-    pub fn everybody_was_told(&self, often: std::ops::RangeInclusive<usize>) {
-        for watcher in self.history.watchers.iter().filter(|watcher| watcher.recovers) {
-            let count = watcher.announcements();
-            assert!(often.contains(&count), "{} was told {count} times: {:?}", watcher.name, told(watcher));
+    pub fn assert_loss_reported(&self, often: std::ops::RangeInclusive<usize>) {
+        for subscriber in self.history.subscribers.iter().filter(|subscriber| subscriber.recovers) {
+            let count = subscriber.announcements();
+            assert!(
+                often.contains(&count),
+                "{} was told {count} times: {:?}",
+                subscriber.name,
+                told(subscriber)
+            );
         }
-        let plain = self.history.watchers.iter().filter(|watcher| !watcher.recovers);
+        let plain = self.history.subscribers.iter().filter(|subscriber| !subscriber.recovers);
         assert!(
-            plain.map(Watcher::announcements).sum::<usize>() > 0,
+            plain.map(Subscriber::announcements).sum::<usize>() > 0,
             "those without recovery are told by a close"
         );
     }
@@ -414,13 +423,13 @@ impl Verdict {
 
     /// How often anybody was told.
     pub fn told(&self) -> usize {
-        self.history.watchers.iter().map(Watcher::announcements).sum()
+        self.history.subscribers.iter().map(Subscriber::announcements).sum()
     }
 }
 
 /// What a client was told, but for events.
-fn told(watcher: &Watcher) -> Vec<String> {
-    let seen = watcher.seen.iter().filter(|(_, seen)| !matches!(seen, Seen::Event(..)));
+fn told(subscriber: &Subscriber) -> Vec<String> {
+    let seen = subscriber.seen.iter().filter(|(_, seen)| !matches!(seen, Seen::Event(..)));
     seen.map(|(_, seen)| format!("{seen:?}")).collect()
 }
 

@@ -19,14 +19,14 @@
 //! | unfinished messages on very many connections | 64 MiB for all; the oldest close with 1008 | `unfinished_messages_of_many_have_a_limit_together`, `unfinished_messages_share_one_limit` |
 //! | ping flood, message flood | `error` frame, then 4029 | `rates::a_message_flood_gets_error_frames_with_their_ref_and_then_4029`, `rates::a_flood_of_pings_or_pongs_is_one_too`, `rates::a_flooder_that_never_reads_costs_no_memory` |
 //! | the same over short connections; large messages, tiny fragments | the same: users, or addresses, share an allowance | `rates::reconnecting_gains_no_messages`, `rates::reconnecting_gains_a_user_no_messages`, `rates::bytes_and_fragments_have_a_rate_too` |
-//! | peer that never reads | nothing but its cursor; ended by ping timeout | `slow::a_reader_that_never_reads_again_is_ended_and_frees_its_place`, `slow::pongs_do_not_keep_a_client_that_never_reads`, `slow::stalled_readers_cost_no_memory_and_miss_nothing_on_redis` |
-//! | peers that stall, each in a large frame of its own | 64 MiB for all; the costliest are cut | `slow::stalled_readers_of_large_events_share_a_limit` |
+//! | peer that never reads | nothing but its cursor; ended by ping timeout | `slow_readers::a_reader_that_never_reads_again_is_ended_and_frees_its_place`, `slow_readers::pongs_do_not_keep_a_client_that_never_reads`, `slow_readers::stalled_readers_cost_no_memory_and_miss_nothing_on_redis` |
+//! | peers that stall, each in a large frame of its own | 64 MiB for all; the costliest are cut | `slow_readers::stalled_readers_of_large_events_share_a_limit` |
 //! | half-open peer | gone within heartbeat and timeout | `a_half_open_peer_is_gone_within_heartbeat_and_timeout` |
 //! | foreign or `null` Origin | 403 | `access::pages_of_foreign_sites_are_refused` |
 //! | missing, bad, expired token | 401 | `tokens::without_a_good_token_nobody_comes_in_and_no_token_is_shown` |
 //! | user id or channel with control characters, too long, not UTF-8 | 400; log lines stay one line | `bad_names_get_400_and_break_no_log_line` |
-//! | per-address connection flood, per-user and per-node caps | 429 / 503 with `Retry-After` | `guard::one_address_can_not_take_the_places_of_others`, `guard::a_user_has_so_many_connections_and_others_have_theirs`, `guard::a_full_node_says_503_and_serves_on`, `guard::a_flood_past_the_caps_is_answered_at_once_and_disturbs_nobody` |
-//! | a PROXY header, or `X-Forwarded-For`, from others than trusted proxies | 400 | `guard::who_is_no_trusted_proxy_is_told_to_be_named` |
+//! | per-address connection flood, per-user and per-node caps | 429 / 503 with `Retry-After` | `connection_limits::one_address_can_not_take_the_places_of_others`, `connection_limits::a_user_has_so_many_connections_and_others_have_theirs`, `connection_limits::a_full_node_says_503_and_serves_on`, `connection_limits::a_flood_past_the_caps_is_answered_at_once_and_disturbs_nobody` |
+//! | a PROXY header, or `X-Forwarded-For`, from others than trusted proxies | 400 | `connection_limits::who_is_no_trusted_proxy_is_told_to_be_named` |
 //! | out of file descriptors | 503, one log line and a metric; the accept loop goes on | `limits::a_node_without_free_descriptors_serves_on_and_recovers` |
 //! | `lastEventId` negative, huge, text, future | `recovered:false`, at most one shared read | `strange_ids_cost_one_shared_read_at_most`, `protocol::what_is_no_known_id_is_not_recovered` |
 //! | `channel` that names another program's Redis channel | an ordinary channel of that name | `a_channel_named_like_redis_own_is_an_ordinary_one` |
@@ -401,13 +401,13 @@ async fn bad_names_get_400_and_break_no_log_line() {
 
 #[test]
 fn every_test_of_the_table_exists() {
-    let source = include_str!("strangers.rs");
+    let source = include_str!("untrusted_input.rs");
     let rows = source.lines().filter_map(|line| line.strip_prefix("//! | ")).skip(1);
     let mut tests = 0;
     for row in rows {
         let named = row.trim_end_matches(" |").rsplit(" | ").next().expect("a row has cells");
         for test in named.split(", ").map(|test| test.trim_matches('`')) {
-            let name = if test.contains("::") { test.to_owned() } else { format!("strangers::{test}") };
+            let name = if test.contains("::") { test.to_owned() } else { format!("untrusted_input::{test}") };
             assert!(has_test(&name), "there is no test {test}");
             tests += 1;
         }

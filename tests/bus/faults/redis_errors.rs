@@ -1,0 +1,173 @@
+//! Redis is there and refuses, or its clock is wrong.
+
+use std::time::Duration;
+
+use crate::checker::Outcome;
+use crate::common::{Redis, until};
+use crate::workload::publishers;
+use crate::workload::run::{Run, Workload};
+use crate::workload::testbed::Testbed;
+
+#[tokio::test]
+async fn subscribe_refused_by_acl() {
+    let testbed = Testbed::start(&[], &[]).await;
+    let run = Run::start(&testbed, Workload::default()).await;
+    let mut redis = testbed.redis.client().await;
+    for _ in 0..2 {
+        run.wait_for_acks(30).await;
+        // Redis ends the connections of those who are subscribed to what they may not have.
+        redis.call(&["ACL", "SETUSER", "default", "resetchannels"]).await;
+        for place in 0..2 {
+            let node = testbed.nodes.get(place);
+            let says = || async { node.unready().await.contains("SUBSCRIBE").then_some(()) };
+            until("a node that says what Redis refuses", says).await;
+        }
+        redis.call(&["ACL", "SETUSER", "default", "allchannels"]).await;
+        testbed.ready().await;
+        run.wait_for_delivery().await;
+    }
+    // Programs could go on all the time, though nobody could be told: history has it.
+    run.end().await.assert_no_loss_reported();
+    assert!(testbed.metric("fanfare_bus_gaps_filled_total").await > 0.0);
+}
+
+#[tokio::test]
+async fn redis_out_of_memory() {
+    let testbed = Testbed::start(&["--maxmemory-policy", "noeviction"], &[]).await;
+    let run = Run::start(&testbed, Workload::default()).await;
+    let mut redis = testbed.redis.client().await;
+    let refusals = || async {
+        let each = ["json", "post", "fcall"].iter().all(|kind| run.shared.count(kind, Outcome::Refused) >= 3);
+        each.then_some(())
+    };
+    run.wait_for_acks(30).await;
+    redis.call(&["CONFIG", "SET", "maxmemory", "1"]).await;
+    until("events to be refused", refusals).await;
+    redis.call(&["CONFIG", "SET", "maxmemory", "0"]).await;
+    run.wait_for_delivery().await;
+    let report = run.end().await;
+    report.assert_no_loss_reported();
+    for kind in ["json", "post", "fcall"] {
+        let of_kind = report.history.attempts.iter().filter(|attempt| attempt.line.starts_with(kind));
+        let (refused, unknown) = of_kind.fold((0, 0), |(refused, unknown), attempt| match attempt.outcome {
+            Outcome::Refused => (refused + 1, unknown),
+            Outcome::Unknown => (refused, unknown + 1),
+            Outcome::Acked(_) => (refused, unknown),
+        });
+        assert!(
+            refused > 0 && unknown == 0,
+            "{kind}: {refused} refused, {unknown} unknown: all are told for certain"
+        );
+    }
+}
+
+#[tokio::test]
+async fn the_clock_is_set_back_and_redis_wiped() {
+    let testbed = Testbed::on(Redis::with_clock().await, &[]).await;
+    // Only those publish who know what was seen.
+    let run = Run::start(&testbed, Workload { programs: 0, ..Workload::default() }).await;
+    run.wait_for_acks(50).await;
+    testbed.redis.set_clock_back().await;
+    run.wait_for_acks(50).await;
+    run.wait_for_delivery().await;
+    let head = testbed.redis.head("room").await;
+    testbed.redis.client().await.call(&["FLUSHALL"]).await;
+    run.wait_for_delivery().await;
+    run.wait_for_acks(50).await;
+    assert!(testbed.redis.head("room").await > head + (1 << 20), "far above all that was given");
+    run.end().await.assert_loss_reported(1..=1);
+}
+
+#[tokio::test]
+async fn the_clock_is_set_back_and_a_program_comes_first_after_the_wipe() {
+    let testbed = Testbed::on(Redis::with_clock().await, &[]).await;
+    let mut run = Run::start(&testbed, Workload { programs: 0, ..Workload::default() }).await;
+    // Nobody at Redis knows that higher ids were given: the program's event gets a lower one, and everybody is told.
+    run.ids_may_fall();
+    testbed.redis.set_clock_back().await;
+    run.wait_for_acks(50).await;
+    for proxy in &testbed.proxies {
+        proxy.silence(crate::common::Silence { up: true, down: true });
+    }
+    testbed.redis.flush_all_but_settings().await;
+    let id = publishers::one(&run.shared, "the first").await;
+    assert!(id < run.shared.acked().1, "it got a lower id");
+    for proxy in &testbed.proxies {
+        proxy.silence(crate::common::Silence::default());
+    }
+    run.wait_for_acks(50).await;
+    run.wait_for_delivery().await;
+    let head = testbed.redis.head("room").await;
+    assert!(head > run.shared.acked().1 - 100_000_000 && head > id, "ids are above all again");
+    run.end().await.assert_loss_reported(1..=2);
+}
+
+#[tokio::test]
+async fn answers_stay_away_for_longer_than_anyone_waits() {
+    let testbed = Testbed::start(&[], &["--publish-timeout", "1s"]).await;
+    let run = Run::start(&testbed, Workload { clients: 2, ..Workload::default() }).await;
+    let count = |outcome| run.shared.count("json", outcome) + run.shared.count("post", outcome);
+    // What is in flight may happen to be of those who are never told.
+    for round in 0.. {
+        assert!(round < 10, "nobody was told that it may or may not have been published");
+        run.wait_for_acks(30).await;
+        let refused = count(Outcome::Refused);
+        for proxy in &testbed.proxies {
+            proxy.silence(crate::common::Silence { down: true, up: false });
+        }
+        // Redis takes what was sent, and nobody hears of it: that is neither taken nor refused. What waits is refused.
+        until("refusals", || async { (count(Outcome::Refused) >= refused + 5).then_some(()) }).await;
+        for proxy in &testbed.proxies {
+            proxy.silence(crate::common::Silence::default());
+        }
+        testbed.ready().await;
+        run.wait_for_delivery().await;
+        if count(Outcome::Unknown) >= 4 {
+            break;
+        }
+    }
+    let report = run.end().await;
+    report.assert_no_loss_reported();
+    // The judge looks that nothing refused came; and what was taken is not what was refused.
+    let unknown = report
+        .history
+        .attempts
+        .iter()
+        .filter(|attempt| attempt.outcome == Outcome::Unknown && !attempt.line.starts_with("plain"));
+    assert!(unknown.filter(|attempt| report.came(&attempt.body)).count() > 0, "Redis took none of them");
+    let slowest = report.slowest(|line| line.starts_with("json") || line.starts_with("post"));
+    assert!(slowest < Duration::from_secs(1) + Duration::from_millis(1500), "an answer after {slowest:?}");
+}
+
+#[tokio::test]
+async fn a_publish_under_outage_is_bounded_and_keeps_its_order() {
+    let flags = ["--appendonly", "yes", "--appendfsync", "always"];
+    let mut testbed = Testbed::start(&flags, &["--redis-durable", "--publish-timeout", "2s"]).await;
+    let run = Run::start(&testbed, Workload { clients: 2, ..Workload::default() }).await;
+    // Shorter than the wait: everything is taken, in order.
+    run.wait_for_acks(30).await;
+    testbed.redis.kill();
+    testbed.unready().await;
+    testbed.redis.up().await;
+    testbed.ready().await;
+    run.wait_for_delivery().await;
+    // Longer: everybody is told in time, again and again.
+    let refused = testbed.metric("fanfare_bus_publish_rejected_total").await;
+    testbed.redis.kill();
+    until("refusals", || async {
+        (testbed.metric("fanfare_bus_publish_rejected_total").await > refused + 20.0).then_some(())
+    })
+    .await;
+    testbed.redis.up().await;
+    testbed.ready().await;
+    run.wait_for_delivery().await;
+    run.wait_for_acks(30).await;
+    let report = run.end().await;
+    report.assert_no_loss_reported();
+    let slowest = report.slowest(|line| line.starts_with("json") || line.starts_with("post"));
+    assert!(
+        slowest < Duration::from_secs(2) + Duration::from_millis(1500),
+        "an answer came after {slowest:?}"
+    );
+    assert!(slowest > Duration::from_secs(1), "somebody waited: {slowest:?}");
+}
