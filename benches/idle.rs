@@ -1,9 +1,9 @@
-//! What an idle connection costs: memory and CPU of a whole fanfare process, beside the floor
-//! (`support/floor.rs`) in the same run. And what a stalled one costs: as many clients that have stopped reading, while
-//! events go on until the feed has left them behind.
+//! Memory and CPU of idle connections: a fanfare process, compared with the baseline
+//! (`support/baseline.rs`) in the same run. Also the memory of stalled connections: as many clients
+//! that stop reading while events go on until the feed no longer holds what they need.
 //!
 //! `cargo bench --bench idle -- --connections 10000`; `--help` lists the arguments.
-#![expect(clippy::print_stdout, clippy::print_stderr, reason = "a bench is there to print")]
+#![expect(clippy::print_stdout, clippy::print_stderr, reason = "a bench prints its report")]
 
 mod support;
 
@@ -14,34 +14,37 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use socket2::{Domain, Socket, Type};
 use support::args::Args;
-use support::crowd::Crowd;
 use support::files::allow_files;
+use support::load_clients::LoadClients;
 use support::process::{Cores, Memory, Server};
 use support::report::{self, mib};
 use support::wire;
 
 const ARGUMENTS: &[(&str, &str)] = &[
-    ("connections", "idle clients; the slope is taken from half to one and a half of it [10000]"),
+    ("connections", "idle clients; the slope is measured from 0.5 to 1.5 times as many [10000]"),
     ("ping-interval", "seconds between heartbeats [30]"),
-    ("seconds", "seconds over which CPU is taken [5 more than the heartbeat]"),
-    ("server", "another binary to measure in fanfare's place; `floor` holds the floor against itself"),
+    ("seconds", "seconds over which CPU is measured [5 more than the heartbeat]"),
+    ("server", "another binary to measure instead of fanfare; `baseline` compares the baseline with itself"),
 ];
 
-/// How long a server may still be busy with what its clients did before.
+/// How long a server may still process earlier client activity.
 const SETTLE: Duration = Duration::from_millis(500);
 
-/// The tenths of all connections between which memory is taken.
+/// The tenths of all connections between which memory is measured.
 const FROM: usize = 5;
 const TO: usize = 15;
 
-/// For the slope alone, so that it shows what connections use and not what the allocator keeps: memory given
-/// back goes at once, and the kernel doesn't round up to huge pages. Everything else is taken as it comes.
+/// For the slope only, so that it shows what connections use and not what the allocator keeps:
+/// freed memory is returned at once, and the kernel does not round up to huge pages. All other
+/// figures use the defaults.
 const EXACT: [(&str, &str); 2] = [("MIMALLOC_PURGE_DELAY", "0"), ("MIMALLOC_ALLOW_THP", "0")];
 
-/// Feeds and histories for the stalled: filled before anyone comes, so that what grows then is theirs.
+/// Feed and history sizes for the stalled clients: filled before they connect, so that all growth
+/// is theirs.
 const FILLED: [&str; 4] = ["--buffer-memory", "1MiB", "--history", "1000"];
 
-/// Bytes of a text that the stalled don't read, and how many: twice what their sockets and the feed hold.
+/// Size and number of the texts that stalled clients do not read: twice what their sockets and the
+/// feed hold.
 const TEXT: usize = 8192;
 const UNREAD: u32 = 300;
 
@@ -59,7 +62,7 @@ struct Idle {
 }
 
 fn main() -> Result<()> {
-    support::floor::run_if_asked()?;
+    support::baseline::run_if_asked()?;
     let args = Args::read(ARGUMENTS)?;
     let connections: usize = args.get("connections", 10_000)?;
     let heartbeat: u64 = args.get("ping-interval", 30)?;
@@ -72,21 +75,21 @@ fn main() -> Result<()> {
     let period = format!("{heartbeat}s");
     let binary = args.text("server").unwrap_or(env!("CARGO_BIN_EXE_fanfare"));
     let beat = Duration::from_secs(heartbeat);
-    let start_floor = |_: &[(&str, &str)]| Server::floor(&cores, false, beat);
+    let start_baseline = |_: &[(&str, &str)]| Server::baseline(&cores, false, beat);
     let start_with = |environment: &[(&str, &str)], flags: &[&str]| match binary {
-        "floor" => start_floor(environment),
+        "baseline" => start_baseline(environment),
         binary => {
             let flags = [&["--ping-interval", &period], flags].concat();
             Server::fanfare(binary, Some(&cores), &flags, environment)
         }
     };
     let ours = measure(|environment| start_with(environment, &[]), connections, time)?;
-    let floor = measure(start_floor, connections, time)?;
+    let baseline = measure(start_baseline, connections, time)?;
     let [idle, stalled] = stalled(start_with, connections)?;
-    let binary = std::fs::metadata(if binary == "floor" { "/proc/self/exe" } else { binary })?.len();
+    let binary = std::fs::metadata(if binary == "baseline" { "/proc/self/exe" } else { binary })?.len();
 
     println!("\n{connections} idle connections, heartbeats every {heartbeat} s; {}\n", cores.machine());
-    let row = |what: String, ours: String, floor: String| vec![what, ours, floor];
+    let row = |what: String, ours: String, baseline: String| vec![what, ours, baseline];
     let rows = [
         row(
             format!(
@@ -95,45 +98,49 @@ fn main() -> Result<()> {
                 connections * TO / 10
             ),
             format!("{:.0}", ours.each),
-            format!("{:.0}", floor.each),
+            format!("{:.0}", baseline.each),
         ),
-        row("resident after start".into(), mib(ours.start.resident), mib(floor.start.resident)),
+        row("resident after start".into(), mib(ours.start.resident), mib(baseline.start.resident)),
         row(
             "the same, without the binary's pages".into(),
             mib(ours.start.anonymous),
-            mib(floor.start.anonymous),
+            mib(baseline.start.anonymous),
         ),
-        row(format!("resident at {connections}"), mib(ours.full.resident), mib(floor.full.resident)),
+        row(format!("resident at {connections}"), mib(ours.full.resident), mib(baseline.full.resident)),
         row(
             "the same, without the binary's pages".into(),
             mib(ours.full.anonymous),
-            mib(floor.full.anonymous),
+            mib(baseline.full.anonymous),
         ),
         row(
             format!("CPU over {} s, of one core", time.as_secs()),
             format!("{:.3} %", ours.cpu * 100.0),
-            format!("{:.3} %", floor.cpu * 100.0),
+            format!("{:.3} %", baseline.cpu * 100.0),
         ),
-        row("heartbeats in that time".into(), ours.pings.to_string(), floor.pings.to_string()),
-        row("CPU for each heartbeat, all told".into(), per_ping(&ours, time), per_ping(&floor, time)),
+        row("heartbeats in that time".into(), ours.pings.to_string(), baseline.pings.to_string()),
+        row(
+            "CPU per heartbeat, everything included".into(),
+            per_ping(&ours, time),
+            per_ping(&baseline, time),
+        ),
         row("binary".into(), mib(binary), "–".into()),
     ];
-    report::table(&["what", args.text("server").unwrap_or("fanfare"), "floor"], &rows);
+    report::table(&["what", args.text("server").unwrap_or("fanfare"), "baseline"], &rows);
     let exact = EXACT.map(|(name, value)| format!("{name}={value}")).join(" ");
     println!(
-        "\nBytes per connection: the slope over {} points, with {exact}. The rest is as started.",
+        "\nBytes per connection: the slope over {} points, with {exact}. All other figures: defaults.",
         TO - FROM + 1
     );
     println!(
-        "\nThe same clients idle, then stalled: they read nothing, and the feed has left them behind.\n"
+        "\nThe same clients idle, then stalled: they read nothing, and the feed no longer holds what they need.\n"
     );
     let row = |what: &str, value: fn(&Held) -> f64| {
         let each = |held: &Held| format!("{:.0} B", value(held) / connections as f64);
         vec![what.to_owned(), each(&idle), each(&stalled)]
     };
     let rows = [
-        row("resident, a connection", |held| held.resident),
-        row("kernel's buffers of both sides, a connection", |held| held.kernel),
+        row("resident per connection", |held| held.resident),
+        row("kernel buffers of both sides per connection", |held| held.kernel),
     ];
     report::table(&["what", "idle", "stalled"], &rows);
     eprintln!("\n{:.0} s in all", started.elapsed().as_secs_f64());
@@ -154,57 +161,57 @@ fn measure(
     let (before, full, cpu, pings) = idle(&server, connections, time).with_context(|| name.clone())?;
     drop(server);
     let each = slope(&start(&EXACT)?, connections).with_context(|| name.clone())?;
-    eprintln!("  {name}: {each:.0} bytes a connection, {:.3} % of a core", cpu * 100.0);
+    eprintln!("  {name}: {each:.0} bytes per connection, {:.3} % of a core", cpu * 100.0);
     Ok(Idle { start: before, full, cpu, pings, each })
 }
 
-/// Memory before and with all clients, the share of a core that they cost, and how many heartbeats they got.
+/// Memory before and with all clients, the share of a core they use, and the heartbeats they get.
 fn idle(server: &Server, connections: usize, time: Duration) -> Result<(Memory, Memory, f64, u64)> {
-    let mut crowd = Crowd::new(server.addr, 128)?;
-    crowd.idle(SETTLE)?;
+    let mut clients = LoadClients::new(server.addr, 128)?;
+    clients.idle(SETTLE)?;
     let start = server.process.memory()?;
-    crowd.grow(connections)?;
-    crowd.idle(SETTLE)?;
-    let (before, pings) = (server.process.cpu()?, crowd.pings());
-    crowd.idle(time)?;
+    clients.grow(connections)?;
+    clients.idle(SETTLE)?;
+    let (before, pings) = (server.process.cpu()?, clients.pings());
+    clients.idle(time)?;
     let cpu = (server.process.cpu()? - before).as_secs_f64() / time.as_secs_f64();
     let full = server.process.memory()?;
-    let pings = crowd.pings() - pings;
+    let pings = clients.pings() - pings;
     ensure!(
-        pings >= connections as u64 / 100 * 95, // a busy machine is late with some
+        pings >= connections as u64 / 100 * 95, // a busy machine delays some
         "only {pings} heartbeats for {connections} connections in {time:?}: CPU is not comparable"
     );
     Ok((start, full, cpu, pings))
 }
 
-/// What one more connection costs. Tables grow by doubling and leave holes behind, so two points alone could
-/// say anything; this is the line through many, on the way up.
+/// Memory per connection: the slope of a line through many points, since tables grow by doubling
+/// and two points could give any result.
 fn slope(server: &Server, connections: usize) -> Result<f64> {
-    let mut crowd = Crowd::new(server.addr, 128)?;
+    let mut clients = LoadClients::new(server.addr, 128)?;
     let mut points = Vec::new();
     for tenths in FROM..=TO {
-        crowd.grow(connections * tenths / 10)?;
-        crowd.idle(SETTLE)?;
-        points.push((crowd.len() as f64, server.process.memory()?.resident as f64));
+        clients.grow(connections * tenths / 10)?;
+        clients.idle(SETTLE)?;
+        points.push((clients.len() as f64, server.process.memory()?.resident as f64));
     }
     let resident: Vec<String> = points.iter().map(|(_, bytes)| mib(*bytes as u64)).collect();
     eprintln!("  {}: resident, tenths {FROM} to {TO}: {}", server.process.name, resident.join(", "));
     Ok(report::slope(&points))
 }
 
-/// What connections hold, in bytes, all together.
+/// Bytes held by all connections together.
 struct Held {
     resident: f64,
     kernel: f64,
 }
 
-/// What as many connections hold while they are idle, and when they have stalled.
+/// The memory of the same connections idle, then stalled.
 fn stalled(
     start: impl Fn(&[(&str, &str)], &[&str]) -> Result<Server>,
     connections: usize,
 ) -> Result<[Held; 2]> {
     let server = start(&EXACT, &FILLED)?;
-    let mut live = Crowd::new(server.addr, TEXT)?;
+    let mut live = LoadClients::new(server.addr, TEXT)?;
     live.grow(1)?;
     live.publish_steadily(1200, Duration::from_millis(1))?;
     live.idle(SETTLE)?;
@@ -221,12 +228,12 @@ fn stalled(
     live.idle(SETTLE)?;
     let stalled = held()?;
     // The kernel holds no more than 128 KiB of payload for each; all that was sent would be 2.4 MB.
-    ensure!(stalled.kernel > (connections * TEXT) as f64, "they have not stalled");
+    ensure!(stalled.kernel > (connections * TEXT) as f64, "the clients have not stalled");
     drop(clients);
     Ok([idle, stalled])
 }
 
-/// A client that will read nothing but the answer to its request.
+/// A client that reads nothing but the response to its handshake.
 fn sleeper(addr: std::net::SocketAddr, number: usize) -> Result<TcpStream> {
     let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
     socket.set_recv_buffer_size(4096)?; // so that it is the server's buffers that fill
@@ -241,7 +248,7 @@ fn sleeper(addr: std::net::SocketAddr, number: usize) -> Result<TcpStream> {
     stream.write_all(request.as_bytes())?;
     let mut answer = vec![0; 1024];
     let length = stream.read(&mut answer)?;
-    let head = wire::http_head(&answer[..length]).context("half an answer")?;
+    let head = wire::http_head(&answer[..length]).context("incomplete response")?;
     ensure!(answer[head].starts_with(b"HTTP/1.1 101"), "{}", String::from_utf8_lossy(&answer[..length]));
     Ok(stream)
 }

@@ -1,9 +1,9 @@
-//! How many events one Redis core takes, history on: a real redis-server on a core of its own, one fanfare
-//! node beside the publisher on the others. Events come through the node, which batches them, and by FCALL
-//! from a plain Redis client, one event a call.
+//! Events per second of one Redis core, with history: a real redis-server on its own core, one
+//! fanfare node and the publisher on the other cores. Events are published through the node, which
+//! batches them, and by FCALL from a plain Redis client, one event per call.
 //!
 //! `cargo bench --bench redis`; `--help` lists the arguments. Needs `redis-server` 7 or newer.
-#![expect(clippy::print_stdout, clippy::print_stderr, reason = "a bench is there to print")]
+#![expect(clippy::print_stdout, clippy::print_stderr, reason = "a bench prints its report")]
 
 mod support;
 
@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use support::args::Args;
-use support::crowd::Crowd;
+use support::load_clients::LoadClients;
 use support::process::{Cores, Server};
 use support::redis::{Redis, command, reply};
 use support::report::{self, count, median};
@@ -21,7 +21,7 @@ use support::report::{self, count, median};
 const ARGUMENTS: &[(&str, &str)] = &[
     ("size", "bytes of text in an event [128]"),
     ("seconds", "seconds of each run [4]"),
-    ("rounds", "rounds; the ways in take turns, medians count [3]"),
+    ("rounds", "rounds, alternating between the ways to publish; medians are reported [3]"),
     ("redis-server", "the server to start [redis-server]"),
     ("server", "another fanfare binary"),
 ];
@@ -29,22 +29,22 @@ const ARGUMENTS: &[(&str, &str)] = &[
 /// Events in flight through the node.
 const WINDOWS: [u64; 3] = [64, 256, 1024];
 
-/// FCALLs sent together on one connection; two connections take turns, so that Redis never waits.
+/// FCALLs sent together on one connection; two connections alternate, so that Redis never waits.
 const PIPELINE: usize = 64;
 
-/// How far FCALL may run ahead of the client that follows: well inside the history that fills holes.
+/// How far FCALL may run ahead of the subscriber: well within the history that fills gaps.
 const AHEAD: u64 = 4096;
 
-/// What a run gave.
+/// The results of one run.
 struct Run {
-    /// Events a second.
+    /// Events per second.
     rate: f64,
-    /// Events for each second of Redis's CPU time.
+    /// Events per second of Redis's CPU time.
     per_core: f64,
 }
 
 fn main() -> Result<()> {
-    support::floor::run_if_asked()?;
+    support::baseline::run_if_asked()?;
     let args = Args::read(ARGUMENTS)?;
     let size: usize = args.get("size", 128)?;
     let time = Duration::from_secs_f64(args.get("seconds", 4.0)?);
@@ -56,21 +56,21 @@ fn main() -> Result<()> {
     let redis = Redis::start(args.text("redis-server").unwrap_or("redis-server"), Some(&cores))?;
     let binary = args.text("server").unwrap_or(env!("CARGO_BIN_EXE_fanfare"));
     let node = Server::fanfare(binary, None, &["--redis", &redis.url()], &[])?;
-    let mut crowd = Crowd::new(node.addr, size)?;
-    crowd.grow(1)?;
+    let mut clients = LoadClients::new(node.addr, size)?;
+    clients.grow(1)?;
 
     let mut runs: Vec<(String, Vec<Run>)> =
         WINDOWS.iter().map(|window| (format!("through the node, {window} in flight"), Vec::new())).collect();
-    runs.push(("FCALL, one event a call".into(), Vec::new()));
+    runs.push(("FCALL, one event per call".into(), Vec::new()));
     for round in 1..=rounds {
         eprintln!("round {round} of {rounds}, {:.0} s so far", started.elapsed().as_secs_f64());
         for (at, (what, runs)) in runs.iter_mut().enumerate() {
-            let (start, before, had) = (Instant::now(), redis.process.cpu()?, crowd.published());
+            let (start, before, had) = (Instant::now(), redis.process.cpu()?, clients.published());
             match WINDOWS.get(at) {
-                Some(window) => drop(crowd.publish_windowed(*window, time)?),
-                None => fcall(&redis, &mut crowd, size, time)?,
+                Some(window) => drop(clients.publish_windowed(*window, time)?),
+                None => fcall(&redis, &mut clients, size, time)?,
             }
-            let events = (crowd.published() - had) as f64;
+            let events = (clients.published() - had) as f64;
             let run = Run {
                 rate: events / start.elapsed().as_secs_f64(),
                 per_core: events / (redis.process.cpu()? - before).as_secs_f64(),
@@ -81,7 +81,7 @@ fn main() -> Result<()> {
     }
 
     println!(
-        "\n{size}-byte texts, history on, {}, one core for it; the node and its client share the others; {}; \
+        "\n{size}-byte texts, with history, {} on its own core; the node and its client share the others; {}; \
          medians of {rounds} rounds\n",
         redis.version()?,
         cores.machine(),
@@ -101,16 +101,22 @@ fn main() -> Result<()> {
         })
         .collect();
     report::table(
-        &["events", "per second of Redis CPU", "Redis CPU each", "on the clock", "Redis's share of its core"],
+        &[
+            "events",
+            "per second of Redis CPU",
+            "Redis CPU per event",
+            "wall clock",
+            "Redis's share of its core",
+        ],
         &rows,
     );
-    println!("\nEvery event reached the client that follows the channel.");
+    println!("\nEvery event reached the subscriber.");
     eprintln!("\n{:.0} s in all", started.elapsed().as_secs_f64());
     Ok(())
 }
 
-/// Publishes by FCALL for this time, then waits until the node's client has everything.
-fn fcall(redis: &Redis, crowd: &mut Crowd, size: usize, time: Duration) -> Result<()> {
+/// Publishes by FCALL for this time, then waits until the node's client has every event.
+fn fcall(redis: &Redis, clients: &mut LoadClients, size: usize, time: Duration) -> Result<()> {
     let event = format!(r#"{{"sender":"backend","text":"{}"}}"#, "x".repeat(size));
     let words = ["FCALL", "fanfare_publish", "1", "fanfare:{ws_broadcast}", &event];
     let batch = command(&words).repeat(PIPELINE);
@@ -125,17 +131,17 @@ fn fcall(redis: &Redis, crowd: &mut Crowd, size: usize, time: Duration) -> Resul
         for _ in 0..PIPELINE {
             reply(&mut connection).context("FCALL fanfare_publish")?;
         }
-        crowd.expect(PIPELINE as u64);
-        crowd.drain()?;
+        clients.expect(PIPELINE as u64);
+        clients.drain()?;
         let waiting = Instant::now();
-        while crowd.in_flight() > AHEAD {
-            crowd.drain()?;
-            ensure!(waiting.elapsed() < Duration::from_secs(10), "the node's client gets nothing for 10 s");
+        while clients.in_flight() > AHEAD {
+            clients.drain()?;
+            ensure!(waiting.elapsed() < Duration::from_secs(10), "the node's client got nothing for 10 s");
         }
         if start.elapsed() < time {
             connection.get_mut().write_all(&batch)?;
             asked.push_back(connection);
         }
     }
-    crowd.wait_for_all()
+    clients.wait_for_all()
 }

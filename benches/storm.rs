@@ -1,10 +1,11 @@
-//! A reconnect storm: thousands of clients, cut at once, come back with their last id, while a thousand others stay
-//! whose live events are timed before and meanwhile. Once what they missed is in memory, once it has to be read from
-//! Redis. Beside it the floor, to which everybody comes back as a newcomer: it keeps nothing.
+//! A reconnect storm: thousands of clients lose their connections at once and resume with their
+//! last id. A thousand others stay, and the latency of their live events is measured before and
+//! during the storm. What the clients missed is in memory, or has to be read from Redis. The
+//! baseline keeps no history: there they join anew.
 //!
-//! `cargo bench --bench storm`; `--help` lists the arguments. That nobody misses anything, and what it costs Redis, is
-//! what `tests/load/storm.rs` shows.
-#![expect(clippy::print_stdout, clippy::print_stderr, reason = "a bench is there to print")]
+//! `cargo bench --bench storm`; `--help` lists the arguments. `tests/load/storm.rs` checks that no
+//! event is missed and how often Redis is read.
+#![expect(clippy::print_stdout, clippy::print_stderr, reason = "a bench prints its report")]
 
 mod support;
 #[path = "../src/auth/token/fixtures.rs"]
@@ -18,60 +19,60 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use anyhow::{Context, Result, ensure};
 use fanfare::auth::token::{Key, verify};
 use support::args::Args;
-use support::crowd::Crowd;
 use support::files::allow_files;
-use support::herd::Herd;
+use support::load_clients::LoadClients;
 use support::process::{Cores, Server};
+use support::reconnect_clients::ReconnectClients;
 use support::redis::Redis;
 use support::report::{self, median, millis, percentile};
 
 const ARGUMENTS: &[(&str, &str)] = &[
-    ("cut", "clients that are cut and come back [10000]"),
-    ("stay", "clients that stay, whose live events are timed [1000]"),
+    ("cut", "clients that lose their connection and resume [10000]"),
+    ("stay", "clients that stay, whose latency is measured [1000]"),
     ("rate", "live events a second [10]"),
     ("seconds", "seconds of live events before each storm [5]"),
-    ("rounds", "rounds; the cases take turns, medians count [3]"),
+    ("rounds", "rounds, alternating between the cases; medians are reported [3]"),
     ("size", "bytes of text in an event [128]"),
-    ("case", "only this one: floor, memory or redis [all]"),
+    ("case", "only this one: baseline, memory or redis [all]"),
     ("redis-server", "the Redis to start [redis-server]"),
     ("server", "another fanfare binary"),
 ];
 
-/// Time between the events that those who are away miss.
+/// Time between the events that disconnected clients miss.
 const MISSED: Duration = Duration::from_millis(2);
 
-/// Feeds that hold some hundred events, so that what was missed is beyond them.
+/// Feeds of about a hundred events, so that the missed events are no longer in memory.
 const SMALL: [&str; 4] = ["--buffer-memory", "64KiB", "--max-message-size", "1KiB"];
 
-/// Of HS256.
+/// The HS256 key.
 const SECRET: &str = "0123456789abcdef0123456789abcdef";
 
-/// Checks of one token that are timed.
+/// Verifications of one token that are timed.
 const CHECKS: u32 = 2000;
 
-/// What clients come back to.
+/// What clients resume on.
 #[derive(Clone, Copy, PartialEq)]
 enum Case {
-    Floor,
+    Baseline,
     Memory,
     Redis,
 }
 
 impl Case {
-    const ALL: [Case; 3] = [Case::Floor, Case::Memory, Case::Redis];
+    const ALL: [Case; 3] = [Case::Baseline, Case::Memory, Case::Redis];
 
     fn name(self) -> &'static str {
         match self {
-            Case::Floor => "the floor, nothing to recover",
+            Case::Baseline => "baseline, nothing to recover",
             Case::Memory => "fanfare, 100 events behind, from memory",
             Case::Redis => "fanfare, 500 events behind, from Redis",
         }
     }
 
-    /// What it is called on the command line.
+    /// The name on the command line.
     fn word(self) -> &'static str {
         match self {
-            Case::Floor => "floor",
+            Case::Baseline => "baseline",
             Case::Memory => "memory",
             Case::Redis => "redis",
         }
@@ -79,20 +80,21 @@ impl Case {
 
     fn missed(self) -> u32 {
         match self {
-            Case::Floor | Case::Memory => 100,
+            Case::Baseline | Case::Memory => 100,
             Case::Redis => 500,
         }
     }
 }
 
-/// What one storm gave.
+/// The results of one storm.
 struct Storm {
-    /// Live events' way before it, everybody being there, and meanwhile.
+    /// Latencies of live events before the storm, with all clients connected.
     before: Vec<Duration>,
+    /// Latencies during the storm.
     meanwhile: Vec<Duration>,
-    /// Until everybody was back and had what it had missed.
+    /// Time until every client had resumed and received what it had missed.
     took: Duration,
-    /// The server's CPU time in it.
+    /// The server's CPU time during the storm.
     cpu: Duration,
 }
 
@@ -105,7 +107,7 @@ struct Plan {
 }
 
 fn main() -> Result<()> {
-    support::floor::run_if_asked()?;
+    support::baseline::run_if_asked()?;
     let args = Args::read(ARGUMENTS)?;
     let rate: u32 = args.get("rate", 10)?;
     let seconds: u32 = args.get("seconds", 5)?;
@@ -130,15 +132,15 @@ fn main() -> Result<()> {
     let chosen = |case: &Case| args.text("case").is_none_or(|only| only == case.word());
     let mut storms: Vec<(Case, Vec<Storm>)> =
         Case::ALL.into_iter().filter(chosen).map(|case| (case, Vec::new())).collect();
-    ensure!(!storms.is_empty(), "--case is floor, memory or redis");
+    ensure!(!storms.is_empty(), "--case is baseline, memory or redis");
     for round in 1..=rounds {
         eprintln!("round {round} of {rounds}, {:.0} s so far", started.elapsed().as_secs_f64());
         for (case, storms) in &mut storms {
             let case = *case;
-            // A history of its own for each round.
+            // Each round has its own history.
             let prefix = format!("storm{round}");
             let server = match case {
-                Case::Floor => Server::floor(&cores, false, Duration::ZERO)?,
+                Case::Baseline => Server::baseline(&cores, false, Duration::ZERO)?,
                 Case::Memory => Server::fanfare(binary, Some(&cores), &[], &[])?,
                 Case::Redis => {
                     let bus = ["--redis", &redis.url(), "--redis-prefix", &prefix];
@@ -147,7 +149,7 @@ fn main() -> Result<()> {
             };
             let storm = plan.storm(case, &server).with_context(|| case.name())?;
             eprintln!(
-                "  {}: p99 {} before, {} meanwhile; all back in {}",
+                "  {}: p99 {} before, {} during; all resumed in {}",
                 case.name(),
                 millis(percentile(&storm.before, 0.99)),
                 millis(percentile(&storm.meanwhile, 0.99)),
@@ -158,7 +160,7 @@ fn main() -> Result<()> {
     }
 
     println!(
-        "\n{} clients cut and back, {} stay, {rate} live events/s to all, {}-byte texts; one core for the server, the \
+        "\n{} clients resume, {} stay, {rate} live events/s to all, {}-byte texts; one core for the server, the \
          others for the clients and Redis; {}; medians of {rounds} rounds\n",
         plan.cut,
         plan.stay,
@@ -166,21 +168,21 @@ fn main() -> Result<()> {
         cores.machine(),
     );
     let rows: Vec<Vec<String>> = storms.iter().map(|(case, storms)| plan.row(*case, storms)).collect();
-    let head = ["storm", "live p99 before", "live p99 meanwhile", "all back after", "server CPU a client"];
+    let head = ["storm", "live p99 before", "live p99 during", "all resumed after", "server CPU per client"];
     report::table(&head, &rows);
-    println!("\nEverybody who came back got every event that it had missed, once and in order.\n");
-    report::table(&["check of a token", "on the shard's thread"], &checks()?);
+    println!("\nEvery client got all events that it had missed, once and in order.\n");
+    report::table(&["verification of a token", "on the shard's thread"], &checks()?);
     eprintln!("\n{:.0} s in all", started.elapsed().as_secs_f64());
     Ok(())
 }
 
 impl Plan {
     fn storm(&self, case: Case, server: &Server) -> Result<Storm> {
-        let mut stay = Crowd::new(server.addr, self.size)?;
+        let mut stay = LoadClients::new(server.addr, self.size)?;
         stay.grow(self.stay)?;
-        let mut cut = Herd::new("cut", "ws_broadcast")?;
+        let mut cut = ReconnectClients::new("cut", "ws_broadcast")?;
         cut.add(self.cut);
-        cut.bring(server.addr, 0..self.cut, "", &mut |_, _, _| Ok(()))?;
+        cut.connect(server.addr, 0..self.cut, "", &mut |_, _, _| Ok(()))?;
 
         let over = AtomicBool::new(false);
         let before = std::thread::scope(|threads| {
@@ -196,11 +198,11 @@ impl Plan {
             before
         })?;
 
-        // Whoever has not read its last events yet has missed them too.
-        let last = cut.lowest().context("nobody is there")? + u64::from(case.missed());
+        // Clients that have not read their last events yet miss them as well.
+        let last = cut.lowest().context("no client is connected")? + u64::from(case.missed());
         cut.cut(0..self.cut);
-        if case == Case::Floor {
-            cut.forget();
+        if case == Case::Baseline {
+            cut.forget_positions();
         }
         stay.publish_steadily(case.missed(), MISSED)?;
 
@@ -209,12 +211,12 @@ impl Plan {
         let (took, spent, meanwhile) = std::thread::scope(|threads| {
             let coming = threads.spawn(|| {
                 let came = cut
-                    .bring(server.addr, 0..self.cut, "", &mut |_, _, _| Ok(()))
+                    .connect(server.addr, 0..self.cut, "", &mut |_, _, _| Ok(()))
                     .and_then(|()| cut.wait_beyond(last, &mut |_, _, _| Ok(())));
                 over.store(true, Ordering::Relaxed);
                 came?;
                 let measured = (start.elapsed(), server.process.cpu()? - cpu);
-                // Live events of the last moment are on their way; a server that closes is heard of here.
+                // Reads the last live events, and notices connections that the server has closed.
                 cut.turn(Duration::ZERO, &mut |_, _, _| Ok(()))?;
                 Ok::<_, anyhow::Error>(measured)
             });
@@ -222,7 +224,7 @@ impl Plan {
             let (took, spent) = coming.join().expect("it does not panic")?;
             Ok::<_, anyhow::Error>((took, spent, meanwhile?))
         })?;
-        ensure!(cut.away() == 0, "{} were closed again", cut.away());
+        ensure!(cut.away() == 0, "{} connections were closed again", cut.away());
         Ok(Storm { before, meanwhile, took, cpu: spent })
     }
 
@@ -242,7 +244,7 @@ impl Plan {
     }
 }
 
-/// What it costs to check one token, by algorithm.
+/// CPU time of verifying one token, by algorithm.
 fn checks() -> Result<Vec<Vec<String>>> {
     use tokens::{ED25519_PEM, EDDSA, ES256, P256_PEM, RS256, RSA_PEM};
     let file = std::env::temp_dir().join(format!("fanfare-bench-{}.key", std::process::id()));
@@ -265,7 +267,7 @@ fn checks() -> Result<Vec<Vec<String>>> {
             let start = Instant::now();
             for _ in 0..CHECKS {
                 let grant = verify(black_box(&keys), black_box(token), "alice", now);
-                ensure!(black_box(grant).is_ok(), "a good token is taken for a bad one");
+                ensure!(black_box(grant).is_ok(), "a valid token was rejected");
             }
             let each = start.elapsed().as_secs_f64() * 1e6 / f64::from(CHECKS);
             Ok(vec![name.to_owned(), report::micros(each)])

@@ -5,12 +5,12 @@ use std::str::FromStr;
 
 use anyhow::{Context, Result, bail, ensure};
 
-/// What was asked for on the command line.
+/// The arguments given on the command line.
 pub struct Args(HashMap<String, String>);
 
 impl Args {
-    /// Reads the command line. `known` lists every argument with its help; `--help` prints them and ends.
-    /// Cargo's own `--bench` is passed over.
+    /// Reads the command line. `known` lists every argument with its help; `--help` prints them and
+    /// exits. Cargo's own `--bench` is ignored.
     pub fn read(known: &[(&str, &str)]) -> Result<Args> {
         let mut given = HashMap::new();
         let mut words = std::env::args().skip(1).filter(|word| word != "--bench");

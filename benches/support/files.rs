@@ -1,10 +1,10 @@
-//! The limit on open files, which thousands of connections need raised.
+//! Raises the limit on open files for thousands of connections.
 
 use anyhow::{Result, ensure};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-/// Allows this process, and those it starts, as many open files as the system lets it, and makes sure that
-/// `connections` fit.
+/// Raises the limit of this process and its children to the hard limit, and fails if `connections`
+/// do not fit.
 pub fn allow_files(connections: usize) -> Result<()> {
     let limit = getrlimit(Resource::Nofile);
     setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum })?;

@@ -1,15 +1,15 @@
-//! What the benches share: servers as processes, a crowd of clients, the floor, and the report.
+//! What the benches share: servers as processes, clients, the baseline, and the report.
 //!
-//! A figure counts only beside another from the same run, since machines differ. So every bench starts the
-//! server and the floor, pins both to one core and the clients to the others, and takes turns between them.
+//! Machines differ, so figures are only compared within one run: every bench starts the server and
+//! the baseline, pins both to one core and the clients to the others, and alternates between them.
 #![allow(dead_code, reason = "each bench uses its own part")]
 
 pub mod args;
-pub mod crowd;
+pub mod baseline;
 pub mod files;
-pub mod floor;
-pub mod herd;
+pub mod load_clients;
 pub mod process;
+pub mod reconnect_clients;
 pub mod redis;
 pub mod report;
 pub mod wire;

@@ -1,4 +1,4 @@
-//! Servers as processes: started on a core of their own, their CPU time and memory read from /proc.
+//! Servers as processes, started on their own core. Their CPU time and memory are read from /proc.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -8,18 +8,18 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
-use super::floor;
+use super::baseline;
 
-/// The cores that this process may use: the last is the servers', the others are the clients'.
+/// The cores that this process may use: the last one for servers, the others for clients.
 pub struct Cores {
     all: CpuSet,
     server: usize,
-    /// The machine's load average before the bench did anything.
+    /// The machine's load average before the bench.
     load: f64,
 }
 
 impl Cores {
-    /// Takes stock, and moves this process to the clients' cores.
+    /// Reads the cores, and moves this process to those for clients.
     pub fn split() -> Result<Cores> {
         let all = sched_getaffinity(None)?;
         let server = (0..CpuSet::MAX_CPU).rev().find(|core| all.is_set(*core)).context("no core at all")?;
@@ -30,7 +30,7 @@ impl Cores {
         Ok(cores)
     }
 
-    /// The machine, for a note. Above a load of 1 only figures of CPU time are worth something.
+    /// A description of the machine. Above a load of 1 only CPU times are meaningful.
     pub fn machine(&self) -> String {
         let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
         let cpu = read("/proc/cpuinfo");
@@ -47,7 +47,8 @@ impl Cores {
         clients
     }
 
-    /// Starts a process on the servers' core. A child inherits the cores of the thread that starts it.
+    /// Starts a process on the servers' core. A child inherits the cores of the thread that starts
+    /// it.
     fn spawn_on_server_core(&self, command: &mut Command) -> Result<Child> {
         let mut core = CpuSet::new();
         core.set(self.server);
@@ -86,14 +87,14 @@ impl Process {
         std::fs::read_to_string(&path).with_context(|| format!("{} has ended: no {path}", self.name))
     }
 
-    /// CPU time of all its threads, user and system, to the nanosecond. What the kernel does for it in
-    /// interrupts on top of its own calls counts too, as far as it happens in its time.
+    /// CPU time of all its threads, user and system, in nanoseconds. Includes interrupts that the
+    /// kernel handles while it runs.
     pub fn cpu(&self) -> Result<Duration> {
         let mut nanos = 0;
         for task in
             std::fs::read_dir(self.proc("task")).with_context(|| format!("{} has ended", self.name))?
         {
-            // A thread that ends between two reads has done next to nothing.
+            // A thread that exits between two reads has used hardly any time.
             let Ok(text) = std::fs::read_to_string(task?.path().join("schedstat")) else { continue };
             let first = text.split(' ').next().unwrap_or_default();
             nanos += first.parse::<u64>().context("this kernel has no schedstat (CONFIG_SCHED_INFO)")?;
@@ -101,7 +102,7 @@ impl Process {
         Ok(Duration::from_nanos(nanos))
     }
 
-    /// Resident memory in bytes, and the part of it that is its own (anonymous, not the binary's pages).
+    /// Resident memory in bytes, and its anonymous part (without the binary's pages).
     pub fn memory(&self) -> Result<Memory> {
         let text = self.read("smaps_rollup")?;
         let field = |name: &str| -> Result<u64> {
@@ -111,18 +112,19 @@ impl Process {
         Ok(Memory { resident: field("Rss:")?, anonymous: field("Anonymous:")? })
     }
 
-    /// How many files and sockets it holds open.
+    /// The number of open files and sockets.
     pub fn open_files(&self) -> Result<usize> {
         Ok(std::fs::read_dir(self.proc("fd")).with_context(|| format!("{} has ended", self.name))?.count())
     }
 
-    /// Waits until it holds no more than `files` open, as when it has noticed that its clients left.
+    /// Waits until it has at most `files` open: until it has closed the connections of clients that
+    /// left.
     pub fn wait_for_files(&self, files: usize) -> Result<()> {
         let deadline = Instant::now() + Duration::from_secs(20);
         while self.open_files()? > files {
             ensure!(
                 Instant::now() < deadline,
-                "{} still holds {} files open 20 s after its clients left",
+                "{} still has {} files open 20 s after its clients left",
                 self.name,
                 self.open_files()?
             );
@@ -134,33 +136,32 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        let _ = self.child.kill(); // it may have ended by itself
+        let _ = self.child.kill(); // it may have exited
         let _ = self.child.wait();
     }
 }
 
-/// What a process occupies, in bytes.
+/// Memory of a process in bytes.
 #[derive(Clone, Copy)]
 pub struct Memory {
     /// All resident pages.
     pub resident: u64,
-    /// Those that are not pages of a file.
+    /// Pages that belong to no file.
     pub anonymous: u64,
 }
 
-/// A WebSocket server that is measured: fanfare, or the floor.
+/// A measured WebSocket server: fanfare or the baseline.
 pub struct Server {
-    /// Its process.
     pub process: Process,
     /// Where clients connect.
     pub addr: SocketAddr,
-    /// Held so that it can write to it.
+    /// Kept open for the server's output.
     _stdout: BufReader<ChildStdout>,
 }
 
 impl Server {
-    /// Starts fanfare with one shard and these further arguments and environment, on the servers' core or
-    /// beside the clients, and waits until it is ready.
+    /// Starts fanfare with one shard and these additional arguments and variables, on the servers'
+    /// core or on the clients' cores, and waits until it is ready.
     pub fn fanfare(
         binary: &str,
         cores: Option<&Cores>,
@@ -169,7 +170,7 @@ impl Server {
     ) -> Result<Server> {
         let mut command = Command::new(binary);
         command.args(["--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0", "--shards", "1"]);
-        // The first client publishes for the whole bench.
+        // The first client publishes all events of a bench.
         command.env("FANFARE_MAX_MESSAGE_RATE", "0");
         command.args(["--log", "warn"]).args(more).envs(environment.iter().copied());
         let server = Server::start("fanfare", cores, command)?;
@@ -177,12 +178,13 @@ impl Server {
         Ok(server)
     }
 
-    /// Starts the floor: one `send()` for each event and connection, or one for all events that came together.
-    pub fn floor(cores: &Cores, gather: bool, heartbeat: Duration) -> Result<Server> {
+    /// Starts the baseline: one `send()` per event and connection, or one for all events that
+    /// arrived together.
+    pub fn baseline(cores: &Cores, batch: bool, heartbeat: Duration) -> Result<Server> {
         let mut command = Command::new(std::env::current_exe()?);
-        command.arg(floor::ARGUMENT).arg(if gather { "gather" } else { "one" });
+        command.arg(baseline::ARGUMENT).arg(if batch { "batch" } else { "one" });
         command.arg(heartbeat.as_secs().to_string());
-        Server::start(if gather { "the gathering floor" } else { "the floor" }, Some(cores), command)
+        Server::start(if batch { "baseline with batching" } else { "baseline" }, Some(cores), command)
     }
 
     fn wait_until_ready(&self) -> Result<()> {

@@ -1,4 +1,4 @@
-//! A real redis-server, and as much of its protocol as a bench needs.
+//! A redis-server, and the part of its protocol that the benches use.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
@@ -9,15 +9,14 @@ use anyhow::{Context, Result, bail, ensure};
 
 use super::process::{Cores, Process};
 
-/// A redis-server of our own, that keeps nothing on disk.
+/// A redis-server without persistence.
 pub struct Redis {
-    /// Its process.
     pub process: Process,
     port: u16,
 }
 
 impl Redis {
-    /// Starts it, on the servers' core or beside the clients, and waits until it answers.
+    /// Starts it, on the servers' core or on the clients' cores, and waits until it answers.
     pub fn start(program: &str, cores: Option<&Cores>) -> Result<Redis> {
         let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port();
         let mut command = Command::new(program);
@@ -36,12 +35,12 @@ impl Redis {
         Ok(redis)
     }
 
-    /// Where nodes find it.
+    /// The URL for nodes.
     pub fn url(&self) -> String {
         format!("redis://127.0.0.1:{}", self.port)
     }
 
-    /// A connection to it.
+    /// Opens a connection.
     pub fn connect(&self) -> Result<BufReader<TcpStream>> {
         let stream = TcpStream::connect((Ipv4Addr::LOCALHOST, self.port))?;
         stream.set_nodelay(true)?;
@@ -49,7 +48,7 @@ impl Redis {
         Ok(BufReader::new(stream))
     }
 
-    /// Which one it is.
+    /// Its name and version.
     pub fn version(&self) -> Result<String> {
         let mut connection = self.connect()?;
         connection.get_mut().write_all(&command(&["INFO", "server"]))?;
@@ -59,7 +58,7 @@ impl Redis {
     }
 }
 
-/// A command in RESP.
+/// Encodes a command in RESP.
 pub fn command(words: &[&str]) -> Vec<u8> {
     let mut out = format!("*{}\r\n", words.len());
     for word in words {
@@ -68,7 +67,7 @@ pub fn command(words: &[&str]) -> Vec<u8> {
     out.into_bytes()
 }
 
-/// One reply: an integer, a status or a bulk string, as text. An error reply is an error.
+/// Reads one reply: an integer, a status or a bulk string, as text.
 pub fn reply(connection: &mut BufReader<TcpStream>) -> Result<String> {
     let mut line = String::new();
     ensure!(connection.read_line(&mut line)? > 0, "Redis closed the connection");

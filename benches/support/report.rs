@@ -1,8 +1,8 @@
-//! Figures in words: medians, percentiles, and a table in Markdown.
+//! Medians, percentiles, and tables in Markdown.
 
 use std::time::Duration;
 
-/// The middle one; of an even number, the mean of the two in the middle.
+/// The middle value; for an even number of values, the mean of the middle two.
 pub fn median(values: &[f64]) -> f64 {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
@@ -14,7 +14,7 @@ pub fn median(values: &[f64]) -> f64 {
     }
 }
 
-/// The value that `share` of all are not above.
+/// The smallest value that is at least as large as `share` of all values.
 pub fn percentile(values: &[Duration], share: f64) -> Duration {
     let mut sorted = values.to_vec();
     sorted.sort();
@@ -32,7 +32,7 @@ pub fn slope(points: &[(f64, f64)]) -> f64 {
     both / square
 }
 
-/// Three digits that count, with k or M.
+/// Three significant digits, with k or M.
 pub fn count(value: f64) -> String {
     match value {
         v if v >= 1e6 => format!("{:.2} M", v / 1e6),
@@ -42,29 +42,26 @@ pub fn count(value: f64) -> String {
     }
 }
 
-/// Microseconds.
 pub fn micros(value: f64) -> String {
     format!("{value:.2} µs")
 }
 
-/// Milliseconds.
 pub fn millis(value: Duration) -> String {
     format!("{:.2} ms", value.as_secs_f64() * 1e3)
 }
 
-/// Mebibytes.
 pub fn mib(bytes: u64) -> String {
     format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20))
 }
 
-/// A ratio, and the spread of the same ratio over the rounds.
+/// The ratio of the medians, with the lowest and highest ratio of a round.
 pub fn ratio(pairs: &[(f64, f64)]) -> String {
-    let ratios: Vec<f64> = pairs.iter().map(|(ours, floor)| ours / floor).collect();
+    let ratios: Vec<f64> = pairs.iter().map(|(ours, baseline)| ours / baseline).collect();
     let ours: Vec<f64> = pairs.iter().map(|pair| pair.0).collect();
-    let floor: Vec<f64> = pairs.iter().map(|pair| pair.1).collect();
+    let baseline: Vec<f64> = pairs.iter().map(|pair| pair.1).collect();
     let low = ratios.iter().copied().fold(f64::INFINITY, f64::min);
     let high = ratios.iter().copied().fold(0.0, f64::max);
-    format!("{:.2} ({low:.2}–{high:.2})", median(&ours) / median(&floor))
+    format!("{:.2} ({low:.2}–{high:.2})", median(&ours) / median(&baseline))
 }
 
 /// Prints a table in Markdown.

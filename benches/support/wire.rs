@@ -1,4 +1,4 @@
-//! The little of HTTP and WebSocket (RFC 6455) that a load generator and a floor need.
+//! The parts of HTTP and WebSocket (RFC 6455) that load clients and the baseline use.
 
 use std::ops::Range;
 
@@ -13,15 +13,15 @@ pub const PING: u8 = 0x89;
 /// A pong frame's first byte.
 pub const PONG: u8 = 0x8A;
 
-/// The key of RFC 6455 section 1.3, and the answer that a server must give to it.
+/// The example key of RFC 6455 section 1.3.
 pub const KEY: &str = "dGhlIHNhbXBsZSBub25jZQ==";
-/// See [`KEY`].
+/// The `Sec-WebSocket-Accept` of [`KEY`].
 pub const ACCEPT: &str = "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=";
 
-/// Any key does for one's own frames (RFC 6455 section 5.3 guards proxies, and there are none).
+/// A constant mask: random masks protect proxies (RFC 6455 section 5.3), and there are none here.
 const MASK: [u8; 4] = [0x5A, 0xC3, 0x36, 0x99];
 
-/// Appends one whole masked frame, as clients send it.
+/// Appends one masked frame.
 pub fn put_masked(out: &mut Vec<u8>, first: u8, payload: &[u8]) {
     out.push(first);
     match payload.len() {
@@ -70,7 +70,7 @@ pub fn head(bytes: &[u8]) -> Result<Option<Head>> {
     Ok(Some(Head { first: *first, len, payload, mask }))
 }
 
-/// Where the head of an HTTP message lies in `bytes`, once it is whole.
+/// The range of the head of an HTTP message in `bytes`; `None` while it is incomplete.
 pub fn http_head(bytes: &[u8]) -> Option<Range<usize>> {
     let end = bytes.windows(4).position(|four| four == b"\r\n\r\n")?;
     Some(0..end + 4)

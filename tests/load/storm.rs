@@ -1,12 +1,12 @@
 //! A reconnect storm: ten thousand clients cut at once come back with their last ids while a thousand others stay and
-//! events go on. Every event of everybody is checked (`benches/support/herd.rs`), and what it cost Redis is counted.
+//! events go on. Every event of everybody is checked (`benches/support/reconnect_clients.rs`), and what it cost Redis is counted.
 //! How live events fare meanwhile is what `cargo bench --bench storm` shows.
 
 #[path = "../../benches/support/files.rs"]
 mod files;
-#[path = "../../benches/support/herd.rs"]
+#[path = "../../benches/support/reconnect_clients.rs"]
 #[allow(dead_code)]
-mod herd;
+mod reconnect_clients;
 #[path = "../../benches/support/wire.rs"]
 #[allow(dead_code)]
 mod wire;
@@ -16,7 +16,7 @@ use std::time::Duration;
 use tokio::sync::oneshot;
 
 use crate::common::{Node, Redis, Resp};
-use herd::Herd;
+use reconnect_clients::ReconnectClients;
 
 /// Who is cut, and who stays.
 const CUT: usize = 10_000;
@@ -91,7 +91,7 @@ impl Reads {
 struct Storm {
     redis: Redis,
     publisher: Publisher,
-    herd: Herd,
+    clients: ReconnectClients,
     /// The last id that everybody has.
     at: u64,
 }
@@ -99,40 +99,40 @@ struct Storm {
 impl Storm {
     /// Everybody comes: those who stay to one node, the others to another or the same.
     async fn gathers(redis: Redis, stay: &Node, cut: &Node) -> Storm {
-        let mut herd = Herd::new("user", "room").expect("a poll");
-        herd.add(STAY + CUT);
+        let mut clients = ReconnectClients::new("user", "room").expect("a poll");
+        clients.add(STAY + CUT);
         let (stay, cut) = (stay.public, cut.public);
-        let herd = blocking(move || {
-            herd.bring(stay, 0..STAY, "", &mut |_, _, _| Ok(()))?;
-            herd.bring(cut, STAY..STAY + CUT, "", &mut |_, _, _| Ok(()))?;
-            Ok(herd)
+        let clients = blocking(move || {
+            clients.connect(stay, 0..STAY, "", &mut |_, _, _| Ok(()))?;
+            clients.connect(cut, STAY..STAY + CUT, "", &mut |_, _, _| Ok(()))?;
+            Ok(clients)
         })
         .await;
         let mut publisher = Publisher { redis: redis.client().await, next: 0, last: 0 };
         publisher.publish(1).await;
         let at = publisher.last;
-        Storm { redis, publisher, herd: everybody_has(herd, at).await, at }
+        Storm { redis, publisher, clients: everybody_has(clients, at).await, at }
     }
 
     /// Those who are there get so many events more.
     async fn wait_for_acks(mut self, events: u64) -> Storm {
         let last = self.publisher.last + events;
-        let (herd, ()) = tokio::join!(everybody_has(self.herd, last), self.publisher.publish(events));
+        let (clients, ()) = tokio::join!(everybody_has(self.clients, last), self.publisher.publish(events));
         assert_eq!(self.publisher.last, last, "ids are contiguous");
-        Storm { herd, ..self }
+        Storm { clients, ..self }
     }
 
     /// Everybody who is away comes back at `node`, while events go on, and gets all. Says how the node read history,
     /// and over how many pages that lay.
     async fn comes_back(mut self, node: &Node) -> (Reads, u64) {
-        assert_eq!(self.herd.away(), CUT);
+        assert_eq!(self.clients.away(), CUT);
         let before = Reads::of(node, &self.redis).await;
         let (over, mut stop) = oneshot::channel();
-        let (addr, mut herd) = (node.public, self.herd);
+        let (addr, mut clients) = (node.public, self.clients);
         let coming = blocking(move || {
-            herd.bring(addr, STAY..STAY + CUT, "", &mut same_for_all())?;
+            clients.connect(addr, STAY..STAY + CUT, "", &mut same_for_all())?;
             let _ = over.send(());
-            Ok(herd)
+            Ok(clients)
         });
         let publishing = async {
             while stop.try_recv().is_err() {
@@ -140,20 +140,20 @@ impl Storm {
                 tokio::time::sleep(PACE).await; // the pace of events, not a wait
             }
         };
-        let (herd, ()) = tokio::join!(coming, publishing);
+        let (clients, ()) = tokio::join!(coming, publishing);
         let last = self.publisher.last;
-        let herd = everybody_has(herd, last).await;
-        assert_eq!(herd.away(), 0);
+        let clients = everybody_has(clients, last).await;
+        assert_eq!(clients.away(), 0);
         let after = Reads::of(node, &self.redis).await;
         let reads = Reads { node: after.node - before.node, ranges: after.ranges - before.ranges };
         (reads, last / PAGE - (self.at + 1) / PAGE + 1)
     }
 }
 
-async fn everybody_has(mut herd: Herd, id: u64) -> Herd {
+async fn everybody_has(mut clients: ReconnectClients, id: u64) -> ReconnectClients {
     blocking(move || {
-        herd.wait_for(id, &mut same_for_all())?;
-        Ok(herd)
+        clients.wait_for(id, &mut same_for_all())?;
+        Ok(clients)
     })
     .await
 }
@@ -171,7 +171,7 @@ async fn cut_at_once_they_come_back_from_memory() {
     let redis = Redis::start(&[]).await;
     let node = Node::on(&redis, &["--shards", "2"]).await;
     let mut storm = Storm::gathers(redis, &node, &node).await;
-    storm.herd.cut(STAY..STAY + CUT);
+    storm.clients.cut(STAY..STAY + CUT);
     let (reads, _) = storm.wait_for_acks(100).await.comes_back(&node).await;
     assert_eq!(reads, Reads { node: 0, ranges: 0 });
 }
@@ -184,7 +184,7 @@ async fn cut_at_once_they_come_back_from_beyond_the_feed() {
     let flags = ["--shards", "2", "--buffer-memory", "64KiB", "--max-message-size", "1KiB"]; // some 100 events a shard
     let node = Node::on(&redis, &flags).await;
     let mut storm = Storm::gathers(redis, &node, &node).await;
-    storm.herd.cut(STAY..STAY + CUT);
+    storm.clients.cut(STAY..STAY + CUT);
     for _ in 0..10 {
         storm = storm.wait_for_acks(50).await; // so that those who stay don't fall behind, and need no history
     }

@@ -1,8 +1,9 @@
-//! The floor: the least that any fan-out server must do. A bare epoll loop accepts, upgrades, and for each
-//! event makes one frame and calls `send()` once per connection. It keeps five bytes a connection.
+//! The baseline: the minimum that any fan-out server must do. A bare epoll loop accepts, upgrades,
+//! and for each event builds one frame and calls `send()` once per connection. It keeps five bytes
+//! per connection.
 //!
-//! It runs as a process of its own (the bench starts itself again), speaks as much WebSocket as the crowd of
-//! clients does, and so is measured by the very same code as the server.
+//! It runs as a separate process (the bench starts itself again) and implements as much of
+//! WebSocket as the load clients use, so that it is measured by the same code as the server.
 
 use std::collections::HashMap;
 use std::io::Write;
@@ -19,14 +20,14 @@ use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 
 use super::wire::{self, PING, TEXT};
 
-/// The hidden first argument that makes a bench the floor. `one` or `gather` and seconds between heartbeats
-/// (0: none) follow.
-pub const ARGUMENT: &str = "--be-the-floor";
+/// The hidden first argument that makes a bench run as the baseline. `one` or `batch` and the
+/// seconds between heartbeats (0: none) follow.
+pub const ARGUMENT: &str = "--be-the-baseline";
 
-/// Where the heartbeats' walk over the connections pauses.
+/// Time between two parts of the heartbeats' walk over the connections.
 const TICK: Duration = Duration::from_millis(100);
 
-/// Becomes the floor if the command line says so; called first in every bench.
+/// Runs as the baseline if the command line says so; every bench calls this first.
 pub fn run_if_asked() -> Result<()> {
     let words: Vec<String> = std::env::args().skip(1).take(3).collect();
     let [argument, how, heartbeat] = &words[..] else { return Ok(()) };
@@ -35,7 +36,7 @@ pub fn run_if_asked() -> Result<()> {
     }
     set_parent_process_death_signal(Some(Signal::KILL))?;
     let heartbeat: u64 = heartbeat.parse()?;
-    Floor::bind(how == "gather", (heartbeat > 0).then(|| Duration::from_secs(heartbeat)))?.run()
+    Baseline::bind(how == "batch", (heartbeat > 0).then(|| Duration::from_secs(heartbeat)))?.run()
 }
 
 #[derive(Clone, Copy, PartialEq)]
@@ -45,24 +46,24 @@ enum State {
     Open,
 }
 
-struct Floor {
+struct Baseline {
     epoll: OwnedFd,
     listener: TcpListener,
-    /// By file number.
+    /// By descriptor number.
     sockets: Vec<Option<OwnedFd>>,
     states: Vec<State>,
-    /// Frames that have come in part, by file number; nearly always empty.
+    /// Partly received frames, by descriptor number; nearly always empty.
     parts: HashMap<usize, Vec<u8>>,
-    /// Whether all events that arrived together leave in one `send()`.
-    gather: bool,
+    /// Whether all events that arrived together are sent with one `send()`.
+    batch: bool,
     heartbeat: Option<Duration>,
-    /// Where the heartbeats' walk stands, and the fraction of a connection still owed.
+    /// The position of the heartbeats' walk, and the fraction of a connection still due.
     walk: (usize, f64),
     next_id: u64,
 }
 
-impl Floor {
-    fn bind(gather: bool, heartbeat: Option<Duration>) -> Result<Floor> {
+impl Baseline {
+    fn bind(batch: bool, heartbeat: Option<Duration>) -> Result<Baseline> {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
         listen(&listener, 4096)?;
         listener.set_nonblocking(true)?;
@@ -71,15 +72,15 @@ impl Floor {
         let number = listener.as_raw_fd() as u64;
         epoll::add(&epoll, &listener, epoll::EventData::new_u64(number), epoll::EventFlags::IN)?;
         let mut out = std::io::stdout();
-        writeln!(out, "the floor serves http://{}/", listener.local_addr()?)?;
+        writeln!(out, "the baseline serves http://{}/", listener.local_addr()?)?;
         out.flush()?;
-        Ok(Floor {
+        Ok(Baseline {
             epoll,
             listener,
             sockets: Vec::new(),
             states: Vec::new(),
             parts: HashMap::new(),
-            gather,
+            batch,
             heartbeat,
             walk: (0, 0.0),
             next_id: 1_000_000_000_000_000,
@@ -135,7 +136,7 @@ impl Floor {
             let len = match recv(socket, &mut *scratch, RecvFlags::empty()) {
                 Err(Errno::AGAIN) => return Ok(()),
                 Ok((_, 0)) | Err(_) => {
-                    self.sockets[number] = None; // closing takes it out of the epoll set
+                    self.sockets[number] = None; // closing removes it from the epoll set
                     self.states[number] = State::Free;
                     self.parts.remove(&number);
                     return Ok(());
@@ -154,7 +155,7 @@ impl Floor {
 
     fn upgrade(&mut self, number: usize, request: &[u8]) -> Result<()> {
         let request = std::str::from_utf8(request)?;
-        ensure!(request.ends_with("\r\n\r\n"), "the crowd sends its request in one piece");
+        ensure!(request.ends_with("\r\n\r\n"), "load clients send their request in one piece");
         let (_, after) = request.split_once("Sec-WebSocket-Key: ").context("no key")?;
         let key = after.split("\r\n").next().unwrap_or_default();
         let welcome = format!(
@@ -174,7 +175,7 @@ impl Floor {
         send_all(socket, &answer)
     }
 
-    /// Takes whole frames from what a client sent: each text frame is an event to all, pongs are dropped.
+    /// Reads whole frames of a client: each text frame is an event for all, pongs are dropped.
     fn take(&mut self, number: usize, chunk: &[u8]) -> Result<()> {
         let mut joined = self.parts.remove(&number);
         if let Some(part) = &mut joined {
@@ -188,7 +189,7 @@ impl Floor {
                 let mask = head.mask.context("a client's frame without mask")?;
                 let text: Vec<u8> = payload.iter().zip(mask.iter().cycle()).map(|(b, m)| b ^ m).collect();
                 self.put_event(&mut out, &text)?;
-                if !self.gather {
+                if !self.batch {
                     self.send_to_all(&out)?;
                     out.clear();
                 }
@@ -201,10 +202,10 @@ impl Floor {
         if out.is_empty() { Ok(()) } else { self.send_to_all(&out) }
     }
 
-    /// The same event that the server makes of a text.
+    /// The event that the server builds from a text.
     fn put_event(&mut self, out: &mut Vec<u8>, text: &[u8]) -> Result<()> {
         let mut event = Vec::with_capacity(text.len() + 64);
-        event.extend_from_slice(br#"{"sender":"floor","text":""#);
+        event.extend_from_slice(br#"{"sender":"baseline","text":""#);
         event.extend_from_slice(text);
         write!(event, r#"","id":{}}}"#, self.next_id)?;
         self.next_id += 1;
@@ -221,7 +222,7 @@ impl Floor {
         Ok(())
     }
 
-    /// Pings the share of the connections that is due after this share of the period.
+    /// Pings the connections that are due after this share of the period.
     fn beat(&mut self, share: f64) -> Result<()> {
         let (at, owed) = &mut self.walk;
         *owed += share * self.sockets.len() as f64;
@@ -248,7 +249,8 @@ fn put_text(out: &mut Vec<u8>, text: &[u8]) {
     out.extend_from_slice(text);
 }
 
-/// One `send()`, unless the socket is full: then it waits, since the floor loses nothing either.
+/// One `send()`, unless the socket is full: then it waits, since the baseline loses no event
+/// either.
 fn send_all(socket: &OwnedFd, mut bytes: &[u8]) -> Result<()> {
     loop {
         match send(socket, bytes, SendFlags::NOSIGNAL) {
@@ -257,7 +259,7 @@ fn send_all(socket: &OwnedFd, mut bytes: &[u8]) -> Result<()> {
             Err(Errno::AGAIN) => {
                 poll(&mut [PollFd::new(socket, PollFlags::OUT)], None)?;
             }
-            Err(Errno::PIPE | Errno::CONNRESET) => return Ok(()), // read() will see it too
+            Err(Errno::PIPE | Errno::CONNRESET) => return Ok(()), // read() handles it
             Err(why) => bail!("send: {why}"),
         }
     }

@@ -1,7 +1,8 @@
-//! The clients: thousands of WebSocket connections in one epoll, drained and counted as cheaply as can be.
+//! Thousands of WebSocket clients in one epoll set, read and counted with as little CPU as
+//! possible.
 //!
-//! Every connection is checked: what is not an event, a heartbeat or the welcome ends the bench, and so does
-//! a connection that has got one event too few or too many.
+//! Every connection is checked: any frame but an event, a heartbeat or the welcome ends the bench,
+//! and so does a connection with one event too few or too many.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -17,13 +18,13 @@ use super::wire::{self, ACCEPT, CLOSE, KEY, PING, PONG, TEXT};
 /// Handshakes under way at once: below any listen backlog.
 const HANDSHAKES: usize = 64;
 
-/// How long the crowd waits for something to arrive before it says that it is lost.
+/// How long nothing may arrive while something is due.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Every so many-th connection takes the time of what it gets.
+/// One connection in this many measures latency.
 const SAMPLE: usize = 50;
 
-/// Digits at the start of each text: when it was due, in nanoseconds since the crowd began.
+/// Digits at the start of each text: when it was due, in nanoseconds since the start.
 const STAMP: usize = 20;
 
 struct Client {
@@ -32,14 +33,14 @@ struct Client {
     welcomed: bool,
     /// Events received.
     events: u64,
-    /// Payload bytes still to come of a frame that began in an earlier read.
+    /// Payload bytes still to come of a partly read frame.
     left: usize,
-    /// The beginning of a frame too short to be judged.
+    /// The start of a frame, too short to be classified.
     rest: Vec<u8>,
 }
 
-/// Many clients of one server; the first one also publishes.
-pub struct Crowd {
+/// Clients of one server; the first one also publishes.
+pub struct LoadClients {
     epoll: OwnedFd,
     ready: Vec<epoll::Event>,
     scratch: Vec<u8>,
@@ -52,21 +53,21 @@ pub struct Crowd {
     tally: Tally,
 }
 
-/// What all clients together have got.
+/// What all clients together have received.
 #[derive(Default)]
 struct Tally {
     welcomed: usize,
     events: u64,
     pings: u64,
-    /// When sampling: how long events took from due to read.
+    /// While sampling: the time of events from due to read.
     latencies: Option<Vec<Duration>>,
 }
 
-impl Crowd {
-    /// Nobody yet. `size` is the length of a text in bytes.
-    pub fn new(addr: SocketAddr, size: usize) -> Result<Crowd> {
+impl LoadClients {
+    /// Starts with no clients. `size` is the length of a text in bytes.
+    pub fn new(addr: SocketAddr, size: usize) -> Result<LoadClients> {
         ensure!(size >= STAMP, "a text must hold its {STAMP} digits of time");
-        Ok(Crowd {
+        Ok(LoadClients {
             epoll: epoll::create(epoll::CreateFlags::CLOEXEC)?,
             ready: Vec::with_capacity(1024),
             scratch: vec![0; 256 << 10],
@@ -93,7 +94,7 @@ impl Crowd {
                 deadline = Instant::now() + PATIENCE;
             }
             let missing = self.clients.len() - self.tally.welcomed;
-            ensure!(Instant::now() < deadline, "{missing} clients have got no welcome for {PATIENCE:?}");
+            ensure!(Instant::now() < deadline, "{missing} clients got no welcome within {PATIENCE:?}");
         }
         Ok(())
     }
@@ -102,7 +103,8 @@ impl Crowd {
         let number = self.clients.len();
         let mut stream = TcpStream::connect(self.addr).with_context(|| format!("connection {number}"))?;
         stream.set_nodelay(true)?;
-        // An empty lastEventId asks for recovery frames: a welcome now, and a `reset` or `error` that shows.
+        // An empty lastEventId asks for recovery frames: a welcome now, and a `reset` or `error`
+        // that shows.
         let request = format!(
             "GET /ws/u{number}?lastEventId= HTTP/1.1\r\nHost: {}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\
              Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {KEY}\r\n\r\n",
@@ -145,7 +147,8 @@ impl Crowd {
         self.published
     }
 
-    /// Events that the first client has not got yet. It may have some that nobody has told us to expect yet.
+    /// Events that the first client has not received yet. It may have received more than were
+    /// expected so far.
     pub fn in_flight(&self) -> u64 {
         self.published.saturating_sub(self.clients[0].events)
     }
@@ -170,12 +173,12 @@ impl Crowd {
         Ok(())
     }
 
-    /// Publishes `events` events, one every `period`, and waits until everybody has each.
+    /// Publishes `events` events, one every `period`, and waits until every client has each.
     pub fn publish_steadily(&mut self, events: u32, period: Duration) -> Result<()> {
         self.publish_while(|published| published < events, period)
     }
 
-    /// The same for as long as it is to go on.
+    /// The same while `go_on` returns true.
     fn publish_while(&mut self, go_on: impl Fn(u32) -> bool, period: Duration) -> Result<()> {
         let start = Instant::now();
         for event in (0..).take_while(|event| go_on(*event)) {
@@ -193,25 +196,26 @@ impl Crowd {
         self.wait_for_all()
     }
 
-    /// As [`Crowd::publish_steadily`], and returns how long events took from due to read, for a sample.
+    /// As [`LoadClients::publish_steadily`], and returns the latencies of a sample, from due to
+    /// read.
     pub fn publish_and_time(&mut self, events: u32, period: Duration) -> Result<Vec<Duration>> {
         self.time_while(|published| published < events, period)
     }
 
-    /// The same for as long as it is to go on.
+    /// The same while `go_on` returns true.
     pub fn time_while(&mut self, go_on: impl Fn(u32) -> bool, period: Duration) -> Result<Vec<Duration>> {
         let before = self.published;
         self.tally.latencies = Some(Vec::new());
         self.publish_while(go_on, period)?;
         let samples = self.clients.len().div_ceil(SAMPLE) * (self.published - before) as usize;
         let latencies = self.tally.latencies.take().expect("nothing else takes it");
-        // Frames that a read cut in two are not timed. Live, there are hardly any.
+        // Frames split between two reads are not timed: at live rates there are hardly any.
         ensure!(latencies.len() * 100 >= samples * 95, "only {} of {samples} samples", latencies.len());
         Ok(latencies)
     }
 
-    /// Keeps `window` events in flight for this time, and returns deliveries a second, measured after a
-    /// first fifth. Then waits until everybody has each event.
+    /// Keeps `window` events in flight for this time, and returns deliveries per second, measured
+    /// after the first fifth of it. Then waits until every client has each event.
     pub fn publish_windowed(&mut self, window: u64, time: Duration) -> Result<f64> {
         let start = Instant::now();
         let mut measured = None;
@@ -238,7 +242,7 @@ impl Crowd {
                 self.shortfall()
             );
         }
-        let (from, events) = measured.expect("it is measured before the time is up");
+        let (from, events) = measured.expect("the measurement starts before the time is over");
         let rate = (self.tally.events - events) as f64 / from.elapsed().as_secs_f64();
         self.wait_for_all()?;
         Ok(rate)
@@ -256,17 +260,17 @@ impl Crowd {
         }
     }
 
-    /// Reads what is there, without waiting.
+    /// Reads what has arrived, without waiting.
     pub fn drain(&mut self) -> Result<()> {
         self.turn(Duration::ZERO)
     }
 
-    /// Counts events that somebody else has published: everybody must get them too.
+    /// Counts events published elsewhere, which every client must get as well.
     pub fn expect(&mut self, events: u64) {
         self.published += events;
     }
 
-    /// Waits until everybody has every event, once.
+    /// Waits until every client has every event, once.
     pub fn wait_for_all(&mut self) -> Result<()> {
         let due = self.published * self.clients.len() as u64;
         let mut progress = (self.tally.events, Instant::now());
@@ -285,7 +289,7 @@ impl Crowd {
     fn shortfall(&self) -> String {
         let due = self.published;
         let wrong: Vec<_> = self.clients.iter().enumerate().filter(|(_, c)| c.events != due).collect();
-        let Some((number, client)) = wrong.first() else { return "everybody has every event".into() };
+        let Some((number, client)) = wrong.first() else { return "every client has every event".into() };
         format!(
             "deliveries are missing: {} of {} clients don't have exactly {due} events; client {number} has {}",
             wrong.len(),
@@ -294,7 +298,7 @@ impl Crowd {
         )
     }
 
-    /// Reads whatever is there, waiting up to `timeout` for it.
+    /// Reads what has arrived, waiting up to `timeout` for it.
     fn turn(&mut self, timeout: Duration) -> Result<()> {
         let timeout = Timespec::try_from(timeout)?;
         match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut self.ready), Some(&timeout)) {
@@ -315,7 +319,7 @@ impl Crowd {
 }
 
 impl Client {
-    /// Reads once; true if there may be more.
+    /// Reads once; true if there may be more to read.
     fn read(&mut self, scratch: &mut [u8], tally: &mut Tally, began: Instant, sampled: bool) -> Result<bool> {
         let held = self.rest.len();
         scratch[..held].copy_from_slice(&self.rest);
@@ -357,7 +361,7 @@ impl Client {
             let Some(head) = wire::head(bytes)? else { break };
             ensure!(head.mask.is_none(), "a server's frame with a mask");
             let payload = &bytes[head.len..(head.len + head.payload).min(bytes.len())];
-            // An event is longer than this; what is not an event is judged whole.
+            // Every event is longer than this. Other frames are handled whole.
             if payload.len() < head.payload && payload.len() < 16
                 || head.first != TEXT && payload.len() < head.payload
             {
@@ -393,7 +397,7 @@ impl Client {
     }
 }
 
-/// How long ago the event was due; `None` if the read cut it off before its time.
+/// How long ago the event was due; `None` if its time is not part of this read.
 fn age(event: &[u8], began: Instant) -> Option<Duration> {
     const BEFORE: &[u8] = br#""text":""#;
     let at = event.windows(BEFORE.len()).position(|part| part == BEFORE)? + BEFORE.len();
