@@ -23,7 +23,7 @@ async fn read_contiguous(client: &mut Client, count: usize) -> Vec<(u64, Value)>
 }
 
 #[tokio::test]
-async fn a_simple_chat_spans_both_nodes() {
+async fn chat_spans_both_nodes() {
     let (_redis, a, b) = cluster(&[]).await;
     let mut alice = Client::simple(&a, "alice").await;
     let mut bob = Client::simple(&b, "bob").await;
@@ -38,7 +38,7 @@ async fn a_simple_chat_spans_both_nodes() {
 }
 
 #[tokio::test]
-async fn the_order_is_equal_on_both_nodes_and_ids_are_contiguous() {
+async fn both_nodes_have_one_order_without_gaps() {
     const EACH: u64 = 100;
     let (redis, a, b) = cluster(&[]).await;
     let mut subscribers = Vec::new();
@@ -91,7 +91,7 @@ async fn the_order_is_equal_on_both_nodes_and_ids_are_contiguous() {
 }
 
 #[tokio::test]
-async fn an_event_with_to_reaches_all_connections_of_that_user_on_both_nodes() {
+async fn private_event_reaches_its_user_on_both_nodes() {
     let (redis, a, b) = cluster(&[]).await;
     let mut bobs = [
         Client::plain(&a, "bob", "room").await,
@@ -124,7 +124,7 @@ async fn an_event_with_to_reaches_all_connections_of_that_user_on_both_nodes() {
 }
 
 #[tokio::test]
-async fn a_client_resumes_on_the_other_node() {
+async fn client_resumes_on_the_other_node() {
     let (_redis, a, b) = cluster(&[]).await;
     let (mut client, welcome) = Client::resume(&a, "bob", "room", "").await;
     let base = position(&welcome["head"]);
@@ -147,7 +147,7 @@ async fn a_client_resumes_on_the_other_node() {
 }
 
 #[tokio::test]
-async fn a_client_from_a_node_that_was_ahead_misses_and_doubles_nothing() {
+async fn resumes_on_a_node_that_is_behind() {
     let redis = Redis::start(&[]).await;
     let proxy = Proxy::to(redis.port()).await;
     let a = Node::on(&redis, &[]).await;
@@ -178,7 +178,7 @@ async fn a_client_from_a_node_that_was_ahead_misses_and_doubles_nothing() {
 }
 
 #[tokio::test]
-async fn whoever_comes_while_the_node_looks_is_not_answered_by_an_older_look() {
+async fn joins_during_a_refresh_wait_for_the_next_one() {
     let redis = Redis::start(&[]).await;
     let proxy = Proxy::to(redis.port()).await;
     let a = Node::on(&redis, &[]).await;
@@ -214,7 +214,7 @@ async fn whoever_comes_while_the_node_looks_is_not_answered_by_an_older_look() {
 }
 
 #[tokio::test]
-async fn history_is_read_from_redis_when_memory_is_small() {
+async fn history_beyond_memory_is_read_from_redis() {
     let (_redis, a, b) = cluster(&["--buffer-memory", "64KiB"]).await;
     let (mut first, welcome) = Client::resume(&a, "a", "room", "").await;
     let base = position(&welcome["head"]);
@@ -238,7 +238,7 @@ async fn history_is_read_from_redis_when_memory_is_small() {
 }
 
 #[tokio::test]
-async fn past_the_end_of_history_nothing_is_recovered() {
+async fn evicted_history_is_not_recovered() {
     let (_redis, a, b) = cluster(&["--history", "1000", "--buffer-memory", "64KiB"]).await;
     let (_stays, welcome) = Client::resume(&a, "a", "room", "").await;
     let base = position(&welcome["head"]);
@@ -259,7 +259,7 @@ async fn past_the_end_of_history_nothing_is_recovered() {
 }
 
 #[tokio::test]
-async fn a_lost_answer_doubles_nothing() {
+async fn lost_answer_doubles_nothing() {
     let redis = Redis::start(&[]).await;
     let proxy = Proxy::to(redis.port()).await;
     let a = Node::start(&["--redis", &proxy.url()]).await;
@@ -288,7 +288,7 @@ async fn a_lost_answer_doubles_nothing() {
 }
 
 #[tokio::test]
-async fn deployments_with_different_prefixes_do_not_meet() {
+async fn prefixes_separate_deployments() {
     let redis = Redis::start(&[]).await;
     let red = Node::on(&redis, &["--redis-prefix", "red", "--pubsub-channels", "none"]).await;
     let blue = Node::on(&redis, &["--redis-prefix", "blue", "--pubsub-channels", "none"]).await;
@@ -301,7 +301,7 @@ async fn deployments_with_different_prefixes_do_not_meet() {
 }
 
 #[tokio::test]
-async fn a_last_event_that_no_message_told_of_is_noticed_soon() {
+async fn lost_last_event_is_noticed() {
     let redis = Redis::start(&[]).await;
     let proxy = Proxy::to(redis.port()).await;
     let a = Node::on(&redis, &[]).await;
@@ -318,7 +318,7 @@ async fn a_last_event_that_no_message_told_of_is_noticed_soon() {
 }
 
 #[tokio::test]
-async fn what_is_in_memory_is_not_read_from_redis() {
+async fn resumes_from_memory_without_reading_redis() {
     let (_redis, a, _b) = cluster(&["--shards", "1"]).await;
     let (mut stays, welcome) = Client::resume(&a, "stays", "room", "").await;
     let base = position(&welcome["head"]);
@@ -333,7 +333,7 @@ async fn what_is_in_memory_is_not_read_from_redis() {
 }
 
 #[tokio::test]
-async fn many_who_come_back_at_once_share_the_reads_of_history() {
+async fn simultaneous_resumes_share_history_reads() {
     const CLIENTS: usize = 200;
     let (_redis, a, b) = cluster(&["--shards", "1"]).await;
     let (_, welcome) = Client::resume(&a, "first", "room", "").await;
@@ -369,7 +369,7 @@ async fn post_with_key(node: &Node, event: &str, key: &str) -> u64 {
 }
 
 #[tokio::test]
-async fn one_key_is_one_event_however_it_comes() {
+async fn idempotency_key_holds_for_all_ways_to_publish() {
     let redis = Redis::start(&[]).await;
     let (a, b) = (Node::on(&redis, &[]).await, Node::on(&redis, &[]).await);
     let mut client = Client::plain(&a, "alice", "room").await;
@@ -412,7 +412,7 @@ async fn one_key_is_one_event_however_it_comes() {
 }
 
 #[tokio::test]
-async fn a_retry_after_an_unknown_publish_doubles_nothing() {
+async fn retry_of_an_unknown_publish_doubles_nothing() {
     let redis = Redis::start(&[]).await;
     let proxy = Proxy::to(redis.port()).await;
     let a = Node::start(&["--redis", &proxy.url(), "--publish-timeout", "1s"]).await;
@@ -433,7 +433,7 @@ async fn a_retry_after_an_unknown_publish_doubles_nothing() {
 }
 
 #[tokio::test]
-async fn local_bus_keeps_keys_and_refuses_bad_ones() {
+async fn local_bus_keeps_keys_and_rejects_bad_ones() {
     let node = Node::start(&[]).await;
     let mut client = Client::plain(&node, "alice", "room").await;
     let id = post_with_key(&node, r#"{"n":1}"#, "order-1").await;

@@ -7,7 +7,7 @@ use crate::common::client::position;
 use crate::common::{Client, Node, Redis, cluster};
 
 #[tokio::test]
-async fn a_bare_publish_reaches_everybody_at_once_without_id() {
+async fn plain_publish_reaches_all_clients_without_id() {
     let (redis, a, b) = cluster(&["--shards", "1"]).await;
     let (mut on_a, welcome) = Client::resume(&a, "a", "ws_broadcast", "").await;
     let mut on_b = Client::simple(&b, "b").await;
@@ -78,7 +78,7 @@ async fn a_bare_publish_reaches_everybody_at_once_without_id() {
 }
 
 #[tokio::test]
-async fn bare_event_longer_than_a_shards_part_of_memory_reaches_all() {
+async fn plain_event_larger_than_a_feed_reaches_all() {
     let redis = Redis::start(&[]).await;
     let node =
         Node::on(&redis, &["--shards", "64", "--buffer-memory", "2MiB", "--max-message-size", "2MiB"]).await;
@@ -98,7 +98,7 @@ async fn bare_event_longer_than_a_shards_part_of_memory_reaches_all() {
 }
 
 #[tokio::test]
-async fn only_listed_channels_are_bare() {
+async fn only_listed_channels_accept_plain_publish() {
     let (redis, a, b) = cluster(&["--pubsub-channels", "news,alerts"]).await;
     let mut publisher = redis.client().await;
     for (channel, bare) in [("news", true), ("alerts", true), ("ws_broadcast", false), ("room", false)] {
@@ -121,7 +121,7 @@ async fn only_listed_channels_are_bare() {
 }
 
 #[tokio::test]
-async fn a_subscriber_of_the_bare_channel_sees_copies_of_broadcasts_alone() {
+async fn only_public_events_are_copied_to_pubsub() {
     let (redis, a, b) = cluster(&[]).await;
     let mut subscriber = redis.client().await;
     subscriber.subscribe("ws_broadcast").await;
@@ -153,7 +153,7 @@ async fn a_subscriber_of_the_bare_channel_sees_copies_of_broadcasts_alone() {
 }
 
 #[tokio::test]
-async fn any_program_publishes_with_fcall() {
+async fn fcall_publishes_any_object() {
     let (redis, a, b) = cluster(&[]).await;
     let (mut on_a, welcome) = Client::resume(&a, "a", "room", "").await;
     let mut on_b = Client::plain(&b, "b", "room").await;
@@ -192,7 +192,7 @@ async fn any_program_publishes_with_fcall() {
 }
 
 #[tokio::test]
-async fn fcall_refuses_what_it_must() {
+async fn fcall_rejects_invalid_events() {
     let (redis, a, b) = cluster(&[]).await;
     let (mut on_a, welcome) = Client::resume(&a, "a", "room", "").await;
     let mut on_b = Client::plain(&b, "b", "room").await;

@@ -10,7 +10,7 @@ use crate::common::client::position;
 use crate::common::{Client, Frame, Node, Options, Raw, Redis, cluster, until};
 
 #[tokio::test]
-async fn no_more_channels_than_allowed_are_followed() {
+async fn max_channels_is_enforced() {
     let redis = Redis::start(&[]).await;
     let local = Node::start(&["--max-channels", "2"]).await;
     let on_redis = Node::on(&redis, &["--max-channels", "2"]).await;
@@ -41,7 +41,7 @@ async fn visit(node: &Node, channel: &str) {
 }
 
 #[tokio::test]
-async fn empty_channels_make_room_for_new_ones() {
+async fn empty_channels_are_evicted_for_new_ones() {
     let redis = Redis::start(&[]).await;
     let local = Node::start(&["--max-channels", "16"]).await;
     let on_redis = Node::on(&redis, &["--max-channels", "16", "--shards", "1"]).await;
@@ -64,7 +64,7 @@ async fn empty_channels_make_room_for_new_ones() {
 }
 
 #[tokio::test]
-async fn a_node_without_free_descriptors_serves_on_and_recovers() {
+async fn survives_running_out_of_descriptors() {
     let redis = Redis::start(&[]).await;
     let node = Node::on(&redis, &["--shards", "1"]).await;
     let mut first = Client::plain(&node, "first", "room").await;
@@ -97,7 +97,7 @@ async fn a_node_without_free_descriptors_serves_on_and_recovers() {
 }
 
 #[tokio::test]
-async fn own_descriptors_are_counted_for_every_shard() {
+async fn descriptors_are_reserved_per_shard() {
     const FILES: f64 = 500.0;
     let redis = Redis::start(&[]).await;
     for shards in ["1", "9", "65"] {
@@ -147,7 +147,7 @@ async fn clients_never_take_the_descriptors_of_redis() {
 }
 
 #[tokio::test]
-async fn large_events_are_delivered_replayed_and_resumed() {
+async fn large_events_are_delivered_and_replayed() {
     let (redis, a, b) = cluster(&["--max-message-size", "2MiB", "--buffer-memory", "4MiB"]).await;
     let (mut live, welcome) = Client::resume(&a, "live", "room", "").await;
     let base = position(&welcome["head"]);
@@ -170,7 +170,7 @@ async fn large_events_are_delivered_replayed_and_resumed() {
 }
 
 #[tokio::test]
-async fn history_ends_some_time_after_the_last_event() {
+async fn history_expires_after_the_last_event() {
     let (redis, a, b) = cluster(&["--history-ttl", "1s", "--buffer-memory", "64KiB"]).await;
     let (mut stays, _) = Client::resume(&a, "stays", "room", "").await;
     let ids = a.publish_numbers("room", 0..3).await;
@@ -193,7 +193,7 @@ async fn history_ends_some_time_after_the_last_event() {
 }
 
 #[tokio::test]
-async fn a_channel_that_was_forgotten_starts_ahead_of_all_its_ids() {
+async fn expired_channel_restarts_above_its_old_ids() {
     let (redis, a, b) = cluster(&["--history-ttl", "1s"]).await;
     let ids = a.publish_numbers("room", 0..3).await;
     until("the end of the channel", || async {
@@ -208,7 +208,7 @@ async fn a_channel_that_was_forgotten_starts_ahead_of_all_its_ids() {
 }
 
 #[tokio::test]
-async fn whoever_waits_for_the_bus_is_not_taken_for_silent() {
+async fn waiting_for_the_bus_is_no_ping_timeout() {
     let redis = Redis::start(&[]).await;
     let flags = ["--ping-interval", "1s", "--ping-timeout", "1s", "--publish-timeout", "6s"];
     let node = Node::on(&redis, &flags).await;

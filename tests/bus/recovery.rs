@@ -62,7 +62,7 @@ async fn refused(node: &Node, query: &str) -> Option<(u16, Option<String>)> {
 }
 
 #[tokio::test]
-async fn redis_killed_and_started_empty_in_a_stream_is_announced() {
+async fn redis_restarted_empty_under_load_is_announced() {
     let mut redis = Redis::start(&[]).await;
     let nodes = two_nodes(&redis.url(), &redis.url(), &[]).await;
     let mut plain = Client::plain(&nodes.get(0), "plain", "room").await;
@@ -88,7 +88,7 @@ async fn redis_killed_and_started_empty_in_a_stream_is_announced() {
 }
 
 #[tokio::test]
-async fn an_id_from_before_a_restart_is_not_recovered() {
+async fn id_from_before_a_restart_is_not_recovered() {
     let mut redis = Redis::start(&[]).await;
     let (a, b) = tokio::join!(Node::on(&redis, &[]), Node::on(&redis, &[]));
     let ids = a.publish_numbers("room", 0..5).await;
@@ -114,7 +114,7 @@ async fn an_id_from_before_a_restart_is_not_recovered() {
 }
 
 #[tokio::test]
-async fn a_durable_redis_restarts_in_a_stream_and_nobody_notices() {
+async fn durable_redis_restart_under_load_is_invisible() {
     let mut redis = Redis::start(&["--appendonly", "yes", "--appendfsync", "always"]).await;
     let nodes = two_nodes(&redis.url(), &redis.url(), &["--redis-durable"]).await;
     let mut plain = Client::plain(&nodes.get(1), "plain", "room").await;
@@ -139,7 +139,7 @@ async fn a_durable_redis_restarts_in_a_stream_and_nobody_notices() {
 }
 
 #[tokio::test]
-async fn a_redis_that_kept_its_data_is_still_announced_without_that_word() {
+async fn redis_restart_with_data_is_announced() {
     let mut redis = Redis::start(&["--appendonly", "yes", "--appendfsync", "always"]).await;
     let node = Node::on(&redis, &[]).await;
     let (mut client, _) = Client::resume(&node, "a", "room", "").await;
@@ -151,7 +151,7 @@ async fn a_redis_that_kept_its_data_is_still_announced_without_that_word() {
 }
 
 #[tokio::test]
-async fn flushall_in_a_stream_is_announced() {
+async fn flushall_under_load_is_announced() {
     let redis = Redis::start(&[]).await;
     let nodes = two_nodes(&redis.url(), &redis.url(), &[]).await;
     let run = stream(&nodes, &redis).await;
@@ -164,7 +164,7 @@ async fn flushall_in_a_stream_is_announced() {
 }
 
 #[tokio::test]
-async fn flushall_while_nothing_flows_is_announced_too() {
+async fn flushall_of_a_quiet_channel_is_announced() {
     let redis = Redis::start(&[]).await;
     let node = Node::on(&redis, &[]).await;
     let (mut client, _) = Client::resume(&node, "a", "room", "").await;
@@ -186,7 +186,7 @@ async fn flushall_while_nothing_flows_is_announced_too() {
 }
 
 #[tokio::test]
-async fn scripts_that_were_flushed_come_back() {
+async fn flushed_scripts_are_loaded_again() {
     let redis = Redis::start(&[]).await;
     let (a, b) = tokio::join!(Node::on(&redis, &[]), Node::on(&redis, &[]));
     let mut subscriber = Client::plain(&b, "w", "room").await;
@@ -199,7 +199,7 @@ async fn scripts_that_were_flushed_come_back() {
 }
 
 #[tokio::test]
-async fn connections_cut_in_a_stream_leave_no_trace() {
+async fn cut_connections_lose_nothing() {
     let redis = Redis::start(&[]).await;
     let proxy = Proxy::to(redis.port()).await;
     let nodes = two_nodes(&proxy.url(), &redis.url(), &[]).await;
@@ -222,7 +222,7 @@ async fn connections_cut_in_a_stream_leave_no_trace() {
 }
 
 #[tokio::test]
-async fn messages_held_back_and_lost_in_a_stream_leave_no_trace() {
+async fn delayed_and_lost_messages_lose_nothing() {
     let redis = Redis::start(&[]).await;
     let proxy = Proxy::to(redis.port()).await;
     let nodes = two_nodes(&redis.url(), &proxy.url(), &[]).await;
@@ -240,7 +240,7 @@ async fn messages_held_back_and_lost_in_a_stream_leave_no_trace() {
 }
 
 #[tokio::test]
-async fn a_redis_that_hangs_for_a_while_loses_nothing() {
+async fn frozen_redis_loses_nothing() {
     let redis = Redis::start(&[]).await;
     let nodes = two_nodes(&redis.url(), &redis.url(), &[]).await;
     let (a, b) = (nodes.get(0), nodes.get(1));
@@ -257,7 +257,7 @@ async fn a_redis_that_hangs_for_a_while_loses_nothing() {
 }
 
 #[tokio::test]
-async fn a_replica_that_takes_over_is_announced() {
+async fn promoted_replica_is_announced() {
     let primary = Redis::start(&[]).await;
     let mut replica = Redis::replica_of(&primary).await;
     let proxy = Proxy::to(primary.port()).await;
@@ -275,7 +275,7 @@ async fn a_replica_that_takes_over_is_announced() {
 }
 
 #[tokio::test]
-async fn a_failover_by_sentinel_is_announced_and_ids_go_on() {
+async fn sentinel_failover_is_announced() {
     let mut primary = Redis::start(&[]).await;
     let replica = Redis::replica_of(&primary).await;
     let sentinel = Redis::sentinel_for(&primary).await;
@@ -296,7 +296,7 @@ async fn a_failover_by_sentinel_is_announced_and_ids_go_on() {
 }
 
 #[tokio::test]
-async fn a_node_that_starts_before_redis_joins_when_it_comes() {
+async fn node_started_before_redis_becomes_ready() {
     let mut redis = Redis::away(&[]);
     let node = Node::start_unready(&["--redis", &redis.url()]).await;
     assert_eq!(node.get("/healthz").await.status, 200);
@@ -323,7 +323,7 @@ async fn a_node_that_starts_before_redis_joins_when_it_comes() {
 }
 
 #[tokio::test]
-async fn while_redis_is_away_connections_stay_and_publishing_is_answered() {
+async fn connections_stay_open_without_redis() {
     let mut redis = Redis::start(&[]).await;
     let flags =
         ["--publish-timeout", "1s", "--ping-interval", "1s", "--ping-timeout", "20s", "--shards", "2"];
@@ -375,7 +375,7 @@ async fn while_redis_is_away_connections_stay_and_publishing_is_answered() {
 }
 
 #[tokio::test]
-async fn a_short_outage_delays_a_message_and_does_not_refuse_it() {
+async fn short_outage_delays_a_publish() {
     let mut redis = Redis::start(&["--appendonly", "yes", "--appendfsync", "always"]).await;
     let node = Node::on(&redis, &["--redis-durable", "--publish-timeout", "20s"]).await;
     let (mut client, welcome) = Client::json(&node, "a", "room").await;
@@ -391,7 +391,7 @@ async fn a_short_outage_delays_a_message_and_does_not_refuse_it() {
 }
 
 #[tokio::test]
-async fn a_full_redis_refuses_and_goes_on_when_there_is_room() {
+async fn full_redis_rejects_until_there_is_memory() {
     let redis = Redis::start(&["--maxmemory-policy", "noeviction"]).await;
     let node = Node::on(&redis, &["--publish-timeout", "2s"]).await;
     let (mut client, welcome) = Client::json(&node, "a", "room").await;
@@ -409,7 +409,7 @@ async fn a_full_redis_refuses_and_goes_on_when_there_is_room() {
 }
 
 #[tokio::test]
-async fn clients_of_a_dead_node_go_on_at_the_other() {
+async fn clients_of_a_dead_node_resume_on_the_other() {
     let redis = Redis::start(&[]).await;
     let (a, b) = tokio::join!(Node::on(&redis, &[]), Node::on(&redis, &[]));
     let (mut client, _) = Client::resume(&a, "mover", "room", "").await;
@@ -424,7 +424,7 @@ async fn clients_of_a_dead_node_go_on_at_the_other() {
 }
 
 #[tokio::test]
-async fn plain_clients_are_closed_over_some_time_when_a_reset_hits_many() {
+async fn reset_closes_plain_clients_gradually() {
     let redis = Redis::start(&[]).await;
     let node = Node::on(&redis, &["--shards", "1"]).await;
     let mut clients = Vec::new();
@@ -453,7 +453,7 @@ async fn plain_clients_are_closed_over_some_time_when_a_reset_hits_many() {
 }
 
 #[tokio::test]
-async fn json_mode_is_told_of_resets_without_asking() {
+async fn json_mode_gets_resets_without_asking() {
     let redis = Redis::start(&[]).await;
     let node = Node::on(&redis, &[]).await;
     let mut client = Client::open(&node, "a", "channel=room", Some(JSON_MODE)).await;

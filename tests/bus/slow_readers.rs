@@ -21,7 +21,7 @@ const UPGRADE: [(&str, &str); 4] = [
 ];
 
 #[tokio::test]
-async fn stalled_readers_cost_no_memory_and_miss_nothing_on_redis() {
+async fn stalled_readers_cost_no_memory_on_redis() {
     let redis = Redis::start(&[]).await;
     let node = Node::on(&redis, &["--buffer-memory", "1MiB", "--ping-timeout", LONG]).await;
     stalled_readers_cost_nothing_and_miss_nothing(&node).await;
@@ -73,7 +73,7 @@ async fn large_events_are_read_once_from_history() {
 }
 
 #[tokio::test]
-async fn readers_of_large_events_all_make_progress() {
+async fn readers_of_large_events_all_progress() {
     const READERS: usize = 16;
     let redis = Redis::start(&[]).await;
     let node = Node::on(&redis, &["--shards", "1", "--buffer-memory", "1MiB"]).await;
@@ -105,7 +105,7 @@ async fn readers_of_large_events_all_make_progress() {
 }
 
 #[tokio::test]
-async fn a_reader_that_goes_away_costs_no_more_reads() {
+async fn closed_readers_cause_no_more_reads() {
     let redis = Redis::start(&[]).await;
     let node = Node::on(&redis, &["--shards", "1", "--buffer-memory", "1MiB"]).await;
     let (_live, ids) = large_events(&node, &redis).await;
@@ -129,7 +129,7 @@ async fn a_reader_that_goes_away_costs_no_more_reads() {
 }
 
 #[tokio::test]
-async fn a_reader_that_stalls_for_longer_than_history_lasts_is_told() {
+async fn stall_beyond_history_is_announced() {
     let redis = Redis::start(&[]).await;
     let flags = ["--history", "1000", "--buffer-memory", "1MiB", "--ping-timeout", LONG];
     let local = Node::start(&flags).await;

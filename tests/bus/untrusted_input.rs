@@ -6,7 +6,7 @@ use crate::common::raw::opcode::TEXT;
 use crate::common::{Client, Node, Raw, Redis, until};
 
 #[tokio::test]
-async fn strange_ids_cost_one_shared_read_at_most() {
+async fn unknown_ids_cost_one_shared_read() {
     let redis = Redis::start(&[]).await;
     let node = Node::on(&redis, &["--shards", "1"]).await;
     let _stays = Client::plain(&node, "stays", "room").await;
@@ -33,7 +33,7 @@ async fn strange_ids_cost_one_shared_read_at_most() {
 }
 
 #[tokio::test]
-async fn a_channel_named_like_redis_own_is_an_ordinary_one() {
+async fn channel_named_like_a_redis_channel_is_ordinary() {
     let redis = Redis::start(&[]).await;
     let node = Node::on(&redis, &[]).await;
     for channel in ["__sentinel__:hello", "__keyspace@0__", "other-program:jobs"] {
@@ -62,7 +62,7 @@ async fn a_channel_named_like_redis_own_is_an_ordinary_one() {
 }
 
 #[tokio::test]
-async fn channels_that_never_had_an_event_are_soon_forgotten_by_redis() {
+async fn unused_channels_expire_soon_in_redis() {
     const SOON: i64 = 10 * 60 * 1000;
     let redis = Redis::start(&[]).await;
     let node = Node::on(&redis, &[]).await;

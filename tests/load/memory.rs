@@ -10,7 +10,7 @@ use crate::common::{Cgroup, Client, Node, Raw, until};
 const MIB: u64 = 1 << 20;
 
 #[tokio::test]
-async fn a_small_cgroup_survives_heavy_traffic() {
+async fn small_cgroup_survives_heavy_traffic() {
     let _alone = crate::alone().await;
     let Some(cgroup) = Cgroup::new(64 * MIB) else { return };
     let node = Node::start_in(&cgroup, &["--max-message-rate", "0"]).await;
@@ -84,7 +84,7 @@ async fn clients_beyond_the_cgroup_get_503() {
 }
 
 #[tokio::test]
-async fn new_clients_join_after_a_flood_of_channel_names() {
+async fn joins_work_after_a_flood_of_channel_names() {
     let _alone = crate::alone().await;
     const NAMES: usize = 20_000; // fewer than there are local ports
     let Some(cgroup) = Cgroup::new(24 * MIB) else { return };

@@ -180,7 +180,7 @@ async fn failover(testbed: &mut Testbed, run: &Run) {
 }
 
 #[tokio::test]
-async fn faults_at_random_for_a_while() {
+async fn random_faults() {
     let _alone = crate::alone().await;
     let number = |name: &str| std::env::var(name).ok().map(|text| text.parse::<u64>().expect("a number"));
     let length = Duration::from_secs(number("SOAK_SECONDS").unwrap_or(20));

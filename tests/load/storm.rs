@@ -165,7 +165,7 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> anyhow::Result<T> + 
 }
 
 #[tokio::test]
-async fn cut_at_once_they_come_back_from_memory() {
+async fn resumes_from_memory() {
     let _alone = crate::alone().await;
     files::allow_files(CUT + STAY).expect("as many open files");
     let redis = Redis::start(&[]).await;
@@ -177,7 +177,7 @@ async fn cut_at_once_they_come_back_from_memory() {
 }
 
 #[tokio::test]
-async fn cut_at_once_they_come_back_from_beyond_the_feed() {
+async fn resumes_from_redis_history() {
     let _alone = crate::alone().await;
     files::allow_files(CUT + STAY).expect("as many open files");
     let redis = Redis::start(&[]).await;
@@ -194,7 +194,7 @@ async fn cut_at_once_they_come_back_from_beyond_the_feed() {
 
 /// The node dies under ten thousand, who all come to another that nobody was on.
 #[tokio::test]
-async fn their_node_killed_they_come_back_on_one_that_has_nothing_in_memory() {
+async fn resumes_on_a_new_node_after_a_crash() {
     let _alone = crate::alone().await;
     files::allow_files(CUT + STAY).expect("as many open files");
     let redis = Redis::start(&[]).await;

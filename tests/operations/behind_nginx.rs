@@ -255,7 +255,7 @@ async fn client(nginx: &Nginx, key: &str, user: &str) -> Client {
 
 /// With nginx's own rule, by which one silent close takes a node out for 10 seconds.
 #[tokio::test]
-async fn a_thousand_bad_handshakes_are_answered_and_take_no_node_out() {
+async fn bad_handshakes_take_no_node_out() {
     let mut scene = Scene::set(Nginx::unforgiving_before).await;
     let kinds = kinds(&scene.key);
     scene.plays(&kinds).await;
@@ -264,7 +264,7 @@ async fn a_thousand_bad_handshakes_are_answered_and_take_no_node_out() {
 
 /// As README sets it up: also refusals with 503, which nginx tries on the other node, take no node out.
 #[tokio::test]
-async fn refusals_with_503_go_to_the_other_node_and_take_none_out() {
+async fn rejections_with_503_go_to_the_other_node() {
     let mut scene = Scene::set(Nginx::before).await;
     let key = scene.key.clone();
     let full = |number: usize| {
@@ -282,7 +282,7 @@ async fn refusals_with_503_go_to_the_other_node_and_take_none_out() {
 /// The node has written it long before the client has read it: nginx and the kernels hold megabytes, and pings wait
 /// behind them.
 #[tokio::test]
-async fn a_slow_reader_gets_a_large_event() {
+async fn slow_reader_gets_a_large_event() {
     const SIZE: usize = 6_000_000;
     let flags = ["--ping-interval", "1s", "--ping-timeout", "4s", "--max-message-size", "8MiB"];
     let node = Node::start(&[&flags[..], &["--trusted-proxy", "127.0.0.1"]].concat()).await;

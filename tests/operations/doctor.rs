@@ -50,7 +50,7 @@ async fn doctor_with_files(files: u32, args: &[&str]) -> Said {
 }
 
 #[tokio::test]
-async fn a_limit_on_files_that_is_too_low_is_a_problem_with_the_line_to_change() {
+async fn low_file_limit_is_a_problem_with_advice() {
     let said = doctor_with_files(500, &["--connections", "1000"]).await;
     assert_eq!(said.code, Some(1), "{}", said.text);
     let finding = said.on("open files");
@@ -75,7 +75,7 @@ async fn more_clients_than_memory_is_a_problem() {
 }
 
 #[tokio::test]
-async fn a_redis_that_is_not_there_or_hangs_is_a_problem_within_bounded_time() {
+async fn unreachable_redis_is_a_problem_in_bounded_time() {
     let mut redis = Redis::away(&[]);
     let said = doctor(&["--connections", "10"], &[("FANFARE_REDIS", &redis.url())]).await;
     assert_eq!(said.code, Some(1), "{}", said.text);
@@ -89,7 +89,7 @@ async fn a_redis_that_is_not_there_or_hangs_is_a_problem_within_bounded_time() {
 }
 
 #[tokio::test]
-async fn bad_settings_of_redis_are_named_with_the_lines_to_change() {
+async fn bad_redis_settings_are_named_with_advice() {
     let flags = ["--maxmemory", "100mb", "--maxmemory-policy", "allkeys-lru", "--requirepass", "hunter2"];
     let redis = Redis::start(&flags).await;
     let url = redis.url().replace("//", "//:hunter2@");
@@ -119,7 +119,7 @@ async fn bad_settings_of_redis_are_named_with_the_lines_to_change() {
 }
 
 #[tokio::test]
-async fn a_redis_as_the_readme_has_it_is_well() {
+async fn documented_redis_settings_pass() {
     let redis = Redis::start(&[
         "--maxmemory",
         "100mb",
@@ -185,7 +185,7 @@ async fn replicas_and_missing_rights_are_found() {
 }
 
 #[tokio::test]
-async fn wrong_arguments_end_it_with_code_2_all_at_once() {
+async fn all_wrong_arguments_are_reported_with_code_2() {
     let said = doctor(&["--connections", "none", "--histroy", "5"], &[("FANFARE_SHARDS", "lots")]).await;
     assert_eq!((said.code, said.text.as_str()), (Some(2), ""));
     for part in

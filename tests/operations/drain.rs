@@ -15,7 +15,7 @@ use crate::common::{Client, Node, Proxy, Raw, Redis, until, within};
 const SLACK: Duration = Duration::from_millis(1500);
 
 #[tokio::test]
-async fn closes_are_spread_over_the_time_and_the_node_ends_when_all_have_gone() {
+async fn closes_are_spread_over_the_drain() {
     let node = Node::start(&["--drain-timeout", "4s", "--shards", "2"]).await;
     let mut clients = Vec::new();
     for n in 0..60 {
@@ -50,7 +50,7 @@ async fn closes_are_spread_over_the_time_and_the_node_ends_when_all_have_gone() 
 }
 
 #[tokio::test]
-async fn whoever_never_reads_or_answers_does_not_hold_up_the_end() {
+async fn unresponsive_clients_do_not_delay_exit() {
     let node = Node::start(&["--drain-timeout", "2s"]).await;
     let mut deaf = Vec::new();
     for n in 0..10 {
@@ -77,7 +77,7 @@ async fn whoever_never_reads_or_answers_does_not_hold_up_the_end() {
 }
 
 #[tokio::test]
-async fn a_drain_of_nothing_tells_everybody_at_once() {
+async fn drain_timeout_of_zero_closes_all_at_once() {
     let node = Node::start(&["--drain-timeout", "0s"]).await;
     let mut clients = Vec::new();
     for _ in 0..20 {
@@ -93,7 +93,7 @@ async fn a_drain_of_nothing_tells_everybody_at_once() {
 }
 
 #[tokio::test]
-async fn a_node_without_clients_ends_at_once() {
+async fn node_without_clients_exits_at_once() {
     let node = Node::start(&["--drain-timeout", "10m"]).await;
     Client::plain(&node, "a", "room").await.leave().await;
     let begun = Instant::now();
@@ -103,7 +103,7 @@ async fn a_node_without_clients_ends_at_once() {
 }
 
 #[tokio::test]
-async fn a_second_signal_ends_it_now() {
+async fn second_signal_exits_at_once() {
     for (first, second) in [("TERM", "TERM"), ("INT", "TERM"), ("TERM", "INT")] {
         let node = Node::start(&["--drain-timeout", "10m", "--drain-delay", "10m"]).await;
         let _client = Client::plain(&node, "a", "room").await;
@@ -119,7 +119,7 @@ async fn a_second_signal_ends_it_now() {
 }
 
 #[tokio::test]
-async fn during_the_notice_clients_are_taken_and_nobody_is_closed() {
+async fn clients_can_join_during_the_drain_delay() {
     let node = Node::start(&["--drain-delay", "2s", "--drain-timeout", "1s"]).await;
     let mut before = Client::plain(&node, "a", "room").await;
     let begun = Instant::now();
@@ -142,7 +142,7 @@ async fn during_the_notice_clients_are_taken_and_nobody_is_closed() {
 }
 
 #[tokio::test]
-async fn whoever_waits_to_be_accepted_when_it_stops_gets_an_answer() {
+async fn queued_connections_are_answered_at_shutdown() {
     let node = Node::start(&["--shards", "1"]).await;
     // While it stands still the kernel completes connections for it.
     node.signal("STOP");
@@ -164,7 +164,7 @@ async fn whoever_waits_to_be_accepted_when_it_stops_gets_an_answer() {
 }
 
 #[tokio::test]
-async fn under_a_flood_everybody_who_reads_is_told() {
+async fn flooding_clients_get_1012() {
     let flags = [
         "--drain-timeout",
         "4s",
@@ -220,7 +220,7 @@ async fn begin_publish(node: &Node, event: &str) -> Raw {
 }
 
 #[tokio::test]
-async fn a_publish_in_flight_is_answered_before_the_end() {
+async fn publish_in_flight_is_answered_before_exit() {
     let redis = Redis::start(&[]).await;
     let proxy = Proxy::to(redis.port()).await;
     let flags = ["--redis", &proxy.url(), "--drain-timeout", "4s", "--log", "debug"];
@@ -244,7 +244,7 @@ async fn a_publish_in_flight_is_answered_before_the_end() {
 }
 
 #[tokio::test]
-async fn unanswered_publishes_get_504_at_a_stop() {
+async fn unanswered_publishes_get_504_at_shutdown() {
     let redis = Redis::start(&[]).await;
     let proxy = Proxy::to(redis.port()).await;
     let node =

@@ -39,7 +39,7 @@ fn promtool(metrics: &str) {
 }
 
 #[tokio::test]
-async fn prometheus_finds_nothing_to_complain_of() {
+async fn metrics_pass_promtool() {
     let redis = Redis::start(&[]).await;
     for node in [Node::on(&redis, &[]).await, Node::start(&["--shards", "3"]).await] {
         let mut client = Client::plain(&node, "alice", "room").await;
@@ -55,7 +55,7 @@ async fn prometheus_finds_nothing_to_complain_of() {
 }
 
 #[tokio::test]
-async fn what_happens_is_counted() {
+async fn activity_is_counted() {
     let redis = Redis::start(&[]).await;
     let node = Node::on(&redis, &["--shards", "1"]).await;
     let mut alice = Client::plain(&node, "alice", "room").await;
@@ -110,7 +110,7 @@ async fn what_happens_is_counted() {
 }
 
 #[tokio::test]
-async fn a_reader_that_stalls_is_counted_as_slow() {
+async fn stalled_reader_is_counted_as_slow() {
     let node = Node::start(&["--ping-interval", "1s", "--shards", "1"]).await;
     let mut raw = Raw::connect_with_small_buffers(node.public).await;
     raw.upgrade("/ws/slow?channel=room", &[]).await;
@@ -124,7 +124,7 @@ async fn a_reader_that_stalls_is_counted_as_slow() {
 }
 
 #[tokio::test]
-async fn the_dashboard_shows_what_there_is() {
+async fn dashboard_shows_every_metric() {
     let node = Node::start(&[]).await;
     let text = metrics(&node).await;
     let known = families(&text);
@@ -171,7 +171,7 @@ fn lines(node: &Node, part: &str) -> Vec<String> {
 const HOSTILE: &str = "a%E2%80%A8b%22%5C%7B%7D%E2%80%AE";
 
 #[tokio::test]
-async fn the_log_tells_of_start_stop_and_refusals_a_line_each() {
+async fn log_has_start_stop_and_rejections() {
     let node = Node::start(&["--log", "debug", "--log-format", "json", "--shards", "2"]).await;
     let client = Client::open(&node, HOSTILE, "channel=room", None).await;
     for _ in 0..30 {
@@ -217,7 +217,7 @@ async fn the_log_tells_of_start_stop_and_refusals_a_line_each() {
 }
 
 #[tokio::test]
-async fn readyz_says_what_to_do_and_the_log_what_redis_said() {
+async fn readyz_gives_advice_and_the_log_the_error() {
     let mut redis = Redis::away(&["--requirepass", "secret"]);
     let wrong = redis.url().replace("//", "//:hunter2@");
     let node = Node::start_unready(&["--redis", &wrong]).await;
@@ -243,7 +243,7 @@ async fn readyz_says_what_to_do_and_the_log_what_redis_said() {
 }
 
 #[tokio::test]
-async fn what_a_replica_refuses_is_told_once_and_again_when_it_changes() {
+async fn replica_errors_are_logged_once_per_change() {
     let primary = Redis::start(&[]).await;
     let mut replica = Redis::replica_of(&primary).await;
     let node = Node::start_unready(&["--redis", &replica.url()]).await;
@@ -274,7 +274,7 @@ async fn what_a_replica_refuses_is_told_once_and_again_when_it_changes() {
 }
 
 #[tokio::test]
-async fn a_fault_in_a_channel_is_logged_with_its_key() {
+async fn channel_fault_is_logged_with_its_key() {
     let redis = Redis::start(&[]).await;
     let node = Node::on(&redis, &[]).await;
     let _client = Client::plain(&node, "alice", "room").await;

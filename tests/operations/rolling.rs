@@ -13,7 +13,7 @@ fn recovering() -> Options {
 }
 
 #[tokio::test]
-async fn clients_come_through_nginx_also_when_a_node_is_gone() {
+async fn nginx_routes_around_a_dead_node() {
     let (_redis, a, b) = cluster(&["--trusted-proxy", "127.0.0.1"]).await;
     let nginx = Nginx::before(&[a.public, b.public]).await;
     let mut clients = Vec::new();
@@ -64,7 +64,7 @@ async fn node(redis: &Redis, at: SocketAddr, nginx: &Nginx) -> Node {
 }
 
 #[tokio::test]
-async fn a_rolling_restart_behind_nginx_misses_nothing_and_nobody_is_told_of_a_loss() {
+async fn rolling_restart_behind_nginx_loses_nothing() {
     let redis = Redis::start(&[]).await;
     let places = [free_port(), free_port()].map(|port| SocketAddr::from(([127, 0, 0, 1], port)));
     let nginx = Nginx::before(&places).await;

@@ -92,7 +92,7 @@ async fn addresses(process: &Process) -> (SocketAddr, String) {
 const LOCAL: [&str; 4] = ["--listen", "127.0.0.1:0", "--admin", "off"];
 
 #[tokio::test]
-async fn it_is_ready_when_it_listens_and_its_status_tells_of_bus_and_connections() {
+async fn status_shows_bus_and_connections() {
     let mut redis = Redis::away(&[]);
     let mut systemd = Systemd::new();
     let mut command = systemd.command(&[&LOCAL[..], &["--redis", &redis.url()]].concat());
@@ -116,7 +116,7 @@ async fn it_is_ready_when_it_listens_and_its_status_tells_of_bus_and_connections
 }
 
 #[tokio::test]
-async fn it_tells_of_reloading_and_stopping() {
+async fn notifies_reloading_and_stopping() {
     let mut systemd = Systemd::abstractly();
     let flags = [&LOCAL[..], &["--drain-timeout", "3s", "--drain-delay", "2s"]].concat();
     let process = Process::start("fanfare", &mut systemd.command(&flags));
@@ -138,7 +138,7 @@ async fn it_tells_of_reloading_and_stopping() {
 }
 
 #[tokio::test]
-async fn why_it_could_not_start_is_its_last_status() {
+async fn start_error_is_the_last_status() {
     let taken = TcpListener::bind("127.0.0.1:0").expect("a free port");
     let addr = taken.local_addr().expect("bound").to_string();
     let mut systemd = Systemd::new();
@@ -152,7 +152,7 @@ async fn why_it_could_not_start_is_its_last_status() {
 const OTHER: &str = "1";
 
 #[tokio::test]
-async fn the_watchdog_is_fed_twice_in_its_time_and_only_by_whom_it_watches() {
+async fn watchdog_is_fed_twice_per_interval() {
     let mut systemd = Systemd::new();
     let mut command = systemd.command(&LOCAL);
     let process = Process::start("fanfare", command.env("WATCHDOG_USEC", "2000000"));
@@ -213,7 +213,7 @@ fn full_pipe() -> (PipeReader, PipeWriter) {
 }
 
 #[tokio::test]
-async fn the_watchdog_goes_hungry_when_one_shard_stands_still() {
+async fn watchdog_is_not_fed_when_a_shard_hangs() {
     let mut systemd = Systemd::new();
     // A shard that logs waits for whoever reads the log; no other thread logs.
     let log = ["--log", "off,fanfare::shard=debug", "--shards", "2"];
@@ -263,7 +263,7 @@ fn listener() -> (OwnedFd, SocketAddr) {
 }
 
 #[tokio::test]
-async fn sockets_of_systemd_stand_for_its_own() {
+async fn inherited_sockets_replace_own_listeners() {
     let directory = Directory::new();
     let path = directory.path().join("admin.sock");
     let admin = UnixListener::bind(&path).expect("the directory is ours");
@@ -300,7 +300,7 @@ async fn sockets_of_systemd_stand_for_its_own() {
 }
 
 #[tokio::test]
-async fn sockets_that_will_not_do_are_refused_by_name() {
+async fn unusable_sockets_are_rejected_by_name() {
     let systemd = Systemd::new();
     let datagram = || OwnedFd::from(StdDatagram::unbound().expect("a socket"));
     let reachable = || OwnedFd::from(TcpListener::bind("0.0.0.0:0").expect("a free port"));
@@ -331,7 +331,7 @@ async fn sockets_that_will_not_do_are_refused_by_name() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_restart_loses_no_connection_attempt() {
+async fn restart_loses_no_connection_attempt() {
     let mut systemd = Systemd::new();
     let ((public, addr), (other, _)) = (listener(), listener());
     let start = |systemd: &Systemd| {

@@ -27,7 +27,7 @@ fn systemd_analyze(args: &[&str]) -> (bool, String) {
 const SERVICES: [&str; 2] = ["fanfare.service", "fanfare@.service"];
 
 #[test]
-fn systemd_finds_nothing_wrong_with_the_units() {
+fn units_pass_systemd_analyze_verify() {
     // It looks whether programs exist, and this one need not be installed.
     let directory = Directory::new();
     for name in [&SERVICES[..], &["fanfare.socket"]].concat() {
@@ -43,7 +43,7 @@ fn systemd_finds_nothing_wrong_with_the_units() {
 }
 
 #[test]
-fn systemd_takes_their_exposure_for_small() {
+fn units_have_a_small_exposure() {
     for name in SERVICES {
         let path = unit(name).display().to_string();
         let (content, written) = systemd_analyze(&["security", "--offline=true", "--threshold=12", &path]);
@@ -52,7 +52,7 @@ fn systemd_takes_their_exposure_for_small() {
 }
 
 #[test]
-fn the_instance_unit_is_made_from_the_service() {
+fn instance_unit_is_generated() {
     let made = Command::new(unit("make-instances.sh")).output().expect("it is executable");
     assert!(made.status.success(), "{made:?}");
     let made = String::from_utf8(made.stdout).expect("UTF-8");
@@ -62,7 +62,7 @@ fn the_instance_unit_is_made_from_the_service() {
 }
 
 #[test]
-fn they_keep_secrets_and_show_how_to_bound_memory() {
+fn units_protect_secrets() {
     for name in SERVICES {
         let text = text(name);
         let lines: Vec<&str> = text.lines().collect();
@@ -73,7 +73,7 @@ fn they_keep_secrets_and_show_how_to_bound_memory() {
 }
 
 #[test]
-fn flags_and_variables_in_them_exist() {
+fn flags_and_variables_in_units_exist() {
     let help = Command::new(env!("CARGO_BIN_EXE_fanfare")).arg("--help").output().expect("it runs");
     let help = String::from_utf8(help.stdout).expect("UTF-8");
     let known: BTreeSet<&str> = help.split_whitespace().collect();
@@ -90,7 +90,7 @@ fn flags_and_variables_in_them_exist() {
 }
 
 #[test]
-fn the_example_of_an_environment_is_one() {
+fn example_environment_is_valid() {
     let directory = Directory::new();
     let key = directory.path().join("jwt.pem");
     std::fs::write(&key, "k".repeat(32)).expect("the directory is ours");
@@ -179,7 +179,7 @@ fn calls(group: &str) -> BTreeSet<String> {
 }
 
 #[tokio::test]
-async fn its_system_calls_are_among_those_allowed() {
+async fn system_calls_pass_the_filter() {
     let allowed = allowed();
     assert!(allowed.contains("accept4") && !allowed.contains("mount"), "{allowed:?}");
     let directory = Directory::new();

@@ -51,7 +51,7 @@ async fn events_travel_over_tls() {
 }
 
 #[tokio::test]
-async fn a_certificate_that_is_not_trusted_keeps_the_node_unready() {
+async fn untrusted_certificate_keeps_the_node_unready() {
     let (redis, port) = start().await;
     let authority = redis.directory().join("authority.pem");
     // The address is not in the certificate; and without the authority's nobody vouches for it.

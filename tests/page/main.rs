@@ -219,7 +219,7 @@ fn expect_equal(left: &[Row], right: &[Row]) {
 }
 
 #[tokio::test]
-async fn users_on_two_nodes_talk_and_a_cut_one_recovers() {
+async fn users_on_two_nodes_chat_and_recover() {
     let redis = Redis::start(&[]).await;
     let (a, b) = tokio::join!(Node::on(&redis, &[]), Node::on(&redis, &[]));
     let page = Page::open(&a, &b, "cut").await;
@@ -270,7 +270,7 @@ async fn users_on_two_nodes_talk_and_a_cut_one_recovers() {
 }
 
 #[tokio::test]
-async fn a_message_to_one_user_is_shown_to_that_user() {
+async fn private_message_is_shown_to_its_user() {
     let redis = Redis::start(&[]).await;
     let (a, b) = tokio::join!(Node::on(&redis, &[]), Node::on(&redis, &[]));
     let page = Page::open(&a, &b, "private").await;
@@ -299,7 +299,7 @@ async fn a_message_to_one_user_is_shown_to_that_user() {
 }
 
 #[tokio::test]
-async fn a_pane_recovers_when_its_node_is_killed_and_started_again() {
+async fn pane_recovers_from_a_node_restart() {
     let redis = Redis::start(&[]).await;
     let (a, b) = tokio::join!(Node::on(&redis, &[]), Node::on(&redis, &[]));
     let page = Page::open(&a, &b, "kill").await;
@@ -331,7 +331,7 @@ async fn a_pane_recovers_when_its_node_is_killed_and_started_again() {
 }
 
 #[tokio::test]
-async fn lost_history_is_told() {
+async fn lost_history_is_shown() {
     let redis = Redis::start(&[]).await;
     let (a, b) = tokio::join!(Node::on(&redis, &[]), Node::on(&redis, &[]));
     let page = Page::open(&a, &b, "wiped").await;
@@ -354,7 +354,7 @@ async fn lost_history_is_told() {
 }
 
 #[tokio::test]
-async fn the_client_does_what_each_answer_asks_for() {
+async fn client_reacts_to_every_server_answer() {
     let node = Node::start(&[]).await;
     let browser = Browser::start().await;
     browser.open(&format!("http://{}/healthz", node.public)).await;
@@ -364,7 +364,7 @@ async fn the_client_does_what_each_answer_asks_for() {
 }
 
 #[tokio::test]
-async fn a_browser_reads_every_event_that_is_accepted() {
+async fn browser_reads_every_accepted_event() {
     let node = Node::start(&[]).await;
     let browser = Browser::start().await;
     browser.open(&format!("http://{}/healthz", node.public)).await;
@@ -375,7 +375,7 @@ async fn a_browser_reads_every_event_that_is_accepted() {
 }
 
 #[tokio::test]
-async fn the_client_finds_out_that_a_silent_node_is_dead() {
+async fn client_detects_a_silent_node() {
     let node = Node::start(&[]).await;
     let browser = Browser::start().await;
     browser.open(&format!("http://{}/healthz", node.public)).await;

@@ -11,7 +11,7 @@ use crate::common::process::{Directory, make_fifo};
 use crate::common::{Client, Frame, Node, Options, Raw, http, until};
 
 #[tokio::test]
-async fn pages_of_foreign_sites_are_refused() {
+async fn foreign_origins_are_rejected() {
     let node = Node::start(&[]).await;
     let own = format!("http://{}", node.public);
     let other_port = format!("http://127.0.0.1:{}", node.admin.port());
@@ -44,7 +44,7 @@ async fn pages_of_foreign_sites_are_refused() {
 }
 
 #[tokio::test]
-async fn named_sites_may_connect_and_nobody_else() {
+async fn only_allowed_origins_may_connect() {
     let node =
         Node::start(&["--allow-origin", "https://example.com", "--allow-origin", "https://*.example.org"])
             .await;
@@ -75,7 +75,7 @@ async fn admin(
 }
 
 #[tokio::test]
-async fn the_admin_listener_asks_for_its_key() {
+async fn admin_listener_requires_its_key() {
     let directory = Directory::new();
     let file = directory.path().join("admin.key");
     std::fs::write(&file, "correct-horse-battery\n").expect("a file");
@@ -199,7 +199,7 @@ async fn expect_publishing(node: &Node, path_query: &str, text: bool, private: b
 }
 
 #[tokio::test]
-async fn clients_publish_as_far_as_they_are_let() {
+async fn client_publish_setting_is_enforced() {
     expect_publishing(&Node::start(&["--client-publish", "any"]).await, "", true, true).await;
     expect_publishing(&Node::start(&["--client-publish", "channel"]).await, "", true, false).await;
     let node = Node::start(&["--client-publish", "off"]).await;
@@ -208,7 +208,7 @@ async fn clients_publish_as_far_as_they_are_let() {
 }
 
 #[tokio::test]
-async fn a_forbidden_message_ends_what_comes_after_it_in_the_same_read() {
+async fn forbidden_message_discards_rest_of_read() {
     let node = Node::start(&["--client-publish", "off"]).await;
     let mut raw = Raw::upgraded(node.public, "/ws/a?channel=room").await;
     let frame = common::raw::frame_bytes(true, common::raw::opcode::TEXT, true, b"hi");
@@ -220,7 +220,7 @@ async fn a_forbidden_message_ends_what_comes_after_it_in_the_same_read() {
 }
 
 #[tokio::test]
-async fn secrets_that_everybody_can_read_are_named() {
+async fn world_readable_secrets_are_warned_about() {
     let directory = Directory::new();
     let [admin, token] = ["admin.key", "jwt.key"].map(|name| {
         let path = directory.path().join(name);
@@ -242,7 +242,7 @@ async fn secrets_that_everybody_can_read_are_named() {
 }
 
 #[tokio::test]
-async fn a_page_under_a_rebound_name_gets_nothing() {
+async fn dns_rebinding_is_rejected() {
     let node = Node::start(&[]).await;
     let (public, admin_port) = (node.public.port(), node.admin.port());
     let host = format!("evil.example:{public}");

@@ -49,7 +49,7 @@ async fn proxied(node: &Node, client: &str) -> Raw {
 }
 
 #[tokio::test]
-async fn a_full_node_says_503_and_serves_on() {
+async fn full_node_answers_503_and_serves_on() {
     let node = Node::start(&["--max-connections", "3"]).await;
     assert_eq!(node.metric("fanfare_max_connections").await, 3.0);
     empty(&node).await; // those that asked whether it is ready
@@ -80,7 +80,7 @@ async fn a_full_node_says_503_and_serves_on() {
 }
 
 #[tokio::test]
-async fn a_silent_client_past_the_cap_is_told_in_the_end() {
+async fn silent_client_over_the_limit_gets_429() {
     let node = Node::start(&["--max-connections-per-ip", "1"]).await;
     empty(&node).await;
     let _first = Raw::upgraded(node.public, "/ws/a").await;
@@ -93,7 +93,7 @@ async fn a_silent_client_past_the_cap_is_told_in_the_end() {
 }
 
 #[tokio::test]
-async fn one_address_can_not_take_the_places_of_others() {
+async fn limit_per_ip_protects_others() {
     let node = Node::start(&["--max-connections-per-ip", "2"]).await;
     empty(&node).await;
     // The first says nothing.
@@ -118,7 +118,7 @@ async fn one_address_can_not_take_the_places_of_others() {
 }
 
 #[tokio::test]
-async fn a_user_has_so_many_connections_and_others_have_theirs() {
+async fn limit_per_user_protects_others() {
     let node = Node::start(&["--max-connections-per-user", "2"]).await;
     let first = Client::plain(&node, "alice", "one").await;
     let _second = Client::plain(&node, "alice", "two").await;
@@ -136,7 +136,7 @@ async fn a_user_has_so_many_connections_and_others_have_theirs() {
 }
 
 #[tokio::test]
-async fn a_flood_past_the_caps_is_answered_at_once_and_disturbs_nobody() {
+async fn flood_over_the_limit_is_answered_at_once() {
     let node = Node::start(&["--max-connections", "1"]).await;
     empty(&node).await;
     let mut seat = Client::plain(&node, "a", "room").await;
@@ -158,7 +158,7 @@ async fn a_flood_past_the_caps_is_answered_at_once_and_disturbs_nobody() {
 }
 
 #[tokio::test]
-async fn a_trusted_proxy_says_whose_connection_it_is() {
+async fn trusted_proxy_names_its_clients() {
     let flags = [
         "--trusted-proxy",
         "127.0.0.2,127.0.0.8/30",
@@ -204,7 +204,7 @@ async fn a_trusted_proxy_says_whose_connection_it_is() {
 }
 
 #[tokio::test]
-async fn who_is_no_trusted_proxy_is_told_to_be_named() {
+async fn untrusted_proxy_is_rejected_with_advice() {
     let node = Node::start(&["--trusted-proxy", "127.0.0.2"]).await;
     let forwarded = [("X-Forwarded-For", "192.0.2.7")];
     let expect = async |mut raw: Raw, bytes: &[u8], status: u16, text: &str| {
@@ -237,7 +237,7 @@ async fn who_is_no_trusted_proxy_is_told_to_be_named() {
 }
 
 #[tokio::test]
-async fn a_silent_client_of_a_tcp_proxy_counts_from_its_proxy_header_on() {
+async fn proxy_header_counts_before_the_request() {
     let node = Node::start(&["--trusted-proxy", "127.0.0.2", "--max-connections-per-ip", "1"]).await;
     empty(&node).await;
     let before = node.metric("fanfare_received_bytes_total").await;
@@ -258,7 +258,7 @@ async fn a_silent_client_of_a_tcp_proxy_counts_from_its_proxy_header_on() {
 
 /// Whatever connections do, in the end all places are free: as many come in as before, and no more.
 #[tokio::test]
-async fn every_place_is_given_back_once_however_connections_end() {
+async fn every_slot_is_released_exactly_once() {
     const SEATS: usize = 20;
     let flags = [
         "--trusted-proxy",

@@ -18,7 +18,7 @@ async fn expect_close(node: &Node, what: &str, bytes: &[u8], code: u16) {
 }
 
 #[tokio::test]
-async fn what_is_not_text_closes_with_1003() {
+async fn binary_closes_with_1003() {
     let node = Node::start(&[]).await;
     expect_close(&node, "binary", &frame_bytes(true, BINARY, true, b"abc"), 1003).await;
     expect_close(&node, "empty binary", &frame_bytes(true, BINARY, true, b""), 1003).await;
@@ -31,7 +31,7 @@ async fn what_is_not_text_closes_with_1003() {
 }
 
 #[tokio::test]
-async fn what_is_too_long_closes_with_1009() {
+async fn message_too_big_closes_with_1009() {
     let node = Node::start(&["--max-message-size", "1KiB"]).await;
     let longest = "x".repeat(1024);
     let mut raw = join(&node).await;
@@ -83,7 +83,7 @@ async fn broken_frames_close_with_1002() {
 }
 
 #[tokio::test]
-async fn one_bad_client_hurts_no_other() {
+async fn bad_client_affects_no_other() {
     let node = Node::start(&["--shards", "1"]).await;
     let mut good = Client::plain(&node, "good", "room").await;
     for bytes in [&b"\xFF\xFF\xFF\xFF"[..], b"\x81", b"\x81\xFE\x00", b"\x01\x83abcd"] {
@@ -96,7 +96,7 @@ async fn one_bad_client_hurts_no_other() {
 }
 
 #[tokio::test]
-async fn fragments_are_put_together_with_control_frames_between() {
+async fn fragments_with_control_frames_between() {
     let node = Node::start(&[]).await;
     let mut raw = join(&node).await;
     raw.frame(false, TEXT, "gr\u{fc}".as_bytes().split_at(3).0).await; // a character in two fragments
@@ -111,7 +111,7 @@ async fn fragments_are_put_together_with_control_frames_between() {
 }
 
 #[tokio::test]
-async fn it_does_not_matter_how_bytes_are_cut() {
+async fn frames_may_be_split_anywhere() {
     // On another shard the last event of one connection may still be news to the next.
     let node = Node::start(&["--shards", "1"]).await;
     let long = "y".repeat(40_000);
@@ -141,7 +141,7 @@ async fn it_does_not_matter_how_bytes_are_cut() {
 }
 
 #[tokio::test]
-async fn a_browser_of_another_spelling_is_let_in() {
+async fn header_spelling_of_browsers_is_accepted() {
     let node = Node::start(&[]).await;
     let mut raw = Raw::connect(node.public).await;
     let headers = [("Connection", "keep-alive, Upgrade"), ("Upgrade", "WebSocket"), ("Cookie", "a=b; c=d")];
@@ -151,7 +151,7 @@ async fn a_browser_of_another_spelling_is_let_in() {
 }
 
 #[tokio::test]
-async fn who_speaks_before_the_answer_is_refused() {
+async fn frames_before_the_101_are_rejected() {
     let node = Node::start(&[]).await;
     let mut raw = Raw::connect(node.public).await;
     let headers = [
@@ -182,7 +182,7 @@ async fn pings_are_answered_with_their_payload() {
 }
 
 #[tokio::test]
-async fn a_close_is_answered_with_its_code_and_the_connection_ends() {
+async fn close_is_answered_with_its_code() {
     let node = Node::start(&[]).await;
     for (sent, answered) in [(&b""[..], &b""[..]), (b"\x03\xE8", b"\x03\xE8"), (b"\x0F\xA1bye", b"\x0F\xA1")]
     {
@@ -196,7 +196,7 @@ async fn a_close_is_answered_with_its_code_and_the_connection_ends() {
 }
 
 #[tokio::test]
-async fn what_follows_a_close_is_ignored() {
+async fn frames_after_a_close_are_ignored() {
     let node = Node::start(&[]).await;
     let mut subscriber = Client::plain(&node, "subscriber", "room").await;
     let mut raw = join(&node).await;
@@ -208,7 +208,7 @@ async fn what_follows_a_close_is_ignored() {
 }
 
 #[tokio::test]
-async fn a_message_that_is_begun_and_not_ended_closes_with_1008() {
+async fn incomplete_message_closes_with_1008() {
     let node = Node::start(&[]).await;
     let mut fragment = join(&node).await;
     fragment.frame(false, TEXT, b"to be continued").await;
@@ -219,7 +219,7 @@ async fn a_message_that_is_begun_and_not_ended_closes_with_1008() {
 }
 
 #[tokio::test]
-async fn a_client_that_pings_and_never_reads_costs_no_memory() {
+async fn ping_flood_without_reads_costs_no_memory() {
     let node = Node::start(&["--shards", "1"]).await;
     let mut other = Client::plain(&node, "other", "room").await;
     let mut raw = Raw::connect_with_small_buffers(node.public).await;
@@ -238,7 +238,7 @@ async fn a_client_that_pings_and_never_reads_costs_no_memory() {
 }
 
 #[tokio::test]
-async fn no_bytes_end_the_node() {
+async fn random_bytes_do_not_crash_the_node() {
     let node = Node::start(&["--shards", "1", "--max-message-size", "1KiB"]).await;
     let mut rng = Rng(1);
     let request = http::request_bytes(node.admin, "POST", "/publish?channel=room", &[], b"{\"a\":1}");

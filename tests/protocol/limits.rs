@@ -46,7 +46,7 @@ async fn new_channels_of_a_client_are_limited() {
 }
 
 #[tokio::test]
-async fn local_history_is_limited_by_bytes() {
+async fn local_history_is_limited_in_bytes() {
     let flags = ["--history-bytes", "64KiB", "--buffer-memory", "64KiB"];
     let node = Node::start(&flags).await;
     let event = json!({"text": "x".repeat(10_000)});
@@ -83,7 +83,7 @@ async fn busy_channels_evict_no_history_of_others() {
 }
 
 #[tokio::test]
-async fn a_node_that_starts_again_on_its_local_bus_tells_old_ids() {
+async fn restarted_local_bus_recovers_no_old_id() {
     let node = Node::start(&[]).await;
     let ids = node.publish_numbers("room", 0..100).await;
     drop(node);

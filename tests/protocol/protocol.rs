@@ -19,7 +19,7 @@ async fn refusal(node: &Node, user: &str, query: &str) -> u16 {
 }
 
 #[tokio::test]
-async fn a_client_of_a_simple_chat_server_works_unchanged() {
+async fn plain_chat_client_works() {
     let node = Node::start(&[]).await;
     let mut alice = Client::simple(&node, "alice").await;
     let mut bob = Client::simple(&node, "bob").await;
@@ -73,7 +73,7 @@ async fn user_ids_are_percent_decoded() {
 }
 
 #[tokio::test]
-async fn bad_user_ids_are_refused() {
+async fn bad_user_ids_are_rejected() {
     let node = Node::start(&[]).await;
     let too_long = "x".repeat(129);
     for user in ["%00", "a%0Ab", "%7F", "%C2%85", "%FF", "%C3", "%", "%4", "%zz", &too_long] {
@@ -82,7 +82,7 @@ async fn bad_user_ids_are_refused() {
 }
 
 #[tokio::test]
-async fn bad_channels_are_refused() {
+async fn bad_channels_are_rejected() {
     let node = Node::start(&[]).await;
     let too_long = "x".repeat(129);
     for channel in ["", "a%20b", "a/b", "%C3%A9", "a%00", "*", "%zz", "{a}", &too_long] {
@@ -97,7 +97,7 @@ async fn bad_channels_are_refused() {
 }
 
 #[tokio::test]
-async fn channels_are_apart() {
+async fn channels_are_separate() {
     let node = Node::start(&[]).await;
     let mut red = Client::plain(&node, "r", "red").await;
     let mut blue = Client::plain(&node, "b", "blue").await;
@@ -112,7 +112,7 @@ async fn channels_are_apart() {
 }
 
 #[tokio::test]
-async fn the_default_channel_is_ws_broadcast() {
+async fn default_channel_is_ws_broadcast() {
     let node = Node::start(&[]).await;
     let mut nameless = Client::simple(&node, "a").await;
     let mut named = Client::plain(&node, "b", "ws_broadcast").await;
@@ -122,7 +122,7 @@ async fn the_default_channel_is_ws_broadcast() {
 }
 
 #[tokio::test]
-async fn without_last_event_id_there_are_events_only() {
+async fn without_last_event_id_there_are_only_events() {
     let node = Node::start(&[]).await;
     node.publish("room", &json!({"n": 0})).await;
     let mut client = Client::plain(&node, "a", "room").await;
@@ -131,7 +131,7 @@ async fn without_last_event_id_there_are_events_only() {
 }
 
 #[tokio::test]
-async fn an_empty_last_event_id_starts_at_the_head() {
+async fn empty_last_event_id_starts_at_the_head() {
     let node = Node::start(&[]).await;
     let (_client, fresh) = Client::resume(&node, "a", "room", "").await;
     assert_eq!(fresh["recovered"], true, "a channel nobody has used yet has a position: {fresh}");
@@ -146,7 +146,7 @@ async fn an_empty_last_event_id_starts_at_the_head() {
 }
 
 #[tokio::test]
-async fn a_known_last_event_id_brings_exactly_what_follows() {
+async fn known_last_event_id_replays_what_follows() {
     let node = Node::start(&[]).await;
     let (_first, welcome) = Client::resume(&node, "a", "room", "").await;
     let base = position(&welcome["head"]);
@@ -168,7 +168,7 @@ async fn a_known_last_event_id_brings_exactly_what_follows() {
 }
 
 #[tokio::test]
-async fn what_is_no_known_id_is_not_recovered() {
+async fn unknown_last_event_id_is_not_recovered() {
     let node = Node::start(&[]).await;
     let ids = node.publish_numbers("room", 0..5).await;
     let head = ids[4];
@@ -203,7 +203,7 @@ async fn what_is_no_known_id_is_not_recovered() {
 }
 
 #[tokio::test]
-async fn the_local_bus_ends_with_its_process_and_whoever_comes_back_is_told() {
+async fn local_bus_restart_is_not_recovered() {
     let first = Node::start(&[]).await;
     let last = first.publish_numbers("room", 0..5).await[4];
     first.kill();
@@ -219,7 +219,7 @@ async fn the_local_bus_ends_with_its_process_and_whoever_comes_back_is_told() {
 }
 
 #[tokio::test]
-async fn past_the_end_of_history_nothing_is_recovered() {
+async fn evicted_local_history_is_not_recovered() {
     let node = Node::start(&["--history", "1000"]).await;
     let ids = node.publish_numbers("room", 0..1100).await;
     let (mut client, welcome) = Client::resume(&node, "a", "room", ids[0]).await;
@@ -232,7 +232,7 @@ async fn past_the_end_of_history_nothing_is_recovered() {
 }
 
 #[tokio::test]
-async fn json_mode_sends_text_and_data_and_acknowledges() {
+async fn json_mode_publishes_and_acknowledges() {
     let node = Node::start(&[]).await;
     let (mut alice, welcome) = Client::json(&node, "alice", "room").await;
     assert_eq!(alice.subprotocol.as_deref(), Some(JSON_MODE));
@@ -267,7 +267,7 @@ async fn json_mode_sends_text_and_data_and_acknowledges() {
 }
 
 #[tokio::test]
-async fn json_mode_says_what_is_wrong_with_a_frame_and_stays() {
+async fn json_mode_reports_invalid_frames() {
     let node = Node::start(&[]).await;
     let (mut client, welcome) = Client::json(&node, "a", "room").await;
     for bad in [
@@ -325,7 +325,7 @@ async fn json_mode_answers_a_ping_with_the_position() {
 }
 
 #[tokio::test]
-async fn a_client_that_sends_faster_than_it_is_answered_loses_nothing() {
+async fn pipelined_publishes_lose_nothing() {
     const MESSAGES: u64 = 5000;
     let node = Node::start(&["--max-message-rate", "0", "--max-byte-rate", "0"]).await;
     let (mut client, welcome) = Client::json(&node, "a", "room").await;
@@ -364,7 +364,7 @@ async fn json_mode_resumes_like_plain_mode() {
 }
 
 #[tokio::test]
-async fn an_unknown_subprotocol_is_not_pretended() {
+async fn unknown_subprotocol_is_not_selected() {
     let node = Node::start(&[]).await;
     let mut raw = Raw::connect(node.public).await;
     let response = raw.upgrade("/ws/a", &[("Sec-WebSocket-Protocol", "chat, superchat")]).await;
@@ -376,7 +376,7 @@ async fn an_unknown_subprotocol_is_not_pretended() {
 }
 
 #[tokio::test]
-async fn an_event_with_to_reaches_that_user_alone() {
+async fn private_event_reaches_its_user_only() {
     let node = Node::start(&[]).await;
     let (mut alice, welcome) = Client::json(&node, "alice", "room").await;
     let mut bobs = [Client::plain(&node, "bob", "room").await, Client::plain(&node, "bob", "room").await];
@@ -404,7 +404,7 @@ async fn an_event_with_to_reaches_that_user_alone() {
 }
 
 #[tokio::test]
-async fn an_event_with_to_is_replayed_to_that_user_alone() {
+async fn private_event_is_replayed_to_its_user_only() {
     let node = Node::start(&[]).await;
     let (_stay, welcome) = Client::resume(&node, "x", "room", "").await;
     let head = position(&welcome["head"]);
@@ -430,7 +430,7 @@ async fn an_event_with_to_is_replayed_to_that_user_alone() {
 }
 
 #[tokio::test]
-async fn control_types_in_what_clients_send_stay_data() {
+async fn control_types_in_client_data_stay_data() {
     let node = Node::start(&[]).await;
     let (mut alice, welcome) = Client::json(&node, "alice", "room").await;
     let mut bob = Client::plain(&node, "bob", "room").await;
@@ -496,7 +496,7 @@ async fn heartbeats_can_be_both() {
 }
 
 #[tokio::test]
-async fn a_client_that_never_answers_is_ended() {
+async fn client_without_pongs_is_closed() {
     let node = Node::start(&["--ping-interval", "1s", "--ping-timeout", "1s"]).await;
     let mut silent = Raw::upgraded(node.public, "/ws/a").await;
     let mut pings = 0;
@@ -513,7 +513,7 @@ async fn a_client_that_never_answers_is_ended() {
 }
 
 #[tokio::test]
-async fn every_end_is_counted_by_its_reason() {
+async fn closes_are_counted_by_reason() {
     let node = Node::start(&[]).await;
     Client::simple(&node, "a").await.leave().await;
     drop(Client::simple(&node, "a").await);
@@ -535,7 +535,7 @@ async fn every_end_is_counted_by_its_reason() {
 }
 
 #[tokio::test]
-async fn at_sigterm_every_connection_is_told_to_come_back_and_the_exit_is_clean() {
+async fn sigterm_closes_all_with_1012() {
     let node = Node::start(&[]).await;
     let mut clients = Vec::new();
     for n in 0..20 {
@@ -552,7 +552,7 @@ async fn at_sigterm_every_connection_is_told_to_come_back_and_the_exit_is_clean(
 }
 
 #[tokio::test]
-async fn an_idle_node_ends_at_sigterm_and_sigint() {
+async fn idle_node_exits_at_sigterm_and_sigint() {
     for signal in ["TERM", "INT"] {
         let node = Node::start(&[]).await;
         node.signal(signal);

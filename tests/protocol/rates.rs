@@ -70,7 +70,7 @@ fn expect_burst(taken: usize, begun: Instant) {
 }
 
 #[tokio::test]
-async fn a_message_flood_gets_error_frames_with_their_ref_and_then_4029() {
+async fn message_flood_gets_errors_and_then_4029() {
     let node = Node::start(&["--max-message-rate", "1"]).await;
     let mut subscriber = Client::plain(&node, "subscriber", "room").await;
     let mut raw = join(&node, "", "fanfare.v1").await;
@@ -95,7 +95,7 @@ async fn a_message_flood_gets_error_frames_with_their_ref_and_then_4029() {
 }
 
 #[tokio::test]
-async fn a_plain_client_is_told_as_it_can_be() {
+async fn plain_client_is_closed_at_the_rate_limit() {
     let node = Node::start(&["--max-message-rate", "1"]).await;
     let mut subscriber = Client::plain(&node, "subscriber", "room").await;
     let flood = frame_bytes(true, TEXT, true, b"hi").repeat(50);
@@ -180,7 +180,7 @@ async fn reconnecting_gains_a_user_no_messages() {
 }
 
 #[tokio::test]
-async fn bytes_and_fragments_have_a_rate_too() {
+async fn bytes_and_fragments_are_rate_limited() {
     let node = Node::start(&["--max-byte-rate", "64KiB"]).await;
     // Each costs nearly a second's worth, so ten may come at once.
     let long = frame_bytes(true, TEXT, true, &[b'x'; 64_000]);
@@ -208,7 +208,7 @@ async fn bytes_and_fragments_have_a_rate_too() {
 }
 
 #[tokio::test]
-async fn a_flood_of_pings_or_pongs_is_one_too() {
+async fn ping_and_pong_floods_are_rate_limited() {
     let node = Node::start(&["--max-message-rate", "1"]).await;
     for opcode in [PING, PONG] {
         let mut raw = join(&node, "", "fanfare.v1").await;
@@ -226,7 +226,7 @@ async fn a_flood_of_pings_or_pongs_is_one_too() {
 }
 
 #[tokio::test]
-async fn json_pings_and_frames_that_are_no_good_count_too() {
+async fn json_pings_and_invalid_frames_count() {
     let node = Node::start(&["--max-message-rate", "1"]).await;
     for text in [r#"{"type":"ping"}"#, "no JSON"] {
         let mut raw = join(&node, "", "fanfare.v1").await;
@@ -238,7 +238,7 @@ async fn json_pings_and_frames_that_are_no_good_count_too() {
 }
 
 #[tokio::test]
-async fn whoever_slows_down_when_told_stays() {
+async fn client_that_slows_down_stays() {
     let node = Node::start(&["--max-message-rate", "20"]).await;
     let (mut client, _) = Client::json(&node, "a", "room").await;
     for _ in 0..2 {
@@ -261,7 +261,7 @@ async fn whoever_slows_down_when_told_stays() {
 }
 
 #[tokio::test]
-async fn answers_to_heartbeats_are_not_counted() {
+async fn pongs_to_heartbeats_are_not_counted() {
     let node = Node::start(&["--max-message-rate", "1", "--ping-interval", "100ms"]).await;
     let mut raw = join(&node, "", "fanfare.v1").await;
     let mut pings = 0;
@@ -275,7 +275,7 @@ async fn answers_to_heartbeats_are_not_counted() {
 }
 
 #[tokio::test]
-async fn pongs_are_for_the_last_pings_of_many() {
+async fn only_the_last_pings_are_answered() {
     let node = Node::start(&["--shards", "1"]).await;
     let mut raw = join(&node, "", "").await;
     let frame = |n: u8| frame_bytes(true, PING, true, &[n; 125]);
@@ -294,7 +294,7 @@ async fn pongs_are_for_the_last_pings_of_many() {
 }
 
 #[tokio::test]
-async fn a_flood_costs_no_more_than_what_it_is_allowed() {
+async fn flood_costs_no_more_cpu_than_its_allowance() {
     let node = Node::start(&["--shards", "1"]).await;
     let mut subscriber = Client::plain(&node, "subscriber", "other").await;
     let before = node.metric("process_cpu_seconds_total").await;
@@ -313,7 +313,7 @@ async fn a_flood_costs_no_more_than_what_it_is_allowed() {
 }
 
 #[tokio::test]
-async fn a_flooder_that_never_reads_costs_no_memory() {
+async fn flood_without_reads_costs_no_memory() {
     for (flags, opcode) in [
         (&["--client-publish", "off", "--max-message-rate", "0", "--max-byte-rate", "0"][..], TEXT), // an error frame for each
         (&["--max-message-rate", "0", "--max-byte-rate", "0"], PING),
@@ -336,7 +336,7 @@ async fn a_flooder_that_never_reads_costs_no_memory() {
 }
 
 #[tokio::test]
-async fn who_sends_without_a_pause_gets_no_more_turns_than_others() {
+async fn busy_senders_get_no_extra_turns() {
     let node = Node::start(&["--shards", "1", "--max-message-rate", "0", "--max-byte-rate", "0"]).await;
     // The dearest bytes there are: many fragments of nothing, of which each message has as many as it may.
     let message = [
@@ -371,7 +371,7 @@ async fn who_sends_without_a_pause_gets_no_more_turns_than_others() {
 }
 
 #[tokio::test]
-async fn history_read_for_one_address_has_a_rate() {
+async fn history_reads_per_ip_are_rate_limited() {
     const EVENTS: u64 = 1000;
     const JOINS: u64 = 5000; // 64 KiB each: five times what may be read at once
     let flags = ["--trusted-proxy", "127.0.0.2", "--buffer-memory", "64KiB", "--shards", "1"];

@@ -13,14 +13,14 @@ use crate::common::stalled::{
 use crate::common::{Client, Node, Raw};
 
 #[tokio::test]
-async fn stalled_readers_cost_no_memory_and_miss_nothing_on_the_local_bus() {
+async fn stalled_readers_cost_no_local_memory() {
     // Its history is what is in memory, so half of the events must fit.
     let node = Node::start(&["--history", "2000", "--buffer-memory", "16MiB", "--ping-timeout", LONG]).await;
     stalled_readers_cost_nothing_and_miss_nothing(&node).await;
 }
 
 #[tokio::test]
-async fn a_slow_reader_that_reads_on_stays_though_its_pongs_are_late() {
+async fn slow_reader_with_late_pongs_stays() {
     let node = Node::start(&["--ping-interval", "1s", "--ping-timeout", "1s"]).await;
     let (_, welcome) = Client::resume(&node, "head", "room", "").await;
     let first = position(&welcome["head"]) + 1;
@@ -41,7 +41,7 @@ async fn a_slow_reader_that_reads_on_stays_though_its_pongs_are_late() {
 }
 
 #[tokio::test]
-async fn a_reader_that_never_reads_again_is_ended_and_frees_its_place() {
+async fn reader_that_never_reads_is_closed() {
     let flags = ["--ping-interval", "1s", "--ping-timeout", "1s", "--buffer-memory", "1MiB"];
     let node = Node::start(&flags).await;
     let mut raw = stalled(&node, "").await;
@@ -84,7 +84,7 @@ fn pings(count: usize) -> Vec<u8> {
 }
 
 #[tokio::test]
-async fn a_reset_comes_before_the_events_behind_the_gap() {
+async fn reset_precedes_the_events_after_the_gap() {
     const PINGS: usize = 900; // more than go into one write, and fewer than --max-message-rate takes at once
     let node = Node::start(&["--buffer-memory", "64KiB", "--history", "1000", "--ping-timeout", LONG]).await;
     let mut raw = Raw::connect_with_small_buffers(node.public).await;
@@ -109,7 +109,7 @@ async fn a_reset_comes_before_the_events_behind_the_gap() {
 }
 
 #[tokio::test]
-async fn pings_tell_positions_in_order_to_a_fast_reader() {
+async fn pings_carry_positions_in_order() {
     let node = Node::start(&["--max-message-rate", "0"]).await;
     let mut raw = Raw::connect(node.public).await;
     let path = "/ws/fast?channel=room&lastEventId=";

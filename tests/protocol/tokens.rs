@@ -54,7 +54,7 @@ async fn status(node: &Node, path: &str, headers: &[(&str, &str)]) -> u16 {
 }
 
 #[tokio::test]
-async fn a_token_comes_in_three_ways_and_is_not_echoed() {
+async fn token_is_accepted_in_three_places() {
     let keys = Keys::new();
     let node = keys.node(&[]).await;
     let token = keys.token("key", &["--user", "al ice"]);
@@ -76,7 +76,7 @@ async fn a_token_comes_in_three_ways_and_is_not_echoed() {
 }
 
 #[tokio::test]
-async fn without_a_good_token_nobody_comes_in_and_no_token_is_shown() {
+async fn invalid_tokens_are_rejected_and_never_shown() {
     let keys = Keys::new();
     keys.write("other", OTHER);
     let node = keys.node(&["--log", "trace"]).await;
@@ -128,7 +128,7 @@ async fn without_a_good_token_nobody_comes_in_and_no_token_is_shown() {
 }
 
 #[tokio::test]
-async fn a_token_is_good_for_its_channels_and_publishes_where_it_may() {
+async fn token_limits_channels_and_publishing() {
     let keys = Keys::new();
     let node = keys.node(&[]).await;
     let token =
@@ -166,7 +166,7 @@ async fn a_token_is_good_for_its_channels_and_publishes_where_it_may() {
 }
 
 #[tokio::test]
-async fn a_connection_ends_with_its_token() {
+async fn connection_closes_when_its_token_expires() {
     let keys = Keys::new();
     let node = keys.node(&[]).await; // heartbeats far apart: the end has to be seen without them
     let long = keys.token("key", &["--user", "long"]);
@@ -185,7 +185,7 @@ async fn a_connection_ends_with_its_token() {
 }
 
 #[tokio::test]
-async fn keys_are_changed_without_a_restart() {
+async fn keys_are_reloaded_without_a_restart() {
     let keys = Keys::new();
     keys.write("second", OTHER);
     let second = keys.path("second");
@@ -245,7 +245,7 @@ fn wrong_arguments_make_no_token() {
 }
 
 #[tokio::test]
-async fn the_first_secret_of_several_files_signs() {
+async fn first_secret_of_several_files_signs() {
     let keys = Keys::new();
     keys.write("other", OTHER);
     keys.write("public", ED25519_PUBLIC);

@@ -4,36 +4,36 @@
 //!
 //! | input | answer | tests |
 //! |---|---|---|
-//! | silence, or a byte at a time, before the request is complete | 408 at 5 s in all | `silence_and_dripping_are_answered_408_after_five_seconds` |
-//! | request line over 8 KiB; headers over 16 KiB or 64 | 414; 431 | `heads_that_are_too_long_get_their_answer` |
-//! | POST, HEAD, PUT on `/ws` | 405 with `Allow` | `other_methods_get_405_though_their_body_is_still_coming` |
-//! | GET without Upgrade; version not 13 | 426 with `Sec-WebSocket-Version: 13` | `what_is_no_upgrade_to_version_13_gets_426` |
-//! | bad or doubled key, missing or doubled Host, bare LF, Transfer-Encoding, a body, bytes before the 101 | 400 | `upgrades_that_are_not_quite_right_get_400` |
+//! | silence, or a byte at a time, before the request is complete | 408 at 5 s in all | `slow_requests_get_408_after_5_s` |
+//! | request line over 8 KiB; headers over 16 KiB or 64 | 414; 431 | `oversized_heads_get_414_or_431` |
+//! | POST, HEAD, PUT on `/ws` | 405 with `Allow` | `other_methods_get_405_before_their_body` |
+//! | GET without Upgrade; version not 13 | 426 with `Sec-WebSocket-Version: 13` | `missing_or_other_upgrades_get_426` |
+//! | bad or doubled key, missing or doubled Host, bare LF, Transfer-Encoding, a body, bytes before the 101 | 400 | `malformed_upgrades_get_400` |
 //! | TLS hello, HTTP/2 preface, garbage; a request that ends half-way | 400 | `other_protocols_get_400` |
-//! | unmasked frame, RSV bit, unknown opcode, control frame over 125 or fragmented, bad continuation, bad close code | 1002 | `frames_against_the_protocol_close_with_1002`, `frames::broken_frames_close_with_1002` |
-//! | invalid UTF-8 in text, also across fragments, or in a close reason | 1007 | `a_close_reason_that_is_not_utf8_closes_with_1007`, `frames::text_that_is_not_utf8_closes_with_1007` |
+//! | unmasked frame, RSV bit, unknown opcode, control frame over 125 or fragmented, bad continuation, bad close code | 1002 | `protocol_violations_close_with_1002`, `frames::broken_frames_close_with_1002` |
+//! | invalid UTF-8 in text, also across fragments, or in a close reason | 1007 | `close_reason_not_utf8_closes_with_1007`, `frames::text_that_is_not_utf8_closes_with_1007` |
 //! | JSON that not every client could read: names that come twice, `1e999`, lone surrogates, deep nesting | `error` frame, `invalid` | `protocol::clients_and_backends_publish_json_by_the_rule` |
-//! | binary frame | 1003 | `frames::what_is_not_text_closes_with_1003` |
-//! | message or declared length over the limit, up to 2^63 | 1009, nothing allocated | `declared_lengths_cost_no_memory`, `frames::what_is_too_long_closes_with_1009` |
-//! | endless empty or tiny fragments; a frame begun and not ended in 10 s | 1008 | `endless_fragments_close_with_1008`, `frames::a_message_that_is_begun_and_not_ended_closes_with_1008` |
-//! | unfinished messages on very many connections | 64 MiB for all; the oldest close with 1008 | `unfinished_messages_of_many_have_a_limit_together`, `unfinished_messages_share_one_limit` |
-//! | ping flood, message flood | `error` frame, then 4029 | `rates::a_message_flood_gets_error_frames_with_their_ref_and_then_4029`, `rates::a_flood_of_pings_or_pongs_is_one_too`, `rates::a_flooder_that_never_reads_costs_no_memory` |
-//! | the same over short connections; large messages, tiny fragments | the same: users, or addresses, share an allowance | `rates::reconnecting_gains_no_messages`, `rates::reconnecting_gains_a_user_no_messages`, `rates::bytes_and_fragments_have_a_rate_too` |
-//! | peer that never reads | nothing but its cursor; ended by ping timeout | `slow_readers::a_reader_that_never_reads_again_is_ended_and_frees_its_place`, `slow_readers::pongs_do_not_keep_a_client_that_never_reads`, `slow_readers::stalled_readers_cost_no_memory_and_miss_nothing_on_redis` |
+//! | binary frame | 1003 | `frames::binary_closes_with_1003` |
+//! | message or declared length over the limit, up to 2^63 | 1009, nothing allocated | `declared_lengths_cost_no_memory`, `frames::message_too_big_closes_with_1009` |
+//! | endless empty or tiny fragments; a frame begun and not ended in 10 s | 1008 | `endless_fragments_close_with_1008`, `frames::incomplete_message_closes_with_1008` |
+//! | unfinished messages on very many connections | 64 MiB for all; the oldest close with 1008 | `partial_messages_are_limited_in_total`, `partial_messages_share_one_limit` |
+//! | ping flood, message flood | `error` frame, then 4029 | `rates::message_flood_gets_errors_and_then_4029`, `rates::ping_and_pong_floods_are_rate_limited`, `rates::flood_without_reads_costs_no_memory` |
+//! | the same over short connections; large messages, tiny fragments | the same: users, or addresses, share an allowance | `rates::reconnecting_gains_no_messages`, `rates::reconnecting_gains_a_user_no_messages`, `rates::bytes_and_fragments_are_rate_limited` |
+//! | peer that never reads | nothing but its cursor; ended by ping timeout | `slow_readers::reader_that_never_reads_is_closed`, `slow_readers::pongs_do_not_keep_a_client_that_never_reads`, `slow_readers::stalled_readers_cost_no_memory_on_redis` |
 //! | peers that stall, each in a large frame of its own | 64 MiB for all; the costliest are cut | `slow_readers::stalled_readers_of_large_events_share_a_limit` |
-//! | half-open peer | gone within heartbeat and timeout | `a_half_open_peer_is_gone_within_heartbeat_and_timeout` |
-//! | foreign or `null` Origin | 403 | `access::pages_of_foreign_sites_are_refused` |
-//! | missing, bad, expired token | 401 | `tokens::without_a_good_token_nobody_comes_in_and_no_token_is_shown` |
+//! | half-open peer | gone within heartbeat and timeout | `half_open_peer_is_closed_in_time` |
+//! | foreign or `null` Origin | 403 | `access::foreign_origins_are_rejected` |
+//! | missing, bad, expired token | 401 | `tokens::invalid_tokens_are_rejected_and_never_shown` |
 //! | user id or channel with control characters, too long, not UTF-8 | 400; log lines stay one line | `bad_names_get_400_and_break_no_log_line` |
-//! | per-address connection flood, per-user and per-node caps | 429 / 503 with `Retry-After` | `connection_limits::one_address_can_not_take_the_places_of_others`, `connection_limits::a_user_has_so_many_connections_and_others_have_theirs`, `connection_limits::a_full_node_says_503_and_serves_on`, `connection_limits::a_flood_past_the_caps_is_answered_at_once_and_disturbs_nobody` |
-//! | a PROXY header, or `X-Forwarded-For`, from others than trusted proxies | 400 | `connection_limits::who_is_no_trusted_proxy_is_told_to_be_named` |
-//! | out of file descriptors | 503, one log line and a metric; the accept loop goes on | `limits::a_node_without_free_descriptors_serves_on_and_recovers` |
-//! | `lastEventId` negative, huge, text, future | `recovered:false`, at most one shared read | `strange_ids_cost_one_shared_read_at_most`, `protocol::what_is_no_known_id_is_not_recovered` |
-//! | `channel` that names another program's Redis channel | an ordinary channel of that name | `a_channel_named_like_redis_own_is_an_ordinary_one` |
-//! | endless new channels | 503 past `--max-channels` | `limits::no_more_channels_than_allowed_are_followed`, `tokens::a_token_is_good_for_its_channels_and_publishes_where_it_may` |
-//! | the same over short connections | empty channels make room; past so many a minute 429 | `limits::empty_channels_make_room_for_new_ones`, `limits::new_channels_of_a_client_are_limited` |
-//! | the same, left at once | forgotten by Redis in minutes | `channels_that_never_had_an_event_are_soon_forgotten_by_redis` |
-//! | any of these through nginx | nginx takes no node out | `behind_nginx::a_thousand_bad_handshakes_are_answered_and_take_no_node_out` |
+//! | per-address connection flood, per-user and per-node caps | 429 / 503 with `Retry-After` | `connection_limits::limit_per_ip_protects_others`, `connection_limits::limit_per_user_protects_others`, `connection_limits::full_node_answers_503_and_serves_on`, `connection_limits::flood_over_the_limit_is_answered_at_once` |
+//! | a PROXY header, or `X-Forwarded-For`, from others than trusted proxies | 400 | `connection_limits::untrusted_proxy_is_rejected_with_advice` |
+//! | out of file descriptors | 503, one log line and a metric; the accept loop goes on | `limits::survives_running_out_of_descriptors` |
+//! | `lastEventId` negative, huge, text, future | `recovered:false`, at most one shared read | `unknown_ids_cost_one_shared_read`, `protocol::unknown_last_event_id_is_not_recovered` |
+//! | `channel` that names another program's Redis channel | an ordinary channel of that name | `channel_named_like_a_redis_channel_is_ordinary` |
+//! | endless new channels | 503 past `--max-channels` | `limits::max_channels_is_enforced`, `tokens::token_limits_channels_and_publishing` |
+//! | the same over short connections | empty channels make room; past so many a minute 429 | `limits::empty_channels_are_evicted_for_new_ones`, `limits::new_channels_of_a_client_are_limited` |
+//! | the same, left at once | forgotten by Redis in minutes | `unused_channels_expire_soon_in_redis` |
+//! | any of these through nginx | nginx takes no node out | `behind_nginx::bad_handshakes_take_no_node_out` |
 
 use std::time::{Duration, Instant};
 
@@ -78,7 +78,7 @@ async fn expect(node: &Node, bytes: impl AsRef<[u8]>, status: u16) -> Response {
 }
 
 #[tokio::test]
-async fn silence_and_dripping_are_answered_408_after_five_seconds() {
+async fn slow_requests_get_408_after_5_s() {
     let node = Node::start(&[]).await;
     let begun = Instant::now();
     let silent = expect(&node, b"", 408);
@@ -103,7 +103,7 @@ async fn silence_and_dripping_are_answered_408_after_five_seconds() {
 }
 
 #[tokio::test]
-async fn heads_that_are_too_long_get_their_answer() {
+async fn oversized_heads_get_414_or_431() {
     let node = Node::start(&[]).await;
     let head = |line: &str, headers: &str| format!("GET {line} HTTP/1.1\r\nHost: a\r\n{headers}\r\n");
     for length in [9 << 10, 20 << 10, 4 << 20] {
@@ -124,7 +124,7 @@ async fn heads_that_are_too_long_get_their_answer() {
 }
 
 #[tokio::test]
-async fn other_methods_get_405_though_their_body_is_still_coming() {
+async fn other_methods_get_405_before_their_body() {
     let node = Node::start(&[]).await;
     for method in ["POST", "PUT", "DELETE", "PATCH", "OPTIONS"] {
         for body in [0, 10, 100_000, 4 << 20] {
@@ -143,7 +143,7 @@ async fn other_methods_get_405_though_their_body_is_still_coming() {
 }
 
 #[tokio::test]
-async fn what_is_no_upgrade_to_version_13_gets_426() {
+async fn missing_or_other_upgrades_get_426() {
     let node = Node::start(&[]).await;
     for headers in [
         String::new(),
@@ -163,7 +163,7 @@ async fn what_is_no_upgrade_to_version_13_gets_426() {
 }
 
 #[tokio::test]
-async fn upgrades_that_are_not_quite_right_get_400() {
+async fn malformed_upgrades_get_400() {
     let node = Node::start(&[]).await;
     let good = format!("GET /ws/a HTTP/1.1\r\nHost: a\r\n{UPGRADE}{KEY}\r\n");
     let with = |header: &str| good.replace("\r\n\r\n", &format!("\r\n{header}\r\n\r\n"));
@@ -234,7 +234,7 @@ async fn expect_close(node: &Node, what: &str, bytes: &[u8], code: u16) {
 }
 
 #[tokio::test]
-async fn frames_against_the_protocol_close_with_1002() {
+async fn protocol_violations_close_with_1002() {
     let node = Node::start(&[]).await;
     for opcode in [3, 4, 5, 6, 7, 11, 12, 13, 14, 15] {
         expect_close(&node, &format!("opcode {opcode}"), &frame_bytes(true, opcode, true, b"a"), 1002).await;
@@ -259,7 +259,7 @@ async fn frames_against_the_protocol_close_with_1002() {
 }
 
 #[tokio::test]
-async fn a_close_reason_that_is_not_utf8_closes_with_1007() {
+async fn close_reason_not_utf8_closes_with_1007() {
     let node = Node::start(&[]).await;
     expect_close(&node, "reason", &frame_bytes(true, CLOSE, true, b"\x03\xE8\xFF"), 1007).await;
 }
@@ -294,7 +294,7 @@ async fn declared_lengths_cost_no_memory() {
 }
 
 #[tokio::test]
-async fn unfinished_messages_of_many_have_a_limit_together() {
+async fn partial_messages_are_limited_in_total() {
     let node = Node::start(&["--shards", "1", "--max-message-size", "1MiB"]).await;
     let before = node.resident();
     // Ten times as much as fits, some of it in one frame and some in two.
@@ -324,7 +324,7 @@ async fn unfinished_messages_of_many_have_a_limit_together() {
 }
 
 #[tokio::test]
-async fn unfinished_messages_share_one_limit() {
+async fn partial_messages_share_one_limit() {
     const CLIENTS: usize = 24;
     let node = Node::start(&["--shards", "16", "--max-message-size", "8MiB"]).await;
     let frame = frame_bytes(true, TEXT, true, &vec![b'x'; 7 << 20]);
@@ -363,7 +363,7 @@ async fn endless_fragments_close_with_1008() {
 }
 
 #[tokio::test]
-async fn a_half_open_peer_is_gone_within_heartbeat_and_timeout() {
+async fn half_open_peer_is_closed_in_time() {
     let node = Node::start(&["--ping-interval", "2s", "--ping-timeout", "1s"]).await;
     // A peer whose machine has lost power: nothing comes from it any more, no end either.
     let begun = Instant::now();
@@ -400,7 +400,7 @@ async fn bad_names_get_400_and_break_no_log_line() {
 }
 
 #[test]
-fn every_test_of_the_table_exists() {
+fn tests_in_the_table_exist() {
     let source = include_str!("untrusted_input.rs");
     let rows = source.lines().filter_map(|line| line.strip_prefix("//! | ")).skip(1);
     let mut tests = 0;

@@ -36,7 +36,7 @@ async fn public_paths_answer() {
 }
 
 #[tokio::test]
-async fn wrong_paths_and_methods_are_refused() {
+async fn wrong_paths_and_methods_are_rejected() {
     let node = Node::start(&[]).await;
     for path in ["/nothing", "/wsx/a", "/metrics", "/stats", "/publish", "/healthz/", "//"] {
         node.get(path).await.expect_refusal(404);
@@ -53,7 +53,7 @@ async fn wrong_paths_and_methods_are_refused() {
 }
 
 #[tokio::test]
-async fn what_is_no_upgrade_is_told_how() {
+async fn missing_upgrade_gets_426() {
     let node = Node::start(&[]).await;
     let response = node.get("/ws/a").await;
     response.expect_refusal(426);
@@ -75,7 +75,7 @@ async fn what_is_no_upgrade_is_told_how() {
 }
 
 #[tokio::test]
-async fn what_is_no_http_is_refused() {
+async fn invalid_http_is_rejected() {
     let node = Node::start(&[]).await;
     for bytes in
         ["nonsense\r\n\r\n", "GET /healthz\r\n\r\n", "GET / HTTP/9.9\r\n\r\n", "\u{16}\u{3}\u{1}\r\n\r\n"]
@@ -88,7 +88,7 @@ async fn what_is_no_http_is_refused() {
 }
 
 #[tokio::test]
-async fn heads_and_paths_that_are_too_long_are_refused() {
+async fn oversized_heads_and_paths_are_rejected() {
     let node = Node::start(&[]).await;
     let long = "x".repeat(100_000);
     // The server may answer and leave before it has read all of it, so a failing write is no failure.
@@ -105,7 +105,7 @@ async fn heads_and_paths_that_are_too_long_are_refused() {
 }
 
 #[tokio::test]
-async fn a_head_that_does_not_come_is_given_up() {
+async fn incomplete_head_times_out() {
     let node = Node::start(&[]).await;
     let mut nothing = Raw::connect(node.public).await;
     let mut slow = Raw::connect(node.public).await;
@@ -118,7 +118,7 @@ async fn a_head_that_does_not_come_is_given_up() {
 }
 
 #[tokio::test]
-async fn publish_takes_json_and_gives_the_id() {
+async fn publish_accepts_json_and_returns_the_id() {
     let node = Node::start(&[]).await;
     let mut client = Client::plain(&node, "a", "room").await;
     let cases = [
@@ -152,7 +152,7 @@ async fn publish_takes_json_and_gives_the_id() {
 }
 
 #[tokio::test]
-async fn publish_refuses_what_it_must() {
+async fn publish_rejects_invalid_requests() {
     let node = Node::start(&["--max-message-size", "1KiB"]).await;
     let mut client = Client::plain(&node, "a", "room").await;
     let not_utf8 = b"{\"text\":\"\xFF\"}";
@@ -187,7 +187,7 @@ async fn publish_refuses_what_it_must() {
 }
 
 #[tokio::test]
-async fn metrics_and_stats_show_what_happens() {
+async fn metrics_and_stats_are_well_formed() {
     let node = Node::start(&[]).await;
     let mut client = Client::plain(&node, "a", "room").await;
     client.send("hi").await;
@@ -222,7 +222,7 @@ async fn metrics_and_stats_show_what_happens() {
 }
 
 #[tokio::test]
-async fn the_admin_listener_keeps_connections_alive() {
+async fn admin_listener_keeps_connections_alive() {
     let node = Node::start(&[]).await;
     let mut raw = Raw::connect(node.admin).await;
     let publish = http::request_bytes(node.admin, "POST", "/publish?channel=room", &[], b"{}");
@@ -246,7 +246,7 @@ async fn the_admin_listener_keeps_connections_alive() {
 }
 
 #[tokio::test]
-async fn publishes_on_many_admin_connections_get_ids_of_one_sequence() {
+async fn admin_connections_share_one_sequence() {
     let node = Node::start(&[]).await;
     let mut client = Client::plain(&node, "a", "room").await;
     let publish = async |first: u64| {

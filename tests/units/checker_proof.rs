@@ -13,7 +13,7 @@ use mutations::MUTATIONS;
 const HISTORIES: u64 = 300;
 
 #[test]
-fn nothing_is_said_against_a_history_without_fault() {
+fn accepts_correct_histories() {
     let (mut events, mut announcements, mut unknown) = (0, 0, 0);
     for seed in 0..3 * HISTORIES {
         let history = history(seed, 400);
@@ -31,7 +31,7 @@ fn nothing_is_said_against_a_history_without_fault() {
 }
 
 #[test]
-fn every_break_is_caught_every_time_by_the_rule_it_breaks() {
+fn every_mutation_is_found_by_its_rule() {
     for kind in &MUTATIONS {
         let mut done = 0;
         for seed in 0..HISTORIES {
@@ -49,7 +49,7 @@ fn every_break_is_caught_every_time_by_the_rule_it_breaks() {
 }
 
 #[test]
-fn ids_may_fall_excuse_lower_ids_behind_an_announcement_and_nothing_else() {
+fn ids_may_fall_excuses_only_announced_lower_ids() {
     let mut history = history(1, 200);
     let mut led_back = false;
     for subscriber in history.subscribers.iter_mut().filter(|subscriber| subscriber.recovers) {

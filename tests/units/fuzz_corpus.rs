@@ -31,6 +31,6 @@ fn frames() {
 }
 
 #[test]
-fn what_comes_from_redis_and_from_backends() {
+fn bus() {
     run("bus", bodies::bus);
 }

@@ -222,7 +222,7 @@ fn start(shared: &Arc<Shared>, seed: u64, feed: &str) -> (Bus, SocketAddr) {
 }
 
 #[tokio::test]
-async fn readers_of_every_pace_see_all_in_order_or_are_told() {
+async fn readers_of_every_pace_get_all_or_a_reset() {
     let number = |name: &str| std::env::var(name).ok().map(|text| text.parse::<u64>().expect("a number"));
     let (seed, steps) = (number("READERS_SEED").unwrap_or(1), number("READERS_STEPS").unwrap_or(4000));
     let shared = Arc::new(Shared::new(CHANNEL, Nodes::default(), 0));
@@ -295,7 +295,7 @@ async fn readers_of_every_pace_see_all_in_order_or_are_told() {
 }
 
 #[tokio::test]
-async fn a_ping_tells_the_position_of_the_frame_that_it_follows() {
+async fn ping_carries_the_position_of_the_frame_before() {
     let shared = Arc::new(Shared::new(CHANNEL, Nodes::default(), 0));
     let (mut bus, addr) = start(&shared, 1, "1MiB");
     let options =

@@ -28,7 +28,7 @@ fn text(bytes: &[u8]) -> &str {
 }
 
 #[test]
-fn wrong_settings_have_their_exit_code_on_a_full_disk_too() {
+fn wrong_settings_exit_with_2_even_on_a_full_disk() {
     for args in [&["--bogus"][..], &["token", "--user", "a", "--jwt-key", "/nope"], &["doctor", "--bogus"]] {
         let full = std::fs::OpenOptions::new().write(true).open("/dev/full").expect("Linux has it");
         let status = fanfare(args, &[]).stderr(full).status().expect("the binary can be run");
@@ -37,7 +37,7 @@ fn wrong_settings_have_their_exit_code_on_a_full_disk_too() {
 }
 
 #[tokio::test]
-async fn help_and_version_go_to_standard_output() {
+async fn help_and_version_go_to_stdout() {
     let help = run(&["--help"], &[]).await;
     assert!(help.status.success() && help.stderr.is_empty());
     let flags: Vec<_> = text(&help.stdout).lines().filter(|line| line.starts_with("  --")).collect();
@@ -87,7 +87,7 @@ async fn help_and_version_go_to_standard_output() {
 }
 
 #[tokio::test]
-async fn check_prints_the_effective_settings_without_secrets_and_opens_nothing() {
+async fn check_prints_settings_and_opens_nothing() {
     let taken = TcpListener::bind("127.0.0.1:0").expect("a free port");
     let listen = taken.local_addr().expect("bound").to_string();
     let directory = Directory::new();
@@ -116,7 +116,7 @@ async fn check_prints_the_effective_settings_without_secrets_and_opens_nothing()
 }
 
 #[tokio::test]
-async fn every_wrong_setting_is_told_at_once_with_exit_code_2_and_nothing_is_opened() {
+async fn all_wrong_settings_are_reported_at_once() {
     let directory = Directory::new();
     let socket = directory.path().join("admin.sock");
     let admin = format!("--admin=unix:{}", socket.display());
@@ -144,7 +144,7 @@ async fn every_wrong_setting_is_told_at_once_with_exit_code_2_and_nothing_is_ope
 }
 
 #[tokio::test]
-async fn an_address_that_is_taken_ends_it_with_another_exit_code_and_its_name() {
+async fn address_in_use_exits_with_1_and_names_it() {
     let taken = TcpListener::bind("127.0.0.1:0").expect("a free port");
     let addr = taken.local_addr().expect("bound").to_string();
     for args in [["--listen", &addr, "--admin", "off"], ["--listen", "127.0.0.1:0", "--admin", &addr]] {
@@ -155,7 +155,7 @@ async fn an_address_that_is_taken_ends_it_with_another_exit_code_and_its_name() 
 }
 
 #[tokio::test]
-async fn the_ready_line_shows_real_ports_and_a_unix_admin_socket_goes_at_the_end() {
+async fn ready_line_shows_ports_and_admin_socket() {
     let directory = Directory::new();
     let socket = directory.path().join("admin.sock");
     let admin = format!("unix:{}", socket.display());
@@ -193,7 +193,7 @@ async fn healthz(stream: &mut (impl AsyncReadExt + AsyncWriteExt + Unpin)) -> St
 }
 
 #[tokio::test]
-async fn nothing_is_open_to_others_by_accident() {
+async fn unsafe_listeners_and_keys_are_rejected() {
     let directory = Directory::new();
     let (key, short) = (directory.path().join("key"), directory.path().join("short"));
     std::fs::write(&key, "0123456789abcdef").expect("a file");
@@ -231,7 +231,7 @@ async fn nothing_is_open_to_others_by_accident() {
 }
 
 #[tokio::test]
-async fn as_many_open_files_are_used_as_may_be() {
+async fn soft_file_limit_is_raised() {
     let connections = |limits: &str| {
         let script = format!("{limits} && exec \"$0\" --check");
         let output = Command::new("sh").args(["-c", &script, env!("CARGO_BIN_EXE_fanfare")]).output();

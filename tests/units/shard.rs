@@ -85,7 +85,7 @@ fn upgrade_of(user: &str, channel_and_query: &str) -> Vec<u8> {
 }
 
 #[tokio::test]
-async fn a_channel_whose_first_client_never_came_in_is_let_go() {
+async fn channel_is_unfollowed_if_its_join_fails() {
     let mut shard = Shard::start();
     let client = shard.client(&upgrade()).await;
     let Request::Follow { channel, .. } = shard.asks().await else { panic!("it asks to follow") };
@@ -98,7 +98,7 @@ async fn a_channel_whose_first_client_never_came_in_is_let_go() {
 }
 
 #[tokio::test]
-async fn a_channel_without_members_goes_at_once_when_memory_is_short() {
+async fn empty_channel_goes_when_memory_is_short() {
     const FOLLOWED_AFTER: Duration = Duration::from_secs(10); // EMPTY_TIME
     let mut shard = Shard::start();
     shard.0.metrics.bus.channels.set(1);
@@ -113,7 +113,7 @@ async fn a_channel_without_members_goes_at_once_when_memory_is_short() {
 }
 
 #[tokio::test]
-async fn the_end_of_a_client_is_seen_though_nothing_was_read_when_it_came() {
+async fn close_is_seen_while_reads_are_paused() {
     let mut shard = Shard::start();
     let mut client = shard.client(&upgrade()).await;
     shard.follows().await;
@@ -178,7 +178,7 @@ async fn ids_up_to(client: &mut TcpStream, last: u64) -> Vec<u64> {
 }
 
 #[tokio::test]
-async fn entries_that_come_before_the_word_that_it_is_followed_are_kept_if_they_are_new() {
+async fn new_entries_before_followed_are_kept() {
     let mut shard = Shard::start();
     let mut client = shard.client(&upgrade_after("&lastEventId=1000")).await;
     let Request::Follow { channel, .. } = shard.asks().await else { panic!("it asks to follow") };
@@ -192,7 +192,7 @@ async fn entries_that_come_before_the_word_that_it_is_followed_are_kept_if_they_
 }
 
 #[tokio::test]
-async fn a_shard_gives_what_is_in_memory_only_if_it_stands_where_the_bus_says() {
+async fn shares_its_feed_only_at_the_bus_position() {
     let mut shard = Shard::start();
     let _client = shard.client(&upgrade()).await;
     shard.follows().await;
@@ -256,7 +256,7 @@ async fn slow_joins_get_503() {
 }
 
 #[tokio::test]
-async fn a_page_that_knows_more_than_the_feed_brings_nothing_twice() {
+async fn page_ahead_of_the_feed_doubles_nothing() {
     let mut shard = Shard::start();
     let mut client = shard.client(&upgrade_after("&lastEventId=1002")).await;
     let Request::Follow { channel, .. } = shard.asks().await else { panic!("it asks to follow") };
@@ -290,7 +290,7 @@ async fn a_page_that_knows_more_than_the_feed_brings_nothing_twice() {
 /// While 90 events go out to 1,200 readers, an event of another channel waits for a few hundred writes at most,
 /// whatever the events are. Sockets are ready in epoll in the order in which they were written to.
 #[tokio::test]
-async fn a_fan_out_to_many_leaves_others_their_turn() {
+async fn large_fanout_does_not_starve_other_channels() {
     const READERS: usize = 1200;
     let _ = rlimit::increase_nofile_limit(u64::MAX);
     let mut shard = Shard::start();

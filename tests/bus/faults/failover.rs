@@ -88,7 +88,7 @@ async fn go_on(pair: &Pair, run: Run, lost: u64) {
 }
 
 #[tokio::test]
-async fn a_failover_loses_acknowledged_writes_and_a_node_comes_first() {
+async fn lossy_failover_seen_first_by_a_node() {
     let mut pair = Pair::start(&[]).await;
     let run = Run::at(&pair.nodes, 2, &pair.primary, Workload::default()).await;
     run.disconnect_programs();
@@ -100,7 +100,7 @@ async fn a_failover_loses_acknowledged_writes_and_a_node_comes_first() {
 }
 
 #[tokio::test]
-async fn a_failover_is_announced_though_redis_was_called_durable() {
+async fn failover_is_announced_even_if_durable() {
     let mut pair = Pair::start(&["--redis-durable"]).await;
     let run = Run::at(&pair.nodes, 2, &pair.primary, Workload::default()).await;
     run.disconnect_programs();
@@ -114,7 +114,7 @@ async fn a_failover_is_announced_though_redis_was_called_durable() {
 }
 
 #[tokio::test]
-async fn a_failover_loses_acknowledged_writes_and_a_new_node_publishes_first() {
+async fn lossy_failover_seen_first_by_a_new_node() {
     let mut pair = Pair::start(&[]).await;
     let run = Run::at(&pair.nodes, 2, &pair.primary, Workload { programs: 0, ..Workload::default() }).await;
     let kept = pair.lose(&run).await;
@@ -129,7 +129,7 @@ async fn a_failover_loses_acknowledged_writes_and_a_new_node_publishes_first() {
 }
 
 #[tokio::test]
-async fn a_failover_loses_acknowledged_writes_and_a_program_comes_first() {
+async fn lossy_failover_seen_first_by_fcall() {
     let mut pair = Pair::start(&[]).await;
     let run = Run::at(&pair.nodes, 2, &pair.primary, Workload::default()).await;
     run.disconnect_programs();
@@ -144,7 +144,7 @@ async fn a_failover_loses_acknowledged_writes_and_a_program_comes_first() {
 }
 
 #[tokio::test]
-async fn a_failover_loses_acknowledged_writes_and_a_joiner_comes_first() {
+async fn lossy_failover_seen_first_by_a_join() {
     let mut pair = Pair::start(&[]).await;
     let run = Run::at(&pair.nodes, 2, &pair.primary, Workload { programs: 0, ..Workload::default() }).await;
     let kept = pair.lose(&run).await;
@@ -162,7 +162,7 @@ async fn a_failover_loses_acknowledged_writes_and_a_joiner_comes_first() {
 }
 
 #[tokio::test]
-async fn an_old_primary_still_takes_writes() {
+async fn old_primary_still_accepts_writes() {
     let primary = Redis::start(&[]).await;
     let mut replica = Redis::replica_of(&primary).await;
     let proxies = [Proxy::to(primary.port()).await, Proxy::to(primary.port()).await];
@@ -192,7 +192,7 @@ async fn an_old_primary_still_takes_writes() {
 
 /// A name that DNS moves to another Redis, as managed services fail over, while the old one lives and answers.
 #[tokio::test]
-async fn a_name_that_moves_is_followed() {
+async fn dns_change_is_followed() {
     let (old, new) = (Redis::start(&[]).await, Redis::start(&[]).await);
     // A name has addresses, not ports: the new one is reached at another address and the same port.
     let listener = TcpListener::bind(("127.0.0.2", old.port())).await.expect("the port is free there");

@@ -160,21 +160,21 @@ async fn is_caught(what: Mutation, rules: &[Rule]) {
 }
 
 #[tokio::test]
-async fn the_judge_sees_a_dropped_event() {
+async fn checker_finds_a_dropped_event() {
     is_caught(Mutation::Drop, &[Rule::Missing]).await;
 }
 
 #[tokio::test]
-async fn the_judge_sees_a_doubled_event() {
+async fn checker_finds_a_doubled_event() {
     is_caught(Mutation::Double, &[Rule::Twice]).await;
 }
 
 #[tokio::test]
-async fn the_judge_sees_swapped_events() {
+async fn checker_finds_swapped_events() {
     is_caught(Mutation::Swap, &[Rule::Order]).await;
 }
 
 #[tokio::test]
-async fn the_judge_sees_an_id_that_is_used_again() {
+async fn checker_finds_a_reused_id() {
     is_caught(Mutation::ReuseId, &[Rule::OneId]).await;
 }

@@ -19,7 +19,7 @@ const LONG: Duration = Duration::from_secs(6);
 const SHORT: [&str; 2] = ["--buffer-memory", "64KiB"];
 
 #[tokio::test]
-async fn answers_to_publishes_are_lost_and_publishes_retried() {
+async fn lost_publish_answers_are_retried() {
     let testbed = Testbed::start(&[], &[]).await;
     let run = Run::start(&testbed, Workload { clients: 2, ..Workload::default() }).await;
     for round in 1..=5 {
@@ -44,7 +44,7 @@ async fn answers_to_publishes_are_lost_and_publishes_retried() {
 }
 
 #[tokio::test]
-async fn answers_to_publishes_come_late() {
+async fn late_publish_answers() {
     let testbed = Testbed::start(&[], &[]).await;
     let run = Run::start(&testbed, Workload::default()).await;
     for _ in 0..3 {
@@ -74,7 +74,7 @@ async fn answers_to_publishes_come_late() {
 }
 
 #[tokio::test]
-async fn redis_stopped_for_seconds() {
+async fn redis_frozen_for_seconds() {
     let testbed = Testbed::start(&[], &SHORT).await;
     let run = Run::start(&testbed, Workload { roamers: 6, slow: 3, ..Workload::default() }).await;
     run.wait_for_acks(50).await;
@@ -111,17 +111,17 @@ async fn client_kill_in_a_loop() {
 }
 
 #[tokio::test]
-async fn the_network_of_one_node_drops_everything_and_heals() {
+async fn network_of_one_node_drops_everything() {
     cut(Silence { up: true, down: true }).await;
 }
 
 #[tokio::test]
-async fn the_network_of_one_node_carries_nothing_from_redis() {
+async fn network_of_one_node_drops_answers() {
     cut(Silence { up: false, down: true }).await;
 }
 
 #[tokio::test]
-async fn the_network_of_one_node_carries_nothing_to_redis() {
+async fn network_of_one_node_drops_requests() {
     cut(Silence { up: true, down: false }).await;
 }
 
@@ -143,7 +143,7 @@ async fn cut(silence: Silence) {
 }
 
 #[tokio::test]
-async fn one_connection_of_two_hangs() {
+async fn one_of_two_connections_hangs() {
     let testbed = Testbed::start(&[], &[]).await;
     let run = Run::start(&testbed, Workload::default()).await;
     for _ in 0..2 {
@@ -157,7 +157,7 @@ async fn one_connection_of_two_hangs() {
 }
 
 #[tokio::test]
-async fn redis_is_fifty_milliseconds_away() {
+async fn redis_latency_of_50_ms() {
     let testbed = Testbed::start(&[], &[]).await;
     let run = Run::start(&testbed, Workload::default()).await;
     for proxy in &testbed.proxies {
@@ -180,7 +180,7 @@ async fn redis_is_fifty_milliseconds_away() {
 }
 
 #[tokio::test]
-async fn a_subscriber_runs_into_its_output_buffer_limit() {
+async fn pubsub_output_buffer_limit_is_hit() {
     let testbed = Testbed::start(&[], &[]).await;
     let mut redis = testbed.redis.client().await;
     redis.call(&["CONFIG", "SET", "client-output-buffer-limit", "pubsub 256kb 0 0"]).await;
@@ -198,7 +198,7 @@ async fn a_subscriber_runs_into_its_output_buffer_limit() {
 }
 
 #[tokio::test]
-async fn more_messages_at_once_than_the_client_library_holds() {
+async fn message_burst_overflows_the_client_library() {
     let flags = ["--log", "info,fanfare::bus=debug", "--history", "200000", "--pubsub-channels", "b"];
     let testbed = Testbed::start(&[], &flags).await;
     let run = Run::start(&testbed, Workload { roamers: 0, ..Workload::default() }).await;
@@ -237,7 +237,7 @@ async fn flood(testbed: &Testbed, count: usize) {
 }
 
 #[tokio::test]
-async fn single_messages_are_lost_under_traffic() {
+async fn single_lost_messages_are_read_from_history() {
     let testbed = Testbed::start(&[], &[]).await;
     let run = Run::start(&testbed, Workload::default()).await;
     for n in 1..=30 {

@@ -17,7 +17,7 @@ const HALF_OPEN: Duration = Duration::from_secs(5);
 const QUIET: [&str; 2] = ["--ping-format", "websocket"];
 
 #[tokio::test]
-async fn the_last_event_of_a_quiet_channel_is_lost_and_comes_within_two_seconds() {
+async fn lost_last_event_arrives_within_2_s() {
     let testbed = Testbed::start(&[], &QUIET).await;
     let (a, b) = (testbed.nodes.get(0), testbed.nodes.get(1));
     let (mut client, _) = Client::resume(&b, "subscriber", "quiet", "").await;
@@ -35,7 +35,7 @@ async fn the_last_event_of_a_quiet_channel_is_lost_and_comes_within_two_seconds(
 }
 
 #[tokio::test]
-async fn a_half_open_subscriber_connection_is_replaced_within_five_seconds() {
+async fn half_open_subscription_is_replaced_within_5_s() {
     let testbed = Testbed::start(&[], &QUIET).await;
     let (a, b) = (testbed.nodes.get(0), testbed.nodes.get(1));
     let (mut client, _) = Client::resume(&b, "subscriber", "quiet", "").await;
@@ -54,7 +54,7 @@ async fn a_half_open_subscriber_connection_is_replaced_within_five_seconds() {
 }
 
 #[tokio::test]
-async fn readiness_tells_the_truth_in_both_directions() {
+async fn readiness_follows_redis_both_ways() {
     let mut testbed = Testbed::start(&[], &[]).await;
     let node = testbed.nodes.get(0);
     for _ in 0..2 {

@@ -62,7 +62,7 @@ async fn redis_out_of_memory() {
 }
 
 #[tokio::test]
-async fn the_clock_is_set_back_and_redis_wiped() {
+async fn clock_set_back_and_redis_wiped() {
     let testbed = Testbed::on(Redis::with_clock().await, &[]).await;
     // Only those publish who know what was seen.
     let run = Run::start(&testbed, Workload { programs: 0, ..Workload::default() }).await;
@@ -79,7 +79,7 @@ async fn the_clock_is_set_back_and_redis_wiped() {
 }
 
 #[tokio::test]
-async fn the_clock_is_set_back_and_a_program_comes_first_after_the_wipe() {
+async fn clock_set_back_and_fcall_first_after_wipe() {
     let testbed = Testbed::on(Redis::with_clock().await, &[]).await;
     let mut run = Run::start(&testbed, Workload { programs: 0, ..Workload::default() }).await;
     // Nobody at Redis knows that higher ids were given: the program's event gets a lower one, and everybody is told.
@@ -103,7 +103,7 @@ async fn the_clock_is_set_back_and_a_program_comes_first_after_the_wipe() {
 }
 
 #[tokio::test]
-async fn answers_stay_away_for_longer_than_anyone_waits() {
+async fn answers_later_than_the_publish_timeout() {
     let testbed = Testbed::start(&[], &["--publish-timeout", "1s"]).await;
     let run = Run::start(&testbed, Workload { clients: 2, ..Workload::default() }).await;
     let count = |outcome| run.shared.count("json", outcome) + run.shared.count("post", outcome);
@@ -140,7 +140,7 @@ async fn answers_stay_away_for_longer_than_anyone_waits() {
 }
 
 #[tokio::test]
-async fn a_publish_under_outage_is_bounded_and_keeps_its_order() {
+async fn publishes_in_an_outage_are_bounded_and_ordered() {
     let flags = ["--appendonly", "yes", "--appendfsync", "always"];
     let mut testbed = Testbed::start(&flags, &["--redis-durable", "--publish-timeout", "2s"]).await;
     let run = Run::start(&testbed, Workload { clients: 2, ..Workload::default() }).await;

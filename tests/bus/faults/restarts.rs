@@ -22,7 +22,7 @@ async fn kill(testbed: &mut Testbed, run: &Run, between: impl FnOnce(&Redis)) {
 }
 
 #[tokio::test]
-async fn redis_killed_with_appendfsync_always_and_the_word_for_it() {
+async fn durable_redis_restart_without_reset() {
     let mut testbed = Testbed::start(&DURABLE, &["--redis-durable"]).await;
     let run = Run::start(&testbed, Workload::default()).await;
     let before = testbed.redis.info("run_id").await;
@@ -36,7 +36,7 @@ async fn redis_killed_with_appendfsync_always_and_the_word_for_it() {
 }
 
 #[tokio::test]
-async fn redis_killed_with_appendfsync_always_without_the_word_for_it() {
+async fn fsynced_redis_restart_resets_unless_durable() {
     let mut testbed = Testbed::start(&DURABLE, &[]).await;
     let run = Run::start(&testbed, Workload::default()).await;
     kill(&mut testbed, &run, |_| {}).await;
@@ -46,7 +46,7 @@ async fn redis_killed_with_appendfsync_always_without_the_word_for_it() {
 }
 
 #[tokio::test]
-async fn redis_loses_its_last_writes_with_appendfsync_everysec() {
+async fn redis_loses_last_writes_with_everysec() {
     let mut testbed = Testbed::start(&["--appendonly", "yes", "--appendfsync", "everysec"], &[]).await;
     let run = Run::start(&testbed, Workload::default()).await;
     let mut lost = String::new();
@@ -70,7 +70,7 @@ async fn redis_loses_its_last_writes_with_appendfsync_everysec() {
 }
 
 #[tokio::test]
-async fn redis_killed_that_keeps_nothing() {
+async fn redis_without_persistence_is_killed() {
     let mut testbed = Testbed::start(&[], &[]).await;
     let run = Run::start(&testbed, Workload::default()).await;
     for _ in 0..2 {
@@ -80,7 +80,7 @@ async fn redis_killed_that_keeps_nothing() {
 }
 
 #[tokio::test]
-async fn flushall() {
+async fn flushall_resets_clients() {
     let testbed = Testbed::start(&[], &[]).await;
     let run = Run::start(&testbed, Workload::default()).await;
     for _ in 0..2 {
@@ -95,7 +95,7 @@ async fn flushall() {
 }
 
 #[tokio::test]
-async fn redis_comes_back_empty_while_nodes_hold_ids_ahead_of_its_clock() {
+async fn empty_redis_behind_ids_of_nodes() {
     let redis = Redis::start(&[]).await;
     // Years ahead: as if the clock had been wrong when the channel began.
     let far = (1_u64 << 52).to_string();
@@ -116,7 +116,7 @@ async fn redis_comes_back_empty_while_nodes_hold_ids_ahead_of_its_clock() {
 }
 
 #[tokio::test]
-async fn a_node_killed_and_its_clients_resume_on_another() {
+async fn clients_of_a_killed_node_resume_elsewhere() {
     let testbed = Testbed::start(&[], &[]).await;
     let run = Run::start(&testbed, Workload::default()).await;
     run.wait_for_acks(50).await;

@@ -74,7 +74,7 @@ async fn other_keys_of_a_wrong_type_stop_no_channel() {
 }
 
 #[tokio::test]
-async fn positions_that_no_script_writes_count_as_lost() {
+async fn invalid_positions_count_as_lost() {
     let redis = RedisServer::start();
     let mut node = Node::ready(settings(&redis.url())).await;
     let mut raw = redis.raw();
@@ -116,7 +116,7 @@ async fn positions_that_no_script_writes_count_as_lost() {
 }
 
 #[tokio::test]
-async fn a_head_behind_the_stream_gets_a_new_base() {
+async fn head_behind_the_stream_gets_a_new_base() {
     let redis = RedisServer::start();
     let node = Node::ready(settings(&redis.url())).await;
     let one = node.publish("room", &event(1)).await.unwrap();

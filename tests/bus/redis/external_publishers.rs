@@ -82,7 +82,7 @@ fn value(text: impl AsRef<[u8]>) -> Value {
 }
 
 #[tokio::test]
-async fn fcall_judges_json_by_the_rule() {
+async fn fcall_checks_json_by_the_rule() {
     let redis = RedisServer::start();
     let mut node = Node::ready(settings(&redis.url())).await;
     let mut reader = node.follow("room", 0).await;
@@ -105,7 +105,7 @@ async fn fcall_judges_json_by_the_rule() {
 }
 
 #[tokio::test]
-async fn fcall_and_the_node_judge_alike() {
+async fn fcall_and_node_check_json_alike() {
     let redis = RedisServer::start();
     let _node = Node::ready(settings(&redis.url())).await;
     let mut raw = redis.raw();
@@ -139,7 +139,7 @@ async fn fcall_and_the_node_judge_alike() {
 }
 
 #[tokio::test]
-async fn a_plain_publish_is_json_by_the_rule_or_text() {
+async fn plain_publish_is_valid_json_or_text() {
     let redis = RedisServer::start();
     let mut node = Node::ready(settings(&redis.url())).await;
     let mut reader = node.follow("ws_broadcast", 0).await;
@@ -160,7 +160,7 @@ async fn a_plain_publish_is_json_by_the_rule_or_text() {
 }
 
 #[tokio::test]
-async fn invalid_stored_events_come_as_text() {
+async fn invalid_stored_events_arrive_as_text() {
     let redis = RedisServer::start();
     let mut node = Node::ready(settings(&redis.url())).await;
     let mut reader = node.follow("room", 0).await;
@@ -199,7 +199,7 @@ async fn invalid_stored_events_come_as_text() {
 }
 
 #[tokio::test]
-async fn the_bare_channel_works_both_ways() {
+async fn pubsub_channel_works_both_ways() {
     let redis = RedisServer::start();
     let mut node = Node::ready(settings(&redis.url())).await;
     let mut reader = node.follow("ws_broadcast", 0).await;
@@ -251,7 +251,7 @@ async fn the_bare_channel_works_both_ways() {
 }
 
 #[tokio::test]
-async fn an_acl_that_refuses_is_told_in_words() {
+async fn acl_errors_are_explained() {
     let redis = RedisServer::start();
     let mut raw = redis.raw();
     raw.command(&["ACL", "SETUSER", "node", "on", ">secret", "~*", "+@all", "resetchannels"]);
@@ -285,7 +285,7 @@ async fn an_acl_that_refuses_is_told_in_words() {
 }
 
 #[tokio::test]
-async fn a_cluster_is_refused_in_words() {
+async fn cluster_mode_is_rejected_with_a_reason() {
     let bus_port = free_port().to_string();
     let redis =
         RedisServer::start_with(&["--save", "", "--cluster-enabled", "yes", "--cluster-port", &bus_port]);
@@ -295,7 +295,7 @@ async fn a_cluster_is_refused_in_words() {
 }
 
 #[tokio::test]
-async fn a_unix_socket_and_another_prefix_work_too() {
+async fn unix_socket_and_other_prefix() {
     let redis = RedisServer::start_with(&["--save", "", "--unixsocket", "redis.sock"]);
     let mut elsewhere = settings(&format!("redis+unix://{}", redis.dir.join("redis.sock").display()));
     elsewhere.redis_prefix = "app:one".into();
@@ -318,7 +318,7 @@ async fn a_unix_socket_and_another_prefix_work_too() {
 }
 
 #[tokio::test]
-async fn a_node_starts_without_redis_and_joins_when_it_comes() {
+async fn node_starts_without_redis() {
     let mut redis = RedisServer::not_started();
     let mut node = Node::start(settings(&redis.url()));
     until("it has tried", || node.readiness.trouble().is_some_and(|why| why.contains("can't be reached")))
@@ -383,7 +383,7 @@ async fn fcall_works_again_after_a_flush() {
 }
 
 #[tokio::test]
-async fn the_newest_version_of_the_function_stays() {
+async fn newest_version_of_the_function_stays() {
     let redis = RedisServer::start();
     let mut raw = redis.raw();
     let mut load = |version: &str| {
@@ -403,7 +403,7 @@ async fn the_newest_version_of_the_function_stays() {
 }
 
 #[tokio::test]
-async fn a_command_that_was_renamed_away_is_named() {
+async fn renamed_command_is_named() {
     for command in ["XTRIM", "PEXPIRE", "INFO", "EVAL", "SUBSCRIBE"] {
         let redis = RedisServer::start_with(&["--save", "", "--rename-command", command, "hidden"]);
         let node = Node::start(settings(&redis.url()));
@@ -428,7 +428,7 @@ fn check_with_info(redis: &RedisServer, info: &str) -> Vec<String> {
 }
 
 #[test]
-fn a_redis_that_hides_its_run_is_named() {
+fn hidden_replication_id_is_reported() {
     let redis = RedisServer::start();
     assert_eq!(check_with_info(&redis, "redis.call('INFO', section)"), [""; 0]);
     let all = "'run_id:ab\\r\\nmaster_replid:ab\\r\\nmaster_replid2:00\\r\\nconnected_slaves:0'";

@@ -10,7 +10,7 @@ use super::node::{Node, event, page_after, settings, until};
 use super::redis_server::{PATIENCE, Proxy, RedisServer, Reply};
 
 #[tokio::test]
-async fn a_hole_beyond_history_is_a_reset_and_then_goes_on() {
+async fn gap_beyond_history_is_a_reset() {
     let redis = RedisServer::start();
     let proxy = Proxy::start(redis.port).await;
     let short = |url: &str| {
@@ -37,7 +37,7 @@ async fn a_hole_beyond_history_is_a_reset_and_then_goes_on() {
 }
 
 #[tokio::test]
-async fn a_part_of_a_page_is_read_once_for_all_who_ask() {
+async fn part_of_a_page_is_read_once_for_all() {
     let redis = RedisServer::start();
     let mut node = Node::ready(settings(&redis.url())).await;
     let reader = node.follow("room", 0).await;
@@ -84,7 +84,7 @@ async fn a_part_of_a_page_is_read_once_for_all_who_ask() {
 }
 
 #[tokio::test]
-async fn a_look_hands_out_what_is_new_before_it_answers() {
+async fn refresh_delivers_new_events_before_it_answers() {
     let redis = RedisServer::start();
     let mut node = Node::ready(settings(&redis.url())).await;
     let mut reader = node.follow("room", 0).await;
@@ -123,7 +123,7 @@ async fn a_look_hands_out_what_is_new_before_it_answers() {
 }
 
 #[tokio::test]
-async fn history_is_emptied_after_its_time_and_the_sequence_goes_on() {
+async fn expired_history_keeps_the_sequence() {
     let redis = RedisServer::start();
     let proxy = Proxy::start(redis.port).await;
     let brief = |url: &str| {
@@ -159,7 +159,7 @@ async fn history_is_emptied_after_its_time_and_the_sequence_goes_on() {
 }
 
 #[tokio::test]
-async fn what_someone_deletes_from_a_stream_is_announced() {
+async fn deleted_entries_are_announced() {
     let redis = RedisServer::start();
     let proxy = Proxy::start(redis.port).await;
     let publisher = Node::ready(settings(&redis.url())).await;
@@ -180,7 +180,7 @@ async fn what_someone_deletes_from_a_stream_is_announced() {
 }
 
 #[tokio::test]
-async fn history_has_a_limit_in_bytes() {
+async fn history_is_limited_in_bytes() {
     const LIMIT: usize = 64 << 10;
     let redis = RedisServer::start();
     let mut limited = settings(&redis.url());

@@ -37,7 +37,7 @@ async fn two_nodes_see_one_order_without_gaps() {
 }
 
 #[tokio::test]
-async fn a_further_shard_is_admitted_at_once_and_gets_what_follows() {
+async fn second_shard_joins_a_followed_channel() {
     let redis = RedisServer::start();
     let mut node = Node::ready(settings(&redis.url())).await;
     let mut first = node.follow("room", 0).await;
@@ -56,7 +56,7 @@ async fn a_further_shard_is_admitted_at_once_and_gets_what_follows() {
 }
 
 #[tokio::test]
-async fn joining_and_leaving_during_a_stream_misses_and_doubles_nothing() {
+async fn joining_and_leaving_under_load_loses_nothing() {
     let redis = RedisServer::start();
     let publisher = Node::ready(settings(&redis.url())).await;
     let mut node = Node::ready(settings(&redis.url())).await;
@@ -85,7 +85,7 @@ async fn joining_and_leaving_during_a_stream_misses_and_doubles_nothing() {
 }
 
 #[tokio::test]
-async fn a_burst_arrives_whole() {
+async fn burst_arrives_complete() {
     let redis = RedisServer::start();
     let mut node = Node::ready(settings(&redis.url())).await;
     let mut reader = node.follow("room", 0).await;
@@ -103,7 +103,7 @@ async fn a_burst_arrives_whole() {
 }
 
 #[tokio::test]
-async fn holes_are_filled_when_subscribers_are_killed_again_and_again() {
+async fn gaps_are_filled_when_subscribers_are_killed() {
     let redis = RedisServer::start();
     let publisher = Node::ready(settings(&redis.url())).await;
     let mut node = Node::ready(settings(&redis.url())).await;
@@ -126,7 +126,7 @@ async fn holes_are_filled_when_subscribers_are_killed_again_and_again() {
 }
 
 #[tokio::test]
-async fn a_hint_of_an_event_that_is_not_there_is_forgotten() {
+async fn hint_without_event_is_forgotten() {
     let redis = RedisServer::start();
     let mut node = Node::ready(settings(&redis.url())).await;
     let mut reader = node.follow("room", 0).await;
@@ -146,7 +146,7 @@ async fn a_hint_of_an_event_that_is_not_there_is_forgotten() {
 }
 
 #[tokio::test]
-async fn no_more_channels_than_allowed_are_followed() {
+async fn max_channels_is_enforced() {
     let redis = RedisServer::start();
     let mut few = settings(&redis.url());
     few.max_channels = 2.try_into().unwrap();
@@ -161,7 +161,7 @@ async fn no_more_channels_than_allowed_are_followed() {
 }
 
 #[tokio::test]
-async fn a_lost_last_event_is_found_among_more_channels_than_one_canary_compares() {
+async fn probes_rotate_over_many_channels() {
     let redis = RedisServer::start();
     let mut many = settings(&redis.url());
     many.max_channels = 2000.try_into().unwrap();

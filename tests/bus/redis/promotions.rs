@@ -71,14 +71,14 @@ async fn fail_back_without_a_node_is_announced() {
 }
 
 #[tokio::test]
-async fn fail_back_is_announced_even_when_durable() {
+async fn fail_back_is_announced_even_if_durable() {
     let (redis, lost) = fail_back(true).await;
     let mut node = Node::ready(node_settings(&redis, true)).await;
     assert_announced(&node.follow("room", 0).await, lost);
 }
 
 #[tokio::test]
-async fn fcall_after_a_fail_back_gives_no_id_again() {
+async fn fcall_after_a_fail_back_reuses_no_id() {
     let (redis, lost) = fail_back(false).await;
     // The function came with the data.
     let id = redis.raw().command(&["FCALL", "fanfare_publish", "1", "fanfare:{room}", "{}"]).number();
@@ -106,7 +106,7 @@ async fn promoted_replica_is_no_durable_restart() {
 }
 
 #[tokio::test]
-async fn replicas_that_come_and_go_cause_no_reset() {
+async fn attaching_replicas_cause_no_reset() {
     let (primary, mut replica) = (RedisServer::start_with(&BACKLOG), RedisServer::start());
     let mut node = Node::ready(settings(&primary.url())).await;
     let mut reader = node.follow("room", 0).await;

@@ -11,7 +11,7 @@ use super::node::{Node, event, mark, settings, until};
 use super::redis_server::{PATIENCE, Proxy, RedisServer, Reply};
 
 #[tokio::test]
-async fn a_retry_after_a_lost_answer_doubles_nothing() {
+async fn retry_after_a_lost_answer_doubles_nothing() {
     let redis = RedisServer::start();
     let proxy = Proxy::start(redis.port).await;
     let mut node = Node::ready(settings(&proxy.url())).await;
@@ -34,7 +34,7 @@ async fn a_retry_after_a_lost_answer_doubles_nothing() {
 }
 
 #[tokio::test]
-async fn a_retry_that_meets_a_wiped_redis_is_unknown_and_publishes_nothing() {
+async fn retry_on_a_wiped_redis_is_unknown() {
     let redis = RedisServer::start();
     let proxy = Proxy::start(redis.port).await;
     let mut node = Node::ready(settings(&proxy.url())).await;
@@ -55,7 +55,7 @@ async fn a_retry_that_meets_a_wiped_redis_is_unknown_and_publishes_nothing() {
 }
 
 #[tokio::test]
-async fn every_connection_killed_again_and_again_doubles_nothing() {
+async fn killed_connections_double_nothing() {
     let redis = RedisServer::start();
     let mut node = Node::ready(settings(&redis.url())).await;
     let mut reader = node.follow("room", 0).await;
@@ -78,7 +78,7 @@ async fn every_connection_killed_again_and_again_doubles_nothing() {
 }
 
 #[tokio::test]
-async fn a_redis_that_hangs_for_seconds_costs_readiness_but_no_event() {
+async fn frozen_redis_costs_readiness_but_no_event() {
     let redis = RedisServer::start();
     let mut node = Node::ready(settings(&redis.url())).await;
     let mut reader = node.follow("room", 0).await;
@@ -102,7 +102,7 @@ async fn a_redis_that_hangs_for_seconds_costs_readiness_but_no_event() {
 }
 
 #[tokio::test]
-async fn what_was_never_sent_is_refused_and_what_was_sent_is_unknown() {
+async fn unsent_is_rejected_and_sent_is_unknown() {
     let mut redis = RedisServer::start();
     let hasty = || {
         let mut settings = settings(&redis.url());
@@ -120,7 +120,7 @@ async fn what_was_never_sent_is_refused_and_what_was_sent_is_unknown() {
 }
 
 #[tokio::test]
-async fn out_of_memory_refuses_events_and_nothing_else() {
+async fn out_of_memory_rejects_events_only() {
     let redis = RedisServer::start();
     let mut node = Node::ready(settings(&redis.url())).await;
     let mut reader = node.follow("room", 0).await;
@@ -140,7 +140,7 @@ async fn out_of_memory_refuses_events_and_nothing_else() {
 }
 
 #[tokio::test]
-async fn a_forgotten_script_is_sent_again() {
+async fn missing_script_is_sent_again() {
     let redis = RedisServer::start();
     let mut node = Node::ready(settings(&redis.url())).await;
     let mut reader = node.follow("room", 0).await;
@@ -153,7 +153,7 @@ async fn a_forgotten_script_is_sent_again() {
 }
 
 #[tokio::test]
-async fn private_events_share_entries_as_public_ones_do() {
+async fn private_events_share_entries() {
     let redis = RedisServer::start();
     let local = Settings { redis: None, ..settings("redis://127.0.0.1") };
     for settings in [settings(&redis.url()), local] {
@@ -180,7 +180,7 @@ async fn private_events_share_entries_as_public_ones_do() {
 
 /// An eviction may take any key, also between a lost answer and its retry.
 #[tokio::test]
-async fn a_retry_after_an_eviction_doubles_nothing() {
+async fn retry_after_an_eviction_doubles_nothing() {
     let redis = RedisServer::start();
     let proxy = Proxy::start(redis.port).await;
     let mut node = Node::ready(settings(&proxy.url())).await;
@@ -215,7 +215,7 @@ async fn a_retry_after_an_eviction_doubles_nothing() {
 }
 
 #[tokio::test]
-async fn numbers_of_nodes_that_are_gone_are_forgotten() {
+async fn publish_numbers_of_dead_nodes_expire() {
     let redis = RedisServer::start();
     let key = "fanfare:{room}:meta";
     let numbers = || {
@@ -243,7 +243,7 @@ async fn numbers_of_nodes_that_are_gone_are_forgotten() {
 }
 
 #[tokio::test]
-async fn events_too_long_for_redis_are_refused() {
+async fn events_too_long_for_redis_are_rejected() {
     let redis = RedisServer::start_with(&["--save", "", "--proto-max-bulk-len", "1mb"]);
     let mut large = settings(&redis.url());
     large.max_message_size = 4 << 20;

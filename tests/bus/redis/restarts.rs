@@ -10,7 +10,7 @@ use super::node::{Node, event, mark, settings, until};
 use super::redis_server::{PATIENCE, Proxy, RedisServer, Reply};
 
 #[tokio::test]
-async fn a_wiped_redis_is_announced_and_ids_go_on_above_all_seen() {
+async fn wiped_redis_is_announced_and_ids_rise() {
     let redis = RedisServer::start();
     let mut node = Node::ready(settings(&redis.url())).await;
     let mut reader = node.follow("room", 0).await;
@@ -27,7 +27,7 @@ async fn a_wiped_redis_is_announced_and_ids_go_on_above_all_seen() {
 }
 
 #[tokio::test]
-async fn ids_stay_above_all_seen_when_the_clock_is_set_back() {
+async fn ids_rise_although_the_clock_is_set_back() {
     let redis = RedisServer::start();
     let mut node = Node::ready(settings(&redis.url())).await;
     let far = EventId::LIMIT / 2; // years ahead of the clock: as if that had been set back
@@ -44,7 +44,7 @@ async fn ids_stay_above_all_seen_when_the_clock_is_set_back() {
 }
 
 #[tokio::test]
-async fn redis_killed_and_restarted_in_a_stream_of_events() {
+async fn resumes_after_redis_restart_under_load() {
     let mut redis = RedisServer::start();
     let mut nodes = [Node::ready(settings(&redis.url())).await, Node::ready(settings(&redis.url())).await];
     let mut readers = Vec::new();
@@ -94,7 +94,7 @@ async fn redis_killed_and_restarted_in_a_stream_of_events() {
 }
 
 #[tokio::test]
-async fn a_durable_redis_is_restarted_without_a_reset() {
+async fn durable_redis_restarts_without_a_reset() {
     let mut redis =
         RedisServer::start_with(&["--save", "", "--appendonly", "yes", "--appendfsync", "always"]);
     let durable = || {
@@ -121,7 +121,7 @@ async fn a_durable_redis_is_restarted_without_a_reset() {
 }
 
 #[tokio::test]
-async fn a_copy_that_takes_over_is_announced_even_when_durable() {
+async fn promoted_copy_is_announced_even_if_durable() {
     let redis = RedisServer::start();
     let copy = RedisServer::start();
     let proxy = Proxy::start(redis.port).await;
@@ -150,7 +150,7 @@ async fn a_copy_that_takes_over_is_announced_even_when_durable() {
 }
 
 #[tokio::test]
-async fn a_redis_that_counts_another_run_with_a_lower_base_is_announced_not_waited_for() {
+async fn new_epoch_with_a_lower_base_is_announced() {
     let (here, there) = (RedisServer::start(), RedisServer::start());
     let proxy = Proxy::start(there.port).await;
     // `there` anchors first and has counted far beyond; `here` has the higher base.
@@ -170,7 +170,7 @@ async fn a_redis_that_counts_another_run_with_a_lower_base_is_announced_not_wait
 }
 
 #[tokio::test]
-async fn a_restart_that_lost_acknowledged_events_gives_none_of_their_ids_again() {
+async fn restart_reuses_no_id_of_lost_events() {
     let mut redis = RedisServer::start_with(&["--save", "", "--dbfilename", "dump.rdb"]);
     let mut node = Node::ready(settings(&redis.url())).await;
     let mut reader = node.follow("room", 0).await;
@@ -201,7 +201,7 @@ async fn a_restart_that_lost_acknowledged_events_gives_none_of_their_ids_again()
 }
 
 #[tokio::test]
-async fn a_head_behind_what_was_seen_is_a_new_run() {
+async fn head_behind_the_last_seen_is_a_new_epoch() {
     let redis = RedisServer::start();
     let mut node = Node::ready(settings(&redis.url())).await;
     let mut reader = node.follow("room", 0).await;
@@ -253,7 +253,7 @@ async fn sentinel_failover_is_followed_and_announced() {
 }
 
 #[tokio::test]
-async fn a_demoted_redis_is_left() {
+async fn demoted_redis_is_left() {
     let (old, new) = (RedisServer::start(), RedisServer::start());
     let proxy = Proxy::start(old.port).await;
     let mut node = Node::ready(settings(&proxy.url())).await;
