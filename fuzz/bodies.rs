@@ -1,5 +1,5 @@
-//! What is held of any bytes at all: the bodies of the fuzz targets. `tests/units/fuzz_corpus.rs` runs every seed through them, on a
-//! stable compiler and with the other tests.
+//! The bodies of the fuzz targets: assertions that hold for any bytes. `tests/units/fuzz_corpus.rs`
+//! runs every seed through them with a stable compiler.
 
 use std::sync::{Arc, OnceLock};
 
@@ -18,14 +18,14 @@ use fanfare::ws::handshake::{self, HandshakeContext, HandshakeOutcome};
 use fred::types::Resp3Frame;
 use serde_json::Value;
 
-/// The key of the tokens that seeds of requests carry.
+/// The key of the tokens in the seeds of requests.
 const KEY: &str = "0123456789abcdef0123456789abcdef";
 
-/// Most that is kept of a connection's bytes before its request: the longest PROXY header that names nobody, and a
-/// piece.
+/// The most bytes kept of a connection before its request: the longest PROXY header without an
+/// address, and a piece.
 const PREAMBLE_MAX: usize = 16 + 4096 + 256;
 
-/// Takes a byte that says how the rest is to be read.
+/// Reads a byte that selects how the rest is interpreted.
 fn choice<'a>(data: &mut &'a [u8]) -> u8 {
     let all: &'a [u8] = data;
     let Some((first, rest)) = all.split_first() else { return 0 };
@@ -62,7 +62,8 @@ fn context(with_tokens: bool) -> &'static HandshakeContext {
     &contexts[usize::from(with_tokens)]
 }
 
-/// What a connection from this peer gets whose bytes come in these pieces, as the shard reads them.
+/// The outcome for a connection from this peer whose bytes arrive in these pieces, processed as a
+/// shard does.
 fn decide<'a>(
     pieces: impl Iterator<Item = &'a [u8]>,
     context: &HandshakeContext,
@@ -84,7 +85,8 @@ fn decide<'a>(
     outcome
 }
 
-/// An answer is one whole HTTP response, whatever of the request is repeated in it.
+/// A response is complete and well formed, whatever part of the request it repeats. Returns its
+/// status.
 fn check_answer(answer: &[u8]) -> u16 {
     let mut headers = [httparse::EMPTY_HEADER; 16];
     let mut response = httparse::Response::new(&mut headers);
@@ -105,8 +107,8 @@ fn check_answer(answer: &[u8]) -> u16 {
     status
 }
 
-/// The head of a request, with what a proxy may put before it: first byte, whether tokens are asked for and whether it
-/// comes from a trusted proxy; second, in pieces of how many bytes.
+/// The head of a request, with what a proxy may put before it. The first byte selects whether
+/// tokens are required and whether the peer is a trusted proxy, the second the size of the pieces.
 pub fn request(mut data: &[u8]) {
     let flags = choice(&mut data);
     let size = usize::from(choice(&mut data)) + 1;
@@ -137,14 +139,14 @@ pub fn request(mut data: &[u8]) {
             assert!(matches!(other, HandshakeOutcome::Incomplete(_)), "{other:?}")
         }
         (_, HandshakeOutcome::Incomplete(_)) => panic!("whole {whole:?}, and waited for in pieces"),
-        // What follows a good request is not known yet when it has come in a piece of its own.
+        // In pieces, what follows a valid request is not known yet.
         _ => {}
     }
 }
 
 // ---- frames ----
 
-/// What a client's bytes come to when they come in pieces of this size, as the shard reads them.
+/// Decodes a client's bytes in pieces of this size, as a shard does.
 fn read(data: &[u8], size: usize, limits: Limits) -> (Result<(), CloseReason>, Vec<Incoming>) {
     let (mut partial, mut messages, mut rest) = (None, Vec::new(), Vec::new());
     for piece in data.chunks(size) {
@@ -171,8 +173,9 @@ fn read(data: &[u8], size: usize, limits: Limits) -> (Result<(), CloseReason>, V
     (Ok(()), messages)
 }
 
-/// Frames of a client: first byte, whether binary is taken and whether the rest is bytes as they come, or a list of
-/// frames to be masked (first byte, length, payload); second, in pieces of how many bytes.
+/// Frames of a client. The first byte selects whether binary is accepted, and whether the rest is
+/// raw bytes or a list of frames to be masked (first byte, length, payload); the second selects the
+/// size of the pieces.
 pub fn frames(mut data: &[u8]) {
     const MASK: [u8; 4] = [0x37, 0xFA, 0x21, 0x3D];
     let flags = choice(&mut data);
@@ -183,7 +186,7 @@ pub fn frames(mut data: &[u8]) {
         bytes.extend_from_slice(data);
     } else {
         while let [first, length, rest @ ..] = data {
-            // 253 and 254 are written the long ways, and 255 is longer than it may be.
+            // 253 and 254 use longer encodings than needed, and 255 is too long.
             let length = usize::from(*length);
             let payload = &rest[..length.min(rest.len())];
             bytes.push(*first);
@@ -222,7 +225,7 @@ pub fn frames(mut data: &[u8]) {
 
 // ---- what comes from Redis and from backends ----
 
-/// An entry holds whole text frames, as many as it says, each one line of UTF-8.
+/// An entry holds as many whole text frames as it claims, each one line of UTF-8.
 fn check_entry(entry: &Entry) {
     let (mut at, mut frames) = (0, 0);
     while at < entry.bytes.len() {
@@ -244,7 +247,8 @@ fn check_entry(entry: &Entry) {
     assert_eq!(entry.before().0 + frames as u64, entry.last.0);
 }
 
-/// An event is one line with one JSON object, and takes an id as its last member, which is read back.
+/// An event is one line with one JSON object. An id can be appended as its last member, and read
+/// back.
 fn check_event(event: &[u8]) -> Value {
     let text = std::str::from_utf8(event).expect("UTF-8");
     assert!(!text.contains(['\n', '\r']), "{text}");
@@ -255,13 +259,13 @@ fn check_event(event: &[u8]) -> Value {
     value
 }
 
-/// What other programs write to Redis, post, or answer: the first byte says what the rest is.
+/// Data from Redis and backends. The first byte selects the kind.
 pub fn bus(mut data: &[u8]) {
     match choice(&mut data) % 8 {
         0 => drop(wire::broadcast(data).inspect(check_entry)),
         1 => drop(wire::private(data).inspect(check_entry)),
         2 => {
-            // A stream: one event a line, for one user where it begins with TAB.
+            // A stream: one event per line, private if it starts with a TAB.
             let history: Vec<(Bytes, Option<Arc<str>>)> = data
                 .split(|byte| *byte == b'\n')
                 .map(|line| match line.strip_prefix(b"\t") {
@@ -312,7 +316,7 @@ pub fn bus(mut data: &[u8]) {
             }
         }
         _ => {
-            // A script's answer: numbers of eight bytes, some of them wrapped otherwise.
+            // A script's answer: numbers of eight bytes, some of them in other types.
             let data = data
                 .chunks(9)
                 .map(|item| match item {

@@ -70,22 +70,22 @@ JSON
     wait "${suites[@]}" || true
 }
 
-judge() {
-    "$home/venv/bin/python" tests/autobahn/judge.py "$home"/run/*/index.json
+check_reports() {
+    "$home/venv/bin/python" tests/autobahn/check_reports.py "$home"/run/*/index.json
 }
 
 # Most cases wait a second for what must not come. Those of 9 have much to do, and would keep the others waiting.
 run '1.* 2.* 3.* 4.*' '5.* 7.* 10.*' '6.1.* 6.2.* 6.3.* 6.4.* 6.5.* 6.6.* 6.7.* 6.8.* 6.9.*' \
     '6.10.* 6.11.* 6.12.* 6.13.* 6.14.* 6.15.* 6.16.* 6.17.* 6.18.* 6.19.* 6.20.* 6.21.* 6.22.* 6.23.*'
 run '9.*'
-if ! judge >"$home/run/judged"; then
+if ! check_reports >"$home/run/failures"; then
     # The clock judges many cases, and the echo of one that ends at once may come in the next: what failed beside the
     # others has one more chance, alone.
-    cat "$home/run/judged"
-    failed=$(sed -n 's/^\([0-9.]*\): .*/\1/p' "$home/run/judged" | tr '\n' ' ')
+    cat "$home/run/failures"
+    failed=$(sed -n 's/^\([0-9.]*\): .*/\1/p' "$home/run/failures" | tr '\n' ' ')
     if [[ -n $failed ]]; then
         echo "Once more, alone: $failed"
         run "${failed% }"
     fi
 fi
-judge
+check_reports

@@ -1,9 +1,9 @@
-//! What Autobahn's fuzzing client is let loose on: the shard that serves fanfare's clients, with a bus that sends
-//! every message back to its channel as it was, text or binary. So the suite judges the very code that reads, answers,
-//! closes and writes; only what becomes of a message between is replaced. `tests/autobahn.sh` starts it, and gives
-//! each of the suite's connections a channel that no other has at the time.
+//! The server for the Autobahn suite: a real shard with a bus that sends every message back to its
+//! channel unchanged, text or binary. So the suite tests the code that reads, answers, closes and
+//! writes. `tests/autobahn.sh` starts it, and uses a separate channel for each of the suite's
+//! connections.
 
-#[allow(dead_code)] // it has a shard beside it for tests
+#[allow(dead_code)] // tests use its second shard
 #[path = "../common/single_shard.rs"]
 mod single_shard;
 
@@ -19,7 +19,7 @@ use fanfare::shard::mailbox::{Mailboxes, ShardMessage};
 use single_shard::SingleShard;
 use tokio::sync::mpsc;
 
-/// The suite's messages are as long as 16 MiB and as many as it likes, and it expects no pings.
+/// The suite sends messages of up to 16 MiB without a rate limit, and expects no pings.
 const FLAGS: [&str; 12] = [
     "--shards",
     "1",
@@ -38,7 +38,7 @@ const FLAGS: [&str; 12] = [
 /// First byte of an unfragmented binary frame (RFC 6455 section 5.2).
 const BINARY: u8 = 0x82;
 
-/// What a text became on its way to the bus.
+/// What the shard makes of a text for the bus.
 #[derive(serde::Deserialize)]
 struct Chat {
     text: String,
@@ -60,9 +60,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
 }
 
-/// The bus.
+/// Runs the bus.
 fn echo(mut asked: mpsc::UnboundedReceiver<Request>, shards: Mailboxes) {
-    let position = EventId(1); // events without id don't move it
+    let position = EventId(1); // events without id do not change it
     while let Some(request) = asked.blocking_recv() {
         match request {
             Request::Follow { channel, shard } => {

@@ -1,4 +1,4 @@
-//! Two nodes and one real Redis: one order for everybody, whoever publishes and by whichever way.
+//! Two nodes on one Redis: one order for all clients, whoever publishes and how.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -50,7 +50,7 @@ async fn both_nodes_have_one_order_without_gaps() {
         for n in 0..EACH {
             client.send(n.to_string()).await;
         }
-        client // stays until all is read
+        client // stays open until all is read
     };
     let post = async |node: &Node, user: &str| {
         for n in 0..EACH {
@@ -134,7 +134,7 @@ async fn client_resumes_on_the_other_node() {
     a.publish_to("room", "bob", &json!({"n": 5})).await;
     b.publish_to("room", "carol", &json!({"n": 6})).await;
     b.publish("room", &json!({"n": 7})).await;
-    // B has followed nobody here yet, so all of it comes from Redis.
+    // B has not followed the channel yet, so everything comes from Redis.
     let (mut client, welcome) = Client::resume(&b, "bob", "room", ids[4]).await;
     let expected = json!({"type": "welcome", "lastEventId": ids[4], "head": ids[4] + 3, "recovered": true});
     assert_eq!(welcome, expected);
@@ -159,7 +159,8 @@ async fn resumes_on_a_node_that_is_behind() {
         let first = 3 + round * 10;
         proxy.hold_messages(true);
         let ids = a.publish_numbers("room", first..first + 5).await;
-        // It has seen the third of them elsewhere; the node it comes to has heard of none.
+        // The client has seen the third event on the other node. This node has received none of
+        // them.
         let (mut client, welcome) = Client::resume(&behind, "mover", "room", ids[2]).await;
         assert_eq!((&welcome["recovered"], &welcome["lastEventId"]), (&json!(true), &json!(ids[2])));
         assert_eq!(welcome["head"], ids[4]);
@@ -171,7 +172,7 @@ async fn resumes_on_a_node_that_is_behind() {
         stays.expect_numbers(&more, first + 5).await;
         before = more;
     }
-    // Who claims to be ahead of everybody is not believed.
+    // A position ahead of everything is not accepted.
     let head = before[4];
     let (_, welcome) = Client::resume(&behind, "liar", "room", head + 1).await;
     assert_eq!((&welcome["recovered"], &welcome["lastEventId"]), (&json!(false), &json!(head)));
@@ -186,7 +187,8 @@ async fn joins_during_a_refresh_wait_for_the_next_one() {
     let _stays = Client::plain(&behind, "stays", "room").await;
     proxy.hold_messages(true);
     let ids = a.publish_numbers("room", 0..3).await;
-    // The node looks for the first one: the look is done, and its answer is still on its way.
+    // The node reads history for the first one. The read is done, and its answer is still in
+    // transit.
     let reads = async || redis.info("cmdstat_xrange").await;
     let before = reads().await;
     proxy.silence(Silence { up: false, down: true });
@@ -194,7 +196,7 @@ async fn joins_during_a_refresh_wait_for_the_next_one() {
     let first = resume("first", ids[2]);
     let second = async {
         until("the look", async || (reads().await != before).then_some(())).await;
-        // Meanwhile another has seen more elsewhere.
+        // Meanwhile another client has seen more on the other node.
         let more = a.publish("room", &json!({"n": 3})).await;
         let release = async {
             let there = async || (behind.metric("fanfare_connections").await >= 3.0).then_some(());
@@ -309,7 +311,8 @@ async fn lost_last_event_is_noticed() {
     let mut subscriber = Client::plain(&b, "subscriber", "room").await;
     let ids = a.publish_numbers("room", 0..2).await;
     subscriber.expect_numbers(&ids, 0).await;
-    // The message is lost together with its connection; nothing else ever comes in this channel.
+    // The message is lost together with its connection, and no other message follows in this
+    // channel.
     proxy.hold_messages(true);
     let id = a.publish("room", &json!({"n": 2})).await;
     proxy.cut();
@@ -339,12 +342,12 @@ async fn simultaneous_resumes_share_history_reads() {
     let (_, welcome) = Client::resume(&a, "first", "room", "").await;
     let base = position(&welcome["head"]);
     let ids = a.publish_numbers("room", 0..1000).await;
-    // B has followed nobody yet: it has none of it in memory.
+    // B has not followed the channel yet, so it has nothing in memory.
     let (b, ids) = (Arc::new(b), Arc::new(ids));
     let back = (0..CLIENTS).map(|n| {
         let (b, ids) = (b.clone(), ids.clone());
         tokio::spawn(async move {
-            let from = n % 500; // everybody left at another place
+            let from = n % 500; // each client resumes from another position
             let last = if from == 0 { base } else { ids[from - 1] };
             let (mut client, welcome) = Client::resume(&b, &format!("user{n}"), "room", last).await;
             assert_eq!(welcome["recovered"], true);
@@ -354,12 +357,13 @@ async fn simultaneous_resumes_share_history_reads() {
     for client in back.collect::<Vec<_>>() {
         client.await.expect("a client that misses nothing");
     }
-    // A thousand events lie on five pages of 256 at most; one that came in parts may count twice.
+    // A thousand events are on at most five pages of 256. A page that arrives in parts may count
+    // twice.
     let reads = b.metric("fanfare_bus_reads_total").await;
     assert!((4.0..=10.0).contains(&reads), "{reads} reads for {CLIENTS} clients");
 }
 
-/// `POST /publish` under an idempotency key.
+/// `POST /publish` with an idempotency key.
 async fn post_with_key(node: &Node, event: &str, key: &str) -> u64 {
     let path = "/publish?channel=room";
     let response =
@@ -375,7 +379,7 @@ async fn idempotency_key_holds_for_all_ways_to_publish() {
     let mut client = Client::plain(&a, "alice", "room").await;
     let mut backend = redis.client().await;
     let id = post_with_key(&a, r#"{"n":1}"#, "order-1").await;
-    // The retry comes in quotes, to another node, or to Redis itself.
+    // Retries with a quoted key, on another node, and on Redis itself.
     assert_eq!(post_with_key(&a, r#"{"n":1}"#, "\"order-1\"").await, id);
     assert_eq!(post_with_key(&b, r#"{"n":1}"#, "order-1").await, id);
     let fcall = ["FCALL", "fanfare_publish", "1", "fanfare:{room}", r#"{"n":1}"#, "", "order-1"];
@@ -383,10 +387,10 @@ async fn idempotency_key_holds_for_all_ways_to_publish() {
     let fcall = ["FCALL", "fanfare_publish", "1", "fanfare:{room}", r#"{"n":2}"#, "alice", "order-2"];
     let second = backend.call(&fcall).await.int() as u64;
     assert_eq!(post_with_key(&b, r#"{"n":2}"#, "order-2").await, second);
-    // Another channel has keys of its own.
+    // Another channel has its own keys.
     let fcall = ["FCALL", "fanfare_publish", "1", "fanfare:{other}", "{}", "", "order-1"];
     assert_ne!(backend.call(&fcall).await.int() as u64, id);
-    // Many at once, of two kinds: each key once, and the others all.
+    // Many at once, with and without a key: one event per key, and all others.
     let mut posts = JoinSet::new();
     for n in 0..40 {
         let (node, key) = ([a.admin, b.admin][n % 2], format!("burst-{}", n / 4));

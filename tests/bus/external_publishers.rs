@@ -1,4 +1,4 @@
-//! Redis as an interface: what other programs publish and see there.
+//! Redis as an interface: what other programs can publish and see.
 
 use serde_json::{Value, json};
 
@@ -39,24 +39,24 @@ async fn plain_publish_reaches_all_clients_without_id() {
         assert_eq!(on_a.next_json().await, expected, "{message}");
         assert_eq!(on_b.next_json().await, expected, "{message}");
     }
-    // An object that can't be one is likely a mistake: the log says why it is shown as text.
+    // An object that is not JSON is probably a mistake: the log says why it is delivered as text.
     for node in [&a, &b] {
         let warned = || async { node.log().contains("shown as text: not JSON (RFC 8259)").then_some(()) };
         common::until("a warning", warned).await;
     }
-    // What is not UTF-8 can't be text in a browser; what can be read of it is there.
+    // Invalid UTF-8 is replaced, since browsers accept no such text.
     publisher.call(&[&b"PUBLISH"[..], b"ws_broadcast", b"caf\xE9 au lait"]).await;
     for client in [&mut on_a, &mut on_b] {
         let data = client.next_json().await;
         assert!(data["data"].as_str().is_some_and(|text| text.starts_with("caf")), "{data}");
     }
-    // A pretty-printed object is one event still.
+    // A pretty-printed object is one event.
     publisher.call(&["PUBLISH", "ws_broadcast", "{\n  \"a\": [\r\n1]\n}\n"]).await;
     assert_eq!(on_a.next_json().await, json!({"a": [1]}));
     assert_eq!(on_b.next_json().await, json!({"a": [1]}));
-    // What begins with a TAB is a copy of what came already, or pretends to be.
+    // A message that starts with a TAB is a copy of an event, or pretends to be one.
     publisher.call(&["PUBLISH", "ws_broadcast", "\t{\"sender\":\"x\",\"id\":1}"]).await;
-    // None of these took an id, and none of them is replayed.
+    // None of these took an id, and none is replayed.
     let id = a.publish("ws_broadcast", &json!({"n": 1})).await;
     assert_eq!(id, head + 1);
     on_a.expect_event(id, &json!({"n": 1})).await;
@@ -142,7 +142,7 @@ async fn only_public_events_are_copied_to_pubsub() {
     copies.push(client.next_text().await);
     redis.client().await.fcall("ws_broadcast", br#"{"n":4}"#, None).await.int();
     copies.push(client.next_text().await);
-    // In other channels nothing is copied, whatever their name.
+    // Events of other channels are not copied, whatever their name.
     a.publish("room", &json!({"n": 5})).await;
     a.publish("ws_broadcast", &json!({"n": 6})).await;
     copies.push(client.next_text().await);
@@ -173,7 +173,7 @@ async fn fcall_publishes_any_object() {
         assert_eq!(id.int(), head as i64, "{event}: {id:?}");
         let text = on_a.next_text().await;
         assert!(text.ends_with(&format!("\"id\":{head}}}")), "{text}");
-        // Even what no JSON library would keep goes out as it came: digits, order, empty lists.
+        // Digits, order and empty lists are kept, which no JSON library would do.
         let squeezed = |text: &str| text.replace([' ', '\n', '\r'], "");
         let body = squeezed(event).trim_end_matches('}').to_string();
         assert!(squeezed(&text).starts_with(&body), "{event} became {text}");
@@ -185,7 +185,7 @@ async fn fcall_publishes_any_object() {
     let id = publisher.fcall("room", br#"{"n":1}"#, None).await.int() as u64;
     on_b.expect_event(id, &json!({"n": 1})).await;
     on_a.expect_event(id, &json!({"n": 1})).await;
-    // What came this way is replayed like anything else.
+    // These events are replayed like all others.
     let (mut late, _) = Client::resume(&b, "b", "room", head).await;
     late.expect_event(head + 1, &json!({"text": "psst", "to": "b"})).await;
     late.expect_event(id, &json!({"n": 1})).await;

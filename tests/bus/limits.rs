@@ -1,4 +1,4 @@
-//! What is limited, and what a node does at its limits: as far as Redis has a part in it.
+//! Limits that involve Redis.
 
 use std::time::Duration;
 
@@ -23,9 +23,9 @@ async fn max_channels_is_enforced() {
         assert!(response.header("retry-after").is_some(), "{response:?}");
         let id = node.publish("one", &json!({"n": 1})).await;
         one.expect_event(id, &json!({"n": 1})).await;
-        // Publishing needs nobody to follow.
+        // Publishing needs no subscriber.
         node.publish("three", &json!({"n": 1})).await;
-        // A channel that everybody has left makes room, after a while.
+        // A channel without clients is unfollowed after a while.
         two.leave().await;
         until("room for a third", || async {
             let mut raw = Raw::connect(node.public).await;
@@ -53,7 +53,7 @@ async fn empty_channels_are_evicted_for_new_ones() {
         let id = node.publish("stays", &json!({"n": 1})).await;
         stays.expect_event(id, &json!({"n": 1})).await;
     }
-    // Those left last are still followed, a while: the oldest ones have gone.
+    // The channels left last are still followed. The oldest ones are not.
     let mut program = redis.client().await;
     let mut followed = async |channel: &str| {
         let named = program.call(&["PUBSUB", "NUMSUB", &format!("fanfare:{{{channel}}}")]).await;
@@ -68,32 +68,32 @@ async fn survives_running_out_of_descriptors() {
     let redis = Redis::start(&[]).await;
     let node = Node::on(&redis, &["--shards", "1"]).await;
     let mut first = Client::plain(&node, "first", "room").await;
-    node.limit_files(60); // after it has divided more: as when the whole host is short of files
+    node.limit_files(60); // after it has divided a higher limit: as when the whole host is short of files
     let mut held = Vec::new();
     for _ in 0..150 {
         held.push(TcpStream::connect(node.public).await.expect("the kernel completes it"));
     }
-    // Whoever finds none is told at once, and can go elsewhere.
+    // A client without a descriptor is answered at once.
     let mut late = Raw::connect(node.public).await;
     let response = late.response().await;
     response.expect_refusal(503);
     assert!(response.header("retry-after").is_some(), "{response:?}");
     late.expect_end().await;
-    // Who is in is served, Redis included.
+    // Existing connections are served, and Redis is used.
     for n in 0..10 {
         first.send(n.to_string()).await;
         assert_eq!(first.next_event().await.1, json!({"sender": "first", "text": n.to_string()}));
     }
     drop(held);
-    // The node has yet to hear of that: until then it says 503, as it should.
+    // The node answers 503 until it has noticed the closed connections.
     let options = Options { query: "channel=room".into(), ..Options::default() };
     let join = || async { Client::try_open(node.public, "second", &options).await.ok() };
     let mut second = until("room for a second", join).await;
     first.send("room again").await;
     assert_eq!(second.next_event().await.1["text"], "room again");
     assert!(node.metric("fanfare_accept_failures_total").await > 50.0);
-    let told = node.log().matches("can't be accepted").count();
-    assert_eq!(told, 1, "one line, however many came: {}", node.log());
+    let lines = node.log().matches("can't be accepted").count();
+    assert_eq!(lines, 1, "one line, however many came: {}", node.log());
 }
 
 #[tokio::test]
@@ -184,8 +184,8 @@ async fn history_expires_after_the_last_event() {
     assert_eq!((&welcome["recovered"], &welcome["lastEventId"]), (&json!(false), &json!(ids[2])));
     let (mut current, welcome) = Client::resume(&b, "current", "room", ids[2]).await;
     assert_eq!(welcome["recovered"], true, "it has all there was");
-    // Nodes keep the sequence of a channel that they follow, however long nothing comes.
-    tokio::time::sleep(Duration::from_secs(4)).await; // twice what it would last on its own
+    // Nodes keep the sequence of a followed channel, however long it has no events.
+    tokio::time::sleep(Duration::from_secs(4)).await; // twice what it would last without the node
     let id = b.publish("room", &json!({"n": 3})).await;
     assert_eq!(id, ids[2] + 1);
     stays.expect_event(id, &json!({"n": 3})).await;
@@ -214,7 +214,8 @@ async fn waiting_for_the_bus_is_no_ping_timeout() {
     let node = Node::on(&redis, &flags).await;
     let (mut client, _) = Client::json(&node, "a", "room").await;
     redis.freeze();
-    // More than the node takes without an answer: it reads nothing, pongs neither, until the bus has answered.
+    // More than a connection may have unanswered: the node pauses reading, so that pongs are not
+    // read either.
     for n in 0..400 {
         client.send(json!({"text": "hi", "ref": n}).to_string()).await;
     }

@@ -1,4 +1,4 @@
-//! Nodes on a real Redis, and the faults that happen to both.
+//! Nodes on a real Redis, and faults of both.
 
 #[path = "../checker/mod.rs"]
 mod checker;

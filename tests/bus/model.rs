@@ -1,4 +1,4 @@
-//! The rules of the Redis bus in a model, under more histories of faults than real servers can be put through.
+//! A model of the Redis bus, checked with many more random histories than real servers allow.
 
 use std::process::Command;
 

@@ -1,4 +1,4 @@
-//! The promise under faults: Redis dies, hangs, comes back empty or is replaced, and connections are cut.
+//! Recovery: Redis dies, hangs, comes back empty or is replaced, and connections are cut.
 
 use std::time::{Duration, Instant};
 
@@ -10,19 +10,19 @@ use crate::common::client::{JSON_MODE, position};
 use crate::common::{Client, Frame, Node, Nodes, Options, Proxy, Redis, until, within};
 use crate::workload::run::{Run, Workload};
 
-/// Two nodes, by their URLs of Redis.
+/// Two nodes, each with its Redis URL.
 async fn two_nodes(a: &str, b: &str, flags: &[&str]) -> Nodes {
     let start = |url| async move { Node::start(&[&["--redis", url], flags].concat()).await };
     let (a, b) = tokio::join!(start(a), start(b));
     Nodes::new([a, b])
 }
 
-/// A stream of events of clients and backends, with subscribers that stay.
+/// Clients and backends that publish, and subscribers that stay.
 async fn stream(nodes: &Nodes, redis: &Redis) -> Run {
     Run::at(nodes, 2, redis, Workload { users: 2, roamers: 0, programs: 0, ..Workload::default() }).await
 }
 
-/// Waits until this node has handed out so many more events, so that a fault comes in the middle of a stream.
+/// Waits until this node has delivered this many more events, so that faults happen under load.
 async fn flowing(node: &Node, more: u64) {
     let options = Options { query: "channel=room&lastEventId=".into(), ..Options::default() };
     let join = || async { Client::try_open(node.public, "flow", &options).await.ok() };
@@ -33,7 +33,7 @@ async fn flowing(node: &Node, more: u64) {
     }
 }
 
-/// Redis is killed and started again, twice, each time in the middle of a stream.
+/// Kills and restarts Redis twice under load.
 async fn restarted_twice(redis: &mut Redis, nodes: &Nodes) {
     let (a, b) = (nodes.get(0), nodes.get(1));
     for _ in 0..2 {
@@ -48,7 +48,7 @@ async fn restarted_twice(redis: &mut Redis, nodes: &Nodes) {
     flowing(&a, 30).await;
 }
 
-/// The HTTP status and Retry-After with which a join is refused, or `None` when it works.
+/// The status and Retry-After of a rejected join, or `None` if it succeeds.
 async fn refused(node: &Node, query: &str) -> Option<(u16, Option<String>)> {
     let options = Options { query: query.into(), ..Options::default() };
     match Client::try_open(node.public, "joiner", &options).await {
@@ -76,7 +76,7 @@ async fn redis_restarted_empty_under_load_is_announced() {
         };
         assert!(report.history.attempts.iter().filter(acked).count() > 20, "{kind}");
     }
-    // A client that can't get a frame about it is closed.
+    // A client without recovery is closed instead of getting a frame.
     let code = loop {
         match plain.next_frame().await {
             Frame::Close(code, _) => break code,
@@ -176,7 +176,7 @@ async fn flushall_of_a_quiet_channel_is_announced() {
     let base = position(&client.next_control("reset").await["lastEventId"]);
     assert!(base > ids[2]);
     assert_eq!(plain.expect_close().await.0, 4008);
-    // An outside publisher that is first after a flush gives no id away that anyone has seen.
+    // After a flush, an external publisher that comes first reuses no id that a client has seen.
     redis.flush_all_but_settings().await;
     let given = redis.client().await.fcall("room", br#"{"n":4}"#, None).await.int() as u64;
     let reset = client.next_control("reset").await;
@@ -231,7 +231,7 @@ async fn delayed_and_lost_messages_lose_nothing() {
         flowing(&nodes.get(1), 20).await;
         proxy.hold_messages(true);
         flowing(&nodes.get(0), 50).await;
-        proxy.cut(); // what was held is gone
+        proxy.cut(); // drops what was held back
         proxy.hold_messages(false);
     }
     nodes.get(1).ready().await;
@@ -253,7 +253,7 @@ async fn frozen_redis_loses_nothing() {
     a.ready().await;
     b.ready().await;
     flowing(&b, 30).await;
-    run.end().await.assert_no_loss_reported(); // it is the same Redis, with all it had
+    run.end().await.assert_no_loss_reported(); // it is the same Redis with all its data
 }
 
 #[tokio::test]
@@ -265,7 +265,7 @@ async fn promoted_replica_is_announced() {
     let (a, b) = (nodes.get(0), nodes.get(1));
     let run = stream(&nodes, &primary).await;
     flowing(&b, 30).await;
-    // The replica misses the last events: it is cut off before it is promoted.
+    // The replica misses the last events: replication ends before its promotion.
     replica.promote().await;
     flowing(&b, 30).await;
     proxy.lead_to(replica.port());
@@ -302,7 +302,7 @@ async fn node_started_before_redis_becomes_ready() {
     assert_eq!(node.get("/healthz").await.status, 200);
     assert!(!node.unready().await.trim().is_empty(), "it says why");
     for query in ["channel=room", "channel=room&lastEventId=", "channel=room&lastEventId=5"] {
-        let (status, retry) = refused(&node, query).await.expect("nobody can join");
+        let (status, retry) = refused(&node, query).await.expect("joins are rejected");
         assert_eq!(status, 503, "{query}");
         assert!(retry.is_some_and(|seconds| seconds.parse::<u32>().is_ok_and(|seconds| seconds >= 1)));
     }
@@ -346,18 +346,18 @@ async fn connections_stay_open_without_redis() {
     plain.send("lost").await;
     json_mode.expect_error(Some(json!(1))).await;
     recovering.expect_error(None).await;
-    assert_eq!(plain.expect_close().await.0, 1013, "it can't be told by a frame");
+    assert_eq!(plain.expect_close().await.0, 1013, "it has no error frames");
     assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
     let publish = node.admin("POST", "/publish?channel=room", b"{}").await;
     assert_eq!(publish.status, 503, "{publish:?}");
 
-    // Who can be served from memory alone may come in.
+    // Clients that can be served from memory may join.
     let (mut late, welcome) = Client::resume(&node, "late", "room", ids[1]).await;
     assert_eq!(welcome["recovered"], true, "{welcome}");
     late.expect_numbers(&ids[2..], 2).await;
     assert_eq!(refused(&node, "channel=other").await.expect("not followed here").0, 503);
 
-    // All this while heartbeats go on.
+    // Heartbeats continue meanwhile.
     for client in [&mut silent, &mut recovering] {
         for _ in 0..2 {
             assert!(matches!(client.next_frame().await, Frame::Ping(_)));

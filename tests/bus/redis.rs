@@ -1,5 +1,5 @@
-//! The Redis bus against real Redis servers, and against what goes wrong with them.
-#![allow(clippy::unwrap_used)] // clippy.toml excepts test functions, not those beside them
+//! The Redis bus against real Redis servers and their faults.
+#![allow(clippy::unwrap_used)] // clippy.toml exempts test functions, not their helpers
 
 mod damage;
 mod external_publishers;

@@ -1,4 +1,4 @@
-//! Readers that stall or come from far behind, on Redis.
+//! Readers that stall or resume from far behind, on Redis.
 
 use std::time::Duration;
 
@@ -12,7 +12,6 @@ use crate::common::stalled::{
 };
 use crate::common::{Client, Node, Raw, Redis};
 
-/// The headers of an upgrade.
 const UPGRADE: [(&str, &str); 4] = [
     ("Connection", "Upgrade"),
     ("Upgrade", "websocket"),
@@ -28,7 +27,8 @@ async fn stalled_readers_cost_no_memory_on_redis() {
     assert!(node.metric("fanfare_bus_reads_total").await > 0.0, "they caught up from history");
 }
 
-/// Events of 30 KB: a page of 256 of them is far larger than what a shard keeps of history, or Redis gives at once.
+/// Events of 30 KB: a page of 256 is far larger than what a shard keeps of history, or Redis
+/// returns at once.
 const LARGE: usize = 30_000;
 const LARGE_EVENTS: u64 = 700;
 
@@ -37,8 +37,8 @@ async fn sent_by(redis: &Redis) -> u64 {
     redis.info("total_net_output_bytes").await.parse().expect("a number")
 }
 
-/// A channel with large events, and a client that is in it. What a shard has in memory is the last thirty or so. The ids
-/// of all events.
+/// Publishes large events to a channel with one client, of which a shard has about the last thirty
+/// in memory. Returns the client and the ids.
 async fn large_events(node: &Node, redis: &Redis) -> (Client, Vec<u64>) {
     let client = Client::plain(node, "live", "room").await;
     let mut publisher = redis.client().await;
@@ -50,7 +50,7 @@ async fn large_events(node: &Node, redis: &Redis) -> (Client, Vec<u64>) {
     (client, ids)
 }
 
-/// A position 250 events into a page, with nearly all events behind it.
+/// A position 250 events into a page, with nearly all events after it.
 fn far_into_a_page(ids: &[u64]) -> usize {
     ids.iter().position(|id| (id + 1) % 256 == 250).expect("there are more than two pages")
 }
@@ -85,7 +85,7 @@ async fn readers_of_large_events_all_progress() {
     for n in 0..READERS {
         let last = far_into_a_page(&ids) + 7 * n;
         got += (ids.len() - last - 1) * LARGE;
-        // Every other one takes what it gets through a small window, so that its socket is full again and again.
+        // Every other reader has a small window, so that its socket fills up repeatedly.
         let path = format!("&lastEventId={}", ids[last]);
         let mut raw = match n % 2 {
             0 => stalled(&node, &path).await,
@@ -111,7 +111,7 @@ async fn closed_readers_cause_no_more_reads() {
     let (_live, ids) = large_events(&node, &redis).await;
     let at = far_into_a_page(&ids);
     for n in 0..50 {
-        // It asks and closes at once, or takes a little.
+        // Half of them close before the response, the others after it.
         let mut raw = Raw::connect(node.public).await;
         let path = format!("/ws/gone?channel=room&lastEventId={}", ids[at + n]);
         if n % 2 == 0 {
@@ -123,9 +123,9 @@ async fn closed_readers_cause_no_more_reads() {
     common::until("their end", || async { (node.metric("fanfare_connections").await == 1.0).then_some(()) })
         .await;
     let before = sent_by(&redis).await;
-    tokio::time::sleep(Duration::from_secs(2)).await; // nothing happens: that is what is tested
+    tokio::time::sleep(Duration::from_secs(2)).await; // nothing must happen
     let read = sent_by(&redis).await - before;
-    assert!(read < 1 << 20, "Redis has sent {read} bytes to nobody");
+    assert!(read < 1 << 20, "Redis has sent {read} bytes for no client");
 }
 
 #[tokio::test]

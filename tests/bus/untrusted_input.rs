@@ -1,4 +1,4 @@
-//! What strangers can make a node do with Redis: the rows of the table in `tests/protocol/strangers.rs` that need one.
+//! Untrusted input that involves Redis: rows of the table in `tests/protocol/untrusted_input.rs`.
 
 use serde_json::json;
 
@@ -18,7 +18,7 @@ async fn unknown_ids_cost_one_shared_read() {
         assert_eq!(welcome["recovered"], false, "{strange}");
     }
     assert_eq!(reads().await, reads_before, "what is no id is not looked for");
-    // Those who come together from the future share a look: the first may be alone in its own.
+    // Simultaneous joins with future ids share a read. The first may have its own.
     let calls = |stat: &str| {
         let calls =
             stat.split_once("calls=").and_then(|(_, rest)| rest.split(',').next()?.parse::<u64>().ok());
@@ -40,7 +40,7 @@ async fn channel_named_like_a_redis_channel_is_ordinary() {
         let mut raw = Raw::connect(node.public).await;
         let joined = raw.upgrade(&format!("/ws/a?channel={channel}"), &[]).await;
         if channel.contains('@') {
-            joined.expect_refusal(400); // no channel has such a name
+            joined.expect_refusal(400); // not a valid channel name
             continue;
         }
         assert_eq!(joined.status, 101);
@@ -53,7 +53,7 @@ async fn channel_named_like_a_redis_channel_is_ordinary() {
         raw.frame(true, TEXT, b"hi").await;
         let text = raw.next_text().await;
         assert!(text.starts_with(r#"{"sender":"a","text":"hi","id":"#), "{text}");
-        // Nothing of it has reached whoever really listens there.
+        // No message of the node reached the subscriber of that Redis channel.
         program.call(&["PUBLISH", channel, "marker"]).await;
         assert_eq!(listener.message().await, b"marker");
         let exists = program.call(&["EXISTS", &format!("fanfare:{{{channel}}}:events"), channel]).await;
@@ -67,11 +67,11 @@ async fn unused_channels_expire_soon_in_redis() {
     let redis = Redis::start(&[]).await;
     let node = Node::on(&redis, &[]).await;
     let mut program = redis.client().await;
-    // What Redis was told last, by canaries too, of which two begin after this.
+    // Waits for three probes, of which two start after this call, since probes set the expiry.
     let mut lifetime = async || {
-        let canaries = || node.metric("fanfare_bus_round_trip_seconds_count");
-        let before = canaries().await;
-        until("two canaries", || async { (canaries().await >= before + 3.0).then_some(()) }).await;
+        let probes = || node.metric("fanfare_bus_round_trip_seconds_count");
+        let before = probes().await;
+        until("two probes", || async { (probes().await >= before + 3.0).then_some(()) }).await;
         program.call(&["PTTL", "fanfare:{named}:meta"]).await.int()
     };
     let _stays = Client::plain(&node, "a", "named").await;
@@ -79,7 +79,7 @@ async fn unused_channels_expire_soon_in_redis() {
     assert!((1..=SOON).contains(&kept), "anyone may name any number of channels: {kept} ms for one");
     node.publish_numbers("named", 0..1).await;
     assert!(lifetime().await > SOON, "ids of events must not be given again");
-    // Nor ids that were given before Redis lost them.
+    // Nor ids from before a flush.
     redis.client().await.call(&["FLUSHALL"]).await;
     assert!(lifetime().await > SOON);
 }

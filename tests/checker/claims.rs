@@ -1,22 +1,24 @@
-//! What a client may take for granted, and what it saw of that: one claim from each announcement to the next.
+//! What the server claimed to a client, and what the client saw of it: one claim from each
+//! announced loss to the next.
 
 use std::collections::BTreeSet;
 
 use super::history::{Moment, Seen, Subscriber};
 use super::rules::{Rule, Violation};
 
-/// A stretch of the sequence in which a client was told of no loss.
+/// A range of the sequence for which a client was notified of no loss.
 #[derive(Debug)]
 pub struct Claim {
-    /// The position where it begins. `None`: the client was not told, and has seen nothing yet.
+    /// The position where it starts. `None`: the client got no position and has seen no event yet.
     pub after: Option<u64>,
-    /// Whether `after` is what the client was told; else it is what stands before the first event it saw.
-    pub told: bool,
+    /// Whether `after` was sent by the server; otherwise it is the position before the first event
+    /// seen.
+    pub from_server: bool,
     /// The last position in it.
     pub position: Option<u64>,
-    /// Whether the client stayed, so that it covers all that follows.
+    /// Whether the client stayed to the end, so that the claim covers all later events.
     pub open: bool,
-    /// When it began.
+    /// When it started.
     pub since: Moment,
     /// The ids seen in it.
     pub seen: BTreeSet<u64>,
@@ -24,11 +26,18 @@ pub struct Claim {
 
 impl Claim {
     fn new(after: Option<u64>, since: Moment) -> Claim {
-        Claim { after, told: after.is_some(), position: after, open: false, since, seen: BTreeSet::new() }
+        Claim {
+            after,
+            from_server: after.is_some(),
+            position: after,
+            open: false,
+            since,
+            seen: BTreeSet::new(),
+        }
     }
 }
 
-/// Reads a client's notes, and objects to whatever is wrong with them by themselves: order, doubles, positions.
+/// Reads a client's records, and reports violations in them alone: order, duplicates, positions.
 pub fn claims(subscriber: &Subscriber, ids_may_fall: bool, violations: &mut Vec<Violation>) -> Vec<Claim> {
     let mut done: Vec<Claim> = Vec::new();
     let mut claim: Option<Claim> = None;
@@ -99,7 +108,7 @@ pub fn claims(subscriber: &Subscriber, ids_may_fall: bool, violations: &mut Vec<
             }
             Seen::Reset(to) => {
                 if !subscriber.recovers || !connected {
-                    object(Rule::Form, format!("it can't be told of a reset to {to}"));
+                    object(Rule::Form, format!("a client without recovery got a reset to {to}"));
                 }
                 if position.is_some_and(|position| *to < position) {
                     object(Rule::Order, format!("a reset leads back from {position:?} to {to}"));
@@ -108,7 +117,7 @@ pub fn claims(subscriber: &Subscriber, ids_may_fall: bool, violations: &mut Vec<
             }
             Seen::Stands(at) => {
                 let Some(claim) = claim.as_mut().filter(|_| subscriber.recovers && connected) else {
-                    object(Rule::Form, format!("it can't be told that it stands at {at}"));
+                    object(Rule::Form, format!("a client without recovery got its position {at}"));
                     continue;
                 };
                 if position.is_some_and(|position| *at < position) {
@@ -121,7 +130,7 @@ pub fn claims(subscriber: &Subscriber, ids_may_fall: bool, violations: &mut Vec<
             }
             Seen::Ended(code) => {
                 if *code == Some(4008) && subscriber.recovers {
-                    object(Rule::Form, "it was told by a close, not by a reset".into());
+                    object(Rule::Form, "closed with 4008 instead of getting a reset".into());
                 }
                 if !connected {
                     object(Rule::Form, "it ended twice".into());

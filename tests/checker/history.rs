@@ -1,111 +1,109 @@
-//! What happened in a run, as those who took part noted it.
+//! What happened in a run, as recorded by its publishers and subscribers.
 
-/// A count that rises with everything noted in a run, whoever notes it: what has the lower one came first.
+/// A logical clock, which rises with every record of a run.
 pub type Moment = u64;
 
-/// One event that someone tried to publish.
+/// An attempt to publish one event.
 #[derive(Clone, Debug)]
 pub struct Attempt {
-    /// What keeps the order of its publisher's attempts: one connection, or one who awaits each answer.
+    /// Names a sequence of attempts whose order is kept: one connection, or a publisher that waits
+    /// for each answer.
     pub line: String,
-    /// The event as clients must see it, without its id. No two attempts have the same.
+    /// The event as subscribers see it, without its id. Unique in a run.
     pub body: String,
-    /// The only user it is for.
+    /// The recipient, if it is a private event.
     pub to: Option<String>,
-    /// Before the first byte of it was sent.
-    pub begun: Moment,
+    /// Before its first byte was sent.
+    pub started: Moment,
     /// When the outcome was known.
-    pub ended: Moment,
-    /// What the publisher was told.
+    pub finished: Moment,
     pub outcome: Outcome,
 }
 
-/// What a publisher was told.
+/// The answer to a publish.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Outcome {
-    /// It was taken, with this id.
+    /// Published with this id.
     Acked(u64),
-    /// It was certainly not taken.
+    /// Certainly not published.
     Refused,
-    /// It may or may not have been taken; no answer is this too.
+    /// Perhaps published, or no answer.
     Unknown,
 }
 
 /// What a client saw.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Seen {
-    /// It was let in by a welcome frame.
+    /// A welcome frame.
     Welcomed {
-        /// The position it asked to go on from; `None` for a newcomer.
+        /// The position it resumed from; `None` on a first join.
         asked: Option<u64>,
-        /// The position it was given.
+        /// The position in the welcome.
         at: u64,
         /// The last id at that moment.
         head: u64,
-        /// Whether it was told that nothing is missing.
+        /// Whether the server claimed that nothing is missing.
         recovered: bool,
     },
-    /// It was let in without a word, as a client that asks for no recovery.
+    /// A join without recovery, which has no welcome.
     LetIn,
-    /// An event: id, everything else of it, and the user it shows as the only one it is for.
+    /// An event: id, its other members, and the user it is for, if it is private.
     Event(u64, String, Option<String>),
-    /// It was told that events up to here may be missing.
+    /// A reset: events up to this position may be missing.
     Reset(u64),
-    /// It was told its position, by a ping: it has all up to here, and may come back with that.
+    /// A ping with the client's position: it has everything up to it, and may resume from it.
     Stands(u64),
-    /// The connection ended, with this close code if there was one.
+    /// The end of the connection, with the close code, if any.
     Ended(Option<u16>),
 }
 
-/// One client, over all its connections.
+/// A client, over all its connections.
 #[derive(Clone, Debug)]
 pub struct Subscriber {
-    /// Tells it from the others.
     pub name: String,
-    /// The user it is connected as.
     pub user: String,
     /// The node it stays on while it can.
     pub home: Option<usize>,
-    /// Whether it asks for recovery frames.
+    /// Whether it uses recovery frames.
     pub recovers: bool,
-    /// Whether it was connected to the end of the run, and had all the time it needed to read on.
+    /// Whether it was connected to the end of the run, and had time to read everything.
     pub stayed: bool,
     /// What it saw, in order.
     pub seen: Vec<(Moment, Seen)>,
 }
 
 impl Subscriber {
-    /// How often it was told that events may be missing.
+    /// The number of announced losses.
     pub fn announcements(&self) -> usize {
-        let told = |seen: &Seen| match seen {
+        let is_announcement = |seen: &Seen| match seen {
             Seen::Reset(_) | Seen::Ended(Some(4008)) => true,
             Seen::Welcomed { asked, recovered, .. } => asked.is_some() && !recovered,
             _ => false,
         };
-        self.seen.iter().filter(|(_, seen)| told(seen)).count()
+        self.seen.iter().filter(|(_, seen)| is_announcement(seen)).count()
     }
 
-    /// How many events it saw.
+    /// The number of events seen.
     pub fn events(&self) -> usize {
         self.seen.iter().filter(|(_, seen)| matches!(seen, Seen::Event(..))).count()
     }
 
-    /// How often it was connected.
+    /// The number of connections.
     pub fn connections(&self) -> usize {
         let joined = |seen: &Seen| matches!(seen, Seen::Welcomed { .. } | Seen::LetIn);
         self.seen.iter().filter(|(_, seen)| joined(seen)).count()
     }
 }
 
-/// All that was noted in a run of one channel.
+/// The records of a run on one channel.
 #[derive(Clone, Debug, Default)]
 pub struct History {
-    /// Every attempt to publish there, without exception.
+    /// Every attempt to publish on the channel.
     pub attempts: Vec<Attempt>,
-    /// Every client that was noted.
+    /// Every recorded client.
     pub subscribers: Vec<Subscriber>,
-    /// There were two primaries at once, or Redis lost all it knew while its clock was set back. Then the promise
-    /// holds within each run, and a client may be led to lower ids, behind an announcement, and from there sees again
-    /// what it had seen of that run; that later events have higher ids can't be had.
+    /// Whether there were two primaries at once, or Redis lost all data while its clock was set
+    /// back. Then the promise holds within each epoch: after an announced loss a client may get
+    /// lower ids, and events of that epoch again. Later events need not have higher ids.
     pub ids_may_fall: bool,
 }

@@ -1,6 +1,6 @@
-//! The judge: from what publishers were told and what clients saw, it says whether the promise was kept. It knows
-//! neither sockets nor clocks, so it can be proven alone (`tests/units/checker_proof.rs`), and every whole-server test
-//! that injects faults uses this one judge.
+//! The checker: decides from the records of publishers and subscribers whether the promise was
+//! kept. It is pure, so that it can be tested itself (`tests/units/checker_proof.rs`). Every test
+//! that injects faults uses it.
 
 #![allow(dead_code, unused_imports)] // each test binary uses its own part of this
 

@@ -1,4 +1,4 @@
-//! The promise, rule by rule.
+//! The promise as rules.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::Bound;
@@ -6,37 +6,38 @@ use std::ops::Bound;
 use super::claims::{Claim, claims};
 use super::history::{Attempt, History, Outcome, Seen, Subscriber};
 
-/// What was broken.
+/// The rule that was violated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Rule {
-    /// Notes that can't be: frames that such a client never gets, or in an order that can't be.
+    /// Records are well formed: no frames that such a client never gets, none in an impossible
+    /// order.
     Form,
-    /// A welcome that does not go on where the client asked, or a position that is not the client's.
+    /// A welcome continues where the client resumed, and positions sent to a client are its own.
     Position,
     /// Ids rise for every client.
     Order,
     /// No client sees an event twice.
     Twice,
-    /// What is meant for a client reaches it, or it is told that something may be missing.
+    /// Every event for a client reaches it, or it is notified of a possible loss.
     Missing,
-    /// An id means one event, for everybody and for ever; and an event has one id.
+    /// An id belongs to one event, and an event has one id.
     OneId,
-    /// What arrives was published, just so, and not refused.
+    /// Every event received was published, unchanged, and not rejected.
     Published,
-    /// What is for one user reaches no other.
+    /// Private events reach no other user.
     Private,
-    /// What was begun after another was acknowledged has the higher id; one connection's events keep their order.
+    /// An event published after another was acknowledged has a higher id. Events of one connection
+    /// keep their order.
     Time,
-    /// Ids in which nobody may miss anything are ids of events that somebody knows.
+    /// Ids in a range without announced loss belong to known events.
     Known,
 }
 
-/// One thing that is wrong.
+/// A violation of the promise.
 #[derive(Clone, Debug)]
 pub struct Violation {
-    /// The rule.
     pub rule: Rule,
-    /// Who, what and where.
+    /// Client, event and position.
     pub text: String,
 }
 
@@ -54,7 +55,7 @@ impl Event<'_> {
     }
 }
 
-/// All that is wrong with this history; nothing when the promise was kept.
+/// All violations in this history; none if the promise was kept.
 pub fn find_violations(history: &History) -> Vec<Violation> {
     let mut checker = Checker { history, violations: Vec::new() };
     let attempts = checker.attempts();
@@ -85,26 +86,26 @@ impl<'a> Checker<'a> {
     fn attempts(&mut self) -> HashMap<&'a str, &'a Attempt> {
         let mut attempts = HashMap::new();
         for attempt in &self.history.attempts {
-            if attempts.insert(&*attempt.body, attempt).is_some() || attempt.ended <= attempt.begun {
+            if attempts.insert(&*attempt.body, attempt).is_some() || attempt.finished <= attempt.started {
                 self.violated(Rule::Form, format!("not noted well: {attempt:?}"));
             }
         }
         attempts
     }
 
-    /// What is known of every id, from acknowledgements and from what anyone saw.
+    /// What is known of every id, from acknowledgements and subscribers.
     fn events(&mut self, attempts: &HashMap<&'a str, &'a Attempt>) -> BTreeMap<u64, Event<'a>> {
         let mut events: BTreeMap<u64, Event> = BTreeMap::new();
         let mut ids: HashMap<&str, u64> = HashMap::new();
-        let mut note = |checker: &mut Checker, id: u64, event: Event<'a>, who: &str| {
+        let mut note = |checker: &mut Checker, id: u64, event: Event<'a>, source: &str| {
             let known = *events.entry(id).or_insert(event);
             if (known.body, known.to) != (event.body, event.to) {
-                let text = format!("{who}: id {id} is {} and was {}", event.body, known.body);
+                let text = format!("{source}: id {id} is {} and was {}", event.body, known.body);
                 checker.violated(Rule::OneId, text);
             }
             let first = *ids.entry(event.body).or_insert(id);
             if first != id {
-                checker.violated(Rule::OneId, format!("{who}: {} has id {id} and {first}", event.body));
+                checker.violated(Rule::OneId, format!("{source}: {} has id {id} and {first}", event.body));
             }
         };
         for attempt in &self.history.attempts {
@@ -120,8 +121,10 @@ impl<'a> Checker<'a> {
                 let event = Event { body, to: to.as_deref(), attempt };
                 note(self, *id, event, &subscriber.name);
                 match attempt {
-                    None => self
-                        .violated(Rule::Published, format!("{}: nobody published {body}", subscriber.name)),
+                    None => self.violated(
+                        Rule::Published,
+                        format!("{}: {body} was never published", subscriber.name),
+                    ),
                     Some(attempt) if attempt.outcome == Outcome::Refused => {
                         self.violated(Rule::Published, format!("{}: {body} was refused", subscriber.name));
                     }
@@ -146,7 +149,8 @@ impl<'a> Checker<'a> {
         let acked = events.iter().rev().find(|(_, event)| acked(event)).map_or(0, |(id, _)| *id);
         if let (Some(after), Some(position)) = (claim.after, claim.position) {
             let upto = if claim.open { u64::MAX } else { position };
-            // What nobody was told the fate of may have been taken when the run was over already.
+            // An event whose publisher got no answer may have been published after the end of the
+            // run.
             let after_the_end = |id: u64, event: &Event| {
                 id > acked && event.attempt.is_some_and(|attempt| attempt.outcome == Outcome::Unknown)
             };
@@ -157,7 +161,7 @@ impl<'a> Checker<'a> {
                 }
             }
         }
-        // What was begun when the client was there already must come, and so have an id that can still come.
+        // An event published after the client joined must arrive, so its id must be in the claim.
         let before = match claim.after {
             _ if self.history.ids_may_fall => return,
             Some(after) => after,
@@ -165,16 +169,16 @@ impl<'a> Checker<'a> {
             None => return,
         };
         for (id, event) in events.range(..=before) {
-            if mine(event) && event.attempt.is_some_and(|attempt| attempt.begun > claim.since) {
-                let rule = if claim.told { Rule::Time } else { Rule::Missing };
-                let text = format!("{}: id {id}, {}, begun after it came", subscriber.name, event.body);
+            if mine(event) && event.attempt.is_some_and(|attempt| attempt.started > claim.since) {
+                let rule = if claim.from_server { Rule::Time } else { Rule::Missing };
+                let text = format!("{}: id {id}, {}, published after it joined", subscriber.name, event.body);
                 self.violated(rule, text);
             }
         }
     }
 
-    /// Every id that lies in somebody's claim belongs to an event that somebody knows. Only an event for one user,
-    /// whose fate was never told to its publisher, may be known to nobody.
+    /// Every id in a claim belongs to a known event. Only a private event whose publisher got no
+    /// answer may be unknown.
     fn known(&mut self, mut covered: Vec<(u64, u64)>, events: &BTreeMap<u64, Event<'a>>) {
         covered.sort_unstable();
         let (mut unknown, mut upto) = (0, 0);
@@ -195,24 +199,24 @@ impl<'a> Checker<'a> {
         }
     }
 
-    /// A welcome's head is the last id of its moment: what was begun later has a higher one.
+    /// A welcome's head is the last id at that moment: events published later have higher ids.
     fn heads(&mut self, events: &BTreeMap<u64, Event<'a>>) {
         if self.history.ids_may_fall {
             return;
         }
-        let known = events.iter().filter_map(|(id, event)| Some((event.attempt?.begun, *id)));
-        let mut begun: Vec<(u64, u64)> = known.collect();
-        begun.sort_unstable();
-        // To each the lowest id of what was begun then or later.
-        for at in (1..begun.len()).rev() {
-            begun[at - 1].1 = begun[at - 1].1.min(begun[at].1);
+        let known = events.iter().filter_map(|(id, event)| Some((event.attempt?.started, *id)));
+        let mut started: Vec<(u64, u64)> = known.collect();
+        started.sort_unstable();
+        // For each event the lowest id of the events published at that moment or later.
+        for at in (1..started.len()).rev() {
+            started[at - 1].1 = started[at - 1].1.min(started[at].1);
         }
         for subscriber in &self.history.subscribers {
             for (moment, seen) in &subscriber.seen {
                 let Seen::Welcomed { head, .. } = seen else { continue };
-                let later = begun.get(begun.partition_point(|(begun, _)| begun < moment));
+                let later = started.get(started.partition_point(|(started, _)| started < moment));
                 if let Some((_, id)) = later.filter(|(_, id)| id <= head) {
-                    let text = format!("{}: {seen:?}, and {id} was begun later", subscriber.name);
+                    let text = format!("{}: {seen:?}, and {id} was published later", subscriber.name);
                     self.violated(Rule::Position, text);
                 }
             }
@@ -222,7 +226,7 @@ impl<'a> Checker<'a> {
     fn time(&mut self, events: &BTreeMap<u64, Event<'a>>) {
         let mut known: Vec<(u64, &Attempt)> =
             events.iter().filter_map(|(id, event)| Some((*id, event.attempt?))).collect();
-        known.sort_by_key(|(_, attempt)| attempt.begun);
+        known.sort_by_key(|(_, attempt)| attempt.started);
         let mut lines: HashMap<&str, u64> = HashMap::new();
         for (id, attempt) in &known {
             let last = lines.insert(&attempt.line, *id);
@@ -238,12 +242,12 @@ impl<'a> Checker<'a> {
         let mut acked: Vec<(u64, u64)> = known
             .iter()
             .filter(|(_, attempt)| matches!(attempt.outcome, Outcome::Acked(_)))
-            .map(|(id, attempt)| (attempt.ended, *id))
+            .map(|(id, attempt)| (attempt.finished, *id))
             .collect();
         acked.sort_unstable();
         let (mut acked, mut highest) = (acked.into_iter().peekable(), 0);
         for (id, attempt) in known {
-            while let Some((_, earlier)) = acked.next_if(|(ended, _)| *ended < attempt.begun) {
+            while let Some((_, earlier)) = acked.next_if(|(finished, _)| *finished < attempt.started) {
                 highest = highest.max(earlier);
             }
             if id <= highest {

@@ -1,11 +1,11 @@
-//! The cases of `tests/json_cases.txt`: the same for every way by which an event can come.
+//! The cases of `tests/json_cases.txt`, which hold for every way to publish an event.
 
-/// A JSON value and what becomes of an event that holds it.
+/// A JSON value, and whether an event with it is accepted.
 #[derive(Clone, Debug)]
 pub struct Case {
-    /// `ok`, or the kind of fault.
+    /// `ok`, or the kind of error.
     pub verdict: &'static str,
-    /// The value; it need not be UTF-8.
+    /// The value. It may be invalid UTF-8.
     pub value: Vec<u8>,
 }
 
@@ -15,7 +15,7 @@ impl Case {
         [b"{\"data\":", &self.value[..], b"}"].concat()
     }
 
-    /// Words that every error about this fault has; `None` where the event is accepted.
+    /// Words that every error of this kind contains; `None` if the event is accepted.
     pub fn error(&self) -> Option<&'static str> {
         Some(match self.verdict {
             "ok" => return None,
@@ -30,14 +30,13 @@ impl Case {
         })
     }
 
-    /// As a test's failure shows it.
+    /// A name for failure messages.
     pub fn name(&self) -> String {
         let text = self.value.escape_ascii().to_string();
         format!("{} {}", self.verdict, if text.len() > 200 { &text[..200] } else { &text })
     }
 }
 
-/// All cases.
 pub fn cases() -> Vec<Case> {
     let lines = include_str!("../json_cases.txt").lines();
     let lines = lines.filter(|line| !line.is_empty() && !line.starts_with('#'));
@@ -48,7 +47,7 @@ pub fn cases() -> Vec<Case> {
     lines.map(case).collect()
 }
 
-/// Replaces `<0A>` by a byte and `<3*[>` by what it repeats.
+/// Replaces `<0A>` by a byte and `<3*[>` by a repeated character.
 fn expand(text: &str) -> Vec<u8> {
     let mut value = Vec::new();
     let mut rest = text;

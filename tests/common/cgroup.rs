@@ -1,25 +1,26 @@
-//! A memory cgroup of one test, version 1 or 2.
+//! A memory cgroup for one test, version 1 or 2.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-/// Where the hierarchies are mounted that have a memory controller, and the names of the limit and of the file that counts
-/// kills.
+/// Mount points of hierarchies with a memory controller, and the names of the files that hold the
+/// limit and the count of kills.
 const KINDS: [(&str, &str, &str); 2] = [
     ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.oom_control"),
     ("/sys/fs/cgroup", "memory.max", "memory.events"),
 ];
 
-/// A cgroup with a memory limit. Dropping it removes it, after its processes.
+/// A cgroup with a memory limit. Dropping it removes it; its processes must have exited.
 pub struct Cgroup {
     path: PathBuf,
     kills: &'static str,
 }
 
 impl Cgroup {
-    /// Makes one with this limit. `None` where that is not allowed, as for other users than root: says so loudly.
+    /// Creates a cgroup with this limit. Prints a warning and returns `None` where that is not
+    /// permitted, for example without root.
     pub fn new(bytes: u64) -> Option<Cgroup> {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let number = COUNT.fetch_add(1, Ordering::Relaxed);
@@ -37,12 +38,12 @@ impl Cgroup {
         None
     }
 
-    /// The file that takes the ids of processes to be moved into it.
+    /// The file to which process ids are written to move them into the cgroup.
     pub fn processes(&self) -> PathBuf {
         self.path.join("cgroup.procs")
     }
 
-    /// Processes that the kernel has killed in it for want of memory.
+    /// The number of processes that the kernel has killed for lack of memory.
     pub fn kills(&self) -> u64 {
         let text = fs::read_to_string(self.path.join(self.kills)).expect("the cgroup is there");
         let count = text.lines().find_map(|line| line.strip_prefix("oom_kill "));
@@ -56,7 +57,7 @@ impl Drop for Cgroup {
             if fs::remove_dir(&self.path).is_ok() {
                 return;
             }
-            std::thread::sleep(Duration::from_millis(20)); // until the kernel has cleared up after its processes
+            std::thread::sleep(Duration::from_millis(20)); // until the kernel has removed its processes
         }
     }
 }

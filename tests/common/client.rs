@@ -1,4 +1,4 @@
-//! A WebSocket client as people write them, and the checks that tests ask of what it sees.
+//! A WebSocket client, with checks of the frames it receives.
 
 use std::net::SocketAddr;
 
@@ -21,46 +21,44 @@ pub const JSON_MODE: &str = "fanfare.v1";
 pub struct Options {
     /// The query without `?`: `channel=…&lastEventId=…`.
     pub query: String,
-    /// What it asks for in Sec-WebSocket-Protocol.
+    /// The value of Sec-WebSocket-Protocol.
     pub subprotocol: Option<&'static str>,
-    /// Whether its receive buffer is so small that the server soon feels when nobody reads.
+    /// A small receive buffer, so that the server's sends block soon when the client does not read.
     pub small_buffer: bool,
 }
 
-/// What arrived.
+/// A received frame, or the end of the connection.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Frame {
-    /// A text frame.
     Text(String),
-    /// A ping's payload. The pong goes out by itself.
+    /// A ping's payload. tungstenite sends the pong.
     Ping(Vec<u8>),
     /// A pong's payload.
     Pong(Vec<u8>),
-    /// The peer closes, with its code.
+    /// The peer's close code and reason.
     Close(u16, String),
     /// The connection ended without a close frame.
     Lost(String),
 }
 
-/// What a client talks through.
 pub type Socket = WebSocketStream<TcpStream>;
 
-/// One connection. What it saw last is part of every failure's message.
+/// A connection. Failure messages include the last frames received.
 pub struct Client {
     socket: Socket,
     user: String,
     seen: Vec<String>,
-    /// The subprotocol that the server chose.
+    /// The subprotocol that the server selected.
     pub subprotocol: Option<String>,
 }
 
 impl Client {
-    /// Joins `channel` in plain mode without `lastEventId`: a client of a simple chat server.
+    /// Joins `channel` in plain mode without `lastEventId`.
     pub async fn plain(node: &Node, user: &str, channel: &str) -> Client {
         Client::open(node, user, &format!("channel={channel}"), None).await
     }
 
-    /// Joins in plain mode with a `lastEventId` (may be empty) and gives the welcome frame.
+    /// Joins in plain mode with a `lastEventId`, which may be empty. Returns the welcome frame too.
     pub async fn resume(node: &Node, user: &str, channel: &str, last: impl ToString) -> (Client, Value) {
         let query = format!("channel={channel}&lastEventId={}", last.to_string());
         let mut client = Client::open(node, user, &query, None).await;
@@ -68,26 +66,26 @@ impl Client {
         (client, welcome)
     }
 
-    /// Joins in JSON mode and gives the welcome frame.
+    /// Joins in JSON mode. Returns the welcome frame too.
     pub async fn json(node: &Node, user: &str, channel: &str) -> (Client, Value) {
         let mut client = Client::open(node, user, &format!("channel={channel}"), Some(JSON_MODE)).await;
         let welcome = client.welcome().await;
         (client, welcome)
     }
 
-    /// Joins in plain mode with nothing but the path, and so the default channel.
+    /// Joins the default channel in plain mode, with nothing but the path.
     pub async fn simple(node: &Node, user: &str) -> Client {
         Client::open(node, user, "", None).await
     }
 
-    /// Joins where it must work.
+    /// Joins; the test fails if that is rejected.
     pub async fn open(node: &Node, user: &str, query: &str, subprotocol: Option<&'static str>) -> Client {
         let options = Options { query: query.into(), subprotocol, ..Options::default() };
         let joined = Client::try_open(node.public, user, &options).await;
         joined.unwrap_or_else(|error| panic!("{user} can't join with {options:?}: {error}"))
     }
 
-    /// Joins, or says what the server answered. `user` goes into the path as it is.
+    /// Joins, or returns the server's answer. `user` is used in the path without encoding.
     pub async fn try_open(to: SocketAddr, user: &str, options: &Options) -> Result<Client, Error> {
         within(&format!("{user}'s handshake"), async {
             let mark = if options.query.is_empty() { "" } else { "?" };
@@ -110,17 +108,16 @@ impl Client {
         .await
     }
 
-    /// Sends one text frame.
+    /// Sends a text frame.
     pub async fn send(&mut self, text: impl Into<String>) {
         self.send_message(Message::text(text.into())).await;
     }
 
-    /// Sends one text frame, if the connection still takes one.
+    /// Sends a text frame. Returns false if the connection is closed.
     pub async fn try_send(&mut self, text: impl Into<String>) -> bool {
         within("a message to go out", self.socket.send(Message::text(text.into()))).await.is_ok()
     }
 
-    /// Sends any message.
     pub async fn send_message(&mut self, message: Message) {
         let sent = within("a message to go out", self.socket.send(message)).await;
         sent.unwrap_or_else(|error| panic!("{}: can't send: {error}; saw {:#?}", self.user, self.seen));
@@ -148,7 +145,7 @@ impl Client {
         frame
     }
 
-    /// The next text frame as it came; pings and pongs are passed over.
+    /// The next text frame. Pings and pongs are skipped.
     pub async fn next_text(&mut self) -> String {
         loop {
             match self.next_frame().await {
@@ -159,7 +156,8 @@ impl Client {
         }
     }
 
-    /// The next text frame, which holds one JSON object on one line; what has an `id` has it last.
+    /// The next text frame, which must be one JSON object on one line, with `id`, if present, as
+    /// its last member.
     pub async fn next_json(&mut self) -> Value {
         let text = self.next_text().await;
         let value: Value = serde_json::from_str(&text).unwrap_or_else(|error| panic!("{error}: {text:?}"));
@@ -171,7 +169,7 @@ impl Client {
         value
     }
 
-    /// The next frame, which must be an event with an id: the event without it, and the id.
+    /// The next text frame, which must be an event: its id, and the event without it.
     pub async fn next_event(&mut self) -> (u64, Value) {
         let mut value = self.next_json().await;
         let id = value.as_object_mut().and_then(|event| event.remove("id"));
@@ -179,19 +177,20 @@ impl Client {
         (id.unwrap_or_else(|| panic!("{}: not an event: {value}; saw {:#?}", self.user, self.seen)), value)
     }
 
-    /// Fails unless the next frame is just this event.
+    /// Fails unless the next text frame is this event.
     pub async fn expect_event(&mut self, id: u64, event: &Value) {
         assert_eq!(self.next_event().await, (id, event.clone()), "{}; saw {:#?}", self.user, self.seen);
     }
 
-    /// Fails unless the next frames are the events `{"n":…}` of [`Node::publish_numbers`], with these ids.
+    /// Fails unless the next text frames are the events `{"n":…}` of [`Node::publish_numbers`],
+    /// with these ids.
     pub async fn expect_numbers(&mut self, ids: &[u64], first: u64) {
         for (n, id) in (first..).zip(ids) {
             self.expect_event(*id, &json!({ "n": n })).await;
         }
     }
 
-    /// The next frame, which must be one without `id` of this type.
+    /// The next text frame, which must have this type and no `id`.
     pub async fn next_control(&mut self, kind: &str) -> Value {
         let value = self.next_json().await;
         let right = value["type"] == kind && value.get("id").is_none();
@@ -199,7 +198,7 @@ impl Client {
         value
     }
 
-    /// The welcome frame, well formed.
+    /// The welcome frame, with its form checked.
     pub async fn welcome(&mut self) -> Value {
         let welcome = self.next_control("welcome").await;
         let (last, head) = (position(&welcome["lastEventId"]), position(&welcome["head"]));
@@ -209,7 +208,8 @@ impl Client {
         welcome
     }
 
-    /// The next frame, which must be a negative answer to the frame with this `ref`: its code.
+    /// The next text frame, which must be an `error` for the frame with this `ref`. Returns its
+    /// code.
     pub async fn expect_error(&mut self, reference: Option<Value>) -> String {
         let error = self.next_control("error").await;
         assert_eq!(error.get("ref"), reference.as_ref(), "{error}");
@@ -217,7 +217,8 @@ impl Client {
         error["code"].as_str().unwrap_or_else(|| panic!("no code: {error}")).into()
     }
 
-    /// Sends a frame in JSON mode and reads on to its answer. Events that come first are given too.
+    /// Sends a frame in JSON mode and waits for its answer. Events that arrive before it are
+    /// returned too.
     pub async fn send_for_ack(&mut self, mut message: Value) -> (Result<u64, Value>, Vec<Value>) {
         let reference = json!(format!("ref {}", self.seen.len()));
         message["ref"] = reference.clone();
@@ -236,7 +237,8 @@ impl Client {
         }
     }
 
-    /// Reads on to the close frame, which must be the next but for pings, and then to the end of the connection.
+    /// Waits for the close frame, before which there may only be pings, and for the end of the
+    /// connection.
     pub async fn expect_close(&mut self) -> (u16, String) {
         loop {
             match self.next_frame().await {
@@ -250,12 +252,12 @@ impl Client {
         }
     }
 
-    /// Its two halves, for one that sends while it reads.
+    /// The two halves, to send and read at the same time.
     pub fn split(self) -> (SplitSink<Socket, Message>, SplitStream<Socket>) {
         self.socket.split()
     }
 
-    /// Leaves with a proper close, and fails unless the server answers it.
+    /// Closes the connection, and fails unless the server answers the close frame.
     pub async fn leave(mut self) {
         within("a close to go out", self.socket.close(None)).await.expect("the connection is open");
         loop {

@@ -8,19 +8,17 @@ use tokio::net::TcpStream;
 
 use super::within;
 
-/// A response, read whole.
+/// A whole response.
 #[derive(Clone, Debug)]
 pub struct Response {
-    /// The status code.
     pub status: u16,
     /// Header names in lower case, in the order sent.
     pub headers: Vec<(String, String)>,
-    /// The body.
     pub body: String,
 }
 
 impl Response {
-    /// The value of a header that occurs once at most; `name` in lower case.
+    /// The value of a header that occurs at most once. `name` is in lower case.
     pub fn header(&self, name: &str) -> Option<&str> {
         let mut values = self.headers.iter().filter(|(n, _)| n == name);
         let value = values.next().map(|(_, value)| value.as_str());
@@ -33,14 +31,14 @@ impl Response {
         serde_json::from_str(&self.body).unwrap_or_else(|error| panic!("no JSON ({error}): {self:?}"))
     }
 
-    /// Fails unless this is an honest refusal: the status, and a line of text that says why.
+    /// Fails unless this is a rejection with this status and one line of text as its reason.
     pub fn expect_refusal(&self, status: u16) {
         assert_eq!(self.status, status, "{self:?}");
         assert!(!self.body.trim().is_empty(), "no reason given: {self:?}");
     }
 }
 
-/// One request on a connection of its own.
+/// Sends one request on its own connection.
 pub async fn request(
     to: SocketAddr,
     method: &str,
@@ -57,7 +55,7 @@ pub async fn request(
     .await
 }
 
-/// A request as bytes. Content-Length is there when there is a body, or the method wants one.
+/// A request as bytes. It has a Content-Length if it has a body or the method requires one.
 pub fn request_bytes(
     to: SocketAddr,
     method: &str,
@@ -75,7 +73,7 @@ pub fn request_bytes(
     [head.as_bytes(), b"\r\n", body].concat()
 }
 
-/// Reads one response; its body is as long as Content-Length says.
+/// Reads one response, whose body has the length of its Content-Length.
 pub async fn read_response(
     from: &mut BufReader<impl AsyncRead + Unpin>,
     no_body: bool,

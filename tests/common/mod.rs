@@ -1,7 +1,6 @@
-//! What whole-server tests stand on: real processes of fanfare and Redis, and clients that speak to them.
-//!
-//! Everything takes free ports, waits for events instead of sleeping, and ends the processes it started, also
-//! when the test fails. A deadline bounds only how long a failure takes; nothing that works waits for one.
+//! What tests share: real processes of fanfare and Redis, and clients for both.
+//! All of them use free ports, wait for events instead of sleeping, and end the processes that they
+//! started, also in failing tests. A deadline only limits how long a failure takes.
 
 #![allow(dead_code, unused_imports)] // each test binary uses its own part of this
 
@@ -33,10 +32,10 @@ pub use redis::{Redis, Resp, Value, free_port};
 pub use rng::Rng;
 pub use single_shard::SingleShard;
 
-/// How long a test waits for something that must come. Long, since many tests share few cores.
+/// How long a test waits for something that must happen. Long, since many tests share few cores.
 pub const DEADLINE: Duration = Duration::from_secs(20);
 
-/// Waits for what must come, and fails the test with `what` when it does not.
+/// Waits for a future, and fails the test with `what` if it is not ready in time.
 pub async fn within<T>(what: &str, future: impl Future<Output = T>) -> T {
     match tokio::time::timeout(DEADLINE, future).await {
         Ok(value) => value,
@@ -44,7 +43,7 @@ pub async fn within<T>(what: &str, future: impl Future<Output = T>) -> T {
     }
 }
 
-/// Asks again and again, every 20 ms, until there is an answer. For what can't be waited on: other processes.
+/// Polls every 20 ms until there is a value: for the state of other processes.
 pub async fn until<T, F: Future<Output = Option<T>>>(what: &str, mut ask: impl FnMut() -> F) -> T {
     within(what, async {
         loop {
@@ -57,7 +56,7 @@ pub async fn until<T, F: Future<Output = Option<T>>>(what: &str, mut ask: impl F
     .await
 }
 
-/// A Redis and two nodes on it.
+/// A Redis and two nodes connected to it.
 pub async fn cluster(flags: &[&str]) -> (Redis, Node, Node) {
     let redis = Redis::start(&[]).await;
     let (a, b) = tokio::join!(Node::on(&redis, flags), Node::on(&redis, flags));

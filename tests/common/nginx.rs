@@ -1,4 +1,4 @@
-//! A real nginx in front of nodes, with the configuration that README shows.
+//! A real nginx in front of nodes, with the documented configuration.
 
 use std::net::SocketAddr;
 use std::process::Command;
@@ -9,7 +9,7 @@ use super::redis::free_port;
 /// README's own text, so that what is documented is what is tested.
 const README: &str = include_str!("../../README.md");
 
-/// An nginx on a free loopback port. Dropping it ends it, with its workers.
+/// An nginx on a free loopback port. Dropping it ends it and its workers.
 pub struct Nginx {
     /// Where clients connect.
     pub addr: SocketAddr,
@@ -18,17 +18,18 @@ pub struct Nginx {
 }
 
 impl Nginx {
-    /// Starts one in front of these nodes, and waits until it takes connections.
+    /// Starts one in front of these nodes, and waits until it accepts connections.
     pub async fn before(nodes: &[SocketAddr]) -> Nginx {
         Nginx::start(nodes, " max_fails=0", true).await
     }
 
-    /// One whose sockets to clients have the kernel's own buffers, as nginx has it unless told otherwise.
+    /// With the kernel's default send buffers towards clients, which nginx uses unless configured
+    /// otherwise.
     pub async fn with_large_buffers_before(nodes: &[SocketAddr]) -> Nginx {
         Nginx::start(nodes, " max_fails=0", false).await
     }
 
-    /// One that takes a node out for 10 seconds when a single request fails on it, as nginx does unless told otherwise.
+    /// With nginx's default rule: a node is taken out for 10 seconds after a single failed request.
     pub async fn unforgiving_before(nodes: &[SocketAddr]) -> Nginx {
         Nginx::start(nodes, "", true).await
     }
@@ -48,7 +49,7 @@ impl Nginx {
         Nginx { addr, directory, process }
     }
 
-    /// What it wrote to its error log so far. It names nodes that it takes for dead: `while connecting to upstream`,
+    /// The error log so far. It names nodes that were taken out: `while connecting to upstream`,
     /// `upstream server temporarily disabled`, `no live upstreams`.
     pub fn errors(&self) -> Vec<String> {
         let lines = self.process.output();
@@ -56,7 +57,7 @@ impl Nginx {
         lines.into_iter().filter(|line| !is_notice(line)).collect()
     }
 
-    /// A line for each request that is over: its status, then the nodes it was given to and what each answered.
+    /// A line for each finished request: its status, then the nodes that got it and their statuses.
     pub fn requests(&self) -> Vec<String> {
         let log = std::fs::read_to_string(self.directory.path().join("access.log"));
         log.expect("nginx makes it at its start").lines().map(str::to_owned).collect()
@@ -65,11 +66,12 @@ impl Nginx {
 
 impl Drop for Nginx {
     fn drop(&mut self) {
-        self.process.end(); // it ends its workers first; killed, it would leave them behind
+        self.process.end(); // it ends its workers first, which SIGKILL would leave behind
     }
 }
 
-/// README's block, with these nodes, this rule on when they fail, with or without its limit on buffers, and this address.
+/// The documented block, with these nodes, this failure rule, with or without its buffer limit, and
+/// this address.
 fn documented(nodes: &[SocketAddr], rule: &str, limit_buffers: bool, addr: SocketAddr) -> String {
     let block = README.split_once("```nginx\n").and_then(|(_, rest)| rest.split_once("```\n"));
     let (block, _) = block.expect("README shows a configuration of nginx");
@@ -99,9 +101,9 @@ fn documented(nodes: &[SocketAddr], rule: &str, limit_buffers: bool, addr: Socke
     text
 }
 
-/// A whole configuration around it, in which nothing is written outside of the test's directory.
+/// A complete configuration around it. Nothing is written outside the test's directory.
 fn whole(documented: &str, directory: &Directory) -> String {
-    // As root nginx would change its workers' user to one who may not come into the directory.
+    // As root, nginx would run its workers as a user that may not enter the directory.
     let user = if rustix::process::geteuid().is_root() { "user root;" } else { "" };
     let path = directory.path().display();
     format!(

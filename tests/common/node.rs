@@ -15,9 +15,9 @@ use super::{Cgroup, Redis, until};
 /// A running node on free ports. Dropping it kills it.
 pub struct Node {
     process: Process,
-    /// Its public listener.
+    /// The address of its public listener.
     pub public: SocketAddr,
-    /// Its admin listener.
+    /// The address of its admin listener.
     pub admin: SocketAddr,
 }
 
@@ -34,7 +34,7 @@ impl Node {
         Node::start(&[&["--redis", &redis.url()], flags].concat()).await
     }
 
-    /// Starts a node that may have so many files and sockets open, and waits until it is ready.
+    /// Starts a node with this limit on open files, and waits until it is ready.
     pub async fn start_with_files(files: u32, flags: &[&str]) -> Node {
         let mut command = Command::new("sh");
         command.args(["-c", &format!("ulimit -n {files} && exec \"$0\" \"$@\"")]);
@@ -54,14 +54,14 @@ impl Node {
         node
     }
 
-    /// Starts a node with this variable in its environment, and waits only for its ready line.
+    /// Starts a node with this environment variable, and waits for its ready line only.
     pub async fn start_unready_with(name: &str, value: &Path, flags: &[&str]) -> Node {
         let mut command = Command::new(env!("CARGO_BIN_EXE_fanfare"));
         command.env(name, value);
         Node::start_by(command, flags).await
     }
 
-    /// Starts a node and waits only for its ready line.
+    /// Starts a node and waits for its ready line only.
     pub async fn start_unready(flags: &[&str]) -> Node {
         Node::start_by(Command::new(env!("CARGO_BIN_EXE_fanfare")), flags).await
     }
@@ -80,13 +80,13 @@ impl Node {
         Node { process, public, admin }
     }
 
-    /// Waits until `/readyz` says 200.
+    /// Waits until `/readyz` answers 200.
     pub async fn ready(&self) {
         until("a node that is ready", || async { (self.get("/readyz").await.status == 200).then_some(()) })
             .await;
     }
 
-    /// Waits until `/readyz` says 503, and gives the reason, which the admin listener tells.
+    /// Waits until `/readyz` answers 503. Returns the reason that the admin listener gives.
     pub async fn unready(&self) -> String {
         until("a node that is not ready", || async {
             if self.get("/readyz").await.status != 503 {
@@ -108,7 +108,7 @@ impl Node {
         http::request(self.admin, method, path, &[], body).await
     }
 
-    /// Publishes by `POST /publish`, where it must work, and gives the id.
+    /// Publishes by `POST /publish`, which must succeed. Returns the id.
     pub async fn publish(&self, channel: &str, event: &Value) -> u64 {
         self.post(&format!("/publish?channel={channel}"), event).await
     }
@@ -118,7 +118,7 @@ impl Node {
         self.post(&format!("/publish?channel={channel}&to={user}"), event).await
     }
 
-    /// Publishes `{"n":first}`, `{"n":first+1}`… and gives their ids.
+    /// Publishes `{"n":first}`, `{"n":first+1}`… and returns their ids.
     pub async fn publish_numbers(&self, channel: &str, numbers: std::ops::Range<u64>) -> Vec<u64> {
         let mut ids = Vec::new();
         for n in numbers {
@@ -133,7 +133,7 @@ impl Node {
         response.json()["id"].as_u64().unwrap_or_else(|| panic!("no id in {}", response.body))
     }
 
-    /// One number of `/metrics`: all series of this name added up, or one with its labels.
+    /// A value of `/metrics`: the sum of all series of this name, or one series with its labels.
     pub async fn metric(&self, name: &str) -> f64 {
         let metrics = self.admin("GET", "/metrics", b"").await.body;
         let series = metrics.lines().filter(|line| {
@@ -153,7 +153,7 @@ impl Node {
         value.and_then(|value| value.parse().ok()).unwrap_or_else(|| panic!("no {series} in\n{metrics}"))
     }
 
-    /// Memory resident, in bytes.
+    /// Resident memory in bytes.
     pub fn resident(&self) -> u64 {
         let path = format!("/proc/{}/status", self.process.pid());
         let status = std::fs::read_to_string(path).expect("the node runs");
@@ -161,72 +161,69 @@ impl Node {
         line.split_whitespace().nth(1).and_then(|kb| kb.parse::<u64>().ok()).expect("a number of kB") * 1024
     }
 
-    /// Descriptors it has open.
+    /// The number of open descriptors.
     pub fn descriptors(&self) -> u64 {
         let open = std::fs::read_dir(format!("/proc/{}/fd", self.process.pid())).expect("the node runs");
         open.count() as u64
     }
 
-    /// Changes its limit on open files.
+    /// Changes the limit on open files of the running process.
     pub fn limit_files(&self, files: u64) {
         let pid = self.process.pid().to_string();
         let status = Command::new("prlimit").args(["--pid", &pid, &format!("--nofile={files}")]).status();
         assert!(status.expect("prlimit is there").success(), "can't limit files to {files}");
     }
 
-    /// What it logged so far.
+    /// All output so far.
     pub fn log(&self) -> String {
         self.process.output().join("\n")
     }
 
-    /// Sends it a signal: `TERM`, `STOP`, `CONT`.
+    /// Sends a signal: `TERM`, `STOP`, `CONT`.
     pub fn signal(&self, signal: &str) {
         self.process.signal(signal);
     }
 
-    /// Ends it as a crash would.
+    /// Kills it, as in a crash.
     pub fn kill(&self) {
         self.process.kill();
     }
 
-    /// Waits for its end.
+    /// Waits for its exit.
     pub async fn ended(&self) -> ExitStatus {
         self.process.ended().await
     }
 }
 
-/// Nodes that may be replaced while clients come to them.
+/// Nodes that may be replaced while clients connect to them.
 #[derive(Clone, Default)]
 pub struct Nodes(Arc<Mutex<Vec<Arc<Node>>>>);
 
 impl Nodes {
-    /// These.
     pub fn new(nodes: impl IntoIterator<Item = Node>) -> Nodes {
         Nodes(Arc::new(Mutex::new(nodes.into_iter().map(Arc::new).collect())))
     }
 
-    /// One alone.
     pub fn of(node: Arc<Node>) -> Nodes {
         Nodes(Arc::new(Mutex::new(vec![node])))
     }
 
-    /// The one with this number.
+    /// The node with this number.
     pub fn get(&self, number: usize) -> Arc<Node> {
         self.0.lock().expect("nothing panics while holding it")[number].clone()
     }
 
-    /// Every one.
     pub fn all(&self) -> Vec<Arc<Node>> {
         self.0.lock().expect("nothing panics while holding it").clone()
     }
 
-    /// Any of them.
+    /// A random node.
     pub fn any(&self, rng: &mut Rng) -> Arc<Node> {
         let nodes = self.0.lock().expect("nothing panics while holding it");
         nodes[rng.index(nodes.len())].clone()
     }
 
-    /// Puts another in the place of one.
+    /// Replaces a node.
     pub fn replace(&self, number: usize, node: Node) {
         self.0.lock().expect("nothing panics while holding it")[number] = Arc::new(node);
     }

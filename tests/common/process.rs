@@ -1,4 +1,4 @@
-//! A child process that ends with its owner, and what it wrote.
+//! A child process that is killed with its owner, and its output.
 
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use super::until;
 
-/// A running program. Dropping it kills it; when that happens in a failing test, its output is shown.
+/// A running program. Dropping it kills it; in a failing test its output is printed.
 pub struct Process {
     name: String,
     child: Mutex<Child>,
@@ -17,12 +17,12 @@ pub struct Process {
 }
 
 impl Process {
-    /// Starts it, with what it writes to stdout and stderr gathered line by line.
+    /// Starts it. Its stdout and stderr are collected line by line.
     pub fn start(name: &str, command: &mut Command) -> Process {
         Process::spawn(name, command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()))
     }
 
-    /// Starts it with the streams that the command has; what it writes to pipes is gathered.
+    /// Starts it with the streams of the command. Output to pipes is collected.
     pub fn spawn(name: &str, command: &mut Command) -> Process {
         let mut child = command.spawn().unwrap_or_else(|error| panic!("can't start {name}: {error}"));
         let output = Arc::new(Mutex::new(Vec::new()));
@@ -35,10 +35,10 @@ impl Process {
         Process { name: name.into(), child: Mutex::new(child), output }
     }
 
-    /// The first line for which `pick` gives something; waits for it while the process lives.
+    /// The first line for which `pick` returns a value. Waits for it while the process lives.
     pub async fn line<T>(&self, what: &str, pick: impl Fn(&str) -> Option<T>) -> Result<T, String> {
         until(what, || async {
-            let ended = self.exit_status(); // looked at first, so that its last words are not missed
+            let ended = self.exit_status(); // checked first, so that the last lines are not missed
             if let Some(found) = self.output().iter().find_map(|line| pick(line)) {
                 return Some(Ok(found));
             }
@@ -47,34 +47,34 @@ impl Process {
         .await
     }
 
-    /// What it wrote so far; lines from stderr begin with `! `.
+    /// The output so far. Lines of stderr start with `! `.
     pub fn output(&self) -> Vec<String> {
         self.output.lock().expect("nothing panics while holding it").clone()
     }
 
-    /// Its process id.
     pub fn pid(&self) -> u32 {
         self.child.lock().expect("nothing panics while holding it").id()
     }
 
-    /// How it ended, if it has.
+    /// The exit status, if it has exited.
     pub fn exit_status(&self) -> Option<ExitStatus> {
         let mut child = self.child.lock().expect("nothing panics while holding it");
         child.try_wait().expect("a child can be asked")
     }
 
-    /// Waits for its end.
+    /// Waits for its exit.
     pub async fn ended(&self) -> ExitStatus {
         until(&format!("the end of {}", self.name), || async { self.exit_status() }).await
     }
 
-    /// Sends it a signal by name: `TERM`, `STOP`, `CONT`.
+    /// Sends a signal by name: `TERM`, `STOP`, `CONT`.
     pub fn signal(&self, signal: &str) {
         let status = Command::new("kill").args([&format!("-{signal}"), &self.pid().to_string()]).status();
         assert!(status.expect("kill is there").success(), "can't send {signal} to {}", self.name);
     }
 
-    /// Asks it to end, and gives it a few seconds: for programs whose children would outlive them when killed.
+    /// Sends SIGTERM and waits a few seconds: for programs whose children would survive a SIGKILL
+    /// of theirs.
     pub fn end(&self) {
         let deadline = Instant::now() + Duration::from_secs(5);
         if self.exit_status().is_none() {
@@ -85,10 +85,10 @@ impl Process {
         }
     }
 
-    /// Ends it at once, as a crash would, and waits until it is gone.
+    /// Kills it, as in a crash, and waits for its exit.
     pub fn kill(&self) {
         let mut child = self.child.lock().expect("nothing panics while holding it");
-        let _ = child.kill(); // it may have ended by itself
+        let _ = child.kill(); // it may have exited
         let _ = child.wait();
     }
 }
@@ -111,17 +111,16 @@ fn gather(mark: &'static str, from: impl Read + Send + 'static, to: Arc<Mutex<Ve
     });
 }
 
-/// Makes a FIFO, which nobody writes to.
+/// Makes a FIFO without a writer.
 pub fn make_fifo(path: &Path) {
     let made = Command::new("mkfifo").arg(path).status().expect("coreutils are there");
     assert!(made.success(), "no FIFO at {}", path.display());
 }
 
-/// A directory of one test's own, removed with it.
+/// A temporary directory, removed when dropped.
 pub struct Directory(PathBuf);
 
 impl Directory {
-    /// Makes a new, empty one.
     pub fn new() -> Directory {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let number = COUNT.fetch_add(1, Ordering::Relaxed);
@@ -130,12 +129,11 @@ impl Directory {
         Directory(path)
     }
 
-    /// Where it is.
     pub fn path(&self) -> &Path {
         &self.0
     }
 
-    /// Removes what is in it.
+    /// Removes its content.
     pub fn empty(&self) {
         std::fs::remove_dir_all(&self.0).expect("the directory is ours");
         std::fs::create_dir_all(&self.0).expect("the directory is ours");
@@ -144,6 +142,6 @@ impl Directory {
 
 impl Drop for Directory {
     fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0); // what is left over in /tmp hurts nobody
+        let _ = std::fs::remove_dir_all(&self.0); // leftovers in /tmp are harmless
     }
 }

@@ -1,4 +1,5 @@
-//! A way to Redis that a test can bend: hold back messages, lose an answer, cut every connection, lead elsewhere.
+//! A TCP proxy between a node and Redis, with faults: it holds back messages, loses answers, cuts
+//! connections, or leads to another server.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -27,14 +28,15 @@ struct Shared {
     drop: Mutex<Option<Vec<u8>>>,
     dropped: AtomicU32,
     silent: watch::Sender<Silence>,
-    /// Connections up to this number are stranded: nothing goes through them any more. The second number is for
-    /// those with subscriptions alone.
+    /// Connections up to this number are stranded: they carry nothing any more. The second number
+    /// is for connections with subscriptions only.
     stranded: watch::Sender<(u64, u64)>,
     count: AtomicU64,
     delay_ms: AtomicU64,
 }
 
-/// Which way nothing goes, as if every packet were dropped: it waits, and goes on when that ends.
+/// Directions in which nothing is carried, as if all packets were dropped. The data waits until
+/// that ends.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Silence {
     /// To Redis.
@@ -65,73 +67,72 @@ impl Proxy {
         Proxy { port: own_port, shared, accepting }
     }
 
-    /// Its own port.
     pub fn port(&self) -> u16 {
         self.port
     }
 
-    /// The way through, as Redis URL.
+    /// The Redis URL through this proxy.
     pub fn url(&self) -> String {
         format!("redis://127.0.0.1:{}", self.port)
     }
 
-    /// Whether what Redis says to subscribers waits here. Everything else passes.
+    /// Holds back messages to subscribers, or releases them. Everything else passes.
     pub fn hold_messages(&self, hold: bool) {
         self.shared.hold.send_replace(hold);
     }
 
-    /// The next command that contains `part` reaches Redis and is done, but its answer is lost: the connection
-    /// ends when the answer comes.
+    /// The next command that contains `part` is executed, but its answer is lost: the connection is
+    /// closed when the answer arrives.
     pub async fn lose_answer_to(&self, part: &str) {
         *self.shared.lose.lock().await = Some(part.into());
     }
 
-    /// How many answers were lost.
+    /// The number of lost answers.
     pub fn lost(&self) -> u32 {
         self.shared.lost.load(Ordering::SeqCst)
     }
 
-    /// The next message to subscribers that contains `part` is lost, and nothing else: their connection stays.
+    /// The next message to subscribers that contains `part` is lost. Its connection stays open.
     pub async fn drop_message_with(&self, part: &str) {
         *self.shared.drop.lock().await = Some(part.into());
     }
 
-    /// How many messages were lost so.
+    /// The number of messages lost this way.
     pub fn dropped(&self) -> u32 {
         self.shared.dropped.load(Ordering::SeqCst)
     }
 
-    /// Nothing goes these ways until this is called again. Connections can be made, as far as anyone can tell.
+    /// Carries nothing in these directions until the next call. New connections are accepted.
     pub fn silence(&self, silence: Silence) {
         self.shared.silent.send_replace(silence);
     }
 
-    /// Nothing goes through the connections that there are, in either way, ever again; nobody is told.
+    /// All existing connections carry nothing any more, in both directions, and stay open.
     pub fn strand(&self) {
         self.shared.stranded.send_modify(|stranded| stranded.0 = self.connections());
     }
 
-    /// The same for connections with subscriptions alone.
+    /// The same for connections with subscriptions only.
     pub fn strand_subscribers(&self) {
         self.shared.stranded.send_modify(|stranded| stranded.1 = self.connections());
     }
 
-    /// Everything takes so much longer, each way.
+    /// Delays everything in both directions.
     pub fn delay(&self, delay: Duration) {
         self.shared.delay_ms.store(delay.as_millis() as u64, Ordering::SeqCst);
     }
 
-    /// How many connections were made so far.
+    /// The number of connections accepted so far.
     pub fn connections(&self) -> u64 {
         self.shared.count.load(Ordering::SeqCst)
     }
 
-    /// Ends every connection.
+    /// Closes every connection.
     pub fn cut(&self) {
         self.shared.cuts.send_modify(|cuts| *cuts += 1);
     }
 
-    /// Ends every connection and leads new ones to another port.
+    /// Closes every connection and leads new ones to another port.
     pub fn lead_to(&self, port: u16) {
         self.shared.target.store(port, Ordering::SeqCst);
         self.cut();
@@ -159,12 +160,12 @@ async fn accept(listener: TcpListener, shared: Arc<Shared>) {
     }
 }
 
-/// Carries both ways until one ends; then the whole connection does.
+/// Carries both directions until one ends, then closes the connection.
 async fn carry(client: TcpStream, shared: Arc<Shared>) {
     let number = shared.count.fetch_add(1, Ordering::SeqCst) + 1;
     let target = SocketAddr::from(([127, 0, 0, 1], shared.target.load(Ordering::SeqCst)));
     let socket = TcpSocket::new_v4().expect("a socket");
-    // Small, so that Redis soon feels it when a subscriber's messages are held back.
+    // Small, so that Redis's sends block soon when a subscriber's messages are held back.
     socket.set_recv_buffer_size(64 << 10).expect("a TCP socket");
     let Ok(redis) = socket.connect(target).await else {
         return;
@@ -187,7 +188,7 @@ struct Way {
 }
 
 impl Way {
-    /// Waits while nothing goes this way.
+    /// Waits while this direction is silent.
     async fn open(&self, is_silent: impl Fn(&Silence) -> bool) -> Option<()> {
         let delay = self.shared.delay_ms.load(Ordering::SeqCst);
         if delay > 0 {
@@ -203,10 +204,10 @@ impl Way {
     }
 
     async fn up(&self, mut from: OwnedReadHalf, mut to: OwnedWriteHalf) -> Option<()> {
-        let mut buffer = vec![0; 1 << 20]; // a command that a test looks for comes in one read
+        let mut buffer = vec![0; 1 << 20]; // large enough to read in one piece the commands that tests search for
         loop {
             let bytes = read(&mut from, &mut buffer).await?;
-            // As a command's own word: scripts and commands about subscriptions hold it too.
+            // As a command: scripts and the commands about subscriptions contain the word as well.
             if contains(&bytes.to_ascii_uppercase(), b"\r\nSUBSCRIBE\r\n") {
                 self.subscribes.store(true, Ordering::SeqCst);
             }

@@ -1,4 +1,4 @@
-//! A client that sends whatever bytes a test wants, to see how the server takes them.
+//! A client that sends arbitrary bytes, to test how the server handles them.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -26,14 +26,13 @@ pub struct Raw {
 }
 
 impl Raw {
-    /// Connects.
     pub async fn connect(to: SocketAddr) -> Raw {
         let socket = within("a connection", TcpStream::connect(to)).await.expect("the listener accepts");
         socket.set_nodelay(true).expect("a TCP socket");
         Raw { to, socket: BufReader::new(socket) }
     }
 
-    /// Connects from another address of this machine than 127.0.0.1.
+    /// Connects from another loopback address than 127.0.0.1.
     pub async fn connect_from(source: [u8; 4], to: SocketAddr) -> Raw {
         let socket = TcpSocket::new_v4().expect("a socket");
         socket.bind((source, 0).into()).expect("all of 127.0.0.0/8 is this machine's");
@@ -42,7 +41,8 @@ impl Raw {
         Raw { to, socket: BufReader::new(socket) }
     }
 
-    /// Connects with receive buffers so small that the server soon feels that nobody reads.
+    /// Connects with small receive buffers, so that the server's sends block soon when nothing is
+    /// read.
     pub async fn connect_with_small_buffers(to: SocketAddr) -> Raw {
         let socket = TcpSocket::new_v4().expect("a socket");
         socket.set_recv_buffer_size(4096).expect("a TCP socket");
@@ -60,8 +60,8 @@ impl Raw {
         raw
     }
 
-    /// Asks for an upgrade on `path`. A header given replaces the usual one of the same name; an empty value
-    /// leaves it out.
+    /// Requests an upgrade on `path`. A given header replaces the default one of the same name; an
+    /// empty value omits it.
     pub async fn upgrade(&mut self, path: &str, headers: &[(&str, &str)]) -> Response {
         let usual = [
             ("Connection", "Upgrade"),
@@ -76,7 +76,6 @@ impl Raw {
         self.response().await
     }
 
-    /// Sends bytes.
     pub async fn write(&mut self, bytes: &[u8]) {
         within("bytes to go out", self.socket.get_mut().write_all(bytes))
             .await
@@ -88,13 +87,13 @@ impl Raw {
         self.socket.get_mut().shutdown().await.expect("the connection is open");
     }
 
-    /// Sends bytes, unless the peer takes none for half a second; then false.
+    /// Sends bytes. Returns false if the peer accepts none for half a second.
     pub async fn write_some(&mut self, bytes: &[u8]) -> bool {
         let write = self.socket.get_mut().write_all(bytes);
         matches!(tokio::time::timeout(Duration::from_millis(500), write).await, Ok(Ok(())))
     }
 
-    /// Sends a masked frame, as a client must.
+    /// Sends a masked frame, as clients must.
     pub async fn frame(&mut self, fin: bool, opcode: u8, payload: &[u8]) {
         self.write(&frame_bytes(fin, opcode, true, payload)).await;
     }
@@ -105,13 +104,13 @@ impl Raw {
         read.unwrap_or_else(|error| panic!("{error}"))
     }
 
-    /// Reads the head of an HTTP response and gives its status.
+    /// Reads the head of an HTTP response and returns its status.
     pub async fn status(&mut self) -> u16 {
         let read = within("an HTTP response", http::read_response(&mut self.socket, true)).await;
         read.unwrap_or_else(|error| panic!("{error}")).status
     }
 
-    /// Reads one whole, unmasked, final frame: opcode and payload. `None` at the end of the connection.
+    /// Reads one unmasked, final frame: opcode and payload. `None` at the end of the connection.
     pub async fn next(&mut self) -> Option<(u8, Vec<u8>)> {
         within("a frame", async {
             let (opcode, length) = self.head().await?;
@@ -122,7 +121,8 @@ impl Raw {
         .await
     }
 
-    /// Reads one whole frame that is no ping, at most so many bytes at a time with a pause after each.
+    /// Reads one frame that is not a ping, at most this many bytes at a time with a pause after
+    /// each read.
     pub async fn next_slowly(&mut self, most: usize, pause: Duration) -> (u8, Vec<u8>) {
         loop {
             let (opcode, mut length) = self.head().await.expect("a frame");
@@ -143,7 +143,7 @@ impl Raw {
         }
     }
 
-    /// Opcode and length of the next frame, which is unmasked and final.
+    /// Opcode and length of the next frame, which must be unmasked and final.
     async fn head(&mut self) -> Option<(u8, usize)> {
         let mut head = [0; 2];
         self.socket.read_exact(&mut head).await.ok()?;
@@ -157,7 +157,7 @@ impl Raw {
         Some((head[0] & 0x0F, usize::try_from(length).expect("64 bits")))
     }
 
-    /// The next frame that is text.
+    /// The next text frame.
     pub async fn next_text(&mut self) -> String {
         loop {
             match self.next().await {
@@ -168,7 +168,7 @@ impl Raw {
         }
     }
 
-    /// Reads on to the close frame and the end of the connection, and gives the close code.
+    /// Reads up to the close frame and the end of the connection. Returns the close code.
     pub async fn expect_close(&mut self) -> u16 {
         loop {
             match self.next().await {
@@ -183,15 +183,15 @@ impl Raw {
         }
     }
 
-    /// Everything that comes until the end of the connection.
+    /// All bytes up to the end of the connection.
     pub async fn rest(&mut self) -> Vec<u8> {
         let mut rest = Vec::new();
-        // A reset is an end too: the server may leave with bytes of ours unread.
+        // A reset counts as the end: the server may close with bytes of ours unread.
         let _ = within("the connection's end", self.socket.read_to_end(&mut rest)).await;
         rest
     }
 
-    /// Fails unless the connection ends with nothing more to read.
+    /// Fails unless the connection ends without further bytes.
     pub async fn expect_end(&mut self) {
         let rest = self.rest().await;
         assert!(rest.is_empty(), "more came: {rest:?}");

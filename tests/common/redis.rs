@@ -1,4 +1,4 @@
-//! A real redis-server of one test's own, and a client that speaks RESP2 to it.
+//! A redis-server for one test, and a client that speaks RESP2.
 
 use std::io;
 use std::net::{SocketAddr, TcpListener};
@@ -12,7 +12,8 @@ use tokio::net::TcpStream;
 use super::process::{Directory, Process};
 use super::{until, within};
 
-/// A Redis on a free loopback port. It keeps its port and directory over restarts; dropping it kills it.
+/// A Redis on a free loopback port. It keeps port and directory over restarts. Dropping it kills
+/// it.
 pub struct Redis {
     port: u16,
     directory: Directory,
@@ -23,19 +24,19 @@ pub struct Redis {
 }
 
 impl Redis {
-    /// Starts one that keeps nothing on disk, unless the flags say otherwise (`--appendonly yes`).
+    /// Starts a server without persistence, unless the flags say otherwise (`--appendonly yes`).
     pub async fn start(flags: &[&str]) -> Redis {
         let mut redis = Redis::away(flags);
         redis.up().await;
         redis
     }
 
-    /// Starts one whose clock can be set back.
+    /// Starts a server whose clock can be set back.
     pub async fn with_clock() -> Redis {
         let mut redis = Redis::away(&[]);
         let library = redis.directory.path().join("clock.so");
         let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/common/clock.c");
-        // The C compiler is there: Rust links with it.
+        // A C compiler is installed: Rust links with it.
         let built = Command::new("cc").args(["-shared", "-fPIC", "-o"]).arg(&library).arg(source).status();
         assert!(built.expect("cc is there").success(), "{source} can't be compiled");
         redis.clock = Some(library);
@@ -51,12 +52,12 @@ impl Redis {
         until("the clock to be set back", || async { (clock().await < before - 80_000).then_some(()) }).await;
     }
 
-    /// Starts a replica of another, and waits until it has all that the other has.
+    /// Starts a replica, and waits until it is in sync.
     pub async fn replica_of(primary: &Redis) -> Redis {
         Redis::replica_at(primary.port).await
     }
 
-    /// The same by a way that can be cut.
+    /// The same through a proxy.
     pub async fn replica_by(way: &super::Proxy) -> Redis {
         Redis::replica_at(way.port()).await
     }
@@ -71,14 +72,14 @@ impl Redis {
         replica
     }
 
-    /// Makes a replica a primary, now and whenever it starts again.
+    /// Makes a replica a primary, also for its next starts.
     pub async fn promote(&mut self) {
         self.client().await.call(&["REPLICAOF", "NO", "ONE"]).await;
-        self.flags.clear(); // a replica has no flag but that it is one
+        self.flags.clear(); // a replica has no other flags
     }
 
-    /// Starts a Sentinel that watches this primary as `main`, and waits until it knows one replica of it. It
-    /// takes the primary for dead after a second.
+    /// Starts a Sentinel that monitors this primary as `main`, and waits until it knows one
+    /// replica. It considers the primary down after a second.
     pub async fn sentinel_for(primary: &Redis) -> Redis {
         let mut sentinel = Redis::away(&[]);
         let port = primary.port;
@@ -86,7 +87,7 @@ impl Redis {
             "sentinel monitor main 127.0.0.1 {port} 1\nsentinel down-after-milliseconds main 1000\n\
              sentinel failover-timeout main 10000\n"
         );
-        // A Sentinel keeps what it learns in its settings, so it needs a file.
+        // A Sentinel writes its state into its configuration file.
         let path = sentinel.directory.path().join("sentinel.conf");
         std::fs::write(&path, settings).expect("the directory is ours");
         sentinel.first = vec![path.display().to_string(), "--sentinel".into()];
@@ -99,14 +100,14 @@ impl Redis {
         sentinel
     }
 
-    /// One that has a port but does not run yet.
+    /// Reserves a port without starting the server.
     pub fn away(flags: &[&str]) -> Redis {
         let flags = flags.iter().map(|flag| flag.to_string()).collect();
         let directory = Directory::new();
         Redis { port: free_port(), directory, first: Vec::new(), flags, clock: None, process: None }
     }
 
-    /// Gives it more flags for when it starts.
+    /// Adds flags for the next start.
     pub fn add_flags(&mut self, flags: &[&str]) {
         self.flags.extend(flags.iter().map(|flag| flag.to_string()));
     }
@@ -132,33 +133,34 @@ impl Redis {
         self.process = Some(process);
     }
 
-    /// Ends it as a crash would.
+    /// Kills it, as in a crash.
     pub fn kill(&mut self) {
         self.process.take().expect("it runs").kill();
     }
 
-    /// Removes what it kept on disk, while it does not run.
+    /// Removes its files while it does not run.
     pub fn wipe(&mut self) {
         assert!(self.process.is_none(), "it runs");
         self.directory.empty();
     }
 
-    /// Stops it without ending it, as a host that hangs would: connections stay, nothing answers.
+    /// Stops the process without ending it, as on a host that hangs: connections stay open, nothing
+    /// is answered.
     pub fn freeze(&self) {
         self.process.as_ref().expect("it runs").signal("STOP");
     }
 
-    /// Lets it run on.
+    /// Continues a frozen process.
     pub fn thaw(&self) {
         self.process.as_ref().expect("it runs").signal("CONT");
     }
 
-    /// What it logged so far.
+    /// The log so far.
     pub fn log(&self) -> String {
         self.process.as_ref().expect("it runs").output().join("\n")
     }
 
-    /// Where it keeps its files.
+    /// The directory of its files.
     pub fn directory(&self) -> &std::path::Path {
         self.directory.path()
     }
@@ -171,7 +173,7 @@ impl Redis {
         value.unwrap_or_else(|| panic!("no {field} in {text}")).trim().to_owned()
     }
 
-    /// The last id that a channel has given; 0 when it has none.
+    /// The last id of a channel; 0 if there is none.
     pub async fn head(&self, channel: &str) -> u64 {
         let key = format!("fanfare:{{{channel}}}:meta");
         match self.client().await.call(&["HGET", &key, "head"]).await {
@@ -180,22 +182,21 @@ impl Redis {
         }
     }
 
-    /// Its port.
     pub fn port(&self) -> u16 {
         self.port
     }
 
-    /// Its URL.
     pub fn url(&self) -> String {
         format!("redis://127.0.0.1:{}", self.port)
     }
 
-    /// A client of it.
+    /// A new connection to it.
     pub async fn client(&self) -> Resp {
         Resp::connect(SocketAddr::from(([127, 0, 0, 1], self.port))).await
     }
 
-    /// Wipes it, but for the settings of FCALL: so a program can publish before a node has written them again.
+    /// Flushes all data except the settings of FCALL, so that FCALL works before a node writes them
+    /// again.
     pub async fn flush_all_but_settings(&self) {
         let mut client = self.client().await;
         let settings = until("the settings of FCALL", || async {
@@ -221,11 +222,11 @@ impl Redis {
     }
 }
 
-/// A free port below those that the kernel gives to outgoing connections: while a test's Redis is away, none of
-/// them may take its port, and a client that tries to connect must not reach itself.
+/// A free port below the ephemeral range, so that no outgoing connection takes the port while a
+/// test's Redis is down, and no client that connects to it can connect to itself.
 pub fn free_port() -> u16 {
     static NEXT: AtomicU16 = AtomicU16::new(0);
-    let start = std::process::id() as u16; // test binaries that run at once begin at different places
+    let start = std::process::id() as u16; // test binaries that run at the same time start at different ports
     for _ in 0..20_000 {
         let step = NEXT.fetch_add(1, Ordering::Relaxed);
         let port = 12_000 + start.wrapping_mul(97).wrapping_add(step) % 20_000;
@@ -236,7 +237,7 @@ pub fn free_port() -> u16 {
     panic!("no free port");
 }
 
-/// What Redis answers.
+/// A reply of Redis.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Value {
     Nil,
@@ -247,7 +248,6 @@ pub enum Value {
 }
 
 impl Value {
-    /// The number.
     pub fn int(&self) -> i64 {
         match self {
             Value::Int(int) => *int,
@@ -266,7 +266,6 @@ impl Value {
         }
     }
 
-    /// The list.
     pub fn list(&self) -> &[Value] {
         match self {
             Value::List(list) => list,
@@ -274,7 +273,7 @@ impl Value {
         }
     }
 
-    /// The error, where there must be one.
+    /// The error; the test fails if it is something else.
     pub fn error(&self) -> &str {
         match self {
             Value::Error(error) => error,
@@ -287,17 +286,16 @@ impl Value {
 pub struct Resp(BufReader<TcpStream>);
 
 impl Resp {
-    /// Connects.
     pub async fn connect(to: SocketAddr) -> Resp {
         Resp(BufReader::new(within("Redis", TcpStream::connect(to)).await.expect("Redis runs")))
     }
 
-    /// Sends a command and reads its answer.
+    /// Sends a command and reads its reply.
     pub async fn call(&mut self, command: &[impl AsRef<[u8]>]) -> Value {
         self.try_call(command).await.unwrap_or_else(|error| panic!("Redis does not run: {error}"))
     }
 
-    /// Sends a command and reads its answer, if the connection lives that long.
+    /// Sends a command and reads its reply, unless the connection ends.
     pub async fn try_call(&mut self, command: &[impl AsRef<[u8]>]) -> io::Result<Value> {
         let mut bytes = format!("*{}\r\n", command.len()).into_bytes();
         for part in command.iter().map(AsRef::as_ref) {
@@ -309,13 +307,13 @@ impl Resp {
         self.read().await
     }
 
-    /// `FCALL fanfare_publish`: what any program does to publish an event.
+    /// Publishes by `FCALL fanfare_publish`, as any program may.
     pub async fn fcall(&mut self, channel: &str, event: &[u8], to: Option<&str>) -> Value {
         let answer = self.try_fcall(channel, event, to).await;
         answer.unwrap_or_else(|error| panic!("Redis does not run: {error}"))
     }
 
-    /// The same, if the connection lives that long.
+    /// The same, unless the connection ends.
     pub async fn try_fcall(&mut self, channel: &str, event: &[u8], to: Option<&str>) -> io::Result<Value> {
         let key = format!("fanfare:{{{channel}}}");
         let mut command: Vec<&[u8]> = vec![b"FCALL", b"fanfare_publish", b"1", key.as_bytes(), event];
@@ -323,13 +321,13 @@ impl Resp {
         self.try_call(&command).await
     }
 
-    /// Subscribes, and waits until Redis says so.
+    /// Subscribes, and waits for the confirmation.
     pub async fn subscribe(&mut self, channel: &str) {
         let answer = self.call(&["SUBSCRIBE", channel]).await;
         assert_eq!(answer.list()[0].text(), "subscribe");
     }
 
-    /// The next message of what it subscribed to, as it came.
+    /// The next message of a subscribed channel.
     pub async fn message(&mut self) -> Vec<u8> {
         match self.read().await.expect("Redis runs").list() {
             [kind, _, Value::Text(message)] if kind.text() == "message" => message.clone(),

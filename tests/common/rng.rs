@@ -1,6 +1,6 @@
-//! Numbers that look random, the same in every run.
+//! Pseudo-random numbers, the same in every run.
 
-/// A generator, from its seed.
+/// A generator, with its seed.
 pub struct Rng(pub u64);
 
 impl Rng {
@@ -15,7 +15,7 @@ impl Rng {
         self.below(length as u64) as usize
     }
 
-    /// True once in so many times.
+    /// True in one of this many calls, on average.
     pub fn once_in(&mut self, times: u64) -> bool {
         self.below(times) == 0
     }

@@ -1,4 +1,4 @@
-//! A shard alone, wired as a node wires it, with whoever starts it as its bus.
+//! A single running shard, connected as in a node. The test is its bus.
 
 use std::error::Error;
 use std::sync::Arc;
@@ -14,22 +14,20 @@ use fanfare::shard::{self, ShardContext};
 use fanfare::ws::handshake::HandshakeContext;
 use tokio::sync::mpsc;
 
-/// A shard that runs, and all that speaks with it.
+/// A running shard and the other ends of its connections.
 pub struct SingleShard {
-    /// The way to it (number 0), and to a shard beside it that is not there.
+    /// Sends to the shard (number 0), and to a second one that does not exist.
     pub shards: Mailboxes,
-    /// What the shard beside it is told.
+    /// Messages to the second shard.
     pub other: Inbox,
-    /// What it asks of the bus.
+    /// Requests to the bus.
     pub asked: mpsc::UnboundedReceiver<Request>,
-    /// What it counts.
     pub metrics: Arc<Metrics>,
-    /// Where its connections are counted.
     pub limits: Arc<ConnectionLimits>,
 }
 
 impl SingleShard {
-    /// Starts one with these settings.
+    /// Starts a shard with these settings.
     pub fn start(flags: &[&str], takes_binary: bool) -> Result<SingleShard, Box<dyn Error>> {
         let Ok(Action::Run(settings)) = Settings::from(flags.iter().map(Into::into), []) else {
             return Err("these settings should be good".into());

@@ -1,9 +1,9 @@
-//! The sources of the tests, for checks that what documents name is there.
+//! The sources of the tests, to check that the tests named in documents exist.
 
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-/// A file: the path of its module, without and with the binary, and its text.
+/// A source file: the path of its module, starting with the binary, and its text.
 struct Source {
     module: String,
     text: String,
@@ -36,7 +36,7 @@ fn sources() -> &'static [Source] {
     })
 }
 
-/// Whether there is a test of this name: `module::test`, or with its binary `bus::module::test`.
+/// Whether this test exists: `module::test`, or with its binary `bus::module::test`.
 pub fn has_test(name: &str) -> bool {
     let Some((module, test)) = name.rsplit_once("::") else { return false };
     let is_it = |source: &&Source| {

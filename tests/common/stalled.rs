@@ -1,14 +1,14 @@
-//! Readers that stall, and what they must get when they read again.
+//! Stalled readers: helpers and a test body for both buses.
 
 use serde_json::{Value, json};
 
 use super::client::position;
 use super::{Client, Node, Raw, within};
 
-/// Larger than what kernel buffers of a connection with a small receive window take.
+/// More than the kernel buffers of a connection with a small receive window hold.
 pub const EVENTS: u64 = 3000;
 
-/// A `--ping-timeout` beyond any pause that a busy machine makes between two reads.
+/// A `--ping-timeout` longer than any pause between two reads on a busy machine.
 pub const LONG: &str = "10m";
 
 /// One event's text: 3000 of these are 12 MB.
@@ -16,7 +16,7 @@ pub fn padding() -> String {
     "x".repeat(4000)
 }
 
-/// Joins with a connection whose kernel buffers are small, so that not reading is felt by the server soon.
+/// Joins with small kernel buffers, so that the server's sends block soon.
 pub async fn stalled(node: &Node, query: &str) -> Raw {
     let mut raw = Raw::connect_with_small_buffers(node.public).await;
     let response = raw.upgrade(&format!("/ws/stalled?channel=room{query}"), &[]).await;
@@ -24,7 +24,7 @@ pub async fn stalled(node: &Node, query: &str) -> Raw {
     raw
 }
 
-/// Reads events, which must be those from number `first` on, until number `end`.
+/// Reads events, which must have these numbers and ids.
 pub async fn read_numbers(raw: &mut Raw, numbers: std::ops::Range<u64>, ids: &[u64]) {
     for n in numbers {
         let event: Value = serde_json::from_str(&raw.next_text().await).expect("JSON");
@@ -66,7 +66,7 @@ pub async fn stalled_readers_cost_nothing_and_miss_nothing(node: &Node) {
     within("the reader that does not stall", &mut reader).await.expect("it saw all, live");
     let after = node.resident();
     let grown = after.saturating_sub(before);
-    // 50 queues of 6 MB would be 300 MB.
+    // 50 queues of 6 MB would take 300 MB.
     assert!(grown < 16 << 20, "resident memory grew by {grown} bytes from {before}");
     for raw in &mut readers {
         assert!(raw.next_text().await.contains("welcome"));

@@ -1,4 +1,5 @@
-//! A thousand clients that come and go in a stream of events, between two nodes: none is lost, none comes twice.
+//! A thousand clients that disconnect and resume during a stream of events, on two nodes: no event
+//! is lost or duplicated.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,7 +13,7 @@ const CLIENTS: u64 = 1000;
 const USERS: u64 = 50;
 const EVENTS: u64 = 400;
 
-/// Whom the event with this number is for: every tenth is for one user alone.
+/// The recipient of the event with this number: every tenth event is private.
 fn addressee(n: u64) -> Option<String> {
     n.is_multiple_of(10).then(|| user(n / 10))
 }
@@ -21,8 +22,8 @@ fn user(number: u64) -> String {
     format!("user{}", number % USERS)
 }
 
-/// Follows the stream from position `base` to its end over many connections, each resuming after the last event
-/// seen. Gives the number of connections it took.
+/// Follows the stream from position `base` to its end over many connections, each of which resumes
+/// after the last event seen. Returns the number of connections.
 async fn come_and_go(nodes: Arc<[Node; 2]>, number: u64, base: u64) -> u64 {
     let user = user(number);
     let mut rng = Rng(number);
@@ -46,7 +47,7 @@ async fn come_and_go(nodes: Arc<[Node; 2]>, number: u64, base: u64) -> u64 {
         }
         match rng.below(2) {
             0 => client.leave().await,
-            _ => drop(client), // gone without a word, maybe in the middle of what is being sent
+            _ => drop(client), // without a close frame, perhaps in the middle of a frame
         }
     }
 }
@@ -63,7 +64,8 @@ async fn a_thousand_clients_resume_without_loss() {
 
     let clients: Vec<_> =
         (0..CLIENTS).map(|number| tokio::spawn(come_and_go(nodes.clone(), number, base))).collect();
-    // Paced, so that the stream lasts while clients come and go; the last event is for everybody.
+    // Paced, so that the stream lasts while clients disconnect and resume. The last event is
+    // public.
     let mut pace = tokio::time::interval(Duration::from_millis(20));
     for n in 0..EVENTS {
         pace.tick().await;

@@ -1,5 +1,5 @@
-//! Tests that use the whole machine: thousands of clients, minutes of faults, memory that runs out. They run one at a
-//! time.
+//! Tests that use the whole machine: thousands of clients, minutes of faults, exhausted memory.
+//! They run one at a time.
 
 #[path = "../checker/mod.rs"]
 mod checker;
@@ -15,7 +15,8 @@ mod storm;
 
 use tokio::sync::{Mutex, MutexGuard};
 
-/// Every test of this binary holds this lock: two at once would starve each other and run out of descriptors.
+/// Every test of this binary holds this lock: two at once would starve each other and run out of
+/// descriptors.
 async fn alone() -> MutexGuard<'static, ()> {
     static ALONE: Mutex<()> = Mutex::const_new(());
     ALONE.lock().await

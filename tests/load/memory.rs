@@ -1,4 +1,4 @@
-//! What a node does in a small memory cgroup.
+//! Nodes in small memory cgroups.
 
 use futures_util::future::join_all;
 use serde_json::json;
@@ -15,7 +15,7 @@ async fn small_cgroup_survives_heavy_traffic() {
     let Some(cgroup) = Cgroup::new(64 * MIB) else { return };
     let node = Node::start_in(&cgroup, &["--max-message-rate", "0"]).await;
     let mut reader = Client::plain(&node, "reader", "room0").await;
-    // They fill their sockets, and the channels' feeds and histories go on without them.
+    // They fill their sockets, and the channels' feeds and histories continue without them.
     let mut stalled = Vec::new();
     for number in 0..200 {
         stalled.push(
@@ -49,7 +49,8 @@ async fn clients_beyond_the_cgroup_get_503() {
     const CLIENTS: usize = 8000;
     rlimit::increase_nofile_limit(u64::MAX).expect("a limit can be read");
     let Some(cgroup) = Cgroup::new(12 * MIB) else { return };
-    // An explicit number wins over the one that would fit, so that only the kernel's count is left to go by.
+    // An explicit number overrides the computed one, so that only the kernel's accounting limits
+    // connections.
     let node = Node::start_in(&cgroup, &["--max-connections", "15000"]).await;
     let warning = "the settings need more memory than available";
     until("the warning", || async { node.log().contains(warning).then_some(()) }).await;
@@ -98,7 +99,7 @@ async fn joins_work_after_a_flood_of_channel_names() {
              Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n\
              Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
         );
-        // A node without memory answers before it reads, and may have closed the connection by then.
+        // A node without memory answers before it reads, and may have closed the connection.
         let mut answer = Vec::new();
         let _ = stream.write_all(request.as_bytes()).await;
         let _ = stream.read_buf(&mut answer).await;
@@ -106,7 +107,8 @@ async fn joins_work_after_a_flood_of_channel_names() {
     };
     let (mut named, mut rejected) = (0, 0);
     while named < NAMES {
-        // Sixteen at a time from changing addresses, each gone at once; a long name takes more memory.
+        // Sixteen at a time from changing addresses, each closed at once. Long names take more
+        // memory.
         let batch = (0..16).map(|n| {
             let address = format!("10.{}.{}.1", n, (named / 16) % 250);
             join(address, format!("{named}-{n}-{}", "x".repeat(100)))

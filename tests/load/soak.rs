@@ -1,7 +1,8 @@
-//! Faults of every kind, one after the other, while clients subscribe and publish; the checker runs about once a minute.
-//! Every kind happens once, in a random order; then they are random until `SOAK_SECONDS` are over (20 by default;
-//! `tests/run.sh` sets two minutes, or the value of its `--soak`). `SOAK_SEED` chooses order and moments: the seed is
-//! printed, and repeats the same faults, though not to the millisecond.
+//! Faults of every kind, one after the other, while clients subscribe and publish; the checker runs
+//! about once a minute. Every kind happens once, in a random order; then they are random until
+//! `SOAK_SECONDS` are over (20 by default; `tests/run.sh` sets two minutes, or the value of its
+//! `--soak`). `SOAK_SEED` chooses order and moments: the seed is printed, and repeats the same
+//! faults, though not to the millisecond.
 
 use std::io::Write;
 use std::time::{Duration, Instant, SystemTime};
@@ -13,21 +14,21 @@ use crate::common::{Client, Redis, Rng, Silence};
 use crate::workload::run::{Run, Workload};
 use crate::workload::testbed::Testbed;
 
-/// How long one workload works before it is judged: what it noted must fit into memory.
+/// How long a workload runs until it is checked: its records must fit into memory.
 const ROUND: Duration = Duration::from_secs(60);
 
-/// How many kinds of faults there are.
+/// The number of kinds of faults.
 const FAULTS: u64 = 20;
 
-/// Says something at once, also where a test's output is kept back until it fails.
+/// Prints at once, although libtest captures the output of tests.
 fn say(text: &str) {
-    let _ = writeln!(std::io::stderr(), "{text}"); // who can't hear it can't be helped
+    let _ = writeln!(std::io::stderr(), "{text}"); // stderr may be closed
 }
 
-/// Says how to have the same again, below all that a failure prints.
-struct Again(u64);
+/// Prints how to repeat the faults, at the end of a failure's output.
+struct RepeatHint(u64);
 
-impl Drop for Again {
+impl Drop for RepeatHint {
     fn drop(&mut self) {
         if std::thread::panicking() {
             say(&format!(
@@ -38,10 +39,10 @@ impl Drop for Again {
     }
 }
 
-/// Lets one thing go wrong, and right again.
+/// Injects a fault of this kind, and ends it.
 async fn fault(testbed: &mut Testbed, run: &Run, kind: u64, rng: &mut Rng) -> String {
     let place = rng.below(2) as usize;
-    // Most faults are short; one in four may outlast every patience of a node. It is what is tested.
+    // Most faults are short. One in four may outlast all timeouts of a node.
     let most = if rng.below(4) == 0 { 7000 } else { 1500 };
     let time = Duration::from_millis(100 + rng.below(most));
     let proxy = &testbed.proxies[place];
@@ -165,12 +166,12 @@ async fn fault(testbed: &mut Testbed, run: &Run, kind: u64, rng: &mut Rng) -> St
     format!("{what} ({time:?}, node {place})")
 }
 
-/// A replica is cut off, promoted, and takes over; the old primary is gone before anyone comes to the new one, so that
-/// there are never two.
+/// A replica is disconnected, promoted, and takes over. The old primary is killed before any client
+/// uses the new one, so that there are never two.
 async fn failover(testbed: &mut Testbed, run: &Run) {
     let mut replica = Redis::replica_of(&testbed.redis).await;
     replica.promote().await;
-    sleep(Duration::from_millis(200)).await; // what is acknowledged meanwhile is lost
+    sleep(Duration::from_millis(200)).await; // events acknowledged meanwhile are lost
     testbed.redis.kill();
     run.connect_programs(&replica);
     for proxy in &testbed.proxies {
@@ -188,11 +189,11 @@ async fn random_faults() {
         || SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).expect("after 1970").as_micros() as u64;
     let seed = number("SOAK_SEED").unwrap_or_else(|| clock() % 1_000_000);
     say(&format!("soak: {length:?} with SOAK_SEED={seed}"));
-    let _again = Again(seed);
+    let _hint = RepeatHint(seed);
     let mut rng = Rng(seed);
-    let (start, mut faults, mut acked, mut told) = (Instant::now(), 0, 0, 0);
+    let (start, mut faults, mut acked, mut losses) = (Instant::now(), 0, 0, 0);
     let redis = Redis::start(&["--appendonly", "yes", "--maxmemory-policy", "noeviction"]).await;
-    // Hardly a second of events in memory: whoever stalls or stays away reads history.
+    // Less than a second of events in memory, so that slow and disconnected clients read history.
     let flags = ["--publish-timeout", "3s", "--buffer-memory", "64KiB"];
     let mut testbed = Testbed::on(redis, &flags).await;
     let mut kinds: Vec<u64> = (0..FAULTS).collect();
@@ -219,17 +220,17 @@ async fn random_faults() {
             faults += 1;
             say(&format!("soak: {:4} s, fault {faults}: {what}", start.elapsed().as_secs()));
             if rng.below(3) > 0 {
-                run.wait_for_delivery().await; // the others follow one another at once
+                run.wait_for_delivery().await; // otherwise the next fault follows at once
             }
         }
         testbed.ready().await;
         let report = run.end().await;
         acked += report.acked();
-        told += report.told();
+        losses += report.losses_reported();
     }
-    say(&format!("soak: {faults} faults, {acked} events acknowledged, {told} times a client was told"));
+    say(&format!("soak: {faults} faults, {acked} events acknowledged, {losses} losses reported"));
     assert!(acked > 100);
-    // And all is as it was: a plain client on one node gets an event of the other.
+    // After all faults a plain client on one node gets an event of the other.
     let mut client = Client::plain(&testbed.nodes.get(0), "last", "after").await;
     let id = testbed.nodes.get(1).publish("after", &json!({"n": 1})).await;
     let event = loop {

@@ -1,6 +1,7 @@
-//! A reconnect storm: ten thousand clients cut at once come back with their last ids while a thousand others stay and
-//! events go on. Every event of everybody is checked (`benches/support/reconnect_clients.rs`), and what it cost Redis is counted.
-//! How live events fare meanwhile is what `cargo bench --bench storm` shows.
+//! A reconnect storm: ten thousand clients lose their connections at once and resume with their
+//! last ids, while a thousand others stay and events continue. Every event of every client is
+//! checked (`benches/support/reconnect_clients.rs`), and the reads of Redis are counted. `cargo
+//! bench --bench storm` measures the latency of live events meanwhile.
 
 #[path = "../../benches/support/files.rs"]
 mod files;
@@ -18,21 +19,21 @@ use tokio::sync::oneshot;
 use crate::common::{Node, Redis, Resp};
 use reconnect_clients::ReconnectClients;
 
-/// Who is cut, and who stays.
+/// Clients that lose their connection, and clients that stay.
 const CUT: usize = 10_000;
 const STAY: usize = 1_000;
 
-/// Events of a page of history; a page begins where an id is a multiple of it.
+/// Events per page of history. Pages start at multiples of it.
 const PAGE: u64 = 256;
 
-/// Time between two events while clients come back.
+/// Time between two events while clients resume.
 const PACE: Duration = Duration::from_millis(250);
 
-/// Who publishes: `{"n":0}`, `{"n":1}`… so that each number belongs to one id.
+/// Publishes `{"n":0}`, `{"n":1}`… so that each number belongs to one id.
 struct Publisher {
     redis: Resp,
     next: u64,
-    /// The last id given.
+    /// The last id.
     last: u64,
 }
 
@@ -46,7 +47,7 @@ impl Publisher {
     }
 }
 
-/// Checks that an event's number belongs to its id, as the first event did for everybody.
+/// Checks that an event's number belongs to its id, as the first event showed.
 fn same_for_all() -> impl FnMut(usize, u64, &[u8]) -> anyhow::Result<()> {
     let mut between = None;
     move |_, id, text| {
@@ -62,12 +63,12 @@ fn same_for_all() -> impl FnMut(usize, u64, &[u8]) -> anyhow::Result<()> {
     }
 }
 
-/// How a node's history was read.
+/// How often history was read.
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct Reads {
-    /// As the node counts it.
+    /// As counted by the node.
     node: u64,
-    /// As Redis counts it: ranges of the stream. Nothing else asks for any.
+    /// Ranges of streams, as counted by Redis. Nothing else reads any.
     ranges: u64,
 }
 
@@ -79,26 +80,26 @@ impl Reads {
         Reads { node: node.metric("fanfare_bus_reads_total").await as u64, ranges }
     }
 
-    /// Whether each of these pages was read once at most. The last one goes on while it is read, so it may be read
-    /// again from there. Within Redis a page takes eight steps, one more where it is read from both sides of a position,
-    /// and one for the oldest event held.
+    /// Whether each of these pages was read at most once. The last page grows while it is read, so
+    /// it may be read again. In Redis a page takes eight steps, one more if it is read from both
+    /// sides of a position, and one for the oldest event.
     fn are_of(self, pages: u64) -> bool {
         (1..=pages + 1).contains(&self.node) && self.ranges <= 10 * self.node
     }
 }
 
-/// Ten thousand about to be cut, a thousand who stay, and who publishes to them.
+/// Clients that are about to lose their connections, clients that stay, and a publisher.
 struct Storm {
     redis: Redis,
     publisher: Publisher,
     clients: ReconnectClients,
-    /// The last id that everybody has.
+    /// The last id that all clients have.
     at: u64,
 }
 
 impl Storm {
-    /// Everybody comes: those who stay to one node, the others to another or the same.
-    async fn gathers(redis: Redis, stay: &Node, cut: &Node) -> Storm {
+    /// Connects all clients: those that stay to one node, the others to another or the same.
+    async fn start(redis: Redis, stay: &Node, cut: &Node) -> Storm {
         let mut clients = ReconnectClients::new("user", "room").expect("a poll");
         clients.add(STAY + CUT);
         let (stay, cut) = (stay.public, cut.public);
@@ -111,20 +112,20 @@ impl Storm {
         let mut publisher = Publisher { redis: redis.client().await, next: 0, last: 0 };
         publisher.publish(1).await;
         let at = publisher.last;
-        Storm { redis, publisher, clients: everybody_has(clients, at).await, at }
+        Storm { redis, publisher, clients: wait_for_all(clients, at).await, at }
     }
 
-    /// Those who are there get so many events more.
-    async fn wait_for_acks(mut self, events: u64) -> Storm {
+    /// Publishes this many events to the connected clients.
+    async fn publish(mut self, events: u64) -> Storm {
         let last = self.publisher.last + events;
-        let (clients, ()) = tokio::join!(everybody_has(self.clients, last), self.publisher.publish(events));
+        let (clients, ()) = tokio::join!(wait_for_all(self.clients, last), self.publisher.publish(events));
         assert_eq!(self.publisher.last, last, "ids are contiguous");
         Storm { clients, ..self }
     }
 
-    /// Everybody who is away comes back at `node`, while events go on, and gets all. Says how the node read history,
-    /// and over how many pages that lay.
-    async fn comes_back(mut self, node: &Node) -> (Reads, u64) {
+    /// All disconnected clients resume on `node` while events continue, and get all of them.
+    /// Returns how the node read history, and over how many pages the missed events were spread.
+    async fn resume(mut self, node: &Node) -> (Reads, u64) {
         assert_eq!(self.clients.away(), CUT);
         let before = Reads::of(node, &self.redis).await;
         let (over, mut stop) = oneshot::channel();
@@ -142,7 +143,7 @@ impl Storm {
         };
         let (clients, ()) = tokio::join!(coming, publishing);
         let last = self.publisher.last;
-        let clients = everybody_has(clients, last).await;
+        let clients = wait_for_all(clients, last).await;
         assert_eq!(clients.away(), 0);
         let after = Reads::of(node, &self.redis).await;
         let reads = Reads { node: after.node - before.node, ranges: after.ranges - before.ranges };
@@ -150,7 +151,7 @@ impl Storm {
     }
 }
 
-async fn everybody_has(mut clients: ReconnectClients, id: u64) -> ReconnectClients {
+async fn wait_for_all(mut clients: ReconnectClients, id: u64) -> ReconnectClients {
     blocking(move || {
         clients.wait_for(id, &mut same_for_all())?;
         Ok(clients)
@@ -158,7 +159,7 @@ async fn everybody_has(mut clients: ReconnectClients, id: u64) -> ReconnectClien
     .await
 }
 
-/// Clients in thousands keep a thread to themselves.
+/// Thousands of clients run on their own thread.
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> anyhow::Result<T> + Send + 'static) -> T {
     let done = tokio::task::spawn_blocking(work).await.expect("it does not panic");
     done.unwrap_or_else(|error| panic!("{error:?}"))
@@ -170,9 +171,9 @@ async fn resumes_from_memory() {
     files::allow_files(CUT + STAY).expect("as many open files");
     let redis = Redis::start(&[]).await;
     let node = Node::on(&redis, &["--shards", "2"]).await;
-    let mut storm = Storm::gathers(redis, &node, &node).await;
+    let mut storm = Storm::start(redis, &node, &node).await;
     storm.clients.cut(STAY..STAY + CUT);
-    let (reads, _) = storm.wait_for_acks(100).await.comes_back(&node).await;
+    let (reads, _) = storm.publish(100).await.resume(&node).await;
     assert_eq!(reads, Reads { node: 0, ranges: 0 });
 }
 
@@ -183,16 +184,16 @@ async fn resumes_from_redis_history() {
     let redis = Redis::start(&[]).await;
     let flags = ["--shards", "2", "--buffer-memory", "64KiB", "--max-message-size", "1KiB"]; // some 100 events a shard
     let node = Node::on(&redis, &flags).await;
-    let mut storm = Storm::gathers(redis, &node, &node).await;
+    let mut storm = Storm::start(redis, &node, &node).await;
     storm.clients.cut(STAY..STAY + CUT);
     for _ in 0..10 {
-        storm = storm.wait_for_acks(50).await; // so that those who stay don't fall behind, and need no history
+        storm = storm.publish(50).await; // so that the clients that stay do not fall behind and read history
     }
-    let (reads, pages) = storm.comes_back(&node).await;
+    let (reads, pages) = storm.resume(&node).await;
     assert!(pages >= 3 && reads.are_of(pages), "{reads:?} of {pages} pages");
 }
 
-/// The node dies under ten thousand, who all come to another that nobody was on.
+/// A node with ten thousand clients dies. They all resume on a new node.
 #[tokio::test]
 async fn resumes_on_a_new_node_after_a_crash() {
     let _alone = crate::alone().await;
@@ -200,10 +201,10 @@ async fn resumes_on_a_new_node_after_a_crash() {
     let redis = Redis::start(&[]).await;
     let flags = ["--shards", "2"];
     let (stay, dies) = tokio::join!(Node::on(&redis, &flags), Node::on(&redis, &flags));
-    let storm = Storm::gathers(redis, &stay, &dies).await;
+    let storm = Storm::start(redis, &stay, &dies).await;
     dies.kill();
-    let storm = storm.wait_for_acks(100).await;
+    let storm = storm.publish(100).await;
     let node = Node::on(&storm.redis, &flags).await;
-    let (reads, pages) = storm.comes_back(&node).await;
+    let (reads, pages) = storm.resume(&node).await;
     assert!(reads.are_of(pages), "{reads:?} of {pages} pages");
 }

@@ -1,4 +1,5 @@
-//! Strangers behind a real nginx: a thousand bad handshakes of every kind take no node out and disturb no client.
+//! Untrusted input through a real nginx: a thousand bad handshakes of every kind take no node out
+//! and affect no client.
 
 use std::cell::Cell;
 use std::net::SocketAddr;
@@ -16,7 +17,7 @@ use crate::common::{Client, Nginx, Node, Options, Raw, Redis};
 
 const SECRET: &str = "a secret that is long enough for HS256";
 const BAD: usize = 1000;
-/// Who has all the connections that one address may have.
+/// An address with as many connections as one address may have.
 const CROWDED: [u8; 4] = [127, 0, 0, 3];
 
 fn token(key: &str, user: &str) -> String {
@@ -25,8 +26,8 @@ fn token(key: &str, user: &str) -> String {
     String::from_utf8(output.expect("the binary can be run").stdout).expect("text").trim_end().to_owned()
 }
 
-/// A bad handshake: where from, what is sent, and the statuses that may answer it, from the node or from nginx itself.
-/// None: the client does not wait for one.
+/// A bad handshake: its source address and bytes, and the statuses that may answer it, from the
+/// node or from nginx. None: the client does not wait for a response.
 struct Bad {
     from: [u8; 4],
     bytes: Vec<u8>,
@@ -40,7 +41,7 @@ fn upgrade(target: &str, headers: &str) -> String {
     )
 }
 
-/// One of every kind that is not a 503.
+/// One of every kind without a 503.
 fn kinds(key: &str) -> Vec<Bad> {
     let target = format!("/ws/alice?token={}", token(key, "alice"));
     let greedy = format!("/ws/greedy?token={}", token(key, "greedy"));
@@ -75,19 +76,19 @@ fn kinds(key: &str) -> Vec<Bad> {
         with("Transfer-Encoding: chunked\r\n", &[400]).followed_by("5\r\nhello\r\n0\r\n\r\n"),
         with("Transfer-Encoding: gzip\r\n", &[400, 501]),
         kind(upgrade("/ws/alice", "").replace("\r\n", "\n"), &[401]), // nginx takes bare LF and sends CRLF
-        // Too long, too many.
+        // Sizes and counts.
         kind(upgrade(&format!("{target}&x={long}"), ""), &[414]),
         with(&format!("X-1: {part}\r\nX-2: {part}\r\nX-3: {part}\r\n"), &[431]),
         with(&format!("X-1: {long}\r\n"), &[400]),
         with(&many, &[431]),
-        // Who it is.
+        // Origin, user and token.
         with("Origin: https://example.com\r\n", &[403]),
         with("Origin: null\r\n", &[403]),
         kind(upgrade("/ws/alice", ""), &[401]),
         kind(upgrade("/ws/alice?token=a.b.c", ""), &[401]),
         kind(upgrade(&target.replace("/ws/alice", "/ws/bob"), ""), &[401]),
         with("X-Forwarded-For: unknown\r\n", &[400]),
-        // Where to.
+        // Path and query.
         kind(upgrade("/ws/%0A", ""), &[400]),
         kind(upgrade("/ws/%00", ""), &[400]),
         kind(upgrade("/ws/%FF", ""), &[400]),
@@ -98,12 +99,12 @@ fn kinds(key: &str) -> Vec<Bad> {
         // Too many connections.
         kind(upgrade(&greedy, ""), &[429]),
         Bad { from: CROWDED, ..with("", &[429]) },
-        // What is no HTTP/1.1.
+        // Other protocols.
         kind("\x16\x03\x01\x02\0\x01\0\x01\u{fc}\x03\x03\r\n\r\n".into(), &[400]),
         kind("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".into(), &[400, 405, 505]),
         kind("PROXY TCP4 192.0.2.1 127.0.0.1 1 2\r\n".to_owned() + &good, &[400]),
         kind("nonsense\r\n\r\n".into(), &[400]),
-        // Gone before the end, or before the answer.
+        // Closed before the end of the request, or before the response.
         kind(good[..good.len() - 10].into(), &[]),
         kind(upgrade("/ws/alice", ""), &[]),
         kind(good.clone(), &[]),
@@ -118,7 +119,7 @@ impl Bad {
 
     async fn happens(&self, at: SocketAddr) {
         let mut raw = Raw::connect_from(self.from, at).await;
-        raw.write_some(&self.bytes).await; // nginx may have answered before it has read all
+        raw.write_some(&self.bytes).await; // nginx may answer before it has read everything
         if !self.statuses.is_empty() {
             let status = raw.status().await;
             let begin = String::from_utf8_lossy(&self.bytes[..self.bytes.len().min(300)]);
@@ -127,13 +128,13 @@ impl Bad {
     }
 }
 
-/// Two nodes, nginx in front of them, and valid clients of both.
+/// Two nodes behind nginx, and valid clients of both.
 struct Scene {
     key: String,
     nodes: [Node; 2],
     nginx: Nginx,
     clients: Vec<Client>,
-    /// Connections that fill a user's and an address's places, and channels.
+    /// Connections that exhaust the limits of a user, an address and the channels.
     _held: Vec<Raw>,
     _redis: Redis,
     _directory: Directory,
@@ -162,8 +163,8 @@ impl Scene {
         let nginx = start_nginx(&[a.public, b.public]).await;
         let mut held = Vec::new();
         for (from, user) in [(CROWDED, "a"), (CROWDED, "b"), ([127, 0, 0, 1], "greedy")] {
-            // In the default channel, which with the clients' is all that the nodes may follow. nginx may go to the
-            // fuller node, and be refused there.
+            // With the default channel these are all channels that the nodes may follow. nginx may
+            // choose the fuller node, which rejects the client.
             while held.len() < if user == "greedy" { 8 } else { 4 } {
                 let mut raw = Raw::connect_from(from, nginx.addr).await;
                 if raw.upgrade(&format!("/ws/{user}?token={}", token(&key, user)), &[]).await.status != 101 {
@@ -180,7 +181,7 @@ impl Scene {
         Scene { key, nodes: [a, b], nginx, clients, _held: held, _redis: redis, _directory: directory }
     }
 
-    /// Bad handshakes, twenty at a time, while clients publish and get every event.
+    /// Sends bad handshakes, twenty at a time, while clients publish and get every event.
     async fn plays(&mut self, kinds: &[Bad]) {
         let at = self.nginx.addr;
         let over = Cell::new(false);
@@ -192,7 +193,7 @@ impl Scene {
         let events = async {
             let mut events = 0;
             while !over.get() {
-                // Each client in its turn publishes through nginx, and all get it.
+                // The clients publish in turn through nginx, and all of them get the event.
                 let sender = events % self.clients.len();
                 let (answer, before) = self.clients[sender].send_for_ack(json!({ "data": events })).await;
                 let id = answer.expect("it is published");
@@ -215,7 +216,8 @@ impl Scene {
         );
     }
 
-    /// No node was taken out: new clients reach both, and nginx has nothing to say about its upstreams.
+    /// Asserts that no node was taken out: new clients reach both, and nginx reports nothing about
+    /// its upstreams.
     async fn stands(&self) {
         let joins = async || {
             join_all(self.nodes.iter().map(|node| node.metric("fanfare_connections_upgraded_total"))).await
@@ -230,7 +232,7 @@ impl Scene {
         let about: Vec<_> =
             self.nginx.errors().into_iter().filter(|line| line.contains("upstream")).collect();
         assert!(about.is_empty(), "{about:#?}");
-        // Whom nginx asked has answered, unless the client had gone (499).
+        // Every request that nginx forwarded was answered, unless the client had closed (499).
         let silent = |line: &&String| {
             let mut words = line.split(' ').filter(|word| !word.is_empty());
             let status = words.next().unwrap_or_default();
@@ -248,12 +250,13 @@ async fn client(nginx: &Nginx, key: &str, user: &str) -> Client {
         subprotocol: Some(common::client::JSON_MODE),
         ..Options::default()
     };
-    let mut client = Client::try_open(nginx.addr, user, &options).await.expect("a way in");
+    let mut client = Client::try_open(nginx.addr, user, &options).await.expect("a connection");
     client.welcome().await;
     client
 }
 
-/// With nginx's own rule, by which one silent close takes a node out for 10 seconds.
+/// With nginx's default rule, by which a single close without a response takes a node out for 10
+/// seconds.
 #[tokio::test]
 async fn bad_handshakes_take_no_node_out() {
     let mut scene = Scene::set(Nginx::unforgiving_before).await;
@@ -262,13 +265,14 @@ async fn bad_handshakes_take_no_node_out() {
     scene.stands().await;
 }
 
-/// As README sets it up: also refusals with 503, which nginx tries on the other node, take no node out.
+/// With the documented configuration, rejections with 503, which nginx retries on the other node,
+/// take no node out.
 #[tokio::test]
 async fn rejections_with_503_go_to_the_other_node() {
     let mut scene = Scene::set(Nginx::before).await;
     let key = scene.key.clone();
     let full = |number: usize| {
-        let user = format!("full{number}"); // one each, since those who wait for the answer count too
+        let user = format!("full{number}"); // one each, since connections that wait for the response count too
         let target = format!("/ws/{user}?token={}&channel=new{number}", token(&key, &user));
         Bad { from: [127, 0, 0, 1], bytes: upgrade(&target, "").into(), statuses: &[503] }
     };
@@ -279,8 +283,8 @@ async fn rejections_with_503_go_to_the_other_node() {
     assert!(tried_twice > 0, "{:?}", scene.nginx.requests());
 }
 
-/// The node has written it long before the client has read it: nginx and the kernels hold megabytes, and pings wait
-/// behind them.
+/// The node has written the event long before the client has read it: nginx and the kernels buffer
+/// megabytes, and pings wait behind them.
 #[tokio::test]
 async fn slow_reader_gets_a_large_event() {
     const SIZE: usize = 6_000_000;
@@ -289,7 +293,7 @@ async fn slow_reader_gets_a_large_event() {
     let nginx = Nginx::with_large_buffers_before(&[node.public]).await;
     let mut raw = Raw::upgraded(nginx.addr, "/ws/slow?channel=room").await;
     let first = node.publish("room", &json!({ "text": "x".repeat(SIZE) })).await;
-    let frame = raw.next_slowly(60_000, Duration::from_millis(100)).await; // ten seconds: slowness is what is tested
+    let frame = raw.next_slowly(60_000, Duration::from_millis(100)).await; // ten seconds: the slowness is what is tested
     let (opcode::TEXT, text) = frame else { panic!("{} instead of a text", frame.0) };
     let event: Value = serde_json::from_slice(&text).expect("JSON");
     assert_eq!((event["id"].as_u64(), event["text"].as_str().map(str::len)), (Some(first), Some(SIZE)));

@@ -1,4 +1,5 @@
-//! `fanfare doctor` as an operator runs it: real limits of this process, a real Redis with bad settings, none at all.
+//! `fanfare doctor` as an operator runs it: with real limits, a real Redis with bad settings, or
+//! without Redis.
 
 use std::process::{Command, Output};
 
@@ -7,7 +8,7 @@ use serde_json::json;
 use crate::common::process::Directory;
 use crate::common::{Client, Node, Redis, within};
 
-/// What it said, and its exit code.
+/// Its output and exit code.
 struct Said {
     text: String,
     errors: String,
@@ -15,7 +16,7 @@ struct Said {
 }
 
 impl Said {
-    /// The finding on this, with all its lines.
+    /// The finding on this subject, with all its lines.
     fn on(&self, what: &str) -> String {
         let mut lines =
             self.text.lines().skip_while(|line| line.get(11..).is_none_or(|rest| !rest.starts_with(what)));
@@ -38,7 +39,7 @@ async fn doctor(args: &[&str], env: &[(&str, &str)]) -> Said {
     run(command).await
 }
 
-/// The same in a shell that may have so many files open.
+/// The same in a shell with this limit on open files.
 async fn doctor_with_files(files: u32, args: &[&str]) -> Said {
     let mut command = Command::new("sh");
     command
@@ -57,7 +58,7 @@ async fn low_file_limit_is_a_problem_with_advice() {
     assert!(finding.starts_with("PROBLEM") && finding.contains("but 500 allowed"), "{finding}");
     assert!(finding.contains("-> fanfare.service: LimitNOFILE="), "{finding}");
     assert!(said.text.contains("No Redis"), "{}", said.text);
-    // Enough for few. Without --connections it is what the limit allows.
+    // Sufficient for a few connections. Without --connections it is what the limit allows.
     for args in [&["--connections=10"][..], &[]] {
         let said = doctor_with_files(500, args).await;
         assert!(said.on("open files").starts_with("ok"), "{}", said.text);
@@ -111,7 +112,7 @@ async fn bad_redis_settings_are_named_with_advice() {
         assert!(finding.starts_with(level) && finding.contains(line), "{what}: {finding}");
     }
     assert!(!said.text.contains("hunter2") && said.text.contains(":***@"), "{}", said.text);
-    // It has changed nothing: the function is the nodes' own.
+    // It has changed nothing: only nodes load the function.
     let mut client = redis.client().await;
     client.call(&["AUTH", "hunter2"]).await;
     assert_eq!(client.call(&["FUNCTION", "LIST"]).await.list(), []);
@@ -156,7 +157,7 @@ async fn replicas_and_missing_rights_are_found() {
     let said = doctor(&["--connections", "10", "--redis", &primary.url()], &[]).await;
     assert!(said.on("replicas").contains("-> redis.conf: min-replicas-to-write 1"), "{}", said.text);
 
-    // What a managed service hides, and what an administrator has forgotten.
+    // Information that a managed service hides, and rights that an administrator forgot.
     let mut client = primary.client().await;
     let rights =
         "~fanfare:* &fanfare:* &ws_broadcast +@read +@write +@pubsub +@scripting +@connection +info +time";

@@ -1,4 +1,5 @@
-//! How a node stops: when, how evenly, with which words, and what becomes of those who don't listen.
+//! Shutdown of a node: when it exits, how evenly connections are closed, with which frames, and
+//! with clients that do not read.
 
 use std::time::{Duration, Instant};
 
@@ -11,7 +12,7 @@ use tokio_tungstenite::tungstenite::Message;
 use crate::common::proxy::Silence;
 use crate::common::{Client, Node, Proxy, Raw, Redis, until, within};
 
-/// What the longest drain here may take on top: two looks of the shards, and a busy machine.
+/// What a drain may take in addition: two ticks of the shards, and a busy machine.
 const SLACK: Duration = Duration::from_millis(1500);
 
 #[tokio::test]
@@ -21,14 +22,14 @@ async fn closes_are_spread_over_the_drain() {
     for n in 0..60 {
         clients.push(Client::plain(&node, &format!("user{n}"), "room").await);
     }
-    let begun = Instant::now();
+    let started = Instant::now();
     node.signal("TERM");
     let mut closes = JoinSet::new();
     for mut client in clients {
         closes.spawn(async move {
             let close = client.expect_close().await;
             assert_eq!(close, (1012, "the node is restarting: reconnect".into()));
-            begun.elapsed()
+            started.elapsed()
         });
     }
     until("readiness to go", || async {
@@ -38,9 +39,9 @@ async fn closes_are_spread_over_the_drain() {
     .await;
     let closes = closes.join_all().await;
     assert!(node.ended().await.success());
-    let took = begun.elapsed();
-    assert!(took < Duration::from_secs(4), "nobody was left to wait for: {took:?} {closes:?}");
-    // The last quarter is for last words: 60 closes in 3 seconds.
+    let took = started.elapsed();
+    assert!(took < Duration::from_secs(4), "all clients have gone: {took:?} {closes:?}");
+    // The last quarter of the time is for flushing: 60 closes in 3 seconds.
     let after = |time| closes.iter().filter(|close| **close >= Duration::from_millis(time)).count();
     assert!((15..=45).contains(&after(1500)), "{closes:?}");
     for begin in (0..=2000).step_by(250) {
@@ -68,10 +69,10 @@ async fn unresponsive_clients_do_not_delay_exit() {
         (node.metric("fanfare_slow_connections").await >= 5.0).then_some(())
     })
     .await;
-    let begun = Instant::now();
+    let started = Instant::now();
     node.signal("TERM");
     assert!(node.ended().await.success());
-    let took = begun.elapsed();
+    let took = started.elapsed();
     assert!((Duration::from_millis(1900)..Duration::from_secs(2) + SLACK).contains(&took), "{took:?}");
     drop(deaf);
 }
@@ -83,23 +84,23 @@ async fn drain_timeout_of_zero_closes_all_at_once() {
     for _ in 0..20 {
         clients.push(Client::plain(&node, "a", "room").await);
     }
-    let begun = Instant::now();
+    let started = Instant::now();
     node.signal("INT");
     for client in &mut clients {
         assert_eq!(client.expect_close().await.0, 1012);
     }
     assert!(node.ended().await.success());
-    assert!(begun.elapsed() < SLACK);
+    assert!(started.elapsed() < SLACK);
 }
 
 #[tokio::test]
 async fn node_without_clients_exits_at_once() {
     let node = Node::start(&["--drain-timeout", "10m"]).await;
     Client::plain(&node, "a", "room").await.leave().await;
-    let begun = Instant::now();
+    let started = Instant::now();
     node.signal("TERM");
     assert!(node.ended().await.success());
-    assert!(begun.elapsed() < SLACK);
+    assert!(started.elapsed() < SLACK);
 }
 
 #[tokio::test]
@@ -109,10 +110,10 @@ async fn second_signal_exits_at_once() {
         let _client = Client::plain(&node, "a", "room").await;
         node.signal(first);
         node.unready().await;
-        let begun = Instant::now();
+        let started = Instant::now();
         node.signal(second);
         assert!(node.ended().await.success(), "it was asked to, twice");
-        assert!(begun.elapsed() < SLACK);
+        assert!(started.elapsed() < SLACK);
         let said = || async { node.log().contains("stopping at once").then_some(()) };
         until("its last line, which may come later than its end", said).await;
     }
@@ -122,7 +123,7 @@ async fn second_signal_exits_at_once() {
 async fn clients_can_join_during_the_drain_delay() {
     let node = Node::start(&["--drain-delay", "2s", "--drain-timeout", "1s"]).await;
     let mut before = Client::plain(&node, "a", "room").await;
-    let begun = Instant::now();
+    let started = Instant::now();
     node.signal("TERM");
     let response = until("the notice", || async {
         let response = node.get("/readyz").await;
@@ -135,7 +136,7 @@ async fn clients_can_join_during_the_drain_delay() {
     for client in [&mut before, &mut after] {
         client.expect_event(id, &json!({"n": 1})).await;
         assert_eq!(client.expect_close().await.0, 1012);
-        assert!(begun.elapsed() >= Duration::from_secs(2));
+        assert!(started.elapsed() >= Duration::from_secs(2));
     }
     assert!(TcpStream::connect(node.public).await.is_err(), "the listener is closed");
     assert!(node.ended().await.success());
@@ -144,7 +145,7 @@ async fn clients_can_join_during_the_drain_delay() {
 #[tokio::test]
 async fn queued_connections_are_answered_at_shutdown() {
     let node = Node::start(&["--shards", "1"]).await;
-    // While it stands still the kernel completes connections for it.
+    // While the process is stopped, the kernel accepts connections for it.
     node.signal("STOP");
     let mut waiting = Vec::new();
     for _ in 0..300 {
@@ -210,7 +211,7 @@ async fn flooding_clients_get_1012() {
     assert!(node.ended().await.success());
 }
 
-/// A POST /publish on a connection of its own, up to its answer.
+/// Sends a POST /publish on its own connection.
 async fn begin_publish(node: &Node, event: &str) -> Raw {
     let mut raw = Raw::connect(node.admin).await;
     let length = event.len();
@@ -233,7 +234,7 @@ async fn publish_in_flight_is_answered_before_exit() {
     let idle = Raw::connect(node.admin).await;
     node.signal("TERM");
     until("the stop", || async { node.log().contains("stopping").then_some(()) }).await;
-    tokio::time::sleep(Duration::from_millis(300)).await; // there is nobody else to wait for
+    tokio::time::sleep(Duration::from_millis(300)).await; // there are no other clients to wait for
     proxy.silence(Silence::default());
     let response = publishing.response().await;
     assert_eq!((response.status, &response.json()["id"]), (200, &json!(before + 1)), "{response:?}");
@@ -254,10 +255,10 @@ async fn unanswered_publishes_get_504_at_shutdown() {
     proxy.silence(Silence { up: false, down: true });
     let mut publishing = begin_publish(&node, r#"{"n":1}"#).await;
     until("Redis to take the event", || async { (redis.head("room").await > before).then_some(()) }).await;
-    let begun = Instant::now();
+    let started = Instant::now();
     node.signal("TERM");
     publishing.response().await.expect_refusal(504);
     drop(publishing);
     assert!(node.ended().await.success());
-    assert!(begun.elapsed() < Duration::from_secs(2) + 2 * SLACK, "{:?}", begun.elapsed());
+    assert!(started.elapsed() < Duration::from_secs(2) + 2 * SLACK, "{:?}", started.elapsed());
 }

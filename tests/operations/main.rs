@@ -1,4 +1,5 @@
-//! A node as operators run it: under systemd, behind nginx, over TLS, stopped and replaced, observed.
+//! A node in operation: systemd, nginx, TLS, shutdown and rolling restarts, diagnosis, metrics and
+//! logs.
 
 #[path = "../checker/mod.rs"]
 mod checker;

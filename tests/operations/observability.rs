@@ -1,4 +1,4 @@
-//! What an operator sees of a node: metrics, stats, the dashboard over them, the log.
+//! Metrics, stats, the dashboard and the log.
 
 use std::collections::BTreeSet;
 use std::io::Write;
@@ -11,13 +11,13 @@ use crate::common::{Client, Node, Raw, Redis, http, until};
 
 const DASHBOARD: &str = include_str!("../../grafana/fanfare.json");
 
-/// The names in this text that could be metrics'.
+/// Words in this text that may be names of metrics.
 fn names(text: &str) -> BTreeSet<&str> {
     let words = text.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
     words.filter(|word| word.starts_with("fanfare_") || word.starts_with("process_")).collect()
 }
 
-/// The families that these metrics consist of.
+/// The families of these metrics.
 fn families(metrics: &str) -> BTreeSet<&str> {
     let types = metrics.lines().filter_map(|line| line.strip_prefix("# TYPE "));
     types.filter_map(|line| line.split(' ').next()).collect()
@@ -27,7 +27,8 @@ async fn metrics(node: &Node) -> String {
     node.admin("GET", "/metrics", b"").await.body
 }
 
-/// Prometheus' own judgement. It is in Debian's package prometheus; tests/run.sh installs it.
+/// Checks metrics with Prometheus's promtool, which is in Debian's package prometheus; tests/run.sh
+/// installs it.
 fn promtool(metrics: &str) {
     let mut command = Command::new("promtool");
     command.args(["check", "metrics"]).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -67,7 +68,8 @@ async fn activity_is_counted() {
     bob.next_event().await;
     bob.send("no JSON").await;
     bob.expect_error(None).await;
-    // One pass for both, and one event brought to bob without a pass. They are counted when a turn is over.
+    // One fan-out for both, and one private event without a fan-out. They are counted at the end of
+    // a turn.
     let count = |name: &'static str| node.metric(name);
     until("what was delivered to be counted", || async {
         let latencies = count("fanfare_delivery_latency_seconds_count").await;
@@ -81,10 +83,10 @@ async fn activity_is_counted() {
     assert_eq!(count("fanfare_bus_published_total").await, 2.0);
     assert_eq!(node.metric_of("fanfare_publish_errors_total", r#"code="invalid""#).await, 1.0);
     assert!(count("fanfare_buffer_bytes").await > 0.0);
-    // At least both requests; and what was sent is more than both answers.
+    // At least both requests; the responses are larger.
     assert!(count("fanfare_received_bytes_total").await > 300.0);
     assert!(count("fanfare_sent_bytes_total").await > 300.0);
-    until("canaries", || async { (count("fanfare_bus_round_trip_seconds_count").await > 1.0).then_some(()) })
+    until("probes", || async { (count("fanfare_bus_round_trip_seconds_count").await > 1.0).then_some(()) })
         .await;
 
     for (path, origin, status) in [("/ws/a?channel=a%20b", "", 400), ("/ws/a", "https://evil.example", 403)] {
@@ -98,7 +100,7 @@ async fn activity_is_counted() {
         assert_eq!(node.metric_of("fanfare_http_rejections_total", &label).await, 1.0, "{status}");
     }
 
-    // Stats show the same; that nothing is in one alone is tested beside the table.
+    // Stats show the same. That both have the same fields is tested beside the table.
     until("the refused to be gone", || async { (count("fanfare_connections").await == 2.0).then_some(()) })
         .await;
     let stats = node.admin("GET", "/stats", b"").await.json();
@@ -159,15 +161,15 @@ async fn dashboard_shows_every_metric() {
         }
     }
     let hidden: Vec<_> = known.difference(&shown).collect();
-    assert_eq!(hidden, [&"fanfare_build_info"], "what is counted and not shown helps nobody");
+    assert_eq!(hidden, [&"fanfare_build_info"], "every metric is on the dashboard");
 }
 
-/// Lines of a node's log that hold this.
+/// Lines of a node's log that contain this.
 fn lines(node: &Node, part: &str) -> Vec<String> {
     node.log().lines().filter(|line| line.contains(part)).map(String::from).collect()
 }
 
-/// Strangers choose what comes here, so there must not be a way to begin a line, or to end an escape.
+/// Clients choose this text, so it must not start a line or end an escape sequence.
 const HOSTILE: &str = "a%E2%80%A8b%22%5C%7B%7D%E2%80%AE";
 
 #[tokio::test]
@@ -184,17 +186,17 @@ async fn log_has_start_stop_and_rejections() {
     }
     client.leave().await;
     let ended = || async { (lines(&node, "\"closed_by_peer\"").len() == 1).then_some(()) };
-    until("the log to tell of the client's end", ended).await;
+    until("the client's close in the log", ended).await;
     node.signal("TERM");
     assert!(node.ended().await.success());
 
     let log = node.log();
-    let told: Vec<_> = log.lines().filter_map(|line| line.strip_prefix("! ")).collect();
-    let told: Vec<Value> =
-        told.iter().map(|line| serde_json::from_str(line).expect("an object a line")).collect();
+    let entries: Vec<_> = log.lines().filter_map(|line| line.strip_prefix("! ")).collect();
+    let entries: Vec<Value> =
+        entries.iter().map(|line| serde_json::from_str(line).expect("an object a line")).collect();
     let of = |message: &str| -> Vec<&Value> {
         let is = |line: &&Value| line["message"].as_str().is_some_and(|text| text.starts_with(message));
-        told.iter().filter(is).collect()
+        entries.iter().filter(is).collect()
     };
     let [started] = of("started")[..] else { panic!("one line: {log}") };
     assert_eq!((&started["version"], &started["bus"]), (&json!(env!("CARGO_PKG_VERSION")), &json!("local")));
@@ -203,7 +205,7 @@ async fn log_has_start_stop_and_rejections() {
     assert_eq!(stopping["why"], "SIGTERM");
     let [stopped] = of("stopped")[..] else { panic!("one line: {log}") };
     assert!(stopped["seconds"].is_number() && stopped["closed"].is_u64(), "{stopped}");
-    // Thirty of each, and a line for each class. What comes in silence is counted later.
+    // Thirty of each, but only a line per class. Suppressed ones are counted in a later line.
     let refused = of("request refused");
     assert!(
         refused.iter().any(|line| line["status"] == 403 && line["why"] == "origin_not_allowed"),
@@ -234,7 +236,7 @@ async fn readyz_gives_advice_and_the_log_the_error() {
     assert!(!reason.contains("WRONGPASS") && reason.lines().count() == 1, "{reason}");
     assert_eq!(lines(&node, "WRONGPASS").len(), 1, "{}", node.log());
     assert!(!node.log().contains("hunter2"));
-    // Strangers learn nothing of it.
+    // The public listener does not show it.
     assert_eq!(node.get("/readyz").await.body, "not ready\n");
     let mut raw = Raw::connect(node.public).await;
     let response = raw.upgrade("/ws/a", &[]).await;
@@ -251,7 +253,7 @@ async fn replica_errors_are_logged_once_per_change() {
     until("a node that says what is wrong", replica_is_it).await;
     let connections =
         || async { replica.info("total_connections_received").await.parse::<u64>().expect("a number") };
-    // Each of ours takes one as well.
+    // Each request of this test takes a connection as well.
     let (before, mut ours) = (connections().await, 0);
     until("the node to have tried again and again", || {
         ours += 1;
@@ -260,16 +262,17 @@ async fn replica_errors_are_logged_once_per_change() {
     })
     .await;
     assert_eq!(lines(&node, "FCALL").len(), 1, "{}", node.log());
-    // On a machine that is slow for seconds Redis may be silent in between, which is a change.
-    let told = lines(&node, "the bus does not work");
-    let told: Vec<_> = told.iter().filter_map(|line| line.split_once("WARN")).map(|(_, what)| what).collect();
-    assert!(!told.is_empty() && told.windows(2).all(|pair| pair[0] != pair[1]), "{}", node.log());
+    // On a slow machine Redis may be silent for seconds in between, which is a change.
+    let warnings = lines(&node, "the bus does not work");
+    let warnings: Vec<_> =
+        warnings.iter().filter_map(|line| line.split_once("WARN")).map(|(_, what)| what).collect();
+    assert!(!warnings.is_empty() && warnings.windows(2).all(|pair| pair[0] != pair[1]), "{}", node.log());
     replica.promote().await;
     node.ready().await;
-    // Also on a connection that was made before: the node tries again.
+    // The node also retries on existing connections.
     let available =
         || async { (lines(&node, "FCALL fanfare_publish is available").len() == 1).then_some(()) };
-    until("the log to tell of FCALL", available).await;
+    until("a line about FCALL", available).await;
     assert!(replica.client().await.fcall("room", b"{}", None).await.int() > 0);
 }
 

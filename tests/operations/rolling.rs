@@ -1,4 +1,4 @@
-//! Nodes behind a real nginx, set as README says.
+//! Nodes behind a real nginx with the documented configuration.
 
 use std::net::SocketAddr;
 
@@ -18,7 +18,7 @@ async fn nginx_routes_around_a_dead_node() {
     let nginx = Nginx::before(&[a.public, b.public]).await;
     let mut clients = Vec::new();
     for _ in 0..4 {
-        let mut client = Client::try_open(nginx.addr, "alice", &recovering()).await.expect("a way in");
+        let mut client = Client::try_open(nginx.addr, "alice", &recovering()).await.expect("a connection");
         client.welcome().await;
         clients.push(client);
     }
@@ -38,21 +38,21 @@ async fn nginx_routes_around_a_dead_node() {
     }
     assert_eq!(gone, 2);
     for _ in 0..4 {
-        let mut client = Client::try_open(nginx.addr, "alice", &recovering()).await.expect("a way in");
+        let mut client = Client::try_open(nginx.addr, "alice", &recovering()).await.expect("a connection");
         client.welcome().await;
         clients.push(client);
     }
-    until("nginx to tell of the node that is gone", || async {
+    until("nginx to log the dead node", || async {
         nginx.errors().iter().any(|line| line.contains("Connection refused")).then_some(())
     })
     .await;
     drop(clients);
-    // A connection's line is written when it is over.
+    // The line of a connection is written when it ends.
     until("nginx to note what it did", || async { (nginx.requests().len() == 8).then_some(()) }).await;
     assert!(nginx.requests().iter().all(|line| line.starts_with("101 ")), "{:?}", nginx.requests());
 }
 
-/// Starts a node at this address, whose clients come by way of nginx.
+/// Starts a node at this address, whose clients connect through nginx.
 async fn node(redis: &Redis, at: SocketAddr, nginx: &Nginx) -> Node {
     let mut node = Node::on(
         redis,
@@ -81,8 +81,8 @@ async fn rolling_restart_behind_nginx_loses_nothing() {
     let report = run.end().await;
     report.assert_no_loss_reported();
     let moved = report.history.subscribers.iter().filter(|subscriber| subscriber.connections() > 2).count();
-    assert!(moved >= 12, "everybody who stayed was moved, and most of them twice");
-    // Nobody who knocked was turned away, though one node was always about to go.
+    assert!(moved >= 12, "every staying client moved, most of them twice");
+    // No connection was rejected, although one node was always about to stop.
     let refused: Vec<_> = nginx.requests().into_iter().filter(|line| !line.starts_with("101 ")).collect();
     assert!(refused.is_empty(), "{refused:#?}");
 }

@@ -1,4 +1,5 @@
-//! systemd's side, played: what the node says to it, when it feeds the watchdog, and sockets that it is given.
+//! The systemd protocols: notifications, the watchdog, and inherited sockets. The test plays the
+//! service manager.
 
 use std::io::{PipeReader, PipeWriter, Read, Write};
 use std::net::{SocketAddr, TcpListener};
@@ -16,7 +17,7 @@ use crate::common;
 use crate::common::process::{Directory, Process};
 use crate::common::{Client, Options, Redis, http, within};
 
-/// The service manager: it starts a node and hears what it says.
+/// The service manager: starts a node and receives its notifications.
 struct Systemd {
     socket: UnixDatagram,
     address: String,
@@ -32,7 +33,7 @@ impl Systemd {
         Systemd::with(socket, path.display().to_string(), directory)
     }
 
-    /// Its socket has a name in the abstract space, as in some containers.
+    /// With a socket in the abstract namespace, as in some containers.
     fn abstractly() -> Systemd {
         let name = format!("fanfare-test-{}", std::process::id());
         let address = UnixAddr::from_abstract_name(&name).expect("a short name");
@@ -52,7 +53,7 @@ impl Systemd {
         command
     }
 
-    /// The next line that it is told.
+    /// The next notification.
     async fn line(&mut self) -> String {
         while self.heard.is_empty() {
             let mut message = [0; 4096];
@@ -63,7 +64,7 @@ impl Systemd {
         self.heard.pop().expect("it was not empty")
     }
 
-    /// Hears on until a line for which `wanted` gives something.
+    /// Receives notifications until `wanted` returns a value for one.
     async fn until<T>(&mut self, what: &str, wanted: impl Fn(&str) -> Option<T>) -> T {
         within(what, async {
             loop {
@@ -76,7 +77,7 @@ impl Systemd {
     }
 
     async fn is_told(&mut self, line: &str) {
-        self.until(line, |told| (told == line).then_some(())).await;
+        self.until(line, |received| (received == line).then_some(())).await;
     }
 }
 
@@ -158,12 +159,12 @@ async fn watchdog_is_fed_twice_per_interval() {
     let process = Process::start("fanfare", command.env("WATCHDOG_USEC", "2000000"));
     systemd.is_told("WATCHDOG=1").await;
     for _ in 0..6 {
-        let begun = Instant::now();
+        let started = Instant::now();
         systemd.is_told("WATCHDOG=1").await;
-        // Half its time, and as much again for a busy machine: that is all that systemd grants.
-        assert!(begun.elapsed() < Duration::from_secs(2), "{:?}", begun.elapsed());
+        // Half the interval, and as much again for a busy machine: that is all that systemd allows.
+        assert!(started.elapsed() < Duration::from_secs(2), "{:?}", started.elapsed());
     }
-    // Whoever stands still as a whole says nothing.
+    // A stopped process sends nothing.
     process.signal("STOP");
     expires(&mut systemd, Duration::from_secs(2)).await;
     process.signal("CONT");
@@ -179,7 +180,7 @@ async fn watchdog_is_fed_twice_per_interval() {
     within("its end", async {
         loop {
             match systemd.line().await.as_str() {
-                "WATCHDOG=1" => panic!("it watches somebody else"),
+                "WATCHDOG=1" => panic!("the watchdog is for another process"),
                 "STOPPING=1" => return,
                 _ => {}
             }
@@ -188,7 +189,7 @@ async fn watchdog_is_fed_twice_per_interval() {
     .await;
 }
 
-/// Waits until the watchdog would have ended the node: it has not been fed for so long.
+/// Waits until the watchdog would have killed the node: until it has not been fed for this time.
 async fn expires(systemd: &mut Systemd, time: Duration) {
     within("the watchdog to expire", async {
         let mut fed = Instant::now();
@@ -201,7 +202,7 @@ async fn expires(systemd: &mut Systemd, time: Duration) {
     .await;
 }
 
-/// A pipe that takes nothing more until somebody reads.
+/// A pipe that is full until it is read.
 fn full_pipe() -> (PipeReader, PipeWriter) {
     let (reader, mut writer) = std::io::pipe().expect("a pipe");
     rustix::io::ioctl_fionbio(&writer, true).expect("a pipe");
@@ -215,23 +216,23 @@ fn full_pipe() -> (PipeReader, PipeWriter) {
 #[tokio::test]
 async fn watchdog_is_not_fed_when_a_shard_hangs() {
     let mut systemd = Systemd::new();
-    // A shard that logs waits for whoever reads the log; no other thread logs.
+    // A shard that logs blocks until the log is read. No other thread logs.
     let log = ["--log", "off,fanfare::shard=debug", "--shards", "2"];
     let (mut reader, writer) = full_pipe();
     let mut command = systemd.command(&[&LOCAL[..], &log].concat());
     command.env("WATCHDOG_USEC", "2000000").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(writer);
     let process = Process::spawn("fanfare", &mut command);
-    drop(command); // and with it the pipe's other end
+    drop(command); // and with it the other end of the pipe
     let (addr, _) = addresses(&process).await;
     let client = Client::try_open(addr, "alice", &Options::default()).await.expect("it serves");
     systemd.is_told("WATCHDOG=1").await;
     systemd.is_told("WATCHDOG=1").await;
-    drop(client); // its end is logged
+    drop(client); // its close is logged
     expires(&mut systemd, Duration::from_secs(2)).await;
-    // It is not the thread that feeds it:
+    // The shard is not the thread that feeds the watchdog:
     process.signal("HUP");
     systemd.is_told("RELOADING=1").await;
-    // Somebody reads the log again, and all goes on.
+    // The log is read again, and everything continues.
     let reading = std::thread::spawn(move || {
         let mut log = String::new();
         reader.read_to_string(&mut log).map(|_| log)
@@ -244,10 +245,11 @@ async fn watchdog_is_not_fed_when_a_shard_hangs() {
     assert!(log.contains("connection ends"), "{}", log.trim());
 }
 
-/// Starts a node with sockets, as systemd does: from descriptor 3 on, and with its process id.
+/// Starts a node with inherited sockets, as systemd does: from descriptor 3 on, and with its
+/// process id.
 fn start_with(systemd: &Systemd, sockets: [OwnedFd; 2], names: &str, flags: &[&str]) -> Process {
     let [first, second] = sockets;
-    // They come as standard streams, since those are the ones that can be placed; the ready line goes to stderr.
+    // They are passed as standard streams, whose numbers can be set; the ready line goes to stderr.
     let script = "exec 3<&0 4<&1 0</dev/null 1>&2; LISTEN_PID=$$ exec \"$0\" \"$@\"";
     let mut command = Command::new("/bin/sh");
     command.args(["-c", script, env!("CARGO_BIN_EXE_fanfare")]).args(flags).env_clear();
@@ -267,7 +269,7 @@ async fn inherited_sockets_replace_own_listeners() {
     let directory = Directory::new();
     let path = directory.path().join("admin.sock");
     let admin = UnixListener::bind(&path).expect("the directory is ours");
-    // It would fail at these, if it tried.
+    // Binding these addresses would fail.
     let (_public, public) = listener();
     let (_other, other) = listener();
     let (public, other) = (public.to_string(), other.to_string());
@@ -288,7 +290,7 @@ async fn inherited_sockets_replace_own_listeners() {
     assert!(process.ended().await.success());
     assert!(path.exists(), "the socket is systemd's");
 
-    // Both for clients; the admin listener is its own.
+    // Both are public listeners; the node opens the admin listener.
     let ((first, one), (second, two)) = (listener(), listener());
     let flags = ["--admin", "127.0.0.1:0"];
     let process = start_with(&systemd, [first, second], "public:public", &flags);
@@ -324,7 +326,7 @@ async fn unusable_sockets_are_rejected_by_name() {
         let process = start_with(&systemd, sockets, names, &LOCAL);
         let status: ExitStatus = process.ended().await;
         assert_eq!(status.code(), Some(code), "{part}");
-        // What it wrote may come later than its end.
+        // The output may arrive after the exit.
         let said = || async { process.output().iter().any(|line| line.contains(part)).then_some(()) };
         common::until(part, said).await;
     }
@@ -355,7 +357,7 @@ async fn restart_loses_no_connection_attempt() {
     for _ in 0..5 {
         process.signal("TERM");
         assert!(process.ended().await.success());
-        // Those who come while nobody is there wait.
+        // Connections wait in the queue while no node runs.
         let waiting = tokio::spawn(async move { http::request(addr, "GET", "/healthz", &[], b"").await });
         let before = count.load(Ordering::Relaxed);
         process = start(&systemd);

@@ -1,4 +1,5 @@
-//! The files in systemd/: they are right, they let the program do what it does and little else, and they name what exists.
+//! The files in systemd/: they are valid, allow what the program does and little else, and name
+//! settings that exist.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -16,7 +17,7 @@ fn text(name: &str) -> String {
     std::fs::read_to_string(unit(name)).unwrap_or_else(|error| panic!("{name}: {error}"))
 }
 
-/// Runs one of systemd's tools: whether it was content, and all that it wrote.
+/// Runs systemd-analyze. Returns whether it succeeded, and its output.
 fn systemd_analyze(args: &[&str]) -> (bool, String) {
     let output = Command::new("systemd-analyze").args(args).output();
     let output = output.expect("systemd-analyze is there: tests/run.sh installs it");
@@ -28,7 +29,7 @@ const SERVICES: [&str; 2] = ["fanfare.service", "fanfare@.service"];
 
 #[test]
 fn units_pass_systemd_analyze_verify() {
-    // It looks whether programs exist, and this one need not be installed.
+    // It checks that programs exist, and this one need not be installed.
     let directory = Directory::new();
     for name in [&SERVICES[..], &["fanfare.socket"]].concat() {
         let program = concat!("ExecStart=", env!("CARGO_BIN_EXE_fanfare"));
@@ -94,7 +95,7 @@ fn example_environment_is_valid() {
     let directory = Directory::new();
     let key = directory.path().join("jwt.pem");
     std::fs::write(&key, "k".repeat(32)).expect("the directory is ours");
-    // With all that is commented out.
+    // Including everything that is commented out.
     let text = text("fanfare.env").replace("/etc/fanfare/jwt.pem", &key.display().to_string());
     let lines = text.lines().map(|line| line.strip_prefix('#').unwrap_or(line));
     let variables: Vec<_> = lines.filter_map(|line| line.split_once('=')).collect();
@@ -127,7 +128,7 @@ fn files_of_the_debian_package_exist() {
 }
 
 #[test]
-fn the_container_image_can_be_built_and_started() {
+fn container_image_can_be_built_and_started() {
     let dockerfile = std::fs::read_to_string(root("Dockerfile")).expect("it is there");
     let sent = std::fs::read_to_string(root(".dockerignore")).expect("it is there");
     let copied = dockerfile.lines().filter_map(|line| line.strip_prefix("COPY "));
@@ -151,7 +152,7 @@ fn the_container_image_can_be_built_and_started() {
     assert!(settings.contains("0.0.0.0:8080"), "{settings}");
 }
 
-/// The system calls that the service may make: its groups, less those that are taken away again.
+/// The system calls that the service may make: its groups, without those that are excluded again.
 fn allowed() -> BTreeSet<String> {
     let mut allowed = BTreeSet::new();
     for line in text(SERVICES[0]).lines().filter_map(|line| line.strip_prefix("SystemCallFilter=")) {
@@ -189,7 +190,7 @@ async fn system_calls_pass_the_filter() {
     std::fs::write(&key, "0123456789abcdef").expect("the directory is ours");
     let mut command = Command::new("strace"); // tests/run.sh installs it
     command.args(["-f", "-o"]).arg(&trace).arg(env!("CARGO_BIN_EXE_fanfare"));
-    // By name, so that it is looked up.
+    // By name, so that it must be resolved.
     let redis_url = format!("redis://localhost:{}", redis.port());
     command
         .args(["--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0", "--redis", &redis_url])
@@ -210,7 +211,7 @@ async fn system_calls_pass_the_filter() {
         (http::request(public, "GET", "/readyz", &[], b"").await.status == 200).then_some(())
     })
     .await;
-    // All that it does in its life: join, publish, metrics, a reload, a slow client, an end.
+    // Everything it does: join, publish, metrics, a reload, a slow client, an exit.
     let mut client = Client::try_open(public, "alice", &common::Options::default()).await.expect("it serves");
     client.send("hi").await;
     client.next_event().await;
@@ -231,7 +232,7 @@ async fn system_calls_pass_the_filter() {
     let trace = std::fs::read_to_string(&trace).expect("strace wrote it");
     let calls: BTreeSet<&str> = trace.lines().filter_map(call).collect();
     assert!(calls.contains("epoll_wait") && calls.contains("sendto") && calls.len() > 25, "{calls:?}");
-    // strace starts the program itself, before systemd's filter would hold.
+    // strace executes the program itself, before systemd's filter would apply.
     let refused: Vec<_> = calls.into_iter().filter(|call| !allowed.contains(*call)).collect();
     assert!(refused.is_empty(), "the service may not make these calls: {refused:?}");
 }

@@ -1,4 +1,4 @@
-//! Redis over TLS: a real one, with a certificate of an authority that only these tests know.
+//! Redis over TLS, with a certificate of an authority that only these tests know.
 
 use std::path::Path;
 use std::process::Command;
@@ -8,10 +8,10 @@ use serde_json::json;
 use crate::common;
 use crate::common::{Client, Node, Redis, free_port};
 
-/// Where the certificates' authority is looked for, besides the system's.
+/// The variable that names a file with additional authorities.
 const AUTHORITIES: &str = "SSL_CERT_FILE";
 
-/// Makes `authority.pem` and, signed by it for localhost, `redis.pem` with `redis.key`.
+/// Creates `authority.pem` and, signed by it for localhost, `redis.pem` with `redis.key`.
 fn make_certificates(directory: &Path) {
     let script = "
         key='ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes'
@@ -26,7 +26,7 @@ fn make_certificates(directory: &Path) {
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
-/// A Redis that speaks TLS on a second port, which is given too.
+/// A Redis with TLS on a second port. Returns the port too.
 async fn start() -> (Redis, u16) {
     let mut redis = Redis::away(&[]);
     make_certificates(redis.directory());
@@ -54,7 +54,7 @@ async fn events_travel_over_tls() {
 async fn untrusted_certificate_keeps_the_node_unready() {
     let (redis, port) = start().await;
     let authority = redis.directory().join("authority.pem");
-    // The address is not in the certificate; and without the authority's nobody vouches for it.
+    // The certificate does not contain the address. The second node does not know the authority.
     let strange = format!("rediss://127.0.0.1:{port}");
     let node = Node::start_unready_with(AUTHORITIES, &authority, &["--redis", &strange]).await;
     let other = Node::start_unready(&["--redis", &format!("rediss://localhost:{port}")]).await;

@@ -1,4 +1,4 @@
-//! The page and the browser client in a real browser: headless Chromium, driven by chromedriver over WebDriver
+//! The page and the browser client in headless Chromium, driven by chromedriver over WebDriver
 //! (https://www.w3.org/TR/webdriver2/).
 
 #[path = "../common/mod.rs"]
@@ -25,9 +25,9 @@ struct Browser {
 }
 
 impl Browser {
-    /// Starts chromedriver and through it Chromium, with a profile of its own that is new and empty.
+    /// Starts chromedriver and with it Chromium, with a new and empty profile.
     async fn start() -> Browser {
-        let port = free_port(); // by itself it takes one that only one of IPv4 and IPv6 need have free
+        let port = free_port(); // its own choice may be free on only one of IPv4 and IPv6
         let driver =
             Process::start("chromedriver", Command::new("chromedriver").arg(format!("--port={port}")));
         let ready = |line: &str| line.contains("started successfully").then_some(());
@@ -36,7 +36,7 @@ impl Browser {
         let profile = Directory::new();
         let flags = [
             "--headless=new",
-            "--no-sandbox", // in containers there is none to be had
+            "--no-sandbox", // containers have no sandbox
             "--disable-gpu",
             "--disable-dev-shm-usage",
             "--disable-quic",
@@ -68,12 +68,12 @@ impl Browser {
         self.command("/url", json!({ "url": url })).await;
     }
 
-    /// What the body of a function returns.
+    /// The return value of this function body.
     async fn run(&self, script: &str) -> Value {
         self.command("/execute/sync", json!({ "script": script, "args": [] })).await
     }
 
-    /// What the body of an async function returns, with what fanfare.js exports at hand.
+    /// The return value of this async function body, which can use the exports of fanfare.js.
     async fn run_client(&self, script: &str) -> Value {
         let script = format!(
             "const done = arguments[0]; import('/fanfare.js').then(async ({{ Fanfare }}) => {{ {script}\n }})
@@ -88,19 +88,19 @@ impl Browser {
         format!("/element/{}", id.expect("a reference to an element"))
     }
 
-    /// Clicks as a mouse does: fails when something covers the element.
+    /// Clicks like a mouse: fails if something covers the element.
     async fn click(&self, selector: &str) {
         let element = self.element(selector).await;
         self.command(&format!("{element}/click"), json!({})).await;
     }
 
-    /// Types as a keyboard does.
+    /// Types like a keyboard.
     async fn type_into(&self, selector: &str, text: &str) {
         let element = self.element(selector).await;
         self.command(&format!("{element}/value"), json!({ "text": text })).await;
     }
 
-    /// What the browser has to complain about: script errors, refused resources.
+    /// Errors that the browser reports: script errors, blocked resources.
     async fn complaints(&self) -> Vec<String> {
         let log = self.command("/se/log", json!({ "type": "browser" })).await;
         let lines = log.as_array().expect("a list").iter();
@@ -110,7 +110,8 @@ impl Browser {
 
 impl Drop for Browser {
     fn drop(&mut self) {
-        // chromedriver would leave Chromium behind if it were only killed. Chromium has ended when it answers.
+        // Killing chromedriver would leave Chromium behind. Chromium has exited when this is
+        // answered.
         let Ok(mut socket) = TcpStream::connect(self.address) else { return };
         let _ = socket.set_read_timeout(Some(Duration::from_secs(10)));
         let request = format!("DELETE {} HTTP/1.1\r\nHost: {}\r\n\r\n", self.session, self.address);
@@ -134,7 +135,8 @@ struct Row {
 const ENTER: &str = "\u{E007}"; // WebDriver section 17.4.2, keyboard actions
 
 impl Page {
-    /// Opens the page of one node with the right pane on another, and waits until both are connected.
+    /// Opens the page of one node with the right pane on another, and waits until both are
+    /// connected.
     async fn open(left: &Node, right: &Node, channel: &str) -> Page {
         let page = Page(Browser::start().await);
         page.0.open(&format!("http://{}/?right={}&channel={channel}", left.public, right.public)).await;
@@ -155,7 +157,7 @@ impl Page {
         .await;
     }
 
-    /// Writes a message as a person would.
+    /// Writes a message like a user.
     async fn say(&self, pane: &str, text: &str) {
         self.0.type_into(&format!("#{pane} [name=text]"), &format!("{text}{ENTER}")).await;
     }
@@ -179,7 +181,7 @@ impl Page {
         rows.as_array().expect("a list").iter().map(row).collect()
     }
 
-    /// Waits until a pane shows this text as its last event, and gives all its rows.
+    /// Waits until a pane shows this text as its last event, and returns all its rows.
     async fn shows(&self, pane: &str, text: &str) -> Vec<Row> {
         until(&format!("{text:?} in the {pane} pane"), || async {
             let rows = self.rows(pane).await;
@@ -188,7 +190,7 @@ impl Page {
         .await
     }
 
-    /// Waits for a notice that begins like this, and gives it whole.
+    /// Waits for a notice that starts like this, and returns it.
     async fn notice(&self, pane: &str, begin: &str) -> String {
         let script =
             format!("return [...document.querySelectorAll('#{pane} .notice')].map((row) => row.textContent)");
@@ -200,7 +202,7 @@ impl Page {
         .await
     }
 
-    /// Fails if the browser had something to complain about, other than connections that failed.
+    /// Fails if the browser reports errors other than failed connections.
     async fn expect_no_complaints(&self) {
         let mut complaints = self.0.complaints().await;
         complaints.retain(|line| !line.contains("WebSocket connection to"));
@@ -208,7 +210,7 @@ impl Page {
     }
 }
 
-/// Two panes show the same events in the same order, whatever their marks.
+/// Asserts that two panes show the same events in the same order, whatever their marks.
 fn expect_equal(left: &[Row], right: &[Row]) {
     let plain = |rows: &[Row]| -> Vec<_> {
         rows.iter().map(|row| (row.id, row.sender.clone(), row.text.clone())).collect()
@@ -256,7 +258,8 @@ async fn users_on_two_nodes_chat_and_recover() {
         format!("Resumed after {position}: 102 events recovered")
     );
 
-    // Once more, while events go on arriving: the seam between past and live shows in no row.
+    // Again, while events continue to arrive: no row shows the transition from replayed to live
+    // events.
     page.0.click("#left .cut").await;
     tokio::join!(page.0.click("#left .cut"), b.publish_numbers("cut", 100..200));
     page.reaches("left", "live").await;
@@ -288,7 +291,7 @@ async fn private_message_is_shown_to_its_user() {
     let right = page.shows("right", "aloud").await;
     assert_eq!(right.len(), 2, "what is for alice alone never came here: {right:?}");
 
-    // A third user, in a pane that was alice's, sees nothing that is not for all.
+    // Another user, in a pane that was alice's, sees no private events.
     page.0.run("document.querySelector('#left .user').value = ''").await;
     page.0.type_into("#left .user", &format!("carol / 50%\u{e4}{ENTER}")).await;
     page.reaches("left", "live").await;
@@ -341,7 +344,8 @@ async fn lost_history_is_shown() {
     page.reaches("left", "cut").await;
     redis.client().await.call(&["FLUSHALL"]).await;
     page.notice("right", "Reset: events may be missing").await;
-    // Until its own canary, the left node believes in what it has, and would tell of the reset after a welcome.
+    // Until its own probe, the left node considers its state current, and would send the reset
+    // after a welcome.
     let known = || async { (a.metric("fanfare_bus_resets_total").await >= 1.0).then_some(()) };
     until("the left node to know", known).await;
     page.0.click("#left .cut").await; // now reads "Reconnect now"

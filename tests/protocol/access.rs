@@ -1,4 +1,4 @@
-//! Who gets in: origins, the admin key, and what clients may publish.
+//! Access control: origins, the admin key, and what clients may publish.
 
 use std::fs::Permissions;
 use std::os::unix::fs::PermissionsExt;
@@ -39,7 +39,7 @@ async fn foreign_origins_are_rejected() {
         node.metric_of("fanfare_connections_closed_total", r#"reason="origin_not_allowed""#).await,
         5.0
     );
-    // A page may still look at the rest: it is public.
+    // The other paths are public.
     assert_eq!(node.get("/healthz").await.status, 200);
 }
 
@@ -111,7 +111,7 @@ async fn admin_listener_requires_its_key() {
     for path in ["/healthz", "/readyz"] {
         assert_eq!(admin(&node, "GET", path, &[], b"").await.status, 200);
     }
-    // A stranger's body is not waited for.
+    // The body of an unauthenticated request is not read.
     let mut raw = Raw::connect(node.admin).await;
     raw.write(b"POST /publish HTTP/1.1\r\nHost: a\r\nContent-Length: 60000\r\n\r\n{").await;
     raw.response().await.expect_refusal(401);
@@ -119,7 +119,7 @@ async fn admin_listener_requires_its_key() {
     let metrics = admin(&node, "GET", "/metrics", &[right], b"").await.body;
     assert!(metrics.lines().any(|line| line == "fanfare_admin_rejections_total 37"), "{metrics}");
 
-    // Another key, without a restart. A file without a key changes nothing.
+    // Changes the key without a restart. A file without a valid key changes nothing.
     std::fs::write(&file, "short").expect("a file");
     node.signal("HUP");
     until("the reload to be refused", || async {
@@ -127,7 +127,7 @@ async fn admin_listener_requires_its_key() {
     })
     .await;
     assert_eq!(admin(&node, "GET", "/stats", &[right], b"").await.status, 200);
-    // A FIFO that nobody writes to holds up neither the reload nor the listener.
+    // A FIFO without a writer blocks neither the reload nor the listener.
     std::fs::remove_file(&file).expect("it is there");
     make_fifo(&file);
     node.signal("HUP");
@@ -146,7 +146,8 @@ async fn admin_listener_requires_its_key() {
     assert!(!node.log().contains("horse"));
 }
 
-/// What `--client-publish` and a token's `publish` come to: a text and a private message, in either mode.
+/// Checks `--client-publish` or a token's `publish` with a text and a private message, in both
+/// modes.
 async fn expect_publishing(node: &Node, path_query: &str, text: bool, private: bool) {
     let mut subscriber = Client::plain(node, "subscriber", "room").await;
     let options = Options {
@@ -171,7 +172,7 @@ async fn expect_publishing(node: &Node, path_query: &str, text: bool, private: b
             }
         }
     }
-    // It may still ask for a sign of life, and is still there.
+    // It may still send pings, and stays connected.
     json.send(r#"{"type":"ping"}"#).await;
     while json.next_json().await["type"] != "ping" {}
 
@@ -247,7 +248,7 @@ async fn dns_rebinding_is_rejected() {
     let (public, admin_port) = (node.public.port(), node.admin.port());
     let host = format!("evil.example:{public}");
     let origin = format!("http://{host}");
-    // A browser sends the name under which it found the address.
+    // A browser sends the name under which it resolved the address.
     let upgrade = async |node: &Node, host: &str, headers: &str| {
         let mut raw = Raw::connect(node.public).await;
         let request = format!(
@@ -267,16 +268,16 @@ async fn dns_rebinding_is_rejected() {
         raw.write(request.as_bytes()).await;
         raw.response().await.expect_refusal(403);
     }
-    // Its own pages, and programs under any name, go on.
+    // The node's own pages, and programs under any name, are accepted.
     let own = format!("Origin: http://127.0.0.1:{public}\r\n");
     assert_eq!(upgrade(&node, &format!("127.0.0.1:{public}"), &own).await.status, 101);
     assert_eq!(upgrade(&node, "chat.internal", "").await.status, 101);
 
-    // A proxy on this machine passes on the names of its sites.
+    // A trusted proxy on this machine forwards the names of its sites.
     let page = "Origin: https://chat.example\r\nX-Forwarded-For: 192.0.2.1\r\n";
     let proxied = Node::start(&["--trusted-proxy", "127.0.0.1"]).await;
     assert_eq!(upgrade(&proxied, "chat.example", page).await.status, 101);
-    // Or it is not named, and the site is.
+    // Without a trusted proxy the origin must be allowed.
     let named = Node::start(&["--allow-origin", "https://chat.example"]).await;
     assert_eq!(upgrade(&named, "chat.example", "Origin: https://chat.example\r\n").await.status, 101);
     assert_eq!(upgrade(&named, &host, &format!("Origin: {origin}\r\n")).await.status, 403);

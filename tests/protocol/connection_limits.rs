@@ -1,4 +1,5 @@
-//! How many connections may come, whose they are when proxies stand between, and that every place is given back.
+//! Limits on connections, the addresses that they count for behind proxies, and the release of
+//! every slot.
 
 use futures_util::future::join_all;
 use serde_json::json;
@@ -15,7 +16,7 @@ const UPGRADE: [(&str, &str); 4] = [
     ("Sec-WebSocket-Key", "dGhlIHNhbXBsZSBub25jZQ=="),
 ];
 
-/// Asks for an upgrade, and fails unless it is refused properly for want of room.
+/// Requests an upgrade, which must be rejected because a limit is reached.
 async fn expect_full(mut raw: Raw, path: &str, headers: &[(&str, &str)], status: u16) {
     let response = raw.upgrade(path, headers).await;
     response.expect_refusal(status);
@@ -23,8 +24,8 @@ async fn expect_full(mut raw: Raw, path: &str, headers: &[(&str, &str)], status:
     raw.expect_end().await;
 }
 
-/// A connection that has its upgrade; given back, so that it stays.
-async fn seated(mut raw: Raw, path: &str, headers: &[(&str, &str)]) -> Raw {
+/// Requests an upgrade, which must succeed. Returns the connection.
+async fn upgraded(mut raw: Raw, path: &str, headers: &[(&str, &str)]) -> Raw {
     let response = raw.upgrade(path, headers).await;
     assert_eq!(response.status, 101, "{response:?}");
     raw
@@ -41,7 +42,7 @@ async fn empty(node: &Node) {
     .await;
 }
 
-/// Has a PROXY header before its request.
+/// Connects and sends a PROXY header before the request.
 async fn proxied(node: &Node, client: &str) -> Raw {
     let mut raw = Raw::connect_from(PROXY, node.public).await;
     raw.write_some(format!("PROXY TCP4 {client} 127.0.0.1 1 2\r\n").as_bytes()).await;
@@ -52,10 +53,10 @@ async fn proxied(node: &Node, client: &str) -> Raw {
 async fn full_node_answers_503_and_serves_on() {
     let node = Node::start(&["--max-connections", "3"]).await;
     assert_eq!(node.metric("fanfare_max_connections").await, 3.0);
-    empty(&node).await; // those that asked whether it is ready
+    empty(&node).await; // the readiness probes
     let mut first = Client::plain(&node, "a", "room").await;
     let second = Client::plain(&node, "a", "room").await;
-    let third = Raw::connect(node.public).await; // silent, and counted all the same
+    let third = Raw::connect(node.public).await; // it sends nothing and counts nevertheless
     until("the third to be counted", || async {
         (node.metric("fanfare_connections").await == 3.0).then_some(())
     })
@@ -68,7 +69,7 @@ async fn full_node_answers_503_and_serves_on() {
     assert_eq!(node.get("/readyz").await.status, 200);
     let id = node.publish("room", &json!({"n": 1})).await;
     first.expect_event(id, &json!({"n": 1})).await;
-    // Whoever leaves makes room, and so does whoever says nothing in time.
+    // A closed connection frees its slot, and so does a request timeout.
     second.leave().await;
     let mut third = third;
     third.response().await.expect_refusal(408);
@@ -96,9 +97,9 @@ async fn silent_client_over_the_limit_gets_429() {
 async fn limit_per_ip_protects_others() {
     let node = Node::start(&["--max-connections-per-ip", "2"]).await;
     empty(&node).await;
-    // The first says nothing.
+    // The first connection sends nothing.
     let silent = Raw::connect_from(OTHER, node.public).await;
-    let one = seated(Raw::connect_from(OTHER, node.public).await, "/ws/a", &[]).await;
+    let one = upgraded(Raw::connect_from(OTHER, node.public).await, "/ws/a", &[]).await;
     for _ in 0..10 {
         expect_full(Raw::connect_from(OTHER, node.public).await, "/ws/a", &[], 429).await;
     }
@@ -112,7 +113,7 @@ async fn limit_per_ip_protects_others() {
     .await;
     let mut two = Vec::new();
     for _ in 0..2 {
-        two.push(seated(Raw::connect_from(OTHER, node.public).await, "/ws/a", &[]).await);
+        two.push(upgraded(Raw::connect_from(OTHER, node.public).await, "/ws/a", &[]).await);
     }
     expect_full(Raw::connect_from(OTHER, node.public).await, "/ws/a", &[], 429).await;
 }
@@ -139,19 +140,19 @@ async fn limit_per_user_protects_others() {
 async fn flood_over_the_limit_is_answered_at_once() {
     let node = Node::start(&["--max-connections", "1"]).await;
     empty(&node).await;
-    let mut seat = Client::plain(&node, "a", "room").await;
-    // Far more than may wait on the doorstep. None says a word.
+    let mut first = Client::plain(&node, "a", "room").await;
+    // Far more than may wait for their 503. None sends a byte.
     let mut flood = join_all((0..600).map(|_| Raw::connect(node.public))).await;
     let answers = join_all(flood.iter_mut().map(|raw| raw.response())).await;
     assert!(answers.iter().all(|answer| answer.status == 503 && answer.header("retry-after").is_some()));
-    let turned_away = node.metric("fanfare_connections_rejected_total").await;
-    let told = ends(&node, "node_limit").await;
-    assert!(turned_away > 300.0 && told > 0.0, "{turned_away} at once, {told} in time");
-    assert_eq!(turned_away + told, 600.0);
+    let rejected = node.metric("fanfare_connections_rejected_total").await;
+    let in_time = ends(&node, "node_limit").await;
+    assert!(rejected > 300.0 && in_time > 0.0, "{rejected} at once, {in_time} in time");
+    assert_eq!(rejected + in_time, 600.0);
     let id = node.publish("room", &json!({"n": 1})).await;
-    seat.expect_event(id, &json!({"n": 1})).await;
+    first.expect_event(id, &json!({"n": 1})).await;
     drop(flood);
-    seat.leave().await;
+    first.leave().await;
     empty(&node).await;
     let _seat = Client::plain(&node, "b", "room").await;
     expect_full(Raw::connect(node.public).await, "/ws/c", &[], 503).await;
@@ -170,15 +171,15 @@ async fn trusted_proxy_names_its_clients() {
     let node = Node::start(&flags).await;
     let direct = || Raw::connect_from(PROXY, node.public);
     let forwarded = [("X-Forwarded-For", "198.51.100.9, 192.0.2.7:5678, 127.0.0.9")];
-    let first = seated(direct().await, "/ws/a", &forwarded).await;
+    let first = upgraded(direct().await, "/ws/a", &forwarded).await;
     expect_full(direct().await, "/ws/a", &forwarded, 429).await;
     expect_full(proxied(&node, "192.0.2.7").await, "/ws/a", &[], 429).await;
-    let _second = seated(direct().await, "/ws/a", &[("X-Forwarded-For", "[2001:db8::1]:443")]).await;
+    let _second = upgraded(direct().await, "/ws/a", &[("X-Forwarded-For", "[2001:db8::1]:443")]).await;
     expect_full(direct().await, "/ws/a", &[("X-Forwarded-For", "2001:db8::2")], 429).await;
-    // What a client writes itself changes nothing.
+    // A header of the client itself changes nothing.
     expect_full(direct().await, "/ws/a", &[("X-Forwarded-For", "10.1.1.1, 192.0.2.7")], 429).await;
-    // By PROXY header, version 1 and 2, with the request in one segment, or later.
-    let _third = seated(proxied(&node, "192.0.2.8").await, "/ws/a", &[]).await;
+    // With PROXY headers of versions 1 and 2, with the request in one segment, or later.
+    let _third = upgraded(proxied(&node, "192.0.2.8").await, "/ws/a", &[]).await;
     let v2 = b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0F\xC0\0\x02\x09\xC0\0\x02\x01\0\x01\0\x02\x04\0\0";
     let mut raw = direct().await;
     let request = http::request_bytes(node.public, "GET", "/ws/a", &UPGRADE, b"");
@@ -189,18 +190,18 @@ async fn trusted_proxy_names_its_clients() {
         again.write(&[*byte]).await;
     }
     expect_full(again, "/ws/a", &[], 429).await;
-    // The proxy's own connections, as many as it likes.
+    // The proxy's own connections are not limited.
     let local = b"\r\n\r\n\0\r\nQUIT\n\x20\0\0\0";
     let mut own = Vec::new();
     for begin in [&b""[..], local, b"PROXY UNKNOWN\r\n", b"PROXY TCP4 127.0.0.9 127.0.0.1 1 2\r\n"] {
         let mut raw = direct().await;
         raw.write(begin).await;
-        own.push(seated(raw, "/ws/a", &[]).await);
+        own.push(upgraded(raw, "/ws/a", &[]).await);
     }
-    // A place is given back under the name that it was taken.
+    // A slot is released for the address for which it was acquired.
     drop(first);
     until("the first to be gone", || async { node.log().contains("client=192.0.2.7").then_some(()) }).await;
-    let _again = seated(direct().await, "/ws/a", &forwarded).await;
+    let _again = upgraded(direct().await, "/ws/a", &forwarded).await;
 }
 
 #[tokio::test]
@@ -221,15 +222,15 @@ async fn untrusted_proxy_is_rejected_with_advice() {
     }
     expect(proxied(&node, "127.0.0.3").await, &upgrade, 400, "--trusted-proxy").await;
     assert_eq!(ends(&node, "proxy_not_trusted").await, 4.0);
-    let told = "name its address with --trusted-proxy (it is 127.0.0.1)";
-    assert!(node.log().contains(told), "{}", node.log());
+    let advice = "name its address with --trusted-proxy (it is 127.0.0.1)";
+    assert!(node.log().contains(advice), "{}", node.log());
     for begin in [&b"PROXY TCP4 192.0.2.7\r\n"[..], b"PROXY TCP4 192.0.2.7 127.0.0.1 1 2\n", b"PROXY \r\n"] {
         expect(Raw::connect_from(PROXY, node.public).await, begin, 400, "").await;
     }
     let unreadable =
         http::request_bytes(node.public, "GET", "/ws/a", &[("X-Forwarded-For", "192.0.2.7, unknown")], b"");
     expect(Raw::connect_from(PROXY, node.public).await, &unreadable, 400, "X-Forwarded-For").await;
-    // Health checks through any proxy.
+    // Health checks are answered through any proxy.
     let health = http::request_bytes(node.public, "GET", "/healthz", &forwarded, b"");
     let mut raw = Raw::connect(node.public).await;
     raw.write(&health).await;
@@ -256,10 +257,11 @@ async fn proxy_header_counts_before_the_request() {
     .await;
 }
 
-/// Whatever connections do, in the end all places are free: as many come in as before, and no more.
+/// However connections end, all slots are free afterwards: as many can connect as before, and no
+/// more.
 #[tokio::test]
 async fn every_slot_is_released_exactly_once() {
-    const SEATS: usize = 20;
+    const SLOTS: usize = 20;
     let flags = [
         "--trusted-proxy",
         "127.0.0.2",
@@ -288,7 +290,7 @@ async fn every_slot_is_released_exactly_once() {
                 3 => drop(raw.write_some(b"POST /ws/a HTTP/1.1\r\nHost: a\r\n\r\n").await),
                 _ => {
                     let path = format!("/ws/user{}?channel=room{}", rng.below(2), rng.below(3));
-                    // It may have its answer, and be closed, before it asks.
+                    // The node may answer and close before the request.
                     raw.write_some(&http::request_bytes(node.public, "GET", &path, &UPGRADE, b"")).await;
                     let status = raw.status().await;
                     assert!(matches!(status, 101 | 429 | 503), "{status}");
@@ -309,12 +311,12 @@ async fn every_slot_is_released_exactly_once() {
             _ => proxied(&node, "192.0.2.7").await,
         };
         let mut held = Vec::new();
-        for _ in 0..SEATS {
-            held.push(seated(connect().await, "/ws/user0", &[]).await);
+        for _ in 0..SLOTS {
+            held.push(upgraded(connect().await, "/ws/user0", &[]).await);
         }
         expect_full(connect().await, "/ws/user1", &[], 429).await;
         expect_full(proxied(&node, "192.0.2.8").await, "/ws/user0", &[], 429).await;
-        let _other = seated(proxied(&node, "192.0.2.8").await, "/ws/user1", &[]).await;
+        let _other = upgraded(proxied(&node, "192.0.2.8").await, "/ws/user1", &[]).await;
         drop((held, _other));
         empty(&node).await;
     }

@@ -1,16 +1,17 @@
-//! RFC 6455 at the edges: what clients may send, and how the server ends those who send what they may not.
+//! The limits of RFC 6455: which frames clients may send, and the close codes for those that they
+//! may not.
 
 use serde_json::json;
 
 use crate::common::raw::{frame_bytes, opcode::*};
 use crate::common::{Client, Node, Raw, Rng, http};
 
-/// Joins with a raw connection in a channel of its own.
+/// Joins with a raw connection.
 async fn join(node: &Node) -> Raw {
     Raw::upgraded(node.public, "/ws/raw?channel=room").await
 }
 
-/// Sends these bytes on a connection of its own; the server must close with this code.
+/// Sends these bytes on a new connection, which the server must close with this code.
 async fn expect_close(node: &Node, what: &str, bytes: &[u8], code: u16) {
     let mut raw = join(node).await;
     raw.write(bytes).await;
@@ -43,7 +44,7 @@ async fn message_too_big_closes_with_1009() {
     let fragments =
         [frame_bytes(false, TEXT, true, longest.as_bytes()), frame_bytes(true, CONTINUATION, true, b"x")];
     expect_close(&node, "one byte more in fragments", &fragments.concat(), 1009).await;
-    // What a head announces need not be waited for, and must not be allocated.
+    // A declared length is rejected at once, and nothing is allocated.
     let announced = [0x81, 0xFF, 0x0F, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 1, 2, 3, 4];
     expect_close(&node, "2^60 bytes announced", &announced, 1009).await;
 }
@@ -112,7 +113,7 @@ async fn fragments_with_control_frames_between() {
 
 #[tokio::test]
 async fn frames_may_be_split_anywhere() {
-    // On another shard the last event of one connection may still be news to the next.
+    // On another shard, the last event of one connection could be delivered to the next one.
     let node = Node::start(&["--shards", "1"]).await;
     let long = "y".repeat(40_000);
     let frames = [
@@ -127,7 +128,7 @@ async fn frames_may_be_split_anywhere() {
     let bytes = frames.concat();
     for piece in [1, 2, 3, 7, 1000, bytes.len()] {
         let mut raw = join(&node).await;
-        // Byte by byte would be 40,000 writes; the long text goes in larger pieces once its head is through.
+        // The long text is sent in larger pieces: byte by byte would take 40,000 writes.
         let (fine, coarse) = bytes.split_at(80);
         for part in fine.chunks(piece).chain(coarse.chunks(piece.max(997))) {
             raw.write(part).await;
@@ -160,7 +161,8 @@ async fn frames_before_the_101_are_rejected() {
         ("Sec-WebSocket-Version", "13"),
         ("Sec-WebSocket-Key", "dGhlIHNhbXBsZSBub25jZQ=="),
     ];
-    // RFC 6455 section 4.1: a client waits for the response. A proxy that takes this for another request is fooled.
+    // RFC 6455 section 4.1: a client waits for the response. A proxy could take these bytes for
+    // another request.
     let mut bytes = http::request_bytes(node.public, "GET", "/ws/eager", &headers, b"");
     bytes.extend(frame_bytes(true, TEXT, true, b"first"));
     raw.write(&bytes).await;
@@ -230,7 +232,7 @@ async fn ping_flood_without_reads_costs_no_memory() {
     while sent < 64 << 20 && raw.write_some(&pings).await {
         sent += pings.len();
     }
-    // All it can be made to hold are the pongs in its queue and in the kernel.
+    // It may only hold the pongs in its outbox and in the kernel.
     let grown = node.resident().saturating_sub(before);
     assert!(grown < 4 << 20, "{grown} bytes after {sent} bytes of pings");
     other.send("hi").await;
@@ -257,7 +259,7 @@ async fn random_bytes_do_not_crash_the_node() {
         bytes.truncate(1 + rng.below(bytes.len() as u64) as usize);
         let mut raw = match round % 3 {
             0 => {
-                // The admin listener, with a request that is damaged somewhere.
+                // The admin listener, with a request that is damaged at one place.
                 let at = rng.below(request.len() as u64) as usize;
                 bytes = request.clone();
                 bytes[at] = rng.below(256) as u8;
@@ -273,7 +275,7 @@ async fn random_bytes_do_not_crash_the_node() {
         };
         for part in bytes.chunks(1 + rng.below(bytes.len() as u64) as usize) {
             if !raw.write_some(part).await {
-                break; // it was ended for the part before
+                break; // the connection was closed for an earlier part
             }
         }
     }

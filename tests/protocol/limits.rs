@@ -1,4 +1,4 @@
-//! What is limited, and what a node does at its limits.
+//! Limits on channels and history.
 
 use std::time::Instant;
 
@@ -22,25 +22,25 @@ async fn new_channels_of_a_client_are_limited() {
         raw.write(format!("PROXY TCP4 {address} 127.0.0.1 1 2\r\n").as_bytes()).await;
         raw.upgrade(&format!("/ws/a?channel={channel}"), &[]).await
     };
-    let begun = Instant::now();
+    let started = Instant::now();
     for named in 0..MOST {
         assert_eq!(join("192.0.2.7", &format!("new{named}")).await.status, 101);
     }
     let mut named = MOST;
     let refusal = loop {
-        empty().await; // so that the cap on connections has room
+        empty().await; // so that the limit on connections is not reached
         let response = join("192.0.2.7", &format!("new{named}")).await;
         if response.status != 101 {
             break response;
         }
         named += 1;
-        let most = MOST + begun.elapsed().as_secs() * MOST / 60 + 1;
+        let most = MOST + started.elapsed().as_secs() * MOST / 60 + 1;
         assert!(named <= most, "{named} new channels, {most} are allowed");
     };
     refusal.expect_refusal(429);
     assert!(refusal.body.contains("too many new channels"), "{refusal:?}");
     assert_eq!(refusal.header("retry-after"), Some("5"));
-    // Channels in use are no new ones, and other addresses have their own allowance.
+    // Channels in use are not new, and other addresses have their own allowance.
     assert_eq!(join("192.0.2.7", "used").await.status, 101);
     assert_eq!(join("192.0.2.8", "new").await.status, 101);
 }

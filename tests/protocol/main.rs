@@ -1,4 +1,4 @@
-//! One node on its local bus, over real sockets: the protocol, its limits, and what becomes of bad input.
+//! One node with its local bus, over real sockets: protocol, limits, and bad input.
 
 #[path = "../common/mod.rs"]
 mod common;

@@ -1,4 +1,4 @@
-//! What a client sees on one node with the local bus: every row of the protocol's tables.
+//! What clients see on one node with the local bus: every row of the protocol's tables.
 
 use serde_json::{Value, json};
 use tokio_tungstenite::tungstenite::Error;
@@ -8,7 +8,7 @@ use crate::common::cases::cases;
 use crate::common::client::{JSON_MODE, position};
 use crate::common::{Client, Frame, Node, Options, Raw, until, within};
 
-/// The status with which a join is refused.
+/// The status of a rejected join.
 async fn refusal(node: &Node, user: &str, query: &str) -> u16 {
     let options = Options { query: query.into(), ..Options::default() };
     match Client::try_open(node.public, user, &options).await {
@@ -30,7 +30,7 @@ async fn plain_chat_client_works() {
         assert_eq!(event, json!({"sender": "alice", "text": text}));
         bob.expect_event(id, &event).await;
     }
-    // An event looks just as documented, member for member.
+    // An event has exactly the documented form.
     bob.send("hi").await;
     let text = alice.next_text().await;
     let id = serde_json::from_str::<Value>(&text).expect("JSON")["id"].clone();
@@ -134,7 +134,7 @@ async fn without_last_event_id_there_are_only_events() {
 async fn empty_last_event_id_starts_at_the_head() {
     let node = Node::start(&[]).await;
     let (_client, fresh) = Client::resume(&node, "a", "room", "").await;
-    assert_eq!(fresh["recovered"], true, "a channel nobody has used yet has a position: {fresh}");
+    assert_eq!(fresh["recovered"], true, "an unused channel has a position: {fresh}");
     assert!(position(&fresh["head"]) > 0);
 
     let ids = node.publish_numbers("room", 0..3).await;
@@ -253,13 +253,13 @@ async fn json_mode_publishes_and_acknowledges() {
         alice.send(message.to_string()).await;
         head += 1;
         bob.expect_event(head, &event).await;
-        // The event and its acknowledgement reach the sender in no promised order.
+        // The order of the event and its acknowledgement is not defined.
         let mut both = [alice.next_json().await, alice.next_json().await];
         both.sort_by_key(|frame| frame["type"] == "ack");
         assert_eq!(both[1], json!({"type": "ack", "ref": message["ref"], "id": head}));
         assert_eq!((&both[0]["sender"], &both[0]["id"]), (&json!("alice"), &json!(head)));
     }
-    // Without `ref` there is no answer: the next frame is the event, and so is the one after.
+    // Without `ref` there is no answer: the next two frames are events.
     alice.send(r#"{"text":"one"}"#).await;
     alice.send(r#"{"text":"two"}"#).await;
     alice.expect_event(head + 1, &json!({"sender": "alice", "text": "one"})).await;
@@ -290,7 +290,7 @@ async fn json_mode_reports_invalid_frames() {
         json!({"ref": 4, "text": ["a"]}),
         json!({"ref": 5, "text": "a", "to": 7}),
         json!({"ref": 6, "text": "a", "to": ""}),
-        json!({"ref": 9, "text": "a", "to": null}), // must not go to everybody
+        json!({"ref": 9, "text": "a", "to": null}), // must not become a public event
         json!({"ref": 10, "text": "a", "data": 1}),
         json!({"ref": 7, "text": "a", "to": "x".repeat(129)}),
         json!({"ref": 8, "text": "a", "to": "line\nbreak"}),
@@ -318,7 +318,7 @@ async fn json_mode_answers_a_ping_with_the_position() {
         client.send(bad).await;
         client.expect_error(None).await;
     }
-    // In plain mode it is what somebody says.
+    // In plain mode it is a chat message.
     let mut plain = Client::plain(&node, "b", "room").await;
     plain.send(r#"{"type":"ping"}"#).await;
     assert_eq!(plain.next_event().await.1, json!({"sender": "b", "text": r#"{"type":"ping"}"#}));
@@ -331,7 +331,8 @@ async fn pipelined_publishes_lose_nothing() {
     let (mut client, welcome) = Client::json(&node, "a", "room").await;
     let mut subscriber = Client::plain(&node, "w", "room").await;
     let head = position(&welcome["head"]);
-    // All are on their way before the first answer is read: what the server does not read, the kernel holds.
+    // All are sent before the first answer is read: the kernel buffers what the server does not
+    // read.
     for n in 0..MESSAGES {
         client.send(json!({"data": n, "ref": n}).to_string()).await;
     }
@@ -454,7 +455,7 @@ async fn control_types_in_client_data_stay_data() {
 async fn heartbeats_are_ping_frames() {
     let node = Node::start(&["--ping-interval", "1s", "--ping-timeout", "1s"]).await;
     let mut client = Client::simple(&node, "a").await;
-    // It answers, so it stays far beyond the timeout.
+    // It answers, so it stays connected far beyond the timeout.
     for _ in 0..4 {
         assert!(matches!(client.next_frame().await, Frame::Ping(_)));
     }
@@ -473,7 +474,7 @@ async fn heartbeats_as_json_carry_the_position() {
     assert_eq!(simple.next_frame().await, Frame::Text(r#"{"type":"ping"}"#.into()));
     assert_eq!(resuming.next_frame().await, Frame::Text(positioned.clone()));
     assert_eq!(json_mode.next_frame().await, Frame::Text(positioned));
-    // An event for somebody else moves the position too: that is what it is for.
+    // An event for another user moves the position too, and the heartbeat carries it.
     let id = node.publish_to("room", "nobody", &json!({})).await;
     let positioned = format!(r#"{{"type":"ping","lastEventId":{id}}}"#);
     within("a ping that shows it", async { while resuming.next_text().await != positioned {} }).await;
@@ -578,7 +579,7 @@ async fn clients_and_backends_publish_json_by_the_rule() {
                 assert!(refused, "{}: {posted:?}", case.name());
             }
         }
-        // A message that is not UTF-8 closes the connection instead, with 1007.
+        // A message that is not UTF-8 closes the connection with 1007.
         if let Ok(value) = std::str::from_utf8(&case.value) {
             alice.send(format!(r#"{{"ref":{number},"data":{value}}}"#)).await;
             let answer = loop {

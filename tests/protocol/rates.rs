@@ -1,4 +1,4 @@
-//! How fast a client may send, and what becomes of one that floods.
+//! Rate limits, and clients that exceed them.
 
 use std::time::{Duration, Instant};
 
@@ -10,7 +10,7 @@ use crate::common::process::Directory;
 use crate::common::raw::{frame_bytes, opcode::*};
 use crate::common::{Client, Node, Raw, until};
 
-/// Joins `room` as `flood`; with a subprotocol in JSON mode, else in plain mode.
+/// Joins `room` as `flood`, in JSON mode with a subprotocol, otherwise in plain mode.
 async fn join(node: &Node, query: &str, subprotocol: &str) -> Raw {
     let mut raw = Raw::connect(node.public).await;
     let path = format!("/ws/flood?channel=room{query}");
@@ -18,36 +18,36 @@ async fn join(node: &Node, query: &str, subprotocol: &str) -> Raw {
     raw
 }
 
-/// What a flooder is told until it is closed. Answers of the bus may come too late for it.
+/// What a client gets until it is closed. Some answers of the bus may come too late for it.
 #[derive(Default)]
-struct Told {
+struct Answers {
     errors: Vec<Value>,
     pongs: Vec<Vec<u8>>,
     code: u16,
 }
 
-async fn told(raw: &mut Raw) -> Told {
-    let mut told = Told::default();
+async fn read_answers(raw: &mut Raw) -> Answers {
+    let mut answers = Answers::default();
     loop {
         match raw.next().await {
             Some((TEXT, text)) => {
                 let value: Value = serde_json::from_slice(&text).expect("JSON");
                 if value["type"] == "error" {
-                    told.errors.push(value);
+                    answers.errors.push(value);
                 }
             }
-            Some((PONG, payload)) => told.pongs.push(payload),
+            Some((PONG, payload)) => answers.pongs.push(payload),
             Some((CLOSE, payload)) => {
-                told.code = u16::from_be_bytes([payload[0], payload[1]]);
+                answers.code = u16::from_be_bytes([payload[0], payload[1]]);
                 raw.expect_end().await;
-                return told;
+                return answers;
             }
             other => panic!("{other:?}"),
         }
     }
 }
 
-/// What a subscriber sees of a flood until now.
+/// The events that a subscriber has seen of a flood so far.
 async fn published(node: &Node, subscriber: &mut Client) -> Vec<Value> {
     let marker = node.publish("room", &json!({"marker": 1})).await;
     let mut events = Vec::new();
@@ -63,9 +63,10 @@ async fn too_fast(node: &Node) -> f64 {
     node.metric_of("fanfare_publish_errors_total", r#"code="rate_limited""#).await
 }
 
-/// What one a second may come to: ten at once, and one more for each second that the test has taken.
-fn expect_burst(taken: usize, begun: Instant) {
-    let most = 11 + begun.elapsed().as_secs() as usize;
+/// The limit for a rate of one per second: a burst of ten, and one more for each second of the
+/// test.
+fn expect_burst(taken: usize, started: Instant) {
+    let most = 11 + started.elapsed().as_secs() as usize;
     assert!((10..=most).contains(&taken), "{taken} of a rate of 1 a second were taken");
 }
 
@@ -74,19 +75,19 @@ async fn message_flood_gets_errors_and_then_4029() {
     let node = Node::start(&["--max-message-rate", "1"]).await;
     let mut subscriber = Client::plain(&node, "subscriber", "room").await;
     let mut raw = join(&node, "", "fanfare.v1").await;
-    let begun = Instant::now();
+    let started = Instant::now();
     let frame = |n: usize| frame_bytes(true, TEXT, true, json!({"data": n, "ref": n}).to_string().as_bytes());
     raw.write(&(0..100).map(frame).collect::<Vec<_>>().concat()).await;
-    let told = told(&mut raw).await;
+    let answers = read_answers(&mut raw).await;
     let events = published(&node, &mut subscriber).await;
     let taken = events.len();
-    expect_burst(taken, begun);
-    // What is taken keeps its order; what came after it is refused, each by its ref.
+    expect_burst(taken, started);
+    // Accepted messages keep their order. Later ones are rejected with their `ref`.
     for (n, event) in events.iter().enumerate() {
         assert_eq!(*event, json!({"sender": "flood", "data": n}));
     }
-    assert_eq!(told.code, 4029);
-    let refused: Vec<_> = told.errors.iter().map(|error| (&error["code"], &error["ref"])).collect();
+    assert_eq!(answers.code, 4029);
+    let refused: Vec<_> = answers.errors.iter().map(|error| (&error["code"], &error["ref"])).collect();
     let expected: Vec<_> = (taken..taken + 10).map(|n| (json!("rate_limited"), json!(n))).collect();
     assert_eq!(refused, expected.iter().map(|(code, n)| (code, n)).collect::<Vec<_>>());
     assert_eq!(node.metric_of("fanfare_connections_closed_total", r#"reason="rate_limited""#).await, 1.0);
@@ -99,34 +100,34 @@ async fn plain_client_is_closed_at_the_rate_limit() {
     let node = Node::start(&["--max-message-rate", "1"]).await;
     let mut subscriber = Client::plain(&node, "subscriber", "room").await;
     let flood = frame_bytes(true, TEXT, true, b"hi").repeat(50);
-    let begun = Instant::now();
+    let started = Instant::now();
     let mut simple = join(&node, "", "").await;
     simple.write(&flood).await;
-    assert_eq!(told(&mut simple).await.code, 4029);
-    expect_burst(published(&node, &mut subscriber).await.len(), begun);
+    assert_eq!(read_answers(&mut simple).await.code, 4029);
+    expect_burst(published(&node, &mut subscriber).await.len(), started);
     assert_eq!(too_fast(&node).await, 1.0, "the first one is the last");
 
-    let begun = Instant::now();
+    let started = Instant::now();
     let mut recovering = join(&node, "&lastEventId=", "").await;
     recovering.write(&flood).await;
-    let told = told(&mut recovering).await;
-    assert_eq!((told.code, told.errors.len()), (4029, 10));
+    let answers = read_answers(&mut recovering).await;
+    assert_eq!((answers.code, answers.errors.len()), (4029, 10));
     let message = "rate limit exceeded: 1 message or 1MiB a second";
-    assert_eq!(told.errors[0], json!({"type": "error", "code": "rate_limited", "message": message}));
-    expect_burst(published(&node, &mut subscriber).await.len(), begun);
+    assert_eq!(answers.errors[0], json!({"type": "error", "code": "rate_limited", "message": message}));
+    expect_burst(published(&node, &mut subscriber).await.len(), started);
 }
 
-/// Floods over short connections, one after the other, and expects that they are closed after few messages in all.
+/// Floods over short consecutive connections, which must be closed after a few messages in total.
 async fn expect_no_gain(node: &Node, rate: f64, connect: impl AsyncFn() -> Raw) {
     let flood = frame_bytes(true, TEXT, true, b"hi").repeat(1500);
     let before = node.metric("fanfare_messages_received_total").await;
-    let begun = Instant::now();
+    let started = Instant::now();
     for _ in 0..12 {
         let mut raw = connect().await;
         raw.write_some(&flood).await;
-        assert_eq!(told(&mut raw).await.code, 4029);
+        assert_eq!(read_answers(&mut raw).await.code, 4029);
     }
-    let most = 101.0 + rate * begun.elapsed().as_secs_f64();
+    let most = 101.0 + rate * started.elapsed().as_secs_f64();
     let taken = node.metric("fanfare_messages_received_total").await - before;
     assert!((100.0..=most).contains(&taken), "{taken} messages on 12 connections, {most} are allowed");
 }
@@ -140,26 +141,28 @@ async fn reconnecting_gains_no_messages() {
         assert_eq!(raw.upgrade(path, &[]).await.status, 101);
         raw
     };
-    // An address has the allowance of ten users, whatever names they give. A new one may send a tenth of it at once.
+    // An address has the allowance of ten users, whatever user ids it sends. A new one may send a
+    // tenth of it at once.
     expect_no_gain(&node, 1000.0, async || connect("2001:db8::1", "/ws/a?channel=room").await).await;
-    // Nor does it gain tolerance: once too many messages were rejected, each accepted one allows one more.
+    // Nor does it gain tolerance: once too many messages were rejected, each accepted one allows
+    // one more rejection.
     let flood = frame_bytes(true, TEXT, true, b"hi").repeat(4000);
-    let begun = Instant::now();
+    let started = Instant::now();
     let mut errors = 0.0;
     for _ in 0..2 {
         let mut raw = connect("2001:db8:0:ff::1", "/ws/b?channel=room&lastEventId=").await;
         raw.write_some(&flood).await;
-        let told = told(&mut raw).await;
-        assert_eq!(told.code, 4029);
-        errors += told.errors.len() as f64;
-        for error in &told.errors {
+        let answers = read_answers(&mut raw).await;
+        assert_eq!(answers.code, 4029);
+        errors += answers.errors.len() as f64;
+        for error in &answers.errors {
             let text = error["message"].as_str().expect("text");
             assert!(text.ends_with(" a second for all connections of an address"), "{text}");
         }
     }
-    let most = 1001.0 + 1000.0 * begun.elapsed().as_secs_f64();
+    let most = 1001.0 + 1000.0 * started.elapsed().as_secs_f64();
     assert!(errors <= most, "{errors} error frames, {most} are allowed");
-    // Other addresses have their own.
+    // Other addresses have their own allowance.
     expect_no_gain(&node, 1000.0, async || connect("2001:db8:0:100::1", "/ws/a?channel=room").await).await;
 }
 
@@ -182,7 +185,7 @@ async fn reconnecting_gains_a_user_no_messages() {
 #[tokio::test]
 async fn bytes_and_fragments_are_rate_limited() {
     let node = Node::start(&["--max-byte-rate", "64KiB"]).await;
-    // Each costs nearly a second's worth, so ten may come at once.
+    // Each message costs nearly a second's allowance, so ten may come at once.
     let long = frame_bytes(true, TEXT, true, &[b'x'; 64_000]);
     let fragments = [
         frame_bytes(false, TEXT, true, b"e"),
@@ -192,7 +195,7 @@ async fn bytes_and_fragments_are_rate_limited() {
     .concat();
     for message in [long, fragments] {
         let mut raw = join(&node, "&lastEventId=", "").await;
-        let begun = Instant::now();
+        let started = Instant::now();
         raw.write(&message.repeat(20)).await;
         let (mut taken, mut rejected) = (0, 0);
         while taken + rejected < 20 {
@@ -203,7 +206,7 @@ async fn bytes_and_fragments_are_rate_limited() {
                 _ => taken += 1,
             }
         }
-        expect_burst(taken, begun);
+        expect_burst(taken, started);
     }
 }
 
@@ -212,15 +215,15 @@ async fn ping_and_pong_floods_are_rate_limited() {
     let node = Node::start(&["--max-message-rate", "1"]).await;
     for opcode in [PING, PONG] {
         let mut raw = join(&node, "", "fanfare.v1").await;
-        let begun = Instant::now();
+        let started = Instant::now();
         let frame = |n: u8| frame_bytes(true, opcode, true, &[n]);
         raw.write(&(0..100).map(frame).collect::<Vec<_>>().concat()).await;
-        let told = told(&mut raw).await;
-        assert_eq!((told.code, told.errors.len()), (4029, 10));
-        assert_eq!(told.errors[0]["code"], "rate_limited");
+        let answers = read_answers(&mut raw).await;
+        assert_eq!((answers.code, answers.errors.len()), (4029, 10));
+        assert_eq!(answers.errors[0]["code"], "rate_limited");
         if opcode == PING {
-            expect_burst(told.pongs.len(), begun);
-            assert_eq!(told.pongs[..10], [[0], [1], [2], [3], [4], [5], [6], [7], [8], [9]]);
+            expect_burst(answers.pongs.len(), started);
+            assert_eq!(answers.pongs[..10], [[0], [1], [2], [3], [4], [5], [6], [7], [8], [9]]);
         }
     }
 }
@@ -231,9 +234,9 @@ async fn json_pings_and_invalid_frames_count() {
     for text in [r#"{"type":"ping"}"#, "no JSON"] {
         let mut raw = join(&node, "", "fanfare.v1").await;
         raw.write(&frame_bytes(true, TEXT, true, text.as_bytes()).repeat(50)).await;
-        let told = told(&mut raw).await;
-        let too_fast = told.errors.iter().filter(|error| error["code"] == "rate_limited");
-        assert_eq!((told.code, too_fast.count()), (4029, 10), "{text}");
+        let answers = read_answers(&mut raw).await;
+        let too_fast = answers.errors.iter().filter(|error| error["code"] == "rate_limited");
+        assert_eq!((answers.code, too_fast.count()), (4029, 10), "{text}");
     }
 }
 
@@ -242,7 +245,7 @@ async fn client_that_slows_down_stays() {
     let node = Node::start(&["--max-message-rate", "20"]).await;
     let (mut client, _) = Client::json(&node, "a", "room").await;
     for _ in 0..2 {
-        // As fast as it can until it is told.
+        // Sends without a pause until the first error.
         let mut refused = 0;
         while refused < 5 {
             let (answer, _) = client.send_for_ack(json!({"text": "hi"})).await;
@@ -251,8 +254,8 @@ async fn client_that_slows_down_stays() {
                 refused += 1;
             }
         }
-        // Then it waits, and what it says is published.
-        tokio::time::sleep(Duration::from_millis(500)).await; // ten messages' time
+        // After a pause its messages are published.
+        tokio::time::sleep(Duration::from_millis(500)).await; // the time of ten messages
         for _ in 0..5 {
             let (answer, _) = client.send_for_ack(json!({"text": "hi"})).await;
             answer.expect("it waited");
@@ -289,7 +292,7 @@ async fn only_the_last_pings_are_answered() {
             break;
         }
     }
-    // How many reads they came in is the kernel's choice, so this can only be said of all together.
+    // The kernel decides in how many reads they arrive, so only their total is limited.
     assert!(pongs < 64, "each of many pings has a pong of its own");
 }
 
@@ -338,7 +341,7 @@ async fn flood_without_reads_costs_no_memory() {
 #[tokio::test]
 async fn busy_senders_get_no_extra_turns() {
     let node = Node::start(&["--shards", "1", "--max-message-rate", "0", "--max-byte-rate", "0"]).await;
-    // The dearest bytes there are: many fragments of nothing, of which each message has as many as it may.
+    // The most expensive bytes: as many empty fragments as a message may have.
     let message = [
         frame_bytes(false, TEXT, true, b""),
         frame_bytes(false, CONTINUATION, true, b"").repeat(1990),
@@ -358,7 +361,8 @@ async fn busy_senders_get_no_extra_turns() {
     let mut calm = Raw::upgraded(node.public, "/ws/calm?channel=calm").await;
     let received = || node.metric("fanfare_received_bytes_total");
     until("a long flood", || async { (received().await > 8e6).then_some(()) }).await;
-    // What is read from the others until a ping is answered. The test may be slow to ask, so the best of some counts.
+    // Bytes read from the others until a ping is answered. The test itself may be slow, so the best
+    // of several counts.
     let mut least = f64::MAX;
     for _ in 0..10 {
         let before = received().await;
@@ -367,13 +371,13 @@ async fn busy_senders_get_no_extra_turns() {
         least = least.min(received().await - before);
     }
     let turn = 4.0 * f64::from(16 << 10);
-    assert!(least < 6.0 * turn, "{} turns of everybody until a ping is answered", least / turn);
+    assert!(least < 6.0 * turn, "{} rounds of all clients until a ping is answered", least / turn);
 }
 
 #[tokio::test]
 async fn history_reads_per_ip_are_rate_limited() {
     const EVENTS: u64 = 1000;
-    const JOINS: u64 = 5000; // 64 KiB each: five times what may be read at once
+    const JOINS: u64 = 5000; // 64 KiB each: five times the burst
     let flags = ["--trusted-proxy", "127.0.0.2", "--buffer-memory", "64KiB", "--shards", "1"];
     let node = Node::start(&flags).await;
     let _stays = Client::plain(&node, "stays", "room").await;
@@ -392,7 +396,7 @@ async fn history_reads_per_ip_are_rate_limited() {
     let start = Instant::now();
     let many = stream::iter((0..JOINS).map(|number| join("192.0.2.7", number))).buffer_unordered(50);
     many.collect::<Vec<()>>().await;
-    // 64 MiB at once, then 32 MiB a second. Some joins find their part in memory.
+    // 64 MiB at once, then 32 MiB per second. Some joins are served from memory.
     assert!(start.elapsed() > Duration::from_secs(4), "{:?}", start.elapsed());
     let start = Instant::now();
     join("192.0.2.8", 0).await;

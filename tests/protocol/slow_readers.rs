@@ -1,4 +1,5 @@
-//! Readers that stall: they cost the node no memory, hinder nobody, and get everything when they read again.
+//! Stalled readers: they cost the node no memory, delay no other client, and get everything when
+//! they read on.
 
 use std::time::Duration;
 
@@ -14,7 +15,7 @@ use crate::common::{Client, Node, Raw};
 
 #[tokio::test]
 async fn stalled_readers_cost_no_local_memory() {
-    // Its history is what is in memory, so half of the events must fit.
+    // Its history is in memory, so half of the events must fit.
     let node = Node::start(&["--history", "2000", "--buffer-memory", "16MiB", "--ping-timeout", LONG]).await;
     stalled_readers_cost_nothing_and_miss_nothing(&node).await;
 }
@@ -25,14 +26,16 @@ async fn slow_reader_with_late_pongs_stays() {
     let (_, welcome) = Client::resume(&node, "head", "room", "").await;
     let first = position(&welcome["head"]) + 1;
     let ids: Vec<u64> = (first..first + EVENTS).collect();
-    // With a receive window as usual: Linux counts a tiny one that fills up again and again as no progress.
+    // With a normal receive window: Linux counts a tiny window that fills up repeatedly as no
+    // progress.
     let mut raw = Raw::upgraded(node.public, "/ws/slow?channel=room").await;
-    // It answers no ping, but takes some events every now and then, for much longer than heartbeat and timeout. It
-    // stops while there is more than the kernel holds (4 MB): then the server can't see any more that it reads.
+    // It answers no ping, but reads some events now and then, for much longer than heartbeat and
+    // timeout. It stops while there is more unread than the kernel holds (4 MB): then the server
+    // can no longer see that it reads.
     let read = async {
         for part in 0..18 {
             read_numbers(&mut raw, part * 100..(part + 1) * 100, &ids).await;
-            tokio::time::sleep(Duration::from_millis(400)).await; // slowness itself is what is tested
+            tokio::time::sleep(Duration::from_millis(400)).await; // the slowness is what is tested
         }
     };
     let mut given = Vec::new();
@@ -49,13 +52,14 @@ async fn reader_that_never_reads_is_closed() {
     publish(&node, 0..1500, &mut ids).await;
     common::until("its end", || async { (node.metric("fanfare_connections").await == 0.0).then_some(()) })
         .await;
-    // What the kernel still had is events in order, then nothing.
+    // The kernel still holds some events, in order, and nothing else.
     let rest = raw.rest().await;
     assert!(rest.len() < 6_000_000, "{}", rest.len());
 }
 
-/// Reads frames of a client for whom every event is, until its position is `end`; counts pings and resets. An event is
-/// the next after the client's position, a ping tells just that position, and only a reset moves it on.
+/// Reads frames of a client that gets every event, up to position `end`. Counts pings and resets.
+/// An event has the next id, a ping carries the current position, and only a reset moves it
+/// forward.
 async fn read_positions(raw: &mut Raw, at: &mut u64, end: u64) -> (u64, u64) {
     let (mut pings, mut resets) = (0, 0);
     while *at < end {
@@ -85,7 +89,7 @@ fn pings(count: usize) -> Vec<u8> {
 
 #[tokio::test]
 async fn reset_precedes_the_events_after_the_gap() {
-    const PINGS: usize = 900; // more than go into one write, and fewer than --max-message-rate takes at once
+    const PINGS: usize = 900; // more than go into one write, and fewer than the burst of --max-message-rate
     let node = Node::start(&["--buffer-memory", "64KiB", "--history", "1000", "--ping-timeout", LONG]).await;
     let mut raw = Raw::connect_with_small_buffers(node.public).await;
     let path = "/ws/stalled?channel=room&lastEventId=";
@@ -95,7 +99,7 @@ async fn reset_precedes_the_events_after_the_gap() {
 
     let mut ids = Vec::new();
     publish(&node, 0..400, &mut ids).await;
-    let first = ids[0] + 150; // more than the socket takes, so that it reads history now
+    let first = ids[0] + 150; // more than the socket holds, so that it reads history now
     read_positions(&mut raw, &mut at, first).await;
     raw.write(&pings(PINGS)).await;
     common::until("the pings to be read", || async {
@@ -104,8 +108,8 @@ async fn reset_precedes_the_events_after_the_gap() {
     .await;
     publish(&node, 400..1700, &mut ids).await;
 
-    let told = read_positions(&mut raw, &mut at, ids[1699]).await;
-    assert_eq!(told, (PINGS as u64, 1), "pings and resets");
+    let counts = read_positions(&mut raw, &mut at, ids[1699]).await;
+    assert_eq!(counts, (PINGS as u64, 1), "pings and resets");
 }
 
 #[tokio::test]
@@ -116,7 +120,7 @@ async fn pings_carry_positions_in_order() {
     assert_eq!(raw.upgrade(path, &[("Sec-WebSocket-Protocol", JSON_MODE)]).await.status, 101);
     let welcome: Value = serde_json::from_str(&raw.next_text().await).expect("JSON");
     let mut at = position(&welcome["lastEventId"]);
-    // Events of its own between pings: they come back while the next pings are read.
+    // Its own events between pings: they arrive while the next pings are read.
     let event = frame_bytes(true, opcode::TEXT, true, br#"{"text":"x"}"#);
     for round in 1..=40 {
         raw.write(&[event.clone(), pings(640)].concat().repeat(4)).await;
@@ -130,7 +134,8 @@ async fn pings_carry_positions_in_order() {
     }
 }
 
-/// Each of them stalls in a frame of its own, which the node keeps for it once the feed has gone on.
+/// Each reader stalls in a different frame, which the node keeps for it after the feed has evicted
+/// the entry.
 #[tokio::test]
 async fn stalled_readers_of_large_events_share_a_limit() {
     const SIZE: usize = 15 << 20;
@@ -163,7 +168,7 @@ async fn stalled_readers_of_large_events_share_a_limit() {
     let kept = node.metric("fanfare_unsent_bytes").await;
     assert!(kept > 0.0 && kept.max(largest) <= LIMIT, "{kept} bytes are kept, {largest} were");
     assert!(node.metric("fanfare_connections").await >= 4.0, "the others stay");
-    // The newest gets the whole of the frame in which it stalled.
+    // The newest reader gets its frame completely.
     let last = readers.last_mut().expect("there are some");
     let event: Value = serde_json::from_str(&last.next_text().await).expect("JSON");
     assert_eq!(event["n"], 6);
@@ -174,7 +179,7 @@ async fn pongs_do_not_keep_a_client_that_never_reads() {
     let flags = ["--ping-interval", "1s", "--ping-timeout", "1s", "--buffer-memory", "1MiB"];
     let node = Node::start(&flags).await;
     let mut raw = stalled(&node, "").await;
-    publish(&node, 0..300, &mut Vec::new()).await; // more than the socket takes
+    publish(&node, 0..300, &mut Vec::new()).await; // more than the socket holds
     let pong = frame_bytes(true, opcode::PONG, true, b"");
     common::within("its end", async {
         while node.metric("fanfare_connections").await > 0.0 {

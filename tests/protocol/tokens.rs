@@ -1,4 +1,5 @@
-//! Tokens: who may come in with which, for how long, and that nobody else ever sees one.
+//! Tokens: which are accepted, what they allow and for how long. Tokens never appear in responses,
+//! logs or metrics.
 
 use std::path::PathBuf;
 use std::process::Command;
@@ -10,7 +11,7 @@ use crate::common::{Client, Node, Options, Raw, until};
 const SECRET: &str = "a secret that is long enough for HS256";
 const OTHER: &str = "another one that is long enough as well";
 
-/// A public key, with which nobody can sign.
+/// A public key, which cannot sign.
 const ED25519_PUBLIC: &str = "-----BEGIN PUBLIC KEY-----
 MCowBQYDK2VwAyEApkKdSFtxoLHON4gfTzPDkJZN5a2/Q+qWCpBqxZz8q08=
 -----END PUBLIC KEY-----";
@@ -34,7 +35,7 @@ impl Keys {
         std::fs::write(self.path(name), format!("{content}\n")).expect("a file");
     }
 
-    /// What `fanfare token` makes with this key.
+    /// A token made with this key by `fanfare token`.
     fn token(&self, name: &str, args: &[&str]) -> String {
         let mut command = Command::new(env!("CARGO_BIN_EXE_fanfare"));
         let output = command.arg("token").arg("--jwt-key").arg(self.path(name)).args(args).output();
@@ -103,15 +104,15 @@ async fn invalid_tokens_are_rejected_and_never_shown() {
         raw.expect_end().await;
         answers.push(response.body);
     }
-    assert!(answers.windows(2).all(|pair| pair[0] == pair[1]), "a stranger learns nothing: {answers:?}");
+    assert!(answers.windows(2).all(|pair| pair[0] == pair[1]), "all responses are equal: {answers:?}");
     for path in ["/ws/alice", "/ws/alice?token=", "/ws/alice?channel=a"] {
         assert_eq!(status(&node, path, &[]).await, 401);
     }
     assert_eq!(status(&node, "/ws/alice", &[("Authorization", &format!("Basic {good}"))]).await, 401);
     assert_eq!(node.metric_of("fanfare_connections_closed_total", r#"reason="unauthorized""#).await, 11.0);
-    // A good one after all that, ended by us; then everything the node shows is looked through.
+    // Then a valid token. After that all output of the node is searched for tokens.
     Raw::upgraded(node.public, &format!("/ws/alice?token={good}")).await;
-    until("the log to tell of ends", || async { node.log().contains("unauthorized").then_some(()) }).await;
+    until("the close in the log", || async { node.log().contains("unauthorized").then_some(()) }).await;
     let shown = [
         node.log(),
         node.admin("GET", "/metrics", b"").await.body,
@@ -120,7 +121,7 @@ async fn invalid_tokens_are_rejected_and_never_shown() {
     ];
     for token in bad.into_iter().chain([&good]).filter(|token| token.len() > 20) {
         for part in token.split('.').filter(|part| part.len() > 20) {
-            // The header is the same in every token and says nothing.
+            // The first part is the same in every token.
             assert!(shown.iter().all(|text| !text.contains(part)), "{part} is shown");
         }
     }
@@ -156,7 +157,7 @@ async fn token_limits_channels_and_publishing() {
         codes.push(answer.err().map(|error| error["code"].clone()));
     }
     assert_eq!(codes, [Some("forbidden".into()), None, Some("forbidden".into()), None]);
-    // The setting is the most that a token can give.
+    // A token cannot exceed the setting.
     let node = keys.node(&["--client-publish", "off"]).await;
     let token = keys.token("key", &["--user", "a", "--publish", "true"]);
     let options = Options { query: format!("token={token}"), subprotocol: None, ..Options::default() };
@@ -168,7 +169,7 @@ async fn token_limits_channels_and_publishing() {
 #[tokio::test]
 async fn connection_closes_when_its_token_expires() {
     let keys = Keys::new();
-    let node = keys.node(&[]).await; // heartbeats far apart: the end has to be seen without them
+    let node = keys.node(&[]).await; // rare heartbeats: the expiry must be noticed without them
     let long = keys.token("key", &["--user", "long"]);
     let mut stays = Raw::upgraded(node.public, &format!("/ws/long?token={long}")).await;
     let token = keys.token("key", &["--user", "a", "--ttl", "3s"]);
@@ -176,7 +177,7 @@ async fn connection_closes_when_its_token_expires() {
     let options = Options { query: format!("token={token}"), subprotocol: None, ..Options::default() };
     let mut client = Client::try_open(node.public, "a", &options).await.expect("it may join");
     assert_eq!(client.expect_close().await, (4001, "token expired".into()));
-    // `exp` is in whole seconds, so a token of 3 s may have little more than 2 left.
+    // `exp` is in whole seconds, so a token of 3 s may have little more than 2 s left.
     assert!(made.elapsed() >= std::time::Duration::from_millis(1900), "{:?}", made.elapsed());
     assert_eq!(status(&node, &format!("/ws/a?token={token}"), &[]).await, 401);
     assert_eq!(node.metric_of("fanfare_connections_closed_total", r#"reason="token_expired""#).await, 1.0);
@@ -208,7 +209,7 @@ async fn keys_are_reloaded_without_a_restart() {
     })
     .await;
     assert_eq!(status(&node, &path(&new), &[]).await, 101);
-    // Whoever is connected stays until its token ends.
+    // Existing connections stay open until their token expires.
     connected.frame(true, common::raw::opcode::PING, b"").await;
     assert_eq!(connected.next().await, Some((common::raw::opcode::PONG, Vec::new())));
 }

@@ -1,38 +1,38 @@
-//! What strangers can send to the public port, and what they get. Each row of the table is shown by the tests named
-//! beside it; those that are nowhere else are below, in the same order. `behind_nginx` shows that none of it makes a proxy
-//! take a node for dead.
+//! What anyone can send to the public port, and how the server answers. The tests in the last
+//! column are below, in the same order, or in the named module. `behind_nginx` shows that a proxy
+//! takes no node out because of such input.
 //!
 //! | input | answer | tests |
 //! |---|---|---|
-//! | silence, or a byte at a time, before the request is complete | 408 at 5 s in all | `slow_requests_get_408_after_5_s` |
+//! | a request not complete after 5 s, whether silent or slow | 408 | `slow_requests_get_408_after_5_s` |
 //! | request line over 8 KiB; headers over 16 KiB or 64 | 414; 431 | `oversized_heads_get_414_or_431` |
 //! | POST, HEAD, PUT on `/ws` | 405 with `Allow` | `other_methods_get_405_before_their_body` |
 //! | GET without Upgrade; version not 13 | 426 with `Sec-WebSocket-Version: 13` | `missing_or_other_upgrades_get_426` |
 //! | bad or doubled key, missing or doubled Host, bare LF, Transfer-Encoding, a body, bytes before the 101 | 400 | `malformed_upgrades_get_400` |
-//! | TLS hello, HTTP/2 preface, garbage; a request that ends half-way | 400 | `other_protocols_get_400` |
+//! | TLS hello, HTTP/2 preface, garbage; an incomplete request | 400 | `other_protocols_get_400` |
 //! | unmasked frame, RSV bit, unknown opcode, control frame over 125 or fragmented, bad continuation, bad close code | 1002 | `protocol_violations_close_with_1002`, `frames::broken_frames_close_with_1002` |
 //! | invalid UTF-8 in text, also across fragments, or in a close reason | 1007 | `close_reason_not_utf8_closes_with_1007`, `frames::text_that_is_not_utf8_closes_with_1007` |
-//! | JSON that not every client could read: names that come twice, `1e999`, lone surrogates, deep nesting | `error` frame, `invalid` | `protocol::clients_and_backends_publish_json_by_the_rule` |
+//! | JSON that not every client can parse: duplicate names, `1e999`, lone surrogates, deep nesting | `error` frame, `invalid` | `protocol::clients_and_backends_publish_json_by_the_rule` |
 //! | binary frame | 1003 | `frames::binary_closes_with_1003` |
 //! | message or declared length over the limit, up to 2^63 | 1009, nothing allocated | `declared_lengths_cost_no_memory`, `frames::message_too_big_closes_with_1009` |
-//! | endless empty or tiny fragments; a frame begun and not ended in 10 s | 1008 | `endless_fragments_close_with_1008`, `frames::incomplete_message_closes_with_1008` |
-//! | unfinished messages on very many connections | 64 MiB for all; the oldest close with 1008 | `partial_messages_are_limited_in_total`, `partial_messages_share_one_limit` |
+//! | endless empty or tiny fragments; a message not completed in 10 s | 1008 | `endless_fragments_close_with_1008`, `frames::incomplete_message_closes_with_1008` |
+//! | incomplete messages on very many connections | 64 MiB in total; the oldest close with 1008 | `partial_messages_are_limited_in_total`, `partial_messages_share_one_limit` |
 //! | ping flood, message flood | `error` frame, then 4029 | `rates::message_flood_gets_errors_and_then_4029`, `rates::ping_and_pong_floods_are_rate_limited`, `rates::flood_without_reads_costs_no_memory` |
-//! | the same over short connections; large messages, tiny fragments | the same: users, or addresses, share an allowance | `rates::reconnecting_gains_no_messages`, `rates::reconnecting_gains_a_user_no_messages`, `rates::bytes_and_fragments_are_rate_limited` |
-//! | peer that never reads | nothing but its cursor; ended by ping timeout | `slow_readers::reader_that_never_reads_is_closed`, `slow_readers::pongs_do_not_keep_a_client_that_never_reads`, `slow_readers::stalled_readers_cost_no_memory_on_redis` |
-//! | peers that stall, each in a large frame of its own | 64 MiB for all; the costliest are cut | `slow_readers::stalled_readers_of_large_events_share_a_limit` |
-//! | half-open peer | gone within heartbeat and timeout | `half_open_peer_is_closed_in_time` |
+//! | the same over short connections; large messages, tiny fragments | the same: the allowance belongs to the user or address | `rates::reconnecting_gains_no_messages`, `rates::reconnecting_gains_a_user_no_messages`, `rates::bytes_and_fragments_are_rate_limited` |
+//! | peer that never reads | only a cursor is kept; closed by ping timeout | `slow_readers::reader_that_never_reads_is_closed`, `slow_readers::pongs_do_not_keep_a_client_that_never_reads`, `slow_readers::stalled_readers_cost_no_memory_on_redis` |
+//! | peers that stall, each in another large frame | 64 MiB in total; the most expensive are cut | `slow_readers::stalled_readers_of_large_events_share_a_limit` |
+//! | half-open peer | closed within `--ping-interval` and `--ping-timeout` | `half_open_peer_is_closed_in_time` |
 //! | foreign or `null` Origin | 403 | `access::foreign_origins_are_rejected` |
 //! | missing, bad, expired token | 401 | `tokens::invalid_tokens_are_rejected_and_never_shown` |
 //! | user id or channel with control characters, too long, not UTF-8 | 400; log lines stay one line | `bad_names_get_400_and_break_no_log_line` |
-//! | per-address connection flood, per-user and per-node caps | 429 / 503 with `Retry-After` | `connection_limits::limit_per_ip_protects_others`, `connection_limits::limit_per_user_protects_others`, `connection_limits::full_node_answers_503_and_serves_on`, `connection_limits::flood_over_the_limit_is_answered_at_once` |
-//! | a PROXY header, or `X-Forwarded-For`, from others than trusted proxies | 400 | `connection_limits::untrusted_proxy_is_rejected_with_advice` |
-//! | out of file descriptors | 503, one log line and a metric; the accept loop goes on | `limits::survives_running_out_of_descriptors` |
+//! | connection floods: limits per address, user and node | 429 / 503 with `Retry-After` | `connection_limits::limit_per_ip_protects_others`, `connection_limits::limit_per_user_protects_others`, `connection_limits::full_node_answers_503_and_serves_on`, `connection_limits::flood_over_the_limit_is_answered_at_once` |
+//! | a PROXY header, or `X-Forwarded-For`, from an untrusted peer | 400 | `connection_limits::untrusted_proxy_is_rejected_with_advice` |
+//! | out of file descriptors | 503, one log line and a metric; the accept loop continues | `limits::survives_running_out_of_descriptors` |
 //! | `lastEventId` negative, huge, text, future | `recovered:false`, at most one shared read | `unknown_ids_cost_one_shared_read`, `protocol::unknown_last_event_id_is_not_recovered` |
-//! | `channel` that names another program's Redis channel | an ordinary channel of that name | `channel_named_like_a_redis_channel_is_ordinary` |
+//! | `channel` with the name of a Redis channel of another program | an ordinary channel | `channel_named_like_a_redis_channel_is_ordinary` |
 //! | endless new channels | 503 past `--max-channels` | `limits::max_channels_is_enforced`, `tokens::token_limits_channels_and_publishing` |
-//! | the same over short connections | empty channels make room; past so many a minute 429 | `limits::empty_channels_are_evicted_for_new_ones`, `limits::new_channels_of_a_client_are_limited` |
-//! | the same, left at once | forgotten by Redis in minutes | `unused_channels_expire_soon_in_redis` |
+//! | the same over short connections | empty channels are evicted; 429 over the rate of new channels | `limits::empty_channels_are_evicted_for_new_ones`, `limits::new_channels_of_a_client_are_limited` |
+//! | the same, closed at once | expire in Redis within minutes | `unused_channels_expire_soon_in_redis` |
 //! | any of these through nginx | nginx takes no node out | `behind_nginx::bad_handshakes_take_no_node_out` |
 
 use std::time::{Duration, Instant};
@@ -48,15 +48,15 @@ use crate::common::{Client, Node, Raw, Response, http, until, within};
 const KEY: &str = "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n";
 const UPGRADE: &str = "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n";
 
-/// What the node answers to these bytes. The answer must arrive whole, and the connection end in order after it: a reset
-/// would take the answer from whoever has not read it yet.
+/// The response to these bytes. It must arrive completely, and the connection must end without a
+/// reset, which could discard a response that is not read yet.
 async fn answer(node: &Node, bytes: &[u8]) -> Response {
     let socket = TcpStream::connect(node.public).await.expect("it listens");
     let (read, mut write) = socket.into_split();
     let bytes = bytes.to_vec();
     let writer = tokio::spawn(async move {
-        let _ = write.write_all(&bytes).await; // the answer may come before all is sent
-        write // open until the answer is read
+        let _ = write.write_all(&bytes).await; // the response may come before all is sent
+        write // kept open until the response is read
     });
     let mut read = BufReader::new(read);
     let response = within("an answer", http::read_response(&mut read, false)).await;
@@ -80,25 +80,25 @@ async fn expect(node: &Node, bytes: impl AsRef<[u8]>, status: u16) -> Response {
 #[tokio::test]
 async fn slow_requests_get_408_after_5_s() {
     let node = Node::start(&[]).await;
-    let begun = Instant::now();
+    let started = Instant::now();
     let silent = expect(&node, b"", 408);
     let dripping = async {
         let mut raw = Raw::connect(node.public).await;
         let request = format!("GET /ws/a HTTP/1.1\r\nHost: a\r\nCookie: {}\r\n", "x".repeat(1000));
         for byte in request.as_bytes() {
-            if begun.elapsed() > Duration::from_secs(8) || !raw.write_some(&[*byte]).await {
+            if started.elapsed() > Duration::from_secs(8) || !raw.write_some(&[*byte]).await {
                 break;
             }
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
         raw.response().await.expect_refusal(408);
     };
-    let told = async {
+    let answered = async {
         silent.await;
-        begun.elapsed()
+        started.elapsed()
     };
-    let (told, ()) = tokio::join!(told, dripping);
-    assert!((5.0..7.0).contains(&told.as_secs_f64()), "{told:?}");
+    let (answered, ()) = tokio::join!(answered, dripping);
+    assert!((5.0..7.0).contains(&answered.as_secs_f64()), "{answered:?}");
     assert_eq!(node.metric_of("fanfare_connections_closed_total", r#"reason="request_timeout""#).await, 2.0);
 }
 
@@ -219,7 +219,8 @@ async fn other_protocols_get_400() {
     ] {
         expect(&node, garbage, 400).await;
     }
-    // What is ended half-way is no silent end either: a proxy would take that for a dead node.
+    // A half-closed incomplete request gets a response: a proxy would take a close without one for
+    // a dead node.
     let mut raw = Raw::connect(node.public).await;
     raw.write(b"GET /ws/a HTTP/1.1\r\nHost:").await;
     raw.end_sending().await;
@@ -246,7 +247,7 @@ async fn protocol_violations_close_with_1002() {
             expect_close(&node, &format!("bit {bit:x} of {opcode}"), &frame, 1002).await;
         }
     }
-    // RFC 6455 section 5.2: a length is written as short as it can be.
+    // RFC 6455 section 5.2: lengths use the shortest encoding.
     expect_close(&node, "a long length", &[0x81, 0xFE, 0, 1, 0, 0, 0, 0, b'a'], 1002).await;
     for opcode in [PING, PONG, CLOSE] {
         expect_close(&node, "not final", &frame_bytes(false, opcode, true, b""), 1002).await;
@@ -279,13 +280,13 @@ async fn declared_lengths_cost_no_memory() {
         raw.write(&head).await;
         assert_eq!(raw.expect_close().await, 1009, "{length}");
     }
-    // Nor does what is allowed cost anything before it comes.
+    // Allowed lengths cost no memory either before the payload arrives.
     held.clear();
     for _ in 0..200 {
         let mut raw = Raw::upgraded(node.public, "/ws/a?channel=room").await;
-        // The pong tells that what came with the ping was read.
-        let begun = [&frame_bytes(true, PING, true, b"")[..], &[0x81, 0xFE, 0xFF, 0xFF, 1, 2, 3, 4, 5]];
-        raw.write(&begun.concat()).await;
+        // The pong shows that the bytes after the ping were read.
+        let started = [&frame_bytes(true, PING, true, b"")[..], &[0x81, 0xFE, 0xFF, 0xFF, 1, 2, 3, 4, 5]];
+        raw.write(&started.concat()).await;
         assert_eq!(raw.next().await, Some((PONG, Vec::new())));
         held.push(raw);
     }
@@ -297,7 +298,7 @@ async fn declared_lengths_cost_no_memory() {
 async fn partial_messages_are_limited_in_total() {
     let node = Node::start(&["--shards", "1", "--max-message-size", "1MiB"]).await;
     let before = node.resident();
-    // Ten times as much as fits, some of it in one frame and some in two.
+    // Ten times the limit, half of it in one frame and half in two.
     let (one, two) = (vec![b'x'; 900 << 10], vec![b'y'; 450 << 10]);
     let whole = frame_bytes(true, TEXT, true, &one);
     let first = frame_bytes(false, TEXT, true, &two);
@@ -309,7 +310,7 @@ async fn partial_messages_are_limited_in_total() {
         raw.write(if n % 2 == 0 { &whole[..whole.len() - 1] } else { &halves }).await;
         held.push(raw);
     }
-    // A message on its way meanwhile ends, and comes.
+    // A message that completes meanwhile is delivered.
     let mut honest = Raw::upgraded(node.public, "/ws/honest?channel=other").await;
     honest.write(&whole).await;
     assert_eq!(
@@ -335,8 +336,8 @@ async fn partial_messages_share_one_limit() {
         raw.write_some(&frame[..frame.len() - 1]).await;
         held.push(raw);
     }
-    // 64 MiB are nine of them.
-    until("the end of those that don't fit", || async {
+    // 64 MiB hold nine of them.
+    until("the close of the ones over the limit", || async {
         let ended = node.metric_of("fanfare_connections_closed_total", r#"reason="message_timeout""#).await;
         (ended >= (CLIENTS - 9) as f64).then_some(())
     })
@@ -365,11 +366,11 @@ async fn endless_fragments_close_with_1008() {
 #[tokio::test]
 async fn half_open_peer_is_closed_in_time() {
     let node = Node::start(&["--ping-interval", "2s", "--ping-timeout", "1s"]).await;
-    // A peer whose machine has lost power: nothing comes from it any more, no end either.
-    let begun = Instant::now();
+    // A peer whose machine has lost power: no bytes and no FIN arrive.
+    let started = Instant::now();
     let dead = Raw::upgraded(node.public, "/ws/a").await;
     until("its end", || async { (node.metric("fanfare_connections").await == 0.0).then_some(()) }).await;
-    let gone = begun.elapsed();
+    let gone = started.elapsed();
     assert!((2.9..5.0).contains(&gone.as_secs_f64()), "{gone:?}");
     assert_eq!(node.metric_of("fanfare_connections_closed_total", r#"reason="ping_timeout""#).await, 1.0);
     drop(dead);
@@ -385,7 +386,7 @@ async fn bad_names_get_400_and_break_no_log_line() {
         expect(&node, request(&format!("/ws/{name}")), 400).await;
         expect(&node, request(&format!("/ws/a?channel={name}")), 400).await;
     }
-    // What is no control character may be strange all the same, and is shown where connections end.
+    // Names that are not control characters but unusual are escaped in the log.
     for (name, shown) in [("%E2%80%A8evil", r"\u{2028}evil"), ("%E2%80%AEevil", r"\u{202e}evil")] {
         let mut raw = Raw::upgraded(node.public, &format!("/ws/{name}")).await;
         raw.frame(true, CLOSE, b"").await;

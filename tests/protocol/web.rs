@@ -1,4 +1,4 @@
-//! HTTP around the sockets: the public listener's other paths, and the admin listener.
+//! HTTP: the other paths of the public listener, and the admin listener.
 
 use serde_json::{Value, json};
 use tokio::io::{AsyncWriteExt, BufReader};
@@ -7,7 +7,7 @@ use tokio::net::TcpStream;
 use crate::common;
 use crate::common::{Client, Node, Raw, http};
 
-/// What the server says to these bytes on a new connection.
+/// The response to these bytes on a new connection.
 async fn answer(node: &Node, bytes: &[u8]) -> common::Response {
     let mut raw = Raw::connect(node.public).await;
     raw.write(bytes).await;
@@ -91,7 +91,7 @@ async fn invalid_http_is_rejected() {
 async fn oversized_heads_and_paths_are_rejected() {
     let node = Node::start(&[]).await;
     let long = "x".repeat(100_000);
-    // The server may answer and leave before it has read all of it, so a failing write is no failure.
+    // The server may answer and close before it has read everything, so writes may fail.
     for (head, status) in [
         (format!("GET /{long} HTTP/1.1\r\nHost: a\r\n\r\n"), 414),
         (format!("GET / HTTP/1.1\r\nHost: a\r\nX-Long: {long}\r\n\r\n"), 431),
@@ -112,7 +112,7 @@ async fn incomplete_head_times_out() {
     slow.write(b"GET /healthz HTTP/1.1\r\nHost:").await;
     slow.response().await.expect_refusal(408);
     slow.expect_end().await;
-    // Who sent nothing at all may be told, too, but has asked for nothing.
+    // A client that sent nothing gets a 408 or no response.
     let rest = String::from_utf8(nothing.rest().await).expect("text");
     assert!(rest.is_empty() || rest.starts_with("HTTP/1.1 408"), "{rest}");
 }
@@ -230,7 +230,7 @@ async fn admin_listener_keeps_connections_alive() {
     let bad = http::request_bytes(node.admin, "POST", "/publish?channel=room", &[], b"no JSON");
     raw.write(&publish).await;
     let first = raw.response().await.json()["id"].as_u64().expect("an id");
-    // Many at once, and one in pieces.
+    // Several at once, and one in pieces.
     raw.write(&[&publish[..], &bad, &stats, &publish].concat()).await;
     assert_eq!(raw.response().await.json(), json!({"id": first + 1}));
     raw.response().await.expect_refusal(400);

@@ -1,5 +1,5 @@
-//! The judge, judged: it has nothing to say against histories in which nothing is wrong, and it catches every way
-//! in which a bus can be broken, each time, wherever it happens.
+//! Tests of the checker: it accepts correct histories, and finds every mutation of them with the
+//! rule that it violates.
 
 mod histories;
 mod mutations;
@@ -23,7 +23,7 @@ fn accepts_correct_histories() {
         announcements += history.subscribers.iter().map(checker::Subscriber::announcements).sum::<usize>();
         unknown += history.attempts.iter().filter(|attempt| attempt.outcome == Outcome::Unknown).count();
     }
-    // So these are no empty histories.
+    // The histories are not empty.
     assert!(
         events > 100_000 && announcements > 1_000 && unknown > 1_000,
         "{events} {announcements} {unknown}"
@@ -43,7 +43,7 @@ fn every_mutation_is_found_by_its_rule() {
             let right = violations.iter().any(|violation| kind.rules.contains(&violation.rule));
             assert!(right, "{}, seed {seed}: {what}: {violations:#?}", kind.name);
         }
-        // Where a history has no place for a break, it proves nothing; most must have one.
+        // Some histories have no place for a mutation. Most must have one.
         assert!(done > HISTORIES / 2, "{} could be tried in {done} histories only", kind.name);
     }
 }

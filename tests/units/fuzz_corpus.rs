@@ -1,4 +1,4 @@
-//! Every seed of the fuzz targets through their bodies: what they once found stays found. docs/development.md says how to fuzz.
+//! Runs the seeds of the fuzz targets through their bodies, so that fixed faults stay fixed.
 
 #[path = "../../fuzz/bodies.rs"]
 mod bodies;
@@ -11,7 +11,7 @@ fn run(target: &str, body: impl Fn(&[u8])) {
         let seed = std::fs::read(&path).expect("a file");
         eprintln!("{}", path.display()); // shown when it panics
         body(&seed);
-        // Cut short anywhere it is a seed, too.
+        // Every prefix is a seed as well.
         for end in 0..seed.len().min(300) {
             body(&seed[..end]);
         }

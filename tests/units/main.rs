@@ -1,4 +1,5 @@
-//! What needs no other process than fanfare itself, and hardly one of those: settings, documents, the checker, one shard.
+//! Tests without other processes than short runs of the binary: settings, documents, the checker, a
+//! single shard.
 
 #[path = "../checker/mod.rs"]
 mod checker;

@@ -1,8 +1,10 @@
-//! A shard alone, with the test as its bus, and readers of every pace: quick and slow ones, such as leave and come
-//! back, such as stand in the middle of a frame when the feed lets go of it or a page of history ends. The feed holds
-//! hardly more than one of the events here, so that every edge is met all the time; the judge reads what they noted.
+//! A single shard with the test as its bus, and readers of every pace: fast and slow ones, readers
+//! that disconnect and resume, readers in the middle of a frame when the feed evicts its entry or a
+//! page of history ends. The feed holds hardly more than one event, so that every boundary is hit
+//! often. The checker reads the records.
 //!
-//! `READERS_SEED=7 READERS_STEPS=20000 cargo test --test units readers` makes another and longer run of it.
+//! `READERS_SEED=7 READERS_STEPS=20000 cargo test --test units readers` runs it longer and with
+//! another seed.
 
 use std::collections::VecDeque;
 use std::net::SocketAddr;
@@ -26,20 +28,20 @@ use crate::workload::subscribers;
 const CHANNEL: &str = "room";
 const USERS: u64 = 3;
 
-/// Events that history holds: fewer than some readers are behind now and then.
+/// Events in history: sometimes fewer than a reader is behind.
 const HISTORY: usize = 150;
 
-/// The bus: it gives ids, keeps history, and answers.
+/// The bus: assigns ids, keeps history, and answers the shard.
 struct Bus {
     shared: Arc<Shared>,
     shards: Mailboxes,
     asked: mpsc::UnboundedReceiver<Request>,
-    /// Answers that are not given yet.
+    /// Answers that are delayed.
     later: VecDeque<BusMessage>,
     name: ChannelName,
     base: u64,
     head: u64,
-    /// What history holds, the last one with the id `head`.
+    /// The history. The last event has the id `head`.
     events: VecDeque<(String, Option<String>)>,
     published: u64,
     follows: bool,
@@ -48,13 +50,13 @@ struct Bus {
 }
 
 impl Bus {
-    /// Publishes one to three events in one entry, for everybody or for one user.
+    /// Publishes one to three events in one entry, public or private.
     fn publish(&mut self) {
         let to = (self.rng.below(4) == 0).then(|| format!("user{}", self.rng.below(USERS + 1)));
         let count = 1 + self.rng.below(4).saturating_sub(1);
         let first = self.head + 1;
         for _ in 0..count {
-            // Some take more than the sockets do, so that frames are begun and not ended.
+            // Some events are larger than the socket buffers, so that frames are partly written.
             let most = if self.rng.below(8) == 0 { 40_000 } else { 800 };
             let padding = self.rng.below(most) as usize;
             self.give(to.clone(), padding);
@@ -62,13 +64,13 @@ impl Bus {
         self.tell(first);
     }
 
-    /// Publishes one event with so much in it.
+    /// Publishes one event with this much padding.
     fn publish_padded(&mut self, to: Option<String>, padding: usize) {
         self.give(to, padding);
         self.tell(self.head);
     }
 
-    /// Gives the next id.
+    /// Publishes an event with the next id.
     fn give(&mut self, to: Option<String>, padding: usize) {
         self.published += 1;
         self.head += 1;
@@ -76,9 +78,9 @@ impl Bus {
         if let Some(to) = &to {
             event["to"] = json!(to);
         }
-        let (begun, ended) = (self.shared.now(), self.shared.now());
+        let (started, finished) = (self.shared.now(), self.shared.now());
         let (body, outcome) = (canonical(&event), Outcome::Acked(self.head));
-        self.shared.note(Attempt { line: "bus".into(), body, to: to.clone(), begun, ended, outcome });
+        self.shared.note(Attempt { line: "bus".into(), body, to: to.clone(), started, finished, outcome });
         let text = event.to_string();
         let text = format!("{},\"id\":{}}}", text.strip_suffix('}').expect("an object"), self.head);
         self.events.push_back((text, to));
@@ -87,14 +89,14 @@ impl Bus {
         }
     }
 
-    /// Tells the shard what has ids from this one on.
+    /// Sends the events from this id on to the shard.
     fn tell(&self, first: u64) {
         if self.follows {
             self.entries(first, self.head).into_iter().for_each(|entry| self.tell_entry(entry));
         }
     }
 
-    /// The sequence begins anew, far ahead, and everybody is told.
+    /// Starts a new epoch, far ahead, and sends a reset.
     fn anchor(&mut self) {
         self.head += 1000 + self.rng.below(1000);
         self.base = self.head;
@@ -112,7 +114,8 @@ impl Bus {
         self.head + 1 - self.events.len() as u64
     }
 
-    /// The events with these ids, as far as history holds them; those for the same readers together.
+    /// The events with these ids that are in history; consecutive ones for the same recipients
+    /// share an entry.
     fn entries(&self, first: u64, last: u64) -> Vec<Entry> {
         let oldest = self.oldest();
         let (first, last) = (first.max(oldest), last.min(self.head));
@@ -127,7 +130,8 @@ impl Bus {
         entries
     }
 
-    /// Takes what the shard asks, and answers it now or some steps later, from this moment's history.
+    /// Handles the shard's requests, and answers them now or some steps later with the current
+    /// history.
     fn answer(&mut self) {
         while let Ok(request) = self.asked.try_recv() {
             let answer = match request {
@@ -143,7 +147,7 @@ impl Bus {
                 }
                 Request::Read { channel, position, .. } => {
                     self.pages += 1;
-                    // Now and then an answer is too large, and ends before its page does.
+                    // Some answers are too large, and end before their page does.
                     let begin = page_begin(position);
                     let end = begin.0 + PAGE;
                     let end = if self.rng.below(4) == 0 {
@@ -151,7 +155,7 @@ impl Bus {
                     } else {
                         end
                     };
-                    // And now and then there is too much before the position to be shared.
+                    // And sometimes there is too much before the position to be shared.
                     let from = if self.rng.below(4) == 0 { position } else { begin };
                     let entries = self.entries(from.0 + 1, end);
                     let page = Page {
@@ -164,7 +168,7 @@ impl Bus {
                     BusMessage::Page { channel, position, result: Ok(Arc::new(page)) }
                 }
                 Request::Look { channel, .. } => BusMessage::Refreshed { channel, result: Ok(()) },
-                Request::Publish(publish) => panic!("nobody publishes: {publish:?}"),
+                Request::Publish(publish) => panic!("no client publishes: {publish:?}"),
             };
             self.later.push_back(answer);
         }
@@ -174,7 +178,7 @@ impl Bus {
     }
 }
 
-/// A shard that listens, as the accept loop does it, but with as little room in its sockets as can be.
+/// Starts a listening shard, with socket buffers as small as possible.
 fn start(shared: &Arc<Shared>, seed: u64, feed: &str) -> (Bus, SocketAddr) {
     let flags = [
         "--shards",
@@ -233,13 +237,13 @@ async fn readers_of_every_pace_get_all_or_a_reset() {
         let (user, stalls) = (n as u64 / 3 % USERS, (n >= 6).then_some(40));
         let name = format!("{kind:?} {n} of user{user}");
         shared.stands(&name, 0);
-        let home = (n % 2 == 0).then_some(0); // else it leaves and comes back
+        let home = (n % 2 == 0).then_some(0); // the others disconnect and resume
         let plan = subscribers::Plan {
             name,
             user: format!("user{user}"),
             kind,
             home,
-            door: Some(addr),
+            addr: Some(addr),
             stalls,
             narrow: stalls.is_some(),
         };
@@ -253,12 +257,13 @@ async fn readers_of_every_pace_get_all_or_a_reset() {
             bus.anchor();
         }
         bus.answer();
-        // Some peace now and then, so that everybody is at the head at times; else the others just get their turn.
+        // A pause now and then, so that all readers reach the head. Otherwise only yields.
         let pause = if step % 500 == 499 { 300 } else { bus.rng.below(3) };
         tokio::time::sleep(Duration::from_millis(pause)).await;
     }
-    // One who comes back without recovery after the last event never sees it: then there is another.
-    let begun = Instant::now();
+    // A reader that joins without recovery after the last event never sees it: then another one is
+    // published.
+    let started = Instant::now();
     loop {
         bus.publish();
         let looked = Instant::now();
@@ -266,20 +271,20 @@ async fn readers_of_every_pace_get_all_or_a_reset() {
             bus.answer();
             tokio::time::sleep(Duration::from_millis(2)).await;
         }
-        // What is for one user does not reach the others; their position is told by a heartbeat.
+        // A private event does not reach other users. Their position moves with a heartbeat.
         let behind = shared.behind(bus.head);
         if behind.is_empty() {
             break;
         }
         assert!(
-            begun.elapsed() < Duration::from_secs(60),
-            "seed {seed}: they don't come to the end: {behind:?}"
+            started.elapsed() < Duration::from_secs(60),
+            "seed {seed}: not all readers reached the end: {behind:?}"
         );
     }
     shared.over.send_replace(true);
     let mut history = History::default();
     for reader in readers {
-        history.subscribers.push(reader.await.expect("a client that saw what it may"));
+        history.subscribers.push(reader.await.expect("a subscriber without errors"));
     }
     history.attempts = shared.attempts();
     let violations = find_violations(&history);
@@ -289,9 +294,9 @@ async fn readers_of_every_pace_get_all_or_a_reset() {
         violations.len(),
         &violations[..violations.len().min(20)]
     );
-    let told: usize = history.subscribers.iter().map(checker::Subscriber::announcements).sum();
-    eprintln!("{} events, {} pages, {told} times told", bus.published, bus.pages);
-    assert!(bus.pages > 20, "{} pages: nobody fell behind", bus.pages);
+    let announced: usize = history.subscribers.iter().map(checker::Subscriber::announcements).sum();
+    eprintln!("{} events, {} pages, {announced} announced losses", bus.published, bus.pages);
+    assert!(bus.pages > 20, "{} pages: no reader fell behind", bus.pages);
 }
 
 #[tokio::test]
@@ -309,19 +314,19 @@ async fn ping_carries_the_position_of_the_frame_before() {
     let mut at = position(&client.welcome().await["lastEventId"]);
     let mut pings = 0;
     for round in 1..=60 {
-        // Nobody reads, so it soon stands in the middle of one of these.
+        // The client does not read, so the shard soon stops in the middle of one of these.
         (0..12).for_each(|_| bus.publish_padded(None, 1000 + 37 * round));
         client.send(r#"{"type":"ping"}"#).await;
         while at < bus.head || pings < round {
             let frame = client.next_json().await;
             if frame["type"] == "ping" {
-                let told = position(&frame["lastEventId"]);
-                assert!(told >= at, "round {round}: it has {at}, and is told that it stands at {told}");
+                let sent = position(&frame["lastEventId"]);
+                assert!(sent >= at, "round {round}: the client is at {at}, and the ping carries {sent}");
                 pings += 1;
-                at = told;
+                at = sent;
             } else {
                 let id = position(&frame["id"]);
-                assert_eq!(id, at + 1, "round {round}: the next after what it saw or was told");
+                assert_eq!(id, at + 1, "round {round}: the next id");
                 at = id;
             }
             bus.answer();

@@ -1,4 +1,5 @@
-//! The binary's settings: what it prints, what it refuses, and that it opens nothing before all of it is right.
+//! The binary's settings: what it prints and rejects, and that it opens nothing before all settings
+//! are valid.
 
 use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt;
@@ -16,7 +17,8 @@ fn fanfare(args: &[&str], env: &[(&str, &str)]) -> Command {
     command
 }
 
-/// Runs it to its end. A setting wrongly taken would make it serve for ever: that fails the test instead.
+/// Runs it until it exits. With wrongly accepted settings it would serve for ever: then the test
+/// fails.
 async fn run(args: &[&str], env: &[(&str, &str)]) -> Output {
     let mut command = fanfare(args, env);
     let output = tokio::task::spawn_blocking(move || command.output().expect("the binary can be run"));
@@ -109,7 +111,7 @@ async fn check_prints_settings_and_opens_nothing() {
     assert!(!printed.contains("hunter2"));
     assert!(!socket.exists());
 
-    // The output is an environment file: given back, it means the same.
+    // The output is an environment file with the same meaning.
     let pairs: Vec<_> = printed.lines().filter_map(|line| line.split_once('=')).collect();
     let again = run(&["--check"], &pairs).await;
     assert_eq!(text(&again.stdout), printed);

@@ -1,4 +1,4 @@
-//! A shard alone, with the test as its bus: what depends on the order in which the two speak.
+//! A single shard with the test as its bus: what depends on the order of their messages.
 
 use std::io::Read;
 use std::ops::RangeInclusive;
@@ -25,7 +25,7 @@ impl Shard {
         Shard(SingleShard::start(&[&["--shards", "1"], flags].concat(), false).expect("a shard"))
     }
 
-    /// A client's end of a connection; the shard has the other. What `bytes` are it finds there already.
+    /// Connects a client and hands the other end to the shard, which can read these bytes at once.
     async fn client(&self, bytes: &[u8]) -> TcpStream {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let addr = listener.local_addr().expect("it is bound");
@@ -38,7 +38,7 @@ impl Shard {
         client
     }
 
-    /// The next thing it asks of the bus.
+    /// The shard's next request to the bus.
     async fn asks(&mut self) -> Request {
         let asked = tokio::time::timeout(Duration::from_secs(60), self.0.asked.recv()).await;
         asked.expect("it asks within a minute").expect("it runs")
@@ -68,7 +68,7 @@ fn upgrade() -> Vec<u8> {
     upgrade_after("")
 }
 
-/// The request of a client that goes on from somewhere, or says nothing of it.
+/// A request with this query, for example with `lastEventId`.
 fn upgrade_after(query: &str) -> Vec<u8> {
     upgrade_of("alice", &format!("a{query}"))
 }
@@ -106,10 +106,10 @@ async fn empty_channel_goes_when_memory_is_short() {
     let mut client = shard.client(&upgrade()).await;
     shard.follows().await;
     client.read_exact(&mut [0; 12]).await.expect("an answer");
-    let begun = Instant::now();
+    let started = Instant::now();
     drop(client);
     assert!(matches!(shard.asks().await, Request::Unfollow { .. }));
-    assert!(begun.elapsed() < FOLLOWED_AFTER / 2, "{:?}", begun.elapsed());
+    assert!(started.elapsed() < FOLLOWED_AFTER / 2, "{:?}", started.elapsed());
 }
 
 #[tokio::test]
@@ -120,11 +120,11 @@ async fn close_is_seen_while_reads_are_paused() {
     let mut answer = [0; 12];
     client.read_exact(&mut answer).await.expect("an answer");
     assert_eq!(&answer, b"HTTP/1.1 101");
-    // More messages than it takes without an answer from the bus: it pauses.
+    // More messages than a connection may have unanswered: the shard pauses reading.
     let message = frame_bytes(true, opcode::TEXT, true, &[b'a'; 250]);
     client.write_all(&message.repeat(510)).await.expect("there is room");
     client.shutdown().await.expect("a TCP socket");
-    // Whoever is answered now comes after the end in the shard's poll.
+    // The shard polls the close before this request.
     let mut other = shard.client(b"GET /healthz HTTP/1.0\r\n\r\n").await;
     other.read_to_end(&mut Vec::new()).await.expect("an answer");
     shard.closed(1).await;
@@ -132,13 +132,13 @@ async fn close_is_seen_while_reads_are_paused() {
         let Request::Publish(publish) = shard.asks().await else { panic!("it publishes") };
         shard.0.shards.answer(publish.answer, Ok(EventId(id)));
     }
-    // Long before a heartbeat could tell.
-    let begun = Instant::now();
+    // Long before a heartbeat could detect it.
+    let started = Instant::now();
     shard.closed(2).await;
-    assert!(begun.elapsed() < Duration::from_secs(10), "only the heartbeat has noticed");
+    assert!(started.elapsed() < Duration::from_secs(10), "only the heartbeat has noticed");
 }
 
-/// Events with these ids, for everybody, in one entry.
+/// Public events with these ids in one entry.
 fn events(ids: RangeInclusive<u64>) -> Entry {
     addressed(ids, None)
 }
@@ -155,14 +155,14 @@ impl Shard {
         self.0.shards.wake(0);
     }
 
-    /// Gives it an entry without waking it.
+    /// Sends an entry without waking the shard.
     fn queue(&self, channel: &str, entry: Entry) {
         let channel = ChannelName::parse(channel).expect("a name");
         self.0.shards.queue(0, BusMessage::Entry { channel, entry, arrived: Instant::now() });
     }
 }
 
-/// The ids of all events that come to a client, up to this one; and that it was let in as recovered.
+/// The ids of all events up to this one that a client gets. It must be recovered.
 async fn ids_up_to(client: &mut TcpStream, last: u64) -> Vec<u64> {
     let (mut bytes, end) = (Vec::new(), format!(r#""id":{last}}}"#));
     let read = async {
@@ -182,7 +182,7 @@ async fn new_entries_before_followed_are_kept() {
     let mut shard = Shard::start();
     let mut client = shard.client(&upgrade_after("&lastEventId=1000")).await;
     let Request::Follow { channel, .. } = shard.asks().await else { panic!("it asks to follow") };
-    // As when another shard passes the channel on: these came from the bus meanwhile.
+    // As when another shard hands the channel over: these came from the bus meanwhile.
     shard.gets(events(999..=1000));
     shard.gets(events(1001..=1002));
     let (base, position) = (EventId(900), EventId(1000));
@@ -197,15 +197,17 @@ async fn shares_its_feed_only_at_the_bus_position() {
     let _client = shard.client(&upgrade()).await;
     shard.follows().await;
     shard.gets(events(1001..=1002));
-    // The second and third are what the bus says when this shard's part is of another time.
+    // The second and third are positions of the bus at which the shard's feed is outdated.
     for (base, position, held) in [(1000, 1002, true), (2000, 2000, false), (1000, 1005, false)] {
         let (base, position) = (EventId(base), EventId(position));
         let channel = ChannelName::parse("a").expect("a name");
         shard.0.shards.send(0, BusMessage::Share { channel, base, position, with: 1 });
-        let told = tokio::time::timeout(Duration::from_secs(60), shard.0.other.recv()).await;
-        let Ok(Some(ShardMessage::Bus(told))) = told else { panic!("the other shard has ended: {told:?}") };
-        let BusMessage::Followed { base: to_base, position: to_position, recent, .. } = told else {
-            panic!("the other is told that it follows: {told:?}")
+        let message = tokio::time::timeout(Duration::from_secs(60), shard.0.other.recv()).await;
+        let Ok(Some(ShardMessage::Bus(message))) = message else {
+            panic!("the other shard has ended: {message:?}")
+        };
+        let BusMessage::Followed { base: to_base, position: to_position, recent, .. } = message else {
+            panic!("expected Followed: {message:?}")
         };
         assert_eq!((to_base, to_position, !recent.is_empty()), (base, position, held));
     }
@@ -221,9 +223,9 @@ async fn leaving_while_joining_frees_the_slot() {
     let Request::Read { channel, position: at, .. } = shard.asks().await else {
         panic!("it asks for history")
     };
-    drop(client); // a FIN, as a browser or a proxy sends it
+    drop(client); // a FIN, as from a browser or a proxy
     shard.closed(1).await;
-    // Others that wait are not disturbed.
+    // Other joins are not affected.
     let mut other = shard.client(&upgrade_after("&lastEventId=1002")).await;
     other.write_all(b"").await.expect("it is connected");
     let page = Page {
@@ -265,7 +267,7 @@ async fn page_ahead_of_the_feed_doubles_nothing() {
     let Request::Read { channel, position: at, .. } = shard.asks().await else {
         panic!("it asks for history")
     };
-    // History has what the messages of Pub/Sub have yet to bring.
+    // History contains events whose Pub/Sub messages have not arrived yet.
     let page = Page {
         after: EventId(1000),
         base,
@@ -287,8 +289,9 @@ async fn page_ahead_of_the_feed_doubles_nothing() {
     assert_eq!(tokio::time::timeout(Duration::from_secs(60), text).await, Ok(4));
 }
 
-/// While 90 events go out to 1,200 readers, an event of another channel waits for a few hundred writes at most,
-/// whatever the events are. Sockets are ready in epoll in the order in which they were written to.
+/// While 90 events go out to 1,200 readers, an event of another channel waits for a few hundred
+/// writes at most, whatever the kind of events. epoll reports the sockets in the order in which
+/// they were written to.
 #[tokio::test]
 async fn large_fanout_does_not_starve_other_channels() {
     const READERS: usize = 1200;

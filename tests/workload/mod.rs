@@ -1,4 +1,5 @@
-//! Clients and publishers that work while something happens to the nodes and the Redis they work with.
+//! Clients and publishers that work on a testbed while faults happen, and record what they see for
+//! the checker.
 
 #![allow(dead_code)] // each test binary uses its own part of this
 

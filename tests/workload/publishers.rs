@@ -1,4 +1,4 @@
-//! Publishers of every kind. Each notes every event that it tried to publish, and what it was told of it.
+//! Publishers of every kind. Each records every event it tried to publish, and the answer.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -15,40 +15,40 @@ use crate::common::client::{JSON_MODE, position};
 use crate::common::{Client, Frame, Node, Options, Rng, http};
 use crate::workload::run::{Shared, canonical, local};
 
-/// Events of a client in JSON mode that wait for their answers at once.
+/// Unanswered events of a client in JSON mode.
 const IN_FLIGHT: usize = 4;
 
-/// How long an answer may take. A node answers within its `--publish-timeout`, and a program may give up.
+/// How long to wait for an answer. A node answers within its `--publish-timeout`; backends may give
+/// up earlier.
 const ANSWER: Duration = Duration::from_secs(15);
 
-/// How long a plain client's text may stay away while its connection lives: longer than any fault here.
+/// How long a plain client's own text may take while its connection lives: longer than any fault
+/// here.
 const SILENCE: Duration = Duration::from_secs(30);
 
-/// Events that most who watch may be behind before publishers become slower.
+/// When most subscribers are this many events behind, publishers slow down.
 const LAG: u64 = 500;
 
-/// Between two attempts to connect.
+/// Time between two attempts to connect.
 const RETRY: Duration = Duration::from_millis(50);
 
-/// Who publishes.
+/// What a publisher needs.
 pub struct Plan {
-    /// What all share.
     pub shared: Arc<Shared>,
-    /// Whom events may be for.
+    /// Recipients of private events.
     pub users: Arc<[String]>,
     /// Time between two events.
     pub pace: Duration,
-    /// What is random about it.
     pub rng: Rng,
-    /// Tells it from the others.
+    /// Distinguishes it from other publishers.
     pub seed: u64,
 }
 
-/// An event under way.
+/// An event without an answer yet.
 struct Sent {
     text: String,
     to: Option<String>,
-    begun: Moment,
+    started: Moment,
     at: Instant,
 }
 
@@ -57,27 +57,27 @@ impl Plan {
         *self.shared.quiet.borrow()
     }
 
-    /// The time until the next event. Where this machine is too slow for all who read on it, publishers are slower too:
-    /// what is tested are faults.
+    /// The time until the next event. Longer when subscribers are behind, as on a slow machine:
+    /// faults are tested here, not speed.
     fn pause(&self) -> Duration {
         self.pace * (1 + self.shared.lag() / LAG).min(10) as u32
     }
 
-    /// The next event: a text of its own, one in three for one user.
+    /// The next event: a unique text, one in three for one user.
     fn event(&mut self, name: &str, n: &mut u64) -> Sent {
         *n += 1;
         let text = format!("{name} {} {n}", self.seed);
         let to = (self.rng.below(3) == 0)
             .then(|| self.users[self.rng.below(self.users.len() as u64) as usize].clone());
-        Sent { text, to, begun: self.shared.now(), at: Instant::now() }
+        Sent { text, to, started: self.shared.now(), at: Instant::now() }
     }
 
     fn note(&self, line: &str, event: &Value, sent: Sent, outcome: Outcome) {
         let body = canonical(event);
-        let Sent { to, begun, at, .. } = sent;
+        let Sent { to, started, at, .. } = sent;
         self.shared.waited(line, at.elapsed());
-        let ended = self.shared.now();
-        self.shared.note(Attempt { line: line.into(), body, to, begun, ended, outcome });
+        let finished = self.shared.now();
+        self.shared.note(Attempt { line: line.into(), body, to, started, finished, outcome });
     }
 
     async fn join(&mut self, name: &str, subprotocol: Option<&'static str>) -> Option<Client> {
@@ -97,7 +97,7 @@ impl Plan {
     }
 }
 
-/// What everybody sees of a client's text.
+/// What subscribers see of a client's text.
 fn chat(name: &str, sent: &Sent) -> Value {
     match &sent.to {
         Some(to) => json!({"sender": name, "to": to, "text": sent.text}),
@@ -105,7 +105,7 @@ fn chat(name: &str, sent: &Sent) -> Value {
     }
 }
 
-/// What everybody sees of a program's text.
+/// What subscribers see of a backend's text.
 fn posted(sent: &Sent) -> Value {
     match &sent.to {
         Some(to) => json!({"text": sent.text, "to": to}),
@@ -113,7 +113,7 @@ fn posted(sent: &Sent) -> Value {
     }
 }
 
-/// A client in JSON mode, with some events in flight at once.
+/// A client in JSON mode with several events in flight.
 pub async fn json_client(mut plan: Plan) {
     let name = format!("json{}", plan.seed);
     let (mut n, mut connections) = (0, 0);
@@ -150,7 +150,7 @@ pub async fn json_client(mut plan: Plan) {
     }
 }
 
-/// Takes one frame. `false`: the connection is over.
+/// Handles one frame. `false`: the connection has finished.
 async fn hear(
     plan: &Plan,
     name: &str,
@@ -171,7 +171,7 @@ async fn hear(
         Some("error") => panic!("{name}: {text}"),
         _ => return true,
     };
-    // Answers come in the order of the events: so a client can tell without a reference which one is meant.
+    // Answers arrive in the order of the events, so that clients can assign them without `ref`.
     let (n, sent) = waiting.pop_front().unwrap_or_else(|| panic!("{name}: an answer to nothing: {text}"));
     assert_eq!(frame["ref"], n, "{name}: {text}");
     let event = chat(name, &sent);
@@ -179,7 +179,7 @@ async fn hear(
     true
 }
 
-/// A client in plain mode. It gets no answers, but its own texts, as everybody does: each of them in its order, or the
+/// A client in plain mode. It gets no answers but its own texts: each of them in order, or the
 /// connection is closed.
 pub async fn plain_client(mut plan: Plan) {
     let name = format!("plain{}", plan.seed);
@@ -214,7 +214,7 @@ pub async fn plain_client(mut plan: Plan) {
     }
 }
 
-/// Takes one frame, which may be a text of its own. `false`: the connection is over.
+/// Handles one frame, which may be its own text. `false`: the connection has finished.
 async fn come_back(
     plan: &Plan,
     name: &str,
@@ -225,7 +225,7 @@ async fn come_back(
     let text = match client.next_frame().await {
         Frame::Text(text) => text,
         Frame::Ping(_) | Frame::Pong(_) => return true,
-        // It goes on, missed events, or could not publish.
+        // The node restarts, or the client missed events, or publishing failed.
         Frame::Close(1012 | 1013 | 4008, _) | Frame::Lost(_) => return false,
         Frame::Close(code, reason) => panic!("{name} was closed with {code}: {reason}"),
     };
@@ -238,25 +238,25 @@ async fn come_back(
             let sent = waiting.pop_front().expect("it has a front");
             plan.note(line, &chat(name, &sent), sent, Outcome::Acked(position(&frame["id"])));
         }
-        // From a connection before this one.
+        // From an earlier connection.
         _ if waiting.iter().all(|sent| frame["text"] != sent.text) => {}
         first => panic!("{name}: {:?} got lost on the way, since {text} came", first.map(|sent| &sent.text)),
     }
     true
 }
 
-/// A program that publishes by POST, and waits for each answer.
+/// A backend that publishes by POST, and waits for each answer.
 pub async fn poster(mut plan: Plan) {
     let (mut n, mut lines) = (0, 0);
     while !plan.is_quiet() {
         let node = plan.shared.nodes.any(&mut plan.rng);
         let sent = plan.event("post", &mut n);
         let (event, outcome) = (posted(&sent), post(&plan.shared.channel, &node, &sent).await);
-        // Each node keeps the order of what it is given; two nodes may be on two primaries.
+        // Each node keeps the order of its publishes. Two nodes may use two primaries.
         let line = format!("post {} {lines} by {}", plan.seed, node.public);
         plan.note(&line, &event, sent, outcome);
         if outcome == Outcome::Unknown {
-            lines += 1; // it may be taken even after what comes next, by another node
+            lines += 1; // it may be published after the next event, which goes to another node
         }
         sleep(plan.pause()).await;
     }
@@ -282,7 +282,7 @@ async fn post(channel: &str, node: &Node, sent: &Sent) -> Outcome {
     }
 }
 
-/// Publishes an end of the run, if that can be done now, and gives its id.
+/// Publishes a last event, if that is possible now, and returns its id.
 pub async fn end(shared: &Arc<Shared>, n: u64) -> Option<u64> {
     let node = shared.nodes.any(&mut Rng(n));
     let id = post_once(shared, &node, &format!("end {n}")).await;
@@ -292,23 +292,23 @@ pub async fn end(shared: &Arc<Shared>, n: u64) -> Option<u64> {
     id
 }
 
-/// Publishes one event by POST to this node where it must work, and gives its id.
+/// Publishes one event by POST to this node, which must succeed, and returns its id.
 pub async fn post_to(shared: &Arc<Shared>, node: &Node, name: &str) -> u64 {
     post_once(shared, node, name).await.unwrap_or_else(|| panic!("{name}: not published"))
 }
 
 async fn post_once(shared: &Arc<Shared>, node: &Node, name: &str) -> Option<u64> {
-    let sent = Sent { text: name.into(), to: None, begun: shared.now(), at: Instant::now() };
+    let sent = Sent { text: name.into(), to: None, started: shared.now(), at: Instant::now() };
     let outcome = post(&shared.channel, node, &sent).await;
-    let (body, begun, ended) = (canonical(&posted(&sent)), sent.begun, shared.now());
-    shared.note(Attempt { line: name.into(), body, to: None, begun, ended, outcome });
+    let (body, started, finished) = (canonical(&posted(&sent)), sent.started, shared.now());
+    shared.note(Attempt { line: name.into(), body, to: None, started, finished, outcome });
     match outcome {
         Outcome::Acked(id) => Some(id),
         _ => None,
     }
 }
 
-/// Any program with a Redis client: it publishes by FCALL, and waits for each answer.
+/// A backend that publishes by FCALL, and waits for each answer.
 pub async fn program(mut plan: Plan) {
     let (mut n, mut lines) = (0, 0);
     let mut connection: Option<BufReader<TcpStream>> = None;
@@ -336,7 +336,7 @@ pub async fn program(mut plan: Plan) {
     }
 }
 
-/// What Redis says when it has certainly not run the function.
+/// Errors with which Redis has certainly not run the function.
 const REFUSALS: [&str; 8] =
     ["ERR Function not found", "OOM", "READONLY", "LOADING", "BUSY", "MISCONF", "NOREPLICAS", "MASTERDOWN"];
 
@@ -362,7 +362,7 @@ async fn fcall(redis: &mut BufReader<TcpStream>, channel: &str, sent: &Sent) -> 
     Some(if refused { Outcome::Refused } else { Outcome::Unknown })
 }
 
-/// Publishes so many events of this size by FCALL, one after the other without waiting for answers in between.
+/// Publishes this many events of this size by FCALL, pipelined.
 pub async fn burst(shared: &Arc<Shared>, name: &str, count: usize, size: usize) {
     let port = shared.redis.load(Ordering::SeqCst);
     let mut redis = BufReader::new(TcpStream::connect(local(port)).await.expect("Redis runs"));
@@ -374,7 +374,7 @@ pub async fn burst(shared: &Arc<Shared>, name: &str, count: usize, size: usize) 
             let event = Sent {
                 text: format!("burst {name} {n} {padding}"),
                 to: None,
-                begun: shared.now(),
+                started: shared.now(),
                 at: Instant::now(),
             };
             let text = json!({"text": event.text}).to_string();
@@ -388,22 +388,22 @@ pub async fn burst(shared: &Arc<Shared>, name: &str, count: usize, size: usize) 
             redis.read_line(&mut line).await.expect("Redis answers");
             let id =
                 line.trim_end().strip_prefix(':').unwrap_or_else(|| panic!("{line}")).parse().expect("an id");
-            let (body, ended) = (canonical(&posted(&event)), shared.now());
+            let (body, finished) = (canonical(&posted(&event)), shared.now());
             let line = format!("burst {name}");
             let outcome = Outcome::Acked(id);
-            shared.note(Attempt { line, body, to: None, begun: event.begun, ended, outcome });
+            shared.note(Attempt { line, body, to: None, started: event.started, finished, outcome });
         }
     }
 }
 
-/// Publishes one event by FCALL where it must work, and gives its id.
+/// Publishes one event by FCALL, which must succeed, and returns its id.
 pub async fn one(shared: &Arc<Shared>, name: &str) -> u64 {
     let port = shared.redis.load(Ordering::SeqCst);
-    let sent = Sent { text: name.into(), to: None, begun: shared.now(), at: Instant::now() };
+    let sent = Sent { text: name.into(), to: None, started: shared.now(), at: Instant::now() };
     let mut redis = BufReader::new(TcpStream::connect(local(port)).await.expect("Redis runs"));
     let outcome = fcall(&mut redis, &shared.channel, &sent).await.expect("Redis answers");
     let Outcome::Acked(id) = outcome else { panic!("{name}: {outcome:?}") };
-    let (body, begun, ended) = (canonical(&posted(&sent)), sent.begun, shared.now());
-    shared.note(Attempt { line: name.into(), body, to: None, begun, ended, outcome });
+    let (body, started, finished) = (canonical(&posted(&sent)), sent.started, shared.now());
+    shared.note(Attempt { line: name.into(), body, to: None, started, finished, outcome });
     id
 }

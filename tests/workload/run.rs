@@ -1,4 +1,4 @@
-//! Clients and publishers of every kind, who note what they see and are told, for the judge.
+//! Runs a workload: subscribers and publishers of every kind, whose records go to the checker.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -18,13 +18,13 @@ use crate::workload::publishers;
 use crate::workload::subscribers;
 use crate::workload::testbed::Testbed;
 
-/// How often to look whether something has happened in other processes.
+/// How often the state of other processes is polled.
 const LOOK: Duration = Duration::from_millis(20);
 
-/// The longest wait for everybody to have seen something. Only what is broken takes so long.
+/// How long to wait until every subscriber has received an event. Only failures take that long.
 const PATIENCE: Duration = Duration::from_secs(40);
 
-/// How a client takes part.
+/// How a client connects.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Kind {
     /// Plain mode with `lastEventId`.
@@ -36,30 +36,29 @@ pub enum Kind {
 }
 
 impl Kind {
-    /// What it asks for in the handshake.
+    /// The subprotocol it requests.
     pub fn subprotocol(self) -> Option<&'static str> {
         (self == Kind::Json).then_some(JSON_MODE)
     }
 }
 
-/// Who takes part.
+/// How many clients and publishers of each kind take part.
 #[derive(Clone, Debug)]
 pub struct Workload {
-    /// Clients that stay on a node while they can: each kind once on every node, for each of these users.
+    /// Users with clients that stay on their node while they can: one of each kind on every node.
     pub users: u64,
-    /// Clients that leave and come back, to any node.
+    /// Clients that disconnect and resume, on any node.
     pub roamers: u64,
-    /// How many of those that leave and come back are slow besides.
+    /// How many of those are slow as well.
     pub slow: u64,
-    /// Publishers by JSON mode, by plain mode, by POST.
+    /// Publishers in JSON mode, in plain mode and by POST: this many of each.
     pub clients: u64,
     /// Publishers by FCALL.
     pub programs: u64,
-    /// Time between two events of one publisher.
+    /// Time between two events of a publisher.
     pub pace: Duration,
-    /// What rng begin with.
+    /// The seed of all random numbers.
     pub seed: u64,
-    /// The channel.
     pub channel: String,
 }
 
@@ -78,29 +77,27 @@ impl Default for Workload {
     }
 }
 
-/// What all who take part share.
+/// What all clients and publishers share.
 pub struct Shared {
-    /// The channel.
     pub channel: String,
     /// Where clients connect.
     pub nodes: Nodes,
-    /// Where programs find Redis.
+    /// The port at which backends find Redis; 0 if they find none.
     pub redis: AtomicU16,
-    /// Set when publishers are to stop.
+    /// Set when publishers must stop.
     pub quiet: watch::Sender<bool>,
-    /// Set when clients are to stop.
+    /// Set when subscribers must stop.
     pub over: watch::Sender<bool>,
     moment: AtomicU64,
-    /// The highest id acknowledged.
+    /// The highest acknowledged id.
     highest: AtomicU64,
     attempts: Mutex<Vec<Attempt>>,
     waits: Mutex<Vec<(String, Duration)>>,
-    /// Where each client stands.
+    /// The position of each subscriber.
     positions: Mutex<BTreeMap<String, u64>>,
 }
 
 impl Shared {
-    /// Nobody has noted anything yet.
     pub fn new(channel: &str, nodes: Nodes, redis: u16) -> Shared {
         Shared {
             channel: channel.into(),
@@ -121,7 +118,7 @@ impl Shared {
         self.moment.fetch_add(1, Ordering::SeqCst)
     }
 
-    /// Notes what became of an event.
+    /// Records the outcome of a publish.
     pub fn note(&self, attempt: Attempt) {
         if let Outcome::Acked(id) = attempt.outcome {
             self.highest.fetch_max(id, Ordering::SeqCst);
@@ -129,13 +126,13 @@ impl Shared {
         self.attempts.lock().expect("nothing panics while holding it").push(attempt);
     }
 
-    /// How many events had this outcome so far, of publishers whose line begins so.
+    /// The number of events with this outcome so far, of publishers whose line starts with this.
     pub fn count(&self, line: &str, outcome: Outcome) -> usize {
         let attempts = self.attempts.lock().expect("nothing panics while holding it");
         attempts.iter().filter(|a| a.outcome == outcome && a.line.starts_with(line)).count()
     }
 
-    /// How far most of those who watch are behind what was acknowledged, in events.
+    /// How many events the median subscriber is behind the highest acknowledged id.
     pub fn lag(&self) -> u64 {
         let positions = self.positions.lock().expect("nothing panics while holding it");
         let mut positions: Vec<u64> = positions.values().copied().collect();
@@ -144,22 +141,22 @@ impl Shared {
         self.highest.load(Ordering::SeqCst).saturating_sub(most)
     }
 
-    /// Notes how long a publisher waited for an answer.
+    /// Records how long a publisher waited for an answer.
     pub fn waited(&self, line: &str, time: Duration) {
         self.waits.lock().expect("nothing panics while holding it").push((line.into(), time));
     }
 
-    /// Every attempt noted, once all have ended.
+    /// All attempts, once the publishers have stopped.
     pub fn attempts(&self) -> Vec<Attempt> {
         std::mem::take(&mut *self.attempts.lock().expect("all have ended"))
     }
 
-    /// Notes where a client stands.
+    /// Records the position of a subscriber.
     pub fn stands(&self, name: &str, at: u64) {
         self.positions.lock().expect("nothing panics while holding it").insert(name.into(), at);
     }
 
-    /// The highest id acknowledged so far.
+    /// The number of acknowledged events so far, and the highest id.
     pub fn acked(&self) -> (usize, u64) {
         let attempts = self.attempts.lock().expect("nothing panics while holding it");
         let ids = attempts.iter().filter_map(|attempt| match attempt.outcome {
@@ -169,7 +166,7 @@ impl Shared {
         ids.fold((0, 0), |(count, highest), id| (count + 1, highest.max(id)))
     }
 
-    /// Who does not stand there yet.
+    /// Subscribers that are behind this id.
     pub fn behind(&self, id: u64) -> Vec<String> {
         let positions = self.positions.lock().expect("nothing panics while holding it");
         let behind = positions.iter().filter(|(_, at)| **at < id);
@@ -177,9 +174,8 @@ impl Shared {
     }
 }
 
-/// A workload at work.
+/// A running workload.
 pub struct Run {
-    /// What all share.
     pub shared: Arc<Shared>,
     subscribers: Vec<JoinHandle<Subscriber>>,
     publishers: Vec<JoinHandle<()>>,
@@ -187,12 +183,12 @@ pub struct Run {
 }
 
 impl Run {
-    /// Sends a workload to these nodes, and waits until everyone is there and events flow.
+    /// Starts a workload on a testbed, and waits until events are delivered to all subscribers.
     pub async fn start(testbed: &Testbed, workload: Workload) -> Run {
         Run::at(&testbed.nodes, 2, &testbed.redis, workload).await
     }
 
-    /// The same for nodes that are on more than one Redis.
+    /// The same for nodes on several Redis servers.
     pub async fn at(nodes: &Nodes, count: usize, redis: &Redis, workload: Workload) -> Run {
         let shared = Arc::new(Shared::new(&workload.channel, nodes.clone(), redis.port()));
         let mut subscribers = Vec::new();
@@ -204,7 +200,7 @@ impl Run {
                 user: format!("user{user}"),
                 kind,
                 home,
-                door: None,
+                addr: None,
                 stalls,
                 narrow: false,
             };
@@ -251,33 +247,33 @@ impl Run {
         run
     }
 
-    /// Ids may fall: see [`History::ids_may_fall`].
+    /// See [`History::ids_may_fall`].
     pub fn ids_may_fall(&mut self) {
         self.history.ids_may_fall = true;
     }
 
-    /// Programs find Redis at this port from now on.
+    /// Backends find Redis at this port from now on.
     pub fn connect_programs(&self, redis: &Redis) {
         self.shared.redis.store(redis.port(), Ordering::SeqCst);
     }
 
-    /// Programs find no Redis until told where.
+    /// Backends find no Redis until [`Run::connect_programs`].
     pub fn disconnect_programs(&self) {
         self.shared.redis.store(0, Ordering::SeqCst);
     }
 
-    /// How many events were acknowledged so far.
+    /// The number of acknowledged events so far.
     pub fn acked(&self) -> usize {
         self.shared.acked().0
     }
 
-    /// Waits until so many more events are acknowledged.
+    /// Waits until this many more events are acknowledged.
     pub async fn wait_for_acks(&self, more: usize) {
         let enough = self.acked() + more;
         until("more events to be acknowledged", || async { (self.acked() >= enough).then_some(()) }).await;
     }
 
-    /// Waits until all works: an event acknowledged from now on, and everybody beyond it.
+    /// Waits until an event is acknowledged from now on, and every subscriber has received it.
     pub async fn wait_for_delivery(&self) {
         self.wait_for_acks(1).await;
         let (_, highest) = self.shared.acked();
@@ -295,16 +291,17 @@ impl Run {
         }
     }
 
-    /// Who is behind an id, and what the nodes say.
+    /// Subscribers that are behind an id, and the statistics of the nodes.
     async fn standing(&self, id: u64) -> String {
-        let mut text = format!("they don't come to {id}: {:#?}", self.shared.behind(id));
+        let mut text = format!("not everybody reached {id}: {:#?}", self.shared.behind(id));
         for node in self.shared.nodes.all() {
             text += &format!("\n{}: {}", node.public, node.admin("GET", "/stats", b"").await.body);
         }
         text
     }
 
-    /// Ends the run: publishers stop, everybody reads to the end, and the judge speaks. Fails the test if he objects.
+    /// Ends the run: publishers stop, subscribers read to the end, and the checker runs. Fails the
+    /// test on violations.
     pub async fn end(self) -> Report {
         let ended = self.finish().await;
         let violations = find_violations(&ended.report.history);
@@ -314,15 +311,15 @@ impl Run {
         for subscriber in &ended.report.history.subscribers {
             assert!(
                 subscriber.stayed || subscriber.home.is_none(),
-                "{} was not there at the end",
+                "{} was not connected at the end",
                 subscriber.name
             );
-            assert!(subscriber.events() > 20, "{} has seen next to nothing", subscriber.name);
+            assert!(subscriber.events() > 20, "{} has seen hardly any event", subscriber.name);
         }
         ended.report
     }
 
-    /// The same for a run in which the judge must object: what he says.
+    /// The same for a run that must have violations. Returns them.
     pub async fn violations(self) -> Vec<Violation> {
         find_violations(&self.finish().await.report.history)
     }
@@ -330,9 +327,10 @@ impl Run {
     async fn finish(mut self) -> Ended {
         self.shared.quiet.send_replace(true);
         for publisher in std::mem::take(&mut self.publishers) {
-            publisher.await.expect("a publisher that was told what it must");
+            publisher.await.expect("a publisher without errors");
         }
-        // Somebody may come back without recovery after the last event, and never see it: then there is another.
+        // A subscriber that joins without recovery after the last event never sees it: then another
+        // one is published.
         let ended = tokio::time::timeout(PATIENCE, async {
             for n in 0.. {
                 let Some(id) = publishers::end(&self.shared, n).await else { continue };
@@ -351,7 +349,7 @@ impl Run {
         self.shared.over.send_replace(true);
         let mut history = self.history;
         for subscriber in self.subscribers {
-            history.subscribers.push(subscriber.await.expect("a client that saw what it may"));
+            history.subscribers.push(subscriber.await.expect("a subscriber without errors"));
         }
         history.attempts = self.shared.attempts();
         let waits = std::mem::take(&mut *self.shared.waits.lock().expect("all have ended"));
@@ -361,85 +359,92 @@ impl Run {
 
 struct Ended {
     report: Report,
-    /// Who did not come to the end.
+    /// Subscribers that did not reach the end.
     missing: Option<String>,
 }
 
-/// A run that kept the promise.
+/// A run without violations.
 pub struct Report {
-    /// What happened.
     pub history: History,
-    /// How long each publisher waited for each answer, by its line.
+    /// How long each publisher waited for each answer, with its line.
     waits: Vec<(String, Duration)>,
 }
 
 impl Report {
-    /// How many events had this outcome.
+    /// The number of events with such an outcome.
     pub fn count(&self, wanted: impl Fn(Outcome) -> bool) -> usize {
         self.history.attempts.iter().filter(|attempt| wanted(attempt.outcome)).count()
     }
 
-    /// Whether anybody saw this event.
+    /// Whether any subscriber saw this event.
     pub fn came(&self, body: &str) -> bool {
         let is = |seen: &Seen| matches!(seen, Seen::Event(_, other, _) if other == body);
         self.history.subscribers.iter().any(|subscriber| subscriber.seen.iter().any(|(_, seen)| is(seen)))
     }
 
-    /// How many events were acknowledged.
+    /// The number of acknowledged events.
     pub fn acked(&self) -> usize {
         self.count(|outcome| matches!(outcome, Outcome::Acked(_)))
     }
 
-    /// Fails if anybody was told that something may be missing: nothing was, so every event reached everybody.
+    /// Fails if any subscriber was notified of a loss. None occurred, so every event reached every
+    /// subscriber.
     pub fn assert_no_loss_reported(&self) {
         for subscriber in &self.history.subscribers {
-            assert_eq!(subscriber.announcements(), 0, "{}: {:?}", subscriber.name, told(subscriber));
+            assert_eq!(
+                subscriber.announcements(),
+                0,
+                "{}: {:?}",
+                subscriber.name,
+                control_frames(subscriber)
+            );
         }
     }
 
-    /// Fails unless everybody who was there all the time was told, so often at least and at most.
+    /// Fails unless every subscriber with recovery was notified of a loss this many times, and a
+    /// plain one was closed.
     pub fn assert_loss_reported(&self, often: std::ops::RangeInclusive<usize>) {
         for subscriber in self.history.subscribers.iter().filter(|subscriber| subscriber.recovers) {
             let count = subscriber.announcements();
             assert!(
                 often.contains(&count),
-                "{} was told {count} times: {:?}",
+                "{} was notified {count} times: {:?}",
                 subscriber.name,
-                told(subscriber)
+                control_frames(subscriber)
             );
         }
         let plain = self.history.subscribers.iter().filter(|subscriber| !subscriber.recovers);
         assert!(
             plain.map(Subscriber::announcements).sum::<usize>() > 0,
-            "those without recovery are told by a close"
+            "clients without recovery are closed"
         );
     }
 
-    /// The longest time that anybody on these lines waited for an answer.
+    /// The longest wait for an answer on these lines.
     pub fn slowest(&self, lines: impl Fn(&str) -> bool) -> Duration {
         let waits = self.waits.iter().filter(|(line, _)| lines(line)).map(|(_, wait)| *wait);
         waits.max().unwrap_or_default()
     }
 
-    /// How often anybody was told.
-    pub fn told(&self) -> usize {
+    /// The number of notifications of a loss, for all subscribers together.
+    pub fn losses_reported(&self) -> usize {
         self.history.subscribers.iter().map(Subscriber::announcements).sum()
     }
 }
 
-/// What a client was told, but for events.
-fn told(subscriber: &Subscriber) -> Vec<String> {
+/// What a subscriber saw besides events.
+fn control_frames(subscriber: &Subscriber) -> Vec<String> {
     let seen = subscriber.seen.iter().filter(|(_, seen)| !matches!(seen, Seen::Event(..)));
     seen.map(|(_, seen)| format!("{seen:?}")).collect()
 }
 
-/// An event as clients must see it, whatever the order of its members.
+/// The event as subscribers see it, with its members in a fixed order.
 pub fn canonical(event: &Value) -> String {
     let members: BTreeMap<&String, &Value> = event.as_object().expect("events are objects").iter().collect();
     serde_json::to_string(&members).expect("it was JSON")
 }
 
-/// The address of a port of ours.
+/// A port of the loopback address.
 pub fn local(port: u16) -> SocketAddr {
     SocketAddr::from(([127, 0, 0, 1], port))
 }

@@ -1,4 +1,4 @@
-//! Clients that watch a channel over many connections, and note what they see.
+//! Clients that subscribe to a channel over many connections, and record what they see.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -11,31 +11,28 @@ use crate::common::client::position;
 use crate::common::{Client, Frame, Options, Rng};
 use crate::workload::run::{Kind, Shared, canonical};
 
-/// Between two attempts to connect, as clients do it.
+/// Time between two attempts to connect.
 const RETRY: Duration = Duration::from_millis(50);
 
-/// The longest that a slow client does not read at a time.
+/// The longest pause in a slow client's reading.
 const STALL: Duration = Duration::from_millis(400);
 
-/// The longest that a slow client which comes and goes stays away.
+/// The longest time that a slow, roaming client stays disconnected.
 const AWAY: Duration = Duration::from_secs(2);
 
-/// Who watches.
+/// How a subscriber behaves.
 pub struct Plan {
-    /// Its name.
     pub name: String,
-    /// Its user.
     pub user: String,
-    /// How it connects.
     pub kind: Kind,
-    /// The node it stays on while it can; `None`: it comes and goes.
+    /// The node it stays on while it can. `None`: it disconnects and resumes on any node.
     pub home: Option<usize>,
-    /// Where it connects, if that is no node.
-    pub door: Option<SocketAddr>,
-    /// It stalls once in so many frames, 200 ms on the whole, and now and then stays away for a second. In that time
-    /// the stream must not bring as many, or it never comes to the end.
+    /// Where it connects, if not to a node.
+    pub addr: Option<SocketAddr>,
+    /// It pauses once in this many frames, for 200 ms on average, and sometimes disconnects for a
+    /// second. The stream must bring fewer events in that time, or the client never catches up.
     pub stalls: Option<u64>,
-    /// There is little room in its socket, so that frames come in parts; some 50 KB a second is all it can take.
+    /// Small socket buffers, so that frames are sent in parts. Reads about 50 KB/s at most.
     pub narrow: bool,
 }
 
@@ -52,7 +49,7 @@ impl Notes {
                 self.position = Some(at);
                 self.shared.stands(&self.subscriber.name, at);
             }
-            // Without recovery it knows nothing of what was before.
+            // Without recovery it knows nothing of earlier events.
             Seen::LetIn => self.shared.stands(&self.subscriber.name, 0),
             Seen::Ended(_) => {}
         }
@@ -60,7 +57,7 @@ impl Notes {
     }
 }
 
-/// Watches until the run is over.
+/// Subscribes until the run is over.
 pub async fn watch(shared: Arc<Shared>, plan: Plan, seed: u64) -> Subscriber {
     let mut rng = Rng(seed);
     let mut over = shared.over.subscribe();
@@ -76,9 +73,9 @@ pub async fn watch(shared: Arc<Shared>, plan: Plan, seed: u64) -> Subscriber {
     let mut notes = Notes { shared: shared.clone(), subscriber, position: None };
     let (channel, mut failures) = (shared.channel.clone(), 0);
     while !*over.borrow_and_update() {
-        // One whose node is gone goes where the balancer leads it.
-        let door = match (plan.door, plan.home) {
-            (Some(door), _) => door,
+        // If its node is gone it connects to any node, as through a load balancer.
+        let addr = match (plan.addr, plan.home) {
+            (Some(addr), _) => addr,
             (None, Some(home)) if failures < 3 => shared.nodes.get(home).public,
             _ => shared.nodes.any(&mut rng).public,
         };
@@ -88,7 +85,7 @@ pub async fn watch(shared: Arc<Shared>, plan: Plan, seed: u64) -> Subscriber {
             (_, Some(at)) => format!("channel={channel}&lastEventId={at}"),
         };
         let options = Options { query, subprotocol: plan.kind.subprotocol(), small_buffer: plan.narrow };
-        let Ok(mut client) = Client::try_open(door, &plan.user, &options).await else {
+        let Ok(mut client) = Client::try_open(addr, &plan.user, &options).await else {
             failures += 1;
             tokio::time::sleep(RETRY).await;
             continue;
@@ -97,13 +94,13 @@ pub async fn watch(shared: Arc<Shared>, plan: Plan, seed: u64) -> Subscriber {
         if !recovers {
             notes.note(Seen::LetIn);
         }
-        // One that roams leaves after some frames.
+        // A roaming client disconnects after some frames.
         let frames = if plan.home.is_some() { u64::MAX } else { 1 + rng.below(60) };
         let mut welcomed = !recovers;
         for _ in 0..frames {
             if plan.stalls.is_some_and(|frames| rng.below(frames) == 0) {
                 let time = STALL.mul_f64(rng.below(100) as f64 / 100.0);
-                tokio::time::sleep(time).await; // that it stalls is what is tested
+                tokio::time::sleep(time).await; // the pause is what is tested
             }
             let frame = tokio::select! {
                 frame = client.next_frame() => frame,
@@ -113,7 +110,7 @@ pub async fn watch(shared: Arc<Shared>, plan: Plan, seed: u64) -> Subscriber {
                 }
             };
             match frame {
-                // All that a heartbeat can tell one who gave no position: it is there.
+                // A heartbeat carries no position for a client without recovery.
                 Frame::Text(text) if !recovers && text == r#"{"type":"ping"}"# => {}
                 Frame::Text(text) => {
                     let asked = notes.position;
@@ -121,14 +118,14 @@ pub async fn watch(shared: Arc<Shared>, plan: Plan, seed: u64) -> Subscriber {
                     welcomed |= matches!(seen, Seen::Welcomed { .. });
                     let is_event = matches!(seen, Seen::Event(..));
                     notes.note(seen);
-                    // Now and then one in JSON mode asks where it stands.
+                    // A client in JSON mode sometimes asks for its position.
                     if plan.kind == Kind::Json && is_event && rng.below(20) == 0 {
                         client.try_send(r#"{"type":"ping"}"#).await;
                     }
                 }
                 Frame::Ping(_) | Frame::Pong(_) => {}
                 Frame::Close(code, reason) => {
-                    // Only one without recovery frames is told by a close that it missed something.
+                    // Only clients without recovery are closed when they miss events.
                     let due = code == 1012 || (code == 4008 && !recovers);
                     assert!(due, "{} was closed with {code}: {reason}", plan.name);
                     if welcomed {
@@ -158,7 +155,7 @@ pub async fn watch(shared: Arc<Shared>, plan: Plan, seed: u64) -> Subscriber {
     notes.subscriber
 }
 
-/// What a text frame says.
+/// Parses a text frame.
 fn read(text: &str, asked: Option<u64>) -> Seen {
     let mut frame: Value = serde_json::from_str(text).unwrap_or_else(|error| panic!("{error}: {text:?}"));
     if let Some(id) = frame.get("id") {
@@ -178,6 +175,6 @@ fn read(text: &str, asked: Option<u64>) -> Seen {
         },
         Some("reset") => Seen::Reset(at),
         Some("ping") => Seen::Stands(at),
-        _ => panic!("no frame for one who only watches: {text}"),
+        _ => panic!("unexpected frame for a subscriber: {text}"),
     }
 }

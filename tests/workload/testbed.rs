@@ -1,25 +1,23 @@
-//! A Redis, nodes, and a way from each node to Redis that can be bent.
+//! A Redis, nodes, and a proxy with faults between each node and Redis.
 
 use crate::common::{Node, Nodes, Proxy, Redis};
 
-/// Flags of every node: heartbeats often enough that silence means a fault, which tell clients where they stand, and a
-/// wait for Redis that is longer than most outages here.
+/// Default flags of the nodes: frequent heartbeats that carry positions, and a publish timeout
+/// longer than most outages of the tests.
 pub const FLAGS: [&str; 8] =
     ["--ping-interval", "2s", "--ping-timeout", "20s", "--ping-format", "both", "--publish-timeout", "10s"];
 
-/// What the faults happen to.
+/// What the tests inject faults into.
 pub struct Testbed {
-    /// The Redis.
     pub redis: Redis,
-    /// Each node's way to it.
+    /// One for each node.
     pub proxies: Vec<Proxy>,
-    /// The nodes.
     pub nodes: Nodes,
     flags: Vec<String>,
 }
 
 impl Testbed {
-    /// A Redis and two nodes, with these flags besides the usual ones.
+    /// A Redis and two nodes, with these flags in addition to the default ones.
     pub async fn start(redis_flags: &[&str], node_flags: &[&str]) -> Testbed {
         Testbed::on(Redis::start(redis_flags).await, node_flags).await
     }
@@ -27,7 +25,7 @@ impl Testbed {
     /// Two nodes on this Redis.
     pub async fn on(redis: Redis, node_flags: &[&str]) -> Testbed {
         let proxies = vec![Proxy::to(redis.port()).await, Proxy::to(redis.port()).await];
-        // What is given here counts instead of the usual.
+        // Flags given here override the default ones.
         let usual = FLAGS.chunks(2).filter(|pair| !node_flags.contains(&pair[0])).flatten();
         let flags: Vec<String> = usual.chain(node_flags).map(|flag| flag.to_string()).collect();
         let urls = [proxies[0].url(), proxies[1].url()];
@@ -35,26 +33,26 @@ impl Testbed {
         Testbed { redis, proxies, nodes: Nodes::new([a, b]), flags }
     }
 
-    /// Another node in the place of one, by the same way.
+    /// Replaces a node by a new one behind the same proxy.
     pub async fn replace(&self, place: usize) {
         self.nodes.replace(place, node(&self.proxies[place].url(), &self.flags).await);
     }
 
-    /// Waits until both nodes say that they are ready.
+    /// Waits until both nodes are ready.
     pub async fn ready(&self) {
         for place in 0..2 {
             self.nodes.get(place).ready().await;
         }
     }
 
-    /// Waits until both nodes say that they are not.
+    /// Waits until neither node is ready.
     pub async fn unready(&self) {
         for place in 0..2 {
             self.nodes.get(place).unready().await;
         }
     }
 
-    /// A number of both nodes' metrics, added up.
+    /// The sum of a metric over both nodes.
     pub async fn metric(&self, name: &str) -> f64 {
         self.nodes.get(0).metric(name).await + self.nodes.get(1).metric(name).await
     }

@@ -1,4 +1,5 @@
-//! A replica takes over, without all that its primary had acknowledged; and a primary that does not know of it.
+//! Failovers to a replica that lacks acknowledged writes, and a primary that keeps accepting
+//! writes.
 
 use std::process::Command;
 use std::sync::Arc;
@@ -13,7 +14,7 @@ use crate::workload::publishers;
 use crate::workload::run::{Run, Workload};
 use crate::workload::testbed::FLAGS;
 
-/// A primary, its replica behind a link that can be cut, a Sentinel, and two nodes that ask it.
+/// A primary, its replica behind a link that can be cut, a Sentinel, and two nodes that use it.
 struct Pair {
     primary: Redis,
     replica: Redis,
@@ -32,11 +33,11 @@ impl Pair {
         Pair { primary, replica, link, sentinel, nodes: Nodes::new([a, b]) }
     }
 
-    /// Cuts the replica off, lets the primary acknowledge more, and ends the primary. Gives the last id that the
-    /// replica has.
+    /// Cuts the link, lets the primary acknowledge more events, and kills it. Returns the last id
+    /// of the replica.
     async fn lose(&mut self, run: &Run) -> u64 {
         run.wait_for_acks(50).await;
-        // A primary may be slow to begin with a replica; it is to have some, and the function.
+        // Replication may start slowly; the replica must have some events and the function.
         until("the replica to follow", || async { (self.replica.head("room").await > 0).then_some(()) })
             .await;
         self.link.silence(Silence { up: true, down: true });
@@ -46,12 +47,13 @@ impl Pair {
         kept
     }
 
-    /// Fails over while the nodes are stopped: whoever comes next is the first to see the replica as primary.
+    /// Fails over while the nodes are stopped, so that the test decides which client uses the new
+    /// primary first.
     async fn fail_over_unseen(&mut self, kept: u64) {
         self.signal_nodes("STOP");
         self.primary.kill();
         self.promoted().await;
-        assert_eq!(self.replica.head("room").await, kept, "nobody was there before");
+        assert_eq!(self.replica.head("room").await, kept, "nothing was published before");
     }
 
     fn signal_nodes(&self, signal: &str) {
@@ -61,7 +63,7 @@ impl Pair {
     }
 
     async fn promoted(&self) {
-        // By the Sentinel's word: the replica itself ends every connection when it is promoted.
+        // Asks the Sentinel: the replica closes every connection when it is promoted.
         let port = self.replica.port().to_string();
         until("the replica to be promoted", || async {
             let ask = ["SENTINEL", "GET-MASTER-ADDR-BY-NAME", "main"];
@@ -105,7 +107,7 @@ async fn failover_is_announced_even_if_durable() {
     let run = Run::at(&pair.nodes, 2, &pair.primary, Workload::default()).await;
     run.disconnect_programs();
     let kept = pair.lose(&run).await;
-    // The first to come is a program, who has seen none of what is lost: only the run tells.
+    // FCALL comes first, with no knowledge of the lost events: only the epoch shows the loss.
     pair.fail_over_unseen(kept).await;
     run.connect_programs(&pair.replica);
     publishers::one(&run.shared, "the first").await;
@@ -150,7 +152,7 @@ async fn lossy_failover_seen_first_by_a_join() {
     let kept = pair.lose(&run).await;
     let given = pair.primary.head("room").await;
     pair.fail_over_unseen(kept).await;
-    // A new node, which has never seen any of it, and a client that comes to it with a lost id.
+    // A new node that has seen nothing, and a client that resumes there with a lost id.
     let third = Arc::new(node(&pair.sentinel, &[]).await);
     let options = Options { query: format!("channel=room&lastEventId={given}"), ..Options::default() };
     let mut joiner = Client::try_open(third.public, "joiner", &options).await.expect("the node is ready");
@@ -173,7 +175,7 @@ async fn old_primary_still_accepts_writes() {
     let mut run = Run::at(&nodes, 2, &primary, Workload::default()).await;
     run.ids_may_fall();
     run.wait_for_acks(50).await;
-    // One node and the programs stay with the old primary; the other is led to the new one.
+    // One node and the backends stay with the old primary. The other node moves to the new one.
     replica.promote().await;
     proxies[1].lead_to(replica.port());
     let heads = || async { (primary.head("room").await, replica.head("room").await) };
@@ -190,11 +192,12 @@ async fn old_primary_still_accepts_writes() {
     run.end().await.assert_loss_reported(1..=20);
 }
 
-/// A name that DNS moves to another Redis, as managed services fail over, while the old one lives and answers.
+/// A DNS name that moves to another Redis while the old one still answers, as in failovers of
+/// managed services.
 #[tokio::test]
 async fn dns_change_is_followed() {
     let (old, new) = (Redis::start(&[]).await, Redis::start(&[]).await);
-    // A name has addresses, not ports: the new one is reached at another address and the same port.
+    // Names have addresses without ports: the new server is at another address with the same port.
     let listener = TcpListener::bind(("127.0.0.2", old.port())).await.expect("the port is free there");
     let target = new.port();
     tokio::spawn(async move {
@@ -223,7 +226,7 @@ async fn dns_change_is_followed() {
     client.expect_event(one, &event).await;
     assert_eq!(old.head("room").await, one);
 
-    // DNS is away for a while, which changes nothing.
+    // A DNS outage changes nothing.
     std::fs::remove_file(&file).expect("it is there");
     tokio::time::sleep(Duration::from_secs(4)).await;
     node.ready().await;

@@ -1,5 +1,5 @@
-//! The harness itself, against a bus that is broken: something between a node and its clients drops, doubles, swaps or
-//! renumbers events, once, and the judge must say so each time.
+//! Tests that the checker finds a broken bus: a proxy between a node and its clients drops,
+//! doubles, swaps or renumbers one event.
 
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -14,17 +14,17 @@ use crate::common::{Node, Nodes, Redis};
 use crate::workload::run::{Run, Workload};
 use crate::workload::testbed::FLAGS;
 
-/// What is done to the next event that comes by.
+/// What happens to the next event.
 #[derive(Clone, Copy, Debug)]
 enum Mutation {
     Drop,
     Double,
     Swap,
-    /// It comes with the id of the event before it, and that one does not come.
+    /// Delivers it with the id of the event before it, which is dropped.
     ReuseId,
 }
 
-/// Stands between a node and its clients.
+/// A proxy between a node and its clients.
 #[derive(Default)]
 struct Mutator {
     next: Mutex<Option<Mutation>>,
@@ -32,7 +32,7 @@ struct Mutator {
 }
 
 impl Mutator {
-    /// Takes what is to be done now, if anything is.
+    /// The next mutation, if there is one.
     fn take(&self) -> Option<Mutation> {
         let next = self.next.lock().expect("nothing panics while holding it").take();
         self.done.fetch_add(u32::from(next.is_some()), Ordering::SeqCst);
@@ -56,7 +56,7 @@ impl Mutator {
 
     async fn down(&self, from: OwnedReadHalf, mut to: OwnedWriteHalf) -> std::io::Result<()> {
         let mut from = BufReader::new(from);
-        // The answer to the upgrade.
+        // The response to the upgrade.
         let mut head = Vec::new();
         while !head.ends_with(b"\r\n\r\n") {
             head.push(from.read_u8().await?);
@@ -65,7 +65,7 @@ impl Mutator {
         if !head.starts_with(b"HTTP/1.1 101") {
             return tokio::io::copy(&mut from, &mut to).await.map(|_| ());
         }
-        let mut seen = 0; // some first, so that the break is not at the edge
+        let mut seen = 0; // delivers some events first
         loop {
             let frame = read_frame(&mut from).await?;
             seen += u32::from(is_event(&frame));
@@ -94,7 +94,7 @@ impl Mutator {
     }
 }
 
-/// One frame as it came; servers do not mask (RFC 6455 section 5.2).
+/// One frame. Frames of servers are not masked (RFC 6455 section 5.2).
 async fn read_frame(from: &mut BufReader<OwnedReadHalf>) -> std::io::Result<Vec<u8>> {
     let mut frame = vec![from.read_u8().await?, from.read_u8().await?];
     let length = match frame[1] {
@@ -116,7 +116,7 @@ fn is_event(frame: &[u8]) -> bool {
     frame[0] == 0x81 && frame.windows(5).any(|part| part == b"\"id\":")
 }
 
-/// The same event with another's id. Ids have 16 digits for the next two centuries.
+/// The same event with another id. Ids have 16 digits for the next two centuries.
 fn with_id_of(event: &[u8], other: &[u8]) -> Vec<u8> {
     let (end, other_end) = (event.len() - 17, other.len() - 17);
     [&event[..end], &other[other_end..]].concat()
@@ -132,7 +132,7 @@ async fn is_caught(what: Mutation, rules: &[Rule]) {
     let carrying = tokio::spawn(mutator.clone().carry(listener, straight));
     let nodes = Nodes::new([node]);
     for round in 0..3 {
-        // No publisher by WebSocket: what happens to them is not judged here, only what subscribers see.
+        // No publishers over WebSocket: the test is about what subscribers see.
         let workload = Workload {
             users: 2,
             roamers: 0,

@@ -1,4 +1,5 @@
-//! Connections between nodes and Redis that break, hang, lose or delay; a Redis that hangs or is slow.
+//! Connections between nodes and Redis that break, hang, lose or delay; a Redis that hangs or is
+//! slow.
 
 use std::time::Duration;
 
@@ -12,10 +13,10 @@ use crate::workload::publishers;
 use crate::workload::run::{Run, Workload, local};
 use crate::workload::testbed::Testbed;
 
-/// Longer than a node waits for a lost Redis before it gives the connections up.
+/// Longer than a node waits for Redis before it replaces the connections.
 const LONG: Duration = Duration::from_secs(6);
 
-/// Hardly a second of events in memory: whoever stalls or stays away reads history.
+/// Less than a second of events in memory, so that slow and disconnected clients read history.
 const SHORT: [&str; 2] = ["--buffer-memory", "64KiB"];
 
 #[tokio::test]
@@ -54,12 +55,12 @@ async fn late_publish_answers() {
             proxy.silence(Silence { down: true, up: false });
         }
         let head = testbed.redis.head("room").await;
-        // What is sent is done; only its answers wait.
+        // Requests are executed, and only their answers wait.
         until("an event without an answer", || async {
             (testbed.redis.head("room").await > head + 2).then_some(())
         })
         .await;
-        sleep(Duration::from_secs(1)).await; // the length of the fault
+        sleep(Duration::from_secs(1)).await; // the duration of the fault
         for proxy in &testbed.proxies {
             proxy.silence(Silence::default());
         }
@@ -68,7 +69,7 @@ async fn late_publish_answers() {
     }
     let report = run.end().await;
     report.assert_no_loss_reported();
-    // A plain client is never told; everybody else was.
+    // Plain clients get no answers; everybody else got one.
     let unknown = report.history.attempts.iter().filter(|a| a.outcome == Outcome::Unknown);
     assert_eq!(unknown.filter(|attempt| !attempt.line.starts_with("plain")).count(), 0);
 }
@@ -80,7 +81,7 @@ async fn redis_frozen_for_seconds() {
     run.wait_for_acks(50).await;
     testbed.redis.freeze();
     testbed.unready().await;
-    sleep(LONG).await; // the length of the fault
+    sleep(LONG).await; // the duration of the fault
     testbed.redis.thaw();
     testbed.ready().await;
     run.wait_for_delivery().await;
@@ -133,7 +134,7 @@ async fn cut(silence: Silence) {
     testbed.proxies[1].silence(silence);
     testbed.nodes.get(1).unready().await;
     assert_eq!(testbed.nodes.get(0).get("/readyz").await.status, 200, "the other works");
-    sleep(LONG).await; // the length of the fault
+    sleep(LONG).await; // the duration of the fault
     testbed.proxies[1].silence(Silence::default());
     testbed.ready().await;
     assert!(testbed.proxies[1].connections() > connections, "connections were given up and made anew");
@@ -167,7 +168,7 @@ async fn redis_latency_of_50_ms() {
     run.wait_for_delivery().await;
     for place in 0..2 {
         let node = testbed.nodes.get(place);
-        until("canaries that are as late as the delay is long", || async {
+        until("probes that take as long as the delay", || async {
             let below = node.metric_of("fanfare_bus_round_trip_seconds_bucket", r#"le="0.1""#).await;
             (node.metric("fanfare_bus_round_trip_seconds_count").await > below).then_some(())
         })
@@ -205,9 +206,9 @@ async fn message_burst_overflows_the_client_library() {
     let node = testbed.nodes.get(1);
     let _follows = Client::plain(&node, "follower", "b").await;
     let lagged = || node.log().contains("messages came faster than they were taken");
-    // They wait in the node's socket, and then come all at once: events, among many messages as small as can be, that
-    // nobody sees for the TAB they begin with. Whether that is too fast depends on how the node's tasks get their
-    // turns, so it is done until it was.
+    // Messages gather in the node's socket while it is stopped, and then arrive at once: events
+    // among very many tiny messages, which are ignored because they start with a TAB. Whether that
+    // overflows depends on scheduling, so it is repeated until it does.
     for round in 0.. {
         assert!(round < 20, "no lag: {}", node.log());
         node.signal("STOP");
@@ -263,11 +264,11 @@ async fn messages_are_lost_while_history_is_deleted() {
     let mut gone = 0;
     for round in 0..4 {
         run.wait_for_acks(20).await;
-        // Under live traffic that gets through, nobody on a node needs history.
+        // Under live traffic no client needs history.
         let trim: &[&str] = if round % 2 == 0 { &["DEL", events] } else { &["XTRIM", events, "MAXLEN", "0"] };
         gone += redis.call(trim).await.int();
         run.wait_for_acks(20).await;
-        // What one node misses is not there any more when it looks for it.
+        // The history of missed messages is deleted before the node reads it.
         testbed.proxies[1].hold_messages(true);
         run.wait_for_acks(20).await;
         gone += redis.call(trim).await.int();

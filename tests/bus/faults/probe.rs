@@ -1,4 +1,4 @@
-//! How long a loss may stay unnoticed when nothing else happens.
+//! How long a loss may stay unnoticed without further traffic.
 
 use std::time::{Duration, Instant};
 
@@ -7,13 +7,13 @@ use serde_json::json;
 use crate::common::Client;
 use crate::workload::testbed::Testbed;
 
-/// Within this a lost last event is delivered.
+/// The limit for delivering a lost last event.
 const LOST_EVENT: Duration = Duration::from_secs(2);
 
-/// Within this a connection that hangs is replaced.
+/// The limit for replacing a connection that hangs.
 const HALF_OPEN: Duration = Duration::from_secs(5);
 
-/// No frames but events.
+/// No text frames but events.
 const QUIET: [&str; 2] = ["--ping-format", "websocket"];
 
 #[tokio::test]

@@ -1,4 +1,4 @@
-//! Redis is there and refuses, or its clock is wrong.
+//! Redis returns errors, or its clock is wrong.
 
 use std::time::Duration;
 
@@ -15,7 +15,7 @@ async fn subscribe_refused_by_acl() {
     let mut redis = testbed.redis.client().await;
     for _ in 0..2 {
         run.wait_for_acks(30).await;
-        // Redis ends the connections of those who are subscribed to what they may not have.
+        // Redis closes the connections of subscribers that lose their rights.
         redis.call(&["ACL", "SETUSER", "default", "resetchannels"]).await;
         for place in 0..2 {
             let node = testbed.nodes.get(place);
@@ -26,7 +26,7 @@ async fn subscribe_refused_by_acl() {
         testbed.ready().await;
         run.wait_for_delivery().await;
     }
-    // Programs could go on all the time, though nobody could be told: history has it.
+    // FCALL worked all the time, without messages to the nodes: the events come from history.
     run.end().await.assert_no_loss_reported();
     assert!(testbed.metric("fanfare_bus_gaps_filled_total").await > 0.0);
 }
@@ -56,7 +56,7 @@ async fn redis_out_of_memory() {
         });
         assert!(
             refused > 0 && unknown == 0,
-            "{kind}: {refused} refused, {unknown} unknown: all are told for certain"
+            "{kind}: {refused} refused, {unknown} unknown: all answers are certain"
         );
     }
 }
@@ -64,7 +64,7 @@ async fn redis_out_of_memory() {
 #[tokio::test]
 async fn clock_set_back_and_redis_wiped() {
     let testbed = Testbed::on(Redis::with_clock().await, &[]).await;
-    // Only those publish who know what was seen.
+    // Only nodes publish, which know the ids they have seen.
     let run = Run::start(&testbed, Workload { programs: 0, ..Workload::default() }).await;
     run.wait_for_acks(50).await;
     testbed.redis.set_clock_back().await;
@@ -82,7 +82,8 @@ async fn clock_set_back_and_redis_wiped() {
 async fn clock_set_back_and_fcall_first_after_wipe() {
     let testbed = Testbed::on(Redis::with_clock().await, &[]).await;
     let mut run = Run::start(&testbed, Workload { programs: 0, ..Workload::default() }).await;
-    // Nobody at Redis knows that higher ids were given: the program's event gets a lower one, and everybody is told.
+    // Redis does not know that higher ids existed: FCALL gets a lower one, and the loss is
+    // announced.
     run.ids_may_fall();
     testbed.redis.set_clock_back().await;
     run.wait_for_acks(50).await;
@@ -107,15 +108,16 @@ async fn answers_later_than_the_publish_timeout() {
     let testbed = Testbed::start(&[], &["--publish-timeout", "1s"]).await;
     let run = Run::start(&testbed, Workload { clients: 2, ..Workload::default() }).await;
     let count = |outcome| run.shared.count("json", outcome) + run.shared.count("post", outcome);
-    // What is in flight may happen to be of those who are never told.
+    // The publishes in flight may happen to be of plain clients, which get no answer.
     for round in 0.. {
-        assert!(round < 10, "nobody was told that it may or may not have been published");
+        assert!(round < 10, "no outcome was unknown");
         run.wait_for_acks(30).await;
         let refused = count(Outcome::Refused);
         for proxy in &testbed.proxies {
             proxy.silence(crate::common::Silence { down: true, up: false });
         }
-        // Redis takes what was sent, and nobody hears of it: that is neither taken nor refused. What waits is refused.
+        // Redis executes what was sent, and its answers are lost: the outcome is unknown. Waiting
+        // publishes are rejected.
         until("refusals", || async { (count(Outcome::Refused) >= refused + 5).then_some(()) }).await;
         for proxy in &testbed.proxies {
             proxy.silence(crate::common::Silence::default());
@@ -128,7 +130,7 @@ async fn answers_later_than_the_publish_timeout() {
     }
     let report = run.end().await;
     report.assert_no_loss_reported();
-    // The judge looks that nothing refused came; and what was taken is not what was refused.
+    // The checker verifies that no rejected event was delivered. Here: some unknown ones were.
     let unknown = report
         .history
         .attempts
@@ -144,14 +146,14 @@ async fn publishes_in_an_outage_are_bounded_and_ordered() {
     let flags = ["--appendonly", "yes", "--appendfsync", "always"];
     let mut testbed = Testbed::start(&flags, &["--redis-durable", "--publish-timeout", "2s"]).await;
     let run = Run::start(&testbed, Workload { clients: 2, ..Workload::default() }).await;
-    // Shorter than the wait: everything is taken, in order.
+    // Shorter than the publish timeout: everything is published, in order.
     run.wait_for_acks(30).await;
     testbed.redis.kill();
     testbed.unready().await;
     testbed.redis.up().await;
     testbed.ready().await;
     run.wait_for_delivery().await;
-    // Longer: everybody is told in time, again and again.
+    // Longer: every publish is rejected in time.
     let refused = testbed.metric("fanfare_bus_publish_rejected_total").await;
     testbed.redis.kill();
     until("refusals", || async {
@@ -169,5 +171,5 @@ async fn publishes_in_an_outage_are_bounded_and_ordered() {
         slowest < Duration::from_secs(2) + Duration::from_millis(1500),
         "an answer came after {slowest:?}"
     );
-    assert!(slowest > Duration::from_secs(1), "somebody waited: {slowest:?}");
+    assert!(slowest > Duration::from_secs(1), "some publish waited: {slowest:?}");
 }

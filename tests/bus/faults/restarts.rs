@@ -1,4 +1,4 @@
-//! Redis dies, is wiped, or comes back with less than it had.
+//! Restarts and wipes of Redis, with and without lost writes, and restarts of nodes.
 
 use std::time::Duration;
 
@@ -9,7 +9,7 @@ use crate::workload::testbed::Testbed;
 
 const DURABLE: [&str; 4] = ["--appendonly", "yes", "--appendfsync", "always"];
 
-/// Kills Redis in the middle of the workload's work, starts it again, and waits until all works.
+/// Kills and restarts Redis under load, and waits until events are delivered again.
 async fn kill(testbed: &mut Testbed, run: &Run, between: impl FnOnce(&Redis)) {
     run.wait_for_acks(50).await;
     testbed.redis.kill();
@@ -51,7 +51,7 @@ async fn redis_loses_last_writes_with_everysec() {
     let run = Run::start(&testbed, Workload::default()).await;
     let mut lost = String::new();
     kill(&mut testbed, &run, |redis| {
-        // As after a power failure: what was written and not yet synced is gone.
+        // As after a power failure: writes that were not synced are lost.
         let file = redis.directory().join("appendonlydir/appendonly.aof.1.incr.aof");
         let bytes = std::fs::read(&file).expect("the append-only file");
         let keep = bytes.len() - 4000;
@@ -87,7 +87,7 @@ async fn flushall_resets_clients() {
         run.wait_for_acks(50).await;
         let head = testbed.redis.head("room").await;
         testbed.redis.client().await.call(&["FLUSHALL"]).await;
-        // The functions are still there: FLUSHALL leaves them.
+        // FLUSHALL keeps the functions.
         run.wait_for_delivery().await;
         assert!(testbed.redis.head("room").await > head);
     }
@@ -97,13 +97,13 @@ async fn flushall_resets_clients() {
 #[tokio::test]
 async fn empty_redis_behind_ids_of_nodes() {
     let redis = Redis::start(&[]).await;
-    // Years ahead: as if the clock had been wrong when the channel began.
+    // Years ahead, as if the clock had been wrong when the channel was created.
     let far = (1_u64 << 52).to_string();
     let meta = ["HSET", "fanfare:{room}:meta", "head", &far, "base", &far, "run"];
     let epoch = redis.info("master_replid").await;
     redis.client().await.call(&[&meta[..], &[&epoch]].concat()).await;
     let mut testbed = Testbed::on(redis, &[]).await;
-    // Programs that come first know nothing of what nodes have seen: see the test of the clock.
+    // Without FCALL, which does not know the ids that nodes have seen: see the test of the clock.
     let run = Run::start(&testbed, Workload { programs: 0, ..Workload::default() }).await;
     kill(&mut testbed, &run, |_| {}).await;
     let report = run.end().await;
@@ -148,7 +148,8 @@ async fn nodes_restarted_under_load() {
 async fn publishers_race_on_new_channels() {
     let testbed = Testbed::start(&[], &[]).await;
     for channel in ["new1", "new2", "new3", "new4", "new5", "new6"] {
-        // Everybody begins at once: the first event, the first follow and the first join are whoever's they are.
+        // Everything starts at once, in any order: the first event, the first follow and the first
+        // join.
         let workload = Workload {
             channel: channel.into(),
             pace: Duration::from_millis(2),

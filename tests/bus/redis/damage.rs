@@ -1,4 +1,5 @@
-//! Wrong data in one channel costs that channel alone, and ids stay below 2^53 whatever is stored.
+//! Invalid data in one channel affects only that channel, and ids stay below 2^53 whatever is
+//! stored.
 
 use fanfare::bus::PublishError;
 use fanfare::protocol::event::EventId;
@@ -6,7 +7,7 @@ use fanfare::protocol::event::EventId;
 use super::node::{Node, event, mark, settings, until};
 use super::redis_server::RedisServer;
 
-/// Waits until two more probes have come back: the second was sent after this was called.
+/// Waits for two more probes, of which the second started after this call.
 async fn two_probes(node: &Node) {
     let probes = || node.numbers.round_trips.count();
     let before = probes();
@@ -38,7 +39,7 @@ async fn keys_of_a_wrong_type_affect_one_channel() {
         }
         let fcall = raw.command(&["FCALL", "fanfare_publish", "1", &format!("fanfare:{{{broken}}}"), "{}"]);
         assert!(fcall.error().starts_with(&format!("FAULT {name}: ")), "{fcall:?}");
-        // A node that does not know the channel yet answers as clearly, and at once.
+        // A node that does not know the channel yet answers just as clearly, and at once.
         let fresh = Node::ready(settings(&redis.url())).await;
         match fresh.publish(&broken, &event(2)).await {
             Err(PublishError::Refused(why)) => assert!(why.contains("this channel's data"), "{why}"),
@@ -66,7 +67,7 @@ async fn other_keys_of_a_wrong_type_stop_no_channel() {
     reader.until(&mut node, two).await;
     two_probes(&node).await;
     assert_eq!((node.readiness.trouble(), reader.resets.len()), (None, 0));
-    // A wrong idempotency key stops the publish that uses it, which is certainly not published.
+    // An idempotency key of a wrong type rejects the publish that uses it, with certainty.
     raw.command(&["LPUSH", "fanfare:{room}:key:k", "x"]);
     let fcall = raw.command(&["FCALL", "fanfare_publish", "1", "fanfare:{room}", "{}", "", "k"]);
     assert!(fcall.error().starts_with("FAULT fanfare:{room}:key:k: "), "{fcall:?}");
@@ -81,7 +82,7 @@ async fn invalid_positions_count_as_lost() {
     let limit = EventId::LIMIT.to_string();
     let heads = ["x", "", "-5", "1.5", "1e300", "inf", "nan", "-inf", "18446744073709551616", &limit];
     for (n, head) in heads.iter().enumerate() {
-        // By a node that knows the channel, by its probe, and by a program that knows nothing.
+        // By a node that knows the channel, by its probe, and by FCALL, which knows nothing.
         for way in ["publish", "probe", "fcall"] {
             let name = format!("room.{n}.{way}");
             let (meta, key) = (format!("fanfare:{{{name}}}:meta"), format!("fanfare:{{{name}}}"));
@@ -148,12 +149,12 @@ async fn ids_end_below_the_limit_with_a_clear_error() {
         assert_eq!(node.readiness.trouble(), None);
         let id = node.publish("other", &event(1)).await.unwrap();
         other.until(&mut node, id).await;
-        // What the error asks for, but too early: the node still knows the last id.
+        // The advice of the error, followed too early: a node still knows the last id.
         raw.command(&["DEL", "fanfare:{room}:meta", "fanfare:{room}:events"]);
         two_probes(&node).await;
     }
     assert_eq!(reader.count(&mark(2)), 0);
-    // Nobody who knows it is left.
+    // No node knows it any more.
     let fresh = Node::ready(settings(&redis.url())).await;
     node.task.abort();
     raw.command(&["DEL", "fanfare:{room}:meta", "fanfare:{room}:events"]);

@@ -1,4 +1,5 @@
-//! Other programs, other settings, and a Redis that will not do.
+//! FCALL and plain PUBLISH of other programs, other settings, and Redis servers that cannot be
+//! used.
 
 use std::time::Duration;
 
@@ -166,7 +167,7 @@ async fn invalid_stored_events_arrive_as_text() {
     let mut reader = node.follow("room", 0).await;
     let mut raw = redis.raw();
     let first = node.publish("room", &event(1)).await.unwrap();
-    // As an older version stored and announced them; some of the announcements are lost.
+    // As an older version stored and announced them. Some of the announcements are lost.
     let bad = cases().into_iter().filter(|case| case.error().is_some());
     let data = |value: Vec<u8>| [b"{\"data\":", &value[..], b",\"id\":"].concat();
     let mut bad: Vec<_> = bad.map(|case| (case.name(), data(case.value))).collect();
@@ -230,7 +231,7 @@ async fn pubsub_channel_works_both_ways() {
         ]
     );
 
-    // Whoever listens there sees sequenced events, but none that is for one user.
+    // Subscribers of this Redis channel see sequenced events, but no private ones.
     let private = node.publish_later("ws_broadcast", Some("bob"), "{\"to\":\"bob\",\"psst\":1}");
     let id = node.publish("ws_broadcast", &event(1)).await.unwrap();
     let by_function = raw.command(&["FCALL", "fanfare_publish", "1", "fanfare:{ws_broadcast}", "{}", "bob"]);
@@ -271,7 +272,7 @@ async fn acl_errors_are_explained() {
     raw.command(&["ACL", "SETUSER", "node", "&ws_broadcast"]);
     node.until_ready().await;
     node.follow("room", 0).await;
-    // Exactly what the text asks for is enough.
+    // The rights in the error text are sufficient.
     raw.command(&["ACL", "SETUSER", "least", "on", ">secret", "~fanfare:*", "&fanfare:*", "&ws_broadcast"]);
     let granted = ["+@read", "+@write", "+@pubsub", "+@scripting", "+@connection", "+info", "+time"];
     raw.command(&[&["ACL", "SETUSER", "least"][..], &granted].concat());
@@ -279,7 +280,7 @@ async fn acl_errors_are_explained() {
     let mut reader = least.follow("ws_broadcast", 0).await;
     let id = least.publish("ws_broadcast", &event(1)).await.unwrap();
     reader.until(&mut least, id).await;
-    // Taken away while it runs: not silence.
+    // Rights removed at run time are reported.
     raw.command(&["ACL", "SETUSER", "node", "resetchannels"]);
     until("the node notices", || node.readiness.trouble().is_some_and(|why| why.contains("SUBSCRIBE"))).await;
 }
@@ -302,16 +303,16 @@ async fn unix_socket_and_other_prefix() {
     let mut node = Node::ready(elsewhere).await;
     let mut reader = node.follow("ws_broadcast", 0).await;
     let mut other = Node::ready(settings(&redis.url())).await;
-    let mut stranger = other.follow("ws_broadcast", 0).await;
+    let mut other_reader = other.follow("ws_broadcast", 0).await;
     let one = node.publish("ws_broadcast", &event(1)).await.unwrap();
     let two =
         redis.raw().command(&["FCALL", "fanfare_publish", "1", "app:one:{ws_broadcast}", "{}"]).number();
     reader.until(&mut node, EventId(two as u64)).await;
     reader.assert_has(one, &mark(1));
     let own = other.publish("ws_broadcast", &event(2)).await.unwrap();
-    stranger.until(&mut other, own).await;
+    other_reader.until(&mut other, own).await;
     assert_eq!(
-        (stranger.events.len(), stranger.count(&mark(1))),
+        (other_reader.events.len(), other_reader.count(&mark(1))),
         (1, 0),
         "another prefix is another testbed"
     );
@@ -414,7 +415,7 @@ async fn renamed_command_is_named() {
     }
 }
 
-/// What `check.lua` says of a Redis whose INFO in scripts is `info`, Lua text.
+/// The answer of `check.lua` for a Redis whose INFO in scripts is `info`, as Lua text.
 fn check_with_info(redis: &RedisServer, info: &str) -> Vec<String> {
     let script = format!(
         "local redis = setmetatable({{pcall = function(_, section) return {info} end}}, {{__index = redis}})\n{}",

@@ -1,4 +1,4 @@
-//! What was missed is read from history, or announced.
+//! Missed events are read from history, or announced as lost.
 
 use std::time::Duration;
 
@@ -41,7 +41,7 @@ async fn part_of_a_page_is_read_once_for_all() {
     let redis = RedisServer::start();
     let mut node = Node::ready(settings(&redis.url())).await;
     let reader = node.follow("room", 0).await;
-    // Whole pages are wanted, so the first is filled up.
+    // Fills up the first page, to test whole pages.
     let mut last = reader.position;
     let pad = "x".repeat(16 << 10);
     let target = EventId((last.0 / PAGE + 2) * PAGE - 1 + 10);
@@ -65,7 +65,7 @@ async fn part_of_a_page_is_read_once_for_all() {
         }
         let mut reached = at;
         for shard in [0, 1].repeat(10) {
-            let part = node.page_told(at, shard).await.unwrap();
+            let part = node.page_answer(at, shard).await.unwrap();
             assert_eq!((part.base, part.oldest, part.head), (reader.base, reader.base.next(), last));
             assert_eq!(part.entries[0].before(), at);
             assert!(part.entries.windows(2).all(|pair| pair[0].last == pair[1].before()));
@@ -74,7 +74,7 @@ async fn part_of_a_page_is_read_once_for_all() {
         assert!(at < reached && reached <= end);
         at = reached;
     }
-    // 256 events of 16 KiB are 4 MiB and come in parts of a bit more than one.
+    // 256 events of 16 KiB are 4 MiB and arrive in parts of a bit more than 1 MiB.
     let reads = node.numbers.reads.get() - before;
     assert!((3..=4).contains(&reads), "{reads} reads for one page");
     let tail = node.page("room", page + 1, 0).await.unwrap();
@@ -89,7 +89,7 @@ async fn refresh_delivers_new_events_before_it_answers() {
     let mut node = Node::ready(settings(&redis.url())).await;
     let mut reader = node.follow("room", 0).await;
     node.follow("room", 1).await;
-    // Written behind everyone's back, as if every message had been lost.
+    // Written without a message, as if every message had been lost.
     let id = reader.position.0 + 1;
     redis.raw().command(&[
         "XADD",
@@ -105,7 +105,7 @@ async fn refresh_delivers_new_events_before_it_answers() {
     for shard in [0, 1, 0] {
         let mut entry_came = false;
         let looked = node
-            .told(shard, |told| match told {
+            .message(shard, |message| match message {
                 BusMessage::Entry { entry, .. } => {
                     assert_eq!(entry.last.0, id);
                     entry_came = true;
@@ -140,7 +140,7 @@ async fn expired_history_keeps_the_sequence() {
     stays.until(&mut publisher, one).await;
     let gone = || redis.raw().command(&["EXISTS", "fanfare:{room}:events"]) == Reply::Number(0);
     until("the history is emptied", gone).await;
-    sleep(Duration::from_secs(2)).await; // twice the time is over too, but the channel is followed
+    sleep(Duration::from_secs(2)).await; // twice the time, but the channel is followed
     let page = publisher.page("room", one.0 / PAGE, 0).await.unwrap();
     assert_eq!((page.base, page.head, page.oldest), (stays.base, one, one.next()));
     proxy.close(false);
@@ -151,7 +151,7 @@ async fn expired_history_keeps_the_sequence() {
     stays.until(&mut publisher, two).await;
     misses.until(&mut node, two).await;
     assert!(stays.resets.is_empty());
-    // Without a follower the sequence goes the same way.
+    // The same without a follower.
     publisher.unfollow(stays);
     node.unfollow(misses);
     let gone = || redis.raw().command(&["EXISTS", "fanfare:{room}:meta"]) == Reply::Number(0);
@@ -190,7 +190,8 @@ async fn history_is_limited_in_bytes() {
     let mut raw = redis.raw();
     let mut last = EventId(0);
     for n in 0..1000_usize {
-        // Small ones, large ones, one beyond the limit alone, and small ones again until their count is the limit.
+        // Small events, large ones, one beyond the limit alone, and small ones up to the limit of
+        // their number.
         let size = match n {
             300 => 60 << 10,
             200..320 => n * 7919 % 9000,

@@ -1,4 +1,4 @@
-//! A node as the bus sees it: shards that only take down what they are told, and check the promise as it comes.
+//! A node as the bus sees it: two shards that record their messages and check the promise.
 
 use std::collections::VecDeque;
 use std::num::NonZeroUsize;
@@ -51,8 +51,8 @@ pub struct Node {
     pub numbers: Arc<BusMetrics>,
     pub readiness: Arc<Readiness>,
     inboxes: Vec<mpsc::UnboundedReceiver<BusMessage>>,
-    /// Taken from an inbox while something else was looked for.
-    put_by: Vec<VecDeque<BusMessage>>,
+    /// Messages skipped while searching for another one.
+    skipped: Vec<VecDeque<BusMessage>>,
     pub task: tokio::task::JoinHandle<Result<(), Unusable>>,
 }
 
@@ -71,8 +71,8 @@ impl Node {
             readiness: readiness.clone(),
         };
         let task = tokio::spawn(async move { bus::run(&settings, wiring).await });
-        let put_by = vec![VecDeque::new(), VecDeque::new()];
-        Node { requests, numbers, readiness, inboxes, put_by, task }
+        let skipped = vec![VecDeque::new(), VecDeque::new()];
+        Node { requests, numbers, readiness, inboxes, skipped, task }
     }
 
     /// Starts it and waits until it is ready.
@@ -90,19 +90,20 @@ impl Node {
         self.requests.send(request).unwrap();
     }
 
-    /// The next thing told to a shard that `wanted` takes; the others stay in order.
-    pub async fn told<T>(&mut self, shard: usize, mut wanted: impl FnMut(&BusMessage) -> Option<T>) -> T {
-        for at in 0..self.put_by[shard].len() {
-            if let Some(found) = wanted(&self.put_by[shard][at]) {
-                self.put_by[shard].remove(at);
+    /// The next message to a shard for which `wanted` returns a value. The others stay in order.
+    pub async fn message<T>(&mut self, shard: usize, mut wanted: impl FnMut(&BusMessage) -> Option<T>) -> T {
+        for at in 0..self.skipped[shard].len() {
+            if let Some(found) = wanted(&self.skipped[shard][at]) {
+                self.skipped[shard].remove(at);
                 return found;
             }
         }
         loop {
-            let told = timeout(PATIENCE, self.inboxes[shard].recv()).await.expect("told in time").unwrap();
-            match wanted(&told) {
+            let message =
+                timeout(PATIENCE, self.inboxes[shard].recv()).await.expect("a message in time").unwrap();
+            match wanted(&message) {
                 Some(found) => return found,
-                None => self.put_by[shard].push_back(told),
+                None => self.skipped[shard].push_back(message),
             }
         }
     }
@@ -111,7 +112,7 @@ impl Node {
         let wanted = channel(name);
         self.ask(Request::Follow { channel: wanted.clone(), shard });
         let answer = self
-            .told(shard, |told| match told {
+            .message(shard, |message| match message {
                 BusMessage::Followed { channel, base, position, .. } if *channel == wanted => {
                     Some(Ok((*base, *position)))
                 }
@@ -119,8 +120,8 @@ impl Node {
                 _ => None,
             })
             .await?;
-        // As a shard does: what came earlier than this word and is older is from before it let go.
-        self.put_by[shard].retain(|told| match told {
+        // As a shard does: earlier messages with older entries are from before it unfollowed.
+        self.skipped[shard].retain(|message| match message {
             BusMessage::Entry { channel, entry, .. } => *channel != wanted || entry.before() >= answer.1,
             _ => true,
         });
@@ -167,15 +168,15 @@ impl Node {
 
     pub async fn page(&mut self, name: &str, number: u64, shard: usize) -> Result<Arc<Page>, BusError> {
         self.ask_page(name, page_after(number), shard);
-        self.page_told(page_after(number), shard).await
+        self.page_answer(page_after(number), shard).await
     }
 
     pub fn ask_page(&self, name: &str, after: EventId, shard: usize) {
         self.ask(Request::Read { channel: channel(name), position: after, bytes: 1 << 20, shard });
     }
 
-    pub async fn page_told(&mut self, asked: EventId, shard: usize) -> Result<Arc<Page>, BusError> {
-        self.told(shard, |told| match told {
+    pub async fn page_answer(&mut self, asked: EventId, shard: usize) -> Result<Arc<Page>, BusError> {
+        self.message(shard, |message| match message {
             BusMessage::Page { position, result, .. } if *position == asked => Some(result.clone()),
             _ => None,
         })
@@ -187,14 +188,14 @@ impl Node {
     }
 }
 
-/// Passes on what a shard is told. A shard that is to share a channel does so at once, having nothing to share.
+/// Passes messages on. A shard that must share a channel does so at once, with an empty feed.
 fn share_nothing(
-    mut told: mpsc::UnboundedReceiver<BusMessage>,
+    mut messages: mpsc::UnboundedReceiver<BusMessage>,
     shards: Inboxes,
 ) -> mpsc::UnboundedReceiver<BusMessage> {
     let (sender, inbox) = mpsc::unbounded_channel();
     tokio::spawn(async move {
-        while let Some(message) = told.recv().await {
+        while let Some(message) = messages.recv().await {
             if let BusMessage::Share { channel, base, position, with } = message {
                 shards.send(with, BusMessage::Followed { channel, base, position, recent: Vec::new() });
             } else if sender.send(message).is_err() {
@@ -210,23 +211,23 @@ pub fn page_after(number: u64) -> EventId {
     EventId(number * bus::PAGE - 1)
 }
 
-/// What a shard has of a channel. Every entry is checked against the promise as it is taken.
+/// What a shard has received of a channel. Every entry is checked against the promise.
 #[derive(Debug)]
 pub struct Reader {
     pub channel: ChannelName,
     pub shard: usize,
     pub base: EventId,
     pub position: EventId,
-    /// Events for everybody, by id, as clients see them.
+    /// Public events by id, as clients see them.
     pub events: Vec<(u64, String)>,
-    /// Events for one user: id, user, text.
+    /// Private events: id, user, text.
     pub private: Vec<(u64, String, String)>,
     pub raw: Vec<String>,
-    /// Where resets led.
+    /// The positions of resets.
     pub resets: Vec<u64>,
 }
 
-/// The text of the single frame that begins the entry.
+/// The text of the entry's first frame.
 fn text(entry: &Entry) -> String {
     let frame = &entry.bytes[..entry.frame_end(0) as usize];
     let head = match frame[1] {
@@ -265,7 +266,7 @@ impl Reader {
     pub async fn next(&mut self, node: &mut Node) {
         let channel = self.channel.clone();
         let entry = node
-            .told(self.shard, |told| match told {
+            .message(self.shard, |message| match message {
                 BusMessage::Entry { channel: other, entry, .. } if *other == channel => Some(entry.clone()),
                 _ => None,
             })
@@ -273,34 +274,34 @@ impl Reader {
         self.take(&entry);
     }
 
-    /// Takes entries until the position is reached.
+    /// Reads entries up to this position.
     pub async fn until(&mut self, node: &mut Node, id: EventId) {
         while self.position < id {
             self.next(node).await;
         }
     }
 
-    /// Takes entries until this holds.
+    /// Reads entries until this holds.
     pub async fn until_it(&mut self, node: &mut Node, holds: impl Fn(&Reader) -> bool) {
         while !holds(self) {
             self.next(node).await;
         }
     }
 
-    /// The events with these ids are there, each with its own text.
+    /// Asserts that there is one event with this id, and that it contains this text.
     pub fn assert_has(&self, id: EventId, text: &str) {
         let found: Vec<_> = self.events.iter().filter(|(other, _)| *other == id.0).collect();
         assert_eq!(found.len(), 1, "event {id} once");
         assert!(found[0].1.contains(text), "event {id}: {} has no {text}", found[0].1);
     }
 
-    /// How many events contain this text.
+    /// The number of events that contain this text.
     pub fn count(&self, text: &str) -> usize {
         self.events.iter().filter(|(_, event)| event.contains(text)).count()
     }
 }
 
-/// Waits until something holds.
+/// Waits until this holds.
 pub async fn until(what: &str, holds: impl Fn() -> bool) {
     let deadline = tokio::time::Instant::now() + PATIENCE;
     while !holds() {
@@ -309,12 +310,12 @@ pub async fn until(what: &str, holds: impl Fn() -> bool) {
     }
 }
 
-/// An event that shows its number.
+/// An event with this number.
 pub fn event(n: usize) -> String {
     format!(r#"{{"n":"<{n}>"}}"#)
 }
 
-/// What only the event with this number contains.
+/// Text that only the event with this number contains.
 pub fn mark(n: usize) -> String {
     format!("\"<{n}>\"")
 }

@@ -1,4 +1,4 @@
-//! Everyone sees every event once, in one order, whatever gets lost on the way.
+//! Every subscriber sees every event once and in one order, whatever is lost in between.
 
 use fanfare::bus::BusError;
 use fanfare::protocol::event::EventId;
@@ -31,7 +31,7 @@ async fn two_nodes_see_one_order_without_gaps() {
     assert_eq!(readers[0].events.len(), 1000);
     assert_eq!(readers[0].events, readers[1].events);
     assert!(last.0 < EventId::LIMIT);
-    // Each node's own events keep their order.
+    // Events of one node keep their order.
     assert!(ids.iter().step_by(2).is_sorted() && ids.iter().skip(1).step_by(2).is_sorted());
     assert_eq!(nodes[0].numbers.published.get(), 500);
 }
@@ -50,7 +50,7 @@ async fn second_shard_joins_a_followed_channel() {
     assert_eq!(second.events.len(), 1);
     node.unfollow(second);
     node.unfollow(first);
-    // Followed anew, it stands where the bus stands.
+    // A new follower starts at the position of the bus.
     let third = node.follow("room", 1).await;
     assert_eq!(third.position, two);
 }
@@ -70,7 +70,7 @@ async fn joining_and_leaving_under_load_loses_nothing() {
             ids.push(timeout(PATIENCE, result).await.unwrap().unwrap().unwrap());
         }
         let start = reader.position;
-        reader.until(&mut node, *ids.last().unwrap()).await; // checks that none is missing or double
+        reader.until(&mut node, *ids.last().unwrap()).await; // checks that none is missing or duplicated
         assert!(reader.resets.is_empty());
         for (n, id) in ids.iter().enumerate().filter(|(_, id)| **id > start) {
             reader.assert_has(*id, &mark(n));
@@ -78,7 +78,8 @@ async fn joining_and_leaving_under_load_loses_nothing() {
         if round % 2 == 0 {
             node.unfollow(reader);
         }
-        // An odd round leaves the shard following; the next Follow is answered where the channel stands.
+        // After an odd round the shard still follows; the next Follow is answered with the current
+        // position.
     }
     let id = publisher.publish("other", &event(1)).await.unwrap();
     stays.until(&mut node, id).await;
@@ -89,8 +90,9 @@ async fn burst_arrives_complete() {
     let redis = RedisServer::start();
     let mut node = Node::ready(settings(&redis.url())).await;
     let mut reader = node.follow("room", 0).await;
-    // The node shares this thread, so that it takes nothing until the burst is over. Then there are more messages than
-    // it buffers; how many of them it loses and reads from history depends on how fast Redis sends them.
+    // The node runs on this thread, so it handles nothing until the burst is over. By then there
+    // are more messages than it buffers. How many it loses and reads from history depends on how
+    // fast Redis sends them.
     let mut raw = redis.raw();
     let mut last = 0;
     for _ in 0..20 {

@@ -1,4 +1,4 @@
-//! Promotions that no node sees, and changes of Redis' replication id that are none.
+//! Promotions that no node sees, and changes of Redis's replication id without a promotion.
 
 use fanfare::bus::PublishError;
 use fanfare::protocol::event::EventId;
@@ -6,7 +6,7 @@ use fanfare::protocol::event::EventId;
 use super::node::{Node, Reader, event, settings, until};
 use super::redis_server::RedisServer;
 
-/// `repl-backlog-ttl` in seconds: Redis frees its backlog so soon after it lost its last replica.
+/// `repl-backlog-ttl` in seconds: how soon Redis frees its backlog after losing its last replica.
 const BACKLOG: [&str; 2] = ["--repl-backlog-ttl", "2"];
 
 fn info(redis: &RedisServer, field: &str) -> String {
@@ -24,14 +24,14 @@ fn promote(replica: &RedisServer) {
     replica.raw().command(&["REPLICAOF", "NO", "ONE"]);
 }
 
-/// Waits until this primary has freed its backlog. From then on nothing in INFO tells of a promotion.
+/// Waits until this primary has freed its backlog. Then INFO no longer shows a promotion.
 async fn backlog_is_freed(primary: &RedisServer) {
     until("the backlog is freed", || info(primary, "repl_backlog_active") == "0").await;
     assert!(info(primary, "master_replid2").bytes().all(|digit| digit == b'0'));
 }
 
-/// Two servers, and the ids of three events that only the first one had before it was demoted, resynchronized and promoted
-/// again, without a node in between.
+/// Two servers, and the ids of three events that only the first had before it was demoted,
+/// resynchronized and promoted again, without a node in between.
 async fn fail_back(durable: bool) -> (RedisServer, EventId) {
     let (first, mut second) = (RedisServer::start_with(&BACKLOG), RedisServer::start_with(&BACKLOG));
     replicate(&second, &first).await;
@@ -80,7 +80,7 @@ async fn fail_back_is_announced_even_if_durable() {
 #[tokio::test]
 async fn fcall_after_a_fail_back_reuses_no_id() {
     let (redis, lost) = fail_back(false).await;
-    // The function came with the data.
+    // The function was replicated with the data.
     let id = redis.raw().command(&["FCALL", "fanfare_publish", "1", "fanfare:{room}", "{}"]).number();
     assert!(id as u64 > lost.0);
 }
@@ -123,7 +123,7 @@ async fn attaching_replicas_cause_no_reset() {
     assert_eq!(third, Ok::<_, PublishError>(EventId(first.0 + 2)));
     reader.until(&mut node, EventId(first.0 + 2)).await;
     assert_eq!((reader.resets.as_slice(), second.0), (&[][..], first.0 + 1));
-    // Clients that come back later are continuous, too.
+    // Clients that resume later are continuous as well.
     node.unfollow(reader);
     let reader = node.follow("room", 1).await;
     assert!(reader.base < first);

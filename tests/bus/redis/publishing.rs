@@ -1,4 +1,4 @@
-//! What a publisher is told is true, and nothing is published twice.
+//! Answers to publishes are true, and nothing is published twice.
 
 use std::time::Duration;
 
@@ -86,9 +86,9 @@ async fn frozen_redis_costs_readiness_but_no_event() {
     let results: Vec<_> = (0..100).map(|n| node.publish_later("room", None, &event(n))).collect();
     until("the node notices", || node.readiness.trouble().is_some()).await;
     assert!(matches!(node.try_follow("other", 0).await, Err(BusError::Away(_))));
-    // A channel that is followed already is there for others.
+    // A channel that is already followed can be followed by other shards.
     assert_eq!(node.follow("room", 1).await.position, reader.position);
-    sleep(Duration::from_secs(5)).await; // the connections are given up meanwhile
+    sleep(Duration::from_secs(5)).await; // the connections are replaced meanwhile
     redis.signal("CONT");
     let mut last = EventId(0);
     for result in results {
@@ -173,12 +173,12 @@ async fn private_events_share_entries() {
         }
         let count = |user| reader.private.iter().filter(|(_, to, _)| to == user).count();
         assert_eq!((count("bob"), count("eve"), reader.events.len()), (50, 50, 50));
-        // The first call may go out before the rest has come, and divides one of them.
+        // The first call may be sent before the others have arrived, which divides an entry.
         assert!(entries <= 4, "{entries} entries");
     }
 }
 
-/// An eviction may take any key, also between a lost answer and its retry.
+/// An eviction may remove any key, also between a lost answer and its retry.
 #[tokio::test]
 async fn retry_after_an_eviction_doubles_nothing() {
     let redis = RedisServer::start();
@@ -196,7 +196,7 @@ async fn retry_after_an_eviction_doubles_nothing() {
         let result = node.publish_later("room", None, &event(n + 1));
         until("Redis has taken it", || redis.head("room") > before).await;
         redis.raw().command(&["DEL", key]);
-        // Somebody else publishes meanwhile.
+        // Another publisher is active meanwhile.
         redis.raw().command(&["FCALL", "fanfare_publish", "1", "fanfare:{room}", "{}"]);
         proxy.cut();
         until("the answer is lost", || node.readiness.trouble().is_some()).await;

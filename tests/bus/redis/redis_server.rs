@@ -1,4 +1,4 @@
-//! A redis-server of one's own, a raw client for it, and a proxy that can swallow what it says.
+//! A redis-server for one test, a client for it, and a proxy that can drop its answers.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
@@ -13,10 +13,10 @@ use tokio::sync::Notify;
 
 pub use crate::common::redis::free_port;
 
-/// Longest wait for anything that must happen.
+/// The longest wait for anything that must happen.
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
-/// A redis-server on loopback, ended with the test.
+/// A redis-server on loopback. Dropping it kills it.
 pub struct RedisServer {
     pub port: u16,
     args: Vec<String>,
@@ -33,7 +33,7 @@ fn own_dir() -> PathBuf {
 }
 
 impl RedisServer {
-    /// Keeps nothing on disk.
+    /// Starts a server without persistence.
     pub fn start() -> RedisServer {
         RedisServer::start_with(&["--save", "", "--appendonly", "no"])
     }
@@ -50,7 +50,7 @@ impl RedisServer {
         panic!("redis-server does not start");
     }
 
-    /// A sentinel that watches one Redis and, alone, fails over within a second or two.
+    /// A Sentinel that monitors one Redis and fails over alone, within a second or two.
     pub fn sentinel(name: &str, target: u16) -> RedisServer {
         let dir = own_dir();
         let path = dir.join("sentinel.conf");
@@ -76,7 +76,7 @@ impl RedisServer {
         sentinel
     }
 
-    /// A port that nobody listens on yet; [`RedisServer::restart`] starts it.
+    /// A port without a server. [`RedisServer::restart`] starts it.
     pub fn not_started() -> RedisServer {
         let mut server = RedisServer::start();
         server.kill();
@@ -96,7 +96,7 @@ impl RedisServer {
         let deadline = Instant::now() + PATIENCE;
         while Instant::now() < deadline {
             if child.try_wait().unwrap().is_some() {
-                return false; // someone else took the port
+                return false; // another process took the port
             }
             if let Ok(mut raw) = Raw::connect(self.port)
                 && raw.command(&["PING"]) == Reply::Text("PONG".into())
@@ -112,7 +112,7 @@ impl RedisServer {
         false
     }
 
-    /// As a crash does it.
+    /// Kills it, as in a crash.
     pub fn kill(&mut self) {
         if let Some(mut child) = self.child.take() {
             child.kill().unwrap();
@@ -126,7 +126,7 @@ impl RedisServer {
         assert!(self.spawn(), "redis-server does not start again");
     }
 
-    /// Sends it a signal by name.
+    /// Sends a signal by name.
     pub fn signal(&self, name: &str) {
         let pid = self.child.as_ref().expect("it runs").id().to_string();
         assert!(Command::new("kill").args([format!("-{name}"), pid]).status().unwrap().success());
@@ -136,7 +136,7 @@ impl RedisServer {
         format!("redis://127.0.0.1:{}", self.port)
     }
 
-    /// The last id that a channel has given; 0 when it has none.
+    /// The last id of a channel; 0 if there is none.
     pub fn head(&self, name: &str) -> u64 {
         match self.raw().command(&["HGET", &format!("fanfare:{{{name}}}:meta"), "head"]) {
             Reply::Text(text) => text.parse().unwrap(),
@@ -159,7 +159,7 @@ impl Drop for RedisServer {
     }
 }
 
-/// What Redis answers.
+/// A reply of Redis.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Reply {
     Text(String),
@@ -199,7 +199,7 @@ impl Reply {
     }
 }
 
-/// A client as plain as redis-cli.
+/// A simple client.
 pub struct Raw {
     stream: BufReader<TcpStream>,
 }
@@ -224,7 +224,7 @@ impl Raw {
         self.reply()
     }
 
-    /// The same command many times, without waiting in between.
+    /// Sends a command many times, pipelined.
     pub fn repeat(&mut self, args: &[&str], times: usize) -> Vec<Reply> {
         let mut one = format!("*{}\r\n", args.len());
         for arg in args {
@@ -271,7 +271,8 @@ impl Raw {
     }
 }
 
-/// Stands between a node and Redis. Can swallow what Redis answers, cut every connection, and point elsewhere.
+/// A proxy between a node and Redis. It can drop the answers of Redis, cut every connection, and
+/// lead to another server.
 #[derive(Clone)]
 pub struct Proxy {
     pub port: u16,
@@ -331,17 +332,17 @@ impl Proxy {
         format!("redis://127.0.0.1:{}", self.port)
     }
 
-    /// What Redis answers does not arrive, from now on.
+    /// Drops the answers of Redis from now on, or stops that.
     pub fn swallow(&self, on: bool) {
         self.swallow.store(on, Ordering::SeqCst);
     }
 
-    /// Ends every connection that goes through it.
+    /// Closes every connection.
     pub fn cut(&self) {
         self.cut.notify_waiters();
     }
 
-    /// Takes no connections, and ends those there are.
+    /// Accepts no connections and closes the existing ones, or stops that.
     pub fn close(&self, on: bool) {
         self.closed.store(on, Ordering::SeqCst);
         if on {
@@ -349,7 +350,7 @@ impl Proxy {
         }
     }
 
-    /// New connections go elsewhere.
+    /// Leads new connections to another server.
     pub fn point_to(&self, target: u16) {
         self.target.store(target, Ordering::SeqCst);
         self.cut();

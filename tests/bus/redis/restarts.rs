@@ -1,4 +1,4 @@
-//! What Redis may have lost is announced, and no id is ever given again.
+//! Possible losses of Redis are announced, and no id is ever reused.
 
 use std::time::Duration;
 
@@ -17,7 +17,7 @@ async fn wiped_redis_is_announced_and_ids_rise() {
     let one = node.publish("room", &event(1)).await.unwrap();
     reader.until(&mut node, one).await;
     redis.raw().command(&["FLUSHALL"]);
-    // Nobody publishes: the canary finds it.
+    // Without a publisher, the probe notices it.
     reader.until_it(&mut node, |reader| !reader.resets.is_empty()).await;
     let two = node.publish("room", &event(2)).await.unwrap();
     reader.until(&mut node, two).await;
@@ -30,7 +30,7 @@ async fn wiped_redis_is_announced_and_ids_rise() {
 async fn ids_rise_although_the_clock_is_set_back() {
     let redis = RedisServer::start();
     let mut node = Node::ready(settings(&redis.url())).await;
-    let far = EventId::LIMIT / 2; // years ahead of the clock: as if that had been set back
+    let far = EventId::LIMIT / 2; // years ahead of the clock, as if that had been set back
     redis.raw().command(&["FCALL", "fanfare_publish", "1", "fanfare:{room}", "{}"]);
     redis.raw().command(&["HSET", "fanfare:{room}:meta", "head", &far.to_string(), "base", &far.to_string()]);
     redis.raw().command(&["DEL", "fanfare:{room}:events"]);
@@ -59,7 +59,7 @@ async fn resumes_after_redis_restart_under_load() {
             results.push((n, nodes[n % 2].publish_later("room", None, &event(n))));
             n += 1;
             if at == 100 {
-                sleep(Duration::from_millis(3)).await; // lets some of them be on their way
+                sleep(Duration::from_millis(3)).await; // so that some are in flight
                 redis.restart();
             }
         }
@@ -85,7 +85,7 @@ async fn resumes_after_redis_restart_under_load() {
         for shown in 0..=n {
             assert!(reader.count(&mark(shown)) <= 1, "event {shown} twice");
         }
-        // Whatever was acknowledged in the last run is there.
+        // Every event acknowledged in the last epoch has arrived.
         let base = *reader.resets.last().unwrap();
         for (n, id) in acked.iter().filter(|(_, id)| id.0 > base) {
             reader.assert_has(*id, &mark(*n));
@@ -141,7 +141,7 @@ async fn promoted_copy_is_announced_even_if_durable() {
     let two = node.publish("room", &event(2)).await;
     let two = match two {
         Ok(id) => id,
-        // It met the new run on a retry.
+        // It met the new epoch on a retry.
         Err(_) => node.publish("room", &event(2)).await.unwrap(),
     };
     reader.until(&mut node, two).await;
@@ -153,7 +153,7 @@ async fn promoted_copy_is_announced_even_if_durable() {
 async fn new_epoch_with_a_lower_base_is_announced() {
     let (here, there) = (RedisServer::start(), RedisServer::start());
     let proxy = Proxy::start(there.port).await;
-    // `there` anchors first and has counted far beyond; `here` has the higher base.
+    // `there` creates its epoch first and has counted far ahead; `here` has the higher base.
     let first = Node::ready(settings(&there.url())).await;
     let old = first.publish("room", &event(0)).await.unwrap();
     proxy.point_to(here.port);
@@ -180,13 +180,13 @@ async fn restart_reuses_no_id_of_lost_events() {
     reader.until(&mut node, lost).await;
     redis.restart();
     assert_eq!(redis.head("room"), kept.0, "Redis is back with what it had saved");
-    // Another program comes first: it knows nothing of what was seen.
+    // Another program comes first, which knows none of the ids.
     let mut raw = redis.raw();
     let fcall = ["FCALL", "fanfare_publish", "1", "fanfare:{room}", "{\"n\":\"<3>\"}"];
     let next = match raw.command(&fcall) {
         Reply::Number(id) => id as u64,
         _ => {
-            // The function was lost with the rest; the nodes load it again.
+            // The function was lost as well; the nodes load it again.
             node.until_ready().await;
             raw.command(&fcall).number() as u64
         }
@@ -195,7 +195,7 @@ async fn restart_reuses_no_id_of_lost_events() {
     reader.until(&mut node, EventId(next)).await;
     assert_eq!(reader.resets.len(), 1);
     reader.assert_has(EventId(next), &mark(3));
-    // History does not reach back over the new anchor.
+    // History does not reach back beyond the new base.
     let page = node.page("room", next / PAGE, 0).await.unwrap();
     assert!(page.base > lost && page.oldest > page.base);
 }
@@ -210,7 +210,8 @@ async fn head_behind_the_last_seen_is_a_new_epoch() {
     }
     let last = node.publish("room", &event(5)).await.unwrap();
     reader.until(&mut node, last).await;
-    // As a Redis that is called durable and is not: it has an earlier state, and counts as if nothing had been.
+    // A Redis that is declared durable and is not: it has an earlier state, and continues from
+    // there.
     let mut raw = redis.raw();
     raw.command(&["HSET", "fanfare:{room}:meta", "head", &(last.0 - 3).to_string()]);
     raw.command(&["XTRIM", "fanfare:{room}:events", "MAXLEN", "0"]);
@@ -259,7 +260,7 @@ async fn demoted_redis_is_left() {
     let mut node = Node::ready(settings(&proxy.url())).await;
     let mut reader = node.follow("room", 0).await;
     proxy.close(false);
-    // Its connections stay open: only READONLY tells.
+    // Its connections stay open: only READONLY shows the demotion.
     old.raw().command(&["REPLICAOF", "127.0.0.1", &new.port.to_string()]);
     until("the node notices", || node.readiness.trouble().is_some()).await;
     proxy.point_to(new.port);

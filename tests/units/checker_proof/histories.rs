@@ -1,5 +1,6 @@
-//! A bus that keeps the promise, as a model: it gives the judge histories in which nothing is wrong. They hold all
-//! that real ones hold: joins, resumes, resets, lost answers, private events, clients without recovery.
+//! A model of a correct bus, which generates histories without violations. They contain everything
+//! that real ones do: joins, resumes, resets, lost answers, private events, clients without
+//! recovery.
 
 use crate::checker::{Attempt, History, Moment, Outcome, Seen, Subscriber};
 use crate::common::Rng;
@@ -10,9 +11,9 @@ const LINES: usize = 3;
 struct Client {
     subscriber: Subscriber,
     connected: bool,
-    /// The last id that was looked at for it, whether it was for it or not.
+    /// The last id processed for it, including private events of others.
     served: u64,
-    /// The last position it was told, or saw.
+    /// The last position that it got or saw.
     position: Option<u64>,
 }
 
@@ -21,13 +22,13 @@ struct Model {
     moment: Moment,
     base: u64,
     head: u64,
-    /// The current run's events, by id from `base + 1` on: body and addressee.
+    /// The events of the current epoch, by id from `base + 1` on: body and recipient.
     events: Vec<(String, Option<String>)>,
     clients: Vec<Client>,
     attempts: Vec<Attempt>,
 }
 
-/// A history without fault, of so many steps.
+/// Generates a correct history with this many steps.
 pub fn history(seed: u64, steps: usize) -> History {
     let clients = (0..2 * USERS + 2).map(|n| Client {
         subscriber: Subscriber {
@@ -99,7 +100,7 @@ impl Model {
     }
 
     fn publish(&mut self, private: bool, outcome: Outcome) {
-        let begun = self.now();
+        let started = self.now();
         let to = private.then(|| format!("user{}", self.rng.index(USERS)));
         let body = format!("event {}", self.attempts.len());
         let taken = match outcome {
@@ -110,7 +111,7 @@ impl Model {
         if taken {
             self.head += 1;
             self.events.push((body.clone(), to.clone()));
-            // Some see it before its publisher knows.
+            // Some clients see it before its publisher gets the answer.
             for at in 0..self.clients.len() {
                 if self.rng.once_in(4) && self.clients[at].connected {
                     self.serve(at, 3);
@@ -119,8 +120,8 @@ impl Model {
         }
         let outcome = if let Outcome::Acked(_) = outcome { Outcome::Acked(self.head) } else { outcome };
         let line = format!("line {}", self.rng.index(LINES));
-        let ended = self.now();
-        self.attempts.push(Attempt { line, body, to, begun, ended, outcome });
+        let finished = self.now();
+        self.attempts.push(Attempt { line, body, to, started, finished, outcome });
     }
 
     fn anchor(&mut self) {

@@ -1,17 +1,16 @@
-//! The ways in which a bus can be broken, done to a history in which nothing is wrong.
+//! Mutations of a correct history, one for each way in which a bus can be broken.
 
 use crate::checker::{Attempt, History, Outcome, Rule, Seen, Subscriber};
 use crate::common::Rng;
 
-/// One way.
 pub struct Mutation {
-    /// Its name.
     pub name: &'static str,
-    /// The rules by any of which it must be caught.
+    /// The rules of which one must be violated.
     pub rules: &'static [Rule],
-    /// Whether it shows even where two primaries excuse much.
+    /// Whether it violates a rule even with [`History::ids_may_fall`].
     pub always: bool,
-    /// Does it somewhere; `None` when the history has no place for it. Else: where.
+    /// Applies it at a random place and returns a description of that; `None` if the history has no
+    /// place for it.
     pub apply: fn(&mut History, &mut Rng) -> Option<String>,
 }
 
@@ -26,11 +25,10 @@ const fn mutation(
 
 use Rule::{Known, Missing, OneId, Order, Position, Private, Published, Time, Twice};
 
-/// All of them.
 pub static MUTATIONS: [Mutation; 22] = [
     mutation("an event is dropped on the way to one client", &[Missing], false, drop_one),
-    mutation("an acknowledged event reaches nobody", &[Missing], false, vanish),
-    mutation("events reach nobody, and nobody was told their fate", &[Known], true, vanish_unknown),
+    mutation("an acknowledged event reaches no client", &[Missing], false, vanish),
+    mutation("unacknowledged events reach no client", &[Known], true, vanish_unknown),
     mutation("the last events do not come", &[Missing], false, cut_end),
     mutation("an event comes twice in a row", &[Twice], true, double),
     mutation("an event comes again later", &[Twice, Order], true, again_later),
@@ -38,7 +36,7 @@ pub static MUTATIONS: [Mutation; 22] = [
     mutation("two events come in the wrong order", &[Order], true, swap),
     mutation("an id is given to two events", &[OneId], true, reuse_id),
     mutation("an event has another id for one client", &[OneId], true, other_id),
-    mutation("what nobody published comes", &[Published], true, unpublished),
+    mutation("an event is invented", &[Published], true, unpublished),
     mutation("an event's text is changed", &[Published], true, alter),
     mutation("what was refused comes", &[Published], true, refused),
     mutation("an event reaches another user", &[Private], true, wrong_user),
@@ -46,13 +44,13 @@ pub static MUTATIONS: [Mutation; 22] = [
     mutation("a loss is not announced", &[Missing], true, reset_withheld),
     mutation("a welcome promises what was lost", &[Missing, Position], true, welcome_lies),
     mutation("an event comes again behind an announcement", &[Twice, Order], false, again_behind),
-    mutation("a ping tells a position ahead of the client's", &[Missing, Order], true, stands_ahead),
+    mutation("a ping carries a position ahead of the client's", &[Missing, Order], true, stands_ahead),
     mutation("a welcome's head lies ahead", &[Position], false, head_ahead),
     mutation("an event gets a lower id than one acknowledged before it", &[Time], false, late),
     mutation("two events of one connection change places", &[Time], true, change_places),
 ];
 
-/// An event in somebody's notes.
+/// An event in a subscriber's records.
 #[derive(Clone, Copy)]
 struct Location {
     subscriber: usize,
@@ -87,8 +85,8 @@ fn is_acked(history: &History, body: &str) -> bool {
     matches!(attempt(history, body).outcome, Outcome::Acked(_))
 }
 
-/// Whether someone else than this client proves that the event exists.
-fn is_continuous(history: &History, subscriber: &Subscriber, body: &str) -> bool {
+/// Whether an acknowledgement or another client shows that the event exists.
+fn is_known_elsewhere(history: &History, subscriber: &Subscriber, body: &str) -> bool {
     let saw = |other: &Subscriber| {
         (0..other.seen.len()).any(|note| event(other, note).is_some_and(|e| e.1 == body))
     };
@@ -96,16 +94,16 @@ fn is_continuous(history: &History, subscriber: &Subscriber, body: &str) -> bool
         || history.subscribers.iter().any(|other| other.name != subscriber.name && saw(other))
 }
 
-/// Whether the client was promised just this event: neither was it told right after that something may be missing,
-/// nor, having no recovery, can it not know.
+/// Whether the client must see this event: it was not notified of a loss right after it, and it
+/// joined before the event was published if it has no recovery.
 fn is_promised(history: &History, subscriber: &Subscriber, note: usize) -> bool {
     let Some((_, body)) = event(subscriber, note) else { return false };
-    let wait_for_acks = note + 1 == subscriber.seen.len() || event(subscriber, note + 1).is_some();
-    let begun = match &subscriber.seen[note - 1] {
-        (since, Seen::LetIn) => attempt(history, body).begun > *since,
+    let no_loss_follows = note + 1 == subscriber.seen.len() || event(subscriber, note + 1).is_some();
+    let started = match &subscriber.seen[note - 1] {
+        (since, Seen::LetIn) => attempt(history, body).started > *since,
         _ => true,
     };
-    wait_for_acks && begun && is_continuous(history, subscriber, body)
+    no_loss_follows && started && is_known_elsewhere(history, subscriber, body)
 }
 
 fn describe(history: &History, place: Location) -> String {
@@ -130,7 +128,7 @@ fn vanish(history: &mut History, rng: &mut Rng) -> Option<String> {
     let promised = places(history, |subscriber, note| {
         is_promised(history, subscriber, note)
             && event(subscriber, note).is_some_and(|(_, body)| is_acked(history, body))
-            // It must still be promised when the others don't see it: by what follows, or to one who stays.
+            // The event must still be due when the others do not see it either.
             && (note + 1 == subscriber.seen.len() || subscriber.recovers)
     });
     let place = pick(&promised, rng)?;
@@ -153,7 +151,7 @@ fn vanish_unknown(history: &mut History, _: &mut Rng) -> Option<String> {
         .iter()
         .filter_map(|place| Some(event(&history.subscribers[place.subscriber], place.note)?.1.to_owned()))
         .collect();
-    // Events for one user may have gone the same way without anyone to tell: so many are excused.
+    // Private events with the same fate are excused: nobody can know them.
     let unseen = |body: &str| {
         !history.subscribers.iter().any(|subscriber| {
             (0..subscriber.seen.len()).any(|note| event(subscriber, note).is_some_and(|seen| seen.1 == body))
@@ -174,14 +172,14 @@ fn cut_end(history: &mut History, rng: &mut Rng) -> Option<String> {
     let events =
         (0..subscriber.seen.len()).rev().take_while(|note| event(subscriber, *note).is_some()).count();
     let keep = subscriber.seen.len() - 1 - rng.index(events);
-    // Without recovery, what was under way when it came need not be seen.
+    // Without recovery, an event in flight during the join need not be seen.
     let keep = if subscriber.recovers { keep } else { subscriber.seen.len() - 1 };
     let since =
         subscriber.seen.iter().rev().find(|(_, seen)| *seen == Seen::LetIn).map(|(moment, _)| *moment);
     let last = event(subscriber, subscriber.seen.len() - 1)?.1.to_owned();
     subscriber.seen.truncate(keep);
     let what = format!("{} has only {keep}", subscriber.name);
-    let promised = since.is_none_or(|since| attempt(history, &last).begun > since);
+    let promised = since.is_none_or(|since| attempt(history, &last).started > since);
     promised.then_some(what)
 }
 
@@ -224,7 +222,7 @@ fn swap(history: &mut History, rng: &mut Rng) -> Option<String> {
     Some(what)
 }
 
-/// Gives an event another id in everybody's notes.
+/// Changes the id of an event in all records.
 fn renumber(history: &mut History, from: u64, to: u64) {
     for subscriber in &mut history.subscribers {
         for (_, seen) in &mut subscriber.seen {
@@ -262,7 +260,7 @@ fn reuse_id(history: &mut History, rng: &mut Rng) -> Option<String> {
 
 fn other_id(history: &mut History, rng: &mut Rng) -> Option<String> {
     let known = places(history, |subscriber, note| {
-        event(subscriber, note).is_some_and(|(_, body)| is_continuous(history, subscriber, body))
+        event(subscriber, note).is_some_and(|(_, body)| is_known_elsewhere(history, subscriber, body))
     });
     let place = pick(&known, rng)?;
     let what = describe(history, place);
@@ -276,7 +274,7 @@ fn unpublished(history: &mut History, rng: &mut Rng) -> Option<String> {
     let place = any_event(history, rng)?;
     let seen = &mut history.subscribers[place.subscriber].seen;
     let (moment, Seen::Event(id, ..)) = seen[place.note] else { return None };
-    seen.insert(place.note + 1, (moment, Seen::Event(id + 1, "nobody's".into(), None)));
+    seen.insert(place.note + 1, (moment, Seen::Event(id + 1, "invented".into(), None)));
     Some(describe(history, place))
 }
 
@@ -322,13 +320,13 @@ fn addressee_lost(history: &mut History, rng: &mut Rng) -> Option<String> {
     Some(describe(history, place))
 }
 
-/// Whether an acknowledged event for this user lies behind this position, up to another.
+/// Whether an acknowledged event for this user is after one position and not after another.
 fn lost(history: &History, subscriber: &Subscriber, after: u64, upto: u64) -> bool {
     let mine = |at: usize| history.attempts[at].to.as_ref().is_none_or(|to| *to == subscriber.user);
     acked(history).iter().any(|(at, id)| after < *id && *id <= upto && mine(*at))
 }
 
-/// The position that the notes before this one lead to.
+/// The position after the records before this one.
 fn position(subscriber: &Subscriber, note: usize) -> Option<u64> {
     subscriber.seen[..note].iter().rev().find_map(|(_, seen)| match seen {
         Seen::Event(id, ..) | Seen::Reset(id) | Seen::Stands(id) => Some(*id),
@@ -362,20 +360,20 @@ fn welcome_lies(history: &mut History, rng: &mut Rng) -> Option<String> {
         &mut history.subscribers[place.subscriber].seen[place.note].1
     {
         *recovered = true;
-        // Either it goes on where the client asked, or not even that.
+        // It resumes where the client asked, or at the wrong position.
         *at = if rng.once_in(4) { *at } else { asked.expect("it asked") };
     }
     Some(what)
 }
 
-/// What came before the announcement comes once more behind it.
+/// An event from before an announced loss is delivered again after it.
 fn again_behind(history: &mut History, rng: &mut Rng) -> Option<String> {
-    let told = places(history, |subscriber, note| {
+    let announced = places(history, |subscriber, note| {
         let (_, seen) = &subscriber.seen[note];
         matches!(seen, Seen::Reset(_) | Seen::Welcomed { asked: Some(_), recovered: false, .. })
             && (0..note).any(|note| event(subscriber, note).is_some())
     });
-    let place = pick(&told, rng)?;
+    let place = pick(&announced, rng)?;
     let what = describe(history, place);
     let seen = &mut history.subscribers[place.subscriber].seen;
     let again = seen[..place.note].iter().rev().find(|(_, seen)| matches!(seen, Seen::Event(..)))?.clone();
@@ -400,7 +398,7 @@ fn stands_ahead(history: &mut History, rng: &mut Rng) -> Option<String> {
 
 fn head_ahead(history: &mut History, rng: &mut Rng) -> Option<String> {
     let acked = acked(history);
-    let later = |moment: u64| acked.iter().find(|(at, _)| history.attempts[*at].begun > moment);
+    let later = |moment: u64| acked.iter().find(|(at, _)| history.attempts[*at].started > moment);
     let recovered = places(history, |subscriber, note| {
         let (moment, seen) = &subscriber.seen[note];
         matches!(seen, Seen::Welcomed { asked: Some(_), recovered: true, .. }) && later(*moment).is_some()
@@ -415,7 +413,7 @@ fn head_ahead(history: &mut History, rng: &mut Rng) -> Option<String> {
     Some(what)
 }
 
-/// Two acknowledged events for everybody that come one after the other on these terms.
+/// Two consecutive acknowledged public events that fulfil this condition.
 fn two_in_order(
     history: &History,
     rng: &mut Rng,
@@ -431,7 +429,7 @@ fn two_in_order(
     pick(&pairs, rng)
 }
 
-/// Gives each of two events the other's id, in everybody's notes.
+/// Exchanges the ids of two events in all records.
 fn exchange(history: &mut History, [(first, low), (second, high)]: [(usize, u64); 2]) -> String {
     let bodies = [history.attempts[first].body.clone(), history.attempts[second].body.clone()];
     for subscriber in &mut history.subscribers {
@@ -449,13 +447,13 @@ fn exchange(history: &mut History, [(first, low), (second, high)]: [(usize, u64)
 }
 
 fn late(history: &mut History, rng: &mut Rng) -> Option<String> {
-    let pair = two_in_order(history, rng, |first, second| first.ended < second.begun)?;
+    let pair = two_in_order(history, rng, |first, second| first.finished < second.started)?;
     Some(exchange(history, pair))
 }
 
 fn change_places(history: &mut History, rng: &mut Rng) -> Option<String> {
     let pair = two_in_order(history, rng, |first, second| first.line == second.line)?;
-    // Both were sent before either was answered: only their sender knows which came first.
-    history.attempts[pair[0].0].ended = history.attempts[pair[1].0].ended;
+    // Both were sent before either was answered, so only their publisher knows the order.
+    history.attempts[pair[0].0].finished = history.attempts[pair[1].0].finished;
     Some(exchange(history, pair))
 }
