@@ -37,13 +37,12 @@
 
 use std::time::{Duration, Instant};
 
-use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::TcpStream;
 
 use crate::common::raw::{frame_bytes, opcode::*};
 use crate::common::sources::has_test;
-use crate::common::{Client, Node, Raw, Response, http, until, within};
+use crate::common::{Node, Raw, Response, http, until, within};
 
 const KEY: &str = "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n";
 const UPGRADE: &str = "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n";
