@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Lets the fuzzing client of the Autobahn test suite loose on fanfare's connection code (tests/autobahn/echo.rs): cases
-# 1 to 10, none of which may fail, in behaviour or in closing. (12 and 13 are about compression, which isn't negotiated.)
-# The suite needs Python 2.7: where there is none, nothing is tested. Its environment is made once, in target/autobahn.
+# Runs cases 1 to 10 of the Autobahn test suite against fanfare's connection code (tests/autobahn/echo.rs). None may
+# fail, in behaviour or in closing. (Cases 12 and 13 test compression, which is not negotiated.) The suite needs Python
+# 2.7; without it nothing is tested. Its environment is created once, in target/autobahn.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -9,9 +9,9 @@ home=target/autobahn
 # The last versions that work together on Python 2.7.
 pins=(autobahn==0.10.9 txaio==2.1.0 Twisted==19.10.0 zope.interface==4.6.0 jinja2==2.11.3 markupsafe==1.1.1
     pyOpenSSL==19.1.0 cryptography==3.3.2 service_identity==18.1.0 six==1.16.0 incremental==16.10.1 unittest2==1.1.0)
-alone=(autobahntestsuite==25.10.1 wsaccel==0.6.2) # what they ask for beside is not what works
+alone=(autobahntestsuite==25.10.1 wsaccel==0.6.2) # the dependencies that they declare do not work
 
-# The first Python 2.7 that runs: pyenv's shims are there for versions that are not chosen, too.
+# The first Python 2.7 that runs: pyenv has shims for versions that are not selected as well.
 find_python() {
     local python
     for python in python2.7 "${PYENV_ROOT:-$HOME/.pyenv}"/versions/2.7*/bin/python2.7; do
@@ -29,7 +29,7 @@ if [[ $(cat "$home/made" 2>/dev/null) != "$wanted" ]]; then
         printf '\n!! %s\n' 'NOT TESTED: the Autobahn suite needs Python 2.7 with pip, and there is none (pyenv install 2.7.18)'
         exit 0
     fi
-    echo "Making an environment for the Autobahn suite in $home"
+    echo "Creating an environment for the Autobahn suite in $home"
     rm -rf "$home"
     mkdir -p "$home"
     pip=(-m pip --disable-pip-version-check --quiet)
@@ -50,8 +50,8 @@ running=($!)
 trap 'kill "${running[@]}" 2>/dev/null || true' EXIT
 read -r port <"$home/run/port"
 
-# Runs the cases of each argument ("1.* 2.*") in a process of its own, all at once. Each has a channel of its own. Their
-# exit codes tell nothing, the reports do.
+# Runs the cases of each argument ("1.* 2.*") in a separate process with its own channel, all at once. Their exit codes
+# are meaningless: the results are in the reports.
 run() {
     local suites=() cases
     for cases; do
@@ -74,13 +74,13 @@ check_reports() {
     "$home/venv/bin/python" tests/autobahn/check_reports.py "$home"/run/*/index.json
 }
 
-# Most cases wait a second for what must not come. Those of 9 have much to do, and would keep the others waiting.
+# Most cases wait a second for bytes that must not arrive. Those of 9 use much CPU, which would delay the others.
 run '1.* 2.* 3.* 4.*' '5.* 7.* 10.*' '6.1.* 6.2.* 6.3.* 6.4.* 6.5.* 6.6.* 6.7.* 6.8.* 6.9.*' \
     '6.10.* 6.11.* 6.12.* 6.13.* 6.14.* 6.15.* 6.16.* 6.17.* 6.18.* 6.19.* 6.20.* 6.21.* 6.22.* 6.23.*'
 run '9.*'
 if ! check_reports >"$home/run/failures"; then
-    # The clock judges many cases, and the echo of one that ends at once may come in the next: what failed beside the
-    # others has one more chance, alone.
+    # Many cases depend on time, and the echo of a short one may arrive in the next: what failed beside the others runs
+    # once more, alone.
     cat "$home/run/failures"
     failed=$(sed -n 's/^\([0-9.]*\): .*/\1/p' "$home/run/failures" | tr '\n' ' ')
     if [[ -n $failed ]]; then

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Runs every test: unit, integration (real Redis), and the page in a real browser. Installs what is
-# missing, builds once, and leaves no process behind. Arguments go to `cargo test`: a name, or `--test bus` for one
-# binary instead of all. A first `--soak SECONDS` says how long faults happen at random (tests/load/soak.rs), two
-# minutes unless said. SOAK_SEED=N in the environment repeats those of an earlier run.
+# Runs all tests, with a real Redis, nginx and browser. Installs missing programs, builds once, and leaves no
+# process behind. Arguments go to `cargo test`: a name, or `--test bus` for one binary instead of all. A first
+# `--soak SECONDS` sets how long random faults are injected (tests/load/soak.rs, two minutes by default). SOAK_SEED=N
+# in the environment repeats the faults of an earlier run.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-export PATH=$PATH:/usr/sbin # where Debian has nginx
+export PATH=$PATH:/usr/sbin # for nginx on Debian
 
 export SOAK_SECONDS=${SOAK_SECONDS:-120}
 if [[ ${1:-} == --soak ]]; then
@@ -37,8 +37,7 @@ LIST
 say "Installing what the examples need"
 tests/examples.sh
 
-# The tests run in a process group of their own. Whatever is left of it when they end, or when this script is
-# interrupted, is ended with it.
+# The tests run in their own process group, which is killed when they have ended or this script is interrupted.
 set -m
 tests=
 finish() {
@@ -50,7 +49,7 @@ trap finish EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
-# `cargo test` alone leaves out the binaries that need other programs.
+# `cargo test` alone skips the binaries that need other programs.
 targets=(--lib --bins --test '*')
 for argument; do
     case $argument in
@@ -69,7 +68,7 @@ cargo test "${targets[@]}" "$@" &
 tests=$!
 wait "$tests"
 
-if (($# == 0)); then # those named by arguments are cargo's
+if (($# == 0)); then # arguments select tests of cargo
     say "Testing the WebSocket with Autobahn"
     tests/autobahn.sh &
     tests=$!

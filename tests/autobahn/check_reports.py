@@ -1,16 +1,16 @@
-"""Reads the reports of the Autobahn suite (their index.json): exit code 1, and the cases by name, when one failed."""
+"""Reads the reports of the Autobahn suite (their index.json). Prints failed cases and exits with 1 if there are any."""
 from __future__ import print_function
 
 import collections
 import json
 import sys
 
-# As many cases as groups 1 to 10 of the suite have: a part that did not run must not look like success.
+# The number of cases in groups 1 to 10 of the suite: a part that did not run is a failure.
 CASES = 301
 GOOD = ("OK", "NON-STRICT", "INFORMATIONAL")
 
 cases = {}
-# A later run of a case counts instead of an earlier one.
+# A later run of a case replaces an earlier one.
 for name in sorted(sys.argv[1:], key=lambda name: int(name.split("/")[-2])):
     with open(name) as report:
         cases.update(json.load(report)["fanfare"])
