@@ -11,6 +11,7 @@ mod workload;
 mod behind_nginx;
 mod doctor;
 mod drain;
+mod examples;
 mod observability;
 mod rolling;
 mod systemd;

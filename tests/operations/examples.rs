@@ -1,14 +1,13 @@
 //! The backend and the Node client in examples/, run as their README says. The page is in page.rs.
 
-mod common;
-
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use common::process::Process;
-use common::{Client, Node, http};
 use serde_json::{Value, json};
+
+use crate::common::process::Process;
+use crate::common::{Client, Node, http};
 
 fn example(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("examples").join(path)
