@@ -5,7 +5,7 @@ use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
 use fanfare::auth::keys::KeyRing;
-use fanfare::bus::redis::{page, taken, wire};
+use fanfare::bus::redis::{page, taken, decode};
 use fanfare::config::{Action, Settings};
 use fanfare::http;
 use fanfare::limits::connections::ConnectionLimits;
@@ -255,15 +255,15 @@ fn check_event(event: &[u8]) -> Value {
     let value: Value = serde_json::from_str(text).unwrap_or_else(|error| panic!("{error}: {text}"));
     assert!(text.starts_with('{') && text.ends_with('}'));
     let id = EventId(1_764_000_000_001_045);
-    assert_eq!(wire::id_of(&frame::with_id(event, id)), Some(id));
+    assert_eq!(decode::id_of(&frame::with_id(event, id)), Some(id));
     value
 }
 
 /// Data from Redis and backends. The first byte selects the kind.
 pub fn bus(mut data: &[u8]) {
     match choice(&mut data) % 8 {
-        0 => drop(wire::broadcast(data).inspect(check_entry)),
-        1 => drop(wire::private(data).inspect(check_entry)),
+        0 => drop(decode::broadcast(data).inspect(check_entry)),
+        1 => drop(decode::private(data).inspect(check_entry)),
         2 => {
             // A stream: one event per line, private if it starts with a TAB.
             let history: Vec<(Bytes, Option<Arc<str>>)> = data
@@ -283,7 +283,7 @@ pub fn bus(mut data: &[u8]) {
             let data = heads.into_iter().chain(frames).collect();
             let mut page = page(&Resp3Frame::Array { data, attributes: None }).expect("that is a page");
             page.entries.iter().for_each(check_entry);
-            wire::whole(&mut page, EventId(1));
+            decode::whole(&mut page, EventId(1));
             for pair in page.entries.windows(2) {
                 assert_eq!(pair[0].last, pair[1].before());
             }
@@ -306,7 +306,7 @@ pub fn bus(mut data: &[u8]) {
         }
         6 => {
             let Ok(text) = std::str::from_utf8(data) else { return };
-            let _ = wire::canary_line(text);
+            let _ = decode::canary_line(text);
             match frame::parse_client_frame("al\"ice", text) {
                 Ok(ClientFrame::Publish(publish)) => drop(check_event(&publish.event)),
                 Ok(ClientFrame::Ping) => {}

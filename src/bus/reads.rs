@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
-use super::page_begin;
+use super::page::page_begin;
 use crate::protocol::event::EventId;
 
 /// A read to be started.

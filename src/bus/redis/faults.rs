@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
-use super::wire::FAULT;
+use super::decode::FAULT;
 
 /// Least time between two lines about one fault.
 const LOG_EVERY: Duration = Duration::from_secs(60);

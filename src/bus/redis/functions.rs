@@ -4,12 +4,21 @@
 //! hash for each prefix, which the function reads. In a Redis Cluster a function can't read undeclared keys of another
 //! slot: there each primary would need a copy of the hash under a hash tag of its own slots.
 
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
 use fred::clients::Client;
 use fred::types::{Resp3Frame, Value};
 
+use super::commands::{command, script_args};
+use super::errors::CallError;
+use super::reply;
 use super::scripts;
-use super::session::{CallError, command, script_args};
 use super::settings::Terms;
+use super::{Bus, Outcome};
+
+/// Time between two checks that the function and settings for other programs are there.
+const LOAD_EVERY: Duration = Duration::from_secs(2);
 
 const NAME: &str = "fanfare1";
 
@@ -87,7 +96,7 @@ fn parts(version: &str) -> Vec<u32> {
 
 /// The library's version in an answer of FUNCTION LIST, which is the function's description; empty if it has none.
 fn version(list: &Resp3Frame) -> Option<String> {
-    let libraries = scripts::array(list)?;
+    let libraries = reply::array(list)?;
     let texts = flatten(libraries.first()?);
     let at = texts.iter().position(|text| text == "description");
     Some(at.and_then(|at| texts.get(at + 1).cloned()).unwrap_or_default())
@@ -101,7 +110,43 @@ fn flatten(frame: &Resp3Frame) -> Vec<String> {
         }
         Resp3Frame::Array { data, .. } => data.iter().flat_map(flatten).collect(),
         Resp3Frame::Null => vec![String::new()],
-        other => scripts::text(other).into_iter().collect(),
+        other => reply::text(other).into_iter().collect(),
+    }
+}
+
+impl Bus {
+    /// What came of loading the function for other programs: said when it changes.
+    pub(super) fn tell_of_library(&mut self, refused: Option<Arc<str>>) {
+        self.next_load = Instant::now() + LOAD_EVERY;
+        if refused.is_none() {
+            self.library_write = WriteMode::IfMissing;
+        }
+        if self.no_library == refused {
+            return;
+        }
+        match &refused {
+            None => tracing::info!("FCALL fanfare_publish is available"),
+            Some(words) => {
+                tracing::warn!("FCALL fanfare_publish is unavailable, all else works: Redis says {words}");
+            }
+        }
+        self.no_library = refused;
+    }
+
+    /// While Redis works: writes the function and settings for other programs if they are missing, as after FUNCTION FLUSH,
+    /// FLUSHALL, an eviction or a failover.
+    pub(super) fn load_again(&mut self, now: Instant) {
+        let Some(session) = &self.link.session else { return };
+        if now < self.next_load {
+            return;
+        }
+        self.next_load = now + LOAD_EVERY;
+        let (caller, terms, write) = (session.caller(), self.terms.clone(), self.library_write);
+        let (outcomes, generation) = (self.outcomes.clone(), self.link.generation);
+        tokio::spawn(async move {
+            let result = caller.provide_library(&terms, write).await;
+            let _ = outcomes.send(Outcome::Library(generation, result));
+        });
     }
 }
 

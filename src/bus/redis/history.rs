@@ -4,10 +4,10 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::errors::CallError;
 use super::scripts::{Known, Wanted};
-use super::session::CallError;
 use super::subscriptions::read;
-use super::{Bus, Outcome, errors, scripts, wire};
+use super::{Bus, Outcome, advice, decode, scripts};
 use crate::bus::reads::{Read, Reads};
 use crate::bus::{BusError, BusMessage, PAGE, PART_SHARED, Page, ShardId, page_begin};
 use crate::protocol::event::{ChannelName, Entry, EventId};
@@ -122,7 +122,7 @@ impl Bus {
                 let _permit = reads.acquire_owned().await;
                 let mut result = read(&caller, &redis_key, args).await;
                 if let Ok(page) = &mut result {
-                    wire::whole(page, position);
+                    decode::whole(page, position);
                 }
                 let _ = outcomes.send(Outcome::Page(generation, channel, position, result));
             });
@@ -139,7 +139,7 @@ impl Bus {
         match result {
             Ok(page) => self.take_page(name, position, page),
             Err(error) => {
-                let why = BusError::Away(errors::of(&error).into());
+                let why = BusError::Away(advice::of(&error).into());
                 self.judge(generation, &error);
                 self.fail_page(&name, position, &why);
             }

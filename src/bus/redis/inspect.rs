@@ -9,9 +9,13 @@ use fred::types::config::Config;
 use fred::types::{Resp3Frame, Value};
 use tokio::time::{sleep, timeout};
 
-use super::session::{self, CallError, ConnectError};
+use super::commands::command;
+use super::errors::CallError;
+use super::errors::ConnectError;
+use super::requirements::{check_permissions, check_server, field as info_field};
+use super::session;
 use super::settings::Terms;
-use super::{errors, scripts};
+use super::{advice, reply};
 use crate::config::{RedisUrl, Settings};
 
 /// Longest that the whole look may take, but for the sample.
@@ -85,17 +89,17 @@ pub async fn inspect(settings: &Settings, url: &RedisUrl) -> Result<Facts, Strin
     match result {
         Ok(Ok(facts)) => Ok(facts),
         Ok(Err(ConnectError::Unusable(text) | ConnectError::NotPermitted(text))) => Err(text),
-        Ok(Err(ConnectError::Lacking(what))) => Err(errors::lacking(&what)),
-        Ok(Err(ConnectError::Away(words))) => Err(format!("{} ({words})", errors::away(&words))),
-        Ok(Err(ConnectError::Refused(words))) => Err(format!("{} ({words})", errors::refused(&words))),
-        Err(_) => Err(format!("{} (no end within {LOOK_TIME:?})", errors::away("no answer"))),
+        Ok(Err(ConnectError::Lacking(what))) => Err(advice::lacking(&what)),
+        Ok(Err(ConnectError::Away(words))) => Err(format!("{} ({words})", advice::away(&words))),
+        Ok(Err(ConnectError::Refused(words))) => Err(format!("{} ({words})", advice::refused(&words))),
+        Err(_) => Err(format!("{} (no end within {LOOK_TIME:?})", advice::away("no answer"))),
     }
 }
 
 async fn look(client: &Client, terms: &Terms) -> Result<Facts, ConnectError> {
     client.init().await.map_err(session::not_connected)?;
-    let info = session::check_server(client).await?;
-    let field = |name: &str| session::field(&info, name).unwrap_or_default();
+    let info = check_server(client).await?;
+    let field = |name: &str| info_field(&info, name).unwrap_or_default();
     let number = |name: &str| field(name).parse().unwrap_or(0);
     let mut facts = Facts {
         version: field("redis_version").into(),
@@ -107,7 +111,7 @@ async fn look(client: &Client, terms: &Terms) -> Result<Facts, ConnectError> {
         host: number("total_system_memory"),
         ..Facts::default()
     };
-    match session::check_permissions(client, terms).await {
+    match check_permissions(client, terms).await {
         Err(ConnectError::NotPermitted(text)) => facts.not_permitted = Some(text),
         Err(ConnectError::Lacking(what)) => facts.lacking = Some(what),
         result => result?,
@@ -124,7 +128,7 @@ async fn ask(
     name: &'static str,
     args: Vec<Value>,
 ) -> Result<Option<Resp3Frame>, ConnectError> {
-    match session::command(client, name, args).await {
+    match command(client, name, args).await {
         Ok(frame) => Ok(Some(frame)),
         Err(CallError::Refused(_)) => Ok(None),
         Err(CallError::Lost(words)) => Err(ConnectError::Away(words.to_string())),
@@ -139,7 +143,7 @@ async fn clock(client: &Client, facts: &mut Facts) -> Result<(), ConnectError> {
         let Some(answer) = ask(client, "TIME", Vec::new()).await? else { return Ok(()) };
         let took = begun.elapsed();
         let Ok(before) = before.duration_since(UNIX_EPOCH) else { return Ok(()) };
-        let [seconds, micros] = &scripts::texts(&answer)[..] else { return Ok(()) };
+        let [seconds, micros] = &reply::texts(&answer)[..] else { return Ok(()) };
         let theirs = seconds.parse().unwrap_or(0.0) + micros.parse().unwrap_or(0.0) / 1e6;
         tries.push((took, theirs - (before + took / 2).as_secs_f64()));
     }
@@ -163,7 +167,7 @@ async fn settings(client: &Client) -> Result<HashMap<String, String>, ConnectErr
     ] {
         // One by one: a service may show some and hide others.
         if let Some(answer) = ask(client, "CONFIG", vec!["GET".into(), name.into()]).await?
-            && let [name, value] = &scripts::pairs(&answer)[..]
+            && let [name, value] = &reply::pairs(&answer)[..]
         {
             found.insert(name.clone(), value.clone());
         }
@@ -188,7 +192,7 @@ async fn histories(client: &Client, terms: &Terms, facts: &mut Facts) -> Result<
             (SCAN as i64).into(),
         ];
         let Some(answer) = ask(client, "SCAN", args).await? else { break };
-        let Some((next, keys)) = scripts::scanned(&answer) else { break };
+        let Some((next, keys)) = reply::scanned(&answer) else { break };
         looked += SCAN;
         for key in keys {
             let name = key
@@ -212,9 +216,9 @@ async fn histories(client: &Client, terms: &Terms, facts: &mut Facts) -> Result<
     for channel in &mut facts.channels {
         let events = format!("{}:{{{}}}:events", terms.prefix, channel.name);
         let length = ask(client, "XLEN", vec![events.as_str().into()]).await?;
-        channel.events = length.as_ref().and_then(scripts::integer).unwrap_or(0);
+        channel.events = length.as_ref().and_then(reply::integer).unwrap_or(0);
         let size = ask(client, "MEMORY", vec!["USAGE".into(), events.into()]).await?;
-        channel.bytes = size.as_ref().and_then(scripts::integer).unwrap_or(0);
+        channel.bytes = size.as_ref().and_then(reply::integer).unwrap_or(0);
         first.push((Instant::now(), ends(client, terms, &channel.name).await?));
     }
     if facts.channels.is_empty() {
@@ -246,6 +250,6 @@ async fn ends(client: &Client, terms: &Terms, channel: &str) -> Result<Option<(u
     let Some(answer) = ask(client, "HMGET", vec![key.into(), "head".into(), "base".into()]).await? else {
         return Ok(None);
     };
-    let [head, base] = &scripts::texts(&answer)[..] else { return Ok(None) };
+    let [head, base] = &reply::texts(&answer)[..] else { return Ok(None) };
     Ok(head.parse().ok().zip(base.parse().ok()))
 }

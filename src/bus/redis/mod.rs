@@ -16,37 +16,45 @@ use fred::types::{Message, Resp3Frame};
 use tokio::sync::broadcast::error::{RecvError, TryRecvError};
 use tokio::sync::{Semaphore, broadcast, mpsc};
 
+use self::errors::{CallError, ConnectError};
 use self::faults::FaultLog;
-use self::follow::Follow;
+use self::followed::Follow;
 use self::functions::WriteMode;
 use self::history::Pages;
-use self::probe::{Canaries, Link};
-use self::publisher::Publisher;
+use self::link::Link;
+use self::probe::Canaries;
+use self::publish_queue::Publisher;
 use self::scripts::Known;
-use self::session::{CallError, ConnectError, Report, Session};
+use self::session::{Report, Session};
 use self::settings::Terms;
 use super::{BusContext, BusError, Page, Request, ShardSender, Unusable};
 use crate::config::{RedisUrl, Settings};
 use crate::metrics::{BusMetrics, Readiness};
 use crate::protocol::event::{ChannelName, EventId};
 
-mod address;
+mod advice;
+mod commands;
+pub mod decode;
+mod dns;
 mod errors;
 mod faults;
-mod follow;
+mod followed;
 mod functions;
 mod history;
 pub mod inspect;
+mod link;
 mod probe;
-mod publisher;
+mod publish_queue;
 mod publishing;
+mod reply;
+mod requirements;
 mod scripts;
 mod session;
 mod settings;
+mod status;
 mod subscriptions;
-pub mod wire;
 
-pub use self::scripts::{Taken, page, taken}; // for the fuzz targets, as wire is
+pub use self::scripts::{Taken, page, taken}; // for the fuzz targets, as decode is
 
 /// How often deadlines are looked at. Publish and canary times are met within this.
 const TICK: Duration = Duration::from_millis(100);

@@ -1,18 +1,13 @@
 //! Sessions, canaries and readiness: whether Redis works for this node, shown every second by a message that this
 //! node sends itself through it.
 
-use std::borrow::Cow;
 use std::collections::VecDeque;
-use std::net::SocketAddr;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::address::{LOOKUP_EVERY, MOVED_AFTER};
-use super::functions::WriteMode;
-use super::session::{self, CallError, ConnectError, Script, Session};
-use super::settings::random;
-use super::{Bus, Outcome, errors, scripts, wire};
-use crate::bus::Unusable;
+use super::commands::Script;
+use super::errors::CallError;
+use super::status::Trouble;
+use super::{Bus, Outcome, advice, decode, scripts};
 
 /// Time between two canaries.
 const CANARY_EVERY: Duration = Duration::from_secs(1);
@@ -26,103 +21,16 @@ const CANARY_LATE: Duration = Duration::from_secs(2);
 /// Without a canary for so long the connections are given up.
 const CANARY_LOST: Duration = Duration::from_secs(4);
 
-/// Time between two checks that the function and settings for other programs are there.
-const LOAD_EVERY: Duration = Duration::from_secs(2);
-
-/// The first wait before a new attempt to connect; it doubles each time.
-const BACKOFF_MIN: Duration = Duration::from_millis(100);
-
-/// The longest wait before a new attempt to connect.
-const BACKOFF_MAX: Duration = Duration::from_secs(3);
-
 const _: () = assert!(CANARY_EVERY.as_millis() < CANARY_LATE.as_millis());
 const _: () = assert!(CANARY_LATE.as_millis() < CANARY_LOST.as_millis());
-
-/// What is wrong, by kind, in words that say what to do. Redis comes back by itself; what it refuses needs someone.
-#[derive(Clone, Debug, PartialEq, Eq)]
-enum Trouble {
-    Starting,
-    Away(&'static str),
-    Refuses(Cow<'static, str>),
-}
-
-impl Trouble {
-    fn text(&self) -> &str {
-        match self {
-            Trouble::Starting => "the bus has not answered yet",
-            Trouble::Away(text) => text,
-            Trouble::Refuses(text) => text,
-        }
-    }
-
-    fn away(words: &str) -> Trouble {
-        Trouble::Away(errors::away(words))
-    }
-
-    fn refuses(words: &str) -> Trouble {
-        Trouble::Refuses(errors::refused(words).into())
-    }
-}
-
-/// The way to Redis.
-pub(super) struct Link {
-    session: Option<Session>,
-    /// Counts sessions and attempts, so that what comes late from an earlier one is known for it.
-    generation: u64,
-    /// When to try next, while there is no session and no attempt under way.
-    next_attempt: Option<Instant>,
-    failures: u32,
-    trouble: Option<Trouble>,
-    /// When to look up the name of Redis again.
-    next_lookup: Instant,
-    /// Lookups in a row without the connected address.
-    moved: u32,
-    /// The ticket of the subscriptions with which this session began, while they are not in force.
-    pending: Option<u64>,
-}
-
-impl Link {
-    pub(super) fn new() -> Link {
-        Link {
-            session: None,
-            generation: 0,
-            next_attempt: Some(Instant::now()),
-            failures: 0,
-            trouble: Some(Trouble::Starting),
-            next_lookup: Instant::now(),
-            moved: 0,
-            pending: None,
-        }
-    }
-
-    pub(super) fn session(&self) -> Option<&Session> {
-        self.session.as_ref()
-    }
-
-    pub(super) fn is_up(&self) -> bool {
-        self.session.is_some()
-    }
-
-    pub(super) fn generation(&self) -> u64 {
-        self.generation
-    }
-
-    pub(super) fn is_current(&self, generation: u64) -> bool {
-        self.generation == generation
-    }
-
-    pub(super) fn trouble(&self) -> Option<&str> {
-        self.trouble.as_ref().map(Trouble::text)
-    }
-}
 
 /// The canaries under way.
 #[derive(Debug, Default)]
 pub(super) struct Canaries {
-    last: u64,
-    sent: VecDeque<(u64, Instant)>,
-    next: Option<Instant>,
-    heard: Option<Instant>,
+    pub(super) last: u64,
+    pub(super) sent: VecDeque<(u64, Instant)>,
+    pub(super) next: Option<Instant>,
+    pub(super) heard: Option<Instant>,
 }
 
 /// Canaries remembered for measuring; an older one counts as lost.
@@ -142,7 +50,7 @@ impl Bus {
         if silence > CANARY_LOST {
             self.session_over(&format!("no answer for {} s", silence.as_secs()));
         } else if silence > CANARY_LATE {
-            self.set_trouble(Some(Trouble::Away(errors::SILENT)), "no canary came back");
+            self.set_trouble(Some(Trouble::Away(advice::SILENT)), "no canary came back");
         }
         if now >= self.link.next_lookup {
             self.look_up(now);
@@ -151,148 +59,6 @@ impl Bus {
             self.canaries.next = Some(now + CANARY_EVERY);
             self.send_canary();
         }
-    }
-
-    fn connect(&mut self) {
-        self.link.next_attempt = None;
-        self.link.generation += 1;
-        let generation = self.link.generation;
-        let (config, terms, outcomes) = (self.config.clone(), self.terms.clone(), self.outcomes.clone());
-        let write = self.library_write;
-        let reports = {
-            let outcomes = outcomes.clone();
-            move |report| {
-                let _ = outcomes.send(Outcome::Session(generation, report));
-            }
-        };
-        tokio::spawn(async move {
-            let made = tokio::time::timeout(
-                session::SESSION_TIMEOUT,
-                session::connect(config, &terms, write, reports),
-            )
-            .await;
-            let outcome = match made {
-                Ok(Ok(made)) => Outcome::Connected(generation, Box::new(made)),
-                Ok(Err(error)) => Outcome::NotConnected(generation, error),
-                Err(_) => Outcome::NotConnected(generation, ConnectError::Away("no session in time".into())),
-            };
-            let _ = outcomes.send(outcome);
-        });
-    }
-
-    /// Starts a lookup of the name of Redis, which may no longer have the connected address.
-    fn look_up(&mut self, now: Instant) {
-        self.link.next_lookup = now + LOOKUP_EVERY;
-        let Some(peer) = self.link.session.as_ref().and_then(|session| session.peer.as_ref()) else { return };
-        let (name, outcomes, generation) = (peer.name.clone(), self.outcomes.clone(), self.link.generation);
-        tokio::spawn(async move {
-            let _ = outcomes.send(Outcome::LookedUp(generation, name.lookup().await));
-        });
-    }
-
-    /// Disconnects if the name of Redis has moved to another address. A failed lookup proves nothing.
-    pub(super) fn looked_up(&mut self, found: Result<Vec<SocketAddr>, String>) {
-        let Some(peer) = self.link.session.as_ref().and_then(|session| session.peer.as_ref()) else { return };
-        let address = peer.address;
-        match found {
-            Ok(found) if found.contains(&address) => self.link.moved = 0,
-            Ok(found) if !found.is_empty() => self.link.moved += 1,
-            _ => {}
-        }
-        if self.link.moved >= MOVED_AFTER {
-            self.session_over(&format!("the name no longer points to {address}"));
-        }
-    }
-
-    /// What came of loading the function for other programs: said when it changes.
-    pub(super) fn tell_of_library(&mut self, refused: Option<Arc<str>>) {
-        self.next_load = Instant::now() + LOAD_EVERY;
-        if refused.is_none() {
-            self.library_write = WriteMode::IfMissing;
-        }
-        if self.no_library == refused {
-            return;
-        }
-        match &refused {
-            None => tracing::info!("FCALL fanfare_publish is available"),
-            Some(words) => {
-                tracing::warn!("FCALL fanfare_publish is unavailable, all else works: Redis says {words}");
-            }
-        }
-        self.no_library = refused;
-    }
-
-    /// While Redis works: writes the function and settings for other programs if they are missing, as after FUNCTION FLUSH,
-    /// FLUSHALL, an eviction or a failover.
-    fn load_again(&mut self, now: Instant) {
-        let Some(session) = &self.link.session else { return };
-        if now < self.next_load {
-            return;
-        }
-        self.next_load = now + LOAD_EVERY;
-        let (caller, terms, write) = (session.caller(), self.terms.clone(), self.library_write);
-        let (outcomes, generation) = (self.outcomes.clone(), self.link.generation);
-        tokio::spawn(async move {
-            let result = caller.provide_library(&terms, write).await;
-            let _ = outcomes.send(Outcome::Library(generation, result));
-        });
-    }
-
-    /// A session is there: subscribe again to everything, from our own table.
-    pub(super) fn connected(&mut self, session: Session) {
-        if session.is_over() {
-            let words = "the connection broke at once";
-            self.set_trouble(Some(Trouble::away(words)), words);
-            return self.back_off();
-        }
-        self.tell_of_library(session.no_library.clone());
-        let mut names = vec![self.terms.canary()];
-        let followed = self.channels.iter().filter(|(_, channel)| channel.follow.is_some());
-        names.extend(followed.flat_map(|(name, _)| self.terms.lanes(name)));
-        self.ticket += 1;
-        session.subscribe(names, self.ticket);
-        self.link.pending = Some(self.ticket);
-        (self.link.next_lookup, self.link.moved) = (Instant::now() + LOOKUP_EVERY, 0);
-        self.link.session = Some(session);
-        self.canaries.heard = Some(Instant::now());
-        self.touched.extend(self.busy.iter().cloned());
-    }
-
-    pub(super) fn not_connected(&mut self, error: ConnectError) -> Result<(), Unusable> {
-        let (trouble, words) = match error {
-            ConnectError::Unusable(text) => return Err(Unusable(text)),
-            ConnectError::Away(words) => (Trouble::away(&words), words),
-            ConnectError::Refused(words) => (Trouble::refuses(&words), words),
-            ConnectError::Lacking(what) => (Trouble::Refuses(errors::lacking(&what).into()), String::new()),
-            ConnectError::NotPermitted(text) => (Trouble::Refuses(text.into()), String::new()),
-        };
-        self.set_trouble(Some(trouble), &words);
-        self.back_off();
-        Ok(())
-    }
-
-    fn back_off(&mut self) {
-        let wait = BACKOFF_MIN.saturating_mul(1 << self.link.failures.min(10)).min(BACKOFF_MAX);
-        self.link.failures += 1;
-        // Between half and the whole, so that many nodes don't come at once.
-        let jitter = (random() % 1000) as u32;
-        self.link.next_attempt = Some(Instant::now() + wait / 2 + wait / 2 * jitter / 1000);
-    }
-
-    pub(super) fn session_over(&mut self, why: &str) {
-        if self.link.session.take().is_none() {
-            return;
-        }
-        self.link.generation += 1; // so that nothing of it counts any more
-        self.link.pending = None;
-        self.canaries.sent.clear();
-        let trouble = match ["NOPERM", "READONLY"].iter().any(|prefix| why.starts_with(prefix)) {
-            true => Trouble::refuses(why),
-            false => Trouble::away(why),
-        };
-        self.fail_joins(trouble.text());
-        self.set_trouble(Some(trouble), why);
-        self.back_off();
     }
 
     pub(super) fn subscribed(&mut self, ticket: u64) {
@@ -373,7 +139,7 @@ impl Bus {
         self.link.failures = 0;
         self.set_trouble(None, "");
         self.load_again(now);
-        for (name, position) in lines.filter_map(wire::canary_line) {
+        for (name, position) in lines.filter_map(decode::canary_line) {
             let (base, head) = match position {
                 Ok(position) => position,
                 Err(fault) => {
@@ -390,24 +156,5 @@ impl Bus {
             }
             self.hand_on(&name, Vec::new());
         }
-    }
-
-    /// Says whether the bus works: to the balancer at once, to the log only when it changes, there with Redis' own
-    /// words.
-    fn set_trouble(&mut self, trouble: Option<Trouble>, words: &str) {
-        if self.link.trouble == trouble {
-            return;
-        }
-        match (&self.link.trouble, &trouble) {
-            (_, None) => tracing::info!("the bus works"),
-            (Some(Trouble::Away(_)), Some(Trouble::Away(text))) => {
-                tracing::debug!(?words, "the bus is away still: {text}")
-            }
-            (_, Some(trouble)) => {
-                tracing::warn!(?words, "the bus does not work, trying again for ever: {}", trouble.text())
-            }
-        }
-        self.readiness.set_bus(trouble.as_ref().map(|trouble| trouble.text().to_owned()));
-        self.link.trouble = trouble;
     }
 }

@@ -5,10 +5,11 @@ use std::time::Instant;
 
 use fred::types::{Resp3Frame, Value};
 
-use super::publisher::Due;
-use super::session::{CallError, Script, is_passing};
-use super::wire::FAULT;
-use super::{Bus, Outcome, Purpose, errors, scripts};
+use super::commands::{Script, is_passing};
+use super::decode::FAULT;
+use super::errors::CallError;
+use super::publish_queue::Due;
+use super::{Bus, Outcome, Purpose, advice, scripts};
 use crate::bus::{Publish, PublishError};
 use crate::protocol::event::{ChannelName, EventId};
 
@@ -103,10 +104,10 @@ impl Bus {
             }
             // Redis closes the connection with this answer, which may get lost. Then the retry gets it.
             Err(CallError::Refused(text)) if text.starts_with("ERR Protocol error") => {
-                publisher.withdraw(errors::refused(text).into())
+                publisher.withdraw(advice::refused(text).into())
             }
             Err(CallError::Refused(text)) if is_certain(text) => {
-                publisher.refused(errors::refused(text).into())
+                publisher.refused(advice::refused(text).into())
             }
             Err(CallError::Refused(text)) => {
                 tracing::error!(channel = %name, "publish failed inside Redis: {text}");

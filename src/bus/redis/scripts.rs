@@ -6,9 +6,10 @@ use std::sync::Arc;
 use bytes::Bytes;
 use fred::types::{Resp3Frame, Value};
 
-use super::publisher::Batch;
+use super::decode;
+use super::publish_queue::Batch;
+use super::reply::{array, bytes, integer};
 use super::settings::Terms;
-use super::wire;
 use crate::bus::Page;
 use crate::protocol::event::{ChannelName, Entry, EventId};
 
@@ -144,7 +145,7 @@ pub fn page(frame: &Resp3Frame) -> Option<Page> {
         let user = (!user.is_empty()).then(|| String::from_utf8_lossy(&user).into());
         history.push((bytes(&pair[0])?, user));
     }
-    let entries = wire::entries(&history);
+    let entries = decode::entries(&history);
     let after = entries.first().map_or(EventId(0), Entry::before);
     Some(Page { after, base: EventId(ids[0]), head: EventId(ids[1]), oldest: EventId(ids[2]), entries })
 }
@@ -162,55 +163,4 @@ pub fn canary_args(terms: &Terms, canary: u64) -> Vec<Value> {
 /// A channel's part in [`CANARY`]'s arguments.
 pub fn canary_channel(args: &mut Vec<Value>, channel: &ChannelName, known: Known) {
     args.extend([Value::from(channel.as_str()), number(known.seen.0), number(known.base.0)]);
-}
-
-/// Takes a list of texts apart, as [`CHECK`] answers.
-pub fn texts(frame: &Resp3Frame) -> Vec<String> {
-    let items = array(frame).unwrap_or_default();
-    items.iter().filter_map(text).collect()
-}
-
-/// Takes names and values apart, which RESP2 sends as a list and RESP3 as a map.
-pub fn pairs(frame: &Resp3Frame) -> Vec<String> {
-    match frame {
-        Resp3Frame::Map { data, .. } => {
-            data.iter().flat_map(|(name, value)| [name, value]).filter_map(text).collect()
-        }
-        other => texts(other),
-    }
-}
-
-/// Takes an answer of SCAN apart: the next cursor, and keys.
-pub fn scanned(frame: &Resp3Frame) -> Option<(String, Vec<String>)> {
-    let [cursor, keys] = array(frame)? else { return None };
-    Some((text(cursor)?, texts(keys)))
-}
-
-/// A string.
-pub fn text(frame: &Resp3Frame) -> Option<String> {
-    bytes(frame).map(|text| String::from_utf8_lossy(&text).into_owned())
-}
-
-/// A list.
-pub fn array(frame: &Resp3Frame) -> Option<&[Resp3Frame]> {
-    match frame {
-        Resp3Frame::Array { data, .. } => Some(data),
-        _ => None,
-    }
-}
-
-/// A number that is not negative.
-pub fn integer(frame: &Resp3Frame) -> Option<u64> {
-    match frame {
-        Resp3Frame::Number { data, .. } => u64::try_from(*data).ok(),
-        _ => None,
-    }
-}
-
-/// A string, without a copy.
-pub fn bytes(frame: &Resp3Frame) -> Option<Bytes> {
-    match frame {
-        Resp3Frame::BlobString { data, .. } | Resp3Frame::SimpleString { data, .. } => Some(data.clone()),
-        _ => None,
-    }
 }

@@ -12,14 +12,16 @@ use fred::interfaces::{ClientLike, EventInterface, PubsubInterface};
 use fred::types::config::{
     Config, ConnectionConfig, PerformanceConfig, ReconnectError, TcpConfig, UnresponsiveConfig,
 };
-use fred::types::{ClusterHash, CustomCommand, Message, Resp3Frame, Value};
+use fred::types::{Message, Value};
 use tokio::sync::{broadcast, mpsc, watch};
 use tokio::task::AbortHandle;
-use tokio::time::timeout;
 
-use super::address::{Name, Peer};
+use super::commands::{Caller, SCRIPTS, command};
+use super::dns::{Name, Peer};
+use super::errors::ConnectError;
 use super::functions::{self, WriteMode};
-use super::scripts::{self, bytes};
+use super::reply::bytes;
+use super::requirements::{check_permissions, check_server, setup};
 use super::settings::Terms;
 
 /// Longest wait for a connection to be made, TLS and login included.
@@ -29,65 +31,12 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// miss, since no other attempt begins meanwhile.
 pub const SESSION_TIMEOUT: Duration = CONNECT_TIMEOUT.saturating_mul(4);
 
-/// Longest wait for an answer. Later the connection counts as lost.
-pub const CALL_TIMEOUT: Duration = Duration::from_secs(4);
-
 /// Messages that fred holds for us. Its default of 32 loses under any load; each takes about 200 bytes even
 /// when empty. What is lost beyond is a hole like any other.
 const MESSAGES: usize = 4096;
 
 /// Names in one SUBSCRIBE.
 const NAMES_MAX: usize = 1000;
-
-/// The oldest Redis with functions, script flags and ACL checks in scripts.
-const OLDEST_REDIS: u32 = 7;
-
-/// Why there is no session.
-#[derive(Debug)]
-pub enum ConnectError {
-    /// It makes no sense to try again.
-    Unusable(String),
-    /// Redis is not there, or not now.
-    Away(String),
-    /// Redis is there and refuses, in these words.
-    Refused(String),
-    /// Redis permits too little, and what it should: in our words.
-    NotPermitted(String),
-    /// Redis does not have these commands or fields, which a node needs.
-    Lacking(String),
-}
-
-/// Why a call has no result.
-#[derive(Clone, Debug)]
-pub enum CallError {
-    /// No answer: it may or may not have been done.
-    Lost(Arc<str>),
-    /// Redis answered with this error.
-    Refused(Arc<str>),
-}
-
-impl CallError {
-    /// In words.
-    pub fn text(&self) -> Arc<str> {
-        match self {
-            CallError::Lost(text) | CallError::Refused(text) => text.clone(),
-        }
-    }
-}
-
-/// Which script.
-#[derive(Clone, Copy, Debug)]
-pub enum Script {
-    /// Gives ids and tells everyone.
-    Publish,
-    /// Reads history.
-    Read,
-    /// Compares positions.
-    Canary,
-}
-
-const SCRIPTS: [(Script, &str); 3] =
-    [(Script::Publish, scripts::PUBLISH), (Script::Read, scripts::READ), (Script::Canary, scripts::CANARY)];
 
 /// What a session tells the bus.
 #[derive(Debug)]
@@ -150,77 +99,6 @@ impl Session {
     /// Unsubscribes, in the order asked.
     pub fn unsubscribe(&self, names: Vec<String>) {
         let _ = self.orders.send(Order::Unsubscribe(names));
-    }
-}
-
-/// Calls scripts over the commands connection.
-#[derive(Clone)]
-pub struct Caller {
-    client: Client,
-    hashes: Arc<[Value; SCRIPTS.len()]>,
-    open: watch::Receiver<()>,
-}
-
-impl std::fmt::Debug for Caller {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Caller")
-    }
-}
-
-impl Caller {
-    /// See [`functions::provide`].
-    pub async fn provide_library(&self, terms: &Terms, mode: WriteMode) -> Result<(), CallError> {
-        functions::provide(&self.client, terms, mode).await
-    }
-
-    /// Runs a script with these keys. A script that Redis has forgotten is sent again whole.
-    pub async fn call(
-        &self,
-        script: Script,
-        keys: &[&str],
-        args: Vec<Value>,
-    ) -> Result<Resp3Frame, CallError> {
-        let hash = self.hashes[script as usize].clone();
-        let result = self.command("EVALSHA", script_args(hash, keys, args.clone())).await;
-        match result {
-            Err(CallError::Refused(text)) if text.starts_with("NOSCRIPT") => {
-                let text = Value::from_static_str(SCRIPTS[script as usize].1);
-                self.command("EVAL", script_args(text, keys, args)).await
-            }
-            result => result,
-        }
-    }
-
-    async fn command(&self, name: &'static str, args: Vec<Value>) -> Result<Resp3Frame, CallError> {
-        let mut open = self.open.clone();
-        tokio::select! {
-            result = command(&self.client, name, args) => result,
-            _ = open.changed() => Err(CallError::Lost("the connection was given up".into())),
-        }
-    }
-}
-
-/// The arguments of EVAL or EVALSHA.
-pub fn script_args(script: Value, keys: &[&str], args: Vec<Value>) -> Vec<Value> {
-    let mut all = Vec::with_capacity(2 + keys.len() + args.len());
-    all.push(script);
-    all.push(Value::Integer(keys.len() as i64));
-    all.extend(keys.iter().map(|key| Value::from(*key)));
-    all.extend(args);
-    all
-}
-
-/// Sends one command and waits for its answer.
-pub async fn command(client: &Client, name: &'static str, args: Vec<Value>) -> Result<Resp3Frame, CallError> {
-    let command = CustomCommand::new_static(name, ClusterHash::FirstKey, false);
-    match timeout(CALL_TIMEOUT, client.custom_raw(command, args)).await {
-        Err(_) => Err(CallError::Lost(format!("no answer to {name} within {CALL_TIMEOUT:?}").into())),
-        Ok(Err(error)) => Err(CallError::Lost(error.to_string().into())),
-        Ok(Ok(Resp3Frame::SimpleError { data, .. })) => Err(CallError::Refused((*data).into())),
-        Ok(Ok(Resp3Frame::BlobError { data, .. })) => {
-            Err(CallError::Refused(String::from_utf8_lossy(&data).into()))
-        }
-        Ok(Ok(frame)) => Ok(frame),
     }
 }
 
@@ -296,7 +174,7 @@ async fn connect_to(
     }
     let hashes: [Value; SCRIPTS.len()] = hashes.try_into().expect("as many hashes as scripts");
     let (open, watch_open) = watch::channel(());
-    let caller = Caller { client: client.clone(), hashes: Arc::new(hashes), open: watch_open };
+    let caller = Caller::new(client.clone(), hashes, watch_open);
     check_permissions(&client, terms).await?;
     let no_library = functions::provide(&client, terms, mode).await.err().map(|error| error.text());
 
@@ -330,77 +208,6 @@ impl Drop for Tasks {
             task.abort();
         }
     }
-}
-
-async fn setup(client: &Client, name: &'static str, args: Vec<Value>) -> Result<Resp3Frame, ConnectError> {
-    command(client, name, args).await.map_err(|error| match error {
-        CallError::Lost(text) => ConnectError::Away(text.to_string()),
-        CallError::Refused(text) if is_passing(&text) => ConnectError::Away(text.to_string()),
-        CallError::Refused(text) => ConnectError::Refused(text.to_string()),
-    })
-}
-
-/// Whether Redis will soon do what it refuses now.
-pub fn is_passing(error: &str) -> bool {
-    ["LOADING", "BUSY", "MASTERDOWN", "TRYAGAIN"].iter().any(|prefix| error.starts_with(prefix))
-}
-
-/// A field of INFO.
-pub fn field<'a>(info: &'a str, name: &str) -> Option<&'a str> {
-    info.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).map(str::trim)
-}
-
-/// Whether this Redis will do; gives its INFO.
-pub async fn check_server(client: &Client) -> Result<String, ConnectError> {
-    let info = bytes(&setup(client, "INFO", Vec::new()).await?).unwrap_or_default();
-    let info = String::from_utf8_lossy(&info).into_owned();
-    let version = field(&info, "redis_version").unwrap_or_default();
-    let major = version.split('.').next().and_then(|major| major.parse::<u32>().ok());
-    if major.is_some_and(|major| major < OLDEST_REDIS) {
-        return Err(ConnectError::Unusable(format!(
-            "this Redis is {version}, but fanfare needs {OLDEST_REDIS}.0 or newer"
-        )));
-    }
-    if field(&info, "cluster_enabled") == Some("1") {
-        return Err(ConnectError::Unusable(
-            "this Redis is a cluster, which is not supported yet: give --redis a stand-alone Redis or Sentinel"
-                .into(),
-        ));
-    }
-    Ok(info)
-}
-
-/// Checks that Redis has all that a node needs and permits it to its user. The script is sent whole: it is needed once.
-pub async fn check_permissions(client: &Client, terms: &Terms) -> Result<(), ConnectError> {
-    let channel = format!("{}:{{x}}", terms.prefix);
-    let bare = terms.bare.iter().map(|channel| Value::from(channel.as_str())).collect();
-    let keys = [&*channel, &terms.canary(), &terms.settings_key()];
-    let args = script_args(Value::from_static_str(scripts::CHECK), &keys, bare);
-    let [refused, lacking] = match command(client, "EVAL", args).await {
-        Ok(frame) => match scripts::array(&frame) {
-            Some([refused, lacking]) => [scripts::texts(refused), scripts::texts(lacking)],
-            _ => return Err(ConnectError::Refused("an answer of a form that no script gives".into())),
-        },
-        Err(CallError::Lost(text)) => return Err(ConnectError::Away(text.to_string())),
-        Err(CallError::Refused(text)) if is_passing(&text) => {
-            return Err(ConnectError::Away(text.to_string()));
-        }
-        Err(CallError::Refused(text)) if text.starts_with("NOPERM") => [vec![text.to_string()], Vec::new()],
-        Err(CallError::Refused(text)) => return Err(ConnectError::Refused(text.to_string())),
-    };
-    if !lacking.is_empty() {
-        return Err(ConnectError::Lacking(lacking.join(", ")));
-    }
-    if refused.is_empty() {
-        return Ok(());
-    }
-    let bare: String = terms.bare.iter().map(|channel| format!(" &{channel}")).collect();
-    Err(ConnectError::NotPermitted(format!(
-        "Redis does not permit {}; grant this user ~{prefix}:* &{prefix}:*{bare} +@read +@write +@pubsub +@scripting \
-         +@connection +info +time",
-        refused.join(", "),
-        prefix = terms.prefix,
-    )))
 }
 
 /// Carries out orders one after the other; what has gathered goes in one SUBSCRIBE. Redis answers on this

@@ -6,12 +6,13 @@ use std::time::{Duration, Instant};
 use fred::types::Message;
 use tokio::sync::broadcast::error::RecvError;
 
-use super::follow::Follow;
+use super::commands::{Caller, Script};
+use super::decode::FAULT;
+use super::errors::CallError;
+use super::followed::Follow;
 use super::scripts::Wanted;
-use super::session::{CallError, Caller, Script};
 use super::settings::Lane;
-use super::wire::FAULT;
-use super::{Bus, Outcome, Purpose, errors, scripts, wire};
+use super::{Bus, Outcome, Purpose, advice, decode, scripts};
 use crate::bus::{BusError, BusMessage, Page, ShardId, ShardSender};
 use crate::protocol::event::{ChannelName, Entry, EventId, Kind};
 use crate::protocol::ingest;
@@ -134,8 +135,8 @@ impl Bus {
         let Some(text) = message.value.as_bytes() else { return };
         let terms = self.terms.clone();
         let (channel, entry) = match terms.lane(&message.channel) {
-            Lane::Events(channel) => (channel, wire::broadcast(text)),
-            Lane::Private(channel) => (channel, wire::private(text)),
+            Lane::Events(channel) => (channel, decode::broadcast(text)),
+            Lane::Private(channel) => (channel, decode::private(text)),
             Lane::Canary => return self.canary_heard(text),
             Lane::Bare(channel) => return self.bare(channel, text),
         };
@@ -235,7 +236,7 @@ impl Bus {
             let _permit = reads.acquire_owned().await;
             let mut result = read(&caller, &key, args).await;
             if let (Ok(page), Purpose::Fill(asked)) = (&mut result, purpose) {
-                wire::whole(page, asked);
+                decode::whole(page, asked);
             }
             let _ = outcomes.send(Outcome::Read(generation, name, purpose, result));
         });
@@ -284,7 +285,7 @@ impl Bus {
     }
 
     fn read_failed(&mut self, generation: u64, name: &ChannelName, purpose: Purpose, error: &CallError) {
-        let text: Arc<str> = errors::of(error).into();
+        let text: Arc<str> = advice::of(error).into();
         let follow = self.channels.get_mut(name).and_then(|channel| channel.follow.as_mut());
         match (purpose, follow) {
             // The channel can't be published to either, and the next tick would read it again.
