@@ -297,11 +297,11 @@ pub fn bus(mut data: &[u8]) {
             }
         }
         5 => {
-            if let Some(ingest::Bare { event, .. }) = ingest::bare(data) {
+            if let Some(ingest::PlainEvent { event, .. }) = ingest::plain(data) {
                 assert!(!event.contains(['\n', '\r']), "{event}");
                 assert!(serde_json::from_str::<Value>(&event).is_ok(), "{event}");
                 assert!(event.starts_with('{') && event.ends_with('}'), "{event}");
-                check_entry_raw(&Entry::raw(EventId(1), event.as_bytes()));
+                check_entry_raw(&Entry::plain(EventId(1), event.as_bytes()));
             }
         }
         6 => {

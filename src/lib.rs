@@ -1,75 +1,60 @@
-//! One event in, every socket out: a WebSocket fan-out server. This is the map of the house.
+//! fanfare is a WebSocket fan-out server: one event in, every socket out. This page is the architecture overview.
 //!
 //! ```text
-//! in:   socket ─► accept ─► shard ─► handshake, then input ─► bus ─► Redis
-//! out:  Redis ─► bus ─► sequence ─► shard: feed ─► each connection's cursor ─► socket
+//! in:   socket ─► node::accept ─► shard ─► ws::handshake, then ws::decoder ─► bus ─► Redis
+//! out:  Redis ─► bus ─► bus::sequence ─► shard ─► feed ─► ws::connection ─► socket
 //! ```
 //!
-//! Data goes one way. One control thread runs the bus and the signals, another the admin listener (tokio,
-//! single-threaded); one thread accepts; one thread for each core is a shard (mio, no runtime). They talk by messages: a
-//! shard's inbox takes [`shard::mailbox::ShardMessage`], the bus takes [`bus::Request`]. The rooms, in the order in which they are best
-//! read:
+//! Data flows one way. The control thread runs the bus and the signals, another thread the admin API, one thread
+//! accepts, and one thread per core is a shard. Threads exchange messages: requests to the bus ([`bus::Request`]), and
+//! the shards' mailboxes ([`shard::mailbox`]).
 //!
-//! | room | what is done there |
+//! Each folder imports only from folders above it in this table; a test checks it.
+//!
+//! | folder | contents |
 //! |---|---|
-//! | [`protocol::event`] | ids, names, entries: events framed once for every socket of the node |
-//! | [`protocol::close`] | why a connection ended: close code, log field and metric label in one |
-//! | [`protocol::frame`] | the JSON that clients send and get |
-//! | [`protocol::json`] | the JSON that an event may hold |
-//! | [`protocol::ingest`] | what other programs send, made into events |
-//! | [`config::cgroup`] | memory limits of the cgroup and the machine |
-//! | [`config`] | settings: flags and variables, every error at once |
-//! | [`http`] | request heads in, responses out, over bytes alone |
-//! | [`http::page`] | the page and the browser client, embedded |
-//! | [`http::origin`] | which pages may connect |
-//! | [`http::proxy`] | what a proxy says about its client |
-//! | [`auth::token`] | what a token allows its user; [`cli::token`] makes one to try |
-//! | [`auth::keys`] | the keys in force: of tokens and of the admin listener |
-//! | [`limits::connections`] | how many connections: of the node, an address, a user |
-//! | [`ws::handshake`] | a request's bytes become a client who may join, or an answer |
-//! | [`ws::decoder`] | a client's bytes become its messages |
-//! | [`limits::rate`] | how fast a client may send, and name new channels |
-//! | [`limits::allowances`] | the rate allowances of clients, shared by their connections |
+//! | [`protocol`] | event ids, names, entries, client frames, JSON of backends, close codes |
+//! | [`http`] | request heads, responses, origins, PROXY and `X-Forwarded-For`, the built-in page |
+//! | [`config`] | settings: one row per setting, flags and environment, memory division |
+//! | [`auth`] | JWT verification, key files |
+//! | [`metrics`] | counters, readiness, rejection log, rendering |
+//! | [`limits`] | connection limits (node, IP, user), message and byte rates |
 //! | [`feed`] | a channel's recent events in memory, and cursors into them |
-//! | [`ws::connection`] | one connection: its states, and the one function that writes |
-//! | [`shard`] | the loop that owns connections and channels: joins, passes, history, ticks |
-//! | [`node::accept`] | the accept loop, which gives each socket to the shard with the fewest |
-//! | [`bus`] | what a bus is; [`bus::local`] and [`bus::redis`], which behave the same |
-//! | [`bus::sequence`] | one channel's order: next, duplicate, hole, re-anchored |
-//! | [`metrics::rejections`] | what is refused, told to the log a line a class |
-//! | [`metrics`] | what is counted, and whether the node is ready |
-//! | [`admin`] | publish, metrics and stats over HTTP |
-//! | [`cli::doctor`] | looks before a launch whether host and Redis have what the settings ask for |
-//! | [`node::listeners`] | what a node listens on: bound by it, or handed over by systemd |
-//! | [`node::systemd`] | what systemd is told, and its watchdog |
-//! | [`node`] | the wiring, and how it stops; `main.rs` tells the life of the process |
+//! | [`ws`] | handshake, decoder, connection, writer |
+//! | [`bus`] | ids, history and order of events: [`bus::local`] for one node, [`bus::redis`] for many |
+//! | [`shard`] | event loop, mailbox, channels, joins, fan-out, replay, timers |
+//! | [`admin`] | the admin API: publish, metrics, stats, health |
+//! | [`node`] | wiring, accept loop, listeners, systemd |
+//! | [`cli`] | `fanfare token`, `fanfare doctor` |
 //!
 //! # Invariants
 //!
-//! **What clients see.** In each channel ids rise, none comes twice, and where one may be missing the client is told:
-//! by `recovered:false`, by `reset`, or by close 4008. Most rules below exist for that sentence.
+//! In each channel, every client receives events in id order, none twice, and is notified whenever one may be missing:
+//! by `recovered:false`, by a `reset` frame, or by close code 4008. Most rules below exist for this sentence.
 //!
-//! - An id is given once, and only by the bus. Only `sequence` decides what comes next on this node; a shard takes
-//!   entries as they come. Continuity is never guessed: [`bus::is_continuous`] is the one rule, for joins, holes and pages.
-//! - Pub/Sub is a hint, the stream is the truth. Whatever is lost on the way is a hole, and holes are read.
-//! - A claim of a client (`lastEventId`) never counts as an id that the node has seen.
-//! - A client takes its place in the feed in the same turn of the shard in which its welcome reads the head.
-//! - A publish is refused only when it was certainly not taken; whatever else is `unknown`. Its number is never reused.
+//! **Order and continuity**
 //!
-//! **Who owns what.**
+//! - The bus gives every id, once. [`bus::sequence`] alone decides which event comes next on this node.
+//! - [`bus::is_continuous`] is the one rule for joins, gaps and pages: continuity is never guessed.
+//! - Pub/Sub is a hint, the stream is the truth: a message that is lost on the way is a gap, and gaps are read.
+//! - A client's `lastEventId` is a claim. It never counts as an id that this node has seen.
+//! - A client enters the feed in the same turn of its shard in which its `welcome` takes the head.
+//! - A publish is rejected only if it was certainly not stored; otherwise the answer is `unknown`. Its number is never
+//!   used again.
 //!
-//! - A shard owns its connections, channels and feeds, and nobody else touches them: no lock on the way out, no task,
-//!   timer or channel for a connection. Its methods never wait; a message to it never waits either.
-//! - A connection has no queue of events: it is a cursor into its channel's feed. Live, slow and resuming clients take
-//!   the same path, `Connection::flush` (pages of history are feeds too). Only frames for it alone are queued.
-//! - An event is serialized and framed once on the node. Shards share its bytes.
-//! - A connection ends once, with a [`protocol::close::CloseReason`].
-//! - A slot's number is worth nothing without its generation: answers may come when the slot has a new owner.
-//! - Everything that grows has a limit, a constant or a setting, with its reason beside it.
+//! **Ownership**
 //!
-//! **Who knows what.** Only [`bus::redis`] knows fred. Only [`ws::decoder`] and [`ws::handshake`] know tungstenite. Pure rooms
-//! (`event`, `close`, `frame`, `json`, `foreign`, `config`, `http`, `web`, `origin`, `proxy`, `token`, `guard`, `input`, `pace`,
-//! `allowance`, `feed`, `sequence`) know neither sockets nor runtimes: bytes are handed in, so each is tested alone.
+//! - A shard owns its connections, channels and feeds: no lock on the way out, no task, timer or queue per connection.
+//!   Its methods never wait, nor does sending to its mailbox.
+//! - A connection is a cursor into its channel's feed. Live, slow and resuming clients share one write path; pages of
+//!   history are feeds too. Only frames for that client alone are queued.
+//! - An event is serialized and framed once per node. Shards share its bytes.
+//! - A connection closes once, with a [`protocol::close::CloseReason`].
+//! - A slot of the slab is valid only with its generation: an answer may arrive when the slot has a new owner.
+//! - Everything that grows has a limit: a constant or a setting, with its reason.
+//!
+//! **Dependencies**: only [`bus::redis`] uses fred, only [`ws`] uses tungstenite. Parsers, `feed` and [`bus::sequence`] know
+//! neither sockets nor a runtime: they take bytes, so each is tested alone.
 
 pub mod protocol;
 

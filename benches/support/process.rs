@@ -171,7 +171,7 @@ impl Server {
         let mut command = Command::new(binary);
         command.args(["--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0", "--shards", "1"]);
         // The first client publishes all events of a bench.
-        command.env("FANFARE_MAX_MESSAGE_RATE", "0");
+        command.env("FANFARE_MAX_MESSAGE_RATE", "0").env("FANFARE_MAX_BYTE_RATE", "0");
         command.args(["--log", "warn"]).args(more).envs(environment.iter().copied());
         let server = Server::start("fanfare", cores, command)?;
         server.wait_until_ready()?;

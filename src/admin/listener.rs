@@ -1,4 +1,4 @@
-//! Where the admin listener is: a TCP port or a unix socket.
+//! The admin listener's socket: TCP or unix.
 
 use std::io::{self, ErrorKind};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -11,16 +11,15 @@ use tokio::net::{TcpListener, UnixListener};
 
 use crate::config::AdminAddr;
 
-/// Owner and group may connect.
+/// Mode of the socket file: owner and group may connect.
 const UNIX_MODE: u32 = 0o660;
-/// Clients that wait to be accepted.
 const BACKLOG: i32 = 128;
 
-/// A bound admin listener. A unix socket's file goes with it.
+/// A bound admin listener. Dropping it removes the file of a unix socket.
 #[derive(Debug)]
 pub struct Listener {
     open: Open,
-    /// The file of a unix socket that this process has bound.
+    /// Of a unix socket that this process has bound.
     file: Option<SocketFile>,
 }
 
@@ -31,12 +30,10 @@ pub(super) enum Accepting {
     Unix(UnixListener),
 }
 
-/// A socket that listens, whoever opened it.
+/// A listening socket, bound by this process or passed by systemd.
 #[derive(Debug)]
 pub enum Open {
-    /// On a TCP port.
     Tcp(std::net::TcpListener),
-    /// On a unix socket.
     Unix(std::os::unix::net::UnixListener),
 }
 
@@ -49,12 +46,11 @@ impl AsFd for Open {
     }
 }
 
-/// What a client talks through.
 pub(super) trait Stream: AsyncRead + AsyncWrite + Unpin + Send {}
 impl<T: AsyncRead + AsyncWrite + Unpin + Send> Stream for T {}
 
 impl Listener {
-    /// Binds the address; `None` when there is to be no admin listener.
+    /// `None` with `--admin off`.
     pub fn bind(addr: &AdminAddr) -> io::Result<Option<Listener>> {
         let (open, file) = match addr {
             AdminAddr::Off => return Ok(None),
@@ -67,12 +63,12 @@ impl Listener {
         Ok(Some(Listener { open, file }))
     }
 
-    /// Wraps a socket that listens already.
+    /// Wraps a socket passed by systemd.
     pub fn adopt(open: Open) -> Listener {
         Listener { open, file: None }
     }
 
-    /// Where it is in truth: port 0 has become a real one.
+    /// The bound address, with the port that the kernel chose for port 0.
     pub fn addr(&self) -> io::Result<AdminAddr> {
         match (&self.open, &self.file) {
             (Open::Tcp(listener), _) => listener.local_addr().map(AdminAddr::Tcp),
@@ -84,7 +80,7 @@ impl Listener {
         }
     }
 
-    /// Registers it with the current tokio runtime. The socket's file is removed when it is dropped.
+    /// Registers the socket with the current tokio runtime.
     pub(super) fn into_accepting(self) -> io::Result<(Accepting, Option<SocketFile>)> {
         SockRef::from(&self.open).set_nonblocking(true)?;
         let accepting = match self.open {
@@ -96,7 +92,7 @@ impl Listener {
 }
 
 impl Accepting {
-    /// Whether browsers can reach it.
+    /// Browsers can reach TCP alone.
     pub fn is_tcp(&self) -> bool {
         matches!(self, Accepting::Tcp(_))
     }
@@ -105,7 +101,7 @@ impl Accepting {
         match self {
             Accepting::Tcp(listener) => {
                 let (stream, _) = listener.accept().await?;
-                stream.set_nodelay(true)?; // answers are whole; nothing is gained by holding one back
+                stream.set_nodelay(true)?; // responses are written whole
                 Ok(Box::new(stream))
             }
             Accepting::Unix(listener) => Ok(Box::new(listener.accept().await?.0)),
@@ -113,7 +109,7 @@ impl Accepting {
     }
 }
 
-/// The file of a unix socket. Removed when dropped, unless another has taken its place.
+/// The file of a unix socket. Removed when dropped, unless another socket has replaced it.
 #[derive(Debug)]
 pub(super) struct SocketFile {
     path: PathBuf,
@@ -125,7 +121,7 @@ impl Drop for SocketFile {
     fn drop(&mut self) {
         let is_ours = |found: std::fs::Metadata| (found.dev(), found.ino()) == (self.device, self.inode);
         if std::fs::symlink_metadata(&self.path).is_ok_and(is_ours) {
-            let _ = std::fs::remove_file(&self.path); // the next start removes what is left
+            let _ = std::fs::remove_file(&self.path); // the next start removes a stale file
         }
     }
 }
@@ -141,13 +137,13 @@ fn bind_unix(path: &Path) -> io::Result<(std::os::unix::net::UnixListener, Socke
     }
     let found = std::fs::symlink_metadata(path)?;
     let file = SocketFile { path: path.into(), device: found.dev(), inode: found.ino() };
-    // Before listen, while nobody can connect.
+    // Before listen(2): until then no client can connect.
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(UNIX_MODE))?;
     socket.listen(BACKLOG)?;
     Ok((socket.into(), file))
 }
 
-/// Removes the socket of a process that is gone: a socket, and nobody listens. Anything else is left alone.
+/// Removes a socket file that no process listens on. Any other file stays.
 fn remove_stale(path: &Path) -> io::Result<bool> {
     if !std::fs::symlink_metadata(path)?.file_type().is_socket() {
         return Ok(false);
@@ -165,7 +161,6 @@ fn remove_stale(path: &Path) -> io::Result<bool> {
 mod tests {
     use super::*;
 
-    /// A directory of this test's own.
     fn directory(test: &str) -> PathBuf {
         let path = std::env::temp_dir().join(format!("fanfare-{}-{test}", std::process::id()));
         std::fs::create_dir_all(&path).unwrap();
@@ -177,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn a_unix_socket_is_private_and_goes_with_its_listener() {
+    fn removes_its_unix_socket() {
         let directory = directory("private");
         let path = directory.join("admin.sock");
         let listener = bind(&path).unwrap();
@@ -191,7 +186,7 @@ mod tests {
     }
 
     #[test]
-    fn only_a_socket_that_nobody_listens_to_is_replaced() {
+    fn replaces_only_stale_sockets() {
         let directory = directory("stale");
         let path = directory.join("admin.sock");
         drop(std::os::unix::net::UnixListener::bind(&path).unwrap()); // std leaves the file
@@ -213,7 +208,7 @@ mod tests {
     }
 
     #[test]
-    fn port_0_becomes_a_real_one_and_off_is_nothing() {
+    fn reports_the_bound_port() {
         let listener = Listener::bind(&AdminAddr::Tcp("127.0.0.1:0".parse().unwrap())).unwrap().unwrap();
         let AdminAddr::Tcp(addr) = listener.addr().unwrap() else { panic!("a TCP address") };
         assert_ne!(addr.port(), 0);

@@ -1,5 +1,5 @@
-//! The admin listener: publish, metrics, stats. HTTP/1.1 with keep-alive, on its own thread, so that its requests delay no
-//! event.
+//! The admin API: publish, metrics, stats, health. HTTP/1.1 with keep-alive on a thread of its own, so that it delays
+//! no event.
 
 use std::future::ready;
 use std::io;
@@ -19,54 +19,47 @@ use crate::config::Settings;
 use crate::http::origin;
 use crate::http::{self, Head, Refusal, Response};
 use crate::metrics::Metrics;
-use crate::metrics::rejections::Class;
+use crate::metrics::rejections::RejectionClass;
 use crate::node::accept::AcceptLog;
 use crate::protocol::event::{ChannelName, DEFAULT_CHANNEL, EventId, is_user_id};
 use crate::protocol::ingest;
 
-mod conversation;
+mod connection;
 mod listener;
 #[cfg(test)]
 mod tests;
 
-use conversation::{Waits, converse};
+use connection::{Waits, serve_connection};
 use listener::{Accepting, SocketFile};
 pub use listener::{Listener, Open};
 
-/// Least number of connections: systemd may hand over a socket though `--admin` is off, and then none are planned.
+/// Least number of connections: systemd may pass a socket although `--admin` is off, and then none are planned.
 const CONNECTIONS_MIN: usize = 4;
-/// One connection of this many is reserved for health and metrics, for when publishes wait for the bus on all others.
+/// One in this many connections is reserved for health and metrics while publishes wait for the bus on all others.
 const RESERVED_PART: usize = 16;
-/// The bus answers within `--publish-timeout`; what it needs to notice that time is up comes on top.
+/// Added to `--publish-timeout`: the bus answers within that time, plus the time to notice that it is over.
 const BUS_GRACE: Duration = Duration::from_secs(5);
 /// Longest `Idempotency-Key`, in bytes: part of a Redis key. function.lua has the same limit.
 const KEY_MAX: usize = 128;
-/// Wait after a failed accept: without descriptors the next one fails too.
+/// Wait after a failed accept: without descriptors the next accept fails too.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
-/// Time between two turns that the watchdog sees.
+/// Interval of the turns that the watchdog counts.
 const TURN: Duration = Duration::from_millis(500);
-/// How long clients may take to read the last answers after the node has stopped waiting for the bus.
+/// Longest time for clients to read the last responses once the node no longer waits for the bus.
 const LAST_ANSWERS: Duration = Duration::from_secs(1);
 
-/// What the admin listener works with.
 #[derive(Clone, Debug)]
 pub struct AdminContext {
-    /// The way to the bus.
     pub requests: Requests,
-    /// What it shows, and whether the node is ready.
     pub metrics: Arc<Metrics>,
-    /// The key to it.
     pub keys: Arc<KeyRing>,
-    /// Used of them: the longest body, the time for the bus, allowed hosts.
     pub settings: Arc<Settings>,
 }
 
-/// How far the node has stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Phase {
-    /// It runs.
     Serving,
-    /// No more connections are accepted; requests under way are answered.
+    /// New connections are not accepted; open requests are answered.
     Finishing,
     /// Publishes that still wait for the bus are answered `unknown`.
     Ending,
@@ -89,14 +82,14 @@ pub struct Admin {
     _file: Option<SocketFile>,
 }
 
-/// Serves on its own thread, until [`Admin::finish`].
+/// Serves on a thread of its own until [`Admin::finish`].
 pub fn start(listener: Listener, context: AdminContext) -> io::Result<Admin> {
     let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
     let (accepting, file) = {
         let _entered = runtime.enter();
         listener.into_accepting()?
     };
-    // One is for a client that connects when all others are in use, until one of those is closed.
+    // One slot is for a client that connects when all others are in use, until one of those is closed.
     let connections = (context.settings.admin_connections() as usize).max(CONNECTIONS_MIN) - 1;
     let publishes = connections - connections.div_ceil(RESERVED_PART);
     let (phase, seen) = watch::channel(Phase::Serving);
@@ -110,18 +103,17 @@ pub fn start(listener: Listener, context: AdminContext) -> io::Result<Admin> {
 }
 
 impl Admin {
-    /// Accepts no more connections, and returns once every request under way is answered. Publishes wait for the bus
-    /// no longer than `publish_wait`; the caller runs the bus meanwhile.
+    /// Stops accepting, and returns once every open request is answered. Publishes wait for the bus no longer than
+    /// `publish_wait`; the caller runs the bus meanwhile.
     pub async fn finish(mut self, publish_wait: Duration) {
         self.phase.send_replace(Phase::Finishing);
         if timeout(publish_wait, &mut self.ended).await.is_err() {
             self.phase.send_replace(Phase::Ending);
-            let _ = timeout(2 * LAST_ANSWERS, self.ended).await; // the process ends, whatever its clients do
+            let _ = timeout(2 * LAST_ANSWERS, self.ended).await; // the process exits in any case
         }
     }
 }
 
-/// What the connections share.
 #[derive(Debug)]
 struct Shared {
     context: AdminContext,
@@ -138,8 +130,8 @@ impl Shared {
     }
 }
 
-/// Serves at most this many connections and publishes at once, until [`Phase::Finishing`] and all are answered. When one
-/// connection more is accepted, the one that has waited longest for its peer is closed. More publishes get 503.
+/// Serves up to `most` connections and `publishes` publishes at once, until [`Phase::Finishing`] and all requests are
+/// answered. One connection more closes the one that has waited longest for its client. One publish more gets 503.
 async fn serve(
     [most, publishes]: [usize; 2],
     listener: Accepting,
@@ -158,8 +150,8 @@ async fn serve(
     let spawn = |connections: &mut JoinSet<()>, stream| {
         let shared = shared.clone();
         connections.spawn(async move {
-            if let Err(error) = converse(stream, &shared).await {
-                tracing::debug!(%error, "an admin connection broke");
+            if let Err(error) = serve_connection(stream, &shared).await {
+                tracing::debug!(%error, "admin connection failed");
             }
         });
     };
@@ -194,7 +186,7 @@ async fn serve(
             }
         }
     }
-    // Clients in the listener's queue would get a reset when it closes.
+    // Closing the listener would reset the connections in its queue.
     loop {
         yield_now().await; // lets the runtime poll the listener
         tokio::select! {
@@ -214,41 +206,41 @@ async fn serve(
     }
 }
 
-/// Refuses a request without the right key or host. Health checks need no key.
+/// Rejects a request without the right key or host. Health checks need no key.
 fn authorize(head: &Head<'_>, shared: &Shared) -> Result<(), Refusal> {
     let AdminContext { keys, metrics, settings, .. } = &shared.context;
-    let refuse = |why, refusal: Refusal| {
-        metrics.admin_refused.add(1);
-        let class = Class { what: "admin request", why, status: refusal.status };
-        metrics.refusals.note(class, &refusal.text);
+    let reject = |reason, refusal: Refusal| {
+        metrics.admin_rejections.add(1);
+        let class = RejectionClass { what: "admin request", reason, status: refusal.status };
+        metrics.rejections.record(class, &refusal.text);
         Err(refusal)
     };
-    // A site can make its name point to this machine (DNS rebinding), and its page then read the answers. All browsers
-    // send Host.
+    // DNS rebinding: a site can point its name to this machine, and its page could read the responses. All browsers send
+    // Host.
     let is_own = |host| origin::is_loopback_host(host) || origin::names_host(&settings.allow_origin, host);
     if shared.checks_host && head.count("host") > 0 && !head.header("host").is_some_and(is_own) {
         let text =
             "the Host must be localhost, 127.0.0.1 or a host in --allow-origin, unless an --admin-key is set";
-        return refuse("host", Refusal::new(403, text));
+        return reject("host", Refusal::new(403, text));
     }
     if matches!(head.path, "/healthz" | "/readyz") || keys.current().admit_admin(head) {
         return Ok(());
     }
     let text = "the admin key is missing or wrong: send Authorization: Bearer KEY (--admin-key)";
-    refuse("key", Refusal::new(401, text).with("WWW-Authenticate", "Bearer"))
+    reject("key", Refusal::new(401, text).with("WWW-Authenticate", "Bearer"))
 }
 
-async fn answer(head: &Head<'_>, body: &[u8], shared: &Shared) -> Result<Response, Refusal> {
+async fn respond(head: &Head<'_>, body: &[u8], shared: &Shared) -> Result<Response, Refusal> {
     let allowed = match head.path {
         "/publish" => "POST",
         "/metrics" | "/stats" | "/healthz" | "/readyz" => "GET, HEAD",
         _ => {
             let known = "POST /publish, GET /metrics, /stats, /healthz and /readyz";
-            return Err(Refusal::new(404, format!("there is no such path; there are {known}")));
+            return Err(Refusal::new(404, format!("no such path: use {known}")));
         }
     };
     if !allowed.split(", ").any(|method| method == head.method) {
-        return Err(Refusal::new(405, format!("{} takes {allowed}", head.path)).with("Allow", allowed));
+        return Err(Refusal::new(405, format!("{} allows {allowed}", head.path)).with("Allow", allowed));
     }
     let metrics = &shared.context.metrics;
     Ok(match head.path {
@@ -265,26 +257,30 @@ async fn answer(head: &Head<'_>, body: &[u8], shared: &Shared) -> Result<Respons
 
 async fn publish(head: &Head<'_>, body: &[u8], shared: &Shared) -> Result<Response, Refusal> {
     if head.count("origin") > 0 {
-        // Any page that a browser on this machine has open could publish here, without being able to read the
-        // answer. Programs send no Origin.
-        return Err(Refusal::new(403, "this is for programs, not for pages in a browser"));
+        // Any page open in a browser on this machine could publish here, even without access to the response. Programs
+        // send no Origin.
+        return Err(Refusal::new(403, "requests from browser pages (with Origin) may not publish here"));
     }
     let (channel, to) = destination(head.query)?;
     let event = ingest::published(body, to.as_deref()).map_err(|bad| Refusal::new(400, bad.to_string()))?;
     let key = idempotency_key(head)?;
     let Ok(_permit) = shared.publishes.try_acquire() else {
-        let text = "too many publishes wait for the bus here: try again, or another node";
+        let text = "too many publishes wait for the bus: try again, or another node";
         return Err(Refusal::new(503, text).with("Retry-After", "1"));
     };
-    let id = match hand_over(channel, to, key, event, shared).await {
+    let id = match publish_event(channel, to, key, event, shared).await {
         Ok(id) => id,
         Err(error) => {
             let text = error.to_string();
-            let (status, why) = match error {
+            let (status, reason) = match error {
                 PublishError::Refused(_) => (503, "unavailable"),
                 PublishError::Unknown => (504, "unknown"),
             };
-            shared.context.metrics.refusals.note(Class { what: "admin request", why, status }, &text);
+            shared
+                .context
+                .metrics
+                .rejections
+                .record(RejectionClass { what: "admin request", reason, status }, &text);
             let refusal = Refusal::new(status, text);
             return Err(if status == 503 { refusal.with("Retry-After", "1") } else { refusal });
         }
@@ -292,17 +288,17 @@ async fn publish(head: &Head<'_>, body: &[u8], shared: &Shared) -> Result<Respon
     Ok(Response::json(200, &format!(r#"{{"id":{id}}}"#)))
 }
 
-/// `channel` and `to`. An unknown parameter is refused: a mistyped `channel` would publish to everybody in the
-/// default one, a mistyped `to` to everybody else.
+/// Parses `channel` and `to`. An unknown parameter is an error: a mistyped `channel` would publish to the default
+/// channel, a mistyped `to` to all users.
 fn destination(query: &str) -> Result<(ChannelName, Option<Arc<str>>), Refusal> {
     let mut seen = Vec::new();
     for pair in query.split('&').filter(|pair| !pair.is_empty()) {
         let name = pair.split_once('=').map_or(pair, |(name, _)| name);
         if !matches!(name, "channel" | "to") {
-            return Err(Refusal::new(400, format!("there is no parameter {name}; there are channel and to")));
+            return Err(Refusal::new(400, format!("unknown parameter {name}: use channel and to")));
         }
         if seen.contains(&name) {
-            return Err(Refusal::new(400, format!("the parameter {name} is given twice")));
+            return Err(Refusal::new(400, format!("parameter {name} is given twice")));
         }
         seen.push(name);
     }
@@ -316,8 +312,8 @@ fn destination(query: &str) -> Result<(ChannelName, Option<Arc<str>>), Refusal> 
     Ok((channel, to.map(|user| user.as_ref().into())))
 }
 
-/// The `Idempotency-Key`, with which a retry publishes nothing twice. It may be quoted, as in the IETF's draft
-/// (draft-ietf-httpapi-idempotency-key-header); the quotes are no part of it.
+/// The `Idempotency-Key`, with which a retry publishes nothing twice. Quotes around it
+/// (draft-ietf-httpapi-idempotency-key-header) are not part of the key.
 fn idempotency_key(head: &Head<'_>) -> Result<Option<Arc<str>>, Refusal> {
     let given = match head.count("idempotency-key") {
         0 => return Ok(None),
@@ -338,8 +334,8 @@ fn idempotency_key(head: &Head<'_>) -> Result<Option<Arc<str>>, Refusal> {
     }
 }
 
-/// Gives the event to the bus and waits for its id.
-async fn hand_over(
+/// Sends the event to the bus and waits for its id.
+async fn publish_event(
     channel: ChannelName,
     to: Option<Arc<str>>,
     key: Option<Arc<str>>,

@@ -11,12 +11,12 @@ use crate::metrics::Readiness;
 use crate::protocol::event::EventId;
 
 /// What the fake bus was asked to publish: channel, to, event.
-type Taken = (String, Option<String>, String);
+type Published = (String, Option<String>, String);
 
-struct House {
+struct TestServer {
     addr: SocketAddr,
     metrics: Arc<Metrics>,
-    taken: mpsc::UnboundedReceiver<Taken>,
+    taken: mpsc::UnboundedReceiver<Published>,
     phase: watch::Sender<Phase>,
     tasks: JoinSet<()>,
 }
@@ -44,11 +44,11 @@ fn shared() -> (watch::Sender<Phase>, Shared) {
 }
 
 /// An admin listener over a bus that answers the n-th publish with `outcome(n)`; `None` is no answer at all.
-fn house(outcome: fn(u64) -> Option<Result<EventId, PublishError>>) -> House {
-    house_with(&[], outcome)
+fn server(outcome: fn(u64) -> Option<Result<EventId, PublishError>>) -> TestServer {
+    server_with(&[], outcome)
 }
 
-fn house_with(flags: &[&str], outcome: fn(u64) -> Option<Result<EventId, PublishError>>) -> House {
+fn server_with(flags: &[&str], outcome: fn(u64) -> Option<Result<EventId, PublishError>>) -> TestServer {
     let addr = AdminAddr::Tcp("127.0.0.1:0".parse().unwrap());
     let listener = Listener::bind(&addr).unwrap().unwrap();
     let AdminAddr::Tcp(addr) = listener.addr().unwrap() else { panic!("a TCP address") };
@@ -76,11 +76,11 @@ fn house_with(flags: &[&str], outcome: fn(u64) -> Option<Result<EventId, Publish
     let (phase, seen) = watch::channel(Phase::Serving);
     let (listener, _) = listener.into_accepting().unwrap();
     tasks.spawn(serve([CONNECTIONS, PUBLISHES], listener, context, seen));
-    House { addr, metrics, taken, phase, tasks }
+    TestServer { addr, metrics, taken, phase, tasks }
 }
 
-fn willing() -> House {
-    house(|count| Some(Ok(EventId(1000 + count))))
+fn accepting_server() -> TestServer {
+    server(|count| Some(Ok(EventId(1000 + count))))
 }
 
 fn post(target: &str, body: &str) -> String {
@@ -104,7 +104,7 @@ async fn response(stream: &mut (impl AsyncReadExt + Unpin), bodiless: bool) -> (
     (head[9..12].parse().unwrap(), head, String::from_utf8(body).unwrap())
 }
 
-impl House {
+impl TestServer {
     async fn connect(&self) -> TcpStream {
         TcpStream::connect(self.addr).await.unwrap()
     }
@@ -118,22 +118,22 @@ impl House {
 
 #[tokio::test]
 async fn publishes_and_answers_with_the_id() {
-    let mut house = willing();
-    let (status, head, body) = house.ask(post("/publish", r#"{"text":"hi"}"#)).await;
+    let mut server = accepting_server();
+    let (status, head, body) = server.ask(post("/publish", r#"{"text":"hi"}"#)).await;
     assert_eq!((status, body.as_str()), (200, "{\"id\":1001}\n"));
     assert!(
         head.contains("Content-Type: application/json\r\n") && head.contains("Connection: keep-alive\r\n")
     );
-    house.ask(post("/publish?channel=news&to=b%C3%BCb+1", "[1]")).await;
-    let taken = house.taken.recv().await.unwrap();
+    server.ask(post("/publish?channel=news&to=b%C3%BCb+1", "[1]")).await;
+    let taken = server.taken.recv().await.unwrap();
     assert_eq!(taken, ("ws_broadcast".into(), None, r#"{"text":"hi"}"#.into()));
-    let taken = house.taken.recv().await.unwrap();
+    let taken = server.taken.recv().await.unwrap();
     assert_eq!(taken, ("news".into(), Some("büb 1".into()), r#"{"to":"büb 1","data":[1]}"#.into()));
 }
 
 #[tokio::test]
-async fn refuses_what_is_no_event_and_leaves_the_bus_alone() {
-    let mut house = willing();
+async fn rejects_invalid_events() {
+    let mut server = accepting_server();
     for (target, body, part) in [
         ("/publish", "hi", "not JSON"),
         ("/publish", "", "not JSON"),
@@ -144,32 +144,32 @@ async fn refuses_what_is_no_event_and_leaves_the_bus_alone() {
         ("/publish?channel=%ff", "1", "percent-encoded"),
         ("/publish?to=", "1", "to must be a user id"),
         ("/publish?to=a%0Ab", "1", "to must be a user id"),
-        ("/publish?chanel=a", "1", "no parameter chanel"),
+        ("/publish?chanel=a", "1", "unknown parameter chanel"),
         ("/publish?to=a&to=b", "1", "given twice"),
     ] {
-        let (status, head, text) = house.ask(post(target, body)).await;
+        let (status, head, text) = server.ask(post(target, body)).await;
         assert_eq!(status, 400, "{target} {body}: {text}");
         assert!(text.contains(part) && text.lines().count() == 1 && text.ends_with('\n'), "{text}");
         assert!(head.contains("Connection: keep-alive\r\n"), "{head}");
     }
     let from_a_page =
         post("/publish", "1").replace("Host: localhost", "Host: localhost\r\nOrigin: https://evil.example");
-    assert_eq!(house.ask(from_a_page).await.0, 403);
-    assert!(house.taken.try_recv().is_err());
+    assert_eq!(server.ask(from_a_page).await.0, 403);
+    assert!(server.taken.try_recv().is_err());
 }
 
 #[tokio::test]
-async fn says_whether_trying_again_is_safe() {
-    let house = house(|count| match count {
+async fn says_whether_a_retry_is_safe() {
+    let server = server(|count| match count {
         1 => Some(Err(PublishError::Refused("Redis is away".into()))),
         2 => Some(Err(PublishError::Unknown)),
         _ => None,
     });
-    let (status, head, text) = house.ask(post("/publish", "1")).await;
+    let (status, head, text) = server.ask(post("/publish", "1")).await;
     assert_eq!((status, text.as_str()), (503, "not published: Redis is away\n"));
     assert!(head.contains("Retry-After: 1\r\n"));
     for _ in 0..2 {
-        let (status, head, text) = house.ask(post("/publish", "1")).await;
+        let (status, head, text) = server.ask(post("/publish", "1")).await;
         assert_eq!(status, 504);
         assert!(text.contains("may or may not") && !head.contains("Retry-After"), "{head}{text}");
     }
@@ -180,19 +180,21 @@ async fn says_so_when_the_bus_is_gone() {
     let (_phase, shared) = shared();
     let (mut client, server) = tokio::io::duplex(4096);
     client.write_all(post("/publish", "1").as_bytes()).await.unwrap();
-    let (_, (status, _, text)) =
-        tokio::join!(async { timeout(Duration::from_secs(5), converse(server, &shared)).await }, async {
+    let (_, (status, _, text)) = tokio::join!(
+        async { timeout(Duration::from_secs(5), serve_connection(server, &shared)).await },
+        async {
             let answer = response(&mut client, false).await;
             drop(client);
             answer
-        },);
+        },
+    );
     assert_eq!((status, text.as_str()), (503, "not published: this node is stopping\n"));
 }
 
 #[tokio::test]
-async fn keeps_the_connection_and_answers_pipelined_requests_in_order() {
-    let house = willing();
-    let mut stream = house.connect().await;
+async fn answers_pipelined_requests_in_order() {
+    let server = accepting_server();
+    let mut stream = server.connect().await;
     let requests =
         [post("/publish", "1"), get("/healthz"), post("/publish", "2"), get("/nowhere"), get("/readyz")];
     stream.write_all(requests.concat().as_bytes()).await.unwrap();
@@ -217,22 +219,22 @@ async fn keeps_the_connection_and_answers_pipelined_requests_in_order() {
 }
 
 #[tokio::test]
-async fn answers_expect_100_continue_before_the_body_comes() {
-    let house = willing();
-    let mut stream = house.connect().await;
+async fn answers_expect_100_continue() {
+    let server = accepting_server();
+    let mut stream = server.connect().await;
     let request =
         "POST /publish HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\nExpect: 100-continue\r\n\r\n";
     stream.write_all(request.as_bytes()).await.unwrap();
     assert_eq!(response(&mut stream, true).await.0, 100);
     stream.write_all(b"12").await.unwrap();
     assert_eq!(response(&mut stream, false).await.0, 200);
-    let (status, ..) = house.ask(request.replace("Length: 2", "Length: 1001")).await;
+    let (status, ..) = server.ask(request.replace("Length: 2", "Length: 1001")).await;
     assert_eq!(status, 413);
 }
 
 #[tokio::test]
-async fn closes_after_what_it_cant_read_to_the_end() {
-    let mut house = willing();
+async fn closes_after_unreadable_requests() {
+    let mut server = accepting_server();
     let long = format!("[\"{}\"]", "1".repeat(MAX - 3));
     for (request, expected) in [
         (post("/publish", &long), 413),
@@ -246,7 +248,7 @@ async fn closes_after_what_it_cant_read_to_the_end() {
         (format!("GET / HTTP/1.1\r\nHost: localhost\r\n{}", "A: b\r\n".repeat(100)), 431),
         (get("/").replace("1.1", "3.0"), 505),
     ] {
-        let mut stream = house.connect().await;
+        let mut stream = server.connect().await;
         stream.write_all(request.as_bytes()).await.unwrap();
         let (status, head, _) = response(&mut stream, false).await;
         assert_eq!(status, expected, "{request}");
@@ -254,53 +256,53 @@ async fn closes_after_what_it_cant_read_to_the_end() {
         assert_eq!(stream.read(&mut [0]).await.unwrap(), 0, "an orderly end, no reset: {request}");
     }
     assert_eq!(
-        house.ask(post("/publish", &long.replacen('1', "", 1))).await.0,
+        server.ask(post("/publish", &long.replacen('1', "", 1))).await.0,
         200,
         "the longest body that fits"
     );
-    assert!(house.taken.recv().await.is_some());
+    assert!(server.taken.recv().await.is_some());
 }
 
 #[tokio::test]
-async fn other_paths_and_methods_get_honest_answers() {
-    let house = willing();
-    assert_eq!(house.ask(get("/publish/")).await.0, 404);
-    let (status, head, _) = house.ask(get("/publish")).await;
+async fn names_known_paths_and_methods() {
+    let server = accepting_server();
+    assert_eq!(server.ask(get("/publish/")).await.0, 404);
+    let (status, head, _) = server.ask(get("/publish")).await;
     assert!(status == 405 && head.contains("Allow: POST\r\n"));
-    let (status, head, _) = house.ask(post("/metrics", "1")).await;
+    let (status, head, _) = server.ask(post("/metrics", "1")).await;
     assert!(status == 405 && head.contains("Allow: GET, HEAD\r\n"));
-    let (status, head, body) = house.ask("HEAD /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n").await;
+    let (status, head, body) = server.ask("HEAD /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n").await;
     assert!(status == 200 && head.contains("Content-Length: 3\r\n") && body.is_empty());
 
-    let (status, head, text) = house.ask(get("/metrics")).await;
+    let (status, head, text) = server.ask(get("/metrics")).await;
     assert!(status == 200 && head.contains("version=0.0.4") && text.contains("\nfanfare_ready 1\n"));
-    let (status, head, text) = house.ask(get("/stats")).await;
+    let (status, head, text) = server.ask(get("/stats")).await;
     assert!(status == 200 && head.contains("application/json"));
     assert_eq!(serde_json::from_str::<serde_json::Value>(&text).unwrap()["ready"], true);
 
-    house.metrics.readiness.drain();
-    let (status, head, text) = house.ask(get("/readyz")).await;
+    server.metrics.readiness.drain();
+    let (status, head, text) = server.ask(get("/readyz")).await;
     assert_eq!((status, text.as_str()), (503, "this node is stopping\n"));
     assert!(head.contains("Retry-After: 1\r\n"));
-    assert_eq!(house.ask(get("/healthz")).await.0, 200);
+    assert_eq!(server.ask(get("/healthz")).await.0, 200);
 }
 
 #[tokio::test(start_paused = true)]
-async fn silence_and_slow_requests_end_in_time() {
+async fn closes_idle_and_slow_connections() {
     let (_phase, shared) = shared();
     let body = post("/publish", "1").replace("\r\n\r\n1", "\r\n\r\n");
     for (sent, answers, status, time) in [
-        ("".to_owned(), 0, 0, conversation::HEAD_TIME),
-        ("GET / HTTP/1.1\r\n".into(), 0, 408, conversation::HEAD_TIME),
+        ("".to_owned(), 0, 0, connection::HEAD_TIME),
+        ("GET / HTTP/1.1\r\n".into(), 0, 408, connection::HEAD_TIME),
         (body, 0, 408, Duration::from_secs(10)),
-        (get("/healthz"), 1, 0, conversation::IDLE_TIME),
-        (get("/healthz") + "GET", 1, 408, conversation::HEAD_TIME),
+        (get("/healthz"), 1, 0, connection::IDLE_TIME),
+        (get("/healthz") + "GET", 1, 408, connection::HEAD_TIME),
     ] {
         let start = Instant::now();
         let (mut client, server) = tokio::io::duplex(4096);
         client.write_all(sent.as_bytes()).await.unwrap();
         let served = async {
-            converse(server, &shared).await.unwrap();
+            serve_connection(server, &shared).await.unwrap();
             start.elapsed()
         };
         let (took, ()) = tokio::join!(served, async {
@@ -318,59 +320,59 @@ async fn silence_and_slow_requests_end_in_time() {
 }
 
 #[tokio::test]
-async fn silent_connections_hold_no_place() {
-    let house = willing();
+async fn silent_connections_hold_no_slot() {
+    let server = accepting_server();
     let mut silent = Vec::new();
     for _ in 0..5 * CONNECTIONS {
-        silent.push(house.connect().await);
+        silent.push(server.connect().await);
         // Each gets a slot at once, though no client leaves.
-        assert_eq!(house.ask(get("/healthz")).await.0, 200);
+        assert_eq!(server.ask(get("/healthz")).await.0, 200);
     }
 }
 
 #[tokio::test]
 async fn health_and_metrics_have_reserved_slots() {
-    let mut house = house(|_| None);
+    let mut server = server(|_| None);
     let mut waiting = Vec::new();
     for _ in 0..PUBLISHES {
-        let mut stream = house.connect().await;
+        let mut stream = server.connect().await;
         stream.write_all(post("/publish", "1").as_bytes()).await.unwrap();
-        house.taken.recv().await.unwrap();
+        server.taken.recv().await.unwrap();
         waiting.push(stream);
     }
-    let (status, head, text) = house.ask(post("/publish", "1")).await;
+    let (status, head, text) = server.ask(post("/publish", "1")).await;
     assert_eq!((status, text.contains("too many publishes")), (503, true), "{text}");
     assert!(head.contains("Retry-After: 1\r\n"), "{head}");
     let mut silent = Vec::new();
     for _ in 0..2 * CONNECTIONS {
-        silent.push(house.connect().await);
+        silent.push(server.connect().await);
         for path in ["/healthz", "/readyz", "/metrics"] {
-            assert_eq!(house.ask(get(path)).await.0, 200);
+            assert_eq!(server.ask(get(path)).await.0, 200);
         }
     }
     // Connections that wait for the bus were not closed to make room.
-    house.phase.send_replace(Phase::Ending);
+    server.phase.send_replace(Phase::Ending);
     for stream in &mut waiting {
         assert_eq!(response(stream, false).await.0, 504);
     }
 }
 
 #[tokio::test]
-async fn a_stop_answers_requests_under_way() {
-    let mut house = house(|count| (count == 1).then_some(Ok(EventId(1))));
-    let mut idle = house.connect().await;
+async fn answers_open_requests_at_stop() {
+    let mut server = server(|count| (count == 1).then_some(Ok(EventId(1))));
+    let mut idle = server.connect().await;
     idle.write_all(post("/publish", "1").as_bytes()).await.unwrap();
     assert_eq!(response(&mut idle, false).await.0, 200);
-    let mut waiting = house.connect().await;
+    let mut waiting = server.connect().await;
     waiting.write_all(post("/publish", "2").as_bytes()).await.unwrap();
     for _ in 0..2 {
-        house.taken.recv().await.unwrap();
+        server.taken.recv().await.unwrap();
     }
     // One whose request is under way, and one that was opened and has sent nothing yet.
-    let (mut partial, mut new) = (house.connect().await, house.connect().await);
+    let (mut partial, mut new) = (server.connect().await, server.connect().await);
     partial.write_all(b"GET /healthz HTTP/1.1\r\n").await.unwrap();
-    house.metrics.readiness.drain();
-    house.phase.send_replace(Phase::Finishing);
+    server.metrics.readiness.drain();
+    server.phase.send_replace(Phase::Finishing);
     assert_eq!(idle.read(&mut [0]).await.unwrap(), 0, "closed at once");
     partial.write_all(b"Host: localhost\r\n\r\n").await.unwrap();
     new.write_all(get("/healthz").as_bytes()).await.unwrap();
@@ -379,40 +381,40 @@ async fn a_stop_answers_requests_under_way() {
         assert!(status == 200 && head.contains("Connection: close\r\n"), "{head}");
     }
     // The bus does not answer the second publish, so its client gets 504.
-    house.phase.send_replace(Phase::Ending);
+    server.phase.send_replace(Phase::Ending);
     let (status, _, text) = response(&mut waiting, false).await;
     assert!(status == 504 && text.contains("may or may not"), "{text}");
-    assert!(TcpStream::connect(house.addr).await.is_err(), "the listener is closed");
+    assert!(TcpStream::connect(server.addr).await.is_err(), "the listener is closed");
     drop((idle, waiting, partial, new));
-    drop(house.taken);
-    house.tasks.join_next().await.expect("the listener ends").unwrap();
+    drop(server.taken);
+    server.tasks.join_next().await.expect("the listener ends").unwrap();
 }
 
 #[tokio::test]
-async fn without_a_key_only_loopback_names_are_taken() {
-    let mut house = willing();
+async fn checks_host_without_a_key() {
+    let mut server = accepting_server();
     let named = |request: String, host: &str| request.replace("Host: localhost", &format!("Host: {host}"));
     for host in ["evil.example", "evil.example:9080", "127.0.0.1.evil.example", "10.0.0.1", ""] {
         for request in
             [get("/metrics"), get("/stats"), get("/readyz"), get("/healthz"), post("/publish", "1")]
         {
-            let (status, _, text) = house.ask(named(request, host)).await;
+            let (status, _, text) = server.ask(named(request, host)).await;
             assert!(status == 403 && text.contains("--admin-key"), "{host}: {status} {text}");
         }
     }
     for host in ["localhost", "127.0.0.1:9080", "[::1]:9080", "node.localhost"] {
-        assert_eq!(house.ask(named(get("/stats"), host)).await.0, 200, "{host}");
+        assert_eq!(server.ask(named(get("/stats"), host)).await.0, 200, "{host}");
     }
     // HTTP/1.0 clients may send no Host; browsers always send one.
-    assert_eq!(house.ask("GET /healthz HTTP/1.0\r\n\r\n").await.0, 200);
-    assert!(house.taken.try_recv().is_err());
-    let house = house_with(&["--allow-origin", "https://node.example"], |_| None);
-    assert_eq!(house.ask(named(get("/stats"), "node.example:9080")).await.0, 200);
-    assert_eq!(house.ask(named(get("/stats"), "evil.example")).await.0, 403);
+    assert_eq!(server.ask("GET /healthz HTTP/1.0\r\n\r\n").await.0, 200);
+    assert!(server.taken.try_recv().is_err());
+    let server = server_with(&["--allow-origin", "https://node.example"], |_| None);
+    assert_eq!(server.ask(named(get("/stats"), "node.example:9080")).await.0, 200);
+    assert_eq!(server.ask(named(get("/stats"), "evil.example")).await.0, 403);
 }
 
 #[tokio::test]
-async fn serves_a_unix_socket_alike() {
+async fn serves_a_unix_socket() {
     let path = std::env::temp_dir().join(format!("fanfare-{}-admin.sock", std::process::id()));
     let listener = Listener::bind(&AdminAddr::Unix(path.clone())).unwrap().unwrap();
     let admin = start(listener, context(mpsc::unbounded_channel().0, &[])).unwrap();

@@ -108,7 +108,7 @@ fn renamed_settings_name_their_successor() {
         assert_eq!(errors[0].problem, format!("was renamed: use --{new}"));
         let Err(errors) = read(&[], &[(&table::variable(old), "1")]) else { panic!("{old} is taken") };
         assert_eq!(errors[0].problem, format!("was renamed: use {}", table::variable(new)));
-        assert!(table::TABLE.iter().any(|spec| spec.name == new), "--{new}");
+        assert!(TABLE.iter().any(|spec| spec.name == new), "--{new}");
     }
 }
 

@@ -102,7 +102,7 @@ impl Feed {
     /// Entries after the last reset, oldest first, without the events that have no id.
     pub fn recent(&self) -> impl Iterator<Item = &Entry> {
         let first = self.entries.partition_point(|entry| entry.last <= self.base);
-        self.entries.range(first..).filter(|entry| entry.kind != Kind::Raw)
+        self.entries.range(first..).filter(|entry| entry.kind != Kind::Plain)
     }
 
     /// The first position of the epoch: none before it is continuous with what follows.
@@ -152,7 +152,7 @@ impl Feed {
         let number = self.end();
         match &entry.kind {
             Kind::Events | Kind::Reset => self.shared.push_back(number),
-            Kind::Raw => self.plain.push_back(number),
+            Kind::Plain => self.plain.push_back(number),
             Kind::Private(user) => {
                 self.private.insert((self.hasher.hash_one(&**user), number));
             }
@@ -175,7 +175,7 @@ impl Feed {
                 self.shared.pop_front();
                 self.evicted_shared = self.start;
             }
-            Kind::Raw => {
+            Kind::Plain => {
                 self.plain.pop_front();
                 self.evicted_shared = self.start;
                 self.evicted_plain = self.start;
@@ -259,7 +259,7 @@ fn is_for(entry: &Entry, number: u64, reader: Reader<'_>) -> bool {
     match &entry.kind {
         Kind::Events | Kind::Reset => true,
         Kind::Private(user) => &**user == reader.user,
-        Kind::Raw => number >= reader.live_from,
+        Kind::Plain => number >= reader.live_from,
     }
 }
 

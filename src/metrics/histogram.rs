@@ -1,37 +1,36 @@
-//! How long things took, counted in buckets.
+//! Histograms of durations.
 
 use std::time::Duration;
 
-use super::Number;
+use super::Counter;
 
-/// The buckets' upper bounds in microseconds: from what one socket costs to what no client would wait for.
+/// Upper bounds of the buckets, in microseconds: from a fan-out to a few sockets to a stall of ten seconds.
 pub(super) const BOUNDS: [u64; 16] = [
     100, 250, 500, 1_000, 2_500, 5_000, 10_000, 25_000, 50_000, 100_000, 250_000, 500_000, 1_000_000,
     2_500_000, 5_000_000, 10_000_000,
 ];
 
-/// Times by bucket, the last for those above all bounds. A few nanoseconds for each; no lock.
+/// The last bucket counts durations above all bounds. An observation takes a few nanoseconds and no lock.
 #[derive(Debug, Default)]
 pub struct Histogram {
-    counts: [Number; BOUNDS.len() + 1],
-    micros: Number,
+    counts: [Counter; BOUNDS.len() + 1],
+    micros: Counter,
 }
 
 impl Histogram {
-    /// Counts one.
     pub fn observe(&self, time: Duration) {
         let micros = u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
         self.counts[BOUNDS.partition_point(|bound| *bound < micros)].add(1);
         self.micros.add(micros);
     }
 
-    /// How many there were.
+    /// Number of observations.
     pub fn count(&self) -> u64 {
         Times::of([self]).count()
     }
 }
 
-/// What histograms hold at one moment, added up.
+/// The sum of several histograms at one moment.
 #[derive(Debug, Default)]
 pub(super) struct Times {
     counts: [u64; BOUNDS.len() + 1],
@@ -39,7 +38,6 @@ pub(super) struct Times {
 }
 
 impl Times {
-    /// All of them together.
     pub fn of<'a>(histograms: impl IntoIterator<Item = &'a Histogram>) -> Times {
         let mut times = Times::default();
         for histogram in histograms {
@@ -51,7 +49,7 @@ impl Times {
         times
     }
 
-    /// How many were at most so many seconds, for every bound; the last is all of them, `+Inf`.
+    /// Cumulative counts by upper bound in seconds; the last is `+Inf`.
     pub fn buckets(&self) -> impl Iterator<Item = (String, u64)> + '_ {
         let bounds = BOUNDS.iter().map(|micros| (*micros as f64 / 1e6).to_string());
         let mut sum = 0;
@@ -61,12 +59,12 @@ impl Times {
         })
     }
 
-    /// How many there were.
+    /// Number of observations.
     pub fn count(&self) -> u64 {
         self.counts.iter().sum()
     }
 
-    /// What they took together, in seconds.
+    /// Sum of all durations, in seconds.
     pub fn seconds(&self) -> f64 {
         self.micros as f64 / 1e6
     }
@@ -77,7 +75,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_time_is_in_the_first_bucket_that_is_not_below_it() {
+    fn counts_in_the_first_bucket_that_fits() {
         let histograms = [Histogram::default(), Histogram::default()];
         for (which, micros) in [(0, 0), (1, 100), (0, 101), (1, 250), (0, 10_000_000), (1, 10_000_001)] {
             histograms[which].observe(Duration::from_micros(micros));
@@ -91,7 +89,7 @@ mod tests {
     }
 
     #[test]
-    fn the_bounds_rise() {
+    fn bounds_are_sorted() {
         assert!(BOUNDS.is_sorted());
     }
 }

@@ -1,26 +1,23 @@
-//! What Linux tells about this process (proc(5)). A number that can't be read is left out, not guessed.
+//! Memory, CPU time and descriptors of this process, from proc(5). A number that can't be read is left out.
 
 use std::fs;
 
 /// `utime` and `stime` count in these, on every architecture (`USER_HZ`).
 const TICKS_PER_SECOND: f64 = 100.0;
 
-/// This process as the kernel sees it.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Process {
-    /// Resident memory.
     pub resident_bytes: Option<u64>,
     /// User and system time of all threads.
     pub cpu_seconds: Option<f64>,
-    /// Open file descriptors.
     pub open_fds: Option<u64>,
-    /// The limit on them.
+    /// The limit on open descriptors.
     pub max_fds: Option<u64>,
 }
 
 impl Process {
-    /// Reads it all. Before Linux 6.2 the open descriptors are counted one by one, about 1 ms a thousand: don't
-    /// call this on a thread that carries events.
+    /// Before Linux 6.2 open descriptors are counted one by one, about 1 ms per thousand: not for threads that deliver
+    /// events.
     pub fn read() -> Process {
         Process {
             resident_bytes: read("status", resident_bytes),
@@ -31,7 +28,7 @@ impl Process {
     }
 }
 
-/// The limit on open files and sockets of this process, if there is one and it can be read.
+/// The limit on open descriptors of this process; `None` if it can't be read.
 pub fn open_file_limit() -> Option<u64> {
     read("limits", max_fds)
 }
@@ -47,14 +44,14 @@ fn resident_bytes(status: &str) -> Option<u64> {
 }
 
 fn cpu_seconds(stat: &str) -> Option<f64> {
-    // The second field is the name in brackets, which may itself hold blanks and brackets.
+    // The second field is the name in brackets, which may contain blanks and brackets.
     let mut fields = stat.rsplit_once(')')?.1.split_ascii_whitespace().skip(11);
     let user: u64 = fields.next()?.parse().ok()?;
     let system: u64 = fields.next()?.parse().ok()?;
     Some((user + system) as f64 / TICKS_PER_SECOND)
 }
 
-/// The limit on open files that holds, of proc(5)'s `limits`.
+/// The soft limit on open descriptors in a `/proc/PID/limits`.
 pub fn max_fds(limits: &str) -> Option<u64> {
     let line = limits.lines().find_map(|line| line.strip_prefix("Max open files"))?;
     match line.split_ascii_whitespace().next()? {
@@ -75,7 +72,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn reads_what_the_kernel_writes() {
+    fn parses_proc_files() {
         assert_eq!(resident_bytes("Name:\tx\nVmRSS:\t    5124 kB\n"), Some(5124 * 1024));
         let stat = "7 (a) b) S 1 7 7 0 -1 4194304 100 0 0 0 250 150 0 0 20 0 1 0 100 1 1";
         assert_eq!(cpu_seconds(stat), Some(4.0));
@@ -86,7 +83,7 @@ mod tests {
     }
 
     #[test]
-    fn knows_this_process() {
+    fn reads_its_own_process() {
         let before = Process::read();
         let files: Vec<_> = (0..20).map(|_| fs::File::open("/dev/null").unwrap()).collect();
         let after = Process::read();

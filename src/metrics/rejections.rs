@@ -1,95 +1,97 @@
-//! What is refused is told to the log, however much of it there is: for each class one line at once, and then one in
-//! ten seconds, which counts. A stranger can't fill a disk with lines.
+//! The rejection log: one line at once for each class of rejections, then at most one in ten seconds with a count, so
+//! that no client can fill a disk with log lines.
 
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 /// Least time between two lines of a class.
-const QUIET: Duration = Duration::from_secs(10);
+const LINE_INTERVAL: Duration = Duration::from_secs(10);
 
-/// What was refused, and why: the named values of a closed set, never a stranger's.
+/// What was rejected, and why: values of a closed set, never text from a client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Class {
+pub struct RejectionClass {
     /// `request`, `connection`, `message` or `admin request`.
     pub what: &'static str,
-    /// The reason's label, or the error's code.
-    pub why: &'static str,
+    /// The label of the close reason, or the error code.
+    pub reason: &'static str,
     /// The HTTP status; 0 where there is none.
     pub status: u16,
 }
 
-/// A line that is due.
+/// A log line that is due.
 #[derive(Debug, PartialEq, Eq)]
 struct Line {
-    class: Class,
+    class: RejectionClass,
     text: String,
-    /// How many refusals it tells of.
+    /// How many rejections it stands for.
     count: u64,
 }
 
 #[derive(Debug)]
-struct Told {
-    class: Class,
-    /// What the last one was told.
+struct ClassState {
+    class: RejectionClass,
+    /// The text of the last rejection.
     text: String,
-    at: Instant,
-    untold: u64,
+    /// When a line was last written.
+    written: Instant,
+    /// Rejections since then.
+    suppressed: u64,
 }
 
-/// What was refused lately, all threads together. The lock is held for a few comparisons, and only by refusals.
+/// The rejections of all threads. The lock is held for a few comparisons, and taken by rejections alone.
 #[derive(Debug, Default)]
-pub struct RejectionLog(Mutex<Vec<Told>>);
+pub struct RejectionLog(Mutex<Vec<ClassState>>);
 
 impl RejectionLog {
-    /// Counts one, and tells the log if its class has been quiet.
-    pub fn note(&self, class: Class, text: &str) {
-        if let Some(line) = self.take(class, text, Instant::now()) {
+    /// Counts a rejection, and logs it unless its class had a line in the last ten seconds.
+    pub fn record(&self, class: RejectionClass, text: &str) {
+        if let Some(line) = self.count(class, text, Instant::now()) {
             line.write();
         }
     }
 
-    /// Tells the log of those that were counted in silence, once it is time. To be called every second or so.
-    pub fn tell_overdue(&self) {
+    /// Logs suppressed rejections whose ten seconds are over. Called about once a second.
+    pub fn write_overdue(&self) {
         for line in self.overdue(Instant::now()) {
             line.write();
         }
     }
 
-    fn take(&self, class: Class, text: &str, now: Instant) -> Option<Line> {
+    fn count(&self, class: RejectionClass, text: &str, now: Instant) -> Option<Line> {
         let mut classes = self.0.lock().expect("nothing panics while holding it");
-        let Some(told) = classes.iter_mut().find(|told| told.class == class) else {
-            classes.push(Told { class, text: text.into(), at: now, untold: 0 });
+        let Some(state) = classes.iter_mut().find(|state| state.class == class) else {
+            classes.push(ClassState { class, text: text.into(), written: now, suppressed: 0 });
             return Some(Line { class, text: text.into(), count: 1 });
         };
-        told.untold += 1;
-        if told.text != text {
-            told.text = text.into();
+        state.suppressed += 1;
+        if state.text != text {
+            state.text = text.into();
         }
-        told.due(now)
+        state.due(now)
     }
 
     fn overdue(&self, now: Instant) -> Vec<Line> {
         let mut classes = self.0.lock().expect("nothing panics while holding it");
-        classes.iter_mut().filter_map(|told| told.due(now)).collect()
+        classes.iter_mut().filter_map(|state| state.due(now)).collect()
     }
 }
 
-impl Told {
+impl ClassState {
     fn due(&mut self, now: Instant) -> Option<Line> {
-        if self.untold == 0 || now.saturating_duration_since(self.at) < QUIET {
+        if self.suppressed == 0 || now.saturating_duration_since(self.written) < LINE_INTERVAL {
             return None;
         }
-        self.at = now;
-        let count = std::mem::take(&mut self.untold);
+        self.written = now;
+        let count = std::mem::take(&mut self.suppressed);
         Some(Line { class: self.class, text: self.text.clone(), count })
     }
 }
 
 impl Line {
     fn write(&self) {
-        let Line { class: Class { what, why, status }, text, count } = self;
+        let Line { class: RejectionClass { what, reason, status }, text, count } = self;
         let status = Some(status).filter(|status| **status > 0);
-        tracing::info!(why, status, count, "{what} refused: {}", text.trim_end().escape_debug());
+        tracing::info!(reason, status, count, "{what} rejected: {}", text.trim_end().escape_debug());
     }
 }
 
@@ -97,26 +99,26 @@ impl Line {
 mod tests {
     use super::*;
 
-    const A: Class = Class { what: "request", why: "http_response", status: 400 };
-    const B: Class = Class { status: 503, ..A };
+    const A: RejectionClass = RejectionClass { what: "request", reason: "http_response", status: 400 };
+    const B: RejectionClass = RejectionClass { status: 503, ..A };
 
     #[test]
-    fn one_line_a_class_at_once_and_then_one_in_ten_seconds_that_counts() {
-        let refusals = RejectionLog::default();
+    fn logs_a_class_once_in_ten_seconds() {
+        let rejections = RejectionLog::default();
         let start = Instant::now();
         let at = |seconds: f64| start + Duration::from_secs_f64(seconds);
         let count = |line: Option<Line>| line.map(|line| line.count);
-        assert_eq!(count(refusals.take(A, "a", at(0.0))), Some(1));
-        assert_eq!(count(refusals.take(B, "b", at(0.0))), Some(1));
+        assert_eq!(count(rejections.count(A, "a", at(0.0))), Some(1));
+        assert_eq!(count(rejections.count(B, "b", at(0.0))), Some(1));
         for n in 0..100 {
-            assert_eq!(refusals.take(A, &format!("a {n}"), at(0.1)), None);
+            assert_eq!(rejections.count(A, &format!("a {n}"), at(0.1)), None);
         }
-        assert_eq!(refusals.overdue(at(9.9)), []);
-        // The text of the last one stands for all.
-        assert_eq!(refusals.overdue(at(10.0)), [Line { class: A, text: "a 99".into(), count: 100 }]);
-        assert_eq!(refusals.overdue(at(30.0)), [], "nothing has come since");
-        assert_eq!(count(refusals.take(A, "a", at(30.0))), Some(1), "and the next is told at once");
-        assert_eq!(refusals.take(A, "a", at(31.0)), None);
-        assert_eq!(count(refusals.take(A, "a", at(41.0))), Some(2));
+        assert_eq!(rejections.overdue(at(9.9)), []);
+        // The line has the text of the last one.
+        assert_eq!(rejections.overdue(at(10.0)), [Line { class: A, text: "a 99".into(), count: 100 }]);
+        assert_eq!(rejections.overdue(at(30.0)), [], "none was suppressed since");
+        assert_eq!(count(rejections.count(A, "a", at(30.0))), Some(1), "the next is logged at once");
+        assert_eq!(rejections.count(A, "a", at(31.0)), None);
+        assert_eq!(count(rejections.count(A, "a", at(41.0))), Some(2));
     }
 }

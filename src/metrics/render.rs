@@ -1,4 +1,4 @@
-//! The table as Prometheus text and as JSON: what is counted appears in both.
+//! The table as Prometheus text (`/metrics`) and as JSON (`/stats`).
 
 use std::fmt::{Display, Write};
 
@@ -24,7 +24,7 @@ fn sample(out: &mut String, name: impl Display, labels: impl Display, value: imp
 }
 
 impl Family {
-    /// Text format 0.0.4. A number that can't be had is left out, family and all.
+    /// Prometheus text format 0.0.4. A family whose number is unavailable is left out.
     fn write_text(&self, view: &View<'_>, out: &mut String) {
         let Family { name, kind, help, read } = self;
         let head = out.len();
@@ -35,8 +35,8 @@ impl Family {
                 value => sample(out, name, "", value),
             },
             Read::Shards(_, read) => {
-                for (shard, numbers) in view.metrics.shards.iter().enumerate() {
-                    sample(out, name, format_args!(r#"{{shard="{shard}"}}"#), read(numbers));
+                for (shard, shard_metrics) in view.metrics.shards.iter().enumerate() {
+                    sample(out, name, format_args!(r#"{{shard="{shard}"}}"#), read(shard_metrics));
                 }
             }
             Read::Labels(label, read) => {
@@ -55,7 +55,7 @@ impl Family {
         }
     }
 
-    /// The name in JSON: without what says who counts, and that it is a count.
+    /// The name in JSON: without `fanfare_` and `_total`.
     fn key(&self) -> &'static str {
         let name = self.name.strip_prefix("fanfare_").unwrap_or(self.name);
         name.strip_suffix("_total").unwrap_or(name)
@@ -87,7 +87,7 @@ impl Metrics {
         View { metrics: self, process: Process::read() }
     }
 
-    /// All numbers in Prometheus' text format. Reads `/proc`: see `Process::read` for where to call it.
+    /// All metrics in Prometheus' text format. Reads `/proc`: see `Process::read` for where to call it.
     pub fn prometheus(&self) -> String {
         let view = self.view();
         let mut out = String::with_capacity(16 * 1024);
@@ -97,8 +97,8 @@ impl Metrics {
         out
     }
 
-    /// The same as one JSON object: the node's numbers, then each shard's. Reads `/proc` as [`Metrics::prometheus`]
-    /// does.
+    /// All metrics as one JSON object: those of the node, then of each shard. Reads `/proc` as
+    /// [`Metrics::prometheus`] does.
     pub fn stats_json(&self) -> String {
         let view = self.view();
         let trouble = self.readiness.trouble();
@@ -108,7 +108,7 @@ impl Metrics {
             "ready": trouble.is_none(),
             "trouble": trouble,
         });
-        // These two are shown above, in a form that people read.
+        // These two are above, in another form.
         for family in TABLE.iter().filter(|family| !matches!(family.key(), "build_info" | "ready")) {
             stats[family.key()] = family.json(&view);
         }
@@ -134,15 +134,15 @@ mod tests {
 
     fn metrics() -> Metrics {
         let metrics = Metrics::new(2, Arc::default(), Arc::new(Readiness::waiting_for_bus()));
-        metrics.shards[0].accepted.set(3);
-        metrics.shards[1].accepted.set(4);
+        metrics.shards[0].accepted.add(3);
+        metrics.shards[1].accepted.add(4);
         metrics.shards[0].feed_bytes.set(30);
         metrics.shards[1].feed_bytes.set(40);
-        metrics.shards[0].ends[1].add(5);
-        metrics.shards[1].ends[1].add(6);
-        metrics.shards[0].count_refused(431);
-        metrics.shards[1].count_refused(599);
-        metrics.shards[1].pass_times.observe(Duration::from_millis(3));
+        metrics.shards[0].closed_by_reason[1].add(5);
+        metrics.shards[1].closed_by_reason[1].add(6);
+        metrics.shards[0].count_rejection(431);
+        metrics.shards[1].count_rejection(599);
+        metrics.shards[1].fanout_times.observe(Duration::from_millis(3));
         metrics.bus.round_trips.observe(Duration::from_micros(1500));
         metrics
     }
@@ -153,7 +153,7 @@ mod tests {
     }
 
     #[test]
-    fn the_text_is_prometheus_exposition_format() {
+    fn renders_prometheus_exposition_format() {
         let text = metrics().prometheus();
         assert!(text.ends_with('\n'));
         let mut kinds = HashMap::new();
@@ -193,9 +193,9 @@ mod tests {
             "fanfare_http_rejections_total{status=\"other\"} 1",
             "fanfare_http_rejections_total{status=\"503\"} 0",
             "fanfare_publish_errors_total{code=\"forbidden\"} 0",
-            "fanfare_pass_duration_seconds_bucket{le=\"0.0025\"} 0",
-            "fanfare_pass_duration_seconds_bucket{le=\"0.005\"} 1",
-            "fanfare_pass_duration_seconds_bucket{le=\"+Inf\"} 1",
+            "fanfare_fanout_duration_seconds_bucket{le=\"0.0025\"} 0",
+            "fanfare_fanout_duration_seconds_bucket{le=\"0.005\"} 1",
+            "fanfare_fanout_duration_seconds_bucket{le=\"+Inf\"} 1",
             "fanfare_bus_round_trip_seconds_sum 0.0015",
             "fanfare_ready 0",
         ] {
@@ -204,14 +204,14 @@ mod tests {
     }
 
     #[test]
-    fn the_stats_are_json_with_the_same_numbers() {
+    fn stats_have_the_same_numbers() {
         let metrics = metrics();
         let stats: Value = serde_json::from_str(&metrics.stats_json()).unwrap();
         assert_eq!(stats["connections"], 7);
-        assert_eq!((&stats["feed_bytes"], &stats["shards"][0]["feed_bytes"]), (&json!(40), &json!(30)));
+        assert_eq!((&stats["buffer_bytes"], &stats["shards"][0]["buffer_bytes"]), (&json!(40), &json!(30)));
         assert_eq!(stats["shards"][0]["connections"], 3);
-        assert_eq!(stats["ends"]["connection_lost"], 11);
-        assert_eq!(stats["refused"]["431"], 1);
+        assert_eq!(stats["connections_closed"]["connection_lost"], 11);
+        assert_eq!(stats["http_rejections"]["431"], 1);
         assert_eq!(stats["bus_round_trip_seconds"]["sum"], 0.0015);
         assert_eq!(stats["bus_round_trip_seconds"]["buckets"]["0.0025"], 1);
         assert_eq!(

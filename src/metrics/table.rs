@@ -1,6 +1,6 @@
-//! Everything that is counted, once: `/metrics` and `/stats` are both made from this table.
+//! One row per metric, from which both `/metrics` and `/stats` are rendered.
 //!
-//! No user, channel or address is ever a label: strangers choose these, so there is no end to them.
+//! A user, channel or address is never a label: clients choose these, so their number has no limit.
 
 use std::time::UNIX_EPOCH;
 
@@ -13,27 +13,23 @@ use crate::limits::connections::LimitReached;
 use crate::protocol::close::LABELS;
 use crate::protocol::frame::ErrorCode;
 
-/// What Prometheus calls it.
+/// The type in Prometheus.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
-    /// It only rises.
     Counter,
-    /// It rises and falls.
     Gauge,
-    /// Times by bucket.
     Histogram,
 }
 
-/// What one number for the whole node is made of, where there is one for each shard.
+/// How the numbers of all shards become one for the node.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Fold {
-    /// All of them together.
     Sum,
-    /// The largest: shards share what is counted.
+    /// For memory that shards share.
     Max,
 }
 
-/// The numbers at one moment.
+/// What the rows read from.
 pub(super) struct View<'a> {
     pub metrics: &'a Metrics,
     pub process: Process,
@@ -41,19 +37,17 @@ pub(super) struct View<'a> {
 
 /// Where a family's samples come from.
 pub(super) enum Read {
-    /// One number; null where it can't be had.
+    /// One number; null where it is unavailable.
     One(fn(&View<'_>) -> Value),
-    /// One for each shard.
+    /// One number per shard.
     Shards(Fold, fn(&ShardMetrics) -> u64),
-    /// One for each value of a label.
+    /// One number per value of a label.
     Labels(&'static str, fn(&View<'_>) -> Vec<(&'static str, u64)>),
-    /// Buckets.
     Times(fn(&View<'_>) -> Times),
 }
 
-/// What is counted under one name.
 pub(super) struct Family {
-    /// By Prometheus' rules: base units, `_total` for counters.
+    /// In base units, with `_total` for counters (Prometheus naming conventions).
     pub name: &'static str,
     pub kind: Kind,
     pub help: &'static str,
@@ -72,69 +66,69 @@ const fn times(name: &'static str, help: &'static str, read: fn(&View<'_>) -> Ti
     Family { name, kind: Kind::Histogram, help, read: Read::Times(read) }
 }
 
-/// In the order shown.
+/// In the order rendered.
 pub(super) static TABLE: &[Family] = &[
     family(
         "fanfare_build_info",
         Gauge,
-        "Which fanfare this is.",
+        "Version of this node.",
         Labels("version", |_| vec![(env!("CARGO_PKG_VERSION"), 1)]),
     ),
     family(
         "fanfare_ready",
         Gauge,
-        "1 while this node takes clients, as /readyz says.",
+        "1 while this node accepts clients, as /readyz says.",
         One(|view| u8::from(view.metrics.readiness.trouble().is_none()).into()),
     ),
     // Clients.
     family(
         "fanfare_connections",
         Gauge,
-        "Open connections, those still in their handshake among them.",
+        "Open connections, including those in their handshake.",
         Shards(Sum, ShardMetrics::load),
     ),
     family(
         "fanfare_max_connections",
         Gauge,
-        "Most connections that this node takes.",
+        "Limit on connections of this node.",
         One(|view| view.metrics.max_connections.get().into()),
     ),
     family(
         "fanfare_connections_upgraded_total",
         Counter,
-        "Connections upgraded.",
-        Shards(Sum, |shard| shard.joins.get()),
+        "Connections upgraded to WebSocket.",
+        Shards(Sum, |shard| shard.upgraded.get()),
     ),
     family(
         "fanfare_connections_closed_total",
         Counter,
-        "Connections ended, by reason.",
+        "Connections closed, by reason.",
         Labels("reason", |view| {
-            let count = |reason: usize| view.sum(|shard| shard.ends[reason].get());
+            let count = |reason: usize| view.sum(|shard| shard.closed_by_reason[reason].get());
             LABELS.iter().enumerate().map(|(reason, label)| (*label, count(reason))).collect()
         }),
     ),
     family(
         "fanfare_http_rejections_total",
         Counter,
-        "Requests on the public listener that were answered with an error, by status.",
+        "Requests to the public listener answered with an error, by status.",
         Labels("status", |view| {
-            let count = |at: usize| view.sum(|shard| shard.refused[at].get());
+            let count = |at: usize| view.sum(|shard| shard.http_rejections[at].get());
             STATUSES.iter().enumerate().map(|(at, (_, label))| (*label, count(at))).collect()
         }),
     ),
     family(
         "fanfare_accept_failures_total",
         Counter,
-        "Connections not taken, for want of descriptors or memory.",
+        "Failed accepts: out of file descriptors or memory.",
         One(|view| view.metrics.accept_failures.get().into()),
     ),
     family(
         "fanfare_connections_rejected_total",
         Counter,
-        "Connections answered with 503 or 429 before they asked, so many being refused at once, by reason.",
+        "Connections answered with 503 or 429 without reading a request, because too many are being rejected, by reason.",
         Labels("reason", |view| {
-            let count = |full: LimitReached| view.metrics.turned_away[full as usize].get();
+            let count = |full: LimitReached| view.metrics.connections_rejected[full as usize].get();
             [LimitReached::Node, LimitReached::Address]
                 .map(|full| (full.reason().label(), count(full)))
                 .into()
@@ -143,22 +137,22 @@ pub(super) static TABLE: &[Family] = &[
     family(
         "fanfare_messages_received_total",
         Counter,
-        "Messages that clients sent.",
-        Shards(Sum, |shard| shard.messages.get()),
+        "Messages received from clients.",
+        Shards(Sum, |shard| shard.messages_received.get()),
     ),
     family(
         "fanfare_publish_errors_total",
         Counter,
-        "Messages of clients that were not published, by the code of the error frame.",
+        "Messages from clients that were not published, by error code.",
         Labels("code", |view| {
-            let count = |code: ErrorCode| view.sum(|shard| shard.publishes_refused[code as usize].get());
+            let count = |code: ErrorCode| view.sum(|shard| shard.publish_errors[code as usize].get());
             ErrorCode::ALL.into_iter().map(|code| (code.text(), count(code))).collect()
         }),
     ),
     family(
         "fanfare_received_bytes_total",
         Counter,
-        "Bytes read from clients' sockets.",
+        "Bytes read from client sockets.",
         Shards(Sum, |shard| shard.bytes_received.get()),
     ),
     // Delivery.
@@ -166,7 +160,7 @@ pub(super) static TABLE: &[Family] = &[
         "fanfare_events_delivered_total",
         Counter,
         "Events written to sockets.",
-        Shards(Sum, |shard| shard.delivered.get()),
+        Shards(Sum, |shard| shard.events_delivered.get()),
     ),
     family(
         "fanfare_sent_bytes_total",
@@ -176,42 +170,42 @@ pub(super) static TABLE: &[Family] = &[
     ),
     times(
         "fanfare_fanout_duration_seconds",
-        "How long a shard took to write what had come for a channel to everybody in it.",
-        |view| Times::of(view.metrics.shards.iter().map(|shard| &shard.pass_times)),
+        "Time in which a shard wrote the new events of a channel to all its subscribers.",
+        |view| Times::of(view.metrics.shards.iter().map(|shard| &shard.fanout_times)),
     ),
     times(
         "fanfare_delivery_latency_seconds",
-        "From an event's arrival on this node until every ready socket of a shard had it, for the first of each pass.",
+        "From the arrival of an event on this node until a shard has written it to every ready socket, for the first event of each fan-out.",
         |view| Times::of(view.metrics.shards.iter().map(|shard| &shard.latencies)),
     ),
     family(
         "fanfare_slow_connections",
         Gauge,
-        "Connections that are behind: their socket is full, or they read history. Counted in the heartbeats' rounds.",
+        "Connections that are behind: their socket is full, or they read history. Counted once per ping interval.",
         Shards(Sum, |shard| shard.slow.get()),
     ),
     family(
         "fanfare_resets_total",
         Counter,
-        "Times a client was told that events may be missing, by a frame or by close 4008.",
+        "Clients notified that events may be missing, by a reset frame or by close 4008.",
         Shards(Sum, |shard| shard.resets.get()),
     ),
     family(
         "fanfare_pubsub_misses_total",
         Counter,
-        "Times a connected client missed events without id: they left memory before its socket took them.",
-        Shards(Sum, |shard| shard.bare_misses.get()),
+        "Times a connected client missed events without id: they were evicted before its socket accepted them.",
+        Shards(Sum, |shard| shard.pubsub_misses.get()),
     ),
     family(
         "fanfare_buffer_bytes",
         Gauge,
-        "Recent events in memory. Shards share the bytes, so the largest counts, not the sum.",
+        "Recent events in memory (--buffer-memory). Shards share the bytes, so this is the largest shard, not the sum.",
         Shards(Max, |shard| shard.feed_bytes.get()),
     ),
     family(
         "fanfare_history_page_bytes",
         Gauge,
-        "Pages of history in memory, for those who catch up.",
+        "Pages of history in memory, for clients that catch up.",
         Shards(Sum, |shard| shard.page_bytes.get()),
     ),
     family(
@@ -224,7 +218,7 @@ pub(super) static TABLE: &[Family] = &[
     family(
         "fanfare_bus_events_total",
         Counter,
-        "Events that came from the bus.",
+        "Events received from the bus.",
         One(|view| view.metrics.bus.events.get().into()),
     ),
     family(
@@ -236,31 +230,31 @@ pub(super) static TABLE: &[Family] = &[
     family(
         "fanfare_bus_publish_rejected_total",
         Counter,
-        "Events that the bus refused: certainly not published.",
-        One(|view| view.metrics.bus.refused.get().into()),
+        "Events that were certainly not published.",
+        One(|view| view.metrics.bus.publish_rejected.get().into()),
     ),
     family(
         "fanfare_bus_publish_unknown_total",
         Counter,
-        "Events whose publication was never confirmed.",
-        One(|view| view.metrics.bus.unknown.get().into()),
+        "Events that may or may not have been published.",
+        One(|view| view.metrics.bus.publish_unknown.get().into()),
     ),
     family(
         "fanfare_bus_oversized_total",
         Counter,
-        "Messages from bare channels dropped for being longer than --max-message-size.",
+        "Messages on --pubsub-channels dropped because they exceed --max-message-size.",
         One(|view| view.metrics.bus.oversized.get().into()),
     ),
     family(
         "fanfare_bus_gaps_filled_total",
         Counter,
-        "Holes filled from history, clients noticing nothing.",
-        One(|view| view.metrics.bus.holes.get().into()),
+        "Gaps filled from history without a notice to clients.",
+        One(|view| view.metrics.bus.gaps_filled.get().into()),
     ),
     family(
         "fanfare_bus_resets_total",
         Counter,
-        "Times events of a channel may have been lost.",
+        "Times that events of a channel may have been lost.",
         One(|view| view.metrics.bus.resets.get().into()),
     ),
     family(
@@ -277,21 +271,21 @@ pub(super) static TABLE: &[Family] = &[
     ),
     times(
         "fanfare_bus_round_trip_seconds",
-        "A canary's way through Redis and back, one each second.",
+        "From sending a probe to its return over Redis Pub/Sub, once a second.",
         |view| Times::of([&view.metrics.bus.round_trips]),
     ),
     family(
         "fanfare_bus_probe_interval_seconds",
         Gauge,
-        "Time within which every followed channel is compared with Redis; more than 2 with over 1000 channels.",
-        One(|view| view.metrics.bus.canary_seconds.get().into()),
+        "Time in which every followed channel is compared with Redis once; more than 2 s with over 1000 channels.",
+        One(|view| view.metrics.bus.probe_interval_seconds.get().into()),
     ),
     // The node itself.
     family(
         "fanfare_admin_rejections_total",
         Counter,
-        "Requests to the admin listener without the right key, or with a Host that is not this machine's.",
-        One(|view| view.metrics.admin_refused.get().into()),
+        "Requests to the admin listener without the right key, or with a Host that is not this machine.",
+        One(|view| view.metrics.admin_rejections.get().into()),
     ),
     family(
         "process_start_time_seconds",
@@ -330,7 +324,6 @@ impl View<'_> {
 }
 
 impl Fold {
-    /// The node's number.
     pub fn of(self, numbers: impl Iterator<Item = u64>) -> u64 {
         match self {
             Sum => numbers.sum(),

@@ -18,7 +18,7 @@ use crate::config::{PingFormat, Settings};
 use crate::http::{self, HEAD_MAX};
 use crate::limits::connections::{ConnectionLimits, ConnectionSlot, LimitReached};
 use crate::metrics::Metrics;
-use crate::metrics::rejections::Class;
+use crate::metrics::rejections::RejectionClass;
 use crate::node::memory_watch::MemoryWatch;
 use crate::shard::mailbox::{Mailboxes, ShardMessage};
 
@@ -227,10 +227,14 @@ impl Acceptor {
                     match admitted {
                         Ok(connection_slot) => self.hand_over(stream, connection_slot),
                         Err(full) => {
-                            self.metrics.turned_away[full as usize].add(1);
-                            let (answer, why) = (full.answer(), full.reason().label());
-                            let class = Class { what: "connection", why, status: http::status_of(&answer) };
-                            self.metrics.refusals.note(class, &http::body_of(&answer));
+                            self.metrics.connections_rejected[full as usize].add(1);
+                            let (answer, reason) = (full.answer(), full.reason().label());
+                            let class = RejectionClass {
+                                what: "connection",
+                                reason,
+                                status: http::status_of(&answer),
+                            };
+                            self.metrics.rejections.record(class, &http::body_of(&answer));
                             turn_away(stream, &answer);
                         }
                     }

@@ -1,62 +1,60 @@
-//! Why a connection ended: one name that gives the close code, the log field and the metric label.
+//! Why a connection was closed: one name for close code, log field and metric label.
 
-/// Why a connection ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum CloseReason {
     /// The client closed, with or without a code.
     ClosedByPeer,
-    /// The client went away without a word.
+    /// The TCP connection broke without a close frame.
     ConnectionLost,
-    /// It broke the WebSocket protocol (RFC 6455).
+    /// The client violated RFC 6455.
     Protocol,
-    /// It sent a binary message; events are JSON text.
+    /// A binary message: events are JSON text.
     Binary,
-    /// It sent text that is not UTF-8.
+    /// A text message that is not UTF-8.
     InvalidText,
-    /// It sent a message longer than `--max-message-size`.
+    /// A message longer than `--max-message-size`.
     MessageTooBig,
-    /// It began a message and did not end it.
+    /// A message that was not complete in time.
     MessageTimeout,
-    /// It was silent for heartbeat and timeout together.
+    /// No frame within `--ping-interval` and `--ping-timeout`.
     PingTimeout,
-    /// Events were missed and it has no way to be told but this one.
+    /// Events were missed, and the client did not ask for recovery frames.
     MissedEvents,
-    /// Its message could not be published and it has no way to be told but this one.
+    /// A message was not published, and the client did not ask for recovery frames.
     PublishFailed,
     /// The node is stopping.
     Draining,
-    /// Its request got an HTTP answer instead of an upgrade.
+    /// The request got an HTTP response instead of an upgrade.
     HttpResponse,
-    /// Its request was not complete in time.
+    /// The request was not complete in time.
     RequestTimeout,
-    /// It is a page of a site that may not connect.
+    /// The `Origin` is not in `--allow-origin`.
     OriginNotAllowed,
-    /// It may not join that channel; or it sent what it may not publish, and has no way to be told but this one.
+    /// The client may not join the channel, or may not publish and did not ask for recovery frames.
     Forbidden,
-    /// Its token is missing, bad or over.
+    /// The token is missing, invalid or expired.
     Unauthorized,
-    /// Its token has ended while it was connected.
+    /// The token expired while the client was connected.
     TokenExpired,
-    /// It sent faster than `--max-message-rate` or `--max-byte-rate` and gets no error frames, or went on after them; or it
-    /// named too many new channels.
+    /// Over `--max-message-rate` or `--max-byte-rate` without error frames, or again after them; or too many new
+    /// channels.
     RateLimited,
-    /// The node has all the connections it may have.
+    /// `--max-connections` is reached.
     NodeLimit,
-    /// Its address has all the connections it may have.
+    /// `--max-connections-per-ip` is reached.
     IpLimit,
-    /// Its user has all the connections they may have.
+    /// `--max-connections-per-user` is reached.
     UserLimit,
-    /// It speaks as a proxy and is none that is trusted.
+    /// A PROXY header or `X-Forwarded-For` from an address that is not in `--trusted-proxy`.
     ProxyNotTrusted,
-    /// Its socket is full, and the node keeps too much for such clients. No close frame would get through.
+    /// The socket is full, and the node keeps too many bytes for such clients. No close frame would get through.
     SlowReader,
 }
 
-/// How many reasons there are.
 pub const REASONS: usize = 23;
 
-/// Every reason's label, by number.
+/// Indexed by [`CloseReason`].
 pub const LABELS: [&str; REASONS] = [
     "closed_by_peer",
     "connection_lost",
@@ -86,13 +84,12 @@ pub const LABELS: [&str; REASONS] = [
 const _: () = assert!(CloseReason::SlowReader as usize + 1 == REASONS);
 
 impl CloseReason {
-    /// The label in logs and metrics.
     pub fn label(self) -> &'static str {
         LABELS[self as usize]
     }
 
-    /// The close code (RFC 6455 section 7.4; 4000 and above are ours) and the reason sent with it; `None` where
-    /// no close frame of ours is sent.
+    /// Close code (RFC 6455 section 7.4; 4000 and above are fanfare's) and reason text; `None` if no close frame is
+    /// sent.
     pub fn close(self) -> Option<(u16, &'static str)> {
         match self {
             CloseReason::ClosedByPeer

@@ -1,14 +1,14 @@
-//! What travels: event ids, names, and entries — events framed once for every socket of the node.
+//! Event ids, channel names, and entries: events framed once for all sockets of the node.
 
 use std::fmt;
 use std::sync::Arc;
 
 use bytes::{BufMut, Bytes, BytesMut};
 
-/// Longest user id and channel name, in bytes. They are part of every key, log line and event.
+/// Longest user id and channel name, in bytes.
 pub const NAME_MAX: usize = 128;
 
-/// The channel of a socket that names none.
+/// The channel of a connection that names none.
 pub const DEFAULT_CHANNEL: &str = "ws_broadcast";
 
 /// Memory of an entry in a feed or a history beside its bytes: the entry itself (72), its place in an index and in the
@@ -19,25 +19,23 @@ const ENTRY_OVERHEAD: usize = 128;
 /// whose leaves may be half empty.
 const PRIVATE_OVERHEAD: usize = 64;
 
-/// A place in a channel's one sequence. Below 2^53, so that JavaScript holds it exactly.
+/// A position in a channel's sequence. Below 2^53, so that JavaScript holds it exactly.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct EventId(pub u64);
 
 impl EventId {
-    /// No id reaches this: JavaScript's `Number.MAX_SAFE_INTEGER` + 1.
+    /// Ids stay below this: JavaScript's `Number.MAX_SAFE_INTEGER` + 1.
     pub const LIMIT: u64 = 1 << 53;
 
-    /// The id that follows.
     pub fn next(self) -> EventId {
         EventId(self.0 + 1)
     }
 
-    /// The id before this one.
     pub fn previous(self) -> EventId {
         EventId(self.0.saturating_sub(1))
     }
 
-    /// Reads what a client gave as `lastEventId`: decimal digits below [`EventId::LIMIT`], else `None`.
+    /// Parses a client's `lastEventId`: decimal digits, below [`EventId::LIMIT`].
     pub fn parse(text: &[u8]) -> Option<EventId> {
         if text.is_empty() || text.len() > 16 || !text.iter().all(u8::is_ascii_digit) {
             return None;
@@ -58,14 +56,12 @@ impl fmt::Display for EventId {
 pub struct ChannelName(Arc<str>);
 
 impl ChannelName {
-    /// Checks the name; `None` for one that is empty, too long or has other characters.
     pub fn parse(name: &str) -> Option<ChannelName> {
         let allowed = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'.' | b':' | b'-');
         let valid = (1..=NAME_MAX).contains(&name.len()) && name.bytes().all(allowed);
         valid.then(|| ChannelName(name.into()))
     }
 
-    /// The name as text.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -88,40 +84,39 @@ pub fn is_user_id(name: &str) -> bool {
     (1..=NAME_MAX).contains(&name.len()) && !name.chars().any(char::is_control)
 }
 
-/// Whom an entry is for.
+/// What an entry holds, and for whom.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// One or more consecutive events for everybody in the channel.
+    /// Consecutive events for all subscribers of the channel.
     Events,
-    /// One or more consecutive events for one user's connections alone.
+    /// Consecutive events for the connections of one user.
     Private(Arc<str>),
-    /// An event without id, from the bare channel: live only, never replayed.
-    Raw,
-    /// Not an event: positions before this mark are not continuous with what follows.
+    /// An event without id, from a plain `PUBLISH`: delivered live, never replayed.
+    Plain,
+    /// No event: positions before this mark are not continuous with what follows.
     Reset,
 }
 
 /// Some consecutive events of one channel, serialized and framed: the same bytes go to every socket.
 #[derive(Clone, Debug)]
 pub struct Entry {
-    /// Whom it is for.
     pub kind: Kind,
-    /// The position of a client that has all of this entry.
+    /// Position of a client that has the whole entry.
     pub last: EventId,
     /// Whole WebSocket text frames (RFC 6455 section 5.2), unmasked.
     pub bytes: Bytes,
-    /// Where each frame ends in `bytes`; `None` for a single frame.
+    /// End of each frame in `bytes`; `None` for a single frame.
     ends: Option<Arc<[u32]>>,
 }
 
 impl Entry {
-    /// Consecutive events for everybody, the first with the id `first`; each is a JSON text that already
-    /// carries its id. There is at least one.
+    /// Consecutive events for all subscribers, the first with the id `first`. Each text is JSON that already has its id.
+    /// There is at least one.
     pub fn events<'a>(first: EventId, texts: impl Iterator<Item = &'a [u8]> + Clone) -> Entry {
         Entry::addressed(first, None, texts)
     }
 
-    /// Consecutive events for one user, or for everybody; as [`Entry::events`].
+    /// As [`Entry::events`], for one user if `to` is given.
     pub fn addressed<'a>(
         first: EventId,
         to: Option<Arc<str>>,
@@ -140,18 +135,18 @@ impl Entry {
         Entry { kind, last, bytes: bytes.freeze(), ends }
     }
 
-    /// An event without id that came when the channel stood at `position`.
-    pub fn raw(position: EventId, text: &[u8]) -> Entry {
-        Entry { kind: Kind::Raw, last: position, bytes: text_frame(text), ends: None }
+    /// An event without id that arrived when the channel's head was `position`.
+    pub fn plain(position: EventId, text: &[u8]) -> Entry {
+        Entry { kind: Kind::Plain, last: position, bytes: text_frame(text), ends: None }
     }
 
-    /// The mark that tells clients to refetch and go on from `position`.
+    /// A `reset` frame: clients load their state again and continue from `position`.
     pub fn reset(position: EventId) -> Entry {
         let text = format!(r#"{{"type":"reset","lastEventId":{position}}}"#);
         Entry { kind: Kind::Reset, last: position, bytes: text_frame(text.as_bytes()), ends: None }
     }
 
-    /// How many frames it holds.
+    /// Number of frames.
     pub fn frames(&self) -> usize {
         self.ends.as_ref().map_or(1, |ends| ends.len())
     }
@@ -165,15 +160,15 @@ impl Entry {
         self.bytes.len() + size_of::<u32>() * self.frames() + ENTRY_OVERHEAD + private
     }
 
-    /// How many ids it takes in the sequence.
+    /// Number of ids in the sequence.
     pub fn ids(&self) -> u64 {
         match self.kind {
             Kind::Events | Kind::Private(_) => self.frames() as u64,
-            Kind::Raw | Kind::Reset => 0,
+            Kind::Plain | Kind::Reset => 0,
         }
     }
 
-    /// The position of a client that has everything before this entry.
+    /// Position of a client that has everything before this entry.
     pub fn before(&self) -> EventId {
         match self.kind {
             Kind::Reset => self.last.previous(),
@@ -181,13 +176,13 @@ impl Entry {
         }
     }
 
-    /// Where the frame begins that holds byte `offset`.
-    pub fn frame_begin(&self, offset: u32) -> u32 {
+    /// Start of the frame that holds byte `offset`.
+    pub fn frame_start(&self, offset: u32) -> u32 {
         let ends = self.ends.as_deref().unwrap_or_default();
         ends[..ends.partition_point(|end| *end <= offset)].last().copied().unwrap_or(0)
     }
 
-    /// Where the frame ends that holds byte `offset`.
+    /// End of the frame that holds byte `offset`.
     pub fn frame_end(&self, offset: u32) -> u32 {
         match &self.ends {
             None => self.bytes.len() as u32,
@@ -195,7 +190,7 @@ impl Entry {
         }
     }
 
-    /// How many whole frames end at or before byte `offset`.
+    /// Number of frames that end at or before byte `offset`.
     pub fn frames_until(&self, offset: u32) -> usize {
         match &self.ends {
             None => usize::from(offset as usize >= self.bytes.len()),
@@ -203,13 +198,13 @@ impl Entry {
         }
     }
 
-    /// Whether byte `offset` is where a frame begins or the last one ends.
+    /// Whether a frame starts at byte `offset`, or the last one ends there.
     pub fn is_boundary(&self, offset: u32) -> bool {
         let inside = || self.ends.as_ref().is_some_and(|ends| ends.binary_search(&offset).is_ok());
         offset == 0 || offset as usize == self.bytes.len() || inside()
     }
 
-    /// The byte at which the event after `position` begins, for a position inside this entry.
+    /// Start of the event after `position`, for a position inside this entry.
     pub fn offset_after(&self, position: EventId) -> u32 {
         let known = position.0.saturating_sub(self.before().0) as usize;
         match &self.ends {
@@ -218,7 +213,7 @@ impl Entry {
         }
     }
 
-    /// What of this entry a client at `position` has; `None` when nothing.
+    /// The part of this entry that a client at `position` has.
     pub fn until(self, position: EventId) -> Option<Entry> {
         if self.last <= position {
             return Some(self);
@@ -230,7 +225,7 @@ impl Entry {
         Some(Entry { kind: self.kind, last: position, bytes, ends: (known > 1).then_some(kept) })
     }
 
-    /// What of this entry comes after `position`; `None` when nothing does.
+    /// The part of this entry after `position`.
     pub fn after(&self, position: EventId) -> Option<Entry> {
         if self.last <= position {
             return None;
@@ -251,7 +246,7 @@ impl Entry {
     }
 }
 
-/// The longest head of a server's frame: opcode, 127, eight bytes of length (RFC 6455 section 5.2).
+/// Longest header of an unmasked frame: opcode, 127, eight bytes of length (RFC 6455 section 5.2).
 pub const FRAME_HEAD_MAX: usize = 10;
 
 const TEXT: u8 = 0x81;
@@ -273,7 +268,6 @@ pub fn put_text_frame(out: &mut BytesMut, text: &[u8]) {
     out.put_slice(text);
 }
 
-/// `text` as one frame of its own.
 pub fn text_frame(text: &[u8]) -> Bytes {
     let mut bytes = BytesMut::with_capacity(text.len() + FRAME_HEAD_MAX);
     put_text_frame(&mut bytes, text);
@@ -285,18 +279,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_frame_begins_where_the_one_before_it_ends() {
+    fn frames_are_adjacent() {
         let texts: [&[u8]; 3] = [b"{\"id\":7}", b"{\"n\":1,\"id\":8}", b"{\"id\":9}"];
         let several = Entry::events(EventId(7), texts.into_iter());
         let one = Entry::events(EventId(7), texts.into_iter().take(1));
         for entry in [&several, &one] {
             for offset in 0..entry.bytes.len() as u32 {
-                let (begin, end) = (entry.frame_begin(offset), entry.frame_end(offset));
+                let (start, end) = (entry.frame_start(offset), entry.frame_end(offset));
                 assert!(
-                    begin <= offset && offset < end && entry.is_boundary(begin),
-                    "{offset}: {begin}..{end}"
+                    start <= offset && offset < end && entry.is_boundary(start),
+                    "{offset}: {start}..{end}"
                 );
-                assert_eq!(entry.frames_until(end), entry.frames_until(begin) + 1);
+                assert_eq!(entry.frames_until(end), entry.frames_until(start) + 1);
             }
         }
     }

@@ -41,12 +41,12 @@ pub fn close(code: u16, reason: &str) -> Bytes {
     frame.freeze()
 }
 
-/// What a plain client's text becomes, without id.
+/// The event of a plain client's text, without id.
 pub fn chat_event(sender: &str, text: &str) -> Bytes {
     Event::by(sender, None).with_text(text)
 }
 
-/// An event as clients see it: `event` is a JSON object, and `id` becomes its last member.
+/// An event as clients get it: `event` is a JSON object, and `id` becomes its last member.
 pub fn with_id(event: &[u8], id: EventId) -> Vec<u8> {
     let open = event.strip_suffix(b"}").expect("an event is a JSON object");
     let mut text = Vec::with_capacity(event.len() + 24);
@@ -57,7 +57,7 @@ pub fn with_id(event: &[u8], id: EventId) -> Vec<u8> {
     text
 }
 
-/// An event that grows member by member.
+/// Builds an event member by member.
 struct Event(Vec<u8>);
 
 impl Event {
@@ -92,38 +92,35 @@ impl Event {
     }
 }
 
-/// Appends a JSON text with its line breaks made spaces. They can only stand between tokens (RFC 8259 section 7
-/// bars them from strings), so the value stays the same.
+/// Appends a JSON text with spaces for line breaks. Strings can't hold line breaks (RFC 8259 section 7), so the value
+/// stays the same.
 pub fn put_on_one_line(out: &mut Vec<u8>, json: &str) {
     out.extend(json.bytes().map(|byte| if matches!(byte, b'\n' | b'\r') { b' ' } else { byte }));
 }
 
-/// A frame of a JSON mode client, understood.
+/// A valid frame from a JSON mode client.
 #[derive(Debug, PartialEq, Eq)]
 pub enum ClientFrame {
-    /// Something to publish.
     Publish(ClientPublish),
-    /// It wants a sign of life, and its position.
+    /// Answered with a ping that carries the client's position.
     Ping,
 }
 
-/// What a JSON mode client publishes.
 #[derive(Debug, PartialEq, Eq)]
 pub struct ClientPublish {
     /// The event, without id.
     pub event: Bytes,
     /// The only user it is for.
     pub to: Option<String>,
-    /// What the client wants the answer to carry, as JSON text.
+    /// The client's `ref`, which the answer repeats, as JSON text.
     pub reference: Option<Box<str>>,
 }
 
-/// A frame of a JSON mode client that can't be taken.
+/// An invalid frame from a JSON mode client.
 #[derive(Debug, PartialEq, Eq)]
 pub struct BadFrame {
-    /// What is wrong.
     pub message: Cow<'static, str>,
-    /// The client's reference, where it could be read.
+    /// The client's `ref`, if it could be parsed.
     pub reference: Option<Box<str>>,
 }
 
@@ -142,22 +139,22 @@ struct Members<'a> {
     reference: Option<&'a RawValue>,
 }
 
-/// Only the reference, whatever else there is.
+/// The `ref` of an invalid frame.
 #[derive(Deserialize)]
 struct Reference<'a> {
     #[serde(borrow, default, rename = "ref", deserialize_with = "given")]
     reference: Option<&'a RawValue>,
 }
 
-/// `null` is a value too, where `Option` alone would read it as absent: a private message whose addressee got lost
-/// must not go to everybody.
+/// Treats `null` as a value, which `Option` alone would treat as absent: a message with `"to":null` must not go to all
+/// subscribers.
 pub fn given<'de, D: serde::Deserializer<'de>, T: Deserialize<'de>>(
     deserializer: D,
 ) -> Result<Option<T>, D::Error> {
     T::deserialize(deserializer).map(Some)
 }
 
-/// Reads what a JSON mode client sent: `{"text":…}` or `{"data":…}`, with `to` and `ref` where it likes, or
+/// Parses a frame from a JSON mode client: `{"text":…}` or `{"data":…}`, optionally with `to` and `ref`, or
 /// `{"type":"ping"}`.
 pub fn parse_client_frame(sender: &str, text: &str) -> Result<ClientFrame, BadFrame> {
     let bad = |message: &'static str, reference| Err(BadFrame { message: message.into(), reference });
@@ -206,7 +203,7 @@ pub fn parse_client_frame(sender: &str, text: &str) -> Result<ClientFrame, BadFr
     Ok(ClientFrame::Publish(ClientPublish { event, to, reference }))
 }
 
-/// The reference of a JSON mode client's frame, good or bad, that is not taken.
+/// The `ref` of a frame that is rejected, valid or not.
 pub fn reference_in(text: &str) -> Option<Box<str>> {
     let found: Reference<'_> = serde_json::from_str(text).ok()?;
     valid_reference(found.reference?.get())
@@ -219,18 +216,18 @@ fn valid_reference(text: &str) -> Option<Box<str>> {
     valid.then(|| text.into())
 }
 
-/// The first frame of a client that asked for recovery frames.
+/// The first frame for a client that asked for recovery frames.
 pub fn welcome(last: EventId, head: EventId, recovered: bool) -> Bytes {
     let json = format!(r#"{{"type":"welcome","lastEventId":{last},"head":{head},"recovered":{recovered}}}"#);
     text_frame(json.as_bytes())
 }
 
-/// The answer to a frame with `ref` that became an event.
+/// The answer to a published frame with `ref`.
 pub fn ack(reference: &str, id: EventId) -> Bytes {
     text_frame(format!(r#"{{"type":"ack","ref":{reference},"id":{id}}}"#).as_bytes())
 }
 
-/// A heartbeat that scripts can see; with the client's position for those who asked for recovery frames.
+/// A ping that scripts can see, with the client's position if it asked for recovery frames.
 pub fn json_ping(position: Option<EventId>) -> Bytes {
     match position {
         Some(position) => text_frame(format!(r#"{{"type":"ping","lastEventId":{position}}}"#).as_bytes()),
@@ -241,23 +238,22 @@ pub fn json_ping(position: Option<EventId>) -> Bytes {
 /// The text of an error frame with the code [`ErrorCode::Unavailable`].
 pub const NOT_PUBLISHED: &str = "not published: try again later";
 
-/// Why a client's message was not published; in its error frame, and a metric's label.
+/// Why a client's message was not published: the code in the error frame, and a metric label.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ErrorCode {
-    /// It can't be read.
+    /// Not a valid frame.
     Invalid,
-    /// This client may not publish it.
+    /// This client may not publish that.
     Forbidden,
-    /// It came faster than it may.
+    /// Over `--max-message-rate` or `--max-byte-rate`.
     RateLimited,
-    /// Certainly not published: the bus is away, or refuses.
+    /// Certainly not published: the bus is unavailable, or rejects the event.
     Unavailable,
     /// It may or may not have been published.
     Unknown,
 }
 
 impl ErrorCode {
-    /// All of them, in order.
     pub const ALL: [ErrorCode; 5] = [
         ErrorCode::Invalid,
         ErrorCode::Forbidden,
@@ -266,7 +262,6 @@ impl ErrorCode {
         ErrorCode::Unknown,
     ];
 
-    /// As clients see it.
     pub fn text(self) -> &'static str {
         match self {
             ErrorCode::Invalid => "invalid",
@@ -278,7 +273,7 @@ impl ErrorCode {
     }
 }
 
-/// Tells a client that its message was not taken.
+/// The answer to a message that was not published.
 pub fn error(code: ErrorCode, message: &str, reference: Option<&str>) -> Bytes {
     let code = code.text();
     let message = serde_json::Value::from(message);
@@ -318,14 +313,14 @@ mod tests {
     }
 
     #[test]
-    fn bad_client_frames_are_refused_with_their_reference() {
-        let refused = |text| parse_client_frame("alice", text).unwrap_err();
-        assert_eq!(refused(r#"{"ref":7}"#).reference.as_deref(), Some("7"));
-        assert_eq!(refused(r#"{"ref":7,"txt":"hi"}"#).reference.as_deref(), Some("7"));
-        assert_eq!(refused(r#"{"ref":7,"text":3}"#).reference.as_deref(), Some("7"));
-        assert_eq!(refused(r#"{"ref":7,"text":"a","data":1}"#).reference.as_deref(), Some("7"));
-        assert_eq!(refused(r#"{"ref":7,"text":"a","type":"ping"}"#).reference.as_deref(), Some("7"));
-        assert_eq!(refused(r#"{"ref":7,"type":"reset"}"#).reference.as_deref(), Some("7"));
+    fn rejects_invalid_frames_with_their_ref() {
+        let rejected = |text| parse_client_frame("alice", text).unwrap_err();
+        assert_eq!(rejected(r#"{"ref":7}"#).reference.as_deref(), Some("7"));
+        assert_eq!(rejected(r#"{"ref":7,"txt":"hi"}"#).reference.as_deref(), Some("7"));
+        assert_eq!(rejected(r#"{"ref":7,"text":3}"#).reference.as_deref(), Some("7"));
+        assert_eq!(rejected(r#"{"ref":7,"text":"a","data":1}"#).reference.as_deref(), Some("7"));
+        assert_eq!(rejected(r#"{"ref":7,"text":"a","type":"ping"}"#).reference.as_deref(), Some("7"));
+        assert_eq!(rejected(r#"{"ref":7,"type":"reset"}"#).reference.as_deref(), Some("7"));
         for text in [
             "",
             "hi",
@@ -335,16 +330,16 @@ mod tests {
             r#"{"text":"a","to":""}"#,
             r#"{"text":"a","to":null}"#,
         ] {
-            assert_eq!(refused(text).reference, None, "{text}");
+            assert_eq!(rejected(text).reference, None, "{text}");
         }
         let long = format!(r#"{{"text":"a","ref":"{}"}}"#, "x".repeat(REFERENCE_MAX));
         assert!(parse_client_frame("alice", &long).is_err());
     }
 
     #[test]
-    fn data_and_references_keep_the_rule_of_events() {
+    fn data_and_refs_follow_the_json_rule() {
         for case in json::cases::cases() {
-            let Ok(value) = std::str::from_utf8(&case.value) else { continue }; // input closes with 1007
+            let Ok(value) = std::str::from_utf8(&case.value) else { continue }; // the decoder closes with 1007
             let result = parse_client_frame("alice", &format!("{{\"ref\":7,\"data\":{value}}}"));
             match case.error() {
                 None => {
@@ -357,14 +352,14 @@ mod tests {
                 }
             }
         }
-        let refused = |text| parse_client_frame("alice", text).unwrap_err();
+        let rejected = |text| parse_client_frame("alice", text).unwrap_err();
         for text in [r#"{"text":"a","ref":1e999}"#, r#"{"text":"a","ref":"\ud800"}"#] {
-            assert!(refused(text).message.contains("ref"), "{text}");
+            assert!(rejected(text).message.contains("ref"), "{text}");
         }
-        let lone = refused(r#"{"ref":7,"text":"\ud800"}"#);
+        let lone = rejected(r#"{"ref":7,"text":"\ud800"}"#);
         assert_eq!(lone.message, "invalid frame: a \\u escape is half of a surrogate pair, at byte 17");
         assert_eq!(lone.reference.as_deref(), Some("7"));
-        let twice = refused(r#"{"ref":7,"data":1,"data":2}"#);
+        let twice = rejected(r#"{"ref":7,"data":1,"data":2}"#);
         assert_eq!(twice.message, "invalid frame: an object has two members of the same name, at byte 27");
         assert_eq!(twice.reference.as_deref(), Some("7"));
     }

@@ -1,4 +1,4 @@
-//! What other programs send, made into events: the body of `POST /publish`, and a plain Redis `PUBLISH`.
+//! JSON from backends becomes events: the body of `POST /publish`, and a plain Redis `PUBLISH`.
 
 use std::borrow::Cow;
 
@@ -8,28 +8,24 @@ use crate::protocol::event::EventId;
 use crate::protocol::frame::put_on_one_line;
 use crate::protocol::json::{self, BadJson, DEPTH_MAX, Members};
 
-/// The `type`s of frames that only the server sends: no event may look like one.
+/// Values of `type` that only the server sends, so no event may have them.
 pub const CONTROL_TYPES: [&str; 5] = ["welcome", "reset", "ping", "error", "ack"];
 
-/// Why a body is no event.
+/// Why a body is not an event.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BadEvent {
-    /// Some clients could not parse it.
     #[error("invalid event: {0}")]
     Invalid(#[from] BadJson),
-    /// The server alone sets `id`, and the query sets `to`.
     #[error(r#"the key "{0}" is reserved: the bus sets "id", and the query parameter "to" sets "to""#)]
     ReservedKey(&'static str),
-    /// It would look like a frame of the server's own.
-    #[error(r#"the type "{0}" is reserved: clients take it for a message of the server's own"#)]
+    #[error(r#"the type "{0}" is reserved for frames of the server"#)]
     ReservedType(&'static str),
-    /// It ends like an event with an id, and has none.
-    #[error(r#"there is no "id""#)]
+    #[error(r#"the event has no "id""#)]
     NoId,
 }
 
-/// The event for a JSON body: one line from `{` to `}`, without `id`. An object is taken as it is, byte for byte
-/// but for line breaks; any other value becomes `{"data":…}`. Where it is for one user, `to` comes first.
+/// The event for a JSON body: one line from `{` to `}`, without `id`. An object keeps its bytes except for line breaks;
+/// any other value becomes `{"data":…}`. `to` is the first member.
 pub fn published(body: &[u8], to: Option<&str>) -> Result<Bytes, BadEvent> {
     let (json, found) = json_in(body)?;
     let members = match json.strip_prefix('{').and_then(|rest| rest.strip_suffix('}')) {
@@ -61,14 +57,14 @@ pub fn published(body: &[u8], to: Option<&str>) -> Result<Bytes, BadEvent> {
     Ok(event.into())
 }
 
-/// The JSON value in `text`, if it may be an event, or the `data` of one, and its members with a meaning.
+/// The JSON value in `text`, if it is valid as an event or as `data`, and its reserved members.
 fn json_in(text: &[u8]) -> Result<(&str, Members<'_>), BadJson> {
     let is_object = text.trim_ascii_start().starts_with(b"{");
     let members = json::members(text, if is_object { DEPTH_MAX } else { DEPTH_MAX - 1 })?;
     Ok((std::str::from_utf8(text).expect("checked").trim_ascii(), members))
 }
 
-/// The control frame that an event with this `type` looks like.
+/// The reserved `type` that these members have.
 fn control_type(members: Members<'_>) -> Option<&'static str> {
     let text: Cow<'_, str> = match members.kind? {
         escaped if escaped.contains('\\') => Cow::Owned(serde_json::from_str(escaped).ok()?),
@@ -77,8 +73,8 @@ fn control_type(members: Members<'_>) -> Option<&'static str> {
     CONTROL_TYPES.into_iter().find(|control| *control == text)
 }
 
-/// Whether clients can read `event`, whose last member is its id. Every way to publish checks events, but any program with
-/// write access to Redis may write to a stream.
+/// Checks an event from a stream, whose last member is its id. Publishing checks events too, but any program with write
+/// access to Redis can write to a stream.
 pub fn readable(event: &[u8]) -> Result<(), BadEvent> {
     let members = json::members(event, DEPTH_MAX)?;
     match control_type(members) {
@@ -88,19 +84,18 @@ pub fn readable(event: &[u8]) -> Result<(), BadEvent> {
     }
 }
 
-/// A plain `PUBLISH` on a bare channel, as clients see it.
+/// The event of a plain Redis `PUBLISH`.
 #[derive(Debug)]
-pub struct Bare {
-    /// The event.
+pub struct PlainEvent {
     pub event: String,
-    /// Why an object or array is shown as text.
+    /// Why an object or array became text.
     pub fault: Option<BadJson>,
 }
 
-/// Makes an event of a plain `PUBLISH`: an object without `id` and control `type` stays as it is, other JSON becomes
-/// `{"data":…}`, and text that is no JSON for events becomes a string there. `None` for a node's own copies, which begin
-/// with a TAB.
-pub fn bare(message: &[u8]) -> Option<Bare> {
+/// Turns a plain `PUBLISH` into an event: an object without `id` and reserved `type` keeps its text, other JSON becomes
+/// `{"data":…}`, and text that is not valid JSON for events becomes a string there. `None` for the copies that nodes
+/// publish, which start with a TAB.
+pub fn plain(message: &[u8]) -> Option<PlainEvent> {
     if message.first() == Some(&b'\t') {
         return None;
     }
@@ -109,16 +104,16 @@ pub fn bare(message: &[u8]) -> Option<Bare> {
         && !members.id
         && control_type(members).is_none()
     {
-        return Some(Bare { event: on_one_line(object), fault: None });
+        return Some(PlainEvent { event: on_one_line(object), fault: None });
     }
     Some(match json::check(message, DEPTH_MAX - 1) {
         Ok(()) => {
             let data = on_one_line(String::from_utf8_lossy(message).trim_ascii());
-            Bare { event: format!(r#"{{"data":{data}}}"#), fault: None }
+            PlainEvent { event: format!(r#"{{"data":{data}}}"#), fault: None }
         }
         Err(bad) => {
             let looks_like_json = matches!(message.trim_ascii_start().first(), Some(b'{' | b'['));
-            Bare { event: text_event(message, None), fault: looks_like_json.then_some(bad) }
+            PlainEvent { event: text_event(message, None), fault: looks_like_json.then_some(bad) }
         }
     })
 }
@@ -127,7 +122,7 @@ fn on_one_line(json: &str) -> String {
     json.replace(['\r', '\n'], " ")
 }
 
-/// An event with a text that is no JSON for events: `{"data":"the text"}`, with the id if there is one.
+/// An event with text that is not valid JSON for events: `{"data":"the text"}`, with `id` if given.
 pub fn text_event(text: &[u8], id: Option<EventId>) -> String {
     let text = serde_json::Value::from(String::from_utf8_lossy(text));
     match id {
@@ -276,7 +271,7 @@ mod tests {
 
     #[test]
     fn a_plain_publish_is_shown_or_wrapped() {
-        let shown = |message: &[u8]| bare(message).unwrap().event;
+        let shown = |message: &[u8]| plain(message).unwrap().event;
         assert_eq!(shown(b" {\"a\":\n1} "), r#"{"a": 1}"#);
         assert_eq!(shown(br#"{"id":null}"#), r#"{"data":{"id":null}}"#);
         assert_eq!(shown(br#"{"type":"ping"}"#), r#"{"data":{"type":"ping"}}"#);
@@ -285,12 +280,12 @@ mod tests {
         assert_eq!(shown(b"[1,2]"), r#"{"data":[1,2]}"#);
         assert_eq!(shown(b"hello \"you\"\n"), r#"{"data":"hello \"you\"\n"}"#);
         assert_eq!(shown(b"\xff"), "{\"data\":\"\u{fffd}\"}");
-        assert!(bare(b"\t{}").is_none());
+        assert!(plain(b"\t{}").is_none());
         let deepest = format!("{{\"id\":{}{}}}", "[".repeat(DEPTH_MAX - 1), "]".repeat(DEPTH_MAX - 1));
         assert!(shown(deepest.as_bytes()).starts_with(r#"{"data":"{\"id\""#));
         for case in json::cases::cases() {
             let event = case.event();
-            let bare = bare(&event).unwrap();
+            let bare = plain(&event).unwrap();
             assert_eq!(json::check(bare.event.as_bytes(), DEPTH_MAX), Ok(()), "{}", case.name());
             match case.error() {
                 None => assert!(bare.fault.is_none(), "{}", case.name()),

@@ -1,7 +1,7 @@
 //! The JSON that events may hold: I-JSON (RFC 7493), so that every client can read every event.
 //!
-//! RFC 8259 does not say what a parser does with repeated names, half a surrogate pair, a number too large for a double
-//! or deep nesting. Parsers differ, and some fail. [`check`] rejects all of these. The Lua function `fanfare_publish`
+//! RFC 8259 leaves open how parsers treat repeated names, half a surrogate pair, numbers too large for a double, and deep
+//! nesting. Parsers differ, and some fail. [`check`] rejects all of these. The Lua function `fanfare_publish`
 //! has the same rule; `tests/json_cases.txt` lists cases for both.
 
 use std::ops::Range;
@@ -14,48 +14,37 @@ pub const DEPTH_MAX: usize = 64;
 /// digits, Java's Jackson numbers of more than 1,000.
 pub const NUMBER_MAX: usize = 128;
 
-/// Why a text is no JSON for events.
+/// Why a text is not valid JSON for events.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{fault}, at byte {at}")]
 pub struct BadJson {
-    /// What is wrong.
     pub fault: Fault,
     /// Offset in the text, in bytes.
     pub at: usize,
 }
 
-/// What is wrong with a text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Fault {
-    /// It is not JSON.
     #[error("not JSON (RFC 8259)")]
     Syntax,
-    /// It is not UTF-8.
     #[error("not UTF-8")]
     NotUtf8,
-    /// An object has two members of one name.
     #[error("an object has two members of the same name")]
     RepeatedName,
-    /// An escape stands for half a surrogate pair.
     #[error("a \\u escape is half of a surrogate pair")]
     LoneSurrogate,
-    /// A number that a double can't hold.
     #[error("a number is too large for a double")]
     NumberTooLarge,
-    /// A number of more than [`NUMBER_MAX`] characters.
     #[error("a number has more than {NUMBER_MAX} characters")]
     NumberTooLong,
-    /// More levels than [`DEPTH_MAX`].
     #[error("an event has more than {DEPTH_MAX} levels of arrays and objects")]
     TooDeep,
 }
 
-/// The members of the outermost object that have a meaning for the server, however their names are written.
+/// Members of the outermost object that have a meaning for the server, also if their names have escapes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Members<'a> {
-    /// There is an `id`.
     pub id: bool,
-    /// There is a `to`.
     pub to: bool,
     /// The `type`, as JSON.
     pub kind: Option<&'a str>,
@@ -66,7 +55,7 @@ pub fn check(text: &[u8], depth_max: usize) -> Result<(), BadJson> {
     members(text, depth_max).map(drop)
 }
 
-/// Checks `text` in the same way, and finds the members that have a meaning.
+/// As [`check`], and returns the members that have a meaning.
 pub fn members(text: &[u8], depth_max: usize) -> Result<Members<'_>, BadJson> {
     let at_byte = |fault, at| BadJson { fault, at };
     let text = std::str::from_utf8(text).map_err(|error| at_byte(Fault::NotUtf8, error.valid_up_to()))?;

@@ -99,7 +99,7 @@ impl Shard {
         let numbers = &self.metrics.shards[self.id];
         for (begun, arrived) in self.brought.drain(..) {
             if let Some(begun) = begun {
-                numbers.pass_times.observe(now.saturating_duration_since(begun));
+                numbers.fanout_times.observe(now.saturating_duration_since(begun));
             }
             numbers.latencies.observe(now.saturating_duration_since(arrived));
         }

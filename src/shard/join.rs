@@ -127,7 +127,7 @@ impl Shard {
         connection.last_activity = self.tick;
         connection.last_ping = self.tick;
         self.channels[key as usize].add(slot, &mut self.connections, &self.hasher);
-        self.numbers().joins.add(1);
+        self.numbers().upgraded.add(1);
         self.flush(slot);
     }
 

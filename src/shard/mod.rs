@@ -17,7 +17,7 @@ use crate::bus::{BusError, BusMessage, ConnectionId, Request, Requests, ShardId}
 use crate::config::Settings;
 use crate::http;
 use crate::limits::connections::ConnectionSlot;
-use crate::metrics::rejections::Class;
+use crate::metrics::rejections::RejectionClass;
 use crate::metrics::{Metrics, ShardMetrics};
 use crate::protocol::close::CloseReason;
 use crate::protocol::event::ChannelName;
@@ -355,7 +355,7 @@ impl Shard {
         if matches!(connection.state, State::Closing { .. }) {
             return;
         }
-        self.metrics.shards[self.id].ends[reason as usize].add(1);
+        self.metrics.shards[self.id].closed_by_reason[reason as usize].add(1);
         let channel =
             feed.and_then(|key| self.channels.get(key as usize)).map(|channel| channel.name.as_str());
         tracing::debug!(
@@ -391,14 +391,15 @@ impl Shard {
 
     /// Sends an HTTP answer to a client that may not join, and ends.
     fn refuse(&mut self, slot: u32, answer: bytes::Bytes, reason: CloseReason) {
-        let class = Class { what: "request", why: reason.label(), status: http::status_of(&answer) };
+        let class =
+            RejectionClass { what: "request", reason: reason.label(), status: http::status_of(&answer) };
         let mut text = http::body_of(&answer);
         if reason == CloseReason::ProxyNotTrusted
             && let Some(peer) = self.connections[slot as usize].client()
         {
             text = format!("{} (it is {peer})", text.trim_end()).into(); // what the operator has to name
         }
-        self.metrics.refusals.note(class, &text);
+        self.metrics.rejections.record(class, &text);
         self.answer(slot, answer, reason);
     }
 
@@ -406,7 +407,7 @@ impl Shard {
     fn answer(&mut self, slot: u32, answer: bytes::Bytes, reason: CloseReason) {
         let status = http::status_of(&answer);
         if status >= 400 {
-            self.numbers().count_refused(status);
+            self.numbers().count_rejection(status);
         }
         self.connections[slot as usize].enqueue(answer);
         self.end(slot, reason);
@@ -481,12 +482,12 @@ impl Shard {
         }
         let numbers = self.numbers();
         if tally.bytes > 0 || tally.resets > 0 {
-            numbers.delivered.add(tally.deliveries);
+            numbers.events_delivered.add(tally.deliveries);
             numbers.bytes_sent.add(tally.bytes);
             numbers.resets.add(tally.resets);
         }
-        if tally.bare_misses > 0 {
-            numbers.bare_misses.add(tally.bare_misses);
+        if tally.pubsub_misses > 0 {
+            numbers.pubsub_misses.add(tally.pubsub_misses);
         }
         if tally.received > 0 {
             numbers.bytes_received.add(tally.received);

@@ -222,7 +222,7 @@ impl Shard {
         text: &str,
         close: bool,
     ) -> Result<(), CloseReason> {
-        self.metrics.refuse_message(self.id, ErrorCode::RateLimited, text);
+        self.metrics.reject_message(self.id, ErrorCode::RateLimited, text);
         let connection = &mut self.connections[slot as usize];
         if close || !connection.wants_recovery {
             return Err(CloseReason::RateLimited);
@@ -237,7 +237,7 @@ impl Shard {
 
     /// An error ends the connection.
     fn on_text(&mut self, slot: u32, text: &str) -> Result<(), CloseReason> {
-        self.numbers().messages.add(1);
+        self.numbers().messages_received.add(1);
         let connection = &mut self.connections[slot as usize];
         let (event, to, reference) = if connection.json_mode {
             match frame::parse_client_frame(&connection.user, text) {
@@ -249,7 +249,7 @@ impl Shard {
                     return Ok(());
                 }
                 Err(bad) => {
-                    self.metrics.refuse_message(self.id, ErrorCode::Invalid, &bad.message);
+                    self.metrics.reject_message(self.id, ErrorCode::Invalid, &bad.message);
                     connection.enqueue(frame::error(
                         ErrorCode::Invalid,
                         &bad.message,
@@ -265,7 +265,7 @@ impl Shard {
         if !connection.may_publish || to_others {
             let text =
                 if to_others { "clients may not address one user here" } else { "you may not publish here" };
-            self.metrics.refuse_message(self.id, ErrorCode::Forbidden, text);
+            self.metrics.reject_message(self.id, ErrorCode::Forbidden, text);
             if !connection.wants_recovery {
                 return Err(CloseReason::Forbidden);
             }
@@ -308,7 +308,7 @@ impl Shard {
                     PublishError::Unknown => ErrorCode::Unknown,
                 };
                 let text = error.to_string();
-                self.metrics.refuse_message(self.id, code, &text);
+                self.metrics.reject_message(self.id, code, &text);
                 if !connection.wants_recovery {
                     return self.end(slot, CloseReason::PublishFailed);
                 }

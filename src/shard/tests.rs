@@ -218,7 +218,7 @@ impl Testbed {
                 (0..*count).for_each(|_| self.give(Some(user.to_owned()), *size));
                 self.tell(first);
             }
-            Step::Raw if self.follows => self.entry(Entry::raw(EventId(self.head), br#"{"raw":1}"#)),
+            Step::Raw if self.follows => self.entry(Entry::plain(EventId(self.head), br#"{"raw":1}"#)),
             Step::Raw => {}
             Step::Anchor => {
                 self.head += 1000;
@@ -524,7 +524,7 @@ fn a_burst_is_written_in_turns() {
         drain(&mut readers);
         for n in 0..30 {
             match (name, n % 3) {
-                ("plain", _) | ("mixed", 0) => testbed.entry(Entry::raw(EventId(testbed.head), b"{}")),
+                ("plain", _) | ("mixed", 0) => testbed.entry(Entry::plain(EventId(testbed.head), b"{}")),
                 ("private", _) | ("mixed", 1) => {
                     testbed.give(Some("alice".to_owned()), 0);
                     testbed.tell(testbed.head);
@@ -565,7 +565,7 @@ fn bare_events(sizes: &[usize], turns_first: bool) -> (Testbed, Vec<usize>) {
     }
     for size in sizes {
         let text = format!(r#"{{"bare":"{}"}}"#, "x".repeat(*size));
-        testbed.entry(Entry::raw(EventId(testbed.head), text.as_bytes()));
+        testbed.entry(Entry::plain(EventId(testbed.head), text.as_bytes()));
         if turns_first {
             testbed.turn();
         }
@@ -601,14 +601,14 @@ fn bare_event_longer_than_the_feed_reaches_all() {
     testbed.shard.on_tick();
     assert!(testbed.shard.feed_bytes <= 8 * 1024, "its memory is given back once everyone has it");
     testbed.shard.report();
-    assert_eq!(testbed.shard.numbers().bare_misses.get(), 0);
+    assert_eq!(testbed.shard.numbers().pubsub_misses.get(), 0);
 }
 
 #[test]
 fn bare_events_longer_than_the_feed_together_reach_all() {
     let (testbed, counts) = bare_events(&[1000; 13], false);
     assert_eq!(counts, [13; CLIENTS.len()]);
-    assert!(testbed.shard.tally.bare_misses == 0 && testbed.shard.feed_bytes > 8 * 1024);
+    assert!(testbed.shard.tally.pubsub_misses == 0 && testbed.shard.feed_bytes > 8 * 1024);
 }
 
 #[test]
@@ -617,10 +617,10 @@ fn bare_events_that_leave_memory_undelivered_are_counted_for_each_client() {
     let (mut testbed, counts) = bare_events(&[1000; 40], false);
     assert!(counts.iter().all(|count| (7..40).contains(count)), "{counts:?}");
     testbed.shard.report();
-    assert_eq!(testbed.shard.numbers().bare_misses.get(), CLIENTS.len() as u64);
+    assert_eq!(testbed.shard.numbers().pubsub_misses.get(), CLIENTS.len() as u64);
     // Sockets that were full while events came and left.
     let (mut testbed, counts) = bare_events(&[1000; 60], true);
     assert!(counts.iter().all(|count| *count < 60), "{counts:?}");
     testbed.shard.report();
-    assert!(testbed.shard.numbers().bare_misses.get() >= CLIENTS.len() as u64);
+    assert!(testbed.shard.numbers().pubsub_misses.get() >= CLIENTS.len() as u64);
 }

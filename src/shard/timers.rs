@@ -117,7 +117,7 @@ impl Shard {
         self.pages.drop_idle(self.tick);
         self.give_back();
         if self.id == 0 {
-            self.metrics.refusals.tell_overdue();
+            self.metrics.rejections.write_overdue();
         }
     }
 

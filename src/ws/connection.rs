@@ -165,7 +165,7 @@ pub struct Tally {
     /// Reset frames written.
     pub resets: u64,
     /// Times a connection missed events without id.
-    pub bare_misses: u64,
+    pub pubsub_misses: u64,
     /// Bytes of frames that are kept for full sockets after their entries were evicted.
     pub kept: u64,
 }
@@ -197,7 +197,7 @@ pub struct SharedTails(BTreeMap<Cursor, Arc<Bytes>>);
 impl SharedTails {
     /// The frame in which this cursor stands, and how much of it is ahead.
     fn tail(&mut self, entry: &Entry, cursor: Cursor, tally: &mut Tally) -> (Arc<Bytes>, u32) {
-        let (begin, end) = (entry.frame_begin(cursor.offset), entry.frame_end(cursor.offset));
+        let (begin, end) = (entry.frame_start(cursor.offset), entry.frame_end(cursor.offset));
         let frame = self.0.entry(Cursor { offset: end, ..cursor }).or_insert_with(|| {
             tally.kept += u64::from(end - begin);
             Arc::new(match entry.frames() {
@@ -550,7 +550,7 @@ impl Connection {
     /// got. They are in no history.
     pub fn count_bare_miss(&mut self, feed: &Feed, tally: &mut Tally) {
         if feed.has_evicted_plain(self.cursor.entry.max(self.live_from)) {
-            tally.bare_misses += 1;
+            tally.pubsub_misses += 1;
             self.live_from = feed.start();
         }
     }

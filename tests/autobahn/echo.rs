@@ -76,7 +76,7 @@ fn echo(mut asked: mpsc::UnboundedReceiver<Request>, shards: Mailboxes) {
                     .starts_with(br#"{"sender":"autobahn","text":"#)
                     .then(|| serde_json::from_slice(&event).expect("fanfare writes JSON"));
                 let mut entry =
-                    Entry::raw(position, chat.as_ref().map_or(&event[..], |chat| chat.text.as_bytes()));
+                    Entry::plain(position, chat.as_ref().map_or(&event[..], |chat| chat.text.as_bytes()));
                 if chat.is_none() {
                     let mut frame = entry.bytes.to_vec();
                     frame[0] = BINARY;

@@ -108,7 +108,7 @@ async fn activity_is_counted() {
     assert!(stats["uptime_seconds"].is_u64());
     assert_eq!((&stats["ready"], &stats["trouble"]), (&json!(true), &Value::Null));
     assert_eq!((&stats["connections"], &stats["shards"][0]["connections"]), (&json!(2), &json!(2)));
-    assert_eq!((&stats["delivered"], &stats["refused"]["403"]), (&json!(3), &json!(1)));
+    assert_eq!((&stats["events_delivered"], &stats["http_rejections"]["403"]), (&json!(3), &json!(1)));
 }
 
 #[tokio::test]
@@ -206,9 +206,9 @@ async fn log_has_start_stop_and_rejections() {
     let [stopped] = of("stopped")[..] else { panic!("one line: {log}") };
     assert!(stopped["seconds"].is_number() && stopped["closed"].is_u64(), "{stopped}");
     // Thirty of each, but only a line per class. Suppressed ones are counted in a later line.
-    let refused = of("request refused");
+    let refused = of("request rejected");
     assert!(
-        refused.iter().any(|line| line["status"] == 403 && line["why"] == "origin_not_allowed"),
+        refused.iter().any(|line| line["status"] == 403 && line["reason"] == "origin_not_allowed"),
         "{refused:?}"
     );
     assert!(refused.iter().any(|line| line["status"] == 400 && line["count"] == 1), "{refused:?}");

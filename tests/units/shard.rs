@@ -314,7 +314,7 @@ async fn large_fanout_does_not_starve_other_channels() {
         clients.push(client);
     }
     let to_alice = |id| addressed(id..=id, Some("alice"));
-    let plain = |id| Entry::raw(EventId(id), b"{}");
+    let plain = |id| Entry::plain(EventId(id), b"{}");
     let public = |id| events(id..=id);
     let (mut id, mut delivered, mut to_bob) = (1000, 0, 1000);
     let mut seen = mio::Events::with_capacity(2 * READERS);
@@ -335,7 +335,7 @@ async fn large_fanout_does_not_starve_other_channels() {
         shard.0.shards.wake(0);
         delivered += 90 * READERS as u64 + 1;
         until("everything to be delivered", || async {
-            (shard.0.metrics.shards[0].delivered.get() >= delivered).then_some(())
+            (shard.0.metrics.shards[0].events_delivered.get() >= delivered).then_some(())
         })
         .await;
         poll.poll(&mut seen, Some(Duration::ZERO)).expect("epoll");
@@ -361,7 +361,7 @@ async fn private_event_evicted_early_is_replayed() {
         }
     }
     until("everyone to join", || async {
-        (shard.0.metrics.shards[0].joins.get() == READERS as u64).then_some(())
+        (shard.0.metrics.shards[0].upgraded.get() == READERS as u64).then_some(())
     })
     .await;
     let padding = "x".repeat(8000);

@@ -106,7 +106,7 @@ impl Bus {
         if self.canaries.sent.len() > SENT_MAX {
             self.canaries.sent.pop_front();
         }
-        self.numbers.canary_seconds.set(self.turns() as u64 * CANARY_EVERY.as_secs());
+        self.numbers.probe_interval_seconds.set(self.turns() as u64 * CANARY_EVERY.as_secs());
         let (caller, outcomes, generation) = (session.caller(), self.outcomes.clone(), self.link.generation);
         let key = self.terms.canary();
         tokio::spawn(async move {

@@ -154,8 +154,8 @@ impl Bus {
         for (answer, result) in due {
             match &result {
                 Ok(_) => self.numbers.published.add(1),
-                Err(PublishError::Refused(_)) => self.numbers.refused.add(1),
-                Err(PublishError::Unknown) => self.numbers.unknown.add(1),
+                Err(PublishError::Refused(_)) => self.numbers.publish_rejected.add(1),
+                Err(PublishError::Unknown) => self.numbers.publish_unknown.add(1),
             }
             self.shards.answer(answer, result);
         }

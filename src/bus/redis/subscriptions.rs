@@ -165,13 +165,13 @@ impl Bus {
             }
             return;
         }
-        let Some(shown) = ingest::bare(text) else { return };
+        let Some(shown) = ingest::plain(text) else { return };
         if let Some(fault) = shown.fault
             && is_due(&mut self.warned_of_json)
         {
             tracing::warn!(channel = %name, "message of a plain PUBLISH shown as text: {fault}");
         }
-        let entry = Entry::raw(sequence.position(), shown.event.as_bytes());
+        let entry = Entry::plain(sequence.position(), shown.event.as_bytes());
         tell(&*self.shards, &follow.followers, name, entry, Instant::now());
     }
 
@@ -273,7 +273,7 @@ impl Bus {
                 let looked = follow.answer(asked, &page, &mut out);
                 let events = out.iter().any(|entry| entry.ids() > 0);
                 if events && !out.iter().any(|entry| entry.kind == Kind::Reset) {
-                    self.numbers.holes.add(1);
+                    self.numbers.gaps_filled.add(1);
                 }
                 self.hand_on(name, out);
                 for shard in looked {

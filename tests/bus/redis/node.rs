@@ -241,7 +241,7 @@ fn text(entry: &Entry) -> String {
 impl Reader {
     pub fn take(&mut self, entry: &Entry) {
         match &entry.kind {
-            Kind::Raw => self.raw.push(text(entry)),
+            Kind::Plain => self.raw.push(text(entry)),
             Kind::Reset => {
                 assert!(entry.last >= self.position, "a reset goes back");
                 self.resets.push(entry.last.0);

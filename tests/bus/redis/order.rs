@@ -124,7 +124,7 @@ async fn gaps_are_filled_when_subscribers_are_killed() {
     }
     assert!(reader.resets.is_empty());
     assert_eq!(reader.events.len(), 400);
-    assert!(node.numbers.holes.get() > 0, "some hole was filled");
+    assert!(node.numbers.gaps_filled.get() > 0, "some hole was filled");
 }
 
 #[tokio::test]
@@ -191,6 +191,6 @@ async fn probes_rotate_over_many_channels() {
         readers[at].until(&mut node, id).await;
         assert_eq!(readers[at].events.len(), 1);
     }
-    assert_eq!(node.numbers.canary_seconds.get(), 2);
+    assert_eq!(node.numbers.probe_interval_seconds.get(), 2);
     assert_eq!(node.numbers.channels.get(), 1500);
 }

@@ -51,7 +51,7 @@ async fn retry_on_a_wiped_redis_is_unknown() {
     reader.until(&mut node, id).await;
     assert_eq!(reader.resets.len(), 1);
     assert_eq!(redis.raw().command(&["XLEN", "fanfare:{room}:events"]), Reply::Number(1));
-    assert_eq!(node.numbers.unknown.get(), 1);
+    assert_eq!(node.numbers.publish_unknown.get(), 1);
 }
 
 #[tokio::test]
@@ -136,7 +136,7 @@ async fn out_of_memory_rejects_events_only() {
     let id = node.publish("room", &event(2)).await.unwrap();
     reader.until(&mut node, id).await;
     assert_eq!((reader.events.len(), reader.count(&mark(1))), (2, 0));
-    assert_eq!(node.numbers.refused.get(), 1);
+    assert_eq!(node.numbers.publish_rejected.get(), 1);
 }
 
 #[tokio::test]

@@ -1,4 +1,4 @@
-//! One connection to the admin listener: requests one after the other, each answered before the next is read.
+//! One connection to the admin listener. Requests are handled in order: the next is parsed after a response is written.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -12,27 +12,27 @@ use tokio::task::yield_now;
 use tokio::time::{Instant, timeout, timeout_at};
 
 use super::listener::Stream;
-use super::{Phase, Shared, answer, authorize};
+use super::{Phase, Shared, authorize, respond};
 use crate::http::{self, BodyLength, Head, Refusal, Response};
 
-/// How long a kept connection may wait for its next request. Longer than a scraper's usual 15 to 60 s.
+/// Longest wait for the next request. Longer than the usual 15 to 60 s of a scraper.
 pub(super) const IDLE_TIME: Duration = Duration::from_secs(75);
-/// How long a request's head may take: from accept for the first one, from its first byte for others.
+/// Longest time for a request's head: from accept for the first request, from its first byte for others.
 pub(super) const HEAD_TIME: Duration = Duration::from_secs(5);
-/// How long a body may take after its head.
+/// Longest time for a body after its head.
 const BODY_TIME: Duration = Duration::from_secs(10);
-/// How long a client may take to read an answer.
+/// Longest time for a client to read a response.
 const WRITE_TIME: Duration = Duration::from_secs(10);
-/// How long a new connection may take to start its request when the node stops: a client may have connected just before.
+/// Longest time for a new connection to start its request when the node stops: it may have connected just before.
 const LAST_REQUEST_TIME: Duration = Duration::from_secs(1);
-/// How long we go on reading after a last answer, so that the kernel doesn't throw it away with a reset
-/// because bytes of the client were left unread (RFC 9112 section 9.6).
+/// Longest time to read on after the last response. Closing with unread bytes resets the connection, and the client
+/// could lose the response (RFC 9112 section 9.6).
 const LINGER_TIME: Duration = Duration::from_secs(1);
-/// Bytes read at a time. Most requests fit.
+/// Bytes per read. Most requests fit.
 const READ: usize = 4096;
 
-/// Connections that wait for their peers, longest first. When there are too many connections, the first of them is
-/// closed, so that silent clients hold no slots.
+/// Connections that wait for their clients, longest first. With too many connections the first one is closed, so that
+/// idle clients hold no slots.
 #[derive(Debug, Default)]
 pub(super) struct Waits(Mutex<Waiting>);
 
@@ -42,7 +42,7 @@ struct Waiting {
     stops: BTreeMap<u64, Arc<Notify>>,
 }
 
-/// A connection's wait for its peer, which ends when this is dropped.
+/// A connection's wait for its client, until this is dropped.
 struct Wait<'a> {
     waits: &'a Waits,
     number: u64,
@@ -78,7 +78,7 @@ impl Drop for Wait<'_> {
 /// What a connection waits for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stage {
-    /// Its first request.
+    /// The first request.
     New,
     /// A later request.
     Idle,
@@ -102,23 +102,22 @@ impl Stage {
     }
 }
 
-/// How far the bytes in hand go.
 #[derive(Debug)]
-#[expect(clippy::large_enum_variant, reason = "looked at and dropped where it is made")]
+#[expect(clippy::large_enum_variant, reason = "matched where it is made")]
 enum Progress<'a> {
     /// An incomplete head.
     Head,
-    /// A head with an incomplete body; `true` when the client waits for `100 Continue` before it sends the body.
+    /// A head with an incomplete body. `wants_continue`: the client waits for `100 Continue` before it sends the body.
     Body { wants_continue: bool },
     /// A request and its length in bytes.
     Request { head: Head<'a>, body: &'a [u8], length: usize },
 }
 
-/// Looks at what has come. Nothing is kept between two looks but the bytes themselves.
+/// Parses the bytes received so far. Nothing but the bytes is kept between two calls.
 fn progress<'a>(bytes: &'a [u8], shared: &Shared) -> Result<Progress<'a>, Refusal> {
     let body_max = shared.context.settings.max_message_size;
     let Some((head, start)) = http::parse(bytes)? else { return Ok(Progress::Head) };
-    authorize(&head, shared)?; // before a stranger's body takes memory
+    authorize(&head, shared)?; // before the body takes memory
     let body_length = match head.body_length()? {
         BodyLength::Empty => 0,
         BodyLength::Known(length) if length <= body_max as u64 => length as usize,
@@ -130,7 +129,7 @@ fn progress<'a>(bytes: &'a [u8], shared: &Shared) -> Result<Progress<'a>, Refusa
     let wants_continue = match head.header("expect") {
         None => false,
         Some(expected) if expected.eq_ignore_ascii_case("100-continue") => head.is_http_1_1,
-        Some(_) => return Err(Refusal::new(417, "no other expectation than 100-continue can be met")),
+        Some(_) => return Err(Refusal::new(417, "100-continue is the only supported expectation")),
     };
     let length = start + body_length;
     if bytes.len() < length {
@@ -139,8 +138,8 @@ fn progress<'a>(bytes: &'a [u8], shared: &Shared) -> Result<Progress<'a>, Refusa
     Ok(Progress::Request { head, body: &bytes[start..length], length })
 }
 
-/// Serves a connection until it ends.
-pub(super) async fn converse(mut stream: impl Stream, shared: &Shared) -> io::Result<()> {
+/// Serves a connection until it closes.
+pub(super) async fn serve_connection(mut stream: impl Stream, shared: &Shared) -> io::Result<()> {
     let mut buffer = BytesMut::with_capacity(READ);
     let mut sent_continue = false;
     let mut stopping = false;
@@ -150,8 +149,8 @@ pub(super) async fn converse(mut stream: impl Stream, shared: &Shared) -> io::Re
         let next = match progress(&buffer, shared) {
             Err(refusal) => return close(stream, Response::from(refusal), shared).await,
             Ok(Progress::Request { head, body, length }) => {
-                let response = answer(&head, body, shared).await.unwrap_or_else(Response::from);
-                // While the node stops, clients are to send their next request to another one.
+                let response = respond(&head, body, shared).await.unwrap_or_else(Response::from);
+                // While the node stops, clients send their next request to another node.
                 let keep_alive = head.keep_alive() && !shared.context.metrics.readiness.is_draining();
                 send(&mut stream, &response.to_bytes(&head, keep_alive), shared).await?;
                 if !keep_alive {
@@ -159,12 +158,12 @@ pub(super) async fn converse(mut stream: impl Stream, shared: &Shared) -> io::Re
                 }
                 buffer.advance(length);
                 if buffer.is_empty() {
-                    buffer = BytesMut::with_capacity(READ); // a long body's memory is not kept while idle
+                    buffer = BytesMut::with_capacity(READ); // frees the memory of a long body
                 }
                 sent_continue = false;
                 stage = Stage::Idle;
                 deadline = Instant::now() + stage.time();
-                yield_now().await; // one request a turn, or pipelined ones would delay other connections
+                yield_now().await; // one request per turn, or pipelined requests delay other connections
                 continue;
             }
             Ok(Progress::Head) if buffer.is_empty() => stage,
@@ -199,7 +198,7 @@ pub(super) async fn converse(mut stream: impl Stream, shared: &Shared) -> io::Re
             }
         };
         match read {
-            Ok(Ok(0)) => return Ok(()), // between requests or within one, there is no peer to answer
+            Ok(Ok(0)) => return Ok(()), // the client is gone
             Ok(Ok(_)) => {}
             Ok(Err(error)) => return Err(error),
             Err(_) if stage.is_between_requests() => return Ok(()),
@@ -227,11 +226,11 @@ async fn close(mut stream: impl Stream, response: Response, shared: &Shared) -> 
     linger(stream).await
 }
 
-/// Shuts down the write side, then reads what is still on its way, for a while.
+/// Shuts down the write side, then reads and drops input until the client closes.
 async fn linger(mut stream: impl Stream) -> io::Result<()> {
     stream.shutdown().await?;
     let mut scrap = [0; READ];
     let drained = async { while stream.read(&mut scrap).await.is_ok_and(|count| count > 0) {} };
-    let _ = timeout(LINGER_TIME, drained).await; // a client that still sends has had time to read
+    let _ = timeout(LINGER_TIME, drained).await; // a client that still sends had time to read
     Ok(())
 }

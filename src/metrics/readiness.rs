@@ -1,0 +1,63 @@
+//! Whether the node takes clients: what `/readyz` answers.
+
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+
+#[derive(Debug, Default)]
+pub struct Readiness {
+    draining: AtomicBool,
+    memory_pressure: AtomicU32,
+    memory_short: AtomicBool,
+    bus_trouble: Mutex<Option<String>>,
+}
+
+impl Readiness {
+    /// Not ready until [`Readiness::set_bus`] says so.
+    pub fn waiting_for_bus() -> Readiness {
+        let readiness = Readiness::default();
+        readiness.set_bus(Some("the bus has not answered yet".into()));
+        readiness
+    }
+
+    /// `None` when the bus works, else why it does not.
+    pub fn set_bus(&self, trouble: Option<String>) {
+        *self.bus_trouble.lock().expect("nothing panics while holding it") = trouble;
+    }
+
+    /// Marks the node as stopping. Clients that still come are accepted until the drain starts.
+    pub fn drain(&self) {
+        self.draining.store(true, Ordering::Relaxed);
+    }
+
+    pub fn is_draining(&self) -> bool {
+        self.draining.load(Ordering::Relaxed)
+    }
+
+    /// How many times buffers are halved, since memory is short.
+    pub fn memory_pressure(&self) -> u32 {
+        self.memory_pressure.load(Ordering::Relaxed)
+    }
+
+    /// Called by the accept loop alone.
+    pub fn set_memory_pressure(&self, halvings: u32) {
+        self.memory_pressure.store(halvings, Ordering::Relaxed);
+    }
+
+    /// Whether new connections are rejected, since memory is short.
+    pub fn is_memory_short(&self) -> bool {
+        self.memory_short.load(Ordering::Relaxed)
+    }
+
+    /// Called by the accept loop alone.
+    pub fn set_memory_short(&self, is_short: bool) {
+        self.memory_short.store(is_short, Ordering::Relaxed);
+    }
+
+    /// `None` when ready, else the reason in a few words.
+    pub fn trouble(&self) -> Option<String> {
+        if self.is_draining() {
+            return Some("this node is stopping".into());
+        }
+        self.bus_trouble.lock().expect("nothing panics while holding it").clone()
+    }
+}
