@@ -140,7 +140,7 @@ async fn serve(
 ) {
     let metrics = context.metrics.clone();
     let shared = Arc::new(Shared {
-        checks_host: listener.is_tcp() && !context.keys.current().asks_for_admin_key(),
+        checks_host: listener.is_tcp() && !context.keys.current().requires_admin_key(),
         publishes: Semaphore::new(publishes),
         waits: Waits::default(),
         phase: phase.clone(),
@@ -223,7 +223,7 @@ fn authorize(head: &Head<'_>, shared: &Shared) -> Result<(), Refusal> {
             "the Host must be localhost, 127.0.0.1 or a host in --allow-origin, unless an --admin-key is set";
         return reject("host", Refusal::new(403, text));
     }
-    if matches!(head.path, "/healthz" | "/readyz") || keys.current().admit_admin(head) {
+    if matches!(head.path, "/healthz" | "/readyz") || keys.current().allows_admin(head) {
         return Ok(());
     }
     let text = "the admin key is missing or wrong: send Authorization: Bearer KEY (--admin-key)";

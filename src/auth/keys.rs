@@ -1,4 +1,5 @@
-//! The keys that open this node, read from files at start and again at SIGHUP.
+//! The keys of clients' tokens and of the admin listener, read from files at start and again at
+//! SIGHUP.
 
 use std::fs::{self, File};
 use std::io::Read;
@@ -16,23 +17,23 @@ use crate::http::Head;
 /// Longest key file, in bytes. An RSA key of 8192 bits takes 1.6 KiB.
 const FILE_MAX: u64 = 64 * 1024;
 
-/// Shortest `--admin-key`, in bytes: it is open to guessing over the network.
+/// Shortest `--admin-key`, in bytes, since it can be guessed over the network.
 const ADMIN_KEY_MIN: usize = 16;
 
-/// Read permission for all users of the machine (chmod(1)).
+/// Read permission for every user of the machine (chmod(1)).
 const OTHERS_READ: u32 = 0o004;
 
-/// Every key in force. Immutable: a reload makes new ones.
+/// Every current key. Immutable: a reload makes a new set.
 #[derive(Debug)]
 pub struct Keys {
     admin: Option<AdminKey>,
-    /// Clients' tokens must be signed by one of these.
+    /// Tokens must be signed by one of these.
     pub tokens: Vec<Key>,
     /// Files with secrets that every user of the machine can read.
     exposed: Vec<PathBuf>,
 }
 
-/// The keys in force, and where they came from. Looked at once a handshake, never on the way out.
+/// The current keys and their files. Read once a handshake, never while events are written.
 #[derive(Debug)]
 pub struct KeyRing {
     admin_file: Option<PathBuf>,
@@ -44,7 +45,7 @@ impl KeyRing {
     /// Reads every key file that the settings name.
     ///
     /// # Errors
-    /// Every file that can't be read or holds no key; never anything of what it holds.
+    /// Every file that can't be read or holds no key. Errors never quote the content.
     pub fn load(settings: &Settings) -> Result<KeyRing, Vec<SettingError>> {
         let ring = KeyRing {
             admin_file: settings.admin_key.clone(),
@@ -55,7 +56,7 @@ impl KeyRing {
         Ok(ring)
     }
 
-    /// Reads the files again. When one of them is wrong the keys stay as they are.
+    /// Rereads the files. If any of them is wrong, the keys stay as they are.
     ///
     /// # Errors
     /// As [`KeyRing::load`].
@@ -64,11 +65,11 @@ impl KeyRing {
         let admin = self
             .admin_file
             .as_deref()
-            .and_then(|path| noted("admin-key", path, AdminKey::parse, &mut errors));
+            .and_then(|path| load_key("admin-key", path, AdminKey::parse, &mut errors));
         let tokens: Vec<Key> = self
             .token_files
             .iter()
-            .filter_map(|path| noted("jwt-key", path, Key::parse, &mut errors))
+            .filter_map(|path| load_key("jwt-key", path, Key::parse, &mut errors))
             .collect();
         if !errors.is_empty() {
             return Err(errors);
@@ -89,42 +90,42 @@ impl KeyRing {
         }
     }
 
-    /// The keys in force now.
+    /// The current keys.
     pub fn current(&self) -> Arc<Keys> {
         self.current.read().expect("nothing panics while holding it").clone()
     }
 
-    /// Whether there are files to read again.
+    /// Whether there are files to reread.
     pub fn has_files(&self) -> bool {
         self.admin_file.is_some() || !self.token_files.is_empty()
     }
 
     /// Whether clients need a token.
-    pub fn asks_for_tokens(&self) -> bool {
+    pub fn requires_token(&self) -> bool {
         !self.token_files.is_empty()
     }
 }
 
 impl Keys {
     /// Whether requests to the admin listener need a key.
-    pub fn asks_for_admin_key(&self) -> bool {
+    pub fn requires_admin_key(&self) -> bool {
         self.admin.is_some()
     }
 
     /// Whether this request may use the admin listener.
-    pub fn admit_admin(&self, head: &Head<'_>) -> bool {
+    pub fn allows_admin(&self, head: &Head<'_>) -> bool {
         let Some(key) = &self.admin else { return true };
-        head.count("authorization") == 1 && bearer(head).is_some_and(|given| key.is(given))
+        head.count("authorization") == 1 && bearer(head).is_some_and(|given| key.matches(given))
     }
 }
 
-/// What follows `Authorization: Bearer` (RFC 6750 section 2.1).
+/// The token in `Authorization: Bearer` (RFC 6750 section 2.1).
 pub fn bearer<'a>(head: &Head<'a>) -> Option<&'a str> {
     let (scheme, rest) = head.header("authorization")?.split_once(' ')?;
     scheme.eq_ignore_ascii_case("bearer").then(|| rest.trim_start())
 }
 
-/// Kept as its HMAC under a random key: how long a comparison takes then says nothing about the key.
+/// Kept as its HMAC under a random key, so that the time of a comparison reveals nothing about it.
 struct AdminKey {
     random: hmac::Key,
     tag: hmac::Tag,
@@ -134,15 +135,17 @@ impl AdminKey {
     fn parse(content: &[u8]) -> Result<AdminKey, String> {
         let key = content.trim_ascii();
         if key.len() < ADMIN_KEY_MIN || !key.iter().all(u8::is_ascii_graphic) {
-            return Err(format!("must hold at least {ADMIN_KEY_MIN} letters, digits and signs on one line"));
+            return Err(format!(
+                "must contain one line of at least {ADMIN_KEY_MIN} ASCII letters, digits and symbols"
+            ));
         }
         let random = hmac::Key::generate(hmac::HMAC_SHA256, &SystemRandom::new())
-            .map_err(|_| "the system gives no random numbers".to_owned())?;
+            .map_err(|_| "the system's random number generator failed".to_owned())?;
         let tag = hmac::sign(&random, key);
         Ok(AdminKey { random, tag })
     }
 
-    fn is(&self, given: &str) -> bool {
+    fn matches(&self, given: &str) -> bool {
         hmac::verify(&self.random, given.as_bytes(), self.tag.as_ref()).is_ok()
     }
 }
@@ -157,8 +160,8 @@ fn is_exposed(path: &Path) -> bool {
     fs::metadata(path).is_ok_and(|found| found.permissions().mode() & OTHERS_READ != 0)
 }
 
-/// Reads one file; what is wrong with it is noted under its setting.
-fn noted<T>(
+/// Reads one file. An error is added under the name of its setting.
+fn load_key<T>(
     name: &str,
     path: &Path,
     parse: impl Fn(&[u8]) -> Result<T, String>,
@@ -183,7 +186,7 @@ pub(crate) fn read(path: &Path) -> Result<Vec<u8>, String> {
     let file = File::open(path).map_err(|error| format!("can't be opened: {error}"))?;
     file.take(FILE_MAX + 1).read_to_end(&mut content).map_err(|error| format!("can't be read: {error}"))?;
     if content.len() as u64 > FILE_MAX {
-        return Err(format!("is too long for a key: at most {FILE_MAX} bytes"));
+        return Err(format!("is too long for a key file: at most {FILE_MAX} bytes"));
     }
     Ok(content)
 }

@@ -1,4 +1,4 @@
-//! JWT verification and the key files, which are read again on SIGHUP.
+//! JWT verification, and the key files, which are reread at SIGHUP.
 
 pub mod keys;
 pub mod token;

@@ -9,7 +9,7 @@ use bytes::{BufMut, Bytes, BytesMut};
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 
 use crate::auth::keys::{self, KeyRing};
-use crate::auth::token::{self, Grant, NEVER};
+use crate::auth::token::{self, Grant, InvalidToken, NEVER};
 use crate::config::{ClientPublish, Settings};
 use crate::http::origin;
 use crate::http::page;
@@ -317,7 +317,7 @@ fn upgrade(
 
 /// What the client's token allows it; `None` where no token is asked for.
 fn check_token(head: &Head<'_>, user: &str, context: &HandshakeContext) -> Result<Option<Grant>, Refused> {
-    if !context.keys.asks_for_tokens() {
+    if !context.keys.requires_token() {
         return Ok(None);
     }
     let refused = |text: &'static str| {
@@ -331,7 +331,7 @@ fn check_token(head: &Head<'_>, user: &str, context: &HandshakeContext) -> Resul
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(u64::MAX, |since| since.as_secs());
     match token::verify(&context.keys.current().tokens, &token, user, now) {
         Ok(grant) => Ok(Some(grant)),
-        Err(token::Bad) => refused("the token is not good for this user, or no longer"),
+        Err(InvalidToken) => refused("token invalid or expired for this user"),
     }
 }
 

@@ -123,7 +123,7 @@ async fn admin_listener_requires_its_key() {
     std::fs::write(&file, "short").expect("a file");
     node.signal("HUP");
     until("the reload to be refused", || async {
-        node.log().contains("the keys stay as they were").then_some(())
+        node.log().contains("keeping the current keys").then_some(())
     })
     .await;
     assert_eq!(admin(&node, "GET", "/stats", &[right], b"").await.status, 200);

@@ -198,8 +198,10 @@ async fn keys_are_reloaded_without_a_restart() {
 
     keys.write("key", "short");
     node.signal("HUP");
-    until("the bad key to be refused", || async { node.log().contains("stay as they were").then_some(()) })
-        .await;
+    until("the bad key to be refused", || async {
+        node.log().contains("keeping the current keys").then_some(())
+    })
+    .await;
     assert_eq!(status(&node, &path(&old), &[]).await, 101);
 
     keys.write("key", &"n".repeat(32));

@@ -1,4 +1,5 @@
-//! Keys and tokens made with another implementation (the Python package cryptography): alice, until the year 2100.
+//! Keys and tokens made by another implementation (the Python package cryptography). The tokens are
+//! for alice, until 2100.
 
 pub const RSA_PEM: &str = "\
 -----BEGIN PUBLIC KEY-----\n\

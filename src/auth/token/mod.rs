@@ -1,5 +1,5 @@
-//! Tokens: who a client is and what it may do, signed by the operator's backend (JWT, RFC 7519, in the compact form
-//! of RFC 7515). Nothing here shows a token, not even what is wrong with one.
+//! Tokens: a client's user id and rights, signed by the operator's backend (JWT, RFC 7519, in the
+//! compact form of RFC 7515). No error shows a token or what is wrong with it.
 
 use data_encoding::BASE64URL_NOPAD;
 use serde::{Deserialize, Deserializer};
@@ -12,30 +12,30 @@ mod key;
 
 pub use key::{Key, secret};
 
-/// How far the clock of whoever made a token may be ahead, in seconds. The end of a token is not stretched.
+/// How far the clock of a token's issuer may be ahead, in seconds. Expiry has no leeway.
 const CLOCK_LEEWAY: f64 = 60.0;
 
-/// What a good token allows.
+/// What a valid token allows.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Grant {
-    /// When it ends, in seconds since 1970; [`NEVER`] also for what lies beyond.
+    /// Expiry in seconds since 1970. Later times than [`NEVER`] become [`NEVER`].
     pub expires: u32,
     channels: Option<Vec<String>>,
     publish: Option<Publish>,
 }
 
-/// An end that no connection lives to see (2106).
+/// Latest expiry (in 2106), also of connections without a token.
 pub const NEVER: u32 = u32::MAX;
 
-/// A token that lets nobody in. There is only one: strangers learn nothing from it.
+/// The token is invalid, expired or for another user. Clients don't learn which.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Bad;
+pub struct InvalidToken;
 
 #[derive(Deserialize)]
 struct Header<'a> {
     #[serde(borrow)]
     alg: std::borrow::Cow<'a, str>,
-    #[serde(default, deserialize_with = "given")]
+    #[serde(default, deserialize_with = "present")]
     crit: Option<serde::de::IgnoredAny>,
 }
 
@@ -43,11 +43,11 @@ struct Header<'a> {
 struct Claims {
     sub: String,
     exp: f64,
-    #[serde(default, deserialize_with = "given")]
+    #[serde(default, deserialize_with = "present")]
     nbf: Option<f64>,
-    #[serde(default, deserialize_with = "given")]
+    #[serde(default, deserialize_with = "present")]
     channels: Option<Vec<String>>,
-    #[serde(default, deserialize_with = "given")]
+    #[serde(default, deserialize_with = "present")]
     publish: Option<Publish>,
 }
 
@@ -58,58 +58,62 @@ enum Publish {
     To(Vec<String>),
 }
 
-/// `null` is a value too, and no list: a limit that got lost must not become none.
-fn given<'de, D: Deserializer<'de>, T: Deserialize<'de>>(deserializer: D) -> Result<Option<T>, D::Error> {
+/// Rejects `null`: a claim that narrows rights must not be ignored because its value is missing.
+fn present<'de, D: Deserializer<'de>, T: Deserialize<'de>>(deserializer: D) -> Result<Option<T>, D::Error> {
     T::deserialize(deserializer).map(Some)
 }
 
-/// What `token` allows this user `now` (seconds since 1970), if one of these keys has signed it.
+/// What `token` allows this user `now` (seconds since 1970), if one of these keys signed it.
 ///
-/// A key stands for one algorithm: what a token's header says only chooses among the keys (RFC 8725 section 3.1), so
-/// there is no `none`, and no public key ever serves as a secret. Claims are not looked at before the signature.
-pub fn verify(keys: &[Key], token: &str, user: &str, now: u64) -> Result<Grant, Bad> {
-    let (signed, signature) = token.rsplit_once('.').ok_or(Bad)?;
-    let (header, claims) = signed.split_once('.').ok_or(Bad)?;
+/// Each key has one algorithm, and the header of a token only chooses among the keys (RFC 8725
+/// section 3.1). So `none` is never accepted, and a public key is never used as a secret. Claims
+/// are parsed only after the signature is verified.
+///
+/// # Errors
+/// The token is invalid, expired or for another user.
+pub fn verify(keys: &[Key], token: &str, user: &str, now: u64) -> Result<Grant, InvalidToken> {
+    let (signed, signature) = token.rsplit_once('.').ok_or(InvalidToken)?;
+    let (header, claims) = signed.split_once('.').ok_or(InvalidToken)?;
     let header = decode(header)?;
     let header: Header<'_> = object(&header)?;
     if header.crit.is_some() {
-        return Err(Bad); // an extension that must be understood (RFC 7515 section 4.1.11)
+        return Err(InvalidToken); // an extension that must be understood (RFC 7515 section 4.1.11)
     }
     let signature = decode(signature)?;
-    let mut fitting = keys.iter().filter(|key| key.algorithm() == header.alg);
-    if !fitting.any(|key| key.has_signed(signed.as_bytes(), &signature)) {
-        return Err(Bad);
+    let mut candidates = keys.iter().filter(|key| key.algorithm() == header.alg);
+    if !candidates.any(|key| key.verifies(signed.as_bytes(), &signature)) {
+        return Err(InvalidToken);
     }
     let claims = decode(claims)?;
     let claims: Claims = object(&claims)?;
     let now = now as f64;
-    if claims.sub != user || claims.exp <= now || claims.nbf.is_some_and(|begin| begin > now + CLOCK_LEEWAY) {
-        return Err(Bad);
+    if claims.sub != user || claims.exp <= now || claims.nbf.is_some_and(|start| start > now + CLOCK_LEEWAY) {
+        return Err(InvalidToken);
     }
     // `as` stops at the ends of u32.
     Ok(Grant { expires: claims.exp as u32, channels: claims.channels, publish: claims.publish })
 }
 
-fn decode(part: &str) -> Result<Vec<u8>, Bad> {
-    BASE64URL_NOPAD.decode(part.as_bytes()).map_err(|_| Bad)
+fn decode(part: &str) -> Result<Vec<u8>, InvalidToken> {
+    BASE64URL_NOPAD.decode(part.as_bytes()).map_err(|_| InvalidToken)
 }
 
-/// serde would take an array for a struct too, members by place.
-fn object<'a, T: Deserialize<'a>>(json: &'a [u8]) -> Result<T, Bad> {
+/// Parses an object. serde alone would also accept an array of the members.
+fn object<'a, T: Deserialize<'a>>(json: &'a [u8]) -> Result<T, InvalidToken> {
     let json = json.trim_ascii_start();
     if json.first() != Some(&b'{') {
-        return Err(Bad);
+        return Err(InvalidToken);
     }
-    serde_json::from_slice(json).map_err(|_| Bad)
+    serde_json::from_slice(json).map_err(|_| InvalidToken)
 }
 
 impl Grant {
-    /// Whether the client may follow this channel.
+    /// Whether the client may join this channel.
     pub fn may_join(&self, channel: &ChannelName) -> bool {
         self.channels.as_ref().is_none_or(|patterns| matches(patterns, channel))
     }
 
-    /// Whether it may publish there, as far as the token goes.
+    /// Whether the token allows it to publish there.
     pub fn may_publish(&self, channel: &ChannelName) -> bool {
         match &self.publish {
             None => true,
@@ -119,7 +123,7 @@ impl Grant {
     }
 }
 
-/// Names, or prefixes that end in `*`.
+/// Whether a pattern is this channel's name, or a prefix of it that ends in `*`.
 fn matches(patterns: &[String], channel: &ChannelName) -> bool {
     patterns.iter().any(|pattern| match pattern.strip_suffix('*') {
         Some(prefix) => channel.as_str().starts_with(prefix),
@@ -149,13 +153,13 @@ mod tests {
         format!("{signed}.{}", BASE64URL_NOPAD.encode(tag.as_ref()))
     }
 
-    fn claims(claims: Value) -> Result<Grant, Bad> {
+    fn claims(claims: Value) -> Result<Grant, InvalidToken> {
         let token = sign(SECRET, &json!({"alg": "HS256"}), &claims.to_string());
         verify(&keys(&[SECRET]), &token, "alice", NOW)
     }
 
     #[test]
-    fn tokens_of_another_implementation_are_understood() {
+    fn accepts_tokens_of_another_implementation() {
         let (news, team, other) = ("news", "team.7", "newsroom");
         for (pem, token) in
             [(RSA_PEM, RS256), (RSA_PKCS1_PEM, RS256), (P256_PEM, ES256), (ED25519_PEM, EDDSA)]
@@ -165,16 +169,16 @@ mod tests {
             assert_eq!(grant.expires, 4_102_444_800);
             let may = |name: &str| grant.may_join(&ChannelName::parse(name).unwrap());
             assert!(may(news) && may(team) && may("team.") && !may(other) && !may("team"));
-            assert_eq!(verify(&keys, token, "bob", NOW), Err(Bad));
-            assert_eq!(verify(&keys, token, "alice", 4_102_444_800), Err(Bad));
-            assert_eq!(verify(&keys[..1], token, "alice", NOW), Err(Bad));
-            // One changed bit anywhere and nothing is left of it.
+            assert_eq!(verify(&keys, token, "bob", NOW), Err(InvalidToken));
+            assert_eq!(verify(&keys, token, "alice", 4_102_444_800), Err(InvalidToken));
+            assert_eq!(verify(&keys[..1], token, "alice", NOW), Err(InvalidToken));
+            // Any changed byte makes it invalid.
             for at in (0..token.len()).step_by(7).chain([token.len() - 2]) {
                 let mut bytes = token.as_bytes().to_vec();
                 bytes[at] = if bytes[at] == b'A' { b'B' } else { b'A' };
                 assert_eq!(
                     verify(&keys, std::str::from_utf8(&bytes).unwrap(), "alice", NOW),
-                    Err(Bad),
+                    Err(InvalidToken),
                     "{at}"
                 );
             }
@@ -182,10 +186,10 @@ mod tests {
     }
 
     #[test]
-    fn a_key_stands_for_one_algorithm() {
-        let good = json!({"sub": "alice", "exp": NOW + 10}).to_string();
+    fn each_key_has_one_algorithm() {
+        let valid = json!({"sub": "alice", "exp": NOW + 10}).to_string();
         let everything = keys(&[SECRET, RSA_PEM, P256_PEM, ED25519_PEM]);
-        assert!(verify(&everything, &sign(SECRET, &json!({"alg": "HS256"}), &good), "alice", NOW).is_ok());
+        assert!(verify(&everything, &sign(SECRET, &json!({"alg": "HS256"}), &valid), "alice", NOW).is_ok());
         for header in [
             json!({"alg": "none"}),
             json!({"alg": "None"}),
@@ -198,28 +202,35 @@ mod tests {
             json!({}),
             json!("HS256"),
         ] {
-            let token = sign(SECRET, &header, &good);
-            assert_eq!(verify(&everything, &token, "alice", NOW), Err(Bad), "{header}");
+            let token = sign(SECRET, &header, &valid);
+            assert_eq!(verify(&everything, &token, "alice", NOW), Err(InvalidToken), "{header}");
             let unsigned = token.rsplit_once('.').unwrap().0;
-            assert_eq!(verify(&everything, &format!("{unsigned}."), "alice", NOW), Err(Bad), "{header}");
-            assert_eq!(verify(&everything, unsigned, "alice", NOW), Err(Bad), "{header}");
+            assert_eq!(
+                verify(&everything, &format!("{unsigned}."), "alice", NOW),
+                Err(InvalidToken),
+                "{header}"
+            );
+            assert_eq!(verify(&everything, unsigned, "alice", NOW), Err(InvalidToken), "{header}");
         }
-        // The oldest trick: the public key, which everybody has, as the secret.
+        // Algorithm confusion: a public key used as an HS256 secret.
         for secret in [RSA_PEM, RSA_PEM.trim_end(), P256_PEM, ED25519_PEM] {
-            let token = sign(secret, &json!({"alg": "HS256"}), &good);
-            assert_eq!(verify(&everything, &token, "alice", NOW), Err(Bad));
+            let token = sign(secret, &json!({"alg": "HS256"}), &valid);
+            assert_eq!(verify(&everything, &token, "alice", NOW), Err(InvalidToken));
         }
-        // Rotation: any of several secrets.
+        // Rotation: any of several secrets is accepted.
         let (old, new) = ("o".repeat(32), "n".repeat(32));
         for secret in [&old, &new] {
-            let token = sign(secret, &json!({"alg": "HS256"}), &good);
+            let token = sign(secret, &json!({"alg": "HS256"}), &valid);
             assert!(verify(&keys(&[&old, &new]), &token, "alice", NOW).is_ok());
         }
-        assert_eq!(verify(&[], &sign(SECRET, &json!({"alg": "HS256"}), &good), "alice", NOW), Err(Bad));
+        assert_eq!(
+            verify(&[], &sign(SECRET, &json!({"alg": "HS256"}), &valid), "alice", NOW),
+            Err(InvalidToken)
+        );
     }
 
     #[test]
-    fn claims_are_taken_as_they_are_or_not_at_all() {
+    fn claims_of_wrong_types_are_rejected() {
         let grant = claims(json!({"sub": "alice", "exp": NOW + 1})).unwrap();
         let room = ChannelName::parse("room").unwrap();
         assert!(grant.may_join(&room) && grant.may_publish(&room));
@@ -261,7 +272,7 @@ mod tests {
             json!({"sub": "alice", "exp": NOW + 1, "publish": "true"}),
             json!(["alice", NOW + 1]),
         ] {
-            assert_eq!(claims(wrong.clone()), Err(Bad), "{wrong}");
+            assert_eq!(claims(wrong.clone()), Err(InvalidToken), "{wrong}");
         }
         let header = json!({"alg": "HS256"});
         for text in [
@@ -272,7 +283,7 @@ mod tests {
         ] {
             assert_eq!(
                 verify(&keys(&[SECRET]), &sign(SECRET, &header, text), "alice", NOW),
-                Err(Bad),
+                Err(InvalidToken),
                 "{text}"
             );
         }
@@ -282,8 +293,8 @@ mod tests {
         #[test]
         fn nothing_panics(token: String, parts in proptest::collection::vec("[A-Za-z0-9_-]{0,40}", 0..5)) {
             let keys = keys(&[SECRET, RSA_PEM, P256_PEM, ED25519_PEM]);
-            assert_eq!(verify(&keys, &token, "alice", NOW), Err(Bad));
-            assert_eq!(verify(&keys, &parts.join("."), "alice", NOW), Err(Bad));
+            assert_eq!(verify(&keys, &token, "alice", NOW), Err(InvalidToken));
+            assert_eq!(verify(&keys, &parts.join("."), "alice", NOW), Err(InvalidToken));
         }
     }
 }
