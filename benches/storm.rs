@@ -252,7 +252,7 @@ fn checks() -> Result<Vec<Vec<String>>> {
     let words = ["--user", "alice", "--jwt-key"].map(Into::into);
     let minted = fanfare::cli::token::run(words.into_iter().chain([file.clone().into()]), None);
     std::fs::remove_file(&file)?;
-    let minted = minted.map_err(anyhow::Error::msg)?;
+    let minted = minted.map_err(|errors| anyhow::anyhow!("{errors:?}"))?;
     let now = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs();
     let kinds = [
         ("HS256", SECRET, minted.trim()),

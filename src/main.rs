@@ -8,7 +8,7 @@ use anyhow::Context;
 use fanfare::auth::keys::KeyRing;
 use fanfare::cli::doctor;
 use fanfare::cli::token;
-use fanfare::config::{self, Action, AdminAddr, LogFormat, SettingError, Settings};
+use fanfare::config::{self, Action, AdminAddr, LogFormat, Settings};
 use fanfare::node;
 use fanfare::node::listeners::{Inherited, Listeners};
 use fanfare::node::systemd::Manager;
@@ -20,7 +20,7 @@ use tracing_subscriber::util::SubscriberInitExt;
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-/// Exit code for settings that are wrong; any other failure is 1.
+/// Exit code for wrong settings. Any other failure is 1.
 const WRONG_SETTINGS: u8 = 2;
 
 fn main() -> ExitCode {
@@ -31,22 +31,22 @@ fn main() -> ExitCode {
     if args.next_if(|first| first == "token").is_some() {
         return match token::run(args, std::env::var_os("FANFARE_JWT_KEY")) {
             Ok(text) => print(&text),
-            Err(problem) => complain(&format!("fanfare token: {problem}\n")),
+            Err(errors) => reject(errors.iter().map(|error| format!("fanfare token: {error}\n")).collect()),
         };
     }
     if args.next_if(|first| first == "doctor").is_some() {
         return match doctor::run(args, std::env::vars_os()) {
-            Ok(report) if report.problems => {
+            Ok(report) if report.has_problems => {
                 print(&report.text);
                 ExitCode::FAILURE
             }
             Ok(report) => print(&report.text),
-            Err(errors) => refuse(&errors),
+            Err(errors) => reject(config::error_report(&errors)),
         };
     }
     let action = match Settings::from(args, std::env::vars_os()) {
         Ok(action) => action,
-        Err(errors) => return refuse(&errors),
+        Err(errors) => return reject(config::error_report(&errors)),
     };
     let (settings, check) = match action {
         Action::Help(text) | Action::Version(text) => return print(&text),
@@ -55,10 +55,10 @@ fn main() -> ExitCode {
     };
     let keys = match KeyRing::load(&settings) {
         Ok(keys) => Arc::new(keys),
-        Err(errors) => return refuse(&errors),
+        Err(errors) => return reject(config::error_report(&errors)),
     };
     if check {
-        return print(&format!("{settings}{}", settings.division()));
+        return print(&format!("{settings}{}", settings.budget()));
     }
     start_logging(&settings);
     keys.warn_of_exposed_files();
@@ -70,7 +70,7 @@ fn main() -> ExitCode {
     });
     let served = match inherited {
         Ok((inherited, errors)) if errors.is_empty() => serve(settings, keys, inherited, manager.clone()),
-        Ok((_, errors)) => return refuse(&errors),
+        Ok((_, errors)) => return reject(config::error_report(&errors)),
         Err(error) => Err(error),
     };
     match served {
@@ -83,12 +83,9 @@ fn main() -> ExitCode {
     }
 }
 
-fn refuse(errors: &[SettingError]) -> ExitCode {
-    complain(&config::report(errors))
-}
-
-/// A full disk behind standard error takes the text, but not the exit code: by that systemd knows not to try again.
-fn complain(text: &str) -> ExitCode {
+/// Prints errors. If standard error is on a full disk, the text is lost but the exit code is not: it
+/// tells systemd not to restart the node.
+fn reject(text: String) -> ExitCode {
     let _ = std::io::stderr().write_all(text.as_bytes());
     WRONG_SETTINGS.into()
 }
@@ -139,7 +136,7 @@ fn serve(
                 _ = interrupt.recv() => "SIGINT",
                 _ = hangup.recv() => {
                     manager.reloading();
-                    reread(&keys);
+                    reload(&keys);
                     manager.ready();
                     continue;
                 }
@@ -153,16 +150,16 @@ fn serve(
     })
 }
 
-fn reread(keys: &KeyRing) {
+fn reload(keys: &KeyRing) {
     match keys.reload() {
         Ok(()) if keys.has_files() => {
-            tracing::info!("the keys were read again");
+            tracing::info!("reloaded keys");
             keys.warn_of_exposed_files();
         }
-        Ok(()) => tracing::info!("there are no key files to read again"),
+        Ok(()) => tracing::info!("no key files to reload"),
         Err(errors) => {
             for error in errors {
-                tracing::error!("the keys stay as they were: {error}");
+                tracing::error!("key reload failed, keeping the current keys: {error}");
             }
         }
     }

@@ -1,4 +1,5 @@
-//! The memory that this process may use: its cgroups, version 1 and 2 (cgroups(7)), and the machine.
+//! The memory that this process may use, by its cgroups (version 1 and 2, cgroups(7)) and the
+//! machine.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -6,7 +7,7 @@ use std::path::{Path, PathBuf};
 /// Version 1 writes "no limit" as the largest number of whole pages.
 const NO_LIMIT: u64 = 1 << 60;
 
-/// Cgroups with a memory limit: the one of this process and those above it.
+/// Cgroups with a memory limit: that of this process and its ancestors.
 #[derive(Clone, Debug, Default)]
 pub struct Groups(Vec<Group>);
 
@@ -22,7 +23,8 @@ struct Group {
 struct Version {
     limit: &'static str,
     usage: &'static str,
-    /// Lines of `memory.stat` with the page cache of files: the kernel frees it before it kills anything.
+    /// Lines of `memory.stat` with the page cache of files, which the kernel frees before it kills
+    /// a process.
     file_cache: [&'static str; 2],
 }
 
@@ -51,7 +53,8 @@ impl Groups {
                 _ => continue,
             };
             let Some((top, below)) = mounts.lines().find_map(|line| mount(line, version)) else { continue };
-            // In a container the path may be above the mount point: then the mount is the container's own group.
+            // In a container the path may be above the mount point. The mount is then the
+            // container's own group.
             let path = Path::new(path).strip_prefix(below).unwrap_or(Path::new(""));
             let top = root.join(top.trim_start_matches('/'));
             groups.extend(path.ancestors().filter_map(|path| Group::read(&top.join(path), version)));
@@ -64,7 +67,8 @@ impl Groups {
         self.0.iter().map(|group| group.limit).min()
     }
 
-    /// The least memory that any group has left. The page cache is read only if that seems to be less than `enough`.
+    /// The least memory that any group has left. The page cache is read only if that seems to be
+    /// less than `enough`.
     pub fn available(&self, enough: u64) -> Option<u64> {
         self.0.iter().filter_map(|group| group.available(enough)).min()
     }
@@ -90,7 +94,8 @@ impl Group {
     }
 }
 
-/// The mount point and root group of a line of mountinfo (proc(5)) that mounts the memory controller of this version.
+/// The mount point and root group of a line of mountinfo (proc(5)) that mounts the memory
+/// controller of this version.
 fn mount<'a>(line: &'a str, version: &Version) -> Option<(&'a str, &'a str)> {
     let (mount, filesystem) = line.split_once(" - ")?;
     let mut mount = mount.split(' ').skip(3);
@@ -113,12 +118,12 @@ pub fn machine_memory() -> Option<u64> {
     kibibytes(&fs::read_to_string("/proc/meminfo").ok()?, "MemTotal:")
 }
 
-/// Memory of the machine that is free or can be freed without swapping.
+/// Memory of the machine that is free or can be freed without swapping (`/proc/meminfo`).
 pub fn available_memory() -> Option<u64> {
     kibibytes(&fs::read_to_string("/proc/meminfo").ok()?, "MemAvailable:")
 }
 
-/// A line `name:  123 kB`, in bytes.
+/// Parses the line `name  123 kB` of a file in /proc into bytes.
 pub fn kibibytes(text: &str, name: &str) -> Option<u64> {
     let line = text.lines().find_map(|line| line.strip_prefix(name))?;
     line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)

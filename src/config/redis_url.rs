@@ -1,10 +1,10 @@
-//! The address of a Redis, as fred reads it, checked before anything connects.
+//! The URL of a Redis in fred's syntax, checked before anything connects.
 
 use std::fmt;
 
 use url::Url;
 
-/// A Redis URL. Its `Debug` and `Display` hide passwords.
+/// A Redis URL. `Debug` and `Display` hide its passwords.
 #[derive(Clone, PartialEq, Eq)]
 pub struct RedisUrl(pub String);
 
@@ -12,8 +12,11 @@ const SENTINEL_PARAMETERS: [&str; 4] =
     ["node", "sentinelServiceName", "sentinelUsername", "sentinelPassword"];
 
 impl RedisUrl {
-    /// Checks a URL in fred's syntax (`redis`, `rediss`, their `-sentinel` forms, `redis+unix`), or `unix:PATH`.
-    /// Errors never quote it: it may hold a password.
+    /// Checks a URL in fred's syntax (`redis`, `rediss`, their `-sentinel` forms, `redis+unix`), or
+    /// `unix:PATH`.
+    ///
+    /// # Errors
+    /// What is wrong with the URL. It is not quoted, since it may hold a password.
     pub fn parse(text: &str) -> Result<RedisUrl, String> {
         let text = match text.strip_prefix("unix:") {
             Some(path) => format!("redis+unix://{}", path.strip_prefix("//").unwrap_or(path)),
@@ -30,7 +33,7 @@ impl RedisUrl {
             }
             "redis-sentinel" | "rediss-sentinel" => check_sentinel(&url)?,
             "redis+unix" if url.path().len() > 1 => return Ok(RedisUrl(text)),
-            "redis+unix" => return Err("names no socket: unix:/run/redis/redis.sock".into()),
+            "redis+unix" => return Err("has no path: give one, such as unix:/run/redis/redis.sock".into()),
             scheme if scheme.contains("cluster") => return Err("Redis Cluster is not supported yet".into()),
             scheme => {
                 let known = "redis, rediss, redis-sentinel, rediss-sentinel or unix:PATH";
@@ -38,16 +41,16 @@ impl RedisUrl {
             }
         }
         if url.host_str().is_none_or(str::is_empty) {
-            return Err("names no host, such as redis://127.0.0.1:6379".into());
+            return Err("has no host: give one, such as redis://127.0.0.1:6379".into());
         }
         if !database.is_empty() && database.parse::<u8>().is_err() {
-            return Err("what follows the host's / must be a database number below 256".into());
+            return Err("the path must be a database number below 256".into());
         }
         Ok(RedisUrl(text))
     }
 }
 
-/// The query's parameters as written.
+/// The parameters of the query as written.
 fn parameters(url: &Url) -> impl Iterator<Item = (&str, &str)> {
     let pairs = url.query().unwrap_or_default().split('&').filter(|pair| !pair.is_empty());
     pairs.map(|pair| pair.split_once('=').unwrap_or((pair, "")))
@@ -103,7 +106,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn takes_freds_urls_and_shows_them_without_passwords() {
+    fn shows_urls_without_passwords() {
         for (text, shown) in [
             ("redis://127.0.0.1", "redis://127.0.0.1"),
             ("redis://127.0.0.1:6379/3", "redis://127.0.0.1:6379/3"),
@@ -126,14 +129,14 @@ mod tests {
     }
 
     #[test]
-    fn refuses_what_would_fail_later_without_quoting_it() {
+    fn rejects_wrong_urls_without_quoting_them() {
         for (text, part) in [
             ("127.0.0.1:6379", "such as redis://127.0.0.1:6379"),
             ("localhost:6379", "use redis"),
             ("http://:secret@a", "use redis"),
             ("redis-cluster://:secret@a:1", "not supported yet"),
             ("redis://:secret@", "is not a URL"),
-            ("redis:///3", "names no host"),
+            ("redis:///3", "no host"),
             ("redis://:secret@a:99999", "is not a URL"),
             ("redis://:secret@a/x", "database number"),
             ("redis://:secret@a/1/2", "database number"),
@@ -142,7 +145,7 @@ mod tests {
             ("redis-sentinel://:secret@a?sentinelServiceName=", "sentinelServiceName"),
             ("redis-sentinel://a?sentinelServiceName=m&node=b", "HOST:PORT"),
             ("redis-sentinel://a?sentinelServiceName=m&password=secret", "no parameter password"),
-            ("unix:", "names no socket"),
+            ("unix:", "no path"),
             ("", "is not a URL"),
             ("http://127.0.0.1", "rediss-sentinel or unix:PATH"),
         ] {

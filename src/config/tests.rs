@@ -1,6 +1,11 @@
-use proptest::prelude::*;
+use std::net::SocketAddr;
+use std::num::NonZeroU32;
 
-use super::table::TABLE;
+use ipnet::IpNet;
+use proptest::prelude::*;
+use tracing_subscriber::filter::LevelFilter;
+
+use super::rows::{ROWS, variable};
 use super::*;
 
 fn read(args: &[&str], env: &[(&str, &str)]) -> Result<Action, Vec<SettingError>> {
@@ -20,25 +25,30 @@ fn errors(args: &[&str], env: &[(&str, &str)]) -> Vec<String> {
     errors.iter().map(SettingError::to_string).collect()
 }
 
+/// Each setting's name and effective value.
+fn shown(settings: &Settings) -> Vec<(&'static str, String)> {
+    ROWS.iter().map(|row| (row.flag.name, (row.show)(settings))).collect()
+}
+
 #[test]
-fn nothing_given_means_the_defaults_that_help_shows() {
+fn nothing_given_means_the_defaults() {
     let settings = run(&[], &[]);
-    for (spec, (name, shown)) in TABLE.iter().zip(settings.shown()) {
-        assert_eq!(spec.name, name);
+    for row in ROWS {
+        let name = row.flag.name;
         if !matches!(name, "shards" | "max-connections" | "buffer-memory" | "max-byte-rate") {
-            assert_eq!(shown, spec.default, "--{name}");
+            assert_eq!((row.show)(&settings), row.default, "--{name}");
         }
     }
     assert_eq!(settings.shards, std::thread::available_parallelism().unwrap());
     let files = settings.open_files.unwrap_or(u32::MAX);
-    assert!((1..=files).contains(&settings.most_connections()));
+    assert!((1..=files).contains(&settings.connection_limit()));
     assert_eq!(settings.byte_rate(), 1 << 20);
     assert_eq!(run(&["--max-message-size", "2MiB"], &[]).byte_rate(), 2 << 20);
     assert_eq!(settings.log_targets().default_level(), Some(LevelFilter::INFO));
 }
 
 #[test]
-fn every_setting_is_read_from_its_flag_in_both_forms_and_from_its_variable() {
+fn reads_every_setting_from_flag_and_variable() {
     let others = [
         ("listen", "0.0.0.0:80,[::1]:81"),
         ("admin", "unix:/run/fanfare.sock"),
@@ -73,12 +83,12 @@ fn every_setting_is_read_from_its_flag_in_both_forms_and_from_its_variable() {
         ("log", "warn,fanfare::bus=debug"),
         ("log-format", "json"),
     ];
-    assert_eq!(others.map(|(name, _)| name), run(&[], &[]).shown().map(|(name, _)| name));
+    assert!(ROWS.iter().map(|row| row.flag.name).eq(others.iter().map(|(name, _)| *name)));
     let mut variables = Vec::new();
     let mut attached = Vec::new();
     let mut separate = Vec::new();
     for (name, value) in others {
-        variables.push((table::variable(name), value.to_owned()));
+        variables.push((variable(name), value.to_owned()));
         attached.push(format!("--{name}={value}"));
         separate.push(format!("--{name}"));
         if !matches!(name, "redis-durable" | "allow-anonymous") {
@@ -89,7 +99,7 @@ fn every_setting_is_read_from_its_flag_in_both_forms_and_from_its_variable() {
     let attached: Vec<_> = attached.iter().map(String::as_str).collect();
     let separate: Vec<_> = separate.iter().map(String::as_str).collect();
     let settings = run(&[], &variables);
-    assert_eq!(settings.shown().map(|(name, value)| (name, value)), others.map(|(n, v)| (n, v.to_owned())));
+    assert_eq!(shown(&settings), others.map(|(name, value)| (name, value.to_owned())));
     assert_eq!(run(&attached, &[]), settings);
     assert_eq!(run(&separate, &[]), settings);
 
@@ -103,24 +113,25 @@ fn every_setting_is_read_from_its_flag_in_both_forms_and_from_its_variable() {
 
 #[test]
 fn renamed_settings_name_their_successor() {
-    for (old, new) in table::RENAMED {
-        let Err(errors) = read(&[&format!("--{old}=1")], &[]) else { panic!("--{old} is taken") };
-        assert_eq!(errors[0].problem, format!("was renamed: use --{new}"));
-        let Err(errors) = read(&[], &[(&table::variable(old), "1")]) else { panic!("{old} is taken") };
-        assert_eq!(errors[0].problem, format!("was renamed: use {}", table::variable(new)));
-        assert!(TABLE.iter().any(|spec| spec.name == new), "--{new}");
+    let renamed: Vec<_> = ROWS.iter().filter(|row| !row.flag.old_name.is_empty()).collect();
+    assert_eq!(renamed.len(), 12);
+    for row in renamed {
+        let (old, new) = (row.flag.old_name, row.flag.name);
+        assert_eq!(errors(&[&format!("--{old}=1")], &[]), [format!("--{old}: was renamed: use --{new}")]);
+        let old = variable(old);
+        assert_eq!(errors(&[], &[(&old, "1")]), [format!("{old}: was renamed: use {}", variable(new))]);
     }
 }
 
 #[test]
-fn a_flag_wins_over_its_variable_and_an_empty_variable_is_none() {
+fn flags_win_over_variables() {
     let settings = run(&["--history", "2000"], &[("FANFARE_HISTORY", "3000"), ("FANFARE_REDIS", "")]);
     assert_eq!((settings.history, settings.redis), (2000, None));
     assert!(!run(&["--redis-durable=false"], &[("FANFARE_REDIS_DURABLE", "true")]).redis_durable);
 }
 
 #[test]
-fn lists_come_by_comma_and_by_repeating_the_flag() {
+fn lists_are_separated_by_commas_or_repeated() {
     let settings =
         run(&["--listen", "127.0.0.1:1,127.0.0.1:2", "--listen=127.0.0.1:0", "--listen", "127.0.0.1:0"], &[]);
     assert_eq!(settings.listen.iter().map(SocketAddr::port).collect::<Vec<_>>(), [1, 2, 0, 0]);
@@ -128,7 +139,7 @@ fn lists_come_by_comma_and_by_repeating_the_flag() {
 }
 
 #[test]
-fn proxies_are_networks_or_single_addresses() {
+fn proxies_are_networks_or_addresses() {
     let given = "10.0.0.7,10.1.0.0/16,::1,fd00::/8,::ffff:10.2.0.0/112,::ffff:10.3.0.1,::/0,0.0.0.0/0";
     let shown: Vec<_> =
         run(&["--trusted-proxy", given], &[]).trusted_proxy.iter().map(IpNet::to_string).collect();
@@ -146,7 +157,7 @@ fn proxies_are_networks_or_single_addresses() {
 }
 
 #[test]
-fn caps_are_numbers_or_none_or_what_fits() {
+fn caps_are_numbers_off_or_auto() {
     let caps = |text: &str| {
         let settings = run(&["--max-connections-per-ip", text, "--max-connections-per-user", text], &[]);
         assert_eq!(settings.max_connections_per_ip, settings.max_connections_per_user);
@@ -154,14 +165,14 @@ fn caps_are_numbers_or_none_or_what_fits() {
     };
     assert_eq!((caps("auto"), caps("0")), (Cap::Auto, Cap::Off));
     assert_eq!(caps("1"), Cap::Most(NonZeroU32::MIN));
-    assert_eq!(run(&["--max-connections", "7"], &[]).most_connections(), 7);
-    // Every shard takes descriptors of its own.
-    let fit = |shards| run(&["--shards", shards], &[]).most_connections();
+    assert_eq!(run(&["--max-connections", "7"], &[]).connection_limit(), 7);
+    // Every shard needs descriptors of its own.
+    let fit = |shards| run(&["--shards", shards], &[]).connection_limit();
     assert!(fit("1") > fit("2") || fit("1") == u32::MAX);
 }
 
 #[test]
-fn help_and_version_win_over_everything_and_help_fits_the_page() {
+fn help_and_version_win_over_errors() {
     assert_eq!(
         read(&["--nonsense", "--version"], &[]),
         Ok(Action::Version(format!("fanfare {}\n", env!("CARGO_PKG_VERSION"))))
@@ -170,15 +181,32 @@ fn help_and_version_win_over_everything_and_help_fits_the_page() {
     for line in text.lines() {
         assert!(line.len() <= 100 && line.trim_end() == line, "{} columns: {line:?}", line.len());
     }
-    for spec in &TABLE {
-        let line = text.lines().find(|line| line.trim_start().starts_with(&format!("{} ", spec.flag())));
-        let line = line.unwrap_or_else(|| panic!("--{} is not in --help", spec.name));
-        assert!(line.contains(&format!(" {} ", spec.variable())) && line.contains(spec.default), "{line}");
+    for row in ROWS {
+        let flag = row.flag.with_dashes();
+        let line = text.lines().find(|line| line.trim_start().starts_with(&format!("{flag} ")));
+        let line = line.unwrap_or_else(|| panic!("{flag} is not in --help"));
+        assert!(line.contains(&format!(" {} ", row.variable())) && line.contains(row.default), "{line}");
     }
 }
 
 #[test]
-fn each_wrong_setting_is_named_and_explained() {
+fn docs_have_every_setting() {
+    const START: &str = "<!-- settings:start -->\n";
+    const END: &str = "<!-- settings:end -->\n";
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/configuration.md");
+    let text = std::fs::read_to_string(path).unwrap();
+    let (before, rest) = text.split_once(START).unwrap();
+    let (_, after) = rest.split_once(END).unwrap();
+    let current = [before, START, &rows::markdown(), END, after].concat();
+    if std::env::var_os("UPDATE_DOCS").is_some() {
+        std::fs::write(path, &current).unwrap();
+    }
+    let command = "UPDATE_DOCS=1 cargo test --lib docs_have_every_setting";
+    assert!(text == current, "docs/configuration.md is out of date. To write its table: {command}");
+}
+
+#[test]
+fn wrong_settings_are_named_and_explained() {
     for (args, part) in [
         (
             &["--listen", "localhost:8080"] as &[_],
@@ -187,14 +215,20 @@ fn each_wrong_setting_is_named_and_explained() {
         (&["--listen", ":8080"], "not an IP address"),
         (&["--listen", "127.0.0.1:1,"], "\"\" is not an IP address"),
         (&["--listen", "127.0.0.1:1,127.0.0.1:1"], "127.0.0.1:1 is given twice"),
-        (&["--listen", "127.0.0.1:9080"], "--admin: 127.0.0.1:9080 is taken by --listen"),
-        (&["--admin", "0.0.0.0:9080"], "--admin: 0.0.0.0:9080 is open to others"),
-        (&["--admin", "[::]:9080"], "open to others"),
-        (&["--admin", "[::ffff:10.0.0.1]:9080"], "open to others"),
-        (&["--admin", "off", "--admin-key", "/k"], "--admin-key: is the key to nothing"),
-        (&["--listen", "0.0.0.0:8080"], "--listen: 0.0.0.0:8080 is open to others and asks for no token"),
-        (&["--listen", "127.0.0.1:8080,[2001:db8::1]:8080"], "[2001:db8::1]:8080 is open to others"),
-        (&["--client-publish", "on"], "none of off, own, any"),
+        (&["--listen", "127.0.0.1:9080"], "--admin: 127.0.0.1:9080 is also in --listen"),
+        (&["--admin", "0.0.0.0:9080"], "--admin: 0.0.0.0:9080 is reachable from other hosts without a key"),
+        (&["--admin", "[::]:9080"], "reachable from other hosts"),
+        (&["--admin", "[::ffff:10.0.0.1]:9080"], "reachable from other hosts"),
+        (&["--admin", "off", "--admin-key", "/k"], "--admin-key: has no effect with --admin off"),
+        (
+            &["--listen", "0.0.0.0:8080"],
+            "--listen: 0.0.0.0:8080 is reachable from other hosts without authentication",
+        ),
+        (
+            &["--listen", "127.0.0.1:8080,[2001:db8::1]:8080"],
+            "[2001:db8::1]:8080 is reachable from other hosts",
+        ),
+        (&["--client-publish", "on"], "none of off, channel, any"),
         (&["--admin", "unix:"], "needs a path"),
         (&["--admin", "on"], "is none of"),
         (&["--allow-origin", "example.com"], "not an origin"),
@@ -210,17 +244,17 @@ fn each_wrong_setting_is_named_and_explained() {
         (&["--max-connections-per-user", "4294967296"], "neither a number of connections"),
         (&["--redis", "redis-cluster://a:1"], "not supported yet"),
         (&["--redis", ""], "--redis: is empty"),
-        (&["--redis-prefix", "a b"], "no blanks"),
+        (&["--redis-prefix", "a b"], "without blanks"),
         (&["--redis-prefix", "a{b}"], "braces"),
-        (&["--redis-durable"], "--redis-durable: says something about a Redis"),
+        (&["--redis-durable"], "--redis-durable: has no effect without --redis"),
         (&["--redis-durable=yes"], "neither true nor false"),
         (&["--pubsub-channels", "a b"], "\"a b\" is not a channel name"),
         (&["--pubsub-channels", "fanfare:x"], "own Redis channels"),
         (&["--pubsub-channels", "a,b", "--max-channels", "1"], "fewer than --pubsub-channels"),
         (&["--history", "999"], "between 1000 and"),
         (&["--history-ttl", "24"], "such as 25s"),
-        (&["--history-ttl", "0s"], "more than nothing"),
-        (&["--publish-timeout", "0ms"], "more than nothing"),
+        (&["--history-ttl", "0s"], "more than 0"),
+        (&["--publish-timeout", "0ms"], "more than 0"),
         (&["--max-channels", "0"], "between 1 and"),
         (&["--max-message-size", "0"], "between 1 byte and 16MiB"),
         (&["--max-message-size", "17MiB"], "between 1 byte and 16MiB"),
@@ -231,9 +265,9 @@ fn each_wrong_setting_is_named_and_explained() {
         (&["--max-byte-rate", "fast"], "KB, MB or GB, nor auto"),
         (&["--max-byte-rate", "63KiB"], "at least 64KiB, or 0, with --max-message-size 64KiB"),
         (&["--max-byte-rate", "1MiB", "--max-message-size", "16MiB"], "at least 4MiB, or 0"),
-        (&["--ping-interval", "0s"], "more than nothing"),
+        (&["--ping-interval", "0s"], "more than 0"),
         (&["--ping-timeout", "20"], "not a duration"),
-        (&["--ping-format", "pong"], "none of ping"),
+        (&["--ping-format", "pong"], "none of websocket, json, both"),
         (&["--shards", "0"], "between 1 and 1024"),
         (&["--shards", "-1"], "between 1 and 1024, nor auto"),
         (&["--buffer-memory", "63KiB"], "must be at least --max-message-size (64KiB)"),
@@ -241,7 +275,7 @@ fn each_wrong_setting_is_named_and_explained() {
         (&["--log", "info,fanfare=loud"], "\"loud\" is not a level: one of off"),
         (&["--log", "info,"], "\"\" is not a level"),
         (&["--log", "a=b=info"], "not a log filter"),
-        (&["--log-format", "xml"], "neither text nor json"),
+        (&["--log-format", "xml"], "none of text, json"),
         (&["--history", "1000", "--history", "2000"], "--history: is given twice"),
         (&["--history"], "--history: needs a value: --history EVENTS"),
         (&["--listn", "x"], "--listn: there is no such flag; did you mean --listen?"),
@@ -257,7 +291,9 @@ fn each_wrong_setting_is_named_and_explained() {
 #[test]
 fn a_wrong_variable_is_named_as_a_variable() {
     assert_eq!(errors(&[], &[("FANFARE_SHARDS", "many")])[0].split(':').next(), Some("FANFARE_SHARDS"));
-    assert!(errors(&[], &[("FANFARE_REDIS_DURABLE", "1")])[0].starts_with("FANFARE_REDIS_DURABLE: says"));
+    assert!(
+        errors(&[], &[("FANFARE_REDIS_DURABLE", "1")])[0].starts_with("FANFARE_REDIS_DURABLE: has no effect")
+    );
     assert_eq!(
         errors(&[], &[("FANFARE_LISTN", "x")]),
         ["FANFARE_LISTN: there is no such setting; did you mean FANFARE_LISTEN?"]
@@ -285,18 +321,18 @@ fn a_wrong_variable_is_named_as_a_variable() {
 }
 
 #[test]
-fn every_error_is_reported_at_once_and_no_password_is() {
+fn reports_every_error_but_no_password() {
     let args = ["--listen", "x", "--shards=0", "--nope", "--redis", "redis://:secret@a?x", "--listen", "y"];
     let found = read(&args, &[("FANFARE_HISTORY", "1")]).unwrap_err();
     let named: Vec<_> = found.iter().map(|error| error.setting.as_str()).collect();
     assert_eq!(named, ["--nope", "--listen", "--redis", "FANFARE_HISTORY", "--shards"]);
-    let text = report(&found);
+    let text = error_report(&found);
     assert!(text.starts_with("fanfare: 5 settings are wrong; nothing was started\n  --nope: "), "{text}");
     assert!(!text.contains("secret"));
 }
 
 #[test]
-fn what_is_not_utf_8_is_an_error_not_a_panic() {
+fn text_that_is_not_utf_8_is_an_error() {
     use std::os::unix::ffi::OsStringExt;
     let bad = || OsString::from_vec(vec![b'a', 0xff]);
     assert!(Settings::from([bad()], []).is_err());
@@ -307,10 +343,10 @@ fn what_is_not_utf_8_is_an_error_not_a_panic() {
 
 proptest! {
     #[test]
-    fn no_argument_panics(args: Vec<String>, at in 0..TABLE.len(), value: String) {
+    fn no_argument_panics(args: Vec<String>, at in 0..ROWS.len(), value: String) {
         let mut args: Vec<OsString> = args.into_iter().map(OsString::from).collect();
         let _ = Settings::from(args.clone(), []);
-        args.extend([TABLE[at].flag().into(), value.into()]);
+        args.extend([ROWS[at].flag.with_dashes().into(), value.into()]);
         let _ = Settings::from(args, []);
     }
 }

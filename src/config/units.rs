@@ -1,8 +1,8 @@
-//! Durations and sizes as people write them, both ways.
+//! Durations and sizes as text.
 
 use std::time::Duration;
 
-/// No setting needs more, and adding it to the clock can't overflow.
+/// Longest duration. No setting needs more, and adding it to the clock can't overflow.
 const LONGEST: Duration = Duration::from_secs(3650 * 86400);
 
 const TIMES: [(&str, u64); 5] = [("d", 86_400_000), ("h", 3_600_000), ("m", 60_000), ("s", 1000), ("ms", 1)];
@@ -18,7 +18,10 @@ const SIZES: [(&str, u64); 7] = [
     ("B", 1),
 ];
 
-/// Reads a whole number and a unit: `25s`, `500ms`, `5m`, `24h`, `7d`.
+/// Parses a whole number and a unit: `25s`, `500ms`, `5m`, `24h`, `7d`.
+///
+/// # Errors
+/// What is wrong with the text.
 pub fn parse_duration(text: &str) -> Result<Duration, String> {
     let wrong = || format!("{text:?} is not a duration: a whole number and ms, s, m, h or d, such as 25s");
     let (number, unit) = split(text).ok_or_else(wrong)?;
@@ -29,23 +32,24 @@ pub fn parse_duration(text: &str) -> Result<Duration, String> {
         .ok_or_else(|| format!("{text:?} is too long: at most 3650d"))
 }
 
-/// Writes a duration in the largest unit up to hours that keeps it whole. Finer than a millisecond is cut off.
+/// Formats a duration in the largest unit up to hours that keeps it whole. Parts of a millisecond
+/// are cut off.
 pub fn show_duration(duration: Duration) -> String {
     let millis = duration.as_millis() as u64;
     let (unit, size) = largest(&TIMES[1..], millis).unwrap_or(("s", 1000));
     format!("{}{unit}", millis / size)
 }
 
-/// Reads a number of bytes: `65536`, `64KiB`, `64MiB`, and decimal `64KB`; case is ignored.
+/// Parses a number of bytes: `65536`, `64KiB`, `64MiB`, and decimal `64KB`. Case is ignored.
 pub fn parse_size(text: &str) -> Result<u64, String> {
     let wrong = || format!("{text:?} is not a size: a whole number and B, KiB, MiB, GiB, KB, MB or GB");
     let (number, unit) = split(text).ok_or_else(wrong)?;
     let known = SIZES.iter().find(|(name, _)| name.eq_ignore_ascii_case(unit)).map(|(_, size)| *size);
     let size = if unit.is_empty() { 1 } else { known.ok_or_else(wrong)? };
-    number.checked_mul(size).ok_or_else(|| format!("{text:?} is too much"))
+    number.checked_mul(size).ok_or_else(|| format!("{text:?} is too large"))
 }
 
-/// Writes a number of bytes in the largest binary unit that keeps it whole.
+/// Formats a number of bytes in the largest binary unit that keeps it whole.
 pub fn show_size(bytes: u64) -> String {
     match largest(&SIZES[..3], bytes) {
         Some((unit, size)) => format!("{}{unit}", bytes / size),
@@ -108,7 +112,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_shown_is_read_back(millis in 0..LONGEST.as_millis() as u64, bytes: u64, shift in 0..40u32) {
+        fn formatted_text_is_parsed_back(millis in 0..LONGEST.as_millis() as u64, bytes: u64, shift in 0..40u32) {
             for millis in [millis, millis / 1000 * 1000, millis / 3_600_000 * 3_600_000] {
                 let duration = Duration::from_millis(millis);
                 prop_assert_eq!(parse_duration(&show_duration(duration)), Ok(duration));

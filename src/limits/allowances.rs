@@ -43,7 +43,7 @@ impl Allowances {
         Allowances {
             limiter: RateLimiter::new(settings),
             parts: (0..PARTS).map(|_| Mutex::default()).collect(),
-            most: (settings.most_connections() as usize).saturating_add(LEFT_MAX) / PARTS,
+            most: (settings.connection_limit() as usize).saturating_add(LEFT_MAX) / PARTS,
             hasher: RandomState::new(),
             started: Instant::now(),
         }

@@ -16,7 +16,6 @@ mod render;
 mod table;
 
 pub use histogram::Histogram;
-pub use process::{max_fds, open_file_limit};
 pub use readiness::Readiness;
 
 /// A number that only rises. Relaxed: numbers are read one by one.

@@ -2,6 +2,8 @@
 
 use std::fs;
 
+use crate::config::open_file_limit;
+
 /// `utime` and `stime` count in these, on every architecture (`USER_HZ`).
 const TICKS_PER_SECOND: f64 = 100.0;
 
@@ -28,11 +30,6 @@ impl Process {
     }
 }
 
-/// The limit on open descriptors of this process; `None` if it can't be read.
-pub fn open_file_limit() -> Option<u64> {
-    read("limits", max_fds)
-}
-
 fn read<T>(file: &str, parse: impl Fn(&str) -> Option<T>) -> Option<T> {
     parse(&fs::read_to_string(format!("/proc/self/{file}")).ok()?)
 }
@@ -51,15 +48,6 @@ fn cpu_seconds(stat: &str) -> Option<f64> {
     Some((user + system) as f64 / TICKS_PER_SECOND)
 }
 
-/// The soft limit on open descriptors in a `/proc/PID/limits`.
-pub fn max_fds(limits: &str) -> Option<u64> {
-    let line = limits.lines().find_map(|line| line.strip_prefix("Max open files"))?;
-    match line.split_ascii_whitespace().next()? {
-        "unlimited" => Some(u64::MAX),
-        limit => limit.parse().ok(),
-    }
-}
-
 fn open_fds() -> Option<u64> {
     match fs::metadata("/proc/self/fd").ok()?.len() {
         0 => fs::read_dir("/proc/self/fd").ok().map(|entries| entries.count() as u64),
@@ -76,10 +64,7 @@ mod tests {
         assert_eq!(resident_bytes("Name:\tx\nVmRSS:\t    5124 kB\n"), Some(5124 * 1024));
         let stat = "7 (a) b) S 1 7 7 0 -1 4194304 100 0 0 0 250 150 0 0 20 0 1 0 100 1 1";
         assert_eq!(cpu_seconds(stat), Some(4.0));
-        let limits =
-            "Limit   Soft Limit  Hard Limit  Units\nMax open files            1024     4096    files\n";
-        assert_eq!(max_fds(limits), Some(1024));
-        assert_eq!((resident_bytes(""), cpu_seconds(""), max_fds("")), (None, None, None));
+        assert_eq!((resident_bytes(""), cpu_seconds("")), (None, None));
     }
 
     #[test]

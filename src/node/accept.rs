@@ -24,7 +24,7 @@ use crate::shard::mailbox::{Mailboxes, ShardMessage};
 
 /// Connections that the kernel holds until they are accepted; it takes the smaller of this and
 /// net.core.somaxconn. A storm of reconnects waits here instead of retrying after a second.
-const BACKLOG: i32 = 65_535;
+pub(crate) const BACKLOG: i32 = 65_535;
 
 /// Most that the kernel holds for one connection, in bytes (it counts twice as many, socket(7)). Left alone it would
 /// grow to 4 MiB, so that ten thousand readers who stall would take 25 GB of the kernel; what does not fit waits in

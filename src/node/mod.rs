@@ -51,7 +51,7 @@ pub async fn run(
     let metrics = Arc::new(Metrics::new(settings.shards.get(), numbers.clone(), readiness.clone()));
     let (requests, asked) = mpsc::unbounded_channel();
     let limits = Arc::new(ConnectionLimits::new(&settings));
-    metrics.max_connections.set(u64::from(settings.most_connections()));
+    metrics.max_connections.set(u64::from(settings.connection_limit()));
     let context = HandshakeContext {
         settings: settings.clone(),
         readiness: readiness.clone(),
@@ -138,7 +138,7 @@ fn tell_start(settings: &Settings, listeners: &Listeners) -> io::Result<()> {
         admin = listeners.admin()?.to_string(),
         bus = settings.redis.as_ref().map_or_else(|| "local".into(), RedisUrl::to_string),
         shards = settings.shards,
-        max_connections = settings.most_connections(),
+        max_connections = settings.connection_limit(),
         max_channels = settings.max_channels,
         max_message_size = settings.max_message_size,
         history = settings.history,
@@ -153,9 +153,9 @@ fn tell_start(settings: &Settings, listeners: &Listeners) -> io::Result<()> {
             "the settings need more memory than available: lower --max-connections or --buffer-memory"
         );
     }
-    if let Some(asked) = settings.max_connections.filter(|asked| asked.get() > settings.most_connections()) {
+    if let Some(asked) = settings.max_connections.filter(|asked| asked.get() > settings.connection_limit()) {
         tracing::warn!(
-            max_connections = settings.most_connections(),
+            max_connections = settings.connection_limit(),
             "--max-connections {asked} is more than the limit on open files allows: raise it (LimitNOFILE)"
         );
     }

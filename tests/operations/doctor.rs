@@ -172,11 +172,11 @@ async fn replicas_and_missing_rights_are_found() {
         let url = primary.url().replace("//", "//fanfare:secret@");
         let said = doctor(&["--connections", "10", "--redis", &url], &[]).await;
         assert!(
-            said.on("Pub/Sub buffer").contains("see by hand client-output-buffer-limit"),
+            said.on("Pub/Sub buffer").contains("check by hand: client-output-buffer-limit"),
             "{}",
             said.text
         );
-        assert!(said.on("persistence").contains("see by hand appendonly"), "{}", said.text);
+        assert!(said.on("persistence").contains("check by hand: appendonly"), "{}", said.text);
         assert_eq!(said.code, Some(i32::from(refused.is_some())), "{}", said.text);
         if let Some(refused) = refused {
             let finding = said.on("rights");

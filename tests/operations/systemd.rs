@@ -320,8 +320,8 @@ async fn unusable_sockets_are_rejected_by_name() {
         ([listener().0, unix()], "a:b", 1, "socket 2 (\"b\") from systemd is no TCP socket"),
         ([listener().0, silent()], "a:b", 1, "socket 2 (\"b\") from systemd does not listen"),
         ([listener().0, listener().0], "admin:admin", 1, "socket 2 (\"admin\") from systemd is a second one"),
-        ([reachable(), listener().0], "a:b", 2, "is open to others and asks for no token"),
-        ([listener().0, reachable()], "a:admin", 2, "is open to others and has no key"),
+        ([reachable(), listener().0], "a:b", 2, "is reachable from other hosts without authentication"),
+        ([listener().0, reachable()], "a:admin", 2, "is reachable from other hosts without a key"),
     ] {
         let process = start_with(&systemd, sockets, names, &LOCAL);
         let status: ExitStatus = process.ended().await;

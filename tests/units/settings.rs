@@ -206,10 +206,10 @@ async fn unsafe_listeners_and_keys_are_rejected() {
     let (key, short) = (key.to_str().expect("UTF-8"), short.to_str().expect("UTF-8"));
     let (long, fifo) = (long.to_str().expect("UTF-8"), fifo.to_str().expect("UTF-8"));
     for (args, part) in [
-        (&["--listen", "0.0.0.0:0"][..], "--listen: 0.0.0.0:0 is open to others"),
+        (&["--listen", "0.0.0.0:0"][..], "--listen: 0.0.0.0:0 is reachable from other hosts"),
         (
             &["--allow-anonymous", "--listen", "0.0.0.0:0", "--admin", "0.0.0.0:0"],
-            "--admin: 0.0.0.0:0 is open to others",
+            "--admin: 0.0.0.0:0 is reachable from other hosts",
         ),
         (&["--admin-key", short], "at least 16"),
         (&["--jwt-key", key], "at least 32"),

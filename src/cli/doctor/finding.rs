@@ -1,66 +1,66 @@
-//! What the doctor says of one thing, and how a list of that is shown.
+//! A result of a check, and the report of all results.
 
 use std::fmt::Write;
 
-/// How things stand.
+/// The result in a word.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Level {
-    /// As it should be.
+    /// Nothing to change.
     Ok,
-    /// It will do, until something happens that the text names.
+    /// It works until the case that the text names.
     Warning,
-    /// It will not do.
+    /// It does not work.
     Problem,
 }
 
-/// One thing that was looked at.
+/// The result of one check.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Finding {
-    /// How it stands.
+    /// The result in a word.
     pub level: Level,
-    /// What was looked at, in two or three words.
-    pub what: &'static str,
-    /// What was found, and what follows from it.
-    pub found: String,
-    /// What to change, as one would write it; each begins with where.
-    pub remedy: Vec<String>,
+    /// What was checked, in two or three words.
+    pub subject: &'static str,
+    /// What was found, and its consequence.
+    pub text: String,
+    /// What to change, ready to copy. Each line starts with the place.
+    pub remedies: Vec<String>,
 }
 
 impl Finding {
-    /// All is well.
-    pub fn ok(what: &'static str, found: impl Into<String>) -> Finding {
-        Finding { level: Level::Ok, what, found: found.into(), remedy: Vec::new() }
+    /// Nothing to change.
+    pub fn ok(subject: &'static str, text: impl Into<String>) -> Finding {
+        Finding { level: Level::Ok, subject, text: text.into(), remedies: Vec::new() }
     }
 
     /// It could be better.
-    pub fn warning(what: &'static str, found: impl Into<String>) -> Finding {
-        Finding { level: Level::Warning, ..Finding::ok(what, found) }
+    pub fn warning(subject: &'static str, text: impl Into<String>) -> Finding {
+        Finding { level: Level::Warning, ..Finding::ok(subject, text) }
     }
 
-    /// It must be mended.
-    pub fn problem(what: &'static str, found: impl Into<String>) -> Finding {
-        Finding { level: Level::Problem, ..Finding::ok(what, found) }
+    /// It must be changed.
+    pub fn problem(subject: &'static str, text: impl Into<String>) -> Finding {
+        Finding { level: Level::Problem, ..Finding::ok(subject, text) }
     }
 
-    /// It can't be known from here: what to look at by hand.
-    pub fn unread(what: &'static str, by_hand: &str) -> Finding {
-        Finding::warning(what, format!("could not be read; see by hand {by_hand}"))
+    /// The value could not be read; `by_hand` says where to look.
+    pub fn unreadable(subject: &'static str, by_hand: &str) -> Finding {
+        Finding::warning(subject, format!("could not be read; check by hand: {by_hand}"))
     }
 
-    /// The same with a line to change.
+    /// Adds a line to change.
     pub fn remedy(mut self, line: impl Into<String>) -> Finding {
-        self.remedy.push(line.into());
+        self.remedies.push(line.into());
         self
     }
 }
 
-/// Columns of text before it is broken.
+/// Columns of the report.
 const WIDTH: usize = 110;
 /// Columns before a finding's text.
 const INDENT: usize = 32;
 
-/// A heading and what was found under it.
-pub fn show(heading: &str, findings: &[Finding]) -> String {
+/// A heading and the findings below it.
+pub fn section(heading: &str, findings: &[Finding]) -> String {
     let mut out = format!("\n{heading}\n");
     for finding in findings {
         let level = match finding.level {
@@ -68,21 +68,21 @@ pub fn show(heading: &str, findings: &[Finding]) -> String {
             Level::Warning => "warning",
             Level::Problem => "PROBLEM",
         };
-        let mut lines = broken(&finding.found, WIDTH - INDENT).into_iter();
-        let _ = writeln!(out, "  {level:<9}{:<21}{}", finding.what, lines.next().unwrap_or_default());
+        let mut lines = wrap(&finding.text, WIDTH - INDENT).into_iter();
+        let _ = writeln!(out, "  {level:<9}{:<21}{}", finding.subject, lines.next().unwrap_or_default());
         for line in lines {
             let _ = writeln!(out, "{:INDENT$}{line}", "");
         }
-        // What is to be copied stays on one line.
-        for line in &finding.remedy {
+        // Remedies are copied, so each stays on one line.
+        for line in &finding.remedies {
             let _ = writeln!(out, "{:INDENT$}-> {line}", "");
         }
     }
     out
 }
 
-/// The last line.
-pub fn sum_up(findings: &[Finding]) -> String {
+/// The number of problems and warnings.
+pub fn summary(findings: &[Finding]) -> String {
     let count = |level| findings.iter().filter(|finding| finding.level == level).count();
     let plural = |count, word| if count == 1 { format!("1 {word}") } else { format!("{count} {word}s") };
     let (problems, warnings) = (count(Level::Problem), count(Level::Warning));
@@ -90,10 +90,10 @@ pub fn sum_up(findings: &[Finding]) -> String {
 }
 
 /// Breaks text between words.
-fn broken(text: &str, width: usize) -> Vec<String> {
+fn wrap(text: &str, width: usize) -> Vec<String> {
     let mut lines = vec![String::new()];
     for word in text.split(' ') {
-        let line = lines.last_mut().expect("it has one at least");
+        let line = lines.last_mut().expect("there is at least one line");
         if !line.is_empty() && line.chars().count() + 1 + word.chars().count() > width {
             lines.push(word.to_owned());
         } else {
@@ -111,19 +111,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn text_is_broken_between_words_and_remedies_are_not() {
+    fn wraps_text_but_not_remedies() {
         let long = "sysctl ".repeat(30);
         let findings = [
             Finding::ok("a", "fine"),
             Finding::problem("open files", "word ".repeat(60).trim_end()).remedy(&*long),
         ];
-        let shown = show("This host", &findings);
+        let shown = section("This host", &findings);
         assert!(
             shown.starts_with("\nThis host\n  ok       a                    fine\n  PROBLEM  open files")
         );
         let (text, remedies): (Vec<_>, Vec<_>) = shown.lines().partition(|line| !line.contains("->"));
         assert!(text.iter().all(|line| line.len() <= WIDTH), "{shown}");
         assert_eq!(remedies, [format!("{:INDENT$}-> {long}", "")]);
-        assert_eq!(sum_up(&findings), "\n1 problem, 0 warnings, 1 ok\n");
+        assert_eq!(summary(&findings), "\n1 problem, 0 warnings, 1 ok\n");
     }
 }

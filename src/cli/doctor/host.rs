@@ -1,39 +1,40 @@
-//! What Linux tells of this host, as far as it matters to a node. What can't be read is `None`, never a guess.
+//! Facts about this host from `/proc` and `/sys`. Values that can't be read are `None`, never
+//! guessed.
 
 use std::fs;
 use std::path::Path;
 
 use crate::config::cgroup::{Groups, kibibytes};
-use crate::metrics::max_fds;
+use crate::config::parse_open_file_limit;
 
 /// Facts about the host. Sizes in bytes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Host {
-    /// Open files that this process may have; it has raised that as far as it may.
+    /// Open files that this process may have, after it raised its limit as far as allowed.
     pub files: Option<u64>,
-    /// The most that any process may be given (`fs.nr_open`).
-    pub files_a_process: Option<u64>,
-    /// Open files of the whole host: in use, and most (`fs.file-nr`).
+    /// Most open files of any process (`fs.nr_open`).
+    pub files_per_process: Option<u64>,
+    /// Open files of the whole host: in use, and the limit (`fs.file-nr`).
     pub files_of_host: Option<(u64, u64)>,
-    /// Sockets that one user's epolls may watch (`fs.epoll.max_user_watches`).
+    /// Sockets that the epolls of one user may watch (`fs.epoll.max_user_watches`).
     pub watches: Option<u64>,
-    /// Connections that may wait to be accepted (`net.core.somaxconn`).
+    /// Connections that can wait to be accepted (`net.core.somaxconn`).
     pub somaxconn: Option<u64>,
-    /// Handshakes that may be under way (`net.ipv4.tcp_max_syn_backlog`).
+    /// Handshakes that can be in progress (`net.ipv4.tcp_max_syn_backlog`).
     pub syn_backlog: Option<u64>,
-    /// Whether handshakes past that go on without memory (`net.ipv4.tcp_syncookies`).
+    /// Whether more handshakes than that continue without memory (`net.ipv4.tcp_syncookies`).
     pub syn_cookies: Option<bool>,
     /// First and last port for outgoing connections (`net.ipv4.ip_local_port_range`).
     pub ports: Option<(u64, u64)>,
-    /// Memory that all TCP buffers may take (`net.ipv4.tcp_mem`).
+    /// Limit on the memory of all TCP buffers (`net.ipv4.tcp_mem`).
     pub tcp_memory: Option<u64>,
-    /// A page of memory.
+    /// Size of a page of memory.
     pub page: Option<u64>,
-    /// Memory to be had without swapping (`MemAvailable`).
+    /// Memory available without swapping (`MemAvailable`).
     pub memory: Option<u64>,
-    /// What this process's cgroup leaves of its limit; `None` also where it has none.
+    /// Memory left by the limit of this process's cgroup; `None` also without a limit.
     pub cgroup: Option<u64>,
-    /// Connections tracked, and most (`nf_conntrack`); `None` where the module is not loaded.
+    /// Connections tracked, and the limit (`nf_conntrack`); `None` if the module is not loaded.
     pub tracked: Option<(u64, u64)>,
 }
 
@@ -47,8 +48,8 @@ impl Host {
         let page = text("proc/self/smaps").and_then(|text| kibibytes(&text, "KernelPageSize:"));
         let conntrack = |name: &str| number(&format!("net.netfilter.nf_conntrack_{name}"));
         Host {
-            files: text("proc/self/limits").and_then(|text| max_fds(&text)),
-            files_a_process: number("fs.nr_open"),
+            files: text("proc/self/limits").and_then(|text| parse_open_file_limit(&text)),
+            files_per_process: number("fs.nr_open"),
             files_of_host: numbers("fs.file-nr").and_then(|found| Some((*found.first()?, *found.get(2)?))),
             watches: number("fs.epoll.max_user_watches"),
             somaxconn: number("net.core.somaxconn"),
@@ -86,7 +87,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_kernel_writes_is_read() {
+    fn reads_the_files_of_the_kernel() {
         let limits = "Limit   Soft Limit  Hard Limit  Units\nMax open files  1024  unlimited  files\n";
         let found = host(
             "kernel",
@@ -111,7 +112,7 @@ mod tests {
         );
         let expected = Host {
             files: Some(1024),
-            files_a_process: Some(1_048_576),
+            files_per_process: Some(1_048_576),
             files_of_host: Some((1504, i64::MAX as u64)),
             ports: Some((32_768, 60_999)),
             tcp_memory: Some(575_802 * 4096),
@@ -126,7 +127,7 @@ mod tests {
     }
 
     #[test]
-    fn cgroups_of_version_1_count_too_and_no_limit_is_none() {
+    fn reads_cgroups_of_version_1() {
         let cgroups = "9:name=systemd:/\n4:cpu,memory:/a/b\n0::/\n";
         let limit = "sys/fs/cgroup/memory/a/b/memory.limit_in_bytes";
         let used = ("sys/fs/cgroup/memory/a/b/memory.usage_in_bytes", "1\n");
@@ -137,12 +138,12 @@ mod tests {
         let mounts = ("proc/self/mountinfo", mounts.as_str());
         assert_eq!(host("one", &[group, mounts, used, (limit, "10\n")]).cgroup, Some(9));
         assert_eq!(host("none", &[group, mounts, used, (limit, "9223372036854771712\n")]).cgroup, None);
-        // The page cache is free for the taking.
+        // The page cache counts as available.
         let used = ("sys/fs/cgroup/memory/a/b/memory.usage_in_bytes", "8\n");
         let stat =
             ("sys/fs/cgroup/memory/a/b/memory.stat", "cache 5\ntotal_inactive_file 3\ntotal_active_file 1\n");
         assert_eq!(host("cache", &[group, mounts, used, stat, (limit, "10\n")]).cgroup, Some(6));
-        // A container sees its own group as the top of the mount.
+        // In a container the mount starts at its own group.
         let container = mount("/a/b");
         let container = ("proc/self/mountinfo", container.as_str());
         let limit = "sys/fs/cgroup/memory/memory.limit_in_bytes";
@@ -151,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_there_is_not_guessed() {
+    fn missing_files_are_none() {
         assert_eq!(host("nothing", &[]), Host::default());
         let this = Host::read(Path::new("/"));
         assert!(this.files.is_some() && this.memory.is_some() && this.tcp_memory.is_some(), "{this:?}");

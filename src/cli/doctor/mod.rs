@@ -1,135 +1,113 @@
-//! `fanfare doctor`: looks before a launch whether this host and its Redis have what the settings ask for, and says
-//! what to change. It reads and changes nothing.
+//! `fanfare doctor`: checks whether this host and its Redis have what the settings need, and says
+//! what to change. It changes nothing.
 
 use std::ffi::OsString;
 use std::num::NonZeroU32;
 use std::path::Path;
 
-use self::finding::{Finding, Level, show, sum_up};
-use self::fit::Load;
+use self::finding::{Finding, Level, section, summary};
 use self::host::Host;
+use self::host_checks::Load;
 use crate::auth::keys::KeyRing;
 use crate::bus::redis::inspect;
-use crate::config::{self, Action, RedisUrl, SettingError, Settings};
+use crate::config::args::{Args, Flag};
+use crate::config::{self, Action, RedisUrl, SettingError, Settings, rejection_slots};
 
 mod finding;
-mod fit;
 mod host;
-mod store;
+mod host_checks;
+mod redis_checks;
 
 const HELP: &str = "\
 Usage: fanfare doctor [--connections N] [any setting of fanfare]...
 
-Looks whether this host and its Redis have what the settings ask for, and says what to change and why. Reads the same
-flags and variables as fanfare itself (fanfare --help), opens no listener and changes nothing. Give it the environment
-and, where it can be had, the limits of the service:
+Checks whether this host and its Redis have what the settings need, and says what to change and why. Reads the same
+flags and variables as fanfare itself (fanfare --help), opens no listener and changes nothing. Run it with the
+environment and the limits of the service:
 
   systemd-run --pty --property=EnvironmentFile=/etc/fanfare/fanfare.env --property=LimitNOFILE=100000 \\
       fanfare doctor --connections 90000
 
-  --connections N   Clients to make room for. Without it: what --max-connections allows.
+  --connections N   Connections to check for. Without it: as many as --max-connections allows.
 
-Exit code: 0 when nothing is a problem (there may be warnings), 1 when something is, 2 for wrong arguments.
+Exit code: 0 without problems (there may be warnings), 1 with problems, 2 for wrong arguments.
 ";
 
-/// What came of it.
+const CONNECTIONS: Flag = Flag::new("connections", "N");
+
+/// The result of all checks.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Report {
     /// For people.
     pub text: String,
-    /// Whether something will not do.
-    pub problems: bool,
+    /// Whether there is any problem.
+    pub has_problems: bool,
 }
 
-/// Looks, as `args` (those after `doctor`) and the environment say; or gives the help text.
+/// Checks what `args` (those after `doctor`) and the environment ask for, or returns the help text.
 ///
 /// # Errors
-/// What is wrong with them.
+/// Every wrong argument and setting.
 pub fn run(
     args: impl IntoIterator<Item = OsString>,
     env: impl IntoIterator<Item = (OsString, OsString)>,
 ) -> Result<Report, Vec<SettingError>> {
-    let (connections, rest, mut errors) = take_connections(args);
-    let settings = match Settings::from(rest, env) {
-        Ok(Action::Help(_)) => return Ok(Report { text: HELP.into(), problems: false }),
-        Ok(Action::Version(text)) => return Ok(Report { text, problems: false }),
-        Ok(Action::Run(settings) | Action::Check(settings)) => settings,
-        Err(more) => {
-            errors.extend(more);
-            return Err(errors);
-        }
+    let flags = [vec![CONNECTIONS], config::flags()].concat();
+    let mut args = Args::read(args, &flags);
+    let connections = args.value(CONNECTIONS.name, parse_connections);
+    let settings = match Settings::from_args(args, env)? {
+        Action::Help(_) => return Ok(Report { text: HELP.into(), has_problems: false }),
+        Action::Version(text) => return Ok(Report { text, has_problems: false }),
+        Action::Run(settings) | Action::Check(settings) => settings,
     };
-    if !errors.is_empty() {
-        return Err(errors);
-    }
     KeyRing::load(&settings)?;
     Ok(examine(&settings, connections))
 }
 
-/// Takes `--connections` out of the arguments: the rest are settings.
-fn take_connections(
-    args: impl IntoIterator<Item = OsString>,
-) -> (Option<u32>, Vec<OsString>, Vec<SettingError>) {
-    let (mut connections, mut rest, mut errors) = (None, Vec::new(), Vec::new());
-    let mut wrong = |problem| errors.push(SettingError { setting: "--connections".into(), problem });
-    let mut args = args.into_iter();
-    while let Some(arg) = args.next() {
-        let value = match arg.to_string_lossy().strip_prefix("--connections") {
-            Some("") => args.next().map(|value| value.to_string_lossy().into_owned()),
-            Some(attached) if attached.starts_with('=') => Some(attached[1..].to_owned()),
-            _ => {
-                rest.push(arg);
-                continue;
-            }
-        };
-        let count = value.as_ref().and_then(|value| value.parse().ok()).filter(|count| *count > 0);
-        match (value, count) {
-            (None, _) => wrong("needs a value: --connections N".into()),
-            (Some(value), None) => wrong(format!("{value:?} is not a whole number from 1 to {}", u32::MAX)),
-            (_, Some(count)) if connections.replace(count).is_some() => wrong("is given twice".into()),
-            _ => {}
-        }
-    }
-    (connections, rest, errors)
+fn parse_connections(text: &str) -> Result<NonZeroU32, String> {
+    text.parse().map_err(|_| format!("{text:?} is not a whole number from 1 to {}", u32::MAX))
 }
 
-fn load(settings: &Settings, connections: Option<u32>) -> Load {
-    let asked = connections.or(settings.max_connections.map(NonZeroU32::get));
-    let connections = asked.unwrap_or_else(|| settings.most_connections());
+fn load(settings: &Settings, connections: Option<NonZeroU32>) -> Load {
+    let asked = connections.or(settings.max_connections).map(NonZeroU32::get);
+    let connections = asked.unwrap_or_else(|| settings.connection_limit());
     let unlimited = Settings { open_files: None, ..settings.clone() };
-    let own_files =
-        |settings: &Settings| u64::from(settings.own_files() + config::rejection_slots(connections));
+    let reserved_files =
+        |settings: &Settings| u64::from(settings.reserved_files() + rejection_slots(connections));
     Load {
         connections: connections.into(),
-        own_files: own_files(settings),
-        own_files_unlimited: own_files(&unlimited),
+        channels: u64::from(connections).min(settings.max_channels.get() as u64),
+        reserved_files: reserved_files(settings),
+        reserved_files_unlimited: reserved_files(&unlimited),
         addresses: settings.listen.len() as u64,
-        own_memory: settings.own_memory(),
+        base_memory: settings.base_memory(),
     }
 }
 
-fn examine(settings: &Settings, connections: Option<u32>) -> Report {
+fn examine(settings: &Settings, connections: Option<NonZeroU32>) -> Report {
     let load = load(settings, connections);
     let mut text = format!("fanfare {} for {} connections\n", env!("CARGO_PKG_VERSION"), load.connections);
-    let mut findings = fit::judge(&Host::read(Path::new("/")), &load);
-    text += &show("This host", &findings);
+    let mut findings = host_checks::check(&Host::read(Path::new("/")), &load);
+    text += &section("This host", &findings);
     match &settings.redis {
-        None => text += "\nNo Redis (--redis): this node stands alone, and its history ends with it.\n",
+        None => {
+            text += "\nNo Redis (--redis): this node stands alone, and its history is lost when it stops.\n"
+        }
         Some(url) => {
-            let found = ask_redis(settings, url);
-            text += &show(&format!("Redis, {url}"), &found);
-            findings.extend(found);
+            let of_redis = examine_redis(settings, url);
+            text += &section(&format!("Redis, {url}"), &of_redis);
+            findings.extend(of_redis);
         }
     }
-    text += &sum_up(&findings);
-    Report { text, problems: findings.iter().any(|finding| finding.level == Level::Problem) }
+    text += &summary(&findings);
+    Report { text, has_problems: findings.iter().any(|finding| finding.level == Level::Problem) }
 }
 
-fn ask_redis(settings: &Settings, url: &RedisUrl) -> Vec<Finding> {
+fn examine_redis(settings: &Settings, url: &RedisUrl) -> Vec<Finding> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.expect("a runtime needs an epoll and a pipe");
     match runtime.block_on(inspect::inspect(settings, url)) {
-        Ok(facts) => store::judge(&facts, settings),
+        Ok(facts) => redis_checks::check(&facts, settings),
         Err(text) => vec![Finding::problem("connection", text)],
     }
 }

@@ -176,8 +176,8 @@ impl ConnectionLimits {
     pub fn new(settings: &Settings) -> ConnectionLimits {
         ConnectionLimits {
             trusted: settings.trusted_proxy.clone().into(),
-            max_counted: settings.most_connections(),
-            max_rejecting: config::rejection_slots(settings.most_connections()),
+            max_counted: settings.connection_limit(),
+            max_rejecting: config::rejection_slots(settings.connection_limit()),
             per_address: settings.max_connections_per_ip,
             per_user: match settings.max_connections_per_user {
                 Cap::Auto => (!settings.jwt_key.is_empty()).then_some(PER_USER),

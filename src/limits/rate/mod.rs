@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::atomic::{AtomicU32, AtomicU64};
 
-use crate::config::{Settings, show_size};
+use crate::config::{BYTE_RATE_MIN, MESSAGE_PART, Settings, show_size};
 use crate::limits::connections::{PER_ADDRESS, PER_USER};
 
 /// A client that was silent may send this many seconds' worth at once.
@@ -30,24 +30,13 @@ const TOLERATED_MIN: u32 = 10;
 /// Most that can be tolerated: one less than a connection can count.
 const TOLERATED_MAX: u32 = u16::MAX as u32 - 1;
 
-/// Highest message rate. Above it, times between messages are shorter than a turn of a shard.
-pub const RATE_MAX: u32 = 100_000;
-
 /// Most frames of one message, and one more for every [`FRAGMENT_BYTES`] of `--max-message-size`. No honest client needs more.
 pub const FRAGMENTS_MAX: usize = 1024;
 
 /// Bytes that each further frame of a message counts at the byte rate beside its payload, since tiny fragments are work.
 pub const FRAGMENT_BYTES: usize = 64;
 
-/// Default of `--max-byte-rate` in bytes a second, unless `--max-message-size` is more: a hundred messages of 10 KiB, so that
-/// an address fills at most a tenth of a link of 1 Gbit/s to Redis.
-pub const BYTE_RATE: u64 = 1 << 20;
-
-/// Lowest byte rate, in bytes a second. With [`MESSAGE_PART`] it makes the longest message in the most fragments fit into
-/// the burst.
-pub const BYTE_RATE_MIN: u64 = 64 * 1024;
-/// The byte rate is at least this part of `--max-message-size`.
-pub const MESSAGE_PART: u64 = 4;
+// The longest message in the most fragments fits into the burst at the lowest byte rate.
 const _: () =
     assert!(2 * MESSAGE_PART + (FRAGMENT_BYTES * FRAGMENTS_MAX) as u64 / BYTE_RATE_MIN < BURST_SECONDS);
 

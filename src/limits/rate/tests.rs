@@ -1,7 +1,7 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::config::Action;
+use crate::config::{Action, MESSAGE_RATE_MAX};
 
 /// TAT and rejections of a connection.
 type Used = (u64, u16);
@@ -134,7 +134,7 @@ proptest! {
     /// Whatever a client does, it gets no more than burst and rate; and within the rate all it sends.
     #[test]
     fn accepted_messages_are_bounded(
-        rate in 1..=RATE_MAX,
+        rate in 1..=MESSAGE_RATE_MAX,
         steps in prop::collection::vec((0..3_000u64, 1..500u32), 1..20),
     ) {
         let limiter = limiter(&["--max-message-rate", &rate.to_string(), "--max-byte-rate", "0"]);

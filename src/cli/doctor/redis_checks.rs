@@ -1,20 +1,21 @@
-//! Whether a Redis keeps what a node promises. What was found in, findings out.
+//! Whether this Redis can keep the promises of a node: facts in, findings out.
 
 use std::time::Duration;
 
 use super::finding::Finding;
 use crate::bus::redis::inspect::{Facts, History, SAMPLE};
-use crate::config::{Settings, show_duration, show_size};
+use crate::config::{HISTORY_MIN, Settings, show_duration, show_size};
 
-/// Less soft limit than this cuts off a node that is behind for a moment, and has it read history instead.
+/// With a smaller soft limit Redis disconnects a node that lags for a moment, which must then read
+/// history.
 const PUBSUB_SOFT: u64 = 64 << 20;
-/// A clock this far off shows in logs, and in when tokens end.
+/// A clock that is off by more is noticed in logs and in the expiry of tokens, in seconds.
 const CLOCK_OFF: f64 = 2.0;
-/// What a client needs to come back once it has noticed, with the random wait that keeps all from coming at once.
-const COMING_BACK: Duration = Duration::from_secs(15);
+/// Time in which a client reconnects after it noticed a loss, with its random wait.
+const RECONNECT: Duration = Duration::from_secs(15);
 
-/// Everything about Redis.
-pub fn judge(facts: &Facts, settings: &Settings) -> Vec<Finding> {
+/// All checks of Redis.
+pub fn check(facts: &Facts, settings: &Settings) -> Vec<Finding> {
     let mut findings = vec![connection(facts), role(facts), rights(facts), eviction(facts)];
     findings.extend([limit(facts), buffer(facts), persistence(facts, settings), replicas(facts)]);
     findings.push(message_size(facts, settings));
@@ -23,10 +24,9 @@ pub fn judge(facts: &Facts, settings: &Settings) -> Vec<Finding> {
 }
 
 fn connection(facts: &Facts) -> Finding {
-    let text =
-        format!("Redis {}, {:.1} ms there and back", facts.version, facts.round_trip.as_secs_f64() * 1e3);
+    let text = format!("Redis {}, round trip {:.1} ms", facts.version, facts.round_trip.as_secs_f64() * 1e3);
     if facts.round_trip > Duration::from_millis(20) {
-        return Finding::warning("connection", text + ": every event waits that long, twice")
+        return Finding::warning("connection", text + ": every event waits for two of them")
             .remedy("a Redis nearer to the nodes");
     }
     Finding::ok("connection", text)
@@ -35,7 +35,7 @@ fn connection(facts: &Facts) -> Finding {
 fn role(facts: &Facts) -> Finding {
     match facts.role.as_str() {
         "master" => Finding::ok("role", "a primary"),
-        _ => Finding::problem("role", "a replica, which takes no writes")
+        _ => Finding::problem("role", "a replica, which rejects writes")
             .remedy("--redis: name the primary, or redis-sentinel://HOST?sentinelServiceName=NAME"),
     }
 }
@@ -44,13 +44,13 @@ fn rights(facts: &Facts) -> Finding {
     if let Some(lacking) = &facts.lacking {
         return Finding::problem(
             "commands",
-            format!("this Redis does not have {lacking}; rights don't help"),
+            format!("this Redis does not have {lacking}; more rights don't help"),
         )
         .remedy("redis.conf: remove its rename-command")
-        .remedy("or use another Redis: managed services often can't be changed");
+        .remedy("or use another Redis, if this one is a managed service that can't be changed");
     }
     match &facts.not_permitted {
-        None => Finding::ok("rights", "this user may do all that a node does"),
+        None => Finding::ok("rights", "this user may run every command of a node"),
         Some(text) => match text.split_once("; grant this user ") {
             Some((refused, rights)) => {
                 Finding::problem("rights", refused).remedy(format!("redis-cli ACL SETUSER <user> {rights}"))
@@ -61,46 +61,47 @@ fn rights(facts: &Facts) -> Finding {
     }
 }
 
-/// Keys that were evicted are sequences that were lost; those of channels all have an expiry, so that the policies
-/// for volatile keys take them too.
+/// An evicted key is a lost sequence. Keys of channels have an expiry, so the policies for volatile
+/// keys evict them, too.
 fn eviction(facts: &Facts) -> Finding {
-    const WHAT: &str = "eviction";
+    const SUBJECT: &str = "eviction";
     let remedy = "redis.conf: maxmemory-policy noeviction";
     match facts.policy.as_str() {
-        "" => Finding::unread(WHAT, "maxmemory-policy, which must be noeviction").remedy(remedy),
-        "noeviction" => Finding::ok(WHAT, "maxmemory-policy is noeviction"),
+        "" => Finding::unreadable(SUBJECT, "maxmemory-policy, which must be noeviction").remedy(remedy),
+        "noeviction" => Finding::ok(SUBJECT, "maxmemory-policy is noeviction"),
         policy if facts.maxmemory > 0 => {
             let text = format!(
-                "maxmemory-policy is {policy}: when memory is full, channels lose history and sequence"
+                "maxmemory-policy is {policy}: when memory is full, channels lose their history and sequence"
             );
-            Finding::problem(WHAT, text).remedy(remedy)
+            Finding::problem(SUBJECT, text).remedy(remedy)
         }
         policy => {
-            let text = format!("maxmemory-policy is {policy}, which will evict once a maxmemory is set");
-            Finding::warning(WHAT, text).remedy(remedy)
+            let text = format!("maxmemory-policy is {policy}, which evicts keys once a maxmemory is set");
+            Finding::warning(SUBJECT, text).remedy(remedy)
         }
     }
 }
 
 fn limit(facts: &Facts) -> Finding {
-    const WHAT: &str = "maxmemory";
-    let used = show(facts.used);
+    const SUBJECT: &str = "maxmemory";
+    let used = redis_size(facts.used);
     if facts.maxmemory == 0 {
-        let text =
-            format!("there is none, {used} in use: a Redis that grows is ended by the kernel, not held");
-        let half = if facts.host > 0 { show(facts.host / 2) } else { "below the memory of its host".into() };
-        return Finding::warning(WHAT, text).remedy(format!("redis.conf: maxmemory {}", half.to_lowercase()));
+        let text = format!("no limit, {used} in use: the kernel kills a Redis that grows too large");
+        let half =
+            if facts.host > 0 { redis_size(facts.host / 2) } else { "below the memory of its host".into() };
+        return Finding::warning(SUBJECT, text)
+            .remedy(format!("redis.conf: maxmemory {}", half.to_lowercase()));
     }
-    let text = format!("{} of {} in use", used, show(facts.maxmemory));
+    let text = format!("{} of {} in use", used, redis_size(facts.maxmemory));
     if facts.used > facts.maxmemory / 5 * 4 {
-        return Finding::warning(WHAT, text + "; when it is full, events are refused")
-            .remedy(format!("redis.conf: maxmemory {}", show(2 * facts.maxmemory).to_lowercase()));
+        return Finding::warning(SUBJECT, text + "; when it is full, events are rejected")
+            .remedy(format!("redis.conf: maxmemory {}", redis_size(2 * facts.maxmemory).to_lowercase()));
     }
-    Finding::ok(WHAT, text)
+    Finding::ok(SUBJECT, text)
 }
 
-/// A size in whole units of redis.conf, which knows b, kb, mb and gb.
-fn show(bytes: u64) -> String {
+/// A size in the units of redis.conf.
+fn redis_size(bytes: u64) -> String {
     match bytes {
         0..10_240 => format!("{bytes}b"),
         10_240..10_485_760 => format!("{}kb", bytes >> 10),
@@ -110,24 +111,25 @@ fn show(bytes: u64) -> String {
 }
 
 fn buffer(facts: &Facts) -> Finding {
-    const WHAT: &str = "Pub/Sub buffer";
+    const SUBJECT: &str = "Pub/Sub buffer";
     let remedy = "redis.conf: client-output-buffer-limit pubsub 256mb 64mb 60";
     let limits = facts.config.get("client-output-buffer-limit").and_then(|text| pubsub(text));
     let Some((hard, soft, seconds)) = limits else {
-        return Finding::unread(WHAT, "client-output-buffer-limit").remedy(remedy);
+        return Finding::unreadable(SUBJECT, "client-output-buffer-limit").remedy(remedy);
     };
-    let shown = |limit: u64| if limit == 0 { "no limit".into() } else { show(limit) };
-    let text = format!("{} at once, {} for {seconds} s", shown(hard), shown(soft));
+    let limit = |limit: u64| if limit == 0 { "no limit".into() } else { redis_size(limit) };
+    let text = format!("{} at any time, {} for {seconds} s", limit(hard), limit(soft));
     if (hard == 0 || hard >= PUBSUB_SOFT) && (soft == 0 || soft >= PUBSUB_SOFT) {
-        return Finding::ok(WHAT, text);
+        return Finding::ok(SUBJECT, text);
     }
-    let text = text + ": a node that lags by more is cut off. It comes back and reads history, at a price";
-    Finding::warning(WHAT, text).remedy(remedy)
+    let text = text + ": Redis disconnects a node that lags by more, which must then read history";
+    Finding::warning(SUBJECT, text).remedy(remedy)
 }
 
-/// Whether Redis accepts the longest message. A command holds one event of any size, or up to 1 MiB of smaller ones.
+/// Whether Redis accepts the longest message. A command contains one event of any size, or up to 1
+/// MiB of smaller ones.
 fn message_size(facts: &Facts, settings: &Settings) -> Finding {
-    const WHAT: &str = "message size";
+    const SUBJECT: &str = "message size";
     let longest = settings.max_message_size as u64;
     for (name, needed) in
         [("proto-max-bulk-len", longest), ("client-query-buffer-limit", longest + (2 << 20))]
@@ -136,15 +138,15 @@ fn message_size(facts: &Facts, settings: &Settings) -> Finding {
         if limit.is_some_and(|limit| limit < needed) {
             let text = format!(
                 "{name} is {}, but --max-message-size allows {}: Redis closes the connection of a node that sends such a message",
-                show(limit.unwrap_or_default()),
+                redis_size(limit.unwrap_or_default()),
                 show_size(longest)
             );
-            return Finding::problem(WHAT, text)
-                .remedy(format!("redis.conf: {name} {}", show(2 * needed)))
+            return Finding::problem(SUBJECT, text)
+                .remedy(format!("redis.conf: {name} {}", redis_size(2 * needed)))
                 .remedy("or a smaller --max-message-size");
         }
     }
-    Finding::ok(WHAT, "Redis accepts messages of --max-message-size")
+    Finding::ok(SUBJECT, "Redis accepts messages of --max-message-size")
 }
 
 /// Hard limit, soft limit and its seconds, of `normal 0 0 0 slave … pubsub 33554432 8388608 60`.
@@ -155,22 +157,22 @@ fn pubsub(text: &str) -> Option<(u64, u64, u64)> {
 }
 
 fn persistence(facts: &Facts, settings: &Settings) -> Finding {
-    const WHAT: &str = "persistence";
+    const SUBJECT: &str = "persistence";
     let get = |name: &str| facts.config.get(name).map(String::as_str);
     let always = "redis.conf: appendonly yes";
     let fsync = "redis.conf: appendfsync always";
     let (Some(append), Some(sync)) = (get("appendonly"), get("appendfsync")) else {
         let by_hand =
             if settings.redis_durable { "appendonly yes and appendfsync always" } else { "appendonly" };
-        return Finding::unread(WHAT, by_hand);
+        return Finding::unreadable(SUBJECT, by_hand);
     };
     let kept = append == "yes" && sync == "always";
     if settings.redis_durable && !kept {
         let text = format!(
             "--redis-durable says that no acknowledged write is lost, but appendonly is {append} and appendfsync {sync}: \
-             events would be lost in silence"
+             events would be lost without notice"
         );
-        return Finding::problem(WHAT, text)
+        return Finding::problem(SUBJECT, text)
             .remedy(always)
             .remedy(fsync)
             .remedy("or leave out --redis-durable");
@@ -179,54 +181,57 @@ fn persistence(facts: &Facts, settings: &Settings) -> Finding {
     if settings.redis_durable && (sentinel || facts.replicas > 0) {
         let text = "--redis-durable says that this Redis is never replaced by a replica, but it has replicas or \
                     Sentinels. It has no effect once a replica was attached: restarts are announced to clients";
-        return Finding::warning(WHAT, text).remedy("leave out --redis-durable");
+        return Finding::warning(SUBJECT, text).remedy("leave out --redis-durable");
     }
     match (append, sync) {
-        ("yes", "always") => Finding::ok(WHAT, "every write is on disk before it is acknowledged"),
-        ("yes", "everysec") => {
-            Finding::ok(WHAT, "a crash loses a second at most, and clients are told (appendfsync everysec)")
-        }
+        ("yes", "always") => Finding::ok(SUBJECT, "every write is on disk before it is acknowledged"),
+        ("yes", "everysec") => Finding::ok(
+            SUBJECT,
+            "a crash loses at most a second of events, and clients get a reset (appendfsync everysec)",
+        ),
         ("yes", _) => Finding::warning(
-            WHAT,
-            format!("a crash loses what the kernel had yet to write (appendfsync {sync})"),
+            SUBJECT,
+            format!("a crash loses the writes that the kernel still holds (appendfsync {sync})"),
         )
         .remedy("redis.conf: appendfsync everysec, or always"),
         _ => {
             let rest = match get("save") {
-                Some("") => "all history, and clients are told",
-                _ => "what came since the last snapshot, and clients are told",
+                Some("") => "all history",
+                _ => "the events since the last snapshot",
             };
-            Finding::warning(WHAT, format!("a restart of Redis loses {rest} (appendonly is {append})"))
-                .remedy(always)
+            Finding::warning(
+                SUBJECT,
+                format!("a restart of Redis loses {rest}, and clients get a reset (appendonly is {append})"),
+            )
+            .remedy(always)
         }
     }
 }
 
 fn replicas(facts: &Facts) -> Finding {
-    const WHAT: &str = "replicas";
+    const SUBJECT: &str = "replicas";
     if facts.replicas == 0 {
-        return Finding::ok(WHAT, "none");
+        return Finding::ok(SUBJECT, "none");
     }
     let remedy = "redis.conf: min-replicas-to-write 1";
     if facts.config.get("repl-backlog-ttl").map(String::as_str) == Some("1") {
-        let text = "repl-backlog-ttl is 1 s: a promotion can be over before a node's probe sees it, and what it loses \
-                    would not be announced";
-        return Finding::problem(WHAT, text).remedy("redis.conf: repl-backlog-ttl 3600");
+        let text = "repl-backlog-ttl is 1 s: a promotion can end before a node's probe sees it, and clients would not learn \
+                    of lost events";
+        return Finding::problem(SUBJECT, text).remedy("redis.conf: repl-backlog-ttl 3600");
     }
     match facts.config.get("min-replicas-to-write").map(String::as_str) {
-        None => {
-            Finding::unread(WHAT, "min-replicas-to-write, which bounds what a failover loses").remedy(remedy)
-        }
+        None => Finding::unreadable(SUBJECT, "min-replicas-to-write, which limits the loss of a failover")
+            .remedy(remedy),
         Some("0") => {
             let text = format!(
-                "{} in touch. A primary that is cut off from them goes on taking events, which a failover then loses",
+                "{} connected. A primary that is cut off from them still accepts events, which a failover then loses",
                 facts.replicas
             );
-            Finding::warning(WHAT, text).remedy(remedy).remedy("redis.conf: min-replicas-max-lag 10")
+            Finding::warning(SUBJECT, text).remedy(remedy).remedy("redis.conf: min-replicas-max-lag 10")
         }
         Some(count) => Finding::ok(
-            WHAT,
-            format!("{} in touch; writes need {count} (min-replicas-to-write)", facts.replicas),
+            SUBJECT,
+            format!("{} connected; writes need {count} (min-replicas-to-write)", facts.replicas),
         ),
     }
 }
@@ -234,43 +239,43 @@ fn replicas(facts: &Facts) -> Finding {
 fn clock(facts: &Facts) -> Finding {
     let (ahead, around) = facts.clock;
     let text = match ahead {
-        _ if ahead.abs() <= around.max(0.001) => "that of Redis and that of this host agree".to_owned(),
-        0.0.. => format!("that of Redis is {ahead:.3} s ahead of this host's"),
-        _ => format!("that of Redis is {:.3} s behind this host's", -ahead),
+        _ if ahead.abs() <= around.max(0.001) => "the clocks of Redis and this host agree".to_owned(),
+        0.0.. => format!("the clock of Redis is {ahead:.3} s ahead of this host"),
+        _ => format!("the clock of Redis is {:.3} s behind this host", -ahead),
     };
     if ahead.abs() - around > CLOCK_OFF {
-        let text = text + ": tokens end early or late, and the logs of both don't match";
+        let text = text + ": tokens expire early or late, and the times in the logs of both don't match";
         return Finding::warning("clock", text)
-            .remedy("on both hosts: a clock that is kept right (chrony, systemd-timesyncd)");
+            .remedy("on both hosts: synchronize the clock (chrony, systemd-timesyncd)");
     }
     Finding::ok("clock", text)
 }
 
-/// The busier of now and on average: history must hold on a busy day.
+/// The higher of the current rate and the average: history must last on a busy day.
 fn rate(channel: &History) -> f64 {
     channel.now.max(channel.since_begin.unwrap_or(0.0))
 }
 
 fn history(facts: &Facts, settings: &Settings) -> Finding {
-    const WHAT: &str = "history";
+    const SUBJECT: &str = "history";
     let rate_of = |channel: &&History| rate(channel);
     let Some(busiest) = facts.channels.iter().max_by(|a, b| rate_of(a).total_cmp(&rate_of(b))) else {
         let text = format!(
-            "no channel has any yet. Ask again under load: {} events are kept for each",
+            "no channel has any yet. Check again under load: {} events are kept for each",
             settings.history
         );
-        return Finding::ok(WHAT, text);
+        return Finding::ok(SUBJECT, text);
     };
     let fastest = rate(busiest);
     let (ttl, kept) = (settings.history_ttl, settings.history as f64);
-    let away = settings.ping_interval + settings.ping_timeout + COMING_BACK;
+    let away = settings.ping_interval + settings.ping_timeout + RECONNECT;
     let average = busiest.since_begin.map_or("unknown".into(), |rate| format!("{rate:.2}"));
     let derived = format!(
         "channel {}, the busiest of {}{}, has {:.2} events/s ({:.2} in the last {} s, {average} on average since its \
-         sequence began; it holds {} of {})",
+         sequence started; it holds {} of {})",
         busiest.name,
         facts.channels.len(),
-        if facts.more { " looked at" } else { "" },
+        if facts.more { " checked" } else { "" },
         fastest,
         busiest.now,
         SAMPLE.as_secs(),
@@ -280,20 +285,20 @@ fn history(facts: &Facts, settings: &Settings) -> Finding {
     let lasts = if fastest > 0.0 { kept / fastest } else { f64::INFINITY };
     if lasts >= ttl.as_secs_f64() {
         return Finding::ok(
-            WHAT,
+            SUBJECT,
             format!("--history lasts as long as --history-ttl ({}): {derived}", show_duration(ttl)),
         );
     }
     let text = format!("the last {} can be replayed: {derived}", span(lasts));
     if lasts >= away.as_secs_f64() {
-        return Finding::ok(WHAT, text);
+        return Finding::ok(SUBJECT, text);
     }
     let wanted = (fastest * away.as_secs_f64() * 4.0).ceil() as u64;
     let text = format!(
-        "{text}. A client whose network is gone takes up to {} to notice and come back, and would be told of a gap",
+        "{text}. A client without network needs up to {} to notice and come back, and would get a gap",
         span(away.as_secs_f64())
     );
-    Finding::warning(WHAT, text).remedy(format!("--history {wanted}"))
+    Finding::warning(SUBJECT, text).remedy(format!("--history {wanted}"))
 }
 
 fn span(seconds: f64) -> String {
@@ -305,17 +310,17 @@ fn span(seconds: f64) -> String {
 }
 
 fn history_memory(facts: &Facts, settings: &Settings) -> Finding {
-    const WHAT: &str = "memory of history";
+    const SUBJECT: &str = "memory of history";
     let (events, bytes) =
         facts.channels.iter().fold((0, 0), |sum, channel| (sum.0 + channel.events, sum.1 + channel.bytes));
     if events == 0 || bytes == 0 {
-        return Finding::ok(WHAT, "can be told once there is some");
+        return Finding::ok(SUBJECT, "unknown until there is some history");
     }
     let each = bytes.div_ceil(events);
     let channels = facts.channels.len() as u64;
     let full = each * settings.history * channels;
     let text = format!(
-        "up to {} when {channels} channel{} hold{} {} events each, at the {each} bytes that one takes now{}",
+        "up to {} if {channels} channel{} hold{} {} events each, at the current {each} bytes an event{}",
         show_size(full >> 20 << 20).replace("iB", "B"),
         if channels == 1 { "" } else { "s" },
         if channels == 1 { "s" } else { "" },
@@ -323,18 +328,18 @@ fn history_memory(facts: &Facts, settings: &Settings) -> Finding {
         if facts.more { ", and there are more channels" } else { "" },
     );
     let room = match (facts.maxmemory, facts.host) {
-        (0, 0) => return Finding::ok(WHAT, text),
+        (0, 0) => return Finding::ok(SUBJECT, text),
         (0, host) => host / 2,
         (max, _) => max,
     };
     if facts.used.saturating_sub(bytes) + full <= room {
-        return Finding::ok(WHAT, text);
+        return Finding::ok(SUBJECT, text);
     }
-    let text = format!("{text}; with the rest that is more than the {} there are", show(room));
+    let text = format!("{text}; with other data that is more than the available {}", redis_size(room));
     let fits = room.saturating_sub(facts.used.saturating_sub(bytes)) / (each * channels);
-    Finding::warning(WHAT, text)
-        .remedy(format!("redis.conf: maxmemory {}", show(2 * full).to_lowercase()))
-        .remedy(format!("or --history {}", fits.max(crate::config::HISTORY_MIN)))
+    Finding::warning(SUBJECT, text)
+        .remedy(format!("redis.conf: maxmemory {}", redis_size(2 * full).to_lowercase()))
+        .remedy(format!("or --history {}", fits.max(HISTORY_MIN)))
 }
 
 #[cfg(test)]
@@ -380,19 +385,19 @@ mod tests {
     }
 
     fn bad(facts: &Facts, flags: &[&str]) -> Vec<(&'static str, Level)> {
-        let findings = judge(facts, &settings(flags));
+        let findings = check(facts, &settings(flags));
         let bad = findings.iter().filter(|finding| finding.level != Level::Ok);
-        assert!(bad.clone().all(|finding| !finding.remedy.is_empty()), "it says what to do: {findings:?}");
-        bad.map(|finding| (finding.what, finding.level)).collect()
+        assert!(bad.clone().all(|finding| !finding.remedies.is_empty()), "each has a remedy: {findings:?}");
+        bad.map(|finding| (finding.subject, finding.level)).collect()
     }
 
     #[test]
-    fn each_want_is_found_alone() {
+    fn finds_each_problem_alone() {
         use Level::{Problem, Warning};
         assert_eq!(bad(&good(), &[]), []);
         assert_eq!(bad(&good(), &["--redis-durable"]), []);
         let everysec = with(&[("appendfsync", "everysec")]);
-        assert_eq!(bad(&everysec, &[]), [], "a second may be lost, and is told");
+        assert_eq!(bad(&everysec, &[]), [], "clients learn of a lost second");
         let durable = &["--redis-durable"][..];
         let small = with(&[("client-output-buffer-limit", "pubsub 33554432 8388608 60")]);
         for (facts, flags, found) in [
@@ -417,19 +422,19 @@ mod tests {
     }
 
     #[test]
-    fn missing_rights_become_the_command_that_grants_them() {
+    fn missing_rights_become_a_command() {
         let text = "Redis does not permit SUBSCRIBE a; grant this user ~a:* +@read";
         let finding = rights(&Facts { not_permitted: Some(text.into()), ..good() });
         assert_eq!(finding.level, Level::Problem);
-        assert_eq!(finding.remedy, ["redis-cli ACL SETUSER <user> ~a:* +@read"]);
+        assert_eq!(finding.remedies, ["redis-cli ACL SETUSER <user> ~a:* +@read"]);
     }
 
     #[test]
-    fn what_a_service_hides_is_to_be_looked_at_by_hand() {
+    fn hidden_settings_are_checked_by_hand() {
         let hidden = Facts { config: Default::default(), replicas: 1, ..good() };
-        let mut findings = judge(&hidden, &settings(&[]));
-        findings.retain(|finding| finding.found.contains("by hand"));
-        let unread: Vec<_> = findings.iter().map(|finding| finding.what).collect();
+        let mut findings = check(&hidden, &settings(&[]));
+        findings.retain(|finding| finding.text.contains("by hand"));
+        let unread: Vec<_> = findings.iter().map(|finding| finding.subject).collect();
         assert_eq!(unread, ["Pub/Sub buffer", "persistence", "replicas"]);
         assert!(findings.iter().all(|finding| finding.level == Level::Warning));
     }
@@ -443,28 +448,28 @@ mod tests {
     }
 
     #[test]
-    fn how_long_history_lasts_follows_from_the_busiest_channel() {
+    fn history_lasts_for_the_busiest_channel() {
         let found = |facts: &Facts, flags: &[&str]| history(facts, &settings(flags));
         let finding = found(&busy(5.0, 10.0), &[]);
         assert_eq!(finding.level, Level::Ok);
-        assert!(finding.found.starts_with("the last 17 min can be replayed: channel busy"), "{finding:?}");
-        // 45 s to notice and 15 to come back, with what --ping-interval is by default.
+        assert!(finding.text.starts_with("the last 17 min can be replayed: channel busy"), "{finding:?}");
+        // 45 s to notice with the default --ping-interval, and 15 to reconnect.
         let finding = found(&busy(500.0, 10.0), &[]);
         assert_eq!(finding.level, Level::Warning);
-        assert_eq!(finding.remedy, ["--history 120000"]);
+        assert_eq!(finding.remedies, ["--history 120000"]);
         assert_eq!(found(&busy(500.0, 10.0), &["--history", "120000"]).level, Level::Ok);
         let finding = found(&busy(0.0, 0.01), &["--history-ttl", "1h"]);
-        assert!(finding.found.contains("as long as --history-ttl (1h)"), "{finding:?}");
+        assert!(finding.text.contains("as long as --history-ttl (1h)"), "{finding:?}");
     }
 
     #[test]
-    fn full_histories_are_set_against_the_memory_there_is() {
+    fn full_histories_fit_into_memory() {
         let flags = settings(&["--history", "1000000"]);
         assert_eq!(history_memory(&busy(1.0, 1.0), &flags).level, Level::Ok);
         let small = Facts { maxmemory: 200 << 20, ..busy(1.0, 1.0) };
         let finding = history_memory(&small, &flags);
         assert_eq!(finding.level, Level::Warning);
-        assert_eq!(finding.remedy.len(), 2, "{finding:?}");
+        assert_eq!(finding.remedies.len(), 2, "{finding:?}");
     }
 
     #[test]

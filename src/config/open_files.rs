@@ -1,0 +1,113 @@
+//! How the limit on open files is divided between connections, the admin listener and the node
+//! itself.
+
+use std::fs;
+use std::num::NonZeroU32;
+
+use super::{AdminAddr, Settings};
+
+/// Descriptors of a node without shards and connections. 20 are always open: standard streams,
+/// signals, two runtimes, accept loop, admin listener. The others are for two connections to Redis
+/// beside two that are closing, name lookups, key files, and the files of `/proc` that `/metrics`
+/// reads.
+const NODE: u32 = 40;
+/// Descriptors of a shard: its epoll, a second handle to register sockets with, and its waker.
+const SHARD: u32 = 3;
+/// Most connections to the admin listener. A backend keeps a few of them open, a scraper one.
+const ADMIN_MAX: u32 = 256;
+/// With few descriptors, connections to the admin listener get an eighth of them, but at least
+/// four.
+const ADMIN_PART: u32 = 8;
+const ADMIN_MIN: u32 = 4;
+/// Connections above `--max-connections` hold a descriptor until their 503 is sent. There is one
+/// slot for this many connections, with a minimum and a maximum.
+const REJECTION_PART: u32 = 8;
+const REJECTION_MIN: u32 = 8;
+const REJECTION_MAX: u32 = 256;
+
+impl Settings {
+    /// Most connections of this node: `--max-connections`, or as many as fit into open files and
+    /// memory. Never more than fit into open files, or clients could take the descriptors that a
+    /// new connection to Redis needs.
+    pub fn connection_limit(&self) -> u32 {
+        let by_files = self.connections_by_open_files();
+        let auto = || self.connections_by_memory();
+        self.max_connections.map_or_else(auto, NonZeroU32::get).min(by_files)
+    }
+
+    /// Connections that fit into the limit on open files.
+    fn connections_by_open_files(&self) -> u32 {
+        self.open_files.map_or(u32::MAX, |limit| connections_in(limit.saturating_sub(self.reserved_files())))
+    }
+
+    /// Descriptors for everything but clients' connections.
+    pub fn reserved_files(&self) -> u32 {
+        NODE + SHARD * self.shards.get() as u32 + self.listen.len() as u32 + self.admin_connections()
+    }
+
+    /// Most connections to the admin listener.
+    pub fn admin_connections(&self) -> u32 {
+        match (&self.admin, self.open_files) {
+            (AdminAddr::Off, _) => 0,
+            (_, None) => ADMIN_MAX,
+            (_, Some(limit)) => (limit / ADMIN_PART).clamp(ADMIN_MIN, ADMIN_MAX),
+        }
+    }
+}
+
+/// Slots for connections above a limit of this many, until their 503 is sent.
+pub fn rejection_slots(connections: u32) -> u32 {
+    (connections / REJECTION_PART).clamp(REJECTION_MIN, REJECTION_MAX)
+}
+
+/// Most connections that fit into this many descriptors together with their rejection slots. At
+/// least one.
+fn connections_in(files: u32) -> u32 {
+    let part = files / (REJECTION_PART + 1) * REJECTION_PART;
+    let fit = if part >= REJECTION_MIN * REJECTION_PART {
+        part.max(files.saturating_sub(REJECTION_MAX))
+    } else {
+        files.saturating_sub(REJECTION_MIN)
+    };
+    fit.max(1)
+}
+
+/// The limit on open files of this process; `None` if it can't be read.
+pub fn open_file_limit() -> Option<u64> {
+    parse_open_file_limit(&fs::read_to_string("/proc/self/limits").ok()?)
+}
+
+/// The soft limit on open files in `/proc/self/limits` (proc(5)).
+pub fn parse_open_file_limit(limits: &str) -> Option<u64> {
+    let line = limits.lines().find_map(|line| line.strip_prefix("Max open files"))?;
+    match line.split_ascii_whitespace().next()? {
+        "unlimited" => Some(u64::MAX),
+        limit => limit.parse().ok(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn connections_and_rejection_slots_fit() {
+        for files in (0..5000).chain([19_000, 1 << 20]) {
+            let connections = connections_in(files);
+            let all = connections + rejection_slots(connections);
+            assert!(all <= files.max(REJECTION_MIN + 1), "{connections} of {files}");
+            let more = connections + 1 + rejection_slots(connections + 1);
+            // A division by nine may leave a few unused.
+            assert!(more + REJECTION_PART > files, "{connections} of {files}");
+        }
+    }
+    #[test]
+    fn reads_the_limit_as_the_kernel_writes_it() {
+        let limits =
+            "Limit   Soft Limit  Hard Limit  Units\nMax open files            1024     4096    files\n";
+        assert_eq!(parse_open_file_limit(limits), Some(1024));
+        assert_eq!(parse_open_file_limit("Max open files  unlimited  unlimited  files\n"), Some(u64::MAX));
+        assert_eq!(parse_open_file_limit(""), None);
+        assert!(open_file_limit().unwrap() > 0);
+    }
+}
