@@ -5,9 +5,10 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Instant, SystemTime};
 
 use crate::metrics::rejections::{RejectionClass, RejectionLog};
-use crate::protocol::close::REASONS;
+use crate::protocol::close::{CloseReason, REASONS};
 use crate::protocol::frame::ErrorCode;
 
+mod accept_log;
 mod histogram;
 mod process;
 mod readiness;
@@ -15,6 +16,7 @@ pub mod rejections;
 mod render;
 mod table;
 
+pub use accept_log::AcceptLog;
 pub use histogram::Histogram;
 pub use readiness::Readiness;
 
@@ -149,6 +151,9 @@ impl ShardMetrics {
     }
 }
 
+/// Reasons to reject a connection before its request is read.
+const EARLY_REJECTIONS: [CloseReason; 2] = [CloseReason::NodeLimit, CloseReason::IpLimit];
+
 /// All metrics of the node.
 #[derive(Debug)]
 pub struct Metrics {
@@ -160,9 +165,9 @@ pub struct Metrics {
     pub admin_turns: Counter,
     /// Failed accepts: out of file descriptors or memory.
     pub accept_failures: Counter,
-    /// Connections answered right after accept(2), because too many wait for an answer already: by
-    /// [`LimitReached`](crate::limits::connections::LimitReached), `Node` and `Address`.
-    pub connections_rejected: [Counter; 2],
+    /// Connections answered right after accept(2), because too many wait for an answer already:
+    /// indexed as [`EARLY_REJECTIONS`].
+    connections_rejected: [Counter; EARLY_REJECTIONS.len()],
     /// Bytes of incomplete messages, all shards together.
     pub partial_bytes: AtomicUsize,
     pub max_connections: Gauge,
@@ -193,6 +198,12 @@ impl Metrics {
             started: Instant::now(),
             started_at: SystemTime::now(),
         }
+    }
+
+    /// Counts a connection that is rejected before its request is read.
+    pub fn count_early_rejection(&self, reason: CloseReason) {
+        let at = EARLY_REJECTIONS.iter().position(|known| *known == reason);
+        self.connections_rejected[at.expect("only two limits are checked before the request")].add(1);
     }
 
     /// Turns of the accept loop, each shard and the admin thread. One that stays the same is stuck.

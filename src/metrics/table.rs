@@ -8,8 +8,7 @@ use serde_json::Value;
 
 use super::histogram::Times;
 use super::process::Process;
-use super::{Metrics, STATUSES, ShardMetrics};
-use crate::limits::connections::LimitReached;
+use super::{EARLY_REJECTIONS, Metrics, STATUSES, ShardMetrics};
 use crate::protocol::close::LABELS;
 use crate::protocol::frame::ErrorCode;
 
@@ -128,10 +127,8 @@ pub(super) static TABLE: &[Family] = &[
         Counter,
         "Connections answered with 503 or 429 without reading a request, because too many are being rejected, by reason.",
         Labels("reason", |view| {
-            let count = |full: LimitReached| view.metrics.connections_rejected[full as usize].get();
-            [LimitReached::Node, LimitReached::Address]
-                .map(|full| (full.reason().label(), count(full)))
-                .into()
+            let counts = view.metrics.connections_rejected.iter().map(|counter| counter.get());
+            EARLY_REJECTIONS.iter().map(|reason| reason.label()).zip(counts).collect()
         }),
     ),
     family(

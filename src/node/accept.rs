@@ -7,7 +7,7 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use mio::net::{TcpListener, TcpStream};
 use mio::{Events, Interest, Poll, Token, Waker};
@@ -17,7 +17,7 @@ use tokio::sync::oneshot;
 use crate::config::{PingFormat, Settings};
 use crate::http::{self, HEAD_MAX};
 use crate::limits::connections::{ConnectionLimits, ConnectionSlot, LimitReached};
-use crate::metrics::Metrics;
+use crate::metrics::{AcceptLog, Metrics};
 use crate::metrics::rejections::RejectionClass;
 use crate::node::memory_watch::MemoryWatch;
 use crate::shard::mailbox::{Mailboxes, ShardMessage};
@@ -33,9 +33,6 @@ pub(crate) const SEND_BUFFER: usize = 128 * 1024;
 
 /// Pause after an accept that failed for want of something: without descriptors the next one fails too.
 const PAUSE: Duration = Duration::from_millis(100);
-
-/// Least time between two log lines about that.
-const WARN_EVERY: Duration = Duration::from_secs(60);
 
 /// Pause after a batch: who comes meanwhile is accepted together. A lone client is accepted at once; in a storm two
 /// threads would wake for each, which costs as much as all the rest of accepting it.
@@ -176,37 +173,6 @@ struct Acceptor {
     log: AcceptLog,
 }
 
-/// Logs failures to accept, at most once a minute.
-#[derive(Debug, Default)]
-pub(crate) struct AcceptLog {
-    /// Set while accepts fail: whether that was logged.
-    failing: Option<bool>,
-    /// When a failure was last logged.
-    logged: Option<Instant>,
-}
-
-impl AcceptLog {
-    /// Logs a failed accept; `what` begins the line.
-    pub fn failed(&mut self, what: &str, error: &io::Error) {
-        if self.failing.is_none() {
-            let now = Instant::now();
-            let log = self.logged.is_none_or(|last| now - last >= WARN_EVERY);
-            if log {
-                tracing::warn!(%error, "{what}: raise the limit on open files (LimitNOFILE)");
-                self.logged = Some(now);
-            }
-            self.failing = Some(log);
-        }
-    }
-
-    /// Logs that accepts succeed again.
-    pub fn succeeded(&mut self, what: &str) {
-        if self.failing.take() == Some(true) {
-            tracing::info!("{what} can be accepted again");
-        }
-    }
-}
-
 /// `None` when there is none to be had.
 fn spare() -> Option<File> {
     File::open("/dev/null").ok()
@@ -227,7 +193,7 @@ impl Acceptor {
                     match admitted {
                         Ok(connection_slot) => self.hand_over(stream, connection_slot),
                         Err(full) => {
-                            self.metrics.connections_rejected[full as usize].add(1);
+                            self.metrics.count_early_rejection(full.reason());
                             let (answer, reason) = (full.answer(), full.reason().label());
                             let class = RejectionClass {
                                 what: "connection",

@@ -10,6 +10,7 @@ mod workload;
 
 mod checker_proof;
 mod fuzz_corpus;
+mod imports;
 mod readers;
 mod readme;
 mod settings;
