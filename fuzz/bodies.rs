@@ -5,7 +5,7 @@ use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
 use fanfare::auth::keys::KeyRing;
-use fanfare::bus::redis::{page, taken, decode};
+use fanfare::bus::redis::{decode, page, taken};
 use fanfare::config::{Action, Settings};
 use fanfare::http;
 use fanfare::limits::connections::ConnectionLimits;

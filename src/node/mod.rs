@@ -19,7 +19,7 @@ use crate::limits::connections::ConnectionLimits;
 use crate::metrics::{BusMetrics, Metrics, Readiness};
 use crate::node::listeners::Listeners;
 use crate::shard::mailbox::{Mailboxes, ShardMessage};
-use crate::shard::{self, ShardContext};
+use crate::shard::{self, NodeUnsent, ShardContext};
 use crate::ws::handshake::HandshakeContext;
 
 pub mod accept;
@@ -181,6 +181,7 @@ fn start_shards(
         waiting.push((poll, waker, inbox));
     }
     let shards = Mailboxes::new(inboxes).with_wakers(wakers);
+    let unsent = Arc::new(NodeUnsent::default());
     for (id, (poll, waker, inbox)) in waiting.into_iter().enumerate() {
         let (context, requests, metrics) = (context.clone(), requests.clone(), metrics.clone());
         let wiring = ShardContext {
@@ -192,6 +193,7 @@ fn start_shards(
             inbox,
             waker,
             metrics,
+            unsent: unsent.clone(),
             takes_binary: false,
         };
         let end = end.clone();

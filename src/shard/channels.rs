@@ -1,4 +1,4 @@
-//! A channel as one shard sees it: its feed, its members, and who waits for what.
+//! A channel on one shard: its feed, its members, and the fan-outs under way.
 
 use std::collections::BTreeSet;
 use std::hash::{BuildHasher, RandomState};
@@ -6,154 +6,164 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use hashbrown::HashTable;
-use slab::Slab;
 
+use super::connections::ConnectionTable;
+use super::private::PrivateFanouts;
 use crate::bus::ConnectionId;
+use crate::bus::coalesced::Coalesced;
 use crate::feed::Feed;
 use crate::protocol::event::{ChannelName, Entry};
-use crate::ws::connection::{Connection, NONE};
+use crate::ws::connection::{NONE, SharedTails, Tally};
 
-use super::private::PrivateFanouts;
-
-/// A walk over a channel's members, who get what has come.
-#[derive(Debug)]
-pub struct Pass {
-    /// The member that it comes to next.
-    pub next: usize,
-    /// When it began.
-    pub begun: Instant,
-    /// When the first of what it brings came to this node.
-    pub arrived: Instant,
-    /// The number of that entry in the feed.
-    pub first: u64,
-    /// Something came that members before `next` have not had; when the first of that came, and its number.
-    pub again: Option<(Instant, u64)>,
+/// A channel of a shard: its key, and the generation that tells it from earlier channels with the
+/// key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct ChannelId {
+    pub key: u32,
+    pub generation: u32,
 }
 
-impl Pass {
-    /// One that begins now.
-    pub fn new(now: Instant, arrived: Instant, first: u64) -> Pass {
-        Pass { next: 0, begun: now, arrived, first, again: None }
+/// A fan-out to all members: each is visited once and gets everything that has arrived.
+#[derive(Debug)]
+pub struct PublicFanout {
+    /// Index of the member to visit next.
+    next: usize,
+    started: Instant,
+    /// When the first of its events arrived on this node.
+    arrived: Instant,
+    /// The number of that event in the feed.
+    first: u64,
+    /// When the first event arrived after the first visit, and its number. Then all members are
+    /// visited again.
+    again: Option<(Instant, u64)>,
+}
+
+impl PublicFanout {
+    fn new(started: Instant, arrived: Instant, first: u64) -> PublicFanout {
+        PublicFanout { next: 0, started, arrived, first, again: None }
     }
 }
 
-/// A channel that this shard follows, or is about to.
+/// A completed fan-out.
+#[derive(Debug)]
+pub struct CompletedFanout {
+    /// `None` for a private one.
+    pub started: Option<Instant>,
+    /// When the first of its events arrived on this node.
+    pub arrived: Instant,
+}
+
+/// A channel that the shard follows, or has asked the bus to follow.
 #[derive(Debug)]
 pub struct Channel {
-    /// Its name.
     pub name: ChannelName,
-    /// Tells it from the earlier owners of its key.
-    pub serial: u32,
-    /// Its recent events; `None` until the bus follows it.
+    pub id: ChannelId,
+    /// Recent events. `None` until the bus has answered.
     pub feed: Option<Feed>,
-    /// Entries that came before the word that it is followed.
+    /// Entries that arrived before that answer.
     pub early: Vec<Entry>,
-    /// The connections in it, in no order, by slot.
-    pub members: Vec<u32>,
-    /// The pass under way.
-    pub pass: Option<Pass>,
-    /// The private fan-outs under way.
-    pub private: PrivateFanouts,
-    /// Whether a private fan-out has the next turn.
-    private_next: bool,
-    /// One connection of each user; the others hang on it.
-    users: HashTable<u32>,
-    /// Who has part of a frame in the socket: entry and slot.
-    pub begun: BTreeSet<(u64, u32)>,
-    /// Who waits for the bus to follow.
+    /// Connections that wait for that answer.
     pub joining: Vec<ConnectionId>,
-    /// Who waits for the look at the bus that is under way, since they claim an id ahead.
-    pub looking: Vec<ConnectionId>,
-    /// Who came while a look was under way, which may have been done before their ids were given: the next is theirs.
-    pub look_next: Vec<ConnectionId>,
-    /// Since when nobody is here; whoever asks to join may never come in.
+    /// Connections that claim an id ahead of the feed. They wait until the bus has looked for newer
+    /// events.
+    pub refresh: Coalesced<ConnectionId>,
+    /// Slots of the connections in the channel, in no order.
+    pub members: Vec<u32>,
+    /// A slot of each user. Their other connections are linked to it.
+    users: HashTable<u32>,
+    public: Option<PublicFanout>,
+    private: PrivateFanouts,
+    /// Whether a private fan-out makes the next visit.
+    private_next: bool,
+    /// Members with part of a frame in their socket: number of the entry, and slot.
+    partly_written: BTreeSet<(u64, u32)>,
+    /// Since when there is no member. A client that asks to join may never become one.
     pub empty_since: Option<Instant>,
 }
 
 impl Channel {
-    /// A channel that the bus is asked to follow.
-    pub fn new(name: ChannelName, serial: u32, now: Instant) -> Channel {
+    pub fn new(name: ChannelName, id: ChannelId, now: Instant) -> Channel {
         Channel {
             name,
-            serial,
+            id,
             feed: None,
             early: Vec::new(),
+            joining: Vec::new(),
+            refresh: Coalesced::new(),
             members: Vec::new(),
-            pass: None,
+            users: HashTable::new(),
+            public: None,
             private: PrivateFanouts::default(),
             private_next: false,
-            users: HashTable::new(),
-            begun: BTreeSet::new(),
-            joining: Vec::new(),
-            looking: Vec::new(),
-            look_next: Vec::new(),
+            partly_written: BTreeSet::new(),
             empty_since: Some(now),
         }
     }
 
-    /// Whether nobody is in it and nobody is about to be.
-    pub fn is_empty(&self) -> bool {
-        self.members.is_empty()
-            && self.joining.is_empty()
-            && self.looking.is_empty()
-            && self.look_next.is_empty()
+    /// The feed of a channel with members.
+    pub fn feed(&self) -> &Feed {
+        self.feed.as_ref().expect("clients join channels that are followed")
     }
 
-    /// Takes a connection in.
-    pub fn add(&mut self, slot: u32, connections: &mut Slab<Connection>, hasher: &RandomState) {
-        connections[slot as usize].member = self.members.len() as u32;
+    /// Whether it has no member and no connection waits to become one.
+    pub fn is_empty(&self) -> bool {
+        self.members.is_empty() && self.joining.is_empty() && self.refresh.is_empty()
+    }
+
+    pub fn add(&mut self, slot: u32, connections: &mut ConnectionTable, hasher: &RandomState) {
+        connections[slot].member = self.members.len() as u32;
         self.members.push(slot);
         self.empty_since = None;
-        let hash = hasher.hash_one(&connections[slot as usize].user);
-        let same = |other: &u32| connections[*other as usize].user == connections[slot as usize].user;
+        let hash = hasher.hash_one(&connections[slot].user);
+        let same = |other: &u32| connections[*other].user == connections[slot].user;
         match self.users.find_mut(hash, same) {
             Some(first) => {
                 let second = std::mem::replace(first, slot);
-                connections[second as usize].same_user.0 = slot;
-                connections[slot as usize].same_user = (NONE, second);
+                connections[second].same_user.0 = slot;
+                connections[slot].same_user = (NONE, second);
             }
             None => {
-                connections[slot as usize].same_user = (NONE, NONE);
-                let rehash = |slot: &u32| hasher.hash_one(&connections[*slot as usize].user);
+                connections[slot].same_user = (NONE, NONE);
+                let rehash = |slot: &u32| hasher.hash_one(&connections[*slot].user);
                 self.users.insert_unique(hash, slot, rehash);
             }
         }
     }
 
-    /// Lets a connection go. A pass under way still comes to everyone it has not come to.
-    pub fn remove(&mut self, slot: u32, connections: &mut Slab<Connection>, hasher: &RandomState) {
-        let mut hole = connections[slot as usize].member as usize;
-        if let Some(pass) = self.pass.as_mut().filter(|pass| hole < pass.next) {
-            // The last one of those already visited fills the hole, so that the pass does not skip the last of all.
-            pass.next -= 1;
-            let visited = self.members[pass.next];
-            self.members[hole] = visited;
-            connections[visited as usize].member = hole as u32;
-            hole = pass.next;
+    /// Removes a member. A fan-out under way still visits all others that it has not visited.
+    pub fn remove(&mut self, slot: u32, connections: &mut ConnectionTable, hasher: &RandomState) {
+        let mut free = connections[slot].member as usize;
+        if let Some(fanout) = self.public.as_mut().filter(|fanout| free < fanout.next) {
+            // The last of the visited members takes the free place, and the last of all its place.
+            // Otherwise the last of all would move among the visited ones.
+            fanout.next -= 1;
+            let visited = self.members[fanout.next];
+            self.members[free] = visited;
+            connections[visited].member = free as u32;
+            free = fanout.next;
         }
-        self.members.swap_remove(hole);
-        if let Some(moved) = self.members.get(hole) {
-            connections[*moved as usize].member = hole as u32;
+        self.members.swap_remove(free);
+        if let Some(moved) = self.members.get(free) {
+            connections[*moved].member = free as u32;
         }
         self.remove_user(slot, connections, hasher);
-        let cursor = connections[slot as usize].cursor;
-        self.begun.remove(&(cursor.entry, slot));
+        self.partly_written.remove(&(connections[slot].cursor.entry, slot));
         if self.members.is_empty() {
             self.empty_since = Some(Instant::now());
         }
     }
 
-    fn remove_user(&mut self, slot: u32, connections: &mut Slab<Connection>, hasher: &RandomState) {
-        let (earlier, later) = connections[slot as usize].same_user;
-        self.private.skip(&connections[slot as usize].user, slot, later);
+    fn remove_user(&mut self, slot: u32, connections: &mut ConnectionTable, hasher: &RandomState) {
+        let (earlier, later) = connections[slot].same_user;
+        self.private.skip(&connections[slot].user, slot, later);
         if later != NONE {
-            connections[later as usize].same_user.0 = earlier;
+            connections[later].same_user.0 = earlier;
         }
         if earlier != NONE {
-            connections[earlier as usize].same_user.1 = later;
+            connections[earlier].same_user.1 = later;
             return;
         }
-        let hash = hasher.hash_one(&connections[slot as usize].user);
+        let hash = hasher.hash_one(&connections[slot].user);
         match self.users.find_entry(hash, |other| *other == slot) {
             Ok(mut entry) if later != NONE => *entry.get_mut() = later,
             Ok(entry) => {
@@ -163,30 +173,56 @@ impl Channel {
         }
     }
 
-    /// Starts a fan-out to all members for the entry just appended to the feed, unless one under way brings it. `number`
-    /// is the entry's.
+    /// Notes that the socket of this member has part of a frame of the feed.
+    pub fn note_partly_written(&mut self, entry: u64, slot: u32) {
+        self.partly_written.insert((entry, slot));
+    }
+
+    /// Forgets it, since the member is about to write the rest.
+    pub fn forget_partly_written(&mut self, entry: u64, slot: u32) {
+        self.partly_written.remove(&(entry, slot));
+    }
+
+    /// Evicts the oldest entry of the feed. Members with part of a frame of it in their socket keep
+    /// its rest.
+    pub fn evict_entry(&mut self, connections: &mut ConnectionTable, tally: &mut Tally) {
+        let Some(feed) = &mut self.feed else { return };
+        let number = feed.start();
+        let Some(entry) = feed.evict() else { return };
+        let mut tails = SharedTails::default();
+        while let Some((_, slot)) = self.partly_written.first().copied().filter(|(entry, _)| *entry <= number)
+        {
+            self.partly_written.pop_first();
+            connections[slot].keep_tail(&entry, &mut tails, tally);
+        }
+    }
+
+    /// Starts a public fan-out for the entry just appended to the feed, unless the one under way
+    /// delivers it. `number` is the entry's.
     pub fn start_public_fanout(&mut self, now: Instant, arrived: Instant, number: u64) {
-        match &mut self.pass {
+        match &mut self.public {
             None if self.members.is_empty() => {}
-            None => self.pass = Some(Pass::new(now, arrived, number)),
-            Some(pass) if pass.next == 0 => {} // nobody was visited yet
-            Some(pass) => {
-                pass.again.get_or_insert((arrived, number));
+            None => self.public = Some(PublicFanout::new(now, arrived, number)),
+            Some(fanout) if fanout.next == 0 => {} // no member was visited yet
+            Some(fanout) => {
+                fanout.again.get_or_insert((arrived, number));
             }
         }
     }
 
-    /// Whether the public fan-out under way has yet to bring the entry with this number to some members.
-    pub fn still_brings(&self, number: u64) -> bool {
-        self.pass.as_ref().is_some_and(|pass| number >= pass.first)
+    /// Whether the public fan-out under way has yet to deliver the entry with this number to some
+    /// members.
+    pub fn still_delivers(&self, number: u64) -> bool {
+        self.public.as_ref().is_some_and(|fanout| number >= fanout.first)
     }
 
-    /// Starts a fan-out to a user's connections for a private entry, unless one under way brings it.
+    /// Starts a fan-out to a user's connections for a private entry, unless the one under way
+    /// delivers it.
     pub fn start_private_fanout(
         &mut self,
         user: Arc<str>,
         arrived: Instant,
-        connections: &Slab<Connection>,
+        connections: &ConnectionTable,
         hasher: &RandomState,
     ) {
         let first = first_of(&self.users, &user, connections, hasher);
@@ -198,51 +234,51 @@ impl Channel {
         }
     }
 
-    /// Whether a fan-out is under way.
     pub fn has_fanout(&self) -> bool {
-        self.pass.is_some() || !self.private.is_empty()
+        self.public.is_some() || !self.private.is_empty()
     }
 
-    /// Ends the fan-outs that have visited all their connections, and adds them to `completed`. A fan-out starts again if
-    /// more events have arrived.
-    pub fn end_fanouts(
+    /// Completes the fan-outs that have visited all their connections, and adds them to
+    /// `completed`. A fan-out starts again if more events have arrived.
+    pub fn complete_fanouts(
         &mut self,
         now: Instant,
-        completed: &mut Vec<(Option<Instant>, Instant)>,
-        connections: &Slab<Connection>,
+        completed: &mut Vec<CompletedFanout>,
+        connections: &ConnectionTable,
         hasher: &RandomState,
     ) {
-        while let Some(pass) = self.pass.take_if(|pass| pass.next >= self.members.len()) {
-            completed.push((Some(pass.begun), pass.arrived));
-            self.pass = pass.again.map(|(arrived, first)| Pass::new(now, arrived, first));
+        while let Some(fanout) = self.public.take_if(|fanout| fanout.next >= self.members.len()) {
+            completed.push(CompletedFanout { started: Some(fanout.started), arrived: fanout.arrived });
+            self.public = fanout.again.map(|(arrived, first)| PublicFanout::new(now, arrived, first));
         }
         let first = |user: &str| first_of(&self.users, user, connections, hasher);
-        while let Some((user, arrived, ended)) = self.private.end_next(first) {
-            completed.push((None, arrived));
+        while let Some((user, arrived, ended)) = self.private.complete_next(first) {
+            completed.push(CompletedFanout { started: None, arrived });
             if let Some(feed) = self.feed.as_mut().filter(|_| ended) {
                 feed.finish_delivery(&user);
             }
         }
     }
 
-    /// The slot to visit next in the fan-outs under way. The public one and the private ones take turns.
-    pub fn next_visit(&mut self, connections: &Slab<Connection>) -> Option<u32> {
+    /// The slot to visit next in the fan-outs under way. The public one and the private ones take
+    /// turns.
+    pub fn next_visit(&mut self, connections: &ConnectionTable) -> Option<u32> {
         self.private_next = !self.private_next;
-        if (self.private_next || self.pass.is_none())
+        if (self.private_next || self.public.is_none())
             && let Some(slot) = self.private.next_visit(connections)
         {
             return Some(slot);
         }
-        let pass = self.pass.as_mut()?;
-        let slot = self.members.get(pass.next).copied();
-        pass.next += 1;
+        let fanout = self.public.as_mut()?;
+        let slot = self.members.get(fanout.next).copied();
+        fanout.next += 1;
         slot
     }
 }
 
 /// The slot of a user's first connection, to which the others are linked; `NONE` without one.
-fn first_of(users: &HashTable<u32>, user: &str, connections: &Slab<Connection>, hasher: &RandomState) -> u32 {
-    let same = |slot: &u32| &*connections[*slot as usize].user == user;
+fn first_of(users: &HashTable<u32>, user: &str, connections: &ConnectionTable, hasher: &RandomState) -> u32 {
+    let same = |slot: &u32| &*connections[*slot].user == user;
     users.find(hasher.hash_one(user), same).copied().unwrap_or(NONE)
 }
 
@@ -250,39 +286,44 @@ fn first_of(users: &HashTable<u32>, user: &str, connections: &Slab<Connection>, 
 mod tests {
     use super::*;
     use crate::limits::connections::ConnectionSlot;
+    use crate::ws::connection::Connection;
+
+    const ID: ChannelId = ChannelId { key: 0, generation: 1 };
 
     /// Connections that nothing is written to.
-    fn connections(count: u32) -> Slab<Connection> {
+    fn connections(count: u32) -> ConnectionTable {
+        let poll = mio::Poll::new().expect("a poll");
+        let mut table = ConnectionTable::new(0, poll.registry().try_clone().expect("a registry"));
         let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
         let address = listener.local_addr().expect("it is bound");
-        let connect = |n| {
+        for _ in 0..count {
             let stream = mio::net::TcpStream::connect(address).expect("it listens");
-            Connection::new(stream, ConnectionSlot::Proxy, n, 0)
-        };
-        (0..count).map(|n| (n as usize, connect(n))).collect()
+            table.insert(|generation| Connection::new(stream, ConnectionSlot::Proxy, generation, 0));
+        }
+        table
     }
 
     #[test]
-    fn a_pass_comes_once_to_everyone_who_stays_whoever_leaves_meanwhile() {
+    fn public_fan_out_visits_all_that_stay_once() {
         let (hasher, now) = (RandomState::new(), Instant::now());
         for count in 1..7_u32 {
             let mut connections = connections(count);
             for (visited, leaver) in
                 (0..=count as usize).flat_map(|at| (0..count).map(move |slot| (at, slot)))
             {
-                let mut channel = Channel::new(ChannelName::parse("c").expect("a name"), 1, now);
+                let mut channel = Channel::new(ChannelName::parse("c").expect("a name"), ID, now);
                 (0..count).for_each(|slot| channel.add(slot, &mut connections, &hasher));
                 let mut seen = channel.members[..visited].to_vec();
-                channel.pass = Some(Pass { next: visited, ..Pass::new(now, now, 0) });
+                channel.public = Some(PublicFanout { next: visited, ..PublicFanout::new(now, now, 0) });
                 channel.remove(leaver, &mut connections, &hasher);
-                let next = channel.pass.as_ref().expect("it goes on").next;
+                let next = channel.public.as_ref().expect("it is under way").next;
                 seen.extend_from_slice(&channel.members[next..]);
                 seen.retain(|slot| *slot != leaver);
                 seen.sort_unstable();
                 let stay: Vec<u32> = (0..count).filter(|slot| *slot != leaver).collect();
-                assert_eq!(seen, stay, "{leaver} of {count} left after {visited} had their turn");
-                let places = channel.members.iter().map(|slot| connections[*slot as usize].member);
-                assert!(places.eq(0..count - 1), "everyone knows its place");
+                assert_eq!(seen, stay, "{leaver} of {count} left after {visited} visits");
+                let indexes = channel.members.iter().map(|slot| connections[*slot].member);
+                assert!(indexes.eq(0..count - 1), "every connection knows its index");
             }
         }
     }
@@ -293,7 +334,7 @@ mod tests {
         for count in 1..6_u32 {
             let mut connections = connections(count);
             for (visited, leaver) in (0..count).flat_map(|at| (0..count).map(move |slot| (at, slot))) {
-                let mut channel = Channel::new(ChannelName::parse("c").expect("a name"), 1, now);
+                let mut channel = Channel::new(ChannelName::parse("c").expect("a name"), ID, now);
                 (0..count).for_each(|slot| channel.add(slot, &mut connections, &hasher));
                 let mut completed = Vec::new();
                 channel.start_private_fanout("".into(), now, &connections, &hasher);
@@ -304,7 +345,7 @@ mod tests {
                 channel.remove(leaver, &mut connections, &hasher);
                 let mut seen = Vec::new();
                 loop {
-                    channel.end_fanouts(now, &mut completed, &connections, &hasher);
+                    channel.complete_fanouts(now, &mut completed, &connections, &hasher);
                     let Some(slot) = channel.next_visit(&connections) else { break };
                     seen.push(slot);
                 }
@@ -323,7 +364,7 @@ mod tests {
         let (hasher, now) = (RandomState::new(), Instant::now());
         for leaves in [false, true] {
             let mut connections = connections(2);
-            let mut channel = Channel::new(ChannelName::parse("c").expect("a name"), 1, now);
+            let mut channel = Channel::new(ChannelName::parse("c").expect("a name"), ID, now);
             channel.add(0, &mut connections, &hasher);
             channel.start_private_fanout("".into(), now, &connections, &hasher);
             if leaves {
@@ -333,7 +374,7 @@ mod tests {
             channel.start_private_fanout("".into(), now, &connections, &hasher);
             let mut seen = Vec::new();
             loop {
-                channel.end_fanouts(now, &mut Vec::new(), &connections, &hasher);
+                channel.complete_fanouts(now, &mut Vec::new(), &connections, &hasher);
                 let Some(slot) = channel.next_visit(&connections) else { break };
                 seen.push(slot);
             }

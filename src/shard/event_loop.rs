@@ -1,4 +1,5 @@
-//! The event loop of a shard: it waits for sockets that are ready, for messages and for the tick, then works.
+//! The event loop of a shard: it waits for sockets that are ready, for messages and for the tick,
+//! then works.
 
 use std::io;
 use std::sync::Arc;
@@ -33,7 +34,7 @@ pub fn run(context: ShardContext) -> io::Result<()> {
     let mut next_tick = Instant::now() + TICK;
     let mut more = false;
     while !shard.has_ended() {
-        let busy = more || shard.has_work();
+        let busy = more || shard.has_deferred();
         let wait = if busy { Duration::ZERO } else { next_tick.saturating_duration_since(Instant::now()) };
         let slept = waker.sleep(
             || wait.is_zero() || !inbox.is_empty(),
@@ -47,7 +48,7 @@ pub fn run(context: ShardContext) -> io::Result<()> {
         shard.now = Instant::now();
         for taken in 1.. {
             let Ok(message) = inbox.try_recv() else { break };
-            shard.take(message);
+            shard.handle_message(message);
             if taken == MESSAGES_A_TURN {
                 more = true;
                 break;
@@ -61,17 +62,17 @@ pub fn run(context: ShardContext) -> io::Result<()> {
             }
             let end = event.is_read_closed() || event.is_error();
             shard.on_ready(event.token(), event.is_readable() || end, event.is_writable(), end);
-            shard.let_pass(named);
+            shard.maybe_run_fanout(named);
         }
         more |= named == EVENTS;
-        shard.work();
+        shard.run_deferred();
         let now = Instant::now();
-        shard.time_passes(now);
+        shard.record_latencies(now);
         if now >= next_tick {
             next_tick = now + TICK;
             shard.on_tick();
         }
-        shard.report();
+        shard.end_turn();
     }
     Ok(())
 }

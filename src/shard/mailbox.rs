@@ -1,4 +1,5 @@
-//! Mailboxes of the shards: the bus, the accept loop and other shards send messages, each shard reads its own.
+//! Mailboxes of the shards: the bus, the accept loop and other shards send messages, each shard
+//! reads its own.
 
 use std::io;
 use std::sync::Arc;
@@ -45,11 +46,11 @@ impl ShardWaker {
         Ok(ShardWaker { waker: Waker::new(registry, token)?, asleep: AtomicBool::new(false) })
     }
 
-    /// Calls `poll`, which may sleep if it is called with `true`. That is so unless `has_work`; a message that is sent
-    /// meanwhile ends the sleep.
+    /// Calls `poll`, which may sleep if it is called with `true`. That is so unless `has_work`; a
+    /// message that is sent meanwhile ends the sleep.
     pub(super) fn sleep<T>(&self, has_work: impl FnOnce() -> bool, poll: impl FnOnce(bool) -> T) -> T {
-        // Both sides write, then read what the other wrote, in one order for all (SeqCst): either the sender sees
-        // that the shard sleeps, or the shard sees what was sent.
+        // Both sides write, then read what the other wrote, in one order for all (SeqCst): either
+        // the sender sees that the shard sleeps, or the shard sees what was sent.
         self.asleep.store(true, Ordering::SeqCst);
         let may_sleep = !has_work();
         if !may_sleep {
@@ -68,7 +69,8 @@ impl ShardWaker {
     }
 }
 
-/// The mailboxes of all shards. Cloned freely; sending never waits, since a shard empties its mailbox at every turn.
+/// The mailboxes of all shards. Cloned freely; sending never waits, since a shard empties its
+/// mailbox at every turn.
 #[derive(Clone, Debug)]
 pub struct Mailboxes {
     senders: Arc<[mpsc::UnboundedSender<ShardMessage>]>,

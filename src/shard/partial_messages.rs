@@ -1,23 +1,27 @@
-//! Messages that were begun and not ended: each may wait for ten seconds, but together they must not fill the node.
+//! Messages that were begun and not ended: each may wait for ten seconds, but together they must
+//! not fill the node.
 
 use std::collections::VecDeque;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Instant;
 
-use super::{SCRATCH, Shard};
+use super::Shard;
+use super::read::READ_MAX;
 use crate::bus::ConnectionId;
 use crate::config::Settings;
 use crate::protocol::close::CloseReason;
 
-/// A shard counts again when this part of its share has arrived, since messages may be finished meanwhile.
+/// A shard counts again when this part of its share has arrived, since messages may be finished
+/// meanwhile.
 const RECOUNT_PART: usize = 8;
 
 /// Messages that are noted before it is looked which of them are still there.
 const NOTED: usize = 1024;
 
-/// The unfinished messages of one shard. All shards add their bytes to one count. While that is above the node's limit,
-/// each shard with more than its share closes the connections with the oldest messages. A shard's part of the count is
-/// never too small: it grows with every read, and is corrected when the shard counts again.
+/// The unfinished messages of one shard. All shards add their bytes to one count. While that is
+/// above the node's limit, each shard with more than its share closes the connections with the
+/// oldest messages. A shard's part of the count is never too small: it grows with every read, and
+/// is corrected when the shard counts again.
 #[derive(Debug)]
 pub(super) struct PartialMessages {
     /// Most bytes of all unfinished messages of the node.
@@ -50,10 +54,11 @@ impl PartialMessages {
 }
 
 impl Shard {
-    /// Notes what is left unfinished after `new` bytes have come, and sees to it that there is room for it.
+    /// Notes what is left unfinished after `new` bytes have come, and sees to it that there is room
+    /// for it.
     pub(super) fn record_partial(&mut self, slot: u32, new: usize) {
-        let id = self.id_of(slot);
-        let Some(partial) = &mut self.connections[slot as usize].partial else { return };
+        let id = self.connections.id(slot);
+        let Some(partial) = &mut self.connections[slot].partial else { return };
         if partial.held() == 0 {
             return; // only the head of a frame, or what waits for its turn
         }
@@ -67,7 +72,7 @@ impl Shard {
         self.partial_messages.since_recount += new;
         let all = self.metrics.partial_bytes.fetch_add(new, Relaxed) + new;
         let is_due =
-            self.partial_messages.since_recount > (self.partial_messages.share / RECOUNT_PART).max(SCRATCH);
+            self.partial_messages.since_recount > (self.partial_messages.share / RECOUNT_PART).max(READ_MAX);
         let is_over =
             all > self.partial_messages.limit && self.partial_messages.counted > self.partial_messages.share;
         if is_due || is_over || self.partial_messages.begun.len() >= self.partial_messages.next_recount {
@@ -75,7 +80,8 @@ impl Shard {
         }
     }
 
-    /// Counts again once a tick where that may matter: messages are finished, and other shards may need the room.
+    /// Counts again once a tick where that may matter: messages are finished, and other shards may
+    /// need the room.
     pub(super) fn limit_partial_messages(&mut self) {
         let all = self.metrics.partial_bytes.load(Relaxed);
         let idle = self.partial_messages.since_recount == 0 && self.partial_messages.begun.is_empty();
@@ -93,14 +99,14 @@ impl Shard {
             bytes.is_some()
         });
         let all = self.set_partial_bytes(held);
-        // The oldest first, since honest messages are soon finished. Down to three quarters, so that it does not happen
-        // again at once.
+        // The oldest first, since honest messages are soon finished. Down to three quarters, so
+        // that it does not happen again at once.
         if all > self.partial_messages.limit && held > self.partial_messages.share {
             while held > self.partial_messages.share / 4 * 3
                 && let Some((since, id)) = begun.pop_front()
             {
                 held -= self.held_since(since, id).unwrap_or(0);
-                self.end(id.slot, CloseReason::MessageTimeout);
+                self.close(id.slot, CloseReason::MessageTimeout);
             }
             self.set_partial_bytes(held);
         }
@@ -120,7 +126,7 @@ impl Shard {
 
     /// What the message that this connection began then holds; `None` when it is over.
     fn held_since(&self, since: Instant, id: ConnectionId) -> Option<usize> {
-        let partial = self.connections[self.find(id)? as usize].partial.as_ref()?;
+        let partial = self.connections[self.connections.find(id)?].partial.as_ref()?;
         (partial.since == since).then(|| partial.held())
     }
 }

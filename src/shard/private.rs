@@ -1,22 +1,22 @@
-//! Private fan-outs of a channel: one for each user with new private events, to all their connections of this shard.
+//! Private fan-outs of a channel: one for each user with new private events, to all their
+//! connections on this shard.
 //!
-//! Users take turns, a connection each, so that one with thousands of connections delays nobody with one. Events that
-//! arrive before a connection's turn go out to it in one write.
+//! Users take turns, one connection each, so that a user with thousands of connections does not
+//! delay the others. Events that arrive before the turn of a connection are written to it together.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Instant;
 
-use slab::Slab;
+use super::connections::ConnectionTable;
+use crate::ws::connection::NONE;
 
-use crate::ws::connection::{Connection, NONE};
-
-/// A walk over one user's connections.
+/// A fan-out to one user's connections.
 #[derive(Debug)]
 struct UserFanout {
     /// The slot to visit next; `NONE` at the end.
     next: u32,
-    /// Whether a connection was visited already.
+    /// Whether any connection was visited.
     started: bool,
     /// When the first of its events arrived on this node.
     arrived: Instant,
@@ -39,19 +39,18 @@ pub struct PrivateFanouts {
 }
 
 impl PrivateFanouts {
-    /// Whether there is none.
     pub fn is_empty(&self) -> bool {
         self.turns.is_empty()
     }
 
-    /// Adds a private event for a user whose first connection is `first`. True if a fan-out starts for it; false if the one
-    /// under way brings it.
+    /// Adds a private event for a user whose first connection is `first`. Returns true if a fan-out
+    /// starts for it, false if the one under way delivers it.
     pub fn add(&mut self, user: &Arc<str>, first: u32, arrived: Instant) -> bool {
         if let Some(fanout) = self.users.get_mut(user) {
             if fanout.started {
                 fanout.again.get_or_insert(arrived);
             } else {
-                fanout.next = first; // connections that came after its start lie before its first one
+                fanout.next = first; // connections that joined after its start are linked before its first one
             }
             return false;
         }
@@ -60,22 +59,26 @@ impl PrivateFanouts {
         true
     }
 
-    /// The slot to visit next. `None`: the fan-out whose turn it is has ended, or there is none.
-    pub fn next_visit(&mut self, connections: &Slab<Connection>) -> Option<u32> {
+    /// The slot to visit next. `None` if the fan-out whose turn it is has visited every connection,
+    /// or there is none.
+    pub fn next_visit(&mut self, connections: &ConnectionTable) -> Option<u32> {
         let fanout = self.users.get_mut(self.turns.front()?)?;
         let slot = fanout.next;
-        let connection = connections.get(slot as usize)?;
-        fanout.next = connection.same_user.1;
+        if slot == NONE {
+            return None;
+        }
+        fanout.next = connections[slot].same_user.1;
         fanout.started = true;
         if fanout.next != NONE {
-            self.turns.rotate_left(1); // else it stays in front, and ends once this connection is flushed
+            self.turns.rotate_left(1); // else it stays in front, and is completed once this connection is flushed
         }
         Some(slot)
     }
 
-    /// Ends the fan-out whose turn it is if it has visited every connection. Returns its user, when the first of its events
-    /// arrived, and whether that was the last fan-out: if more events have arrived, it starts again from `first`.
-    pub fn end_next(&mut self, first: impl FnOnce(&str) -> u32) -> Option<(Arc<str>, Instant, bool)> {
+    /// Completes the fan-out whose turn it is if it has visited every connection. Returns its user,
+    /// when the first of its events arrived, and whether it is over: if more events have arrived,
+    /// it starts again from the slot that `first` returns.
+    pub fn complete_next(&mut self, first: impl FnOnce(&str) -> u32) -> Option<(Arc<str>, Instant, bool)> {
         let user = self.turns.front()?;
         let fanout = self.users.get_mut(user).filter(|fanout| fanout.next == NONE)?;
         let (user, arrived) = (user.clone(), fanout.arrived);
@@ -94,7 +97,7 @@ impl PrivateFanouts {
         }
     }
 
-    /// A user's connection leaves the channel: a fan-out that would visit it next goes on with `later`.
+    /// Removes a user's connection: a fan-out that would visit it next continues with `later`.
     pub fn skip(&mut self, user: &str, slot: u32, later: u32) {
         if let Some(fanout) = self.users.get_mut(user).filter(|fanout| fanout.next == slot) {
             fanout.next = later;

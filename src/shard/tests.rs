@@ -1,5 +1,6 @@
-//! Checks every frame that clients get, under any order of events, pages, evictions, pings and short writes. The shard
-//! is real and runs step by step; its sockets are Unix pairs with small buffers, so that short writes need no waiting.
+//! Checks every frame that clients get, under any order of events, pages, evictions, pings and
+//! short writes. The shard is real and runs step by step; its sockets are Unix pairs with small
+//! buffers, so that short writes need no waiting.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io::{Read, Write};
@@ -12,13 +13,16 @@ use serde_json::Value;
 use socket2::SockRef;
 use tokio::sync::mpsc;
 
+use super::connections::token;
+use super::deferred::FANOUT_WRITES;
 use super::*;
 use crate::auth::keys::KeyRing;
 use crate::bus::{Answer, PAGE, Page, PublishError, page_begin};
 use crate::config::Action;
 use crate::limits::connections::ConnectionLimits;
 use crate::metrics::{BusMetrics, Readiness};
-use crate::protocol::event::{Entry, EventId};
+use crate::protocol::event::{ChannelName, Entry, EventId};
+use crate::ws::connection::State;
 use crate::ws::handshake::HandshakeContext;
 
 /// Events that history holds.
@@ -157,6 +161,7 @@ impl Testbed {
             inbox,
             waker,
             metrics,
+            unsent: Arc::default(),
             takes_binary: false,
         };
         let (shard, poll, ..) = assemble(wiring).expect("a shard");
@@ -188,7 +193,7 @@ impl Testbed {
         SockRef::from(&theirs).set_send_buffer_size(4 << 10).expect("a socket");
         let theirs = std::net::TcpStream::from(OwnedFd::from(theirs));
         let connection_slot = self.limits.acquire(Ipv4Addr::LOCALHOST.into()).expect("there is room");
-        self.shard.take(ShardMessage::Socket(mio::net::TcpStream::from_std(theirs), connection_slot));
+        self.shard.handle_message(ShardMessage::Socket(TcpStream::from_std(theirs), connection_slot));
         let (user, mode) = CLIENTS[number];
         let query = match (mode, at) {
             (Mode::Plain, _) => String::new(),
@@ -250,10 +255,11 @@ impl Testbed {
             Step::Answer => self.answer(),
             Step::Turn => self.turn(),
             Step::Ready { from, count } => self.ready(*from, *count),
-            Step::Fanout { writes } => self.shard.pass_on(*writes),
+            Step::Fanout { writes } => self.shard.run_fanout(*writes),
             Step::Tick => self.shard.on_tick(),
         }
-        for (_, connection) in &self.shard.connections {
+        for slot in self.shard.connections.slots() {
+            let connection = &self.shard.connections[slot];
             let (own, frame) = connection.unsent();
             prop_assert_eq!(connection.queued() > 0, own > 0 || frame.is_some(), "what waits is counted");
         }
@@ -262,14 +268,15 @@ impl Testbed {
 
     fn turn(&mut self) {
         self.ready(0, usize::MAX);
-        self.shard.work();
+        self.shard.run_deferred();
+        self.shard.free_discarded();
     }
 
     fn ready(&mut self, from: usize, count: usize) {
         self.clients.iter_mut().for_each(|client| client.sends(&[]));
-        let all: Vec<u32> = self.shard.connections.iter().map(|(slot, _)| slot as u32).collect();
+        let all: Vec<u32> = self.shard.connections.slots().collect();
         for slot in all.into_iter().skip(from).take(count) {
-            self.shard.on_ready(token_of(self.shard.id_of(slot)), true, true, true);
+            self.shard.on_ready(token(self.shard.connections.id(slot)), true, true, true);
         }
     }
 
@@ -443,7 +450,7 @@ impl Testbed {
                 let at = client.at.unwrap_or(self.head);
                 self.given.range(at + 1..).any(|(_, to)| mine(to))
             };
-            let busy = !self.asked.is_empty() || self.shard.has_work();
+            let busy = !self.asked.is_empty() || self.shard.has_deferred();
             if !busy && !self.clients.iter().enumerate().any(behind) {
                 return Ok(());
             }
@@ -487,8 +494,9 @@ fn take_frame(bytes: &mut Vec<u8>) -> Option<(u8, Vec<u8>)> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(128))]
 
-    /// A client gets its events in order and without a gap, unless a reset or a welcome comes before the gap. A ping
-    /// shows a position up to which it has all of its events, and that no later ping goes behind.
+    /// A client gets its events in order and without a gap, unless a reset or a welcome comes
+    /// before the gap. A ping shows a position up to which it has all of its events, and that no
+    /// later ping goes behind.
     #[test]
     fn positions_hold_at_their_place_on_the_wire(steps in prop::collection::vec(step(), 1..400)) {
         let mut testbed = Testbed::new();
@@ -499,7 +507,8 @@ proptest! {
     }
 }
 
-/// Whatever is sent to however many connections, a turn makes a bounded number of writes, and each connection takes few.
+/// Whatever is sent to however many connections, a turn makes a bounded number of writes, and each
+/// connection takes few.
 #[test]
 fn a_burst_is_written_in_turns() {
     const READERS: usize = 600;
@@ -513,8 +522,8 @@ fn a_burst_is_written_in_turns() {
         }
     };
     let live = |shard: &Shard| {
-        let state = |(_, connection): (usize, &Connection)| matches!(connection.state, State::Live);
-        shard.connections.iter().filter(|connection| state(*connection)).count()
+        let is_live = |slot: &u32| matches!(shard.connections[*slot].state, State::Live);
+        shard.connections.slots().filter(is_live).count()
     };
     while live(&testbed.shard) < READERS + CLIENTS.len() {
         testbed.turn();
@@ -536,11 +545,11 @@ fn a_burst_is_written_in_turns() {
             }
         }
         let (mut total, mut turns) = (0, 0);
-        while testbed.shard.has_work() {
+        while testbed.shard.has_deferred() {
             let before = testbed.shard.tally.writes;
-            testbed.shard.work();
+            testbed.shard.run_deferred();
             let writes = testbed.shard.tally.writes - before;
-            assert!(writes <= WRITES_A_TURN, "{name}: {writes} writes in a turn");
+            assert!(writes <= FANOUT_WRITES, "{name}: {writes} writes in a turn");
             (total, turns) = (total + writes, turns + 1);
         }
         let most = READERS + CLIENTS.len();
@@ -551,15 +560,15 @@ fn a_burst_is_written_in_turns() {
     }
 }
 
-/// Events without id come in one turn, which together are longer than the shard's part of memory for feeds. Gives how
-/// many of them each client got.
+/// Events without id come in one turn, which together are longer than the shard's part of memory
+/// for feeds. Gives how many of them each client got.
 fn bare_events(sizes: &[usize], turns_first: bool) -> (Testbed, Vec<usize>) {
     let mut testbed = Testbed::new();
     let follows = |testbed: &Testbed| {
-        let members = &testbed.shard.channels.iter().next().expect("a channel").1.members;
-        members.len() == CLIENTS.len()
+        let key = testbed.shard.channels.key(&testbed.name);
+        key.is_some_and(|key| testbed.shard.channels[key].members.len() == CLIENTS.len())
     };
-    while testbed.shard.channels.is_empty() || !follows(&testbed) || testbed.shard.has_work() {
+    while !follows(&testbed) || testbed.shard.has_deferred() {
         testbed.turn();
         testbed.answer();
     }
@@ -599,16 +608,16 @@ fn bare_event_longer_than_the_feed_reaches_all() {
     let (mut testbed, counts) = bare_events(&[100, 40 * 1024], false);
     assert_eq!(counts, [2; CLIENTS.len()]);
     testbed.shard.on_tick();
-    assert!(testbed.shard.feed_bytes <= 8 * 1024, "its memory is given back once everyone has it");
-    testbed.shard.report();
-    assert_eq!(testbed.shard.numbers().pubsub_misses.get(), 0);
+    assert!(testbed.shard.channels.feed_bytes() <= 8 * 1024, "its memory is given back once everyone has it");
+    testbed.shard.end_turn();
+    assert_eq!(testbed.shard.metrics().pubsub_misses.get(), 0);
 }
 
 #[test]
 fn bare_events_longer_than_the_feed_together_reach_all() {
     let (testbed, counts) = bare_events(&[1000; 13], false);
     assert_eq!(counts, [13; CLIENTS.len()]);
-    assert!(testbed.shard.tally.pubsub_misses == 0 && testbed.shard.feed_bytes > 8 * 1024);
+    assert!(testbed.shard.tally.pubsub_misses == 0 && testbed.shard.channels.feed_bytes() > 8 * 1024);
 }
 
 #[test]
@@ -616,11 +625,11 @@ fn bare_events_that_leave_memory_undelivered_are_counted_for_each_client() {
     // More than feeds may hold in one turn.
     let (mut testbed, counts) = bare_events(&[1000; 40], false);
     assert!(counts.iter().all(|count| (7..40).contains(count)), "{counts:?}");
-    testbed.shard.report();
-    assert_eq!(testbed.shard.numbers().pubsub_misses.get(), CLIENTS.len() as u64);
+    testbed.shard.end_turn();
+    assert_eq!(testbed.shard.metrics().pubsub_misses.get(), CLIENTS.len() as u64);
     // Sockets that were full while events came and left.
     let (mut testbed, counts) = bare_events(&[1000; 60], true);
     assert!(counts.iter().all(|count| *count < 60), "{counts:?}");
-    testbed.shard.report();
-    assert!(testbed.shard.numbers().pubsub_misses.get() >= CLIENTS.len() as u64);
+    testbed.shard.end_turn();
+    assert!(testbed.shard.metrics().pubsub_misses.get() >= CLIENTS.len() as u64);
 }

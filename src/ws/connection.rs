@@ -81,25 +81,40 @@ pub enum State {
     /// It follows its channel in the feed.
     Live,
     /// The feed has left it behind: it reads history, part by part.
-    Replay(ReplayPace),
-    /// It missed events and can only be told by a close, which is due.
+    Replay(Replay),
+    /// It missed events and gets no recovery frames, so that it is going to be closed.
     Missed,
     /// Its last words are on their way; then it waits for the peer's end.
     Closing {
         /// They are out, and our end is closed.
         finished: bool,
     },
+    /// Its socket is dead or done. Its slot is freed at the end of the turn.
+    Discarded,
 }
 
-/// How fast one connection reads history.
+/// Where a connection that reads history is with its next part.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct ReplayPace {
+pub enum PartState {
+    /// It has not asked for one.
+    #[default]
+    Needed,
+    /// It waits for one, or for the time when it may ask.
+    Awaited,
+    /// The part that it waited for has just arrived.
+    Arrived,
+}
+
+/// How one connection reads history.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Replay {
     /// Bytes that it took since it last asked for a part.
     taken: u32,
     /// Bytes that it took in the latest tick of the shard.
     in_tick: u32,
     /// The low bits of that tick's number.
     tick: u16,
+    part: PartState,
 }
 
 /// Most bytes of history that one connection takes in a tick (40 MB/s), so that it leaves Redis to others, too.
@@ -108,7 +123,26 @@ const HISTORY_IN_TICK: u32 = 4 * 1024 * 1024;
 /// Bytes of history that a connection asks for at first.
 const PART_FIRST: usize = 64 * 1024;
 
-impl ReplayPace {
+impl Replay {
+    /// Has it wait for its next part.
+    pub fn wait(&mut self) {
+        self.part = PartState::Awaited;
+    }
+
+    /// Ends the wait. `arrived`: the part is in memory.
+    pub fn resume(&mut self, arrived: bool) {
+        self.part = if arrived { PartState::Arrived } else { PartState::Needed };
+    }
+
+    /// Where it is with its next part. The arrival of one is returned once.
+    pub fn take_part(&mut self) -> PartState {
+        let part = self.part;
+        if part == PartState::Arrived {
+            self.part = PartState::Needed;
+        }
+        part
+    }
+
     /// Counts what it took.
     pub fn took(&mut self, bytes: u64, tick: u32) {
         let bytes = u32::try_from(bytes).unwrap_or(u32::MAX);
@@ -263,8 +297,6 @@ pub struct Connection {
     unconfirmed: u32,
     /// How many of them were written before the ping that awaits its pong.
     before_ping: u32,
-    /// It waits for a page of history.
-    pub waits_for_page: bool,
     /// Publishes without an answer yet.
     pub unanswered: u32,
     /// When the last heartbeat was sent, in ticks of the shard.
@@ -310,7 +342,6 @@ impl Connection {
             last_activity: tick,
             unconfirmed: 0,
             before_ping: 0,
-            waits_for_page: false,
             unanswered: 0,
             last_ping: tick,
             awaiting_pong: false,
@@ -347,21 +378,37 @@ impl Connection {
 
     /// Whether it waits for a part of history.
     pub fn awaits_page(&self) -> bool {
-        self.waits_for_page && matches!(self.state, State::Joining(_) | State::Replay(_))
+        match &self.state {
+            State::Joining(_) => true,
+            State::Replay(replay) => replay.part == PartState::Awaited,
+            _ => false,
+        }
+    }
+
+    /// Has it wait for a part of history.
+    pub fn wait_for_part(&mut self) {
+        if let State::Replay(replay) = &mut self.state {
+            replay.wait();
+        }
+    }
+
+    /// Whether it may take more history in this tick.
+    pub fn may_replay(&self, tick: u32) -> bool {
+        matches!(&self.state, State::Replay(replay) if replay.may_take(tick))
     }
 
     /// Counts what it took of history.
     pub fn count_replayed(&mut self, bytes: u64, tick: u32) {
-        if let State::Replay(pace) = &mut self.state {
-            pace.took(bytes, tick);
+        if let State::Replay(replay) = &mut self.state {
+            replay.took(bytes, tick);
         }
     }
 
     /// The size of the part of history that it asks for now, in bytes.
     pub fn next_part_bytes(&mut self) -> usize {
         match &mut self.state {
-            State::Replay(pace) => pace.ask(),
-            _ => ReplayPace::default().ask(),
+            State::Replay(replay) => replay.ask(),
+            _ => Replay::default().ask(),
         }
     }
 
@@ -474,7 +521,7 @@ impl Connection {
 
     /// Has it read what follows `position` from history.
     pub fn start_replay(&mut self, feed: &Feed, position: EventId) {
-        self.state = State::Replay(ReplayPace::default());
+        self.state = State::Replay(Replay::default());
         self.cursor = Cursor::default();
         self.position = position;
         self.live_from = feed.end();

@@ -58,6 +58,7 @@ impl SingleShard {
             inbox,
             waker,
             metrics: metrics.clone(),
+            unsent: Arc::default(),
             takes_binary,
         };
         thread::spawn(|| shard::run(wiring).expect("a poll that works"));

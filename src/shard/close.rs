@@ -1,0 +1,109 @@
+//! The end of a connection.
+
+use bytes::Bytes;
+
+use super::Shard;
+use crate::http;
+use crate::metrics::rejections::RejectionClass;
+use crate::protocol::close::CloseReason;
+use crate::ws::connection::State;
+
+impl Shard {
+    /// Closes a connection: it leaves its channel, and its last frames are written. The socket
+    /// stays until the peer has closed its side, too.
+    pub(super) fn close(&mut self, slot: u32, reason: CloseReason) {
+        if matches!(self.connections[slot].state, State::Closing { .. } | State::Discarded) {
+            return;
+        }
+        let key = self.leave(slot);
+        self.metrics().closed_by_reason[reason as usize].add(1);
+        let connection = &mut self.connections[slot];
+        tracing::debug!(
+            reason = reason.label(),
+            user = &*connection.user,
+            client = connection.client().map(tracing::field::display),
+            channel = key.map(|key| self.channels[key].name.as_str()),
+            "closed connection"
+        );
+        connection.close(reason);
+        if std::mem::take(&mut connection.read_paused) {
+            self.read_later(slot);
+        }
+        let connection = &mut self.connections[slot];
+        let feed = key.and_then(|key| self.channels[key].feed.as_ref());
+        let is_writable = reason != CloseReason::ConnectionLost && connection.finish(feed, &mut self.tally);
+        // Nothing can cut the response to a connection over a limit short: its request has been
+        // read.
+        let limit = connection.connection_slot.limit_reached();
+        let is_answered = !connection.blocked && limit.is_some_and(|limit| limit.reason() == reason);
+        // A peer that was silent for so long gets no more time. The kernel still sends what it has.
+        let is_silent = matches!(reason, CloseReason::PingTimeout | CloseReason::SlowReader);
+        if !is_writable || is_answered || is_silent {
+            return self.connections.discard(slot);
+        }
+        if connection.blocked {
+            self.register_writable(slot);
+        }
+        self.deadlines.closing.push(self.connections.id(slot));
+    }
+
+    /// Sends an HTTP response that rejects the client, logs it, and closes the connection.
+    pub(super) fn reject(&mut self, slot: u32, response: Bytes, reason: CloseReason) {
+        let class =
+            RejectionClass { what: "request", reason: reason.label(), status: http::status_of(&response) };
+        let mut text = http::body_of(&response);
+        if reason == CloseReason::ProxyNotTrusted
+            && let Some(peer) = self.connections[slot].client()
+        {
+            text = format!("{} (it is {peer})", text.trim_end()).into(); // for --trusted-proxy
+        }
+        self.metrics.rejections.record(class, &text);
+        self.respond(slot, response, reason);
+    }
+
+    /// Sends an HTTP response and closes the connection.
+    pub(super) fn respond(&mut self, slot: u32, response: Bytes, reason: CloseReason) {
+        let status = http::status_of(&response);
+        if status >= 400 {
+            self.metrics().count_rejection(status);
+        }
+        self.connections[slot].enqueue(response);
+        self.close(slot, reason);
+    }
+
+    /// Removes a connection from its channel. Returns the channel's key if it was a member.
+    fn leave(&mut self, slot: u32) -> Option<u32> {
+        let connection = &self.connections[slot];
+        if !connection.is_open() {
+            return None;
+        }
+        let key = connection.channel;
+        self.channels.remove_member(key, slot, &mut self.connections);
+        Some(key)
+    }
+
+    /// Has epoll report when a full socket has room again.
+    pub(super) fn register_writable(&mut self, slot: u32) {
+        let is_registered = std::mem::replace(&mut self.connections[slot].write_interest, true);
+        if !is_registered && self.connections.register_writable(slot).is_err() {
+            self.abort(slot); // without an event it would wait for ever
+        }
+    }
+
+    /// Closes a connection whose socket is dead.
+    pub(super) fn abort(&mut self, slot: u32) {
+        match self.connections[slot].state {
+            State::Closing { .. } => self.connections.discard(slot),
+            _ => self.close(slot, CloseReason::ConnectionLost),
+        }
+    }
+
+    /// Frees the slots of discarded connections, with everything that they held. Every connection
+    /// ends here, once.
+    pub(super) fn free_discarded(&mut self) {
+        while let Some(connection) = self.connections.free_discarded() {
+            self.context.limits.release(connection.connection_slot, &connection.user);
+            self.metrics().closed.add(1);
+        }
+    }
+}

@@ -1,0 +1,117 @@
+//! The connections of one shard, by slot.
+
+use std::io;
+use std::ops::{Index, IndexMut};
+
+use mio::{Interest, Registry, Token};
+use slab::Slab;
+
+use crate::bus::{ConnectionId, ShardId};
+use crate::ws::connection::{Connection, State};
+
+/// Connections by slot. Their sockets are registered with epoll.
+///
+/// A discarded connection keeps its slot until [`ConnectionTable::free_discarded`] at the end of
+/// the turn. So a slot is valid for the whole turn, whatever is called meanwhile.
+#[derive(Debug)]
+pub struct ConnectionTable {
+    shard: ShardId,
+    slots: Slab<Connection>,
+    /// The generation of the latest connection.
+    generation: u32,
+    discarded: Vec<u32>,
+    registry: Registry,
+}
+
+impl ConnectionTable {
+    pub fn new(shard: ShardId, registry: Registry) -> ConnectionTable {
+        ConnectionTable { shard, slots: Slab::new(), generation: 0, discarded: Vec::new(), registry }
+    }
+
+    /// Adds the connection that `create` returns for a new generation. Returns its slot.
+    pub fn insert(&mut self, create: impl FnOnce(u32) -> Connection) -> u32 {
+        self.generation = self.generation.wrapping_add(1);
+        self.slots.insert(create(self.generation)) as u32
+    }
+
+    /// Registers the socket with epoll. Fails when the kernel is out of memory, or at
+    /// `fs.epoll.max_user_watches`.
+    pub fn register(&mut self, slot: u32) -> io::Result<()> {
+        let token = token(self.id(slot));
+        self.registry.register(self.slots[slot as usize].stream(), token, Interest::READABLE)
+    }
+
+    /// Has epoll report that the socket is writable again. From the start it would do so once for
+    /// every new socket.
+    pub fn register_writable(&mut self, slot: u32) -> io::Result<()> {
+        let token = token(self.id(slot));
+        let interest = Interest::READABLE | Interest::WRITABLE;
+        self.registry.reregister(self.slots[slot as usize].stream(), token, interest)
+    }
+
+    pub fn id(&self, slot: u32) -> ConnectionId {
+        ConnectionId { shard: self.shard, slot, generation: self[slot].generation }
+    }
+
+    /// The id to which a token belongs.
+    pub fn id_of(&self, token: Token) -> ConnectionId {
+        ConnectionId { shard: self.shard, slot: token.0 as u32, generation: (token.0 >> 32) as u32 }
+    }
+
+    /// The slot of a connection, unless it was discarded.
+    pub fn find(&self, id: ConnectionId) -> Option<u32> {
+        let connection = self.get(id.slot)?;
+        (connection.generation == id.generation).then_some(id.slot)
+    }
+
+    /// The connection in a slot, unless it was discarded.
+    pub fn get(&self, slot: u32) -> Option<&Connection> {
+        self.slots.get(slot as usize).filter(|connection| !matches!(connection.state, State::Discarded))
+    }
+
+    /// Slots in use or free: no slot has this number or a higher one.
+    pub fn capacity(&self) -> u32 {
+        self.slots.capacity() as u32
+    }
+
+    pub fn len(&self) -> usize {
+        self.slots.len()
+    }
+
+    /// Slots of all connections, discarded ones among them.
+    pub fn slots(&self) -> impl Iterator<Item = u32> {
+        self.slots.iter().map(|(slot, _)| slot as u32)
+    }
+
+    /// Has the slot freed at the end of the turn.
+    pub fn discard(&mut self, slot: u32) {
+        if !matches!(std::mem::replace(&mut self[slot].state, State::Discarded), State::Discarded) {
+            self.discarded.push(slot);
+        }
+    }
+
+    /// Frees a slot that was discarded. Called until it returns `None`, at the end of a turn.
+    pub fn free_discarded(&mut self) -> Option<Connection> {
+        let slot = self.discarded.pop()?;
+        Some(self.slots.remove(slot as usize))
+    }
+}
+
+impl Index<u32> for ConnectionTable {
+    type Output = Connection;
+
+    fn index(&self, slot: u32) -> &Connection {
+        &self.slots[slot as usize]
+    }
+}
+
+impl IndexMut<u32> for ConnectionTable {
+    fn index_mut(&mut self, slot: u32) -> &mut Connection {
+        &mut self.slots[slot as usize]
+    }
+}
+
+/// What epoll returns for a connection.
+pub fn token(id: ConnectionId) -> Token {
+    Token((id.generation as usize) << 32 | id.slot as usize)
+}

@@ -1,0 +1,124 @@
+//! Work put off to a later turn, so that other connections get theirs.
+
+use std::collections::VecDeque;
+
+use super::Shard;
+use super::deadlines::shrink;
+use super::parts::PartId;
+use crate::bus::ConnectionId;
+use crate::ws::connection::State;
+
+/// Most writes of fan-outs in a row. Writes are counted, not connections, since a connection with
+/// many small entries before it takes many writes.
+pub(super) const FANOUT_WRITES: u64 = 256;
+
+/// Connections read from or flushed before the fan-outs under way get their turn. In a storm each
+/// of thousands of connections has a handshake, a token and a page of history, and live events
+/// would wait behind all of them.
+const CONNECTIONS_PER_FANOUT: usize = 32;
+
+/// What the bus was asked for a connection before it goes on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Pending {
+    /// Nothing, or without an answer.
+    Nothing,
+    /// Newer events: it claims an id ahead of this node.
+    Refresh,
+    /// History: this part has arrived.
+    Part(PartId),
+}
+
+/// Connections that have their turn later.
+#[derive(Debug, Default)]
+pub(super) struct Deferred {
+    /// Connections that had more to read than one turn allows.
+    reads: Vec<ConnectionId>,
+    /// Connections that had more to write than one turn allows.
+    writes: Vec<ConnectionId>,
+    /// Connections that the bus has answered. Thousands may have waited for one answer.
+    pub answered: VecDeque<(ConnectionId, Pending)>,
+    /// Connections that missed events and are to be closed, some at every tick.
+    pub missed: VecDeque<ConnectionId>,
+}
+
+impl Deferred {
+    /// Frees memory that the lists took while thousands were in them.
+    pub fn shrink(&mut self) {
+        shrink(&mut self.answered);
+        shrink(&mut self.missed);
+    }
+}
+
+impl Shard {
+    /// Whether the next turn has work without any message or event.
+    pub(super) fn has_deferred(&self) -> bool {
+        let Deferred { reads, writes, answered, .. } = &self.deferred;
+        !(reads.is_empty() && writes.is_empty() && answered.is_empty()) || self.channels.has_fanout()
+    }
+
+    /// Continues what earlier turns left.
+    pub(super) fn run_deferred(&mut self) {
+        for (done, id) in std::mem::take(&mut self.deferred.reads).into_iter().enumerate() {
+            if let Some(slot) = self.connections.find(id) {
+                self.connections[slot].read_queued = false;
+                self.on_readable(slot, true);
+            }
+            self.maybe_run_fanout(done);
+        }
+        for (done, id) in std::mem::take(&mut self.deferred.writes).into_iter().enumerate() {
+            if let Some(slot) = self.connections.find(id) {
+                self.connections[slot].write_queued = false;
+                self.flush(slot);
+            }
+            self.maybe_run_fanout(done);
+        }
+        self.resume_waiting();
+        self.run_fanout(FANOUT_WRITES);
+        if self.channels.take_emptied() && self.excess_channels() > 0 {
+            self.drop_empty_channels(self.now);
+        }
+    }
+
+    /// Runs fan-outs after every [`CONNECTIONS_PER_FANOUT`]th connection. `done` is the number of
+    /// those before this one.
+    pub(super) fn maybe_run_fanout(&mut self, done: usize) {
+        if (done + 1).is_multiple_of(CONNECTIONS_PER_FANOUT) {
+            self.run_fanout(FANOUT_WRITES);
+        }
+    }
+
+    /// Continues with some of the connections that the bus has answered.
+    fn resume_waiting(&mut self) {
+        for _ in 0..CONNECTIONS_PER_FANOUT {
+            let Some((id, pending)) = self.deferred.answered.pop_front() else { break };
+            if let Some(slot) = self.connections.find(id) {
+                match &mut self.connections[slot].state {
+                    State::Joining(_) => self.join(slot, pending),
+                    State::Replay(replay) => {
+                        replay.resume(matches!(pending, Pending::Part(_)));
+                        self.flush(slot);
+                    }
+                    _ => {}
+                }
+            }
+            if let Pending::Part(part) = pending {
+                self.replay.parts.served(part);
+            }
+        }
+        self.start_reads();
+    }
+
+    /// Reads from a connection in the next turn.
+    pub(super) fn read_later(&mut self, slot: u32) {
+        if !std::mem::replace(&mut self.connections[slot].read_queued, true) {
+            self.deferred.reads.push(self.connections.id(slot));
+        }
+    }
+
+    /// Writes to a connection in the next turn.
+    pub(super) fn write_later(&mut self, slot: u32) {
+        if !std::mem::replace(&mut self.connections[slot].write_queued, true) {
+            self.deferred.writes.push(self.connections.id(slot));
+        }
+    }
+}

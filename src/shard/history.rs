@@ -1,0 +1,112 @@
+//! Reading history from the bus for connections that need it, to join or because the feed has left
+//! them behind.
+
+use std::sync::Arc;
+
+use super::Shard;
+use super::deferred::Pending;
+use super::parts::Parts;
+use crate::bus::reads::Read;
+use crate::bus::{BusError, ConnectionId, Page, Request};
+use crate::config::Settings;
+use crate::protocol::event::{ChannelName, EventId};
+use crate::ws::connection::State;
+
+/// Connections that read history.
+#[derive(Debug)]
+pub(super) struct ReplayQueue {
+    /// The parts in memory, and the connections that wait for others.
+    pub parts: Parts,
+    /// Connections whose part could not be read, or did not help them. They try again every second.
+    failed: Vec<ConnectionId>,
+    /// Connections that took as much history as they may in one tick, or whose client had as much
+    /// read as it may.
+    throttled: Vec<ConnectionId>,
+}
+
+impl ReplayQueue {
+    pub fn new(settings: &Settings) -> ReplayQueue {
+        let parts = Parts::new(settings.page_memory(), settings.max_message_size);
+        ReplayQueue { parts, failed: Vec::new(), throttled: Vec::new() }
+    }
+}
+
+impl Shard {
+    /// Has a connection wait for a part of history of about this many bytes, or for the next tick
+    /// if its client had as much read as it may.
+    pub(super) fn request_part(&mut self, slot: u32, position: EventId, bytes: usize) {
+        let limits = &self.context.limits;
+        let now = limits.allowances.now();
+        let connection = &mut self.connections[slot];
+        connection.load_allowance(limits);
+        if connection.allowance.as_deref().is_some_and(|client| !client.take_history(bytes, now)) {
+            return self.throttle(slot);
+        }
+        connection.wait_for_part();
+        let (channel, id) = (self.channels[connection.channel].id, self.connections.id(slot));
+        self.replay.parts.wait(channel, position, bytes, id);
+        self.start_reads();
+    }
+
+    /// Has a connection wait for the next tick.
+    pub(super) fn throttle(&mut self, slot: u32) {
+        self.connections[slot].wait_for_part();
+        self.replay.throttled.push(self.connections.id(slot));
+    }
+
+    /// Has a connection wait for the next second, since the last answer did not help it.
+    pub(super) fn retry_part_later(&mut self, slot: u32) {
+        self.connections[slot].wait_for_part();
+        self.replay.failed.push(self.connections.id(slot));
+    }
+
+    /// Resumes the connections that wait for a tick.
+    pub(super) fn resume_throttled(&mut self) {
+        let throttled = self.replay.throttled.drain(..).map(|id| (id, Pending::Nothing));
+        self.deferred.answered.extend(throttled);
+    }
+
+    /// Resumes the connections that wait for the next second.
+    pub(super) fn resume_failed(&mut self) {
+        let failed = self.replay.failed.drain(..).map(|id| (id, Pending::Nothing));
+        self.deferred.answered.extend(failed);
+    }
+
+    /// Asks the bus for the parts that are next, as far as there is memory for them.
+    pub(super) fn start_reads(&mut self) {
+        let connections = &self.connections;
+        let waits =
+            |id: &ConnectionId| connections.find(*id).is_some_and(|slot| connections[slot].awaits_page());
+        while let Some(Read { channel, position, bytes }) = self.replay.parts.start(waits) {
+            let channel = self.channels[channel.key].name.clone();
+            self.request_bus(Request::Read { channel, position, bytes, shard: self.id });
+        }
+    }
+
+    pub(super) fn on_page(
+        &mut self,
+        name: &ChannelName,
+        position: EventId,
+        result: Result<Arc<Page>, BusError>,
+    ) {
+        let Some(key) = self.channels.key(name) else { return };
+        let channel = &self.channels[key];
+        match result {
+            Err(why) => {
+                for id in self.replay.parts.fail(channel.id, position) {
+                    let Some(slot) = self.connections.find(id) else { continue };
+                    match self.connections[slot].state {
+                        State::Joining(_) => self.reject_join(slot, &why),
+                        _ => self.replay.failed.push(id),
+                    }
+                }
+            }
+            Ok(page) => {
+                let Some(feed) = &channel.feed else { return }; // a channel that was dropped and added again
+                let (part, served) = self.replay.parts.add(channel.id, position, &page, feed, self.tick);
+                self.deferred.answered.extend(served.into_iter().map(|id| (id, Pending::Part(part))));
+            }
+        }
+        self.start_reads();
+    }
+}

@@ -1,0 +1,114 @@
+//! Pings, and connections that are silent: the slots are walked through once a second.
+
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use super::Shard;
+use super::timers::{SECOND, ticks};
+use crate::config::PingFormat;
+use crate::protocol::close::CloseReason;
+use crate::protocol::frame;
+
+/// Time from the first frame of a message to its last.
+const MESSAGE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A walk through the slots, a part of them at every tick.
+#[derive(Debug, Default)]
+pub(super) struct Sweep {
+    /// The slot to check next.
+    slot: u32,
+    /// Connections that are behind, as far as the walk has come.
+    behind: u64,
+}
+
+impl Shard {
+    /// Checks a part of the slots, so that every connection has its turn once a second, and several
+    /// times in a short ping interval. It stands for timers of connections: pings, silence and the
+    /// expiry of tokens.
+    pub(super) fn sweep(&mut self, now: Instant) {
+        let interval = ticks(self.settings().ping_interval);
+        let timeout = ticks(self.settings().ping_timeout);
+        let turns = (interval.min(timeout) / 4).clamp(1, SECOND);
+        let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH);
+        let seconds = since_epoch.map_or(0, |since| since.as_secs() as u32);
+        let slots = self.connections.capacity();
+        for _ in 0..slots.div_ceil(turns) {
+            let slot = self.sweep.slot;
+            self.sweep.slot = (slot + 1) % slots;
+            if self.sweep.slot == 0 {
+                self.complete_sweep();
+            }
+            let Some(connection) = self.connections.get(slot).filter(|connection| connection.is_open())
+            else {
+                continue;
+            };
+            if connection.expires <= seconds {
+                self.close(slot, CloseReason::TokenExpired);
+                continue;
+            }
+            self.sweep.behind += u64::from(connection.is_behind());
+            if connection.blocked && connection.queued() > 0 {
+                self.unsent.listed.push(slot);
+            }
+            self.check_liveness(slot, interval, timeout, now);
+        }
+    }
+
+    fn complete_sweep(&mut self) {
+        let behind = std::mem::take(&mut self.sweep.behind);
+        self.metrics().slow.set(behind);
+        let listed = std::mem::take(&mut self.unsent.listed);
+        self.limit_unsent(listed.into_iter());
+    }
+
+    /// Closes a connection that is silent for too long, and pings one whose ping is due. `interval`
+    /// and `timeout` are those of pings, in ticks.
+    fn check_liveness(&mut self, slot: u32, interval: u32, timeout: u32, now: Instant) {
+        let format = self.settings().ping_format;
+        let connection = &mut self.connections[slot];
+        // Clients don't answer JSON pings. Then only a full socket shows silence, and
+        // TCP_USER_TIMEOUT a dead peer.
+        let answers = format != PingFormat::Json || connection.blocked;
+        if connection.read_paused && !connection.blocked {
+            connection.last_activity = self.tick; // it waits for the bus, and what it sent is not read
+        }
+        let was_blocked = std::mem::replace(&mut connection.was_blocked, connection.blocked);
+        if connection.blocked && !was_blocked {
+            connection.last_activity = self.tick; // it had room until now
+        }
+        // A pong follows everything that was written before its ping. A full socket shows progress
+        // by itself.
+        let reading_time = if connection.blocked { 0 } else { ticks(connection.reading_time()) };
+        let silence = interval.saturating_add(timeout).saturating_add(reading_time);
+        if answers && self.tick.wrapping_sub(connection.last_activity) >= silence {
+            return self.close(slot, CloseReason::PingTimeout);
+        }
+        if connection.blocked {
+            // epoll reports it only when a third of the send buffer is free, but a slow reader
+            // lives.
+            return self.retry_write(slot);
+        }
+        // A client that is not read from can't complete its message.
+        let is_late = !connection.read_paused
+            && now.checked_sub(MESSAGE_TIMEOUT).is_some_and(|then| connection.began_before(then));
+        if is_late {
+            return self.close(slot, CloseReason::MessageTimeout);
+        }
+        if self.tick.wrapping_sub(connection.last_ping) < interval {
+            return;
+        }
+        connection.last_ping = self.tick;
+        if connection.queued() > 0 {
+            return; // the last ping is still queued
+        }
+        if format != PingFormat::Json {
+            connection.ping();
+        }
+        if format != PingFormat::WebSocket {
+            let feed = self.channels[connection.channel].feed.as_ref();
+            let position =
+                feed.filter(|_| connection.wants_recovery).map(|feed| connection.shown_position(feed));
+            connection.enqueue(frame::json_ping(position));
+        }
+        self.flush(slot);
+    }
+}

@@ -1,0 +1,211 @@
+//! Parts of history in the memory of one shard, as the bus sent them, and the connections that wait
+//! for others.
+
+use std::collections::BTreeMap;
+
+use super::channels::ChannelId;
+use crate::bus::reads::{Read, Reads};
+use crate::bus::{ConnectionId, Page, is_continuous, is_gone, page_begin};
+use crate::feed::Feed;
+use crate::feed::eviction::EvictionQueue;
+use crate::protocol::event::{Entry, EventId};
+use crate::ws::connection::SharedTails;
+
+#[cfg(test)]
+mod tests;
+
+/// A shard may always keep parts of this many events of the greatest length. Parts being read may
+/// take as much again.
+const LONGEST_EVENTS: usize = 4;
+
+/// Ticks that a part is kept after it was last read: readers of the same part come together.
+const PART_TICKS: u32 = 20;
+
+/// A part in memory: its channel, and the position that it follows.
+pub type PartId = (ChannelId, EventId);
+
+/// A part of a page, which connections read like a feed.
+#[derive(Debug)]
+pub struct Part {
+    after: EventId,
+    base: EventId,
+    head: EventId,
+    oldest: EventId,
+    pub feed: Feed,
+    /// Frames that were partly written when it was last read from.
+    pub tails: SharedTails,
+    /// Its memory, in bytes.
+    memory: usize,
+    /// When it was last read from, in ticks of the shard.
+    used: u32,
+    /// Connections that waited for it and have not had their turn. It stays until they have.
+    unserved: usize,
+}
+
+impl Part {
+    /// A part from the bus. Events that the channel's feed does not have yet are left out, or
+    /// readers would get them twice.
+    fn new(page: &Page, feed: &Feed, tick: u32) -> Part {
+        let entries: Vec<_> =
+            page.entries.iter().filter_map(|entry| entry.clone().until(feed.position())).collect();
+        Part {
+            after: page.after,
+            base: page.base,
+            head: page.head,
+            oldest: page.oldest,
+            memory: entries.iter().map(Entry::memory).sum(),
+            feed: Feed::with_entries(page.base, page.after, entries),
+            tails: SharedTails::default(),
+            used: tick,
+            unserved: 0,
+        }
+    }
+
+    /// Whether it proves that a client at `position` misses nothing by reading on.
+    pub fn proves(&self, position: EventId) -> bool {
+        is_continuous(position, self.base, self.head, self.oldest)
+    }
+
+    /// Whether it tells what follows `position`: the next event, or that it is gone for good.
+    fn covers(&self, position: EventId) -> bool {
+        let gone = is_gone(position, self.base, self.head, self.oldest);
+        self.after <= position && (position < self.feed.position() || gone)
+    }
+}
+
+/// All parts in the memory of one shard, and the connections that wait for others.
+#[derive(Debug)]
+pub struct Parts {
+    /// Most bytes of all parts.
+    limit: usize,
+    reads: Reads<ChannelId, ConnectionId>,
+    parts: BTreeMap<PartId, Part>,
+    eviction_queue: EvictionQueue<PartId>,
+    /// Bytes of the parts that have unserved readers.
+    unserved: usize,
+}
+
+impl Parts {
+    /// `memory` is the memory for parts, and one event may have `longest_event` bytes.
+    pub fn new(memory: usize, longest_event: usize) -> Parts {
+        Parts {
+            limit: memory.max(LONGEST_EVENTS * longest_event),
+            reads: Reads::new(longest_event),
+            parts: BTreeMap::new(),
+            eviction_queue: EvictionQueue::new(),
+            unserved: 0,
+        }
+    }
+
+    /// Bytes of all parts.
+    pub fn bytes(&self) -> usize {
+        self.eviction_queue.bytes()
+    }
+
+    /// A part that tells what follows this position.
+    pub fn find(&mut self, channel: ChannelId, position: EventId, tick: u32) -> Option<&mut Part> {
+        let ids = (channel, page_begin(position))..=(channel, position);
+        let part =
+            self.parts.range_mut(ids).rev().map(|(_, part)| part).find(|part| part.covers(position))?;
+        part.used = tick;
+        Some(part)
+    }
+
+    /// Has a connection wait for a part of about this many bytes, since none in memory tells what
+    /// follows its position.
+    pub fn wait(&mut self, channel: ChannelId, position: EventId, bytes: usize, id: ConnectionId) {
+        self.reads.wait(channel, position, bytes, id);
+    }
+
+    /// Whether any connection waits for history of this channel.
+    pub fn has_waiting(&self, channel: ChannelId) -> bool {
+        self.reads.has(&channel)
+    }
+
+    /// The next read, if there is memory for it. Connections that `waits` does not confirm are
+    /// dropped.
+    pub fn start(&mut self, waits: impl Fn(&ConnectionId) -> bool) -> Option<Read<ChannelId>> {
+        let room = self.limit.checked_sub(self.unserved).filter(|room| *room > 0)?;
+        self.reads.start(room, waits)
+    }
+
+    /// Adds the answer to a read. Returns the connections that it serves: each has its turn next,
+    /// and the caller then calls [`Parts::served`].
+    pub fn add(
+        &mut self,
+        channel: ChannelId,
+        position: EventId,
+        page: &Page,
+        feed: &Feed,
+        tick: u32,
+    ) -> (PartId, Vec<ConnectionId>) {
+        let id = (channel, page.after);
+        let mut part = Part::new(page, feed, tick);
+        let served = self.reads.answer(channel, position, |position| part.covers(position));
+        let served: Vec<_> = served.into_iter().map(|(id, _)| id).collect();
+        if !served.is_empty() {
+            part.unserved = served.len() + self.remove(id);
+            self.unserved += part.memory;
+            self.eviction_queue.push(id, part.memory);
+            self.parts.insert(id, part);
+            self.evict();
+        }
+        (id, served)
+    }
+
+    /// Removes and returns the connections that waited for a read that failed.
+    pub fn fail(&mut self, channel: ChannelId, position: EventId) -> Vec<ConnectionId> {
+        self.reads.fail(channel, position).into_iter().map(|(id, _)| id).collect()
+    }
+
+    /// Notes that one of the connections that waited for a part has had its turn, or is closed.
+    pub fn served(&mut self, id: PartId) {
+        let Some(part) = self.parts.get_mut(&id).filter(|part| part.unserved > 0) else { return };
+        part.unserved -= 1;
+        if part.unserved == 0 {
+            self.unserved -= part.memory;
+            self.evict();
+        }
+    }
+
+    /// Drops the oldest parts while all together take too much.
+    fn evict(&mut self) {
+        let parts = &self.parts;
+        let mut evicted = Vec::new();
+        while let Some(id) = self.eviction_queue.evict(self.limit, |id| parts[id].unserved == 0) {
+            evicted.push(id);
+        }
+        for id in evicted {
+            self.parts.remove(&id);
+        }
+    }
+
+    /// Drops parts that were not read from for a while.
+    pub fn drop_idle(&mut self, tick: u32) {
+        let is_idle = |part: &Part| part.unserved == 0 && tick.wrapping_sub(part.used) >= PART_TICKS;
+        let idle = self.parts.iter().filter(|(_, part)| is_idle(part)).map(|(id, _)| *id);
+        for id in idle.collect::<Vec<_>>() {
+            self.remove(id);
+        }
+    }
+
+    /// Drops the parts and reads of a channel.
+    pub fn forget(&mut self, channel: ChannelId) {
+        self.reads.forget(&channel);
+        let ids = (channel, EventId(0))..=(channel, EventId(u64::MAX));
+        let ids = self.parts.range(ids).map(|(id, _)| *id);
+        for id in ids.collect::<Vec<_>>() {
+            self.remove(id);
+        }
+    }
+
+    /// Drops a part. Returns how many unserved readers it had.
+    fn remove(&mut self, id: PartId) -> usize {
+        let Some(part) = self.parts.remove(&id) else { return 0 };
+        self.eviction_queue.remove(&id);
+        if part.unserved > 0 {
+            self.unserved -= part.memory;
+        }
+        part.unserved
+    }
+}

@@ -1,0 +1,241 @@
+use std::collections::VecDeque;
+
+use super::*;
+use crate::bus::{PAGE, PART_SHARED};
+use crate::ws::connection::{BURST, Replay};
+use proptest::prelude::*;
+
+const CHANNEL: ChannelId = ChannelId { key: 1, generation: 1 };
+const FIRST: u64 = 1000;
+
+/// History as a bus holds it, and what it was asked for.
+struct Bus {
+    /// Sizes of the events from [`FIRST`] + 1 on.
+    sizes: Vec<usize>,
+    oldest: u64,
+    asked: VecDeque<Read<ChannelId>>,
+    reads: usize,
+    bytes: usize,
+}
+
+impl Bus {
+    fn head(&self) -> u64 {
+        FIRST + self.sizes.len() as u64
+    }
+
+    fn size(&self, id: u64) -> usize {
+        self.sizes[(id - FIRST - 1) as usize]
+    }
+
+    /// As `read.lua` answers, whose steps may go beyond the size wanted.
+    fn answer(&mut self, position: u64, bytes: usize, step: u64) -> Page {
+        let begin = page_begin(EventId(position)).0;
+        let end = (begin + PAGE).min(self.head());
+        let size = |from: u64, to: u64| (from..=to).map(|id| self.size(id)).sum::<usize>();
+        let from = (begin + 1).max(self.oldest);
+        let shares = from <= position && size(from, position) < PART_SHARED;
+        let from = if shares { from } else { (position + 1).max(self.oldest) };
+        let mut last = position.max(self.oldest - 1);
+        while last < end && size(position.max(self.oldest - 1) + 1, last) < bytes {
+            last = (last + step).min(end);
+        }
+        let read = size(from, last);
+        self.reads += 1;
+        self.bytes += read;
+        let entries: Vec<_> = (from..=last).map(|id| event(id, self.size(id))).collect();
+        Page {
+            after: entries.first().map_or(EventId(position), |first| first.before().min(EventId(position))),
+            base: EventId(FIRST),
+            head: EventId(self.head()),
+            oldest: EventId(self.oldest),
+            entries,
+        }
+    }
+}
+
+fn event(id: u64, size: usize) -> Entry {
+    Entry::events(EventId(id), std::iter::once(&vec![b'x'; size][..]))
+}
+
+/// A connection that reads history, without its socket.
+struct Reader {
+    position: u64,
+    pace: Replay,
+    waits: bool,
+    gone: bool,
+    /// What its socket takes in one turn, in bytes.
+    takes: usize,
+    /// What of the last event it has yet to take.
+    rest: usize,
+    got: usize,
+    resets: usize,
+}
+
+struct Shard {
+    parts: Parts,
+    feed: Feed,
+    bus: Bus,
+    readers: Vec<Reader>,
+    answered: VecDeque<(usize, PartId)>,
+    tick: u32,
+    most: usize,
+}
+
+fn id(slot: usize) -> ConnectionId {
+    ConnectionId { shard: 0, slot: slot as u32, generation: 0 }
+}
+
+impl Shard {
+    fn start_reads(&mut self) {
+        let readers = &self.readers;
+        while let Some(read) = self.parts.start(|id| !readers[id.slot as usize].gone) {
+            self.bus.asked.push_back(read);
+        }
+    }
+
+    /// As `Shard::catch_up` goes on with one reader.
+    fn turn(&mut self, slot: usize, mut answered: bool) {
+        let head = self.feed.position();
+        let mut room = self.readers[slot].takes;
+        loop {
+            let reader = &mut self.readers[slot];
+            let part = room.min(reader.rest);
+            reader.rest -= part;
+            room -= part;
+            reader.pace.took(part as u64, self.tick);
+            if reader.gone || reader.waits || reader.rest > 0 || reader.position == head.0 || room == 0 {
+                return;
+            }
+            let position = EventId(reader.position);
+            let Some(page) = self.parts.find(CHANNEL, position, self.tick) else {
+                assert!(!answered, "an answer serves the reader that it is for");
+                reader.waits = true;
+                self.parts.wait(CHANNEL, position, reader.pace.ask(), id(slot));
+                return self.start_reads();
+            };
+            answered = false;
+            if !page.proves(position) {
+                reader.resets += 1;
+                reader.position = self.bus.oldest.max(FIRST + 1) - 1;
+                continue;
+            }
+            let feed = &page.feed;
+            let mut number = feed.start();
+            while room > 0
+                && let Some(entry) = feed.get(number)
+            {
+                number += 1;
+                if entry.last.0 <= reader.position {
+                    continue;
+                }
+                assert_eq!(entry.before().0, reader.position, "in order, none missing");
+                let part = room.min(entry.bytes.len());
+                room -= part;
+                reader.rest = entry.bytes.len() - part;
+                reader.got += entry.bytes.len();
+                reader.position = entry.last.0;
+                reader.pace.took(part as u64, self.tick);
+            }
+        }
+    }
+
+    fn read_comes(&mut self, step: u64) {
+        let Some(Read { position, bytes, .. }) = self.bus.asked.pop_front() else { return };
+        let page = self.bus.answer(position.0, bytes, step);
+        let (part, served) = self.parts.add(CHANNEL, position, &page, &self.feed, self.tick);
+        self.answered.extend(served.into_iter().map(|id| (id.slot as usize, part)));
+        self.start_reads();
+        self.most = self.most.max(self.parts.bytes());
+    }
+
+    fn serve(&mut self) {
+        let Some((slot, part)) = self.answered.pop_front() else { return };
+        self.readers[slot].waits = false;
+        self.turn(slot, true);
+        self.parts.served(part);
+        self.start_reads();
+    }
+
+    fn is_over(&self) -> bool {
+        self.readers.iter().all(|reader| reader.gone || reader.position == self.bus.head())
+    }
+}
+
+proptest! {
+    /// Whatever the sizes of events, the number and the pace of readers, and however the bus and
+    /// they take turns: each reader gets everything in order, for little more reading than it
+    /// takes, within the memory allowed.
+    #[test]
+    fn every_reader_makes_progress(
+        longest_bits in 0u32..25,
+        shapes in prop::collection::vec(any::<u32>(), 20..700),
+        starts in prop::collection::vec((any::<prop::sample::Index>(), 14u32..24, any::<bool>()), 1..40),
+        oldest in 0usize..300,
+        turns in prop::collection::vec((any::<u8>(), any::<prop::sample::Index>()), 1..200),
+    ) {
+        let longest = 1usize << longest_bits;
+        // Few of the longest, or the test itself runs out of memory.
+        let most = ((64 << 20) / longest).clamp(20, 700);
+        let sizes: Vec<_> = shapes
+            .iter()
+            .take(most)
+            .map(|shape| 1 + *shape as usize % if shape >> 30 == 0 { longest } else { longest.min(30_000) })
+            .collect();
+        let oldest = FIRST + 1 + (oldest % sizes.len()) as u64;
+        let bus = Bus { sizes, oldest, asked: VecDeque::new(), reads: 0, bytes: 0 };
+        let feed = Feed::new(EventId(FIRST), EventId(bus.head()));
+        let readers: Vec<_> = starts
+            .iter()
+            .map(|(at, takes, gone)| Reader {
+                position: FIRST + at.index(bus.sizes.len()) as u64,
+                pace: Replay::default(),
+                waits: false,
+                gone: *gone && takes % 4 == 0,
+                takes: 1 << takes,
+                rest: 0,
+                got: 0,
+                resets: 0,
+            })
+            .collect();
+        let step = ((1 << 20) / longest).clamp(1, 32) as u64;
+        let mut shard = Shard {
+            parts: Parts::new(4 << 20, longest),
+            feed,
+            bus,
+            readers,
+            answered: VecDeque::new(),
+            tick: 0,
+            most: 0,
+        };
+        let total: usize = shard.bus.sizes.iter().sum();
+        let mut rounds = 0;
+        while !shard.is_over() {
+            for (what, whom) in &turns {
+                match what % 8 {
+                    0..=2 => shard.turn(whom.index(shard.readers.len()), false),
+                    3 | 4 => shard.read_comes(step),
+                    5 | 6 => shard.serve(),
+                    _ => {
+                        shard.tick += 1;
+                        shard.parts.drop_idle(shard.tick);
+                    }
+                }
+            }
+            // Everybody has a turn now and then.
+            (0..shard.readers.len()).for_each(|slot| shard.turn(slot, false));
+            shard.read_comes(step);
+            (0..shard.readers.len()).for_each(|_| shard.serve());
+            rounds += 1;
+            prop_assert!(rounds < 100_000, "no progress");
+        }
+        let readers = shard.readers.iter().filter(|reader| !reader.gone);
+        let got: usize = readers.clone().map(|reader| reader.got).sum();
+        let slack = readers.count() * (2 * BURST + 2 * longest);
+        // Twice as much is the aim. It is a little more where seconds pass between two turns of a
+        // slow reader: parts that are not read for PART_TICKS are dropped, and what they share with
+        // others is read again.
+        prop_assert!(shard.bus.bytes <= 3 * got + slack, "{} read for {got} of {total}", shard.bus.bytes);
+        let limit = shard.parts.limit;
+        prop_assert!(shard.most <= 2 * limit + longest, "{} of {limit}", shard.most);
+    }
+}
