@@ -6,8 +6,8 @@ use std::process::Command;
 use super::process::{Directory, Process};
 use super::redis::free_port;
 
-/// README's own text, so that what is documented is what is tested.
-const README: &str = include_str!("../../README.md");
+/// The page with the configuration: the documented one is tested.
+const PAGE: &str = include_str!("../../docs/proxies.md");
 
 /// An nginx on a free loopback port. Dropping it ends it and its workers.
 pub struct Nginx {
@@ -73,14 +73,14 @@ impl Drop for Nginx {
 /// The documented block, with these nodes, this failure rule, with or without its buffer limit, and
 /// this address.
 fn documented(nodes: &[SocketAddr], rule: &str, limit_buffers: bool, addr: SocketAddr) -> String {
-    let block = README.split_once("```nginx\n").and_then(|(_, rest)| rest.split_once("```\n"));
-    let (block, _) = block.expect("README shows a configuration of nginx");
+    let block = PAGE.split_once("```nginx\n").and_then(|(_, rest)| rest.split_once("```\n"));
+    let (block, _) = block.expect("docs/proxies.md shows a configuration of nginx");
     let mut text = String::new();
     let (mut servers, mut listens) = (0, 0);
     for line in block.lines() {
         match line.trim_start().split_once(' ') {
             Some(("server", place)) if place.contains(';') => {
-                assert!(place.contains(" max_fails=0;"), "README's rule is another: {line}");
+                assert!(place.contains(" max_fails=0;"), "another rule: {line}");
                 servers += 1;
                 if servers == 1 {
                     for node in nodes {
@@ -91,13 +91,13 @@ fn documented(nodes: &[SocketAddr], rule: &str, limit_buffers: bool, addr: Socke
             Some(("listen", options)) => {
                 listens += 1;
                 let buffer = " sndbuf=128k";
-                assert!(options.contains(buffer), "README's buffer is another: {line}");
+                assert!(options.contains(buffer), "another buffer size: {line}");
                 text += &format!("    listen {addr}{};\n", if limit_buffers { buffer } else { "" });
             }
             _ => text += &format!("{line}\n"),
         }
     }
-    assert_eq!((servers, listens), (2, 1), "README's configuration was not understood:\n{block}");
+    assert_eq!((servers, listens), (2, 1), "the configuration was not understood:\n{block}");
     text
 }
 

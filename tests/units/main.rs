@@ -9,9 +9,9 @@ mod common;
 mod workload;
 
 mod checker_proof;
+mod docs;
 mod fuzz_corpus;
 mod imports;
 mod readers;
-mod readme;
 mod settings;
 mod shard;

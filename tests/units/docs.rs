@@ -1,6 +1,7 @@
-//! The documents say what the program does: README and CHANGELOG beside `--help` and the code.
+//! README, docs/ and CHANGELOG against `--help` and the code.
 
 use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 
@@ -13,6 +14,9 @@ use serde_json::Value;
 use crate::common::sources::has_test;
 
 const README: &str = include_str!("../../README.md");
+const PROTOCOL: &str = include_str!("../../docs/protocol.md");
+const CONFIGURATION: &str = include_str!("../../docs/configuration.md");
+const GUARANTEES: &str = include_str!("../../docs/guarantees.md");
 const CHANGELOG: &str = include_str!("../../CHANGELOG.md");
 
 fn help() -> String {
@@ -22,11 +26,31 @@ fn help() -> String {
     String::from_utf8(output.stdout).expect("--help is UTF-8")
 }
 
-/// What stands under a heading, up to the next one of its level or above.
-fn section(heading: &str) -> &'static str {
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// README, CHANGELOG, the other pages beside them, and those of docs/, each with its path.
+fn pages() -> Vec<(PathBuf, String)> {
+    let mut pages = Vec::new();
+    for directory in [root().to_owned(), root().join("docs")] {
+        for entry in std::fs::read_dir(directory).expect("directories can be listed") {
+            let path = entry.expect("directories can be listed").path();
+            if path.extension().is_some_and(|extension| extension == "md") {
+                let text = std::fs::read_to_string(&path).expect("pages are UTF-8");
+                pages.push((path, text));
+            }
+        }
+    }
+    assert!(pages.len() > 14, "only {} pages", pages.len());
+    pages
+}
+
+/// The text under a heading, up to the next one of its level or above.
+fn section(page: &'static str, heading: &str) -> &'static str {
     let level = heading.bytes().take_while(|byte| *byte == b'#').count();
-    let start = README.find(&format!("\n{heading}\n")).unwrap_or_else(|| panic!("{heading} is missing"));
-    let rest = &README[start + heading.len() + 2..];
+    let start = page.find(&format!("\n{heading}\n")).unwrap_or_else(|| panic!("{heading} is missing"));
+    let rest = &page[start + heading.len() + 2..];
     let is_next = |line: &str| {
         let marks = line.bytes().take_while(|byte| *byte == b'#').count();
         (1..=level).contains(&marks) && line.as_bytes().get(marks) == Some(&b' ')
@@ -41,7 +65,7 @@ fn section(heading: &str) -> &'static str {
     &rest[..end]
 }
 
-/// The rows of a section's tables below their heads, cell by cell.
+/// The cells of all table rows, without header rows.
 fn rows(text: &str) -> Vec<Vec<String>> {
     let lines = text.lines().filter(|line| line.starts_with('|'));
     let cells = lines.map(|line| {
@@ -55,15 +79,19 @@ fn rows(text: &str) -> Vec<Vec<String>> {
     (0..cells.len()).filter(|at| !is_rule(&cells[*at]) && !is_head(*at)).map(|at| cells[at].clone()).collect()
 }
 
-/// Code in the text, between two backticks.
-fn inline_code(text: &str) -> Vec<&str> {
+/// Lines outside of code blocks.
+fn prose(text: &str) -> impl Iterator<Item = &str> {
     let mut fenced = false;
-    let prose = text.lines().filter(move |line| {
-        let fence = line.starts_with("```");
+    text.lines().filter(move |line| {
+        let fence = line.trim_start().starts_with("```");
         fenced ^= fence;
         !fenced && !fence
-    });
-    prose.flat_map(|line| line.split('`').skip(1).step_by(2)).collect()
+    })
+}
+
+/// Code in the text, between two backticks.
+fn inline_code(text: &str) -> Vec<&str> {
+    prose(text).flat_map(|line| line.split('`').skip(1).step_by(2)).collect()
 }
 
 /// The lines of a section's JSON blocks.
@@ -72,14 +100,14 @@ fn json_lines(text: &str) -> Vec<&str> {
     blocks.flat_map(|block| block.lines().take_while(|line| *line != "```")).collect()
 }
 
-/// The JSON of a frame of the server's.
+/// The JSON text of a server frame.
 fn text_of(frame: &[u8]) -> &str {
     let head = if frame[1] == 126 { 4 } else { 2 };
     std::str::from_utf8(&frame[head..]).expect("frames are UTF-8")
 }
 
 #[test]
-fn the_settings_table_is_what_help_says() {
+fn settings_table_matches_help() {
     let help = help();
     let mut expected = Vec::new();
     for line in help.lines().filter(|line| line.starts_with("  --") && line.contains("FANFARE_")) {
@@ -88,16 +116,18 @@ fn the_settings_table_is_what_help_says() {
         expected.push([flag, variable, default].map(|part| format!("`{}`", part.trim())));
     }
     assert!(expected.len() >= 18, "--help was not understood: {help}");
-    let shown: Vec<_> = rows(section("## Settings")).into_iter().map(|row| row[..3].to_vec()).collect();
+    let shown: Vec<_> =
+        rows(section(CONFIGURATION, "## Settings")).into_iter().map(|row| row[..3].to_vec()).collect();
     assert_eq!(shown, expected);
 }
 
 #[test]
-fn flags_and_metrics_in_the_text_exist() {
+fn named_flags_and_metrics_exist() {
     let help = help();
     let metrics = Metrics::new(1, Arc::default(), Arc::new(Readiness::default())).prometheus();
     let (mut flags, mut series) = (0, 0);
-    for code in inline_code(README).into_iter().chain(inline_code(CHANGELOG)) {
+    let pages = pages();
+    for code in pages.iter().flat_map(|(_, text)| inline_code(text)) {
         let name = code.split(' ').next().unwrap();
         if name.starts_with("--") {
             flags += 1;
@@ -115,10 +145,9 @@ fn flags_and_metrics_in_the_text_exist() {
 }
 
 #[test]
-fn every_example_of_the_protocol_is_json() {
-    let protocol = section("## Protocol");
-    let inline = inline_code(protocol).into_iter().filter(|code| code.starts_with('{'));
-    let examples: Vec<_> = json_lines(protocol).into_iter().chain(inline).collect();
+fn protocol_examples_are_json_objects() {
+    let inline = inline_code(PROTOCOL).into_iter().filter(|code| code.starts_with('{'));
+    let examples: Vec<_> = json_lines(PROTOCOL).into_iter().chain(inline).collect();
     assert!(examples.len() > 12, "only {examples:?} was found");
     for example in examples {
         let value = serde_json::from_str::<Value>(example);
@@ -127,9 +156,9 @@ fn every_example_of_the_protocol_is_json() {
 }
 
 #[test]
-fn what_clients_may_send_is_taken() {
+fn client_frame_examples_are_accepted() {
     let mut pings = 0;
-    for example in json_lines(section("### JSON mode")) {
+    for example in json_lines(section(PROTOCOL, "## JSON mode")) {
         let value: Value = serde_json::from_str(example).unwrap();
         if matches!(value["type"].as_str(), Some("ack" | "error")) {
             continue;
@@ -144,9 +173,9 @@ fn what_clients_may_send_is_taken() {
 }
 
 #[test]
-fn what_the_server_sends_is_shown_as_it_is() {
+fn server_frame_examples_are_exact() {
     let (id, head) = (EventId(1_764_000_000_001_045), EventId(1_764_000_000_001_050));
-    let refused = frame::parse_client_frame("alice", r#"{"text":"a","data":1,"ref":7}"#).unwrap_err();
+    let rejected = frame::parse_client_frame("alice", r#"{"text":"a","data":1,"ref":7}"#).unwrap_err();
     let frames = [
         frame::welcome(id, head, true),
         frame::welcome(head, head, false),
@@ -154,20 +183,19 @@ fn what_the_server_sends_is_shown_as_it_is() {
         frame::json_ping(Some(head)),
         frame::json_ping(None),
         frame::error(ErrorCode::Unavailable, frame::NOT_PUBLISHED, None),
-        frame::error(ErrorCode::Invalid, &refused.message, refused.reference.as_deref()),
+        frame::error(ErrorCode::Invalid, &rejected.message, rejected.reference.as_deref()),
         frame::ack("7", EventId(1_764_000_000_001_047)),
     ];
-    let protocol = section("## Protocol");
     for frame in &frames {
         let text = text_of(frame);
-        assert!(protocol.contains(text), "README does not show {text}");
+        assert!(PROTOCOL.contains(text), "docs/protocol.md does not show {text}");
     }
     let event = frame::with_id(&frame::chat_event("alice", "hi"), id);
-    assert!(protocol.contains(std::str::from_utf8(&event).unwrap()));
+    assert!(PROTOCOL.contains(std::str::from_utf8(&event).unwrap()));
 }
 
 #[test]
-fn the_close_codes_are_those_of_the_code() {
+fn close_codes_match_the_code() {
     const ALL: [CloseReason; REASONS] = [
         CloseReason::ClosedByPeer,
         CloseReason::ConnectionLost,
@@ -194,7 +222,7 @@ fn the_close_codes_are_those_of_the_code() {
         CloseReason::SlowReader,
     ];
     let sent: BTreeMap<_, _> = ALL.iter().filter_map(|reason| reason.close()).collect();
-    let shown: BTreeMap<u16, String> = rows(section("### Staying, and leaving"))
+    let shown: BTreeMap<u16, String> = rows(section(PROTOCOL, "## Close codes"))
         .into_iter()
         .map(|row| (row[0].parse().unwrap(), row[1].trim_matches('`').to_owned()))
         .collect();
@@ -203,45 +231,86 @@ fn the_close_codes_are_those_of_the_code() {
 }
 
 #[test]
-fn every_promise_names_tests_that_exist() {
-    let promises = section("## What fanfare promises, and what not");
+fn guarantees_name_existing_tests() {
     let mut shown = 0;
-    for row in rows(promises) {
+    for row in rows(GUARANTEES) {
         let named = inline_code(row.last().expect("a row has cells"));
-        assert!(!named.is_empty(), "nothing shows {row:?}");
+        assert!(!named.is_empty(), "no test in {row:?}");
         shown += named.len();
     }
-    let named: Vec<_> = inline_code(promises).into_iter().filter(|code| code.contains("::")).collect();
+    let named: Vec<_> = inline_code(GUARANTEES).into_iter().filter(|code| code.contains("::")).collect();
     assert!(named.len() >= shown && shown > 30, "{shown} of {named:?}");
     for name in named {
-        assert!(has_test(name), "there is no {name}");
+        assert!(has_test(name), "no test {name}");
     }
 }
 
 #[test]
-fn the_changelog_begins_with_this_version() {
+fn changelog_starts_with_this_version() {
     let newest = CHANGELOG.lines().find_map(|line| line.strip_prefix("## ")).unwrap();
     assert_eq!(newest.split(' ').next(), Some(env!("CARGO_PKG_VERSION")));
 }
 
 #[test]
-fn links_within_the_readme_lead_somewhere() {
-    let anchor = |heading: &str| -> String {
-        let kept = heading.to_lowercase();
-        kept.chars()
-            .filter(|c| c.is_alphanumeric() || " -".contains(*c))
-            .collect::<String>()
-            .replace(' ', "-")
-    };
-    let anchors: Vec<_> = README
-        .lines()
-        .filter(|line| line.starts_with('#'))
-        .map(|line| anchor(line.trim_start_matches('#').trim()))
-        .collect();
-    let links: Vec<_> =
-        README.split("](#").skip(1).map(|rest| rest.split(')').next().unwrap().to_owned()).collect();
-    assert!(!links.is_empty());
-    for link in links {
-        assert!(anchors.contains(&link), "#{link} leads nowhere: {anchors:?}");
+fn readme_stays_short() {
+    assert!(README.len() <= 10_000, "README has {} bytes: move details to docs/", README.len());
+}
+
+#[test]
+fn readme_links_every_page_of_docs() {
+    for (path, text) in pages() {
+        let Ok(page) = path.strip_prefix(root().join("docs")) else { continue };
+        let page = page.display();
+        assert!(README.contains(&format!("](docs/{page})")), "README does not link docs/{page}");
+        let opening = text.split("\n\n").nth(1).unwrap_or_default();
+        assert!(opening.starts_with("This page is for "), "docs/{page} does not say who needs it");
     }
+}
+
+/// The anchor that GitHub gives a heading.
+fn anchor(heading: &str) -> String {
+    let kept = heading.to_lowercase();
+    kept.chars().filter(|c| c.is_alphanumeric() || " -_".contains(*c)).collect::<String>().replace(' ', "-")
+}
+
+#[test]
+fn links_and_anchors_resolve() {
+    let mut links = 0;
+    for (path, text) in pages() {
+        for link in prose(&text).flat_map(|line| line.split("](").skip(1)) {
+            let link = link.split(')').next().expect("there is a first part");
+            if link.starts_with("http") {
+                continue;
+            }
+            links += 1;
+            let (file, fragment) = link.split_once('#').unwrap_or((link, ""));
+            let target = if file.is_empty() { path.clone() } else { path.with_file_name(file) };
+            assert!(target.exists(), "{}: {link} does not exist", path.display());
+            if fragment.is_empty() {
+                continue;
+            }
+            let target = std::fs::read_to_string(&target).expect("pages are UTF-8");
+            let mut headings = prose(&target).filter(|line| line.starts_with('#'));
+            let is_there = headings.any(|line| anchor(line.trim_start_matches('#').trim()) == fragment);
+            assert!(is_there, "{}: {link} has no such heading", path.display());
+        }
+    }
+    assert!(links > 40, "{links} links: the pages were not understood");
+}
+
+#[test]
+fn named_files_exist() {
+    const FOLDERS: [&str; 8] =
+        ["src/", "tests/", "benches/", "fuzz/", "systemd/", "grafana/", "docs/", "examples/"];
+    let mut files = 0;
+    for (path, text) in pages() {
+        for word in inline_code(&text).into_iter().flat_map(str::split_whitespace) {
+            if !FOLDERS.iter().any(|folder| word.starts_with(folder)) {
+                continue;
+            }
+            files += 1;
+            assert!(root().join(word).exists(), "{}: there is no {word}", path.display());
+        }
+    }
+    assert!(files > 10, "{files} files: the pages were not understood");
 }
