@@ -257,6 +257,14 @@ fn readme_stays_short() {
 }
 
 #[test]
+fn rust_version_matches_cargo_toml() {
+    let version = format!("Rust {} or newer", env!("CARGO_PKG_RUST_VERSION"));
+    for page in [README, include_str!("../../docs/development.md")] {
+        assert!(page.contains(&version), "no {version:?} in {page}");
+    }
+}
+
+#[test]
 fn readme_links_every_page_of_docs() {
     for (path, text) in pages() {
         let Ok(page) = path.strip_prefix(root().join("docs")) else { continue };
