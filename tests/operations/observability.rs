@@ -76,7 +76,7 @@ async fn activity_is_counted() {
         (latencies == 2.0 && count("fanfare_events_delivered_total").await == 3.0).then_some(())
     })
     .await;
-    assert_eq!(count("fanfare_pass_duration_seconds_count").await, 1.0);
+    assert_eq!(count("fanfare_fanout_duration_seconds_count").await, 1.0);
     assert!(count("fanfare_delivery_latency_seconds_sum").await > 0.0);
     assert_eq!(count("fanfare_messages_received_total").await, 2.0);
     assert_eq!(count("fanfare_bus_events_total").await, 2.0);
