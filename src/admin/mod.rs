@@ -18,8 +18,8 @@ use crate::bus::{Answer, Publish, PublishError, Request, Requests};
 use crate::config::Settings;
 use crate::http::origin;
 use crate::http::{self, Head, Refusal, Response};
-use crate::metrics::{AcceptLog, Metrics};
 use crate::metrics::rejections::RejectionClass;
+use crate::metrics::{AcceptLog, Metrics};
 use crate::protocol::event::{ChannelName, DEFAULT_CHANNEL, EventId, is_user_id};
 use crate::protocol::ingest;
 

@@ -17,8 +17,8 @@ use tokio::sync::oneshot;
 use crate::config::{PingFormat, Settings};
 use crate::http::{self, HEAD_MAX};
 use crate::limits::connections::{ConnectionLimits, ConnectionSlot, LimitReached};
-use crate::metrics::{AcceptLog, Metrics};
 use crate::metrics::rejections::RejectionClass;
+use crate::metrics::{AcceptLog, Metrics};
 use crate::node::memory_watch::MemoryWatch;
 use crate::shard::mailbox::{Mailboxes, ShardMessage};
 

@@ -36,6 +36,22 @@ fn sources() -> &'static [Source] {
     })
 }
 
+/// Files that no test binary contains: `autotests` is off, so cargo would silently ignore them.
+pub fn orphans() -> Vec<&'static str> {
+    let manifest = include_str!("../../Cargo.toml");
+    let contains = |parent: &str, name: &str| {
+        let line = format!("mod {name};");
+        let declares = |source: &&Source| source.module == parent || parent.is_empty();
+        sources().iter().filter(declares).any(|source| source.text.contains(&line))
+    };
+    let is_orphan = |module: &&str| match module.rsplit_once("::") {
+        _ if manifest.contains(&format!("path = \"tests/{}", module.replace("::", "/"))) => false,
+        Some((parent, name)) => !contains(parent, name),
+        None => !contains("", module),
+    };
+    sources().iter().map(|source| source.module.as_str()).filter(is_orphan).collect()
+}
+
 /// Whether this test exists: `module::test`, or with its binary `bus::module::test`.
 pub fn has_test(name: &str) -> bool {
     let Some((module, test)) = name.rsplit_once("::") else { return false };

@@ -12,6 +12,8 @@ mod checker_proof;
 mod docs;
 mod fuzz_corpus;
 mod imports;
+mod public_names;
 mod readers;
 mod settings;
 mod shard;
+mod test_programs;
