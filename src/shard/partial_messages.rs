@@ -1,8 +1,8 @@
-//! Messages that were begun and not ended: each may wait for ten seconds, but together they must
-//! not fill the node.
+//! Messages of which not all bytes have arrived. Each may wait for ten seconds, but all together must
+//! not fill the memory.
 
 use std::collections::VecDeque;
-use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::Instant;
 
 use super::Shard;
@@ -11,120 +11,134 @@ use crate::bus::ConnectionId;
 use crate::config::Settings;
 use crate::protocol::close::CloseReason;
 
-/// A shard counts again when this part of its share has arrived, since messages may be finished
+/// A shard counts again when this part of its share has arrived, since messages are completed
 /// meanwhile.
 const RECOUNT_PART: usize = 8;
 
-/// Messages that are noted before it is looked which of them are still there.
-const NOTED: usize = 1024;
+/// Messages in the list before it is checked which of them are still incomplete.
+const LISTED_MIN: usize = 1024;
 
-/// The unfinished messages of one shard. All shards add their bytes to one count. While that is
-/// above the node's limit, each shard with more than its share closes the connections with the
-/// oldest messages. A shard's part of the count is never too small: it grows with every read, and
-/// is corrected when the shard counts again.
+/// The incomplete messages of one shard.
+///
+/// All shards add their bytes to one count. While that is above the node's limit, each shard with more
+/// than its share closes the connections with the oldest messages. A shard's part of the count is
+/// never too small: it grows with every read, and is corrected when the shard counts again.
 #[derive(Debug)]
 pub(super) struct PartialMessages {
-    /// Most bytes of all unfinished messages of the node.
+    /// Most bytes of all incomplete messages of the node.
     limit: usize,
-    /// This shard's share.
+    /// This shard's part of the limit.
     share: usize,
-    /// Oldest first, by the begin of the message, which tells it from the connection's later ones.
-    begun: VecDeque<(Instant, ConnectionId)>,
+    /// Messages by their start, oldest first. The start tells a message from later ones of its
+    /// connection.
+    messages: VecDeque<(Instant, ConnectionId)>,
     /// This shard's part of the count.
     counted: usize,
     /// Bytes of it that arrived since the last recount.
     since_recount: usize,
-    /// Number of messages at which it is counted again.
+    /// Number of messages at which they are counted again.
     next_recount: usize,
 }
 
 impl PartialMessages {
-    pub(super) fn new(settings: &Settings) -> PartialMessages {
+    pub fn new(settings: &Settings) -> PartialMessages {
         let limit = settings.partial_memory();
-        let share = limit / settings.shards.get();
         PartialMessages {
             limit,
-            share,
-            begun: VecDeque::new(),
+            share: limit / settings.shards.get(),
+            messages: VecDeque::new(),
             counted: 0,
             since_recount: 0,
-            next_recount: NOTED,
+            next_recount: LISTED_MIN,
         }
+    }
+
+    /// Adds bytes that have arrived to the node's count. Returns whether it is time to count again.
+    fn add(&mut self, bytes: usize, node: &AtomicUsize) -> bool {
+        self.counted += bytes;
+        self.since_recount += bytes;
+        let all = node.fetch_add(bytes, Relaxed) + bytes;
+        let is_due = self.since_recount > (self.share / RECOUNT_PART).max(READ_MAX);
+        let is_over = all > self.limit && self.counted > self.share;
+        is_due || is_over || self.messages.len() >= self.next_recount
+    }
+
+    /// Whether counting again may matter: messages are completed, and other shards may need the memory.
+    fn may_be_over(&self, node: &AtomicUsize) -> bool {
+        let is_idle = self.since_recount == 0 && self.messages.is_empty();
+        let is_full = node.load(Relaxed) > self.limit / 2;
+        !is_idle && (is_full || self.messages.len() > LISTED_MIN)
+    }
+
+    /// Corrects this shard's part of the node's count. Returns the node's count.
+    fn correct(&mut self, counted: usize, node: &AtomicUsize) -> usize {
+        let before = std::mem::replace(&mut self.counted, counted);
+        // No underflow: every shard subtracts only what it has added.
+        node.fetch_add(counted, Relaxed);
+        node.fetch_sub(before, Relaxed) - before
+    }
+
+    /// Ends a recount, which left these messages.
+    fn complete_recount(&mut self, mut messages: VecDeque<(Instant, ConnectionId)>) {
+        messages.shrink_to(LISTED_MIN.max(messages.len() * 2));
+        self.next_recount = LISTED_MIN + 2 * messages.len();
+        self.messages = messages;
+        self.since_recount = 0;
     }
 }
 
 impl Shard {
-    /// Notes what is left unfinished after `new` bytes have come, and sees to it that there is room
-    /// for it.
+    /// Counts the incomplete message of a connection after `new` bytes have arrived, and limits all of
+    /// them.
     pub(super) fn record_partial(&mut self, slot: u32, new: usize) {
         let id = self.connections.id(slot);
         let Some(partial) = &mut self.connections[slot].partial else { return };
         if partial.held() == 0 {
-            return; // only the head of a frame, or what waits for its turn
+            return; // only the head of a frame, or whole frames that wait for the next turn
         }
-        let first = !std::mem::replace(&mut partial.noted, true);
-        // The first bytes of a message may have arrived in one read with the end of another.
-        let new = if first { partial.held().max(new) } else { new };
-        if first {
-            self.partial_messages.begun.push_back((partial.since, id));
+        let is_first = !std::mem::replace(&mut partial.noted, true);
+        // The first bytes of a message may have arrived in one read with the last of another.
+        let new = if is_first { partial.held().max(new) } else { new };
+        if is_first {
+            self.partial_messages.messages.push_back((partial.since, id));
         }
-        self.partial_messages.counted += new;
-        self.partial_messages.since_recount += new;
-        let all = self.metrics.partial_bytes.fetch_add(new, Relaxed) + new;
-        let is_due =
-            self.partial_messages.since_recount > (self.partial_messages.share / RECOUNT_PART).max(READ_MAX);
-        let is_over =
-            all > self.partial_messages.limit && self.partial_messages.counted > self.partial_messages.share;
-        if is_due || is_over || self.partial_messages.begun.len() >= self.partial_messages.next_recount {
+        if self.partial_messages.add(new, &self.metrics.partial_bytes) {
             self.recount_partial_messages();
         }
     }
 
-    /// Counts again once a tick where that may matter: messages are finished, and other shards may
-    /// need the room.
+    /// Limits the incomplete messages. Called at every tick.
     pub(super) fn limit_partial_messages(&mut self) {
-        let all = self.metrics.partial_bytes.load(Relaxed);
-        let idle = self.partial_messages.since_recount == 0 && self.partial_messages.begun.is_empty();
-        if !idle && (all > self.partial_messages.limit / 2 || self.partial_messages.begun.len() > NOTED) {
+        if self.partial_messages.may_be_over(&self.metrics.partial_bytes) {
             self.recount_partial_messages();
         }
     }
 
     fn recount_partial_messages(&mut self) {
-        let mut begun = std::mem::take(&mut self.partial_messages.begun);
+        let mut messages = std::mem::take(&mut self.partial_messages.messages);
         let mut held = 0;
-        begun.retain(|(since, id)| {
+        messages.retain(|(since, id)| {
             let bytes = self.held_since(*since, *id);
             held += bytes.unwrap_or(0);
             bytes.is_some()
         });
-        let all = self.set_partial_bytes(held);
-        // The oldest first, since honest messages are soon finished. Down to three quarters, so
-        // that it does not happen again at once.
-        if all > self.partial_messages.limit && held > self.partial_messages.share {
-            while held > self.partial_messages.share / 4 * 3
-                && let Some((since, id)) = begun.pop_front()
+        let all = self.partial_messages.correct(held, &self.metrics.partial_bytes);
+        let PartialMessages { limit, share, .. } = self.partial_messages;
+        if all > limit && held > share {
+            // The oldest first, since honest messages are completed soon. Down to three quarters, so
+            // that the next bytes don't exceed the limit again.
+            while held > share / 4 * 3
+                && let Some((since, id)) = messages.pop_front()
             {
                 held -= self.held_since(since, id).unwrap_or(0);
                 self.close(id.slot, CloseReason::MessageTimeout);
             }
-            self.set_partial_bytes(held);
+            self.partial_messages.correct(held, &self.metrics.partial_bytes);
         }
-        begun.shrink_to(NOTED.max(begun.len() * 2));
-        self.partial_messages.next_recount = NOTED + 2 * begun.len();
-        self.partial_messages.begun = begun;
-        self.partial_messages.since_recount = 0;
+        self.partial_messages.complete_recount(messages);
     }
 
-    /// Sets this shard's part of the count, and returns the whole count.
-    fn set_partial_bytes(&mut self, held: usize) -> usize {
-        let before = std::mem::replace(&mut self.partial_messages.counted, held);
-        // No underflow: every shard subtracts only what it has added.
-        self.metrics.partial_bytes.fetch_add(held, Relaxed);
-        self.metrics.partial_bytes.fetch_sub(before, Relaxed) - before
-    }
-
-    /// What the message that this connection began then holds; `None` when it is over.
+    /// Bytes of the message that this connection started then. `None` if it is complete.
     fn held_since(&self, since: Instant, id: ConnectionId) -> Option<usize> {
         let partial = self.connections[self.connections.find(id)?].partial.as_ref()?;
         (partial.since == since).then(|| partial.held())
