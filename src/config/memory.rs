@@ -77,6 +77,21 @@ impl Settings {
         self.buffer_memory.unwrap_or_else(|| self.memory.buffer().max(self.max_message_size as u64) as usize)
     }
 
+    /// Bytes that feeds may hold beyond that while fan-outs are under way. An event without id is in no
+    /// history, so it stays until all members of its channel have got it. Each shard may hold its
+    /// part, or one of the longest messages, once more.
+    pub fn fanout_memory(&self) -> u64 {
+        let shards = self.shards.get();
+        let part = (self.buffer_memory() / shards).max(self.max_message_size);
+        (2 * shards).saturating_mul(part).saturating_sub(self.buffer_memory()) as u64
+    }
+
+    /// Bytes kept free: for socket buffers of clients that stall, for fragmentation, and for feeds
+    /// while fan-outs are under way.
+    pub fn reserve(&self) -> u64 {
+        self.memory.spare().max(self.fanout_memory())
+    }
+
     /// Bytes that the bus may hold: histories and idempotency keys of the local bus, or events that
     /// wait for Redis.
     pub fn bus_memory(&self) -> usize {
@@ -114,7 +129,8 @@ impl Settings {
     /// machine, if it does.
     pub fn memory_excess(&self) -> Option<u64> {
         let excess = |limit: Option<u64>, each: u64| {
-            let needed = self.base_memory().saturating_add(u64::from(self.connection_limit()) * each);
+            let connections = u64::from(self.connection_limit()) * each;
+            let needed = self.base_memory().saturating_add(self.fanout_memory()).saturating_add(connections);
             needed.checked_sub(limit?).filter(|excess| *excess > 0)
         };
         let in_cgroup = excess(self.memory.cgroup, CONNECTION_IN_CGROUP);
@@ -136,7 +152,7 @@ impl Settings {
     fn connections_with_channels(&self, channels: u64) -> u32 {
         let fit = |limit: Option<u64>, each: u64| {
             let Some(limit) = limit else { return u64::MAX };
-            let free = limit.saturating_sub(self.base_memory().saturating_add(self.memory.spare()));
+            let free = limit.saturating_sub(self.base_memory().saturating_add(self.reserve()));
             match free / (each + CHANNEL) {
                 with_channel if with_channel < channels => with_channel,
                 _ => (free - channels * CHANNEL) / each,
@@ -163,7 +179,7 @@ impl Settings {
             rounded(self.unsent_memory()),
             rounded((self.page_memory() * self.shards.get()) as u64),
             rounded(START),
-            rounded(self.memory.spare()),
+            rounded(self.reserve()),
             self.connections_by_memory(),
             self.connections_with_own_channels(),
             self.reserved_files(),
@@ -211,6 +227,11 @@ mod tests {
         assert_eq!(explicit.connection_limit(), 5000);
         assert!(explicit.memory_excess().is_some());
         assert_eq!(settings(&[], None, None).buffer_memory(), 64 << 20);
+        // Feeds may hold as much again during a fan-out, and each shard twice the longest message.
+        let large = settings(&["--buffer-memory", "8MiB", "--shards", "2"], Some(64 << 20), None);
+        assert_eq!((large.fanout_memory(), large.reserve()), (8 << 20, 8 << 20));
+        let long = ["--buffer-memory", "16MiB", "--shards", "4", "--max-message-size", "16MiB"];
+        assert_eq!(settings(&long, Some(1 << 30), None).fanout_memory(), 112 << 20);
         assert_eq!(settings(&[], Some(1 << 20), None).connection_limit(), 1);
         // 500,000 connections take 2.1 GiB of a machine, and 0.9 GiB as a cgroup counts them.
         let most = ["--max-connections", "500000"];

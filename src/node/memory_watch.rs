@@ -30,8 +30,10 @@ pub struct MemoryWatch {
     groups: Groups,
     /// The limit of the cgroups.
     limit: Option<u64>,
-    /// Bytes kept free.
+    /// Bytes kept free for sockets and fragmentation.
     spare: u64,
+    /// The same, but not less than feeds may take while fan-outs are under way.
+    reserve: u64,
     /// Bytes that buffers may grow to.
     buffers: u64,
     metrics: Arc<Metrics>,
@@ -51,6 +53,7 @@ impl MemoryWatch {
             groups: Groups::read(Path::new("/")),
             limit: settings.memory.cgroup,
             spare: settings.memory.spare(),
+            reserve: settings.reserve(),
             buffers: settings.total_buffer_memory(),
             metrics,
             measured: None,
@@ -82,7 +85,7 @@ impl MemoryWatch {
         (self.measured, self.admitted) = (Some(now), 0);
         // Buffers that are not full yet will be.
         let growth = self.buffers.saturating_sub(self.metrics.buffered());
-        let needed = growth.saturating_add(self.spare);
+        let needed = growth.saturating_add(self.reserve);
         let in_groups = self.groups.available(needed).unwrap_or(u64::MAX);
         // Other processes use the machine's memory too, so only a shortage of it counts.
         let in_machine = cgroup::available_memory().unwrap_or(u64::MAX);
