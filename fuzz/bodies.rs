@@ -5,7 +5,7 @@ use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
 use fanfare::auth::keys::KeyRing;
-use fanfare::bus::redis::{decode, page, taken};
+use fanfare::bus::redis::{decode, parse_page, parse_publish};
 use fanfare::config::{Action, Settings};
 use fanfare::http;
 use fanfare::limits::connections::ConnectionLimits;
@@ -281,9 +281,9 @@ pub fn bus(mut data: &[u8]) {
                 .map(|data| Resp3Frame::BlobString { data, attributes: None });
             let heads = [1, 9, 2].map(|data| Resp3Frame::Number { data, attributes: None });
             let data = heads.into_iter().chain(frames).collect();
-            let mut page = page(&Resp3Frame::Array { data, attributes: None }).expect("that is a page");
+            let mut page = parse_page(&Resp3Frame::Array { data, attributes: None }).expect("that is a page");
             page.entries.iter().for_each(check_entry);
-            decode::whole(&mut page, EventId(1));
+            decode::make_consistent(&mut page, EventId(1));
             for pair in page.entries.windows(2) {
                 assert_eq!(pair[0].last, pair[1].before());
             }
@@ -306,7 +306,7 @@ pub fn bus(mut data: &[u8]) {
         }
         6 => {
             let Ok(text) = std::str::from_utf8(data) else { return };
-            let _ = decode::canary_line(text);
+            let _ = decode::probe_line(text);
             match frame::parse_client_frame("al\"ice", text) {
                 Ok(ClientFrame::Publish(publish)) => drop(check_event(&publish.event)),
                 Ok(ClientFrame::Ping) => {}
@@ -329,7 +329,7 @@ pub fn bus(mut data: &[u8]) {
                 })
                 .collect();
             let frame = Resp3Frame::Array { data, attributes: None };
-            drop((taken(&frame), page(&frame)));
+            drop((parse_publish(&frame), parse_page(&frame)));
         }
     }
 }

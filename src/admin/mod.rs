@@ -272,7 +272,7 @@ async fn publish(head: &Head<'_>, body: &[u8], shared: &Shared) -> Result<Respon
         Err(error) => {
             let text = error.to_string();
             let (status, reason) = match error {
-                PublishError::Refused(_) => (503, "unavailable"),
+                PublishError::Rejected(_) => (503, "unavailable"),
                 PublishError::Unknown => (504, "unknown"),
             };
             shared
@@ -344,7 +344,7 @@ async fn publish_event(
     let (waiter, outcome) = oneshot::channel();
     let publish = Publish { channel, to, key, event, answer: Answer::Waiter(waiter) };
     if shared.context.requests.send(Request::Publish(publish)).is_err() {
-        return Err(PublishError::Refused("this node is stopping".into()));
+        return Err(PublishError::Rejected("this node is stopping".into()));
     }
     let time = shared.context.settings.publish_timeout + BUS_GRACE;
     tokio::select! {

@@ -161,7 +161,7 @@ async fn rejects_invalid_events() {
 #[tokio::test]
 async fn says_whether_a_retry_is_safe() {
     let server = server(|count| match count {
-        1 => Some(Err(PublishError::Refused("Redis is away".into()))),
+        1 => Some(Err(PublishError::Rejected("Redis is away".into()))),
         2 => Some(Err(PublishError::Unknown)),
         _ => None,
     });

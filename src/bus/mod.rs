@@ -106,22 +106,20 @@ pub enum Answer {
 /// Why an event was not published.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PublishError {
-    /// The bus has certainly not taken it: it is away, or refuses (the text says why). Trying again is safe.
+    /// It was certainly not published, for this reason. A retry is safe.
     #[error("not published: {0}")]
-    Refused(Arc<str>),
-    /// It was sent and no answer can be had: it may or may not have been taken.
-    #[error("it may or may not have been published: the bus did not answer in time")]
+    Rejected(Arc<str>),
+    /// It was sent to the bus, which did not reply in time.
+    #[error("may or may not have been published: the bus did not reply in time")]
     Unknown,
 }
 
 /// Why a channel can't be followed, or a page not read.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BusError {
-    /// The bus can't be asked now.
-    #[error("the bus is away: {0}")]
-    Away(Arc<str>),
-    /// The node follows `--max-channels` channels already.
-    #[error("this node follows as many channels as --max-channels allows")]
+    #[error("the bus is unavailable: {0}")]
+    Unavailable(Arc<str>),
+    #[error("the node already follows --max-channels channels")]
     TooManyChannels,
 }
 
@@ -243,7 +241,7 @@ pub struct BusContext {
     /// Whom it tells.
     pub shards: Arc<dyn ShardSender>,
     /// What it counts.
-    pub numbers: Arc<BusMetrics>,
+    pub metrics: Arc<BusMetrics>,
     /// Where it says whether it works.
     pub readiness: Arc<Readiness>,
 }

@@ -46,9 +46,9 @@ pub async fn run(
     shutdown: impl Future<Output = &'static str>,
 ) -> anyhow::Result<()> {
     let settings = Arc::new(settings);
-    let numbers = Arc::new(BusMetrics::default());
+    let bus_metrics = Arc::new(BusMetrics::default());
     let readiness = Arc::new(Readiness::waiting_for_bus());
-    let metrics = Arc::new(Metrics::new(settings.shards.get(), numbers.clone(), readiness.clone()));
+    let metrics = Arc::new(Metrics::new(settings.shards.get(), bus_metrics.clone(), readiness.clone()));
     let (requests, asked) = mpsc::unbounded_channel();
     let limits = Arc::new(ConnectionLimits::new(&settings));
     metrics.max_connections.set(u64::from(settings.connection_limit()));
@@ -79,13 +79,13 @@ pub async fn run(
     let context = AdminContext { requests, metrics: metrics.clone(), keys, settings: settings.clone() };
     let admin = listeners.admin.map(|listener| admin::start(listener, context)).transpose()?;
 
-    let wiring = bus::BusContext {
+    let context = bus::BusContext {
         requests: asked,
         shards: Arc::new(shards.clone()),
-        numbers,
+        metrics: bus_metrics,
         readiness: readiness.clone(),
     };
-    let mut bus = std::pin::pin!(bus::run(&settings, wiring));
+    let mut bus = std::pin::pin!(bus::run(&settings, context));
     let why = tokio::select! {
         result = &mut bus => return Ok(result?),
         end = ended.recv() => return end.unwrap_or(Ok(())).map_err(|error| anyhow::anyhow!("a shard failed: {error}")),

@@ -194,7 +194,7 @@ impl Shard {
             return;
         }
         let response = match why {
-            BusError::Away(_) => handshake::unavailable("no client can join now: try again, or another node"),
+            BusError::Unavailable(_) => handshake::unavailable("no client can join now: try again, or another node"),
             BusError::TooManyChannels => handshake::unavailable(&why.to_string()),
         };
         self.reject(slot, response, CloseReason::HttpResponse);

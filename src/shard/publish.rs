@@ -103,7 +103,7 @@ impl Shard {
             }
             Err(error) => {
                 let code = match error {
-                    PublishError::Refused(_) => ErrorCode::Unavailable,
+                    PublishError::Rejected(_) => ErrorCode::Unavailable,
                     PublishError::Unknown => ErrorCode::Unknown,
                 };
                 let text = error.to_string();

@@ -76,7 +76,7 @@ impl Shard {
         }
         let is_joining = |state: &State| matches!(state, State::Joining(_));
         while let Some(slot) = self.deadlines.joins.pop_due(now, &self.connections, is_joining) {
-            self.reject_join(slot, &BusError::Away("it did not answer in time".into()));
+            self.reject_join(slot, &BusError::Unavailable("it did not answer in time".into()));
         }
         let is_closing = |state: &State| matches!(state, State::Closing { .. });
         while let Some(slot) = self.deadlines.closing.pop_due(now, &self.connections, is_closing) {

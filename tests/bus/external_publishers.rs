@@ -41,7 +41,9 @@ async fn plain_publish_reaches_all_clients_without_id() {
     }
     // An object that is not JSON is probably a mistake: the log says why it is delivered as text.
     for node in [&a, &b] {
-        let warned = || async { node.log().contains("shown as text: not JSON (RFC 8259)").then_some(()) };
+        let warned = || async {
+            node.log().contains("sent Pub/Sub message as text: not JSON (RFC 8259)").then_some(())
+        };
         common::until("a warning", warned).await;
     }
     // Invalid UTF-8 is replaced, since browsers accept no such text.

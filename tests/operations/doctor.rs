@@ -80,13 +80,13 @@ async fn unreachable_redis_is_a_problem_in_bounded_time() {
     let mut redis = Redis::away(&[]);
     let said = doctor(&["--connections", "10"], &[("FANFARE_REDIS", &redis.url())]).await;
     assert_eq!(said.code, Some(1), "{}", said.text);
-    assert!(said.on("connection").contains("see whether it runs"), "{}", said.text);
+    assert!(said.on("connection").contains("check that it runs"), "{}", said.text);
     redis.up().await;
     redis.freeze();
     let said = doctor(&["--connections", "10", "--redis", &redis.url()], &[]).await;
     redis.thaw();
     assert_eq!(said.code, Some(1), "{}", said.text);
-    assert!(said.on("connection").contains("does not answer"), "{}", said.text);
+    assert!(said.on("connection").contains("does not reply"), "{}", said.text);
 }
 
 #[tokio::test]

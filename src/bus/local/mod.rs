@@ -52,8 +52,8 @@ pub async fn run(settings: &Settings, mut wiring: BusContext) {
                     }
                 }
                 bus.send(&mut batch, &wiring);
-                wiring.numbers.channels.set(bus.followed as u64);
-                wiring.numbers.held_bytes.set(bus.memory as u64);
+                wiring.metrics.channels.set(bus.followed as u64);
+                wiring.metrics.held_bytes.set(bus.memory as u64);
             }
             _ = sweep.tick() => bus.sweep(Instant::now()),
         }
@@ -221,7 +221,7 @@ impl Local {
         batch.to = to;
         batch.bytes += text.len();
         batch.texts.push(text);
-        wiring.numbers.published.add(1);
+        wiring.metrics.published.add(1);
         wiring.shards.answer(answer, Ok(id));
     }
 
@@ -236,7 +236,7 @@ impl Local {
 
     fn keep_and_tell(&mut self, name: &ChannelName, entry: Entry, wiring: &BusContext) {
         let Some(channel) = self.channels.get_mut(name) else { return };
-        wiring.numbers.events.add(entry.ids());
+        wiring.metrics.events.add(entry.ids());
         for (shard, _) in channel.followers.iter().enumerate().filter(|(_, follows)| **follows) {
             wiring.shards.send(
                 shard,
@@ -288,7 +288,7 @@ impl Local {
                 self.followed -= usize::from(was_followed && !channel.is_followed());
             }
             Request::Read { channel: name, position, bytes, shard } => {
-                wiring.numbers.reads.add(1);
+                wiring.metrics.reads.add(1);
                 let result = Ok(Arc::new(self.channel(&name).page(position, bytes)));
                 wiring.shards.send(shard, BusMessage::Page { channel: name, position, result });
             }

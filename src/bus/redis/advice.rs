@@ -1,109 +1,98 @@
-//! What is wrong with Redis, in words that say what to do. Redis' own words stay in the log: they name what failed,
-//! and often nothing that an operator could change.
+//! Advice for operators: what an error of Redis means and what to do. `/readyz`, the service status and `doctor` show
+//! it. The log has Redis' own text as well, which names what failed but often nothing that an operator could change.
 
-use super::decode::FAULT;
-use super::errors::CallError;
+use super::errors::{CallError, FAULT};
 
 const NOT_PERMITTED: &str = "the ACL of this node's Redis user lacks rights: docs/redis.md lists them";
 
-/// What Redis or the way to it says, by its beginning, and what that means.
-const MEANINGS: [(&str, &str); 17] = [
+/// Beginnings of errors and their advice.
+const ADVICE: [(&str, &str); 17] = [
     (
         "ERR unknown command",
-        "this Redis lacks a command that a node needs, as the log says: remove its rename-command",
+        "this Redis lacks a command that a node needs (see the log): remove its rename-command",
     ),
     (
         "ERR Protocol error: invalid bulk length",
         "the message is too long for Redis: raise its proto-max-bulk-len, or lower --max-message-size",
     ),
-    (FAULT, "this channel's data in Redis is wrong, as the log says: the other channels work"),
-    ("LOADING", "Redis is loading its data: wait until it has"),
-    ("BUSY", "Redis is busy with another program's script: wait, or end it with SCRIPT KILL"),
+    (FAULT, "this channel's data in Redis is damaged (see the log): other channels are not affected"),
+    ("LOADING", "Redis is loading its data: wait until it has finished"),
+    ("BUSY", "Redis is running a script of another program: wait, or stop it with SCRIPT KILL"),
     (
         "MASTERDOWN",
         "this Redis is a replica that has lost its primary: name the primary, or the Sentinels, in --redis",
     ),
-    (
-        "READONLY",
-        "this Redis is a replica and takes no writes: name the primary, or the Sentinels, in --redis",
-    ),
-    ("OOM", "Redis is full: raise its maxmemory, or keep less with --history and --history-ttl"),
-    (
-        "MISCONF",
-        "Redis takes no writes since it can't save to its disk: see its log, and whether the disk is full",
-    ),
+    ("READONLY", "this Redis is a replica: name the primary, or the Sentinels, in --redis"),
+    ("OOM", "Redis is out of memory: raise its maxmemory, or lower --history or --history-ttl"),
+    ("MISCONF", "Redis rejects writes because it can't save to disk: check its log and free disk space"),
     (
         "NOREPLICAS",
-        "Redis takes no writes since too few replicas are in touch (min-replicas-to-write): see to them",
+        "Redis rejects writes because too few replicas are connected (min-replicas-to-write): check the replicas",
     ),
-    ("NOAUTH", "Redis wants a login: put USER:PASSWORD@ into --redis"),
-    ("WRONGPASS", "Redis refuses the login: mend the user or the password in --redis"),
+    ("NOAUTH", "Redis requires a login: put USER:PASSWORD@ into --redis"),
+    ("WRONGPASS", "Redis rejects the login: correct the user or the password in --redis"),
     ("NOPERM", NOT_PERMITTED),
     (
-        "ERR The user executing the script can't", // NOPERM, met within a script
+        "ERR The user executing the script can't", // NOPERM, raised inside a script
         NOT_PERMITTED,
     ),
     (
         "DENIED",
-        "Redis takes connections from its own machine alone: set bind and a password there (protected-mode)",
+        "Redis accepts local connections only (protected-mode): set bind and a password in redis.conf",
     ),
-    ("ERR max number of clients", "Redis has as many clients as it takes: raise its maxclients"),
-    ("NOSCRIPT", "Redis has forgotten the scripts: they will be sent again"),
+    ("ERR max number of clients", "Redis has reached its connection limit: raise its maxclients"),
+    ("NOSCRIPT", "Redis has lost the scripts: they are sent again"),
 ];
 
-/// What stands for anything else where Redis answers, and where it doesn't.
-const REFUSES: &str = "Redis refuses what a node asks of it: the log has its words";
-const AWAY: &str =
-    "Redis can't be reached: see whether it runs, and whether this node may connect to it (--redis)";
+/// For any other error that Redis replies with.
+const REJECTED: &str = "Redis rejects what a node needs: the log has its error";
+/// For any other error of a connection.
+const UNREACHABLE: &str =
+    "Redis can't be reached: check that it runs and that this node may connect to it (--redis)";
+/// Redis keeps its connections open and does not reply.
+pub const SILENT: &str = "Redis does not reply: it hangs or is overloaded, or the network loses its replies";
 
-/// A call has no result.
-pub fn of(error: &CallError) -> &'static str {
+pub fn for_call(error: &CallError) -> &'static str {
     match error {
-        CallError::Lost(words) => away(words),
-        CallError::Refused(words) => refused(words),
+        CallError::NoReply(text) => for_connection(text),
+        CallError::ErrorReply(text) => for_error_reply(text),
     }
 }
 
-/// Redis is there and says no.
-pub fn refused(words: &str) -> &'static str {
-    known(words).unwrap_or(REFUSES)
+pub fn for_error_reply(text: &str) -> &'static str {
+    find(text).unwrap_or(REJECTED)
 }
 
-/// Redis does not have these commands or fields, so rights don't help.
-pub fn lacking(what: &str) -> String {
-    format!(
-        "this Redis does not have {what}: remove its rename-command from redis.conf, or use another Redis"
-    )
+/// Commands or INFO fields are unavailable, so ACL rights don't help.
+pub fn for_unavailable(what: &str) -> String {
+    format!("this Redis lacks {what}: remove its rename-command from redis.conf, or use another Redis")
 }
 
 /// There is no connection, or it broke.
-pub fn away(words: &str) -> &'static str {
-    if let Some(known) = known(words) {
-        return known;
+pub fn for_connection(text: &str) -> &'static str {
+    if let Some(advice) = find(text) {
+        return advice;
     }
-    let lower = words.to_ascii_lowercase();
+    let lower = text.to_ascii_lowercase();
     let has = |parts: &[&str]| parts.iter().any(|part| lower.contains(part));
     if has(&["decode error", "frame type"]) {
-        "what answers at --redis is no Redis: see its host and port, and rediss:// where it speaks TLS"
+        "the server at --redis does not speak the Redis protocol: check host and port, and rediss:// for TLS"
     } else if has(&["certificate", "tls", "unknownissuer"]) {
-        "the TLS connection to Redis fails: see its certificate, and that the name in --redis is in it"
+        "the TLS connection to Redis fails: check its certificate, which must hold the host name in --redis"
     } else if has(&["failed to lookup", "name resolution", "nodename", "no addresses"]) {
-        "the name of Redis in --redis can't be resolved: mend it, or DNS"
-    } else if has(&["the name no longer points to"]) {
-        "the name of Redis in --redis has another address now: the node connects to that"
-    } else if has(&["no answer", "timeout", "timed out", "in time", "unresponsive"]) {
-        "Redis does not answer: it hangs, is overloaded, or a firewall drops what is sent to it"
+        "the host name in --redis can't be resolved: correct it, or check DNS"
+    } else if has(&["no longer resolves to"]) {
+        "the host name in --redis has a new address: connecting to that"
+    } else if has(&["no reply", "timeout", "timed out", "in time", "unresponsive"]) {
+        "Redis does not reply: it hangs or is overloaded, or a firewall drops the traffic"
     } else {
-        AWAY
+        UNREACHABLE
     }
 }
 
-/// Redis has connections and does not answer on them.
-pub const SILENT: &str = "Redis is silent: it hangs, is overloaded, or the network loses its answers";
-
-fn known(words: &str) -> Option<&'static str> {
-    // A script's error begins with that of the command which failed, too.
-    MEANINGS.iter().find(|(begin, _)| words.starts_with(begin)).map(|(_, meaning)| *meaning)
+/// Errors of scripts also begin with the error of the command that failed.
+fn find(text: &str) -> Option<&'static str> {
+    ADVICE.iter().find(|(prefix, _)| text.starts_with(prefix)).map(|(_, advice)| *advice)
 }
 
 #[cfg(test)]
@@ -111,33 +100,33 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_redis_says_becomes_what_to_do() {
-        for (words, part) in [
+    fn errors_have_advice() {
+        for (text, part) in [
             ("READONLY You can't write against a read only replica.", "name the primary"),
             ("OOM command not allowed when used memory > 'maxmemory'.", "raise its maxmemory"),
             ("LOADING Redis is loading the dataset in memory", "wait"),
             ("WRONGPASS invalid username-password pair or user is disabled.", "password in --redis"),
             ("NOPERM this user has no permissions to run the 'subscribe' command", "ACL"),
             ("ERR The user executing the script can't run this command or subcommand script: c6", "ACL"),
-            ("WRONGTYPE Operation against a key", "the log has its words"),
+            ("WRONGTYPE Operation against a key", "the log has its error"),
         ] {
-            assert!(refused(words).contains(part), "{words}");
+            assert!(for_error_reply(text).contains(part), "{text}");
         }
-        for (words, part) in [
-            ("Connection refused (os error 111)", "whether it runs"),
+        for (text, part) in [
+            ("Connection refused (os error 111)", "check that it runs"),
             ("LOADING Redis is loading the dataset in memory", "wait"),
-            ("no answer to EVALSHA within 4s", "does not answer"),
+            ("no reply to EVALSHA within 4s", "does not reply"),
             ("invalid peer certificate: UnknownIssuer", "certificate"),
             ("failed to lookup address information: Name or service not known", "can't be resolved"),
-            ("the connection was closed", "whether it runs"),
+            ("the connection was closed", "check that it runs"),
         ] {
-            assert!(away(words).contains(part), "{words}");
+            assert!(for_connection(text).contains(part), "{text}");
         }
     }
 
     #[test]
-    fn nothing_that_is_shown_spans_lines() {
-        let texts = MEANINGS.map(|(_, text)| text).into_iter().chain([REFUSES, AWAY, SILENT]);
+    fn advice_fits_on_one_line() {
+        let texts = ADVICE.map(|(_, text)| text).into_iter().chain([REJECTED, UNREACHABLE, SILENT]);
         assert!(texts.into_iter().all(|text| !text.contains('\n') && text.len() < 120));
     }
 }

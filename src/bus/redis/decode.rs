@@ -1,19 +1,17 @@
-//! Messages and history turned into entries. The id of an event is the last member of its JSON, so it is read
-//! from the end, without parsing the rest.
+//! Pub/Sub messages and history, decoded into entries. The id of an event is the last member of its JSON, so it is
+//! read from the end without parsing the rest.
 
 use std::borrow::Cow;
 use std::sync::Arc;
 
 use bytes::Bytes;
 
-use crate::bus::Page;
+use super::errors::FAULT;
+use crate::bus::page::Page;
 use crate::protocol::event::{Entry, EventId};
 use crate::protocol::ingest;
 
-/// Prefix of a script's error about wrong data in one channel, as `run.lua` writes it. The key follows.
-pub const FAULT: &str = "FAULT ";
-
-/// The id of an event as clients see it.
+/// The id of an event in the form that clients get.
 pub fn id_of(line: &[u8]) -> Option<EventId> {
     let rest = line.strip_suffix(b"}")?;
     let digits = rest.iter().rev().take_while(|byte| byte.is_ascii_digit()).count();
@@ -21,28 +19,28 @@ pub fn id_of(line: &[u8]) -> Option<EventId> {
     if !before.ends_with(b"\"id\":") {
         return None;
     }
-    EventId::parse(id).filter(|id| *id > EventId(0)) // before 0 there is nothing
+    EventId::parse(id).filter(|id| *id > EventId(0)) // ids start above 0
 }
 
-/// The event as clients get it. All ways to publish check events, but other programs and older versions may have written
-/// to the stream. An event that clients can't parse, or would take for a control frame, becomes `{"data":"its text"}` with
-/// the same id.
+/// The event in the form that clients get. Every way to publish checks events, but other programs and older versions may
+/// have written to the stream. An event that clients can't parse, or would take for a control frame, becomes
+/// `{"data":"its text"}` with the same id.
 fn readable(event: &[u8], id: EventId) -> Cow<'_, [u8]> {
     match ingest::readable(event) {
         Ok(()) => Cow::Borrowed(event),
-        Err(bad) => {
-            tracing::debug!(%id, "event in Redis is shown as text: {bad}");
+        Err(error) => {
+            tracing::debug!(%id, "sent invalid event from Redis as text: {error}");
             Cow::Owned(ingest::text_event(event, Some(id)).into_bytes())
         }
     }
 }
 
-/// The entry for a message of consecutive events, one a line. `None` for what is no such message.
+/// The entry of a message with consecutive events, one per line. `None` for any other message.
 pub fn broadcast(message: &[u8]) -> Option<Entry> {
     lines(message, None)
 }
 
-/// The entry for a message whose first line is the user and whose others are events for them.
+/// The entry of a message whose first line is a user and whose other lines are events for this user.
 pub fn private(message: &[u8]) -> Option<Entry> {
     let at = message.iter().position(|byte| *byte == b'\n')?;
     let user = String::from_utf8_lossy(&message[..at]);
@@ -59,42 +57,41 @@ fn lines(text: &[u8], to: Option<Arc<str>>) -> Option<Entry> {
     (entry.last == last).then_some(entry)
 }
 
-/// Most bytes gathered in one entry of history: a slow socket gets it in pieces anyway.
-const GATHER_BYTES: usize = 64 << 10;
+/// Most bytes of events in one entry of history.
+const ENTRY_BYTES: usize = 64 << 10;
 
-/// Entries for events of history, in order: those for the same readers, where consecutive, gathered. An event that
-/// shows no id is left out, and is a gap like any other.
+/// The entries of a history, in order. Consecutive events with the same recipients share an entry. An event without id is
+/// left out, and is a gap like any other.
 pub fn entries(history: &[(Bytes, Option<Arc<str>>)]) -> Vec<Entry> {
     let mut entries = Vec::new();
-    let mut run: Vec<Cow<'_, [u8]>> = Vec::new();
+    let mut texts: Vec<Cow<'_, [u8]>> = Vec::new();
     let (mut next, mut size, mut to) = (EventId(0), 0, &None);
     let flush =
-        |run: &mut Vec<Cow<'_, [u8]>>, next: EventId, to: &Option<Arc<str>>, entries: &mut Vec<Entry>| {
-            if !run.is_empty() {
-                let first = EventId(next.0 - run.len() as u64);
-                entries.push(Entry::addressed(first, to.clone(), run.iter().map(|text| &**text)));
-                run.clear();
+        |texts: &mut Vec<Cow<'_, [u8]>>, next: EventId, to: &Option<Arc<str>>, entries: &mut Vec<Entry>| {
+            if !texts.is_empty() {
+                let first = EventId(next.0 - texts.len() as u64);
+                entries.push(Entry::addressed(first, to.clone(), texts.iter().map(|text| &**text)));
+                texts.clear();
             }
         };
     for (text, user) in history {
         let Some(id) = id_of(text) else { continue };
         let text = readable(text, id);
-        if id != next || user != to || size > GATHER_BYTES {
-            flush(&mut run, next, to, &mut entries);
+        if id != next || user != to || size > ENTRY_BYTES {
+            flush(&mut texts, next, to, &mut entries);
             (size, to) = (0, user);
         }
         size += text.len();
-        run.push(text);
+        texts.push(text);
         next = id.next();
     }
-    flush(&mut run, next, to, &mut entries);
+    flush(&mut texts, next, to, &mut entries);
     entries
 }
 
-/// Makes the answer for a reader at `asked` hold what a page promises: consecutive events from there, perhaps with
-/// some before them, or else an `oldest` that shows what is missing. Only someone who deletes from a stream, or writes
-/// to it, makes that necessary.
-pub fn whole(page: &mut Page, asked: EventId) {
+/// Makes a page for a reader at `asked` consistent: consecutive events from there, perhaps with some before them, or an
+/// `oldest` that shows what is missing. Needed only where another program has deleted from the stream or written to it.
+pub fn make_consistent(page: &mut Page, asked: EventId) {
     let entries = &mut page.entries;
     let breaks = |pair: &[Entry]| pair[0].last != pair[1].before();
     let next = entries.iter().position(|entry| entry.last > asked).unwrap_or(entries.len());
@@ -104,7 +101,7 @@ pub fn whole(page: &mut Page, asked: EventId) {
     entries.drain(..first);
     page.after = entries.first().map_or(asked, |first| first.before().min(asked));
     if asked >= page.head || page.oldest > asked.next() {
-        return; // there is nothing, or it shows already
+        return; // there is nothing to show, or `oldest` shows it already
     }
     match entries.iter().find(|entry| entry.last > asked) {
         Some(next) if next.before() <= asked => {}
@@ -114,10 +111,10 @@ pub fn whole(page: &mut Page, asked: EventId) {
 }
 
 /// A channel's base and head, or the fault in its data.
-pub type Position<'a> = Result<(EventId, EventId), &'a str>;
+pub type ProbedPosition<'a> = Result<(EventId, EventId), &'a str>;
 
 /// A channel's line in a probe: its name and position.
-pub fn canary_line(line: &str) -> Option<(&str, Position<'_>)> {
+pub fn probe_line(line: &str) -> Option<(&str, ProbedPosition<'_>)> {
     let (channel, rest) = line.split_once(' ')?;
     if rest.starts_with(FAULT) {
         return Some((channel, Err(rest)));
@@ -132,7 +129,7 @@ mod tests {
     use crate::protocol::event::Kind;
 
     #[test]
-    fn the_id_is_read_from_the_end() {
+    fn reads_the_id_from_the_end() {
         assert_eq!(id_of(br#"{"text":"\"id\":5}","id":17}"#), Some(EventId(17)));
         for none in
             ["", "}", "{}", r#"{"id":}"#, r#"{"id":"17"}"#, r#"{"xid:17}"#, r#"{"id":17} "#, r#"{"id":0}"#]
@@ -142,7 +139,7 @@ mod tests {
     }
 
     #[test]
-    fn a_batch_whose_ids_do_not_fit_is_no_batch() {
+    fn rejects_messages_with_wrong_ids() {
         let entry = broadcast(b"{\"id\":7}\n{\"id\":8}").unwrap();
         assert_eq!((entry.before(), entry.last), (EventId(6), EventId(8)));
         assert!(broadcast(b"{\"id\":7}\n{\"id\":9}").is_none());
@@ -150,11 +147,11 @@ mod tests {
     }
 
     #[test]
-    fn a_probe_line_is_a_position_or_a_fault() {
-        assert_eq!(canary_line("room 5 7"), Some(("room", Ok((EventId(5), EventId(7))))));
-        assert_eq!(canary_line("room FAULT p:{room}:meta: x"), Some(("room", Err("FAULT p:{room}:meta: x"))));
+    fn probe_line_is_a_position_or_a_fault() {
+        assert_eq!(probe_line("room 5 7"), Some(("room", Ok((EventId(5), EventId(7))))));
+        assert_eq!(probe_line("room FAULT p:{room}:meta: x"), Some(("room", Err("FAULT p:{room}:meta: x"))));
         for none in ["", "room", "room 5", "room 5 7 9", "room x 7", "room 5 9007199254740992"] {
-            assert_eq!(canary_line(none), None, "{none}");
+            assert_eq!(probe_line(none), None, "{none}");
         }
     }
 
@@ -168,7 +165,7 @@ mod tests {
     }
 
     #[test]
-    fn history_gathers_runs_and_keeps_order() {
+    fn consecutive_events_share_an_entry() {
         let users = [None, None, Some("bob"), Some("bob"), Some("eve"), None];
         let event = |(id, user): (usize, &Option<&str>)| {
             (Bytes::from(format!(r#"{{"id":{}}}"#, id + 1)), user.map(Arc::from))
@@ -179,7 +176,7 @@ mod tests {
     }
 
     #[test]
-    fn a_page_from_which_someone_deleted_shows_it() {
+    fn page_shows_deleted_events() {
         let page = |ids: &[u64]| {
             let event = |id: &u64| (Bytes::from(format!(r#"{{"id":{id}}}"#)), None);
             let history: Vec<_> = ids.iter().map(event).collect();
@@ -190,7 +187,7 @@ mod tests {
                 oldest: EventId(2),
                 entries: entries(&history),
             };
-            whole(&mut page, EventId(4));
+            make_consistent(&mut page, EventId(4));
             (page.oldest.0, page.entries.last().map_or(0, |entry| entry.last.0))
         };
         assert_eq!(page(&[5, 6, 7]), (2, 7));

@@ -1,14 +1,15 @@
-//! The log of channels whose data in Redis is wrong. Probes find each of them every second, so repetitions are not logged.
+//! The log of channels whose data in Redis is damaged. Probes find each of them every second, so repetitions are not
+//! logged.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
-use super::decode::FAULT;
+use super::errors::FAULT;
 
 /// Least time between two lines about one fault.
-const LOG_EVERY: Duration = Duration::from_secs(60);
+const LOG_INTERVAL: Duration = Duration::from_secs(60);
 
-/// Most faults logged within that time. So many have one cause, and more lines would only fill the log.
+/// Most faults logged within [`LOG_INTERVAL`]. More than that have one cause, and would only fill the log.
 const LOGGED_MAX: usize = 20;
 
 /// The faults logged within the last minute.
@@ -16,16 +17,16 @@ const LOGGED_MAX: usize = 20;
 pub(super) struct FaultLog(HashMap<String, Instant>);
 
 impl FaultLog {
-    /// Logs a script's error if it is a channel's fault, unless that was logged within the last minute.
+    /// Logs an error of a script if it is a channel's fault, at most once a minute.
     pub(super) fn log(&mut self, error: &str) {
-        if let Some(text) = self.due(error, Instant::now()) {
-            tracing::warn!("one channel fails, the others work: {text}");
+        if let Some(fault) = self.due(error, Instant::now()) {
+            tracing::warn!(fault, "channel unusable, its data in Redis is damaged");
         }
     }
 
     fn due<'a>(&mut self, error: &'a str, now: Instant) -> Option<&'a str> {
         let text = error.strip_prefix(FAULT)?;
-        self.0.retain(|_, logged| now.saturating_duration_since(*logged) < LOG_EVERY);
+        self.0.retain(|_, logged| now.saturating_duration_since(*logged) < LOG_INTERVAL);
         if self.0.contains_key(text) || self.0.len() >= LOGGED_MAX {
             return None;
         }
@@ -44,10 +45,10 @@ mod tests {
         let start = Instant::now();
         let fault = |n: usize| format!("{FAULT}p:{{{n}}}:meta: x");
         assert_eq!(log.due(&fault(0), start), Some("p:{0}:meta: x"));
-        assert_eq!(log.due(&fault(0), start + LOG_EVERY / 2), None);
-        assert_eq!(log.due(&fault(0), start + LOG_EVERY), Some("p:{0}:meta: x"));
+        assert_eq!(log.due(&fault(0), start + LOG_INTERVAL / 2), None);
+        assert_eq!(log.due(&fault(0), start + LOG_INTERVAL), Some("p:{0}:meta: x"));
         assert_eq!(log.due("READONLY You can't write", start), None);
-        let logged = (1..1000).filter(|n| log.due(&fault(*n), start + LOG_EVERY).is_some()).count();
+        let logged = (1..1000).filter(|n| log.due(&fault(*n), start + LOG_INTERVAL).is_some()).count();
         assert_eq!(logged, LOGGED_MAX - 1);
     }
 }

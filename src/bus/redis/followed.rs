@@ -1,102 +1,98 @@
-//! A channel as this node follows it: who gets its entries, who waits to, and where it stands.
+//! A channel that shards of this node follow.
 
+use crate::bus::ShardId;
+use crate::bus::coalesced::Coalesced;
+use crate::bus::page::Page;
 use crate::bus::sequence::Sequence;
-use crate::bus::{Page, ShardId};
 use crate::protocol::event::{Entry, EventId};
 
-/// Entries kept that came before the position was known. More would only spare a read.
+/// Most entries kept before the position is known. The others are read from the stream.
 const EARLY_MAX: usize = 256;
 
-/// One followed channel.
 #[derive(Debug)]
-pub struct Follow {
+pub struct FollowedChannel {
     /// Shards that get every entry.
     pub followers: Vec<ShardId>,
-    /// Shards that wait for the channel to be followed.
+    /// Shards that wait for the position.
     pub joining: Vec<ShardId>,
-    /// The subscription it waits for.
+    /// The ticket of the channel's subscription.
     pub ticket: u64,
-    /// Known once the position has been read.
+    /// `None` until the position has been read.
     pub sequence: Option<Sequence>,
+    /// Entries received before that.
     early: Vec<Entry>,
-    /// Shards whose look the read under way answers.
-    looking: Vec<ShardId>,
-    /// Shards that came while a read was under way: that one may be too old for them.
-    look_next: Vec<ShardId>,
+    /// Shards that asked for a refresh.
+    refreshes: Coalesced<ShardId>,
 }
 
-impl Follow {
-    /// Waits for the subscription with this ticket.
-    pub fn new(shard: ShardId, ticket: u64) -> Follow {
-        Follow {
+impl FollowedChannel {
+    pub fn new(shard: ShardId, ticket: u64) -> FollowedChannel {
+        FollowedChannel {
             followers: Vec::new(),
             joining: vec![shard],
             ticket,
             sequence: None,
             early: Vec::new(),
-            looking: Vec::new(),
-            look_next: Vec::new(),
+            refreshes: Coalesced::new(),
         }
     }
 
-    /// Lets a shard go. True when nobody is left.
-    pub fn leave(&mut self, shard: ShardId) -> bool {
-        for list in [&mut self.followers, &mut self.joining, &mut self.looking, &mut self.look_next] {
-            list.retain(|other| *other != shard);
-        }
+    /// Removes a shard. True if none is left.
+    pub fn remove(&mut self, shard: ShardId) -> bool {
+        self.followers.retain(|other| *other != shard);
+        self.joining.retain(|other| *other != shard);
+        self.refreshes.retain(|other| *other != shard);
         self.followers.is_empty() && self.joining.is_empty()
     }
 
-    /// The position is known: everyone who joins follows from there. Entries that came early go on to `out`.
+    /// Starts the sequence at `head`. Returns the shards that were joining, which are followers now. Entries that came
+    /// early are passed on to `out`.
     pub fn start(&mut self, base: EventId, head: EventId, out: &mut Vec<Entry>) -> Vec<ShardId> {
         let mut sequence = Sequence::new(base, head);
         for entry in self.early.drain(..) {
-            sequence.live(entry, out);
+            sequence.on_live(entry, out);
         }
         self.sequence = Some(sequence);
         self.followers.append(&mut self.joining.clone());
         std::mem::take(&mut self.joining)
     }
 
-    /// Takes what Pub/Sub brought.
-    pub fn live(&mut self, entry: Entry, out: &mut Vec<Entry>) {
+    pub fn on_live(&mut self, entry: Entry, out: &mut Vec<Entry>) {
         match &mut self.sequence {
-            Some(sequence) => sequence.live(entry, out),
+            Some(sequence) => sequence.on_live(entry, out),
             None if self.early.len() < EARLY_MAX => self.early.push(entry),
-            None => {} // a hole, seen by the next entry or canary
+            None => {} // a gap, which the next entry or probe shows
         }
     }
 
-    /// A shard wants the bus to be asked.
-    pub fn look(&mut self, shard: ShardId) {
+    /// A shard asks for the events that Redis has and this node does not.
+    pub fn refresh(&mut self, shard: ShardId) {
         if let Some(sequence) = &mut self.sequence {
-            self.look_next.push(shard);
-            sequence.look();
+            self.refreshes.wait(shard);
+            sequence.refresh();
         }
     }
 
-    /// The position after which to read now, if there is reason to.
-    pub fn ask(&mut self) -> Option<EventId> {
-        let asked = self.sequence.as_mut()?.ask()?;
-        self.looking.append(&mut self.look_next);
-        Some(asked)
+    /// The position to read after now, if a read is due.
+    pub fn start_read(&mut self) -> Option<EventId> {
+        let position = self.sequence.as_mut()?.start_read()?;
+        self.refreshes.start();
+        Some(position)
     }
 
-    /// Takes a read's answer. Returns the shards whose look is answered.
-    pub fn answer(&mut self, asked: EventId, page: &Page, out: &mut Vec<Entry>) -> Vec<ShardId> {
+    /// The page after `position` was read. Returns the shards whose refresh is complete.
+    pub fn on_page(&mut self, position: EventId, page: &Page, out: &mut Vec<Entry>) -> Vec<ShardId> {
         let Some(sequence) = &mut self.sequence else { return Vec::new() };
-        sequence.answer(asked, page, out);
-        let done = sequence.position() >= page.head || page.base < sequence.base();
-        if done { std::mem::take(&mut self.looking) } else { Vec::new() }
+        sequence.on_page(position, page, out);
+        let complete = sequence.position() >= page.head || page.base < sequence.base();
+        if complete { self.refreshes.complete() } else { Vec::new() }
     }
 
-    /// The read brought nothing. Returns the shards that wait for it.
-    pub fn failed(&mut self) -> Vec<ShardId> {
+    /// The read failed. Returns the shards whose refresh fails with it.
+    pub fn on_read_failed(&mut self) -> Vec<ShardId> {
         if let Some(sequence) = &mut self.sequence {
-            sequence.failed();
+            sequence.on_read_failed();
         }
-        let mut waiting = std::mem::take(&mut self.looking);
-        waiting.append(&mut self.look_next);
-        waiting
+        self.refreshes.fail()
     }
 }

@@ -1,8 +1,8 @@
-//! The function `fanfare_publish`, with which other programs publish, and its settings for each prefix.
+//! The function `fanfare_publish`, with which other programs publish (FCALL), and its settings for each prefix.
 //!
-//! In Redis a function's name is unique, so deployments that share a Redis share the function. Their settings are in a
-//! hash for each prefix, which the function reads. In a Redis Cluster a function can't read undeclared keys of another
-//! slot: there each primary would need a copy of the hash under a hash tag of its own slots.
+//! Function names are unique in Redis, so deployments that share a Redis share the function. It reads their settings from
+//! one hash per prefix. In a Redis Cluster a function can't read undeclared keys of another slot: there each primary would
+//! need a copy of the hash under a hash tag of its own slots.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -12,19 +12,17 @@ use fred::types::{Resp3Frame, Value};
 
 use super::commands::{command, script_args};
 use super::errors::CallError;
-use super::reply;
-use super::scripts;
-use super::settings::Terms;
-use super::{Bus, Outcome};
+use super::settings::RedisSettings;
+use super::{Bus, Outcome, reply, scripts};
 
-/// Time between two checks that the function and settings for other programs are there.
-const LOAD_EVERY: Duration = Duration::from_secs(2);
+/// Time between two checks that the function and the settings are present.
+const CHECK_INTERVAL: Duration = Duration::from_secs(2);
 
 const NAME: &str = "fanfare1";
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 
-/// The library. Its name must stay the same, since Redis refuses a second library with the same function.
+/// The library. Its name must stay the same, since Redis rejects a second library with the same function.
 const TEXT: &str = concat!(
     "#!lua name=fanfare1\nlocal VERSION = '",
     env!("CARGO_PKG_VERSION"),
@@ -34,22 +32,22 @@ const TEXT: &str = concat!(
     include_str!("lua/function.lua"),
 );
 
-/// How the library and settings are written.
+/// How the function and the settings are written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WriteMode {
-    /// Those of this process, which has just started, replace earlier ones.
+    /// They replace earlier ones. Used once, when this process has started.
     Replace,
-    /// Only if they are missing, as after a flush, an eviction or a failover.
+    /// Only if they are missing.
     IfMissing,
 }
 
-/// Writes the library and the settings of this prefix for other programs. Nodes don't need them.
-pub async fn provide(client: &Client, terms: &Terms, mode: WriteMode) -> Result<(), CallError> {
+/// Writes the function and the settings of this prefix, which only other programs need.
+pub async fn provide(client: &Client, settings: &RedisSettings, mode: WriteMode) -> Result<(), CallError> {
     let replace = u64::from(mode == WriteMode::Replace);
-    let mut args = vec![scripts::number(replace), scripts::number(terms.settings_ttl_ms())];
-    args.extend(settings(terms));
+    let mut args = vec![scripts::number(replace), scripts::number(settings.settings_ttl_ms())];
+    args.extend(settings_fields(settings));
     let script = Value::from_static_str(scripts::SETTINGS);
-    command(client, "EVAL", script_args(script, &[&terms.settings_key()], args)).await?;
+    command(client, "EVAL", script_args(script, &[&settings.settings_key()], args)).await?;
 
     let found = command(client, "FUNCTION", vec!["LIST".into(), "LIBRARYNAME".into(), NAME.into()]).await?;
     if must_load(version(&found).as_deref(), mode) {
@@ -61,26 +59,26 @@ pub async fn provide(client: &Client, terms: &Terms, mode: WriteMode) -> Result<
 
 /// Fields and values of the hash, as `function.lua` reads them. Nodes of other versions read and write it, too: fields may
 /// be added, but existing ones keep their meaning.
-fn settings(terms: &Terms) -> Vec<Value> {
-    let mut bare: Vec<&str> = terms.bare.iter().map(|channel| channel.as_str()).collect();
-    bare.sort_unstable();
+fn settings_fields(settings: &RedisSettings) -> Vec<Value> {
+    let mut plain: Vec<&str> = settings.pubsub_channels.iter().map(|channel| channel.as_str()).collect();
+    plain.sort_unstable();
     vec![
         "max_message_size".into(),
-        scripts::number(terms.max_message_size as u64),
+        scripts::number(settings.max_message_size as u64),
         "history".into(),
-        scripts::number(terms.history),
+        scripts::number(settings.history),
         "history_bytes".into(),
-        scripts::number(terms.history_bytes as u64),
+        scripts::number(settings.history_bytes as u64),
         "history_ttl".into(),
-        scripts::number(terms.ttl_ms),
+        scripts::number(settings.history_ttl_ms),
         "durable".into(),
-        scripts::number(u64::from(terms.durable)),
+        scripts::number(u64::from(settings.durable)),
         "pubsub_channels".into(),
-        bare.join(" ").into(),
+        plain.join(" ").into(),
     ]
 }
 
-/// The newest version stays, whichever node starts last: it works with the settings of all.
+/// The newest version stays, whichever node starts last: it works with the settings of all versions.
 fn must_load(found: Option<&str>, mode: WriteMode) -> bool {
     let Some(found) = found else { return true };
     match parts(found).cmp(&parts(VERSION)) {
@@ -94,7 +92,7 @@ fn parts(version: &str) -> Vec<u32> {
     version.split(['.', '-']).map_while(|part| part.parse().ok()).collect()
 }
 
-/// The library's version in an answer of FUNCTION LIST, which is the function's description; empty if it has none.
+/// The version of the library in a reply of FUNCTION LIST: the description of its function, or empty if it has none.
 fn version(list: &Resp3Frame) -> Option<String> {
     let libraries = reply::array(list)?;
     let texts = flatten(libraries.first()?);
@@ -102,7 +100,7 @@ fn version(list: &Resp3Frame) -> Option<String> {
     Some(at.and_then(|at| texts.get(at + 1).cloned()).unwrap_or_default())
 }
 
-/// All texts of an answer, in order; RESP2 has lists where RESP3 has maps.
+/// All strings of a reply, in order. RESP2 has arrays where RESP3 has maps.
 fn flatten(frame: &Resp3Frame) -> Vec<String> {
     match frame {
         Resp3Frame::Map { data, .. } => {
@@ -114,38 +112,68 @@ fn flatten(frame: &Resp3Frame) -> Vec<String> {
     }
 }
 
-impl Bus {
-    /// What came of loading the function for other programs: said when it changes.
-    pub(super) fn tell_of_library(&mut self, refused: Option<Arc<str>>) {
-        self.next_load = Instant::now() + LOAD_EVERY;
-        if refused.is_none() {
-            self.library_write = WriteMode::IfMissing;
-        }
-        if self.no_library == refused {
-            return;
-        }
-        match &refused {
-            None => tracing::info!("FCALL fanfare_publish is available"),
-            Some(words) => {
-                tracing::warn!("FCALL fanfare_publish is unavailable, all else works: Redis says {words}");
-            }
-        }
-        self.no_library = refused;
+/// When and how this node writes the function and the settings.
+#[derive(Debug)]
+pub(super) struct FunctionLoader {
+    /// Why FCALL is unavailable, as last logged.
+    error: Option<Arc<str>>,
+    mode: WriteMode,
+    next_check: Instant,
+}
+
+impl FunctionLoader {
+    pub(super) fn new() -> FunctionLoader {
+        FunctionLoader { error: None, mode: WriteMode::Replace, next_check: Instant::now() }
     }
 
-    /// While Redis works: writes the function and settings for other programs if they are missing, as after FUNCTION FLUSH,
-    /// FLUSHALL, an eviction or a failover.
-    pub(super) fn load_again(&mut self, now: Instant) {
-        let Some(session) = &self.link.session else { return };
-        if now < self.next_load {
+    pub(super) fn mode(&self) -> WriteMode {
+        self.mode
+    }
+
+    /// The function was loaded, or Redis replied with this error. Logs changes.
+    pub(super) fn on_loaded(&mut self, error: Option<Arc<str>>) {
+        self.next_check = Instant::now() + CHECK_INTERVAL;
+        if error.is_none() {
+            self.mode = WriteMode::IfMissing;
+        }
+        if self.error == error {
             return;
         }
-        self.next_load = now + LOAD_EVERY;
-        let (caller, terms, write) = (session.caller(), self.terms.clone(), self.library_write);
-        let (outcomes, generation) = (self.outcomes.clone(), self.link.generation);
+        match &error {
+            None => tracing::info!("FCALL fanfare_publish available"),
+            Some(error) => {
+                tracing::warn!(
+                    error = &**error,
+                    "FCALL fanfare_publish unavailable, clients are not affected"
+                );
+            }
+        }
+        self.error = error;
+    }
+
+    fn is_due(&mut self, now: Instant) -> bool {
+        let due = now >= self.next_check;
+        if due {
+            self.next_check = now + CHECK_INTERVAL;
+        }
+        due
+    }
+}
+
+impl Bus {
+    /// Writes the function and the settings again if they are missing, as after FUNCTION FLUSH, FLUSHALL, an eviction or a
+    /// failover.
+    pub(super) fn check_functions(&mut self, now: Instant) {
+        let Some(session) = self.link.session() else { return };
+        if !self.functions.is_due(now) {
+            return;
+        }
+        let (commands, settings, mode) =
+            (session.commands(), self.handles.settings.clone(), self.functions.mode());
+        let (outcomes, generation) = (self.handles.outcomes.clone(), self.link.generation());
         tokio::spawn(async move {
-            let result = caller.provide_library(&terms, write).await;
-            let _ = outcomes.send(Outcome::Library(generation, result));
+            let result = provide(commands.client(), &settings, mode).await;
+            let _ = outcomes.send(Outcome::FunctionLoaded(generation, result));
         });
     }
 }
@@ -155,7 +183,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_newest_library_stays() {
+    fn newest_library_stays() {
         for (found, missing, replace) in [
             (None, true, true),
             (Some(""), true, true),

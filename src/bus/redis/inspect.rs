@@ -1,4 +1,4 @@
-//! Inspects a Redis before a launch, for `fanfare doctor`. It changes nothing, not even the function that nodes load.
+//! Inspects a Redis for `fanfare doctor`, before nodes use it. Changes nothing, not even the function that nodes load.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -10,96 +10,97 @@ use fred::types::{Resp3Frame, Value};
 use tokio::time::{sleep, timeout};
 
 use super::commands::command;
-use super::errors::CallError;
-use super::errors::ConnectError;
-use super::requirements::{check_permissions, check_server, field as info_field};
-use super::session;
-use super::settings::Terms;
-use super::{advice, reply};
+use super::errors::{CallError, ConnectError, MissingRights};
+use super::requirements::{check_permissions, check_server};
+use super::settings::RedisSettings;
+use super::{advice, reply, session};
 use crate::config::{RedisUrl, Settings};
 
-/// Longest that the whole look may take, but for the sample.
-const LOOK_TIME: Duration = Duration::from_secs(15);
+/// Longest time for everything but the sample.
+const INSPECT_TIMEOUT: Duration = Duration::from_secs(15);
 /// How long events are counted.
 pub const SAMPLE: Duration = Duration::from_secs(2);
-/// Keys looked through in a Redis that may hold millions of others, and channels looked at.
-const KEYS: usize = 200_000;
-const CHANNELS: usize = 200;
-/// Keys that one SCAN looks through: well below a millisecond of Redis' time.
-const SCAN: usize = 1000;
+/// Most keys scanned, since Redis may hold millions of other programs' keys.
+const SCANNED_MAX: usize = 200_000;
+/// Most channels inspected.
+const CHANNELS_MAX: usize = 200;
+/// Keys in one SCAN: well below a millisecond of Redis' time.
+const SCAN_COUNT: usize = 1000;
 
-/// What was found. Sizes in bytes.
+/// Facts about a Redis. Sizes in bytes.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Facts {
-    /// Its version.
     pub version: String,
-    /// The way there and back, in the median of a few.
+    /// Median of a few.
     pub round_trip: Duration,
-    /// `master` or `slave`.
+    /// In Redis' words: `master` for a primary, `slave` for a replica.
     pub role: String,
-    /// Replicas in touch.
+    /// Connected replicas.
     pub replicas: u64,
-    /// The most memory it takes for data; 0 is no limit.
+    /// Limit of memory for data; 0 is no limit.
     pub maxmemory: u64,
-    /// What it does when that is full.
+    /// What happens when `maxmemory` is reached.
     pub policy: String,
     /// Memory in use.
     pub used: u64,
-    /// Memory of its host; 0 where it does not say.
+    /// Memory of its host; 0 if unknown.
     pub host: u64,
-    /// What `CONFIG GET` says; a setting that is refused or unknown is not in it.
+    /// The settings that `CONFIG GET` returns to this user.
     pub config: HashMap<String, String>,
-    /// What a node would not be permitted, and what to grant.
-    pub not_permitted: Option<String>,
-    /// Commands and fields that a node needs and this Redis does not have.
-    pub lacking: Option<String>,
+    pub missing_rights: Option<MissingRights>,
+    /// Commands and INFO fields that a node needs and this Redis lacks.
+    pub unavailable: Option<String>,
     /// How far its clock is ahead of this host's, in seconds, and how uncertain that is.
     pub clock: (f64, f64),
-    /// Channels that have history, the first of those found.
+    /// The first channels found that have history.
     pub channels: Vec<History>,
-    /// Whether there may be more of them.
+    /// There may be more channels.
     pub more: bool,
 }
 
 /// A channel's history.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct History {
-    /// The channel.
     pub name: String,
     /// Events kept.
     pub events: u64,
-    /// What they take.
     pub bytes: u64,
-    /// Events a second since its sequence began, if that can be told.
-    pub since_begin: Option<f64>,
-    /// Events a second in the sample.
+    /// Events per second since the sequence started, if known.
+    pub since_start: Option<f64>,
+    /// Events per second in the sample.
     pub now: f64,
 }
 
-/// Looks.
-///
 /// # Errors
-/// What is wrong, in words that say what to do.
+/// What is wrong and what to do.
 pub async fn inspect(settings: &Settings, url: &RedisUrl) -> Result<Facts, String> {
     let config = Config::from_url(&url.0).map_err(|error| error.details().to_owned())?;
     let client = Client::new(config, None, Some(session::connection_config(Vec::new())), None);
-    let result = timeout(LOOK_TIME + SAMPLE, look(&client, &Terms::new(settings))).await;
-    // Whether it hears that or not, this process ends.
+    let result = timeout(INSPECT_TIMEOUT + SAMPLE, collect(&client, &RedisSettings::new(settings))).await;
+    // Whatever comes of it, this process exits soon.
     let _ = timeout(Duration::from_secs(1), client.quit()).await;
     match result {
         Ok(Ok(facts)) => Ok(facts),
-        Ok(Err(ConnectError::Unusable(text) | ConnectError::NotPermitted(text))) => Err(text),
-        Ok(Err(ConnectError::Lacking(what))) => Err(advice::lacking(&what)),
-        Ok(Err(ConnectError::Away(words))) => Err(format!("{} ({words})", advice::away(&words))),
-        Ok(Err(ConnectError::Refused(words))) => Err(format!("{} ({words})", advice::refused(&words))),
-        Err(_) => Err(format!("{} (no end within {LOOK_TIME:?})", advice::away("no answer"))),
+        Ok(Err(ConnectError::Unsupported(text))) => Err(text),
+        Ok(Err(ConnectError::NotPermitted(rights))) => Err(rights.to_string()),
+        Ok(Err(ConnectError::Unavailable(what))) => Err(advice::for_unavailable(&what)),
+        Ok(Err(ConnectError::Unreachable(error))) => {
+            Err(format!("{} ({error})", advice::for_connection(&error)))
+        }
+        Ok(Err(ConnectError::Rejected(error))) => {
+            Err(format!("{} ({error})", advice::for_error_reply(&error)))
+        }
+        Err(_) => {
+            let advice = advice::for_connection("no reply");
+            Err(format!("{advice} (not finished within {INSPECT_TIMEOUT:?})"))
+        }
     }
 }
 
-async fn look(client: &Client, terms: &Terms) -> Result<Facts, ConnectError> {
-    client.init().await.map_err(session::not_connected)?;
+async fn collect(client: &Client, settings: &RedisSettings) -> Result<Facts, ConnectError> {
+    client.init().await.map_err(session::connect_error)?;
     let info = check_server(client).await?;
-    let field = |name: &str| info_field(&info, name).unwrap_or_default();
+    let field = |name: &str| reply::info_field(&info, name).unwrap_or_default();
     let number = |name: &str| field(name).parse().unwrap_or(0);
     let mut facts = Facts {
         version: field("redis_version").into(),
@@ -111,49 +112,49 @@ async fn look(client: &Client, terms: &Terms) -> Result<Facts, ConnectError> {
         host: number("total_system_memory"),
         ..Facts::default()
     };
-    match check_permissions(client, terms).await {
-        Err(ConnectError::NotPermitted(text)) => facts.not_permitted = Some(text),
-        Err(ConnectError::Lacking(what)) => facts.lacking = Some(what),
+    match check_permissions(client, settings).await {
+        Err(ConnectError::NotPermitted(rights)) => facts.missing_rights = Some(rights),
+        Err(ConnectError::Unavailable(what)) => facts.unavailable = Some(what),
         result => result?,
     }
     clock(client, &mut facts).await?;
-    facts.config = settings(client).await?;
-    histories(client, terms, &mut facts).await?;
+    facts.config = config(client).await?;
+    histories(client, settings, &mut facts).await?;
     Ok(facts)
 }
 
-/// A command that may be refused, as managed services do with some: `None` then.
-async fn ask(
+/// Sends a command that managed services may reject: `None` then.
+async fn optional(
     client: &Client,
     name: &'static str,
     args: Vec<Value>,
 ) -> Result<Option<Resp3Frame>, ConnectError> {
     match command(client, name, args).await {
         Ok(frame) => Ok(Some(frame)),
-        Err(CallError::Refused(_)) => Ok(None),
-        Err(CallError::Lost(words)) => Err(ConnectError::Away(words.to_string())),
+        Err(CallError::ErrorReply(_)) => Ok(None),
+        Err(CallError::NoReply(text)) => Err(ConnectError::Unreachable(text.to_string())),
     }
 }
 
-/// Asks for the time a few times; the quickest answer tells most of the clock.
+/// Asks for the time a few times. The fastest reply is the most accurate.
 async fn clock(client: &Client, facts: &mut Facts) -> Result<(), ConnectError> {
-    let mut tries = Vec::new();
+    let mut samples = Vec::new();
     for _ in 0..5 {
-        let (begun, before) = (Instant::now(), SystemTime::now());
-        let Some(answer) = ask(client, "TIME", Vec::new()).await? else { return Ok(()) };
-        let took = begun.elapsed();
+        let (started, before) = (Instant::now(), SystemTime::now());
+        let Some(answer) = optional(client, "TIME", Vec::new()).await? else { return Ok(()) };
+        let took = started.elapsed();
         let Ok(before) = before.duration_since(UNIX_EPOCH) else { return Ok(()) };
         let [seconds, micros] = &reply::texts(&answer)[..] else { return Ok(()) };
         let theirs = seconds.parse().unwrap_or(0.0) + micros.parse().unwrap_or(0.0) / 1e6;
-        tries.push((took, theirs - (before + took / 2).as_secs_f64()));
+        samples.push((took, theirs - (before + took / 2).as_secs_f64()));
     }
-    tries.sort_by_key(|(took, _)| *took);
-    facts.round_trip = tries[tries.len() / 2].0;
-    facts.clock = (tries[0].1, tries[0].0.as_secs_f64() / 2.0);
+    samples.sort_by_key(|(took, _)| *took);
+    facts.round_trip = samples[samples.len() / 2].0;
+    facts.clock = (samples[0].1, samples[0].0.as_secs_f64() / 2.0);
     Ok(())
 }
 
-async fn settings(client: &Client) -> Result<HashMap<String, String>, ConnectError> {
+async fn config(client: &Client) -> Result<HashMap<String, String>, ConnectError> {
     let mut found = HashMap::new();
     for name in [
         "client-output-buffer-limit",
@@ -165,8 +166,8 @@ async fn settings(client: &Client) -> Result<HashMap<String, String>, ConnectErr
         "proto-max-bulk-len",
         "client-query-buffer-limit",
     ] {
-        // One by one: a service may show some and hide others.
-        if let Some(answer) = ask(client, "CONFIG", vec!["GET".into(), name.into()]).await?
+        // One by one: a managed service may hide some of them.
+        if let Some(answer) = optional(client, "CONFIG", vec!["GET".into(), name.into()]).await?
             && let [name, value] = &reply::pairs(&answer)[..]
         {
             found.insert(name.clone(), value.clone());
@@ -175,30 +176,30 @@ async fn settings(client: &Client) -> Result<HashMap<String, String>, ConnectErr
     Ok(found)
 }
 
-async fn histories(client: &Client, terms: &Terms, facts: &mut Facts) -> Result<(), ConnectError> {
-    let escaped: String = terms
+async fn histories(client: &Client, settings: &RedisSettings, facts: &mut Facts) -> Result<(), ConnectError> {
+    let escaped: String = settings
         .prefix
         .chars()
         .flat_map(|c| if "*?[]\\".contains(c) { vec!['\\', c] } else { vec![c] })
         .collect();
     let pattern = format!("{escaped}:{{*}}:events");
-    let (mut cursor, mut looked) = ("0".to_owned(), 0);
+    let (mut cursor, mut scanned) = ("0".to_owned(), 0);
     loop {
         let args = vec![
             cursor.into(),
             "MATCH".into(),
             pattern.as_str().into(),
             "COUNT".into(),
-            (SCAN as i64).into(),
+            (SCAN_COUNT as i64).into(),
         ];
-        let Some(answer) = ask(client, "SCAN", args).await? else { break };
-        let Some((next, keys)) = reply::scanned(&answer) else { break };
-        looked += SCAN;
+        let Some(answer) = optional(client, "SCAN", args).await? else { break };
+        let Some((next, keys)) = reply::scan(&answer) else { break };
+        scanned += SCAN_COUNT;
         for key in keys {
             let name = key
-                .strip_prefix(&format!("{}:{{", terms.prefix))
+                .strip_prefix(&format!("{}:{{", settings.prefix))
                 .and_then(|rest| rest.strip_suffix("}:events"));
-            // A key may be named twice while Redis moves its table.
+            // SCAN may return a key twice while Redis resizes its table.
             if let Some(name) = name.filter(|name| facts.channels.iter().all(|known| known.name != *name)) {
                 facts.channels.push(History { name: name.into(), ..History::default() });
             }
@@ -206,7 +207,7 @@ async fn histories(client: &Client, terms: &Terms, facts: &mut Facts) -> Result<
         if next == "0" {
             break;
         }
-        if looked >= KEYS || facts.channels.len() >= CHANNELS {
+        if scanned >= SCANNED_MAX || facts.channels.len() >= CHANNELS_MAX {
             facts.more = true;
             break;
         }
@@ -214,40 +215,45 @@ async fn histories(client: &Client, terms: &Terms, facts: &mut Facts) -> Result<
     }
     let mut first = Vec::new();
     for channel in &mut facts.channels {
-        let events = format!("{}:{{{}}}:events", terms.prefix, channel.name);
-        let length = ask(client, "XLEN", vec![events.as_str().into()]).await?;
+        let events = format!("{}:{{{}}}:events", settings.prefix, channel.name);
+        let length = optional(client, "XLEN", vec![events.as_str().into()]).await?;
         channel.events = length.as_ref().and_then(reply::integer).unwrap_or(0);
-        let size = ask(client, "MEMORY", vec!["USAGE".into(), events.into()]).await?;
+        let size = optional(client, "MEMORY", vec!["USAGE".into(), events.into()]).await?;
         channel.bytes = size.as_ref().and_then(reply::integer).unwrap_or(0);
-        first.push((Instant::now(), ends(client, terms, &channel.name).await?));
+        first.push((Instant::now(), position(client, settings, &channel.name).await?));
     }
     if facts.channels.is_empty() {
         return Ok(());
     }
     sleep(SAMPLE).await;
-    for (channel, (begun, before)) in facts.channels.iter_mut().zip(first) {
+    for (channel, (started, before)) in facts.channels.iter_mut().zip(first) {
         let (Some((head, base)), Some((head_before, base_before))) =
-            (ends(client, terms, &channel.name).await?, before)
+            (position(client, settings, &channel.name).await?, before)
         else {
             continue;
         };
         if base != base_before {
-            continue; // a new sequence: nothing to compare
+            continue; // a new epoch: nothing to compare
         }
-        channel.now = head.saturating_sub(head_before) as f64 / begun.elapsed().as_secs_f64();
-        // A sequence begins at the clock of Redis in microseconds, unless that was set back.
+        channel.now = head.saturating_sub(head_before) as f64 / started.elapsed().as_secs_f64();
+        // A sequence starts at the clock of Redis in microseconds, unless that was set back.
         let clock =
             SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |now| now.as_secs_f64()) + facts.clock.0;
         let age = clock - base as f64 / 1e6;
-        channel.since_begin = (age > 1.0).then(|| head.saturating_sub(base) as f64 / age);
+        channel.since_start = (age > 1.0).then(|| head.saturating_sub(base) as f64 / age);
     }
     Ok(())
 }
 
 /// A channel's head and base.
-async fn ends(client: &Client, terms: &Terms, channel: &str) -> Result<Option<(u64, u64)>, ConnectError> {
-    let key = format!("{}:{{{channel}}}:meta", terms.prefix);
-    let Some(answer) = ask(client, "HMGET", vec![key.into(), "head".into(), "base".into()]).await? else {
+async fn position(
+    client: &Client,
+    settings: &RedisSettings,
+    channel: &str,
+) -> Result<Option<(u64, u64)>, ConnectError> {
+    let key = format!("{}:{{{channel}}}:meta", settings.prefix);
+    let Some(answer) = optional(client, "HMGET", vec![key.into(), "head".into(), "base".into()]).await?
+    else {
         return Ok(None);
     };
     let [head, base] = &reply::texts(&answer)[..] else { return Ok(None) };

@@ -1,37 +1,35 @@
-//! The life of sessions: connecting, waiting before the next attempt, following the name of Redis to another address.
+//! The connection to Redis over time: attempts, sessions, waits between them, and the host name in `--redis`.
 
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use super::dns::{LOOKUP_EVERY, MOVED_AFTER};
+use super::dns::{HostName, LOOKUP_INTERVAL, MOVED_AFTER};
 use super::errors::ConnectError;
 use super::session::{self, Session};
 use super::settings::random;
-use super::status::Trouble;
+use super::status::Status;
 use super::{Bus, Outcome, advice};
 use crate::bus::Unusable;
 
-/// The first wait before a new attempt to connect; it doubles each time.
+/// The first wait before a new attempt to connect. It doubles with each failure.
 const BACKOFF_MIN: Duration = Duration::from_millis(100);
-
-/// The longest wait before a new attempt to connect.
 const BACKOFF_MAX: Duration = Duration::from_secs(3);
 
-/// The way to Redis.
+/// The current session, or the next attempt to make one.
 pub(super) struct Link {
-    pub(super) session: Option<Session>,
-    /// Counts sessions and attempts, so that what comes late from an earlier one is known for it.
-    pub(super) generation: u64,
-    /// When to try next, while there is no session and no attempt under way.
-    pub(super) next_attempt: Option<Instant>,
-    pub(super) failures: u32,
-    pub(super) trouble: Option<Trouble>,
-    /// When to look up the name of Redis again.
-    pub(super) next_lookup: Instant,
+    session: Option<Session>,
+    /// Counts sessions and attempts, so that results of an earlier one are recognized.
+    generation: u64,
+    /// When to connect next, while there is no session and no attempt.
+    next_attempt: Option<Instant>,
+    /// Attempts since a probe last came back.
+    failures: u32,
+    status: Status,
+    next_lookup: Instant,
     /// Lookups in a row without the connected address.
-    pub(super) moved: u32,
-    /// The ticket of the subscriptions with which this session began, while they are not in force.
-    pub(super) pending: Option<u64>,
+    lookups_elsewhere: u32,
+    /// The ticket of the first subscriptions of this session, until Redis confirms them.
+    subscribing: Option<u64>,
 }
 
 impl Link {
@@ -41,19 +39,15 @@ impl Link {
             generation: 0,
             next_attempt: Some(Instant::now()),
             failures: 0,
-            trouble: Some(Trouble::Starting),
+            status: Status::Starting,
             next_lookup: Instant::now(),
-            moved: 0,
-            pending: None,
+            lookups_elsewhere: 0,
+            subscribing: None,
         }
     }
 
     pub(super) fn session(&self) -> Option<&Session> {
         self.session.as_ref()
-    }
-
-    pub(super) fn is_up(&self) -> bool {
-        self.session.is_some()
     }
 
     pub(super) fn generation(&self) -> u64 {
@@ -64,117 +58,175 @@ impl Link {
         self.generation == generation
     }
 
-    pub(super) fn trouble(&self) -> Option<&str> {
-        self.trouble.as_ref().map(Trouble::text)
+    pub(super) fn status(&self) -> &Status {
+        &self.status
+    }
+
+    /// Returns the old status if it differs.
+    pub(super) fn set_status(&mut self, status: Status) -> Option<Status> {
+        (self.status != status).then(|| std::mem::replace(&mut self.status, status))
+    }
+
+    /// Whether Redis has confirmed the first subscriptions of this session.
+    pub(super) fn is_subscribed(&self) -> bool {
+        self.session.is_some() && self.subscribing.is_none()
+    }
+
+    /// Redis has confirmed all subscriptions up to `ticket`. True if the session's first ones were among them.
+    pub(super) fn confirm(&mut self, ticket: u64) -> bool {
+        self.subscribing.take_if(|first| *first <= ticket).is_some()
+    }
+
+    /// A probe came back.
+    pub(super) fn reset_backoff(&mut self) {
+        self.failures = 0;
+    }
+
+    /// Starts an attempt. Returns its generation.
+    fn start_attempt(&mut self) -> u64 {
+        self.next_attempt = None;
+        self.generation += 1;
+        self.generation
+    }
+
+    fn open(&mut self, session: Session, ticket: u64) {
+        self.session = Some(session);
+        self.subscribing = Some(ticket);
+        (self.next_lookup, self.lookups_elsewhere) = (Instant::now() + LOOKUP_INTERVAL, 0);
+    }
+
+    /// Drops the session and invalidates its results. False if there is none.
+    fn close(&mut self) -> bool {
+        let closed = self.session.take().is_some();
+        if closed {
+            self.generation += 1;
+            self.subscribing = None;
+        }
+        closed
+    }
+
+    fn back_off(&mut self) {
+        let wait = BACKOFF_MIN.saturating_mul(1 << self.failures.min(10)).min(BACKOFF_MAX);
+        self.failures += 1;
+        // Between half of it and all, so that nodes don't connect at the same time.
+        let jitter = (random() % 1000) as u32;
+        self.next_attempt = Some(Instant::now() + wait / 2 + wait / 2 * jitter / 1000);
+    }
+
+    /// The host name to look up now, if the session is connected by name.
+    fn due_lookup(&mut self, now: Instant) -> Option<HostName> {
+        if now < self.next_lookup {
+            return None;
+        }
+        self.next_lookup = now + LOOKUP_INTERVAL;
+        Some(self.session.as_ref()?.peer.as_ref()?.name.clone())
+    }
+
+    /// The connected address, if the host name has moved to others. A failed lookup proves nothing.
+    fn moved_from(&mut self, found: Result<Vec<SocketAddr>, String>) -> Option<SocketAddr> {
+        let address = self.session.as_ref()?.peer.as_ref()?.address;
+        match found {
+            Ok(found) if found.contains(&address) => self.lookups_elsewhere = 0,
+            Ok(found) if !found.is_empty() => self.lookups_elsewhere += 1,
+            _ => {}
+        }
+        (self.lookups_elsewhere >= MOVED_AFTER).then_some(address)
     }
 }
 
 impl Bus {
-    pub(super) fn connect(&mut self) {
-        self.link.next_attempt = None;
-        self.link.generation += 1;
-        let generation = self.link.generation;
-        let (config, terms, outcomes) = (self.config.clone(), self.terms.clone(), self.outcomes.clone());
-        let write = self.library_write;
-        let reports = {
+    pub(super) fn check_link(&mut self, now: Instant) {
+        if self.link.next_attempt.is_some_and(|at| at <= now) {
+            self.connect();
+        }
+        if self.link.session().is_none() {
+            return;
+        }
+        self.check_probes(now);
+        if let Some(name) = self.link.due_lookup(now) {
+            let (outcomes, generation) = (self.handles.outcomes.clone(), self.link.generation());
+            tokio::spawn(async move {
+                let _ = outcomes.send(Outcome::LookedUp(generation, name.lookup().await));
+            });
+        }
+    }
+
+    fn connect(&mut self) {
+        let generation = self.link.start_attempt();
+        let (config, settings) = (self.handles.config.clone(), self.handles.settings.clone());
+        let (outcomes, mode) = (self.handles.outcomes.clone(), self.functions.mode());
+        let report = {
             let outcomes = outcomes.clone();
             move |report| {
                 let _ = outcomes.send(Outcome::Session(generation, report));
             }
         };
         tokio::spawn(async move {
-            let made = tokio::time::timeout(
-                session::SESSION_TIMEOUT,
-                session::connect(config, &terms, write, reports),
-            )
-            .await;
-            let outcome = match made {
-                Ok(Ok(made)) => Outcome::Connected(generation, Box::new(made)),
+            let session = session::connect(config, &settings, mode, report);
+            let outcome = match tokio::time::timeout(session::SESSION_TIMEOUT, session).await {
+                Ok(Ok(session)) => Outcome::Connected(generation, Box::new(session)),
                 Ok(Err(error)) => Outcome::NotConnected(generation, error),
-                Err(_) => Outcome::NotConnected(generation, ConnectError::Away("no session in time".into())),
+                Err(_) => {
+                    let error = ConnectError::Unreachable("no session in time".into());
+                    Outcome::NotConnected(generation, error)
+                }
             };
             let _ = outcomes.send(outcome);
         });
     }
 
-    /// Starts a lookup of the name of Redis, which may no longer have the connected address.
-    pub(super) fn look_up(&mut self, now: Instant) {
-        self.link.next_lookup = now + LOOKUP_EVERY;
-        let Some(peer) = self.link.session.as_ref().and_then(|session| session.peer.as_ref()) else { return };
-        let (name, outcomes, generation) = (peer.name.clone(), self.outcomes.clone(), self.link.generation);
-        tokio::spawn(async move {
-            let _ = outcomes.send(Outcome::LookedUp(generation, name.lookup().await));
-        });
+    /// Subscribes to all followed channels.
+    pub(super) fn on_connected(&mut self, session: Session) {
+        if session.is_closed() {
+            let error = "the connection broke at once";
+            self.set_status(Status::unreachable(error), Some(error));
+            return self.link.back_off();
+        }
+        self.functions.on_loaded(session.fcall_error.clone());
+        let settings = &self.handles.settings;
+        let mut topics = vec![settings.probe_topic()];
+        let followed = self.channels.iter().filter(|(_, channel)| channel.followed.is_some());
+        topics.extend(followed.flat_map(|(name, _)| settings.topics(name)));
+        let ticket = self.subscriptions.next_ticket();
+        session.subscribe(topics, ticket);
+        self.link.open(session, ticket);
+        self.probes.start_session();
+        self.publishing.retry_all();
     }
 
-    /// Disconnects if the name of Redis has moved to another address. A failed lookup proves nothing.
-    pub(super) fn looked_up(&mut self, found: Result<Vec<SocketAddr>, String>) {
-        let Some(peer) = self.link.session.as_ref().and_then(|session| session.peer.as_ref()) else { return };
-        let address = peer.address;
-        match found {
-            Ok(found) if found.contains(&address) => self.link.moved = 0,
-            Ok(found) if !found.is_empty() => self.link.moved += 1,
-            _ => {}
-        }
-        if self.link.moved >= MOVED_AFTER {
-            self.session_over(&format!("the name no longer points to {address}"));
-        }
-    }
-
-    /// A session is there: subscribe again to everything, from our own table.
-    pub(super) fn connected(&mut self, session: Session) {
-        if session.is_over() {
-            let words = "the connection broke at once";
-            self.set_trouble(Some(Trouble::away(words)), words);
-            return self.back_off();
-        }
-        self.tell_of_library(session.no_library.clone());
-        let mut names = vec![self.terms.canary()];
-        let followed = self.channels.iter().filter(|(_, channel)| channel.follow.is_some());
-        names.extend(followed.flat_map(|(name, _)| self.terms.lanes(name)));
-        self.ticket += 1;
-        session.subscribe(names, self.ticket);
-        self.link.pending = Some(self.ticket);
-        (self.link.next_lookup, self.link.moved) = (Instant::now() + LOOKUP_EVERY, 0);
-        self.link.session = Some(session);
-        self.canaries.heard = Some(Instant::now());
-        self.touched.extend(self.busy.iter().cloned());
-    }
-
-    pub(super) fn not_connected(&mut self, error: ConnectError) -> Result<(), Unusable> {
-        let (trouble, words) = match error {
-            ConnectError::Unusable(text) => return Err(Unusable(text)),
-            ConnectError::Away(words) => (Trouble::away(&words), words),
-            ConnectError::Refused(words) => (Trouble::refuses(&words), words),
-            ConnectError::Lacking(what) => (Trouble::Refuses(advice::lacking(&what).into()), String::new()),
-            ConnectError::NotPermitted(text) => (Trouble::Refuses(text.into()), String::new()),
+    pub(super) fn on_not_connected(&mut self, error: ConnectError) -> Result<(), Unusable> {
+        let (status, error) = match error {
+            ConnectError::Unsupported(text) => return Err(Unusable(text)),
+            ConnectError::Unreachable(text) => (Status::unreachable(&text), Some(text)),
+            ConnectError::Rejected(text) => (Status::rejecting(&text), Some(text)),
+            ConnectError::Unavailable(what) => {
+                (Status::Rejecting(advice::for_unavailable(&what).into()), None)
+            }
+            ConnectError::NotPermitted(rights) => (Status::Rejecting(rights.to_string().into()), None),
         };
-        self.set_trouble(Some(trouble), &words);
-        self.back_off();
+        self.set_status(status, error.as_deref());
+        self.link.back_off();
         Ok(())
     }
 
-    fn back_off(&mut self) {
-        let wait = BACKOFF_MIN.saturating_mul(1 << self.link.failures.min(10)).min(BACKOFF_MAX);
-        self.link.failures += 1;
-        // Between half and the whole, so that many nodes don't come at once.
-        let jitter = (random() % 1000) as u32;
-        self.link.next_attempt = Some(Instant::now() + wait / 2 + wait / 2 * jitter / 1000);
+    /// Reconnects if the host name has moved to another Redis.
+    pub(super) fn on_looked_up(&mut self, found: Result<Vec<SocketAddr>, String>) {
+        if let Some(address) = self.link.moved_from(found) {
+            self.close_session(&format!("the name no longer resolves to {address}"));
+        }
     }
 
-    pub(super) fn session_over(&mut self, why: &str) {
-        if self.link.session.take().is_none() {
+    pub(super) fn close_session(&mut self, error: &str) {
+        if !self.link.close() {
             return;
         }
-        self.link.generation += 1; // so that nothing of it counts any more
-        self.link.pending = None;
-        self.canaries.sent.clear();
-        let trouble = match ["NOPERM", "READONLY"].iter().any(|prefix| why.starts_with(prefix)) {
-            true => Trouble::refuses(why),
-            false => Trouble::away(why),
+        self.probes.end_session();
+        let status = match ["NOPERM", "READONLY"].iter().any(|prefix| error.starts_with(prefix)) {
+            true => Status::rejecting(error),
+            false => Status::unreachable(error),
         };
-        self.fail_joins(trouble.text());
-        self.set_trouble(Some(trouble), why);
-        self.back_off();
+        self.fail_joins(status.advice().unwrap_or_default());
+        self.set_status(status, Some(error));
+        self.link.back_off();
     }
 }

@@ -1,12 +1,21 @@
 //! The bus across nodes: ids and history in Redis, Pub/Sub as the hint, one sequence for each followed channel.
 //!
-//! One task owns everything here. What waits for Redis is spawned, owns nothing, and comes back as an
-//! `Outcome`. Rooms: `link` (the connections), `address` (the name they are made to), `library` (what other programs call), `scripts` (what runs in Redis), `wire` (messages to
-//! entries), `publisher` and `follow` (one channel's two directions), `out` and `inward` (what the task does
-//! with them), `pages` (history for those who are behind), `health` (canary, sessions, readiness), `reason` (what is
-//! wrong, in plain words), `faults` (the log of channels whose data in Redis is wrong).
+//! One task owns the [`Bus`]. Calls to Redis run in tasks of their own, which own nothing and send back an [`Outcome`].
+//!
+//! | file | what it does |
+//! |---|---|
+//! | `session`, `commands` | the two connections to one Redis, and commands over them |
+//! | `link`, `dns`, `status` | connecting, reconnecting, and what `/readyz` and the log say about it |
+//! | `requirements`, `advice`, `errors` | what a node needs of Redis; errors and what to do about them |
+//! | `scripts`, `functions`, `settings` | the Lua in Redis, its arguments, and the names of keys |
+//! | `reply`, `decode` | replies and messages into entries |
+//! | `subscriptions`, `followed` | from Pub/Sub to the shards, gaps filled from the stream |
+//! | `publishing`, `publish_queue` | from the shards to the stream, one call in flight per channel |
+//! | `history` | pages of history for clients that are behind |
+//! | `probe`, `faults` | the comparison of positions every second; channels whose data is damaged |
+//! | `inspect` | what `fanfare doctor` reports about a Redis |
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -18,16 +27,18 @@ use tokio::sync::{Semaphore, broadcast, mpsc};
 
 use self::errors::{CallError, ConnectError};
 use self::faults::FaultLog;
-use self::followed::Follow;
-use self::functions::WriteMode;
-use self::history::Pages;
+use self::followed::FollowedChannel;
+use self::functions::FunctionLoader;
+use self::history::History;
 use self::link::Link;
-use self::probe::Canaries;
-use self::publish_queue::Publisher;
-use self::scripts::Known;
+use self::probe::Probes;
+use self::publish_queue::PublishQueue;
+use self::publishing::Publishing;
+use self::scripts::KnownPosition;
 use self::session::{Report, Session};
-use self::settings::Terms;
-use super::{BusContext, BusError, Page, Request, ShardSender, Unusable};
+use self::settings::RedisSettings;
+use self::subscriptions::{ReadPurpose, Subscriptions};
+use super::{BusContext, Page, Request, ShardSender, Unusable};
 use crate::config::{RedisUrl, Settings};
 use crate::metrics::{BusMetrics, Readiness};
 use crate::protocol::event::{ChannelName, EventId};
@@ -54,143 +65,122 @@ mod settings;
 mod status;
 mod subscriptions;
 
-pub use self::scripts::{Taken, page, taken}; // for the fuzz targets, as decode is
+pub use self::errors::MissingRights;
+pub use self::scripts::{PublishReply, parse_page, parse_publish}; // for the fuzz targets, as decode is
 
-/// How often deadlines are looked at. Publish and canary times are met within this.
+/// How often deadlines are checked. Timeouts of publishes and probes are accurate to this.
 const TICK: Duration = Duration::from_millis(100);
 
-/// Messages or requests taken in one go before the others have their turn.
+/// Most messages or requests handled before the other inputs have their turn.
 const TURN_MAX: usize = 256;
 
-/// Reads in flight. Redis answers one after the other anyway, so more would only fill its queue.
+/// Reads in flight. Redis executes one after the other anyway, so more would only fill its queue.
 const READS_MAX: usize = 64;
 
-/// How long a channel that nobody follows or publishes to is remembered.
+/// How long a channel is remembered that is neither followed nor published to.
 const IDLE: Duration = Duration::from_secs(60);
 
-/// What comes back from whatever waits for Redis.
+/// The result of a call to Redis. The first field is the generation of its session: see [`Link::is_current`].
 enum Outcome {
     Connected(u64, Box<(Session, broadcast::Receiver<Message>)>),
     NotConnected(u64, ConnectError),
     Session(u64, Report),
     Published(u64, ChannelName, Result<Resp3Frame, CallError>),
-    Read(u64, ChannelName, Purpose, Result<Page, CallError>),
+    Read(u64, ChannelName, ReadPurpose, Result<Page, CallError>),
     Page(u64, ChannelName, EventId, Result<Page, CallError>),
-    CanarySent(u64, Result<(), CallError>),
-    Library(u64, Result<(), CallError>),
+    ProbeSent(u64, Result<(), CallError>),
+    FunctionLoaded(u64, Result<(), CallError>),
     LookedUp(u64, Result<Vec<SocketAddr>, String>),
 }
 
-/// Why a channel is read.
-#[derive(Clone, Copy, Debug)]
-enum Purpose {
-    /// To know its base before the first publish.
-    Learn,
-    /// To know its position when it is first followed; for this subscription.
-    Start(u64),
-    /// To learn what came after this position.
-    Fill(EventId),
-}
-
-/// What is known of a channel, in both directions.
+/// What this node knows of a channel, in both directions.
 struct Channel {
-    known: Known,
-    learning: bool,
-    publisher: Publisher,
-    follow: Option<Follow>,
-    /// It has its turn with the canaries.
-    in_rounds: bool,
-    used: Instant,
+    known: KnownPosition,
+    /// A read for the base is in flight.
+    loading_base: bool,
+    queue: PublishQueue,
+    followed: Option<FollowedChannel>,
+    /// It is in the rotation of [`Probes`].
+    in_rotation: bool,
+    last_used: Instant,
 }
 
 impl Default for Channel {
     fn default() -> Channel {
         Channel {
-            known: Known::default(),
-            learning: false,
-            publisher: Publisher::default(),
-            follow: None,
-            in_rounds: false,
-            used: Instant::now(),
+            known: KnownPosition::default(),
+            loading_base: false,
+            queue: PublishQueue::default(),
+            followed: None,
+            in_rotation: false,
+            last_used: Instant::now(),
         }
     }
 }
 
-struct Bus {
-    terms: Arc<Terms>,
-    config: Config,
-    shards: Arc<dyn ShardSender>,
-    numbers: Arc<BusMetrics>,
-    readiness: Arc<Readiness>,
-    outcomes: mpsc::UnboundedSender<Outcome>,
-    reads: Arc<Semaphore>,
-    link: Link,
-    canaries: Canaries,
-    channels: HashMap<ChannelName, Channel>,
-    followed: usize,
-    /// Channels with events to publish.
-    busy: HashSet<ChannelName>,
-    /// Those among them that changed in this turn.
-    touched: Vec<ChannelName>,
-    /// Bytes of events that wait or are in flight.
-    waiting_bytes: usize,
-    /// The last publish number given, of all channels: a channel that is forgotten must not begin anew.
-    call_number: u64,
-    /// Channels whose subscription is under way, by its ticket.
-    starting: VecDeque<(u64, ChannelName)>,
-    /// The last subscription ticket given.
-    ticket: u64,
-    pages: Pages,
-    /// Channels in the order in which canaries visit them.
-    rounds: VecDeque<ChannelName>,
-    next_sweep: Instant,
-    warned_of_size: Option<Instant>,
-    faults: FaultLog,
-    warned_of_json: Option<Instant>,
-    /// Why other programs can't publish by FCALL, as far as was told to the log.
-    no_library: Option<Arc<str>>,
-    /// How the library is written: replaced once by this process, later only if it is missing.
-    library_write: WriteMode,
-    /// When to check next whether it is missing.
-    next_load: Instant,
+impl Channel {
+    fn is_idle(&self, now: Instant) -> bool {
+        let unused = self.followed.is_none() && self.queue.is_idle();
+        unused && !self.loading_base && !self.in_rotation && now.duration_since(self.last_used) > IDLE
+    }
 }
 
-/// Runs until every sender of requests is gone.
-pub async fn run(settings: &Settings, url: &RedisUrl, wiring: BusContext) -> Result<(), Unusable> {
+/// What all parts of the bus use and none changes.
+struct Handles {
+    settings: Arc<RedisSettings>,
+    config: Config,
+    shards: Arc<dyn ShardSender>,
+    metrics: Arc<BusMetrics>,
+    readiness: Arc<Readiness>,
+    outcomes: mpsc::UnboundedSender<Outcome>,
+    /// Limits the reads in flight.
+    reads: Arc<Semaphore>,
+}
+
+struct Bus {
+    handles: Handles,
+    link: Link,
+    channels: HashMap<ChannelName, Channel>,
+    subscriptions: Subscriptions,
+    publishing: Publishing,
+    history: History,
+    probes: Probes,
+    functions: FunctionLoader,
+    faults: FaultLog,
+    next_cleanup: Instant,
+}
+
+/// Runs until all senders of requests are dropped.
+pub async fn run(settings: &Settings, url: &RedisUrl, context: BusContext) -> Result<(), Unusable> {
     let config =
         Config::from_url(&url.0).map_err(|error| Unusable(format!("--redis {url}: {}", error.details())))?;
     if config.server.is_clustered() {
-        return Err(Unusable(format!("--redis {url}: a cluster is not supported yet")));
+        return Err(Unusable(format!(
+            "--redis {url}: cluster mode is not supported yet: name a stand-alone Redis or Sentinels"
+        )));
     }
-    let BusContext { mut requests, shards, numbers, readiness } = wiring;
+    let BusContext { mut requests, shards, metrics, readiness } = context;
     let (outcomes, mut outcomes_rx) = mpsc::unbounded_channel();
-    let mut bus = Bus {
-        terms: Arc::new(Terms::new(settings)),
+    let handles = Handles {
+        settings: Arc::new(RedisSettings::new(settings)),
         config,
         shards,
-        numbers,
+        metrics,
         readiness,
         outcomes,
         reads: Arc::new(Semaphore::new(READS_MAX)),
+    };
+    let mut bus = Bus {
+        handles,
         link: Link::new(),
-        canaries: Canaries::default(),
         channels: HashMap::new(),
-        followed: 0,
-        busy: HashSet::new(),
-        touched: Vec::new(),
-        waiting_bytes: 0,
-        call_number: 0,
-        starting: VecDeque::new(),
-        ticket: 0,
-        pages: Pages::new(settings.max_message_size),
-        rounds: VecDeque::new(),
-        next_sweep: Instant::now() + IDLE,
-        warned_of_size: None,
+        subscriptions: Subscriptions::default(),
+        publishing: Publishing::default(),
+        history: History::new(settings.max_message_size),
+        probes: Probes::default(),
+        functions: FunctionLoader::new(),
         faults: FaultLog::default(),
-        warned_of_json: None,
-        no_library: None,
-        library_write: WriteMode::Replace,
-        next_load: Instant::now(),
+        next_cleanup: Instant::now() + IDLE,
     };
     let mut messages: Option<broadcast::Receiver<Message>> = None;
     let mut tick = tokio::time::interval(TICK);
@@ -199,32 +189,32 @@ pub async fn run(settings: &Settings, url: &RedisUrl, wiring: BusContext) -> Res
         tokio::select! {
             request = requests.recv() => {
                 let Some(request) = request else { return Ok(()) };
-                bus.request(request);
+                bus.on_request(request);
                 for _ in 1..TURN_MAX {
                     let Ok(request) = requests.try_recv() else { break };
-                    bus.request(request);
+                    bus.on_request(request);
                 }
             }
             message = next_message(&mut messages) => {
-                bus.message(message);
+                bus.on_message(message);
                 for _ in 1..TURN_MAX {
                     match messages.as_mut().map(|rx| rx.try_recv()) {
-                        Some(Ok(message)) => bus.message(Ok(message)),
-                        Some(Err(TryRecvError::Lagged(lost))) => bus.message(Err(RecvError::Lagged(lost))),
-                        _ => break, // the next turn hears of an end
+                        Some(Ok(message)) => bus.on_message(Ok(message)),
+                        Some(Err(TryRecvError::Lagged(lost))) => bus.on_message(Err(RecvError::Lagged(lost))),
+                        _ => break, // if it is closed, the next turn handles that
                     }
                 }
             }
             outcome = outcomes_rx.recv() => {
                 let outcome = outcome.expect("the bus itself holds a sender");
-                bus.outcome(outcome, &mut messages)?;
+                bus.on_outcome(outcome, &mut messages)?;
             }
-            _ = tick.tick() => bus.tick(Instant::now()),
+            _ = tick.tick() => bus.on_tick(Instant::now()),
         }
-        if !bus.link.is_up() {
+        if bus.link.session().is_none() {
             messages = None;
         }
-        bus.pump_touched();
+        bus.send_changed();
     }
 }
 
@@ -236,7 +226,7 @@ async fn next_message(messages: &mut Option<broadcast::Receiver<Message>>) -> Re
 }
 
 impl Bus {
-    fn request(&mut self, request: Request) {
+    fn on_request(&mut self, request: Request) {
         match request {
             Request::Publish(publish) => self.publish(publish),
             Request::Follow { channel, shard } => self.follow(channel, shard),
@@ -244,82 +234,74 @@ impl Bus {
             Request::Read { channel, position, bytes, shard } => {
                 self.read_page(channel, position, bytes, shard);
             }
-            Request::Look { channel, shard } => self.look(channel, shard),
+            Request::Look { channel, shard } => self.refresh(channel, shard),
         }
     }
 
-    fn outcome(
+    fn on_outcome(
         &mut self,
         outcome: Outcome,
         messages: &mut Option<broadcast::Receiver<Message>>,
     ) -> Result<(), Unusable> {
         match outcome {
-            Outcome::Connected(generation, made) if self.link.is_current(generation) => {
-                let (session, receiver) = *made;
+            Outcome::Connected(generation, session) if self.link.is_current(generation) => {
+                let (session, receiver) = *session;
                 *messages = Some(receiver);
-                self.connected(session);
+                self.on_connected(session);
             }
             Outcome::NotConnected(generation, error) if self.link.is_current(generation) => {
-                self.not_connected(error)?;
+                self.on_not_connected(error)?;
             }
             Outcome::Session(generation, report) if self.link.is_current(generation) => match report {
-                Report::Subscribed(ticket) => self.subscribed(ticket),
-                Report::Ended(why) => self.session_over(&why),
+                Report::Subscribed(ticket) => self.on_subscribed(ticket),
+                Report::Closed(why) => self.close_session(&why),
             },
-            Outcome::CanarySent(generation, result) if self.link.is_current(generation) => {
-                self.canary_sent(result);
+            Outcome::ProbeSent(generation, result) if self.link.is_current(generation) => {
+                self.on_probe_sent(result);
             }
-            Outcome::Library(generation, result) if self.link.is_current(generation) => match result {
-                Ok(()) => self.tell_of_library(None),
-                Err(CallError::Refused(words)) => self.tell_of_library(Some(words)),
-                Err(CallError::Lost(_)) => {} // the session tells of its end itself
+            Outcome::FunctionLoaded(generation, result) if self.link.is_current(generation) => match result {
+                Ok(()) => self.functions.on_loaded(None),
+                Err(CallError::ErrorReply(text)) => self.functions.on_loaded(Some(text)),
+                Err(CallError::NoReply(_)) => {} // the session reports that it has closed
             },
-            Outcome::LookedUp(generation, found) if self.link.is_current(generation) => self.looked_up(found),
-            // These come once for each call, whichever session made it.
-            Outcome::Published(generation, channel, result) => self.published(generation, &channel, result),
+            Outcome::LookedUp(generation, found) if self.link.is_current(generation) => {
+                self.on_looked_up(found);
+            }
+            // Results of calls count whichever session made the call: each call has exactly one.
+            Outcome::Published(generation, channel, result) => {
+                self.on_published(generation, &channel, result);
+            }
             Outcome::Read(generation, channel, purpose, result) => {
-                self.was_read(generation, &channel, purpose, result);
+                self.on_read(generation, &channel, purpose, result);
             }
             Outcome::Page(generation, channel, position, result) => {
-                self.page_was_read(generation, channel, position, result);
+                self.on_page(generation, channel, position, result);
             }
-            _ => {} // of a session that is gone
+            _ => {} // of an earlier session
         }
         Ok(())
     }
 
-    fn tick(&mut self, now: Instant) {
-        self.watch_link(now);
-        self.pages.expire(now);
-        let busy: Vec<ChannelName> = self.busy.iter().cloned().collect();
-        for channel in busy {
-            self.expire(&channel, now);
-            self.touched.push(channel);
-        }
-        if now >= self.next_sweep {
-            self.next_sweep = now + IDLE / 4;
-            self.channels.retain(|_, channel| {
-                let idle = channel.follow.is_none() && channel.publisher.is_idle() && !channel.learning;
-                !(idle && !channel.in_rounds && now.duration_since(channel.used) > IDLE)
-            });
+    fn on_tick(&mut self, now: Instant) {
+        self.check_link(now);
+        self.history.expire(now);
+        self.expire_publishes(now);
+        if now >= self.next_cleanup {
+            self.next_cleanup = now + IDLE / 4;
+            self.channels.retain(|_, channel| !channel.is_idle(now));
         }
     }
 
-    /// Why Redis can't be asked now, if it can't.
-    fn away(&self) -> Option<BusError> {
-        self.link.trouble().map(|text| BusError::Away(text.into()))
-    }
-
-    /// A call's error as what it says about the session that made it.
-    fn judge(&mut self, generation: u64, error: &CallError) {
+    /// Handles the error of a call for the session that made it.
+    fn on_call_error(&mut self, generation: u64, error: &CallError) {
         if !self.link.is_current(generation) {
             return;
         }
         match error {
-            CallError::Lost(text) => self.session_over(text),
-            // A primary that was demoted, its connections still open: the next connection finds the new one.
-            CallError::Refused(text) if text.starts_with("READONLY") => self.session_over(text),
-            CallError::Refused(text) => self.faults.log(text),
+            CallError::NoReply(text) => self.close_session(text),
+            // A demoted primary keeps its connections open. The next connection finds the new primary.
+            CallError::ErrorReply(text) if text.starts_with("READONLY") => self.close_session(text),
+            CallError::ErrorReply(text) => self.faults.log(text),
         }
     }
 }

@@ -1,163 +1,201 @@
-//! What the bus does with events on their way to Redis.
+//! Events on their way to Redis, over all channels.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Instant;
 
 use fred::types::{Resp3Frame, Value};
 
-use super::commands::{Script, is_passing};
-use super::decode::FAULT;
-use super::errors::CallError;
-use super::publish_queue::Due;
-use super::{Bus, Outcome, Purpose, advice, scripts};
+use super::commands::Script;
+use super::errors::{CallError, FAULT, is_temporary};
+use super::publish_queue::{Completed, PublishQueue};
+use super::scripts::KnownPosition;
+use super::subscriptions::ReadPurpose;
+use super::{Bus, Outcome, advice, scripts};
 use crate::bus::{Publish, PublishError};
 use crate::protocol::event::{ChannelName, EventId};
 
-/// Errors of Redis before it runs a script, and of a script before its first event: certainly nothing was published.
-const REFUSALS: [&str; 8] =
+/// Errors that Redis replies with before it runs a script, or a script before its first event: certainly nothing was
+/// published.
+const CERTAIN_ERRORS: [&str; 8] =
     ["OOM", "READONLY", "NOPERM", "MISCONF", "NOREPLICAS", "NOAUTH", "WRONGPASS", FAULT];
 
-/// Whether this error came before the script ran. One from inside names the script.
+/// Whether nothing was published. An error from inside a script names the script.
 fn is_certain(error: &str) -> bool {
-    REFUSALS.iter().any(|prefix| error.starts_with(prefix)) && !error.contains(" script: ")
+    CERTAIN_ERRORS.iter().any(|prefix| error.starts_with(prefix)) && !error.contains(" script: ")
+}
+
+/// What concerns the queues of all channels.
+#[derive(Debug, Default)]
+pub(super) struct Publishing {
+    /// Channels with events in their queue.
+    busy: HashSet<ChannelName>,
+    /// Channels to look at in [`Bus::send_changed`].
+    changed: Vec<ChannelName>,
+    /// Memory of all queues.
+    queued_bytes: usize,
+    /// The last publish number of all channels. One that was forgotten must not start again at 1.
+    last_number: u64,
+}
+
+impl Publishing {
+    /// Changes a queue and updates the sum of all.
+    fn update<T>(&mut self, queue: &mut PublishQueue, change: impl FnOnce(&mut PublishQueue) -> T) -> T {
+        let before = queue.bytes();
+        let result = change(queue);
+        self.queued_bytes = self.queued_bytes - before + queue.bytes();
+        result
+    }
+
+    /// The channel may have a call to make.
+    pub(super) fn mark(&mut self, channel: ChannelName) {
+        self.changed.push(channel);
+    }
+
+    /// Marks all busy channels.
+    pub(super) fn retry_all(&mut self) {
+        self.changed.extend(self.busy.iter().cloned());
+    }
 }
 
 impl Bus {
     pub(super) fn publish(&mut self, publish: Publish) {
-        if self.waiting_bytes > self.terms.waiting_max {
-            let full = PublishError::Refused("too many events wait for the bus".into());
-            self.settle(vec![(publish.answer, Err(full))]);
+        if self.publishing.queued_bytes > self.handles.settings.queue_bytes_max {
+            let full = PublishError::Rejected("too many events wait for the bus".into());
+            self.complete(vec![(publish.answer, Err(full))]);
             return;
         }
         let name = publish.channel.clone();
+        let deadline = Instant::now() + self.handles.settings.publish_timeout;
         let channel = self.channels.entry(name.clone()).or_default();
-        let before = channel.publisher.bytes();
-        channel.publisher.push(publish, Instant::now() + self.terms.publish_timeout);
-        self.waiting_bytes += channel.publisher.bytes() - before;
-        if self.busy.insert(name.clone()) || channel.publisher.is_ready() {
-            self.touched.push(name);
+        self.publishing.update(&mut channel.queue, |queue| queue.push(publish, deadline));
+        if self.publishing.busy.insert(name.clone()) || channel.queue.is_ready() {
+            self.publishing.mark(name);
         }
     }
 
-    pub(super) fn pump_touched(&mut self) {
-        for name in std::mem::take(&mut self.touched) {
-            self.pump(&name);
+    /// Makes the next calls of the channels that changed in this turn.
+    pub(super) fn send_changed(&mut self) {
+        for name in std::mem::take(&mut self.publishing.changed) {
+            self.send_next(&name);
         }
     }
 
-    /// Calls Redis if the channel has something to say and nothing in flight.
-    fn pump(&mut self, name: &ChannelName) {
+    /// Calls Redis if the channel has events and no call in flight.
+    fn send_next(&mut self, name: &ChannelName) {
         let Some(channel) = self.channels.get_mut(name) else { return };
-        if channel.publisher.is_idle() {
-            channel.used = Instant::now();
-            self.busy.remove(name);
+        if channel.queue.is_idle() {
+            channel.last_used = Instant::now();
+            self.publishing.busy.remove(name);
             return;
         }
         let Some(session) = self.link.session() else { return };
-        if !channel.publisher.is_ready() {
+        if !channel.queue.is_ready() {
             return;
         }
         if channel.known.base == EventId(0) {
-            if !channel.learning {
-                channel.learning = true;
-                self.read(name, Purpose::Learn);
+            if !channel.loading_base {
+                channel.loading_base = true;
+                self.read(name, ReadPurpose::LoadBase);
             }
             return;
         }
         let known = channel.known;
-        let Some(batch) = channel.publisher.call(known.base, &mut self.call_number) else { return };
-        // A retry shows the base of its first attempt, so that the script sees whether the run has changed since.
-        let shown = scripts::Known { base: batch.base, ..known };
-        let mut args = scripts::publish_args(&self.terms, name, shown, batch);
+        let Some(batch) = channel.queue.call(known.base, &mut self.publishing.last_number) else { return };
+        // A retry carries the base of its first attempt: the script then sees whether the epoch has changed since.
+        let carried = KnownPosition { base: batch.base, ..known };
+        let settings = &self.handles.settings;
+        let mut args = scripts::publish_args(settings, name, carried, batch);
         for (item, to) in batch.items.iter().filter(|_| batch.withdrawn.is_none()) {
             args.push(Value::Bytes(item.clone()));
             args.push(Value::from(to.as_deref().unwrap_or_default()));
         }
-        let (caller, outcomes, name) = (session.caller(), self.outcomes.clone(), name.clone());
-        let (key, generation) = (self.terms.key(&name), self.link.generation());
+        let (commands, outcomes) = (session.commands(), self.handles.outcomes.clone());
+        let (key, generation, name) = (settings.channel_key(name), self.link.generation(), name.clone());
         tokio::spawn(async move {
-            let result = caller.call(Script::Publish, &[&key], args).await;
+            let result = commands.run(Script::Publish, &[&key], args).await;
             let _ = outcomes.send(Outcome::Published(generation, name, result));
         });
     }
 
-    pub(super) fn published(
+    pub(super) fn on_published(
         &mut self,
         generation: u64,
         name: &ChannelName,
         result: Result<Resp3Frame, CallError>,
     ) {
         let channel = self.channels.get_mut(name).expect("a channel with a call in flight is kept");
-        let publisher = &mut channel.publisher;
-        let before = publisher.bytes();
-        let due = match &result {
-            Ok(frame) => match scripts::taken(frame) {
-                Some(taken) => {
-                    channel.known.learn(taken.base, taken.head);
-                    if taken.refused { publisher.withdrew() } else { publisher.taken(taken.first) }
+        let known = &mut channel.known;
+        let completed = self.publishing.update(&mut channel.queue, |queue| match &result {
+            Ok(frame) => match scripts::parse_publish(frame) {
+                Some(reply) => {
+                    known.update(reply.base, reply.head);
+                    if reply.rejected { queue.on_withdrawn() } else { queue.on_published(reply.first) }
                 }
-                None => publisher.taken(None),
+                None => queue.on_published(None),
             },
-            Err(CallError::Refused(text)) if is_passing(text) => {
-                publisher.lost(false);
+            Err(CallError::ErrorReply(text)) if is_temporary(text) => {
+                queue.retry(false);
                 Vec::new()
             }
-            // Redis closes the connection with this answer, which may get lost. Then the retry gets it.
-            Err(CallError::Refused(text)) if text.starts_with("ERR Protocol error") => {
-                publisher.withdraw(advice::refused(text).into())
+            // Redis closes the connection with this reply, which may get lost. Then the retry gets it.
+            Err(CallError::ErrorReply(text)) if text.starts_with("ERR Protocol error") => {
+                queue.withdraw(advice::for_error_reply(text).into())
             }
-            Err(CallError::Refused(text)) if is_certain(text) => {
-                publisher.refused(advice::refused(text).into())
+            Err(CallError::ErrorReply(text)) if is_certain(text) => {
+                queue.on_rejected(advice::for_error_reply(text).into())
             }
-            Err(CallError::Refused(text)) => {
-                tracing::error!(channel = %name, "publish failed inside Redis: {text}");
-                publisher.taken(None)
+            Err(CallError::ErrorReply(text)) => {
+                tracing::error!(channel = %name, error = &**text, "publish script failed");
+                queue.on_published(None)
             }
-            Err(CallError::Lost(_)) => {
-                publisher.lost(true);
+            Err(CallError::NoReply(_)) => {
+                queue.retry(true);
                 Vec::new()
             }
-        };
-        self.waiting_bytes -= before - channel.publisher.bytes();
-        self.settle(due);
+        });
+        self.complete(completed);
         match result {
-            Ok(_) => self.touched.push(name.clone()),
+            Ok(_) => self.publishing.mark(name.clone()),
             Err(error) => {
-                self.judge(generation, &error);
-                // What is tried again waits for the next tick or the next session.
-                if !self.channels[name].publisher.is_ready() {
-                    self.touched.push(name.clone());
+                self.on_call_error(generation, &error);
+                // A call that must be repeated waits for the next tick or the next session.
+                if !self.channels[name].queue.is_ready() {
+                    self.publishing.mark(name.clone());
                 }
             }
         }
     }
 
-    /// Refuses the events of a channel that were not sent yet.
-    pub(super) fn refuse_unsent(&mut self, name: &ChannelName, why: &Arc<str>) {
+    /// Rejects the events of a channel that were not sent yet.
+    pub(super) fn reject_unsent(&mut self, name: &ChannelName, why: &Arc<str>) {
         let Some(channel) = self.channels.get_mut(name) else { return };
-        let before = channel.publisher.bytes();
-        let due = channel.publisher.refuse_unsent(why);
-        self.waiting_bytes -= before - channel.publisher.bytes();
-        self.settle(due);
-        self.touched.push(name.clone());
+        let completed = self.publishing.update(&mut channel.queue, |queue| queue.reject_unsent(why));
+        self.complete(completed);
+        self.publishing.mark(name.clone());
     }
 
-    pub(super) fn expire(&mut self, name: &ChannelName, now: Instant) {
-        let Some(channel) = self.channels.get_mut(name) else { return };
-        let before = channel.publisher.bytes();
-        let due = channel.publisher.expire(now);
-        self.waiting_bytes -= before - channel.publisher.bytes();
-        self.settle(due);
-    }
-
-    fn settle(&mut self, due: Vec<Due>) {
-        for (answer, result) in due {
-            match &result {
-                Ok(_) => self.numbers.published.add(1),
-                Err(PublishError::Refused(_)) => self.numbers.publish_rejected.add(1),
-                Err(PublishError::Unknown) => self.numbers.publish_unknown.add(1),
+    /// Completes events whose deadline has passed, and retries calls.
+    pub(super) fn expire_publishes(&mut self, now: Instant) {
+        let busy: Vec<ChannelName> = self.publishing.busy.iter().cloned().collect();
+        for name in busy {
+            if let Some(channel) = self.channels.get_mut(&name) {
+                let completed = self.publishing.update(&mut channel.queue, |queue| queue.expire(now));
+                self.complete(completed);
             }
-            self.shards.answer(answer, result);
+            self.publishing.mark(name);
+        }
+    }
+
+    fn complete(&mut self, completed: Vec<Completed>) {
+        let metrics = &self.handles.metrics;
+        for (answer, result) in completed {
+            match &result {
+                Ok(_) => metrics.published.add(1),
+                Err(PublishError::Rejected(_)) => metrics.publish_rejected.add(1),
+                Err(PublishError::Unknown) => metrics.publish_unknown.add(1),
+            }
+            self.handles.shards.answer(answer, result);
         }
     }
 }

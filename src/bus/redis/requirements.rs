@@ -1,83 +1,81 @@
-//! Whether a Redis has what a node needs.
+//! Checks that a Redis has what a node needs.
 
 use fred::clients::Client;
 use fred::types::{Resp3Frame, Value};
 
-use super::commands::{command, is_passing, script_args};
-use super::errors::{CallError, ConnectError};
-use super::reply;
-use super::scripts;
-use super::settings::Terms;
+use super::commands::{command, script_args};
+use super::errors::{CallError, ConnectError, MissingRights, is_temporary};
+use super::settings::RedisSettings;
+use super::{reply, scripts};
 
-/// The oldest Redis with functions, script flags and ACL checks in scripts.
+/// The oldest major version with functions, script flags and ACL checks in scripts.
 const OLDEST_REDIS: u32 = 7;
 
-pub async fn setup(
+/// Sends a command that must succeed before a session can start.
+pub async fn required(
     client: &Client,
     name: &'static str,
     args: Vec<Value>,
 ) -> Result<Resp3Frame, ConnectError> {
-    command(client, name, args).await.map_err(|error| match error {
-        CallError::Lost(text) => ConnectError::Away(text.to_string()),
-        CallError::Refused(text) if is_passing(&text) => ConnectError::Away(text.to_string()),
-        CallError::Refused(text) => ConnectError::Refused(text.to_string()),
-    })
+    command(client, name, args).await.map_err(connect_error)
 }
 
-/// A field of INFO.
-pub fn field<'a>(info: &'a str, name: &str) -> Option<&'a str> {
-    info.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).map(str::trim)
+fn connect_error(error: CallError) -> ConnectError {
+    match error {
+        CallError::NoReply(text) => ConnectError::Unreachable(text.to_string()),
+        CallError::ErrorReply(text) if is_temporary(&text) => ConnectError::Unreachable(text.to_string()),
+        CallError::ErrorReply(text) => ConnectError::Rejected(text.to_string()),
+    }
 }
 
-/// Whether this Redis will do; gives its INFO.
+/// Checks version and mode. Returns the reply of INFO.
 pub async fn check_server(client: &Client) -> Result<String, ConnectError> {
-    let info = reply::bytes(&setup(client, "INFO", Vec::new()).await?).unwrap_or_default();
+    let info = reply::bytes(&required(client, "INFO", Vec::new()).await?).unwrap_or_default();
     let info = String::from_utf8_lossy(&info).into_owned();
-    let version = field(&info, "redis_version").unwrap_or_default();
+    let version = reply::info_field(&info, "redis_version").unwrap_or_default();
     let major = version.split('.').next().and_then(|major| major.parse::<u32>().ok());
     if major.is_some_and(|major| major < OLDEST_REDIS) {
-        return Err(ConnectError::Unusable(format!(
-            "this Redis is {version}, but fanfare needs {OLDEST_REDIS}.0 or newer"
+        return Err(ConnectError::Unsupported(format!(
+            "Redis {version} is too old: use {OLDEST_REDIS}.0 or newer"
         )));
     }
-    if field(&info, "cluster_enabled") == Some("1") {
-        return Err(ConnectError::Unusable(
-            "this Redis is a cluster, which is not supported yet: give --redis a stand-alone Redis or Sentinel"
-                .into(),
+    if reply::info_field(&info, "cluster_enabled") == Some("1") {
+        return Err(ConnectError::Unsupported(
+            "cluster mode is not supported yet: name a stand-alone Redis or Sentinels in --redis".into(),
         ));
     }
     Ok(info)
 }
 
-/// Checks that Redis has all that a node needs and permits it to its user. The script is sent whole: it is needed once.
-pub async fn check_permissions(client: &Client, terms: &Terms) -> Result<(), ConnectError> {
-    let channel = format!("{}:{{x}}", terms.prefix);
-    let bare = terms.bare.iter().map(|channel| Value::from(channel.as_str())).collect();
-    let keys = [&*channel, &terms.canary(), &terms.settings_key()];
-    let args = script_args(Value::from_static_str(scripts::CHECK), &keys, bare);
-    let [refused, lacking] = match command(client, "EVAL", args).await {
+/// Checks that Redis has all commands that a node needs, and that the user's ACL permits them. The script is sent as
+/// text, since it is needed once.
+pub async fn check_permissions(client: &Client, settings: &RedisSettings) -> Result<(), ConnectError> {
+    let channel = format!("{}:{{x}}", settings.prefix);
+    let plain = settings.pubsub_channels.iter().map(|channel| Value::from(channel.as_str())).collect();
+    let keys = [&*channel, &settings.probe_topic(), &settings.settings_key()];
+    let args = script_args(Value::from_static_str(scripts::CHECK), &keys, plain);
+    let [forbidden, unavailable] = match command(client, "EVAL", args).await {
         Ok(frame) => match reply::array(&frame) {
-            Some([refused, lacking]) => [reply::texts(refused), reply::texts(lacking)],
-            _ => return Err(ConnectError::Refused("an answer of a form that no script gives".into())),
+            Some([forbidden, unavailable]) => [reply::texts(forbidden), reply::texts(unavailable)],
+            _ => return Err(ConnectError::Rejected("unexpected reply of check.lua".into())),
         },
-        Err(CallError::Lost(text)) => return Err(ConnectError::Away(text.to_string())),
-        Err(CallError::Refused(text)) if is_passing(&text) => {
-            return Err(ConnectError::Away(text.to_string()));
+        Err(CallError::ErrorReply(text)) if text.starts_with("NOPERM") => {
+            [vec![text.to_string()], Vec::new()]
         }
-        Err(CallError::Refused(text)) if text.starts_with("NOPERM") => [vec![text.to_string()], Vec::new()],
-        Err(CallError::Refused(text)) => return Err(ConnectError::Refused(text.to_string())),
+        Err(error) => return Err(connect_error(error)),
     };
-    if !lacking.is_empty() {
-        return Err(ConnectError::Lacking(lacking.join(", ")));
+    if !unavailable.is_empty() {
+        return Err(ConnectError::Unavailable(unavailable.join(", ")));
     }
-    if refused.is_empty() {
+    if forbidden.is_empty() {
         return Ok(());
     }
-    let bare: String = terms.bare.iter().map(|channel| format!(" &{channel}")).collect();
-    Err(ConnectError::NotPermitted(format!(
-        "Redis does not permit {}; grant this user ~{prefix}:* &{prefix}:*{bare} +@read +@write +@pubsub +@scripting \
-         +@connection +info +time",
-        refused.join(", "),
-        prefix = terms.prefix,
-    )))
+    let plain: String = settings.pubsub_channels.iter().map(|channel| format!(" &{channel}")).collect();
+    Err(ConnectError::NotPermitted(MissingRights {
+        commands: forbidden.join(", "),
+        grant: format!(
+            "~{prefix}:* &{prefix}:*{plain} +@read +@write +@pubsub +@scripting +@connection +info +time",
+            prefix = settings.prefix,
+        ),
+    }))
 }

@@ -1,4 +1,4 @@
-//! The Lua that runs inside Redis: put together, given its arguments, its answers taken apart.
+//! The Lua scripts that run inside Redis: their texts, arguments and replies.
 //! <https://redis.io/docs/latest/develop/interact/programmability/eval-intro/>
 
 use std::sync::Arc;
@@ -9,40 +9,39 @@ use fred::types::{Resp3Frame, Value};
 use super::decode;
 use super::publish_queue::Batch;
 use super::reply::{array, bytes, integer};
-use super::settings::Terms;
-use crate::bus::Page;
+use super::settings::RedisSettings;
+use crate::bus::page::Page;
 use crate::protocol::event::{ChannelName, Entry, EventId};
 
-/// No flag: Redis refuses it whole when out of memory, so that a refused event is certainly not taken.
+/// Without `allow-oom`: when out of memory, Redis rejects it before it runs, so certainly nothing is published.
 pub const PUBLISH: &str =
     concat!("#!lua\n", include_str!("lua/epoch.lua"), "\n", include_str!("lua/publish.lua"));
 
-/// Readers may write a few bytes (a new anchor) even when events are refused for want of memory.
+/// With `allow-oom`: a read may write a few bytes (a new base), and must work when events are rejected.
 pub const READ: &str =
     concat!("#!lua flags=allow-oom\n", include_str!("lua/epoch.lua"), "\n", include_str!("lua/read.lua"));
 
-/// As [`READ`].
-pub const CANARY: &str =
+/// With `allow-oom`, as [`READ`].
+pub const PROBE: &str =
     concat!("#!lua flags=allow-oom\n", include_str!("lua/epoch.lua"), "\n", include_str!("lua/probe.lua"));
 
-/// Writes nothing.
+/// Checks commands and rights.
 pub const CHECK: &str = concat!("#!lua flags=no-writes,allow-oom\n", include_str!("lua/check.lua"));
 
-/// Stores the settings of this prefix for other programs' FCALL.
+/// Stores the FCALL settings of this prefix.
 pub const SETTINGS: &str = concat!("#!lua flags=allow-oom\n", include_str!("lua/settings.lua"));
 
-/// What every call on a channel carries: what this node knows of it.
+/// What this node knows of a channel. Every call on a channel carries it, so that the script notices a loss of events.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Known {
+pub struct KnownPosition {
     /// The highest id seen.
     pub seen: EventId,
-    /// The last anchor known.
+    /// The latest base; 0 if the node does not know one.
     pub base: EventId,
 }
 
-impl Known {
-    /// Learns from an answer.
-    pub fn learn(&mut self, base: EventId, head: EventId) {
+impl KnownPosition {
+    pub fn update(&mut self, base: EventId, head: EventId) {
         self.base = self.base.max(base);
         self.seen = self.seen.max(head);
     }
@@ -53,92 +52,99 @@ pub fn number(value: u64) -> Value {
     Value::Integer(i64::try_from(value).expect("ids, sizes and milliseconds are below 2^63"))
 }
 
-fn opening(terms: &Terms, known: Known) -> Vec<Value> {
-    vec![number(u64::from(terms.durable)), number(terms.ttl_ms), number(known.seen.0), number(known.base.0)]
+/// The arguments that all scripts on a channel begin with.
+fn channel_args(settings: &RedisSettings, known: KnownPosition) -> Vec<Value> {
+    vec![
+        number(u64::from(settings.durable)),
+        number(settings.history_ttl_ms),
+        number(known.seen.0),
+        number(known.base.0),
+    ]
 }
 
-/// The arguments of [`PUBLISH`], but for the events.
-pub fn publish_args(terms: &Terms, channel: &ChannelName, known: Known, batch: &Batch) -> Vec<Value> {
-    let bare = if terms.bare.contains(channel) { channel.as_str() } else { "" };
-    let mut args = opening(terms, known);
+/// The arguments of [`PUBLISH`] before the events.
+pub fn publish_args(
+    settings: &RedisSettings,
+    channel: &ChannelName,
+    known: KnownPosition,
+    batch: &Batch,
+) -> Vec<Value> {
+    let plain = if settings.pubsub_channels.contains(channel) { channel.as_str() } else { "" };
+    let mut args = channel_args(settings, known);
     args.extend([
-        number(terms.history),
-        Value::from(bare),
-        Value::from(terms.node.as_str()),
+        number(settings.history),
+        Value::from(plain),
+        Value::from(settings.node.as_str()),
         number(batch.number),
         number(u64::from(batch.retry)),
-        number(terms.number_ttl_ms),
+        number(settings.publish_number_ttl_ms),
         Value::from(batch.key.as_deref().unwrap_or_default()),
-        number(terms.history_bytes as u64),
+        number(settings.history_bytes as u64),
     ]);
     args
 }
 
-/// What came of a publish.
+/// The reply of [`PUBLISH`].
 #[derive(Clone, Copy, Debug)]
-pub struct Taken {
-    /// The first event's id; `None`: it may or may not have been taken.
+pub struct PublishReply {
+    /// The id of the first event; `None` if the events may or may not have been published.
     pub first: Option<EventId>,
-    /// It was certainly not published, and never will be.
-    pub refused: bool,
-    /// The channel's base and head then.
+    /// The events were certainly not published and never will be.
+    pub rejected: bool,
     pub base: EventId,
-    /// The last id given.
     pub head: EventId,
 }
 
-/// Takes the answer of [`PUBLISH`] apart.
-pub fn taken(frame: &Resp3Frame) -> Option<Taken> {
+pub fn parse_publish(frame: &Resp3Frame) -> Option<PublishReply> {
     let items = array(frame)?;
     let ids: Vec<u64> = items.iter().map(integer).collect::<Option<_>>()?;
     let [status, first, base, head] = ids[..] else { return None };
     let first = (status == 1).then_some(EventId(first));
-    Some(Taken { first, refused: status == 2, base: EventId(base), head: EventId(head) })
+    Some(PublishReply { first, rejected: status == 2, base: EventId(base), head: EventId(head) })
 }
 
-/// What a read asks for.
+/// Which events a read returns.
 #[derive(Clone, Copy, Debug)]
-pub struct Wanted {
-    /// The first id wanted.
+pub struct ReadRange {
+    /// The first id.
     pub from: EventId,
-    /// The last id wanted.
+    /// The last id.
     pub to: EventId,
     /// Most events.
     pub events: u64,
-    /// About how many bytes. One event comes in any case.
+    /// About how many bytes; at least one event.
     pub bytes: usize,
     /// The events from this id up to `from` are added if they have fewer than `shared_bytes`.
     pub shared_from: EventId,
-    /// See `shared_from`.
     pub shared_bytes: usize,
 }
 
-/// Most events, and most bytes if all were as long as allowed, that a read takes from the stream in one step. It may
-/// bring this many bytes more than wanted.
+/// Most events that a read takes from the stream in one step, and most bytes if each has `--max-message-size`. A read
+/// may return this many bytes more than [`ReadRange::bytes`].
 const STEP_EVENTS: usize = 32;
 const STEP_BYTES: usize = 2 << 20;
 
 /// The arguments of [`READ`].
-pub fn read_args(terms: &Terms, known: Known, wanted: Wanted) -> Vec<Value> {
-    let step = (STEP_BYTES / terms.max_message_size).clamp(1, STEP_EVENTS);
-    let mut args = opening(terms, known);
+pub fn read_args(settings: &RedisSettings, known: KnownPosition, range: ReadRange) -> Vec<Value> {
+    let step = (STEP_BYTES / settings.max_message_size).clamp(1, STEP_EVENTS);
+    let mut args = channel_args(settings, known);
     args.extend([
-        number(wanted.from.0),
-        number(wanted.to.0),
-        number(wanted.events),
-        number(wanted.bytes as u64),
-        number(wanted.shared_from.0),
-        number(wanted.shared_bytes as u64),
+        number(range.from.0),
+        number(range.to.0),
+        number(range.events),
+        number(range.bytes as u64),
+        number(range.shared_from.0),
+        number(range.shared_bytes as u64),
         number(step as u64),
     ]);
     args
 }
 
-/// Takes the answer of [`READ`] apart.
-pub fn page(frame: &Resp3Frame) -> Option<Page> {
+/// The reply of [`READ`].
+pub fn parse_page(frame: &Resp3Frame) -> Option<Page> {
     let items = array(frame)?;
-    let (heads, events) = items.split_at_checked(3)?;
-    let ids: Vec<u64> = heads.iter().map(integer).collect::<Option<_>>()?;
+    let (position, events) = items.split_at_checked(3)?;
+    let ids: Vec<u64> = position.iter().map(integer).collect::<Option<_>>()?;
     let mut history: Vec<(Bytes, Option<Arc<str>>)> = Vec::with_capacity(events.len() / 2);
     for pair in events.chunks_exact(2) {
         let user = bytes(&pair[1])?;
@@ -150,17 +156,17 @@ pub fn page(frame: &Resp3Frame) -> Option<Page> {
     Some(Page { after, base: EventId(ids[0]), head: EventId(ids[1]), oldest: EventId(ids[2]), entries })
 }
 
-/// The arguments of [`CANARY`], but for the channels.
-pub fn canary_args(terms: &Terms, canary: u64) -> Vec<Value> {
+/// The arguments of [`PROBE`] before the channels.
+pub fn probe_args(settings: &RedisSettings, probe: u64) -> Vec<Value> {
     vec![
-        number(u64::from(terms.durable)),
-        number(terms.ttl_ms),
-        Value::from(terms.prefix.as_str()),
-        number(canary),
+        number(u64::from(settings.durable)),
+        number(settings.history_ttl_ms),
+        Value::from(settings.prefix.as_str()),
+        number(probe),
     ]
 }
 
-/// A channel's part in [`CANARY`]'s arguments.
-pub fn canary_channel(args: &mut Vec<Value>, channel: &ChannelName, known: Known) {
+/// Adds a channel to the arguments of [`PROBE`].
+pub fn add_probe_channel(args: &mut Vec<Value>, channel: &ChannelName, known: KnownPosition) {
     args.extend([Value::from(channel.as_str()), number(known.seen.0), number(known.base.0)]);
 }

@@ -1,7 +1,6 @@
-//! The connections to Redis: one for commands, one for subscriptions. They live and die together as a session,
-//! and nothing of a session outlives it: fred neither reconnects nor resends nor resubscribes here. So what is
-//! sent again, and under which number, is decided in one place; and a connection that hangs in the middle of a
-//! write is simply dropped.
+//! A session: one connection for commands and one for subscriptions. Both open and close together, and nothing of a
+//! session outlives it: fred neither reconnects nor resends nor resubscribes here. So one place decides what is sent
+//! again and under which number, and a connection that hangs in the middle of a write is simply dropped.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,193 +15,67 @@ use fred::types::{Message, Value};
 use tokio::sync::{broadcast, mpsc, watch};
 use tokio::task::AbortHandle;
 
-use super::commands::{Caller, SCRIPTS, command};
-use super::dns::{Name, Peer};
+use super::commands::{Commands, SCRIPTS, command};
+use super::dns::{HostName, Peer};
 use super::errors::ConnectError;
 use super::functions::{self, WriteMode};
-use super::reply::bytes;
-use super::requirements::{check_permissions, check_server, setup};
-use super::settings::Terms;
+use super::reply;
+use super::requirements::{check_permissions, check_server, required};
+use super::settings::RedisSettings;
 
-/// Longest wait for a connection to be made, TLS and login included.
+/// Longest wait for one connection, TLS and login included.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Longest that all of making a session may take. Its parts have limits of their own; this one holds whatever they
-/// miss, since no other attempt begins meanwhile.
+/// Longest time for all steps of [`connect`], since no other attempt starts meanwhile. Each step has a limit of its own.
 pub const SESSION_TIMEOUT: Duration = CONNECT_TIMEOUT.saturating_mul(4);
 
-/// Messages that fred holds for us. Its default of 32 loses under any load; each takes about 200 bytes even
-/// when empty. What is lost beyond is a hole like any other.
+/// Messages in fred's buffer, about 200 bytes each even when empty. Its default of 32 loses messages under any load. A lost
+/// message is a gap like any other.
 const MESSAGES: usize = 4096;
 
-/// Names in one SUBSCRIBE.
-const NAMES_MAX: usize = 1000;
+/// Most channels in one SUBSCRIBE.
+const SUBSCRIBE_MAX: usize = 1000;
 
-/// What a session tells the bus.
+/// What a session reports to the bus.
 #[derive(Debug)]
 pub enum Report {
-    /// All subscriptions up to this ticket are in force.
+    /// Redis has confirmed all subscriptions up to this ticket.
     Subscribed(u64),
-    /// The session is over, for this reason.
-    Ended(String),
+    /// The session has closed, for this reason.
+    Closed(String),
 }
 
-enum Order {
+enum SubscriptionRequest {
     Subscribe(Vec<String>, u64),
     Unsubscribe(Vec<String>),
 }
 
-/// Two connections that work. Dropping it ends both, and every call under way with [`CallError::Lost`].
+/// Two open connections. Dropping it closes both, and all calls in flight fail with
+/// [`CallError::NoReply`](super::errors::CallError::NoReply).
 #[derive(Debug)]
 pub struct Session {
-    caller: Caller,
-    /// Its peer, if it is connected by name.
+    commands: Commands,
+    /// The peer, if it is connected by name.
     pub peer: Option<Peer>,
-    /// Why other programs can't publish by FCALL, if they can't: Redis' words.
-    pub no_library: Option<Arc<str>>,
-    orders: mpsc::UnboundedSender<Order>,
-    tasks: Vec<AbortHandle>,
+    /// Why FCALL is unavailable to other programs, if it is: the error of Redis.
+    pub fcall_error: Option<Arc<str>>,
+    subscriptions: mpsc::UnboundedSender<SubscriptionRequest>,
+    tasks: AbortOnDrop,
     /// Dropped with the session.
     _open: watch::Sender<()>,
 }
 
-impl std::fmt::Debug for Order {
+impl std::fmt::Debug for SubscriptionRequest {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Order")
+        f.write_str("SubscriptionRequest")
     }
 }
 
-impl Drop for Session {
-    fn drop(&mut self) {
-        for task in &self.tasks {
-            task.abort();
-        }
-    }
-}
+/// Tasks that end with their session, or with a failed attempt to make one.
+#[derive(Debug)]
+struct AbortOnDrop(Vec<AbortHandle>);
 
-impl Session {
-    /// What calls scripts; cloned into whatever waits for an answer.
-    pub fn caller(&self) -> Caller {
-        self.caller.clone()
-    }
-
-    /// Whether it has ended already. It says so by [`Report::Ended`] too, once.
-    pub fn is_over(&self) -> bool {
-        self.tasks.iter().any(AbortHandle::is_finished)
-    }
-
-    /// Subscribes, in the order asked; [`Report::Subscribed`] says when.
-    pub fn subscribe(&self, names: Vec<String>, ticket: u64) {
-        let _ = self.orders.send(Order::Subscribe(names, ticket)); // a session that ends says so itself
-    }
-
-    /// Unsubscribes, in the order asked.
-    pub fn unsubscribe(&self, names: Vec<String>) {
-        let _ = self.orders.send(Order::Unsubscribe(names));
-    }
-}
-
-/// What fred is told for every connection; where its defaults are wrong for us, the reason.
-pub fn connection_config(reconnect_errors: Vec<ReconnectError>) -> ConnectionConfig {
-    ConnectionConfig {
-        connection_timeout: CONNECT_TIMEOUT,
-        internal_command_timeout: CONNECT_TIMEOUT,
-        max_command_attempts: 1, // sending again without its number could double an event
-        tcp: TcpConfig { nodelay: Some(true), ..TcpConfig::default() },
-        unresponsive: UnresponsiveConfig::default(), // off: the canary does it, for Pub/Sub too
-        reconnect_errors,
-        ..ConnectionConfig::default()
-    }
-}
-
-/// Why a connection could not be made.
-pub fn not_connected(error: Error) -> ConnectError {
-    match error.kind() {
-        ErrorKind::Auth => ConnectError::Refused(error.details().to_owned()),
-        _ => ConnectError::Away(error.details().to_owned()),
-    }
-}
-
-/// Connects to the first address of this Redis that accepts connections.
-pub async fn connect(
-    config: Config,
-    terms: &Terms,
-    mode: WriteMode,
-    reports: impl Fn(Report) + Clone + Send + Sync + 'static,
-) -> Result<(Session, broadcast::Receiver<Message>), ConnectError> {
-    let Some(name) = Name::of(&config) else { return connect_to(config, None, terms, mode, reports).await };
-    let mut failure = ConnectError::Away("no addresses for the name".into());
-    for address in name.lookup().await.map_err(ConnectError::Away)? {
-        let peer = Peer { name: name.clone(), address };
-        let config = name.at(address, &config);
-        match connect_to(config, Some(peer), terms, mode, reports.clone()).await {
-            Err(error @ ConnectError::Away(_)) => failure = error,
-            result => return result,
-        }
-    }
-    Err(failure)
-}
-
-/// Makes both connections, checks that this Redis will do, and loads what runs in it.
-async fn connect_to(
-    config: Config,
-    peer: Option<Peer>,
-    terms: &Terms,
-    mode: WriteMode,
-    reports: impl Fn(Report) + Clone + Send + Sync + 'static,
-) -> Result<(Session, broadcast::Receiver<Message>), ConnectError> {
-    let mut tasks = Tasks(Vec::new());
-    let client = Client::new(config.clone(), None, Some(connection_config(Vec::new())), None);
-    let commands_end = client.init().await.map_err(not_connected)?;
-    tasks.0.push(commands_end.abort_handle());
-    check_server(&client).await?;
-
-    let performance =
-        PerformanceConfig { broadcast_channel_capacity: MESSAGES, ..PerformanceConfig::default() };
-    // fred takes SUBSCRIBE for done before Redis has answered. A refusal must not get lost, so it ends the session.
-    let refusals = vec![ReconnectError::Custom("NOPERM")];
-    let subscriber =
-        SubscriberClient::new(config, Some(performance), Some(connection_config(refusals)), None);
-    let subscriber_end = subscriber.init().await.map_err(not_connected)?;
-    tasks.0.push(subscriber_end.abort_handle());
-    let messages = subscriber.message_rx();
-
-    let mut hashes = Vec::with_capacity(SCRIPTS.len());
-    for (_, text) in SCRIPTS {
-        let hash = setup(&client, "SCRIPT", vec!["LOAD".into(), text.into()]).await?;
-        hashes.push(Value::Bytes(bytes(&hash).unwrap_or_default()));
-    }
-    let hashes: [Value; SCRIPTS.len()] = hashes.try_into().expect("as many hashes as scripts");
-    let (open, watch_open) = watch::channel(());
-    let caller = Caller::new(client.clone(), hashes, watch_open);
-    check_permissions(&client, terms).await?;
-    let no_library = functions::provide(&client, terms, mode).await.err().map(|error| error.text());
-
-    let (orders, orders_rx) = mpsc::unbounded_channel();
-    let report = reports.clone();
-    let driver = tokio::spawn(async move {
-        if let Err(why) = drive(subscriber, orders_rx, &report).await {
-            report(Report::Ended(why));
-        }
-    });
-    tasks.0.push(driver.abort_handle());
-    let watcher = tokio::spawn(async move {
-        let end = tokio::select! { end = commands_end => end, end = subscriber_end => end };
-        let why = match end {
-            Ok(Err(error)) => error.details().to_owned(),
-            _ => "the connection was closed".to_owned(),
-        };
-        reports(Report::Ended(why));
-    });
-    tasks.0.push(watcher.abort_handle());
-    let tasks = std::mem::take(&mut tasks.0);
-    Ok((Session { caller, peer, no_library, orders, tasks, _open: open }, messages))
-}
-
-/// Ends what was begun when a later step fails.
-struct Tasks(Vec<AbortHandle>);
-
-impl Drop for Tasks {
+impl Drop for AbortOnDrop {
     fn drop(&mut self) {
         for task in &self.0 {
             task.abort();
@@ -210,22 +83,141 @@ impl Drop for Tasks {
     }
 }
 
-/// Carries out orders one after the other; what has gathered goes in one SUBSCRIBE. Redis answers on this
-/// connection in order, so the PONG that follows proves the subscriptions before it.
-async fn drive(
+impl Session {
+    pub fn commands(&self) -> Commands {
+        self.commands.clone()
+    }
+
+    /// Whether it has closed already. It also reports [`Report::Closed`], once.
+    pub fn is_closed(&self) -> bool {
+        self.tasks.0.iter().any(AbortHandle::is_finished)
+    }
+
+    /// Subscribes, in the order of the calls; [`Report::Subscribed`] confirms it.
+    pub fn subscribe(&self, topics: Vec<String>, ticket: u64) {
+        // A session that has closed reports that itself.
+        let _ = self.subscriptions.send(SubscriptionRequest::Subscribe(topics, ticket));
+    }
+
+    /// Unsubscribes, in the order of the calls.
+    pub fn unsubscribe(&self, topics: Vec<String>) {
+        let _ = self.subscriptions.send(SubscriptionRequest::Unsubscribe(topics));
+    }
+}
+
+pub fn connection_config(reconnect_errors: Vec<ReconnectError>) -> ConnectionConfig {
+    ConnectionConfig {
+        connection_timeout: CONNECT_TIMEOUT,
+        internal_command_timeout: CONNECT_TIMEOUT,
+        max_command_attempts: 1, // a second attempt without its number could publish an event twice
+        tcp: TcpConfig { nodelay: Some(true), ..TcpConfig::default() },
+        unresponsive: UnresponsiveConfig::default(), // off: the probe checks that, for Pub/Sub too
+        reconnect_errors,
+        ..ConnectionConfig::default()
+    }
+}
+
+pub fn connect_error(error: Error) -> ConnectError {
+    match error.kind() {
+        ErrorKind::Auth => ConnectError::Rejected(error.details().to_owned()),
+        _ => ConnectError::Unreachable(error.details().to_owned()),
+    }
+}
+
+/// Connects to the first address of this Redis that accepts connections.
+pub async fn connect(
+    config: Config,
+    settings: &RedisSettings,
+    mode: WriteMode,
+    report: impl Fn(Report) + Clone + Send + Sync + 'static,
+) -> Result<(Session, broadcast::Receiver<Message>), ConnectError> {
+    let Some(name) = HostName::of(&config) else {
+        return connect_to(config, None, settings, mode, report).await;
+    };
+    let mut failure = ConnectError::Unreachable("no addresses for the name".into());
+    for address in name.lookup().await.map_err(ConnectError::Unreachable)? {
+        let peer = Peer { name: name.clone(), address };
+        let config = name.at(address, &config);
+        match connect_to(config, Some(peer), settings, mode, report.clone()).await {
+            Err(error @ ConnectError::Unreachable(_)) => failure = error,
+            result => return result,
+        }
+    }
+    Err(failure)
+}
+
+/// Opens both connections, checks the requirements, and loads scripts and function.
+async fn connect_to(
+    config: Config,
+    peer: Option<Peer>,
+    settings: &RedisSettings,
+    mode: WriteMode,
+    report: impl Fn(Report) + Clone + Send + Sync + 'static,
+) -> Result<(Session, broadcast::Receiver<Message>), ConnectError> {
+    let mut tasks = AbortOnDrop(Vec::new());
+    let client = Client::new(config.clone(), None, Some(connection_config(Vec::new())), None);
+    let commands_closed = client.init().await.map_err(connect_error)?;
+    tasks.0.push(commands_closed.abort_handle());
+    check_server(&client).await?;
+
+    let performance =
+        PerformanceConfig { broadcast_channel_capacity: MESSAGES, ..PerformanceConfig::default() };
+    // fred completes SUBSCRIBE before Redis has replied. An error reply must not get lost, so it closes the session.
+    let subscribe_errors = vec![ReconnectError::Custom("NOPERM")];
+    let subscriber =
+        SubscriberClient::new(config, Some(performance), Some(connection_config(subscribe_errors)), None);
+    let subscriber_closed = subscriber.init().await.map_err(connect_error)?;
+    tasks.0.push(subscriber_closed.abort_handle());
+    let messages = subscriber.message_rx();
+
+    let mut hashes = Vec::with_capacity(SCRIPTS.len());
+    for text in SCRIPTS {
+        let hash = required(&client, "SCRIPT", vec!["LOAD".into(), text.into()]).await?;
+        hashes.push(Value::Bytes(reply::bytes(&hash).unwrap_or_default()));
+    }
+    let hashes: [Value; SCRIPTS.len()] = hashes.try_into().expect("as many hashes as scripts");
+    let (open, open_rx) = watch::channel(());
+    let commands = Commands::new(client.clone(), hashes, open_rx);
+    check_permissions(&client, settings).await?;
+    let fcall_error = functions::provide(&client, settings, mode).await.err().map(|error| error.text());
+
+    let (subscriptions, requests) = mpsc::unbounded_channel();
+    let report_driver = report.clone();
+    let driver = tokio::spawn(async move {
+        if let Err(why) = drive_subscriptions(subscriber, requests, &report_driver).await {
+            report_driver(Report::Closed(why));
+        }
+    });
+    tasks.0.push(driver.abort_handle());
+    let watcher = tokio::spawn(async move {
+        let result =
+            tokio::select! { result = commands_closed => result, result = subscriber_closed => result };
+        let why = match result {
+            Ok(Err(error)) => error.details().to_owned(),
+            _ => "the connection was closed".to_owned(),
+        };
+        report(Report::Closed(why));
+    });
+    tasks.0.push(watcher.abort_handle());
+    Ok((Session { commands, peer, fcall_error, subscriptions, tasks, _open: open }, messages))
+}
+
+/// Executes subscription requests one after the other, those that wait in one SUBSCRIBE. Redis replies in order on this
+/// connection, so the PONG that follows confirms the subscriptions before it.
+async fn drive_subscriptions(
     subscriber: SubscriberClient,
-    mut orders: mpsc::UnboundedReceiver<Order>,
+    mut requests: mpsc::UnboundedReceiver<SubscriptionRequest>,
     report: &impl Fn(Report),
 ) -> Result<(), String> {
     let client = subscriber.to_client();
-    let mut next = orders.recv().await;
-    while let Some(order) = next.take() {
-        match order {
-            Order::Subscribe(mut names, mut ticket) => {
-                while names.len() < NAMES_MAX {
-                    match orders.try_recv() {
-                        Ok(Order::Subscribe(more, later)) => {
-                            names.extend(more);
+    let mut next = requests.recv().await;
+    while let Some(request) = next.take() {
+        match request {
+            SubscriptionRequest::Subscribe(mut topics, mut ticket) => {
+                while topics.len() < SUBSCRIBE_MAX {
+                    match requests.try_recv() {
+                        Ok(SubscriptionRequest::Subscribe(more, later)) => {
+                            topics.extend(more);
                             ticket = later;
                         }
                         Ok(other) => {
@@ -235,18 +227,18 @@ async fn drive(
                         Err(_) => break,
                     }
                 }
-                let names: Vec<fred::types::Key> = names.into_iter().map(Into::into).collect();
-                subscriber.subscribe(names).await.map_err(|error| error.details().to_owned())?;
+                let topics: Vec<fred::types::Key> = topics.into_iter().map(Into::into).collect();
+                subscriber.subscribe(topics).await.map_err(|error| error.details().to_owned())?;
                 command(&client, "PING", Vec::new()).await.map_err(|error| error.text().to_string())?;
                 report(Report::Subscribed(ticket));
             }
-            Order::Unsubscribe(names) => {
-                let names: Vec<fred::types::Key> = names.into_iter().map(Into::into).collect();
-                subscriber.unsubscribe(names).await.map_err(|error| error.details().to_owned())?;
+            SubscriptionRequest::Unsubscribe(topics) => {
+                let topics: Vec<fred::types::Key> = topics.into_iter().map(Into::into).collect();
+                subscriber.unsubscribe(topics).await.map_err(|error| error.details().to_owned())?;
             }
         }
         if next.is_none() {
-            next = orders.recv().await;
+            next = requests.recv().await;
         }
     }
     Ok(())

@@ -1,52 +1,58 @@
-//! Whether the bus works, for `/readyz` and the log.
+//! Whether Redis works for this node, as `/readyz` and the log show it.
 
 use std::borrow::Cow;
 
 use super::{Bus, advice};
+use crate::bus::BusError;
 
-/// What is wrong, by kind, in words that say what to do. Redis comes back by itself; what it refuses needs someone.
+/// Unless it is `Working`, each variant holds advice for operators.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Trouble {
+pub(super) enum Status {
+    /// No attempt to connect has finished yet.
     Starting,
-    Away(&'static str),
-    Refuses(Cow<'static, str>),
+    Working,
+    /// There is no connection, or no reply. It may come back by itself.
+    Unreachable(&'static str),
+    /// Redis replies with errors. Someone has to change its settings, or ours.
+    Rejecting(Cow<'static, str>),
 }
 
-impl Trouble {
-    pub(super) fn text(&self) -> &str {
+impl Status {
+    pub(super) fn unreachable(error: &str) -> Status {
+        Status::Unreachable(advice::for_connection(error))
+    }
+
+    pub(super) fn rejecting(error: &str) -> Status {
+        Status::Rejecting(advice::for_error_reply(error).into())
+    }
+
+    /// What is wrong and what to do; `None` if Redis works.
+    pub(super) fn advice(&self) -> Option<&str> {
         match self {
-            Trouble::Starting => "the bus has not answered yet",
-            Trouble::Away(text) => text,
-            Trouble::Refuses(text) => text,
+            Status::Working => None,
+            Status::Starting => Some("connecting to Redis"),
+            Status::Unreachable(advice) => Some(advice),
+            Status::Rejecting(advice) => Some(advice),
         }
-    }
-
-    pub(super) fn away(words: &str) -> Trouble {
-        Trouble::Away(advice::away(words))
-    }
-
-    pub(super) fn refuses(words: &str) -> Trouble {
-        Trouble::Refuses(advice::refused(words).into())
     }
 }
 
 impl Bus {
-    /// Says whether the bus works: to the balancer at once, to the log only when it changes, there with Redis' own
-    /// words.
-    pub(super) fn set_trouble(&mut self, trouble: Option<Trouble>, words: &str) {
-        if self.link.trouble == trouble {
-            return;
-        }
-        match (&self.link.trouble, &trouble) {
-            (_, None) => tracing::info!("the bus works"),
-            (Some(Trouble::Away(_)), Some(Trouble::Away(text))) => {
-                tracing::debug!(?words, "the bus is away still: {text}")
+    /// Changes the status. `error` is the text of Redis or of the connection, for the log.
+    pub(super) fn set_status(&mut self, status: Status, error: Option<&str>) {
+        let Some(old) = self.link.set_status(status.clone()) else { return };
+        match (&old, status.advice()) {
+            (_, None) => tracing::info!("bus available"),
+            (Status::Unreachable(_), Some(advice)) if matches!(status, Status::Unreachable(_)) => {
+                tracing::debug!(error, advice, "bus still unavailable");
             }
-            (_, Some(trouble)) => {
-                tracing::warn!(?words, "the bus does not work, trying again for ever: {}", trouble.text())
-            }
+            (_, Some(advice)) => tracing::warn!(error, advice, "bus unavailable, retrying"),
         }
-        self.readiness.set_bus(trouble.as_ref().map(|trouble| trouble.text().to_owned()));
-        self.link.trouble = trouble;
+        self.handles.readiness.set_bus(status.advice().map(str::to_owned));
+    }
+
+    /// Why Redis can't be asked now, if it can't.
+    pub(super) fn unavailable(&self) -> Option<BusError> {
+        self.link.status().advice().map(|advice| BusError::Unavailable(advice.into()))
     }
 }

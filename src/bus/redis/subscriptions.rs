@@ -1,336 +1,396 @@
-//! What the bus does with channels that are followed: subscriptions, messages, reads.
+//! Followed channels: subscriptions, messages, and reads that fill gaps.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use fred::types::Message;
+use fred::types::{Message, Value};
 use tokio::sync::broadcast::error::RecvError;
 
-use super::commands::{Caller, Script};
-use super::decode::FAULT;
+use super::commands::{Commands, Script};
 use super::errors::CallError;
-use super::followed::Follow;
-use super::scripts::Wanted;
-use super::settings::Lane;
-use super::{Bus, Outcome, Purpose, advice, decode, scripts};
+use super::followed::FollowedChannel;
+use super::scripts::ReadRange;
+use super::settings::Topic;
+use super::{Bus, Outcome, advice, decode, scripts};
 use crate::bus::{BusError, BusMessage, Page, ShardId, ShardSender};
 use crate::protocol::event::{ChannelName, Entry, EventId, Kind};
 use crate::protocol::ingest;
 
-/// Events that one read brings when a hole is filled.
+/// Most events in one read that fills a gap.
 const FILL_EVENTS: u64 = 1024;
 
-/// About how many bytes such a read brings: Redis serves nobody else while it reads them.
-const READ_BYTES: usize = 1 << 20;
+/// About how many bytes such a read returns: Redis serves nobody else while it reads them.
+const FILL_BYTES: usize = 1 << 20;
 
-/// Least time between two warnings about oversized messages, and between two about messages shown as text.
-const WARN_EVERY: Duration = Duration::from_secs(60);
+/// Least time between two warnings of one kind.
+const WARN_INTERVAL: Duration = Duration::from_secs(60);
+
+/// Why a channel is read.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum ReadPurpose {
+    /// For its base, before the first publish.
+    LoadBase,
+    /// For its position, after the subscription with this ticket.
+    Start(u64),
+    /// For the events after this position.
+    Fill(EventId),
+}
+
+/// What concerns the subscriptions of all channels.
+#[derive(Debug, Default)]
+pub(super) struct Subscriptions {
+    /// Number of followed channels.
+    followed: usize,
+    last_ticket: u64,
+    /// Channels whose subscription is not confirmed yet, by its ticket.
+    starting: VecDeque<(u64, ChannelName)>,
+    oversized: WarningLimit,
+    not_json: WarningLimit,
+}
+
+impl Subscriptions {
+    pub(super) fn followed(&self) -> usize {
+        self.followed
+    }
+
+    /// Tickets rise. Redis confirms subscriptions in their order.
+    pub(super) fn next_ticket(&mut self) -> u64 {
+        self.last_ticket += 1;
+        self.last_ticket
+    }
+
+    /// Removes the next channel whose subscription is confirmed by `ticket`.
+    fn next_confirmed(&mut self, ticket: u64) -> Option<(u64, ChannelName)> {
+        let is_confirmed = self.starting.front().is_some_and(|(own, _)| *own <= ticket);
+        is_confirmed.then(|| self.starting.pop_front()).flatten()
+    }
+}
+
+/// Limits the warnings of one kind to one per [`WARN_INTERVAL`].
+#[derive(Debug, Default)]
+struct WarningLimit(Option<Instant>);
+
+impl WarningLimit {
+    fn is_due(&mut self) -> bool {
+        let due = self.0.is_none_or(|last| last.elapsed() > WARN_INTERVAL);
+        if due {
+            self.0 = Some(Instant::now());
+        }
+        due
+    }
+}
 
 impl Bus {
     pub(super) fn follow(&mut self, name: ChannelName, shard: ShardId) {
-        let is_followed = self.channels.get(&name).is_some_and(|channel| channel.follow.is_some());
-        let full = self.followed >= self.terms.max_channels;
-        let refusal = if full { Some(BusError::TooManyChannels) } else { self.away() };
-        // A refused channel is not remembered.
-        if let Some(why) = refusal.filter(|_| !is_followed) {
-            self.shards.send(shard, BusMessage::NotFollowed { channel: name, why });
+        let is_followed = self.channels.get(&name).is_some_and(|channel| channel.followed.is_some());
+        let full = self.subscriptions.followed >= self.handles.settings.max_channels;
+        let error = if full { Some(BusError::TooManyChannels) } else { self.unavailable() };
+        // A channel that can't be followed must not be remembered.
+        if let Some(why) = error.filter(|_| !is_followed) {
+            self.handles.shards.send(shard, BusMessage::NotFollowed { channel: name, why });
             return;
         }
         let channel = self.channels.entry(name.clone()).or_default();
-        match &mut channel.follow {
-            Some(Follow { sequence: Some(sequence), followers, .. }) => {
+        match &mut channel.followed {
+            Some(FollowedChannel { sequence: Some(sequence), followers, .. }) => {
                 let other = followers.iter().find(|other| **other != shard);
-                self.shards.share(name, sequence.base(), sequence.position(), other, shard);
+                self.handles.shards.share(name, sequence.base(), sequence.position(), other, shard);
                 if !followers.contains(&shard) {
                     followers.push(shard);
                 }
                 return;
             }
-            Some(follow) => {
-                follow.joining.push(shard);
+            Some(followed) => {
+                followed.joining.push(shard);
                 return;
             }
             None => {}
         }
-        self.ticket += 1;
-        channel.follow = Some(Follow::new(shard, self.ticket));
-        if !channel.in_rounds {
-            channel.in_rounds = true;
-            self.rounds.push_back(name.clone());
+        let ticket = self.subscriptions.next_ticket();
+        channel.followed = Some(FollowedChannel::new(shard, ticket));
+        if !channel.in_rotation {
+            channel.in_rotation = true;
+            self.probes.add(name.clone());
         }
-        let session = self.link.session().expect("without a session the bus is away");
-        session.subscribe(self.terms.lanes(&name), self.ticket);
-        self.starting.push_back((self.ticket, name));
-        self.count_followed(1);
+        let session = self.link.session().expect("without a session the bus is unavailable");
+        session.subscribe(self.handles.settings.topics(&name), ticket);
+        self.subscriptions.starting.push_back((ticket, name));
+        self.change_followed(1);
     }
 
     pub(super) fn unfollow(&mut self, name: &ChannelName, shard: ShardId) {
         let Some(channel) = self.channels.get_mut(name) else { return };
-        if channel.follow.as_mut().is_some_and(|follow| follow.leave(shard)) {
-            self.let_go(name);
+        if channel.followed.as_mut().is_some_and(|followed| followed.remove(shard)) {
+            self.unsubscribe(name);
         }
     }
 
-    /// Nobody here follows the channel any more: its position is forgotten.
-    fn let_go(&mut self, name: &ChannelName) {
+    /// No shard follows the channel any more.
+    fn unsubscribe(&mut self, name: &ChannelName) {
         let Some(channel) = self.channels.get_mut(name) else { return };
-        if channel.follow.take().is_none() {
+        if channel.followed.take().is_none() {
             return;
         }
-        channel.used = Instant::now();
+        channel.last_used = Instant::now();
         if let Some(session) = self.link.session() {
-            session.unsubscribe(self.terms.lanes(name));
+            session.unsubscribe(self.handles.settings.topics(name));
         }
-        self.count_followed(-1);
+        self.change_followed(-1);
     }
 
-    fn count_followed(&mut self, by: isize) {
-        self.followed = self.followed.checked_add_signed(by).expect("only what is followed is let go");
-        self.numbers.channels.set(self.followed as u64);
+    fn change_followed(&mut self, by: isize) {
+        let followed = self.subscriptions.followed.checked_add_signed(by);
+        self.subscriptions.followed = followed.expect("only followed channels are unsubscribed");
+        self.handles.metrics.channels.set(self.subscriptions.followed as u64);
     }
 
-    /// These subscriptions are in force: positions can be read.
-    pub(super) fn start_follows(&mut self, ticket: u64) {
-        while let Some((ticket, name)) = self.starting.front().cloned().filter(|(asked, _)| *asked <= ticket)
-        {
-            self.starting.pop_front();
-            let channel = self.channels.get(&name).and_then(|channel| channel.follow.as_ref());
-            if channel.is_some_and(|follow| follow.ticket == ticket && follow.sequence.is_none()) {
-                self.read(&name, Purpose::Start(ticket));
+    /// Redis has confirmed all subscriptions up to `ticket`. From here on the channels' positions can be read.
+    pub(super) fn on_subscribed(&mut self, ticket: u64) {
+        if self.link.confirm(ticket) {
+            self.probe_all();
+        }
+        while let Some((ticket, name)) = self.subscriptions.next_confirmed(ticket) {
+            let followed = self.channels.get(&name).and_then(|channel| channel.followed.as_ref());
+            if followed.is_some_and(|followed| followed.ticket == ticket && followed.sequence.is_none()) {
+                self.read(&name, ReadPurpose::Start(ticket));
             }
         }
     }
 
-    /// The session is over: who waited to follow is told, who follows stays.
+    /// The session has closed: shards that are joining get an error, shards that follow stay.
     pub(super) fn fail_joins(&mut self, why: &str) {
-        let joining: Vec<_> = self.channels.iter().filter(|(_, channel)| is_joining(channel)).collect();
-        let names: Vec<ChannelName> = joining.into_iter().map(|(name, _)| name.clone()).collect();
-        for name in names {
-            self.refuse_join(&name, why);
+        let joining = |channel: &super::Channel| {
+            channel.followed.as_ref().is_some_and(|followed| !followed.joining.is_empty())
+        };
+        let names =
+            self.channels.iter().filter(|(_, channel)| joining(channel)).map(|(name, _)| name.clone());
+        for name in names.collect::<Vec<_>>() {
+            self.fail_join(&name, why);
         }
     }
 
-    fn refuse_join(&mut self, name: &ChannelName, why: &str) {
-        let Some(follow) = self.channels.get_mut(name).and_then(|channel| channel.follow.as_mut()) else {
+    fn fail_join(&mut self, name: &ChannelName, why: &str) {
+        let Some(followed) = self.channels.get_mut(name).and_then(|channel| channel.followed.as_mut()) else {
             return;
         };
-        for shard in std::mem::take(&mut follow.joining) {
-            let why = BusError::Away(why.into());
-            self.shards.send(shard, BusMessage::NotFollowed { channel: name.clone(), why });
+        for shard in std::mem::take(&mut followed.joining) {
+            let why = BusError::Unavailable(why.into());
+            self.handles.shards.send(shard, BusMessage::NotFollowed { channel: name.clone(), why });
         }
-        if follow.followers.is_empty() {
-            self.let_go(name);
+        if followed.followers.is_empty() {
+            self.unsubscribe(name);
         }
     }
 
-    pub(super) fn message(&mut self, message: Result<Message, RecvError>) {
+    pub(super) fn on_message(&mut self, message: Result<Message, RecvError>) {
         let message = match message {
             Ok(message) => message,
             Err(RecvError::Lagged(lost)) => {
-                tracing::debug!("{lost} messages came faster than they were taken; history has them");
-                return self.canary_soon();
+                tracing::debug!(lost, "dropped messages that came too fast, reading history");
+                return self.probes.hurry();
             }
-            Err(RecvError::Closed) => return self.session_over("the subscriptions were closed"),
+            Err(RecvError::Closed) => return self.close_session("the subscriptions were closed"),
         };
         let Some(text) = message.value.as_bytes() else { return };
-        let terms = self.terms.clone();
-        let (channel, entry) = match terms.lane(&message.channel) {
-            Lane::Events(channel) => (channel, decode::broadcast(text)),
-            Lane::Private(channel) => (channel, decode::private(text)),
-            Lane::Canary => return self.canary_heard(text),
-            Lane::Bare(channel) => return self.bare(channel, text),
+        let settings = self.handles.settings.clone();
+        let (channel, entry) = match settings.topic(&message.channel) {
+            Topic::Events(channel) => (channel, decode::broadcast(text)),
+            Topic::Private(channel) => (channel, decode::private(text)),
+            Topic::Probe => return self.on_probe(text),
+            Topic::Plain(channel) => return self.on_plain_message(channel, text),
         };
         let Some(entry) = entry else { return };
         let Some((name, channel)) = self.channels.get_key_value(channel) else { return };
-        if channel.follow.is_none() {
-            return; // unsubscribed, and this was still under way
+        if channel.followed.is_none() {
+            return; // unsubscribed while the message was in flight
         }
         let name = name.clone();
         let mut out = Vec::new();
-        if let Some(follow) = self.channels.get_mut(&name).and_then(|channel| channel.follow.as_mut()) {
-            follow.live(entry, &mut out);
+        if let Some(followed) = self.channels.get_mut(&name).and_then(|channel| channel.followed.as_mut()) {
+            followed.on_live(entry, &mut out);
         }
-        self.hand_on(&name, out);
+        self.deliver(&name, out);
     }
 
-    /// A plain PUBLISH of another program: shown to everyone at once, with no id.
-    fn bare(&mut self, channel: &str, text: &[u8]) {
+    /// A plain PUBLISH of another program: clients get it at once, without an id.
+    fn on_plain_message(&mut self, channel: &str, text: &[u8]) {
         let Some((name, channel)) = self.channels.get_key_value(channel) else { return };
-        let Some(follow) = &channel.follow else { return };
-        let Some(sequence) = &follow.sequence else { return };
-        if text.len() > self.terms.max_message_size {
-            self.numbers.oversized.add(1);
-            if is_due(&mut self.warned_of_size) {
-                tracing::warn!(channel = %name, bytes = text.len(), "message dropped: longer than --max-message-size");
+        let Some(followed) = &channel.followed else { return };
+        let Some(sequence) = &followed.sequence else { return };
+        if text.len() > self.handles.settings.max_message_size {
+            self.handles.metrics.oversized.add(1);
+            if self.subscriptions.oversized.is_due() {
+                tracing::warn!(
+                    channel = %name, bytes = text.len(),
+                    "dropped Pub/Sub message longer than --max-message-size"
+                );
             }
             return;
         }
         let Some(shown) = ingest::plain(text) else { return };
-        if let Some(fault) = shown.fault
-            && is_due(&mut self.warned_of_json)
+        if let Some(error) = shown.fault
+            && self.subscriptions.not_json.is_due()
         {
-            tracing::warn!(channel = %name, "message of a plain PUBLISH shown as text: {fault}");
+            tracing::warn!(channel = %name, "sent Pub/Sub message as text: {error}");
         }
         let entry = Entry::plain(sequence.position(), shown.event.as_bytes());
-        tell(&*self.shards, &follow.followers, name, entry, Instant::now());
+        send_entry(&*self.handles.shards, &followed.followers, name, entry, Instant::now());
     }
 
-    /// Gives entries to everyone who follows, and reads if there is a hole.
-    pub(super) fn hand_on(&mut self, name: &ChannelName, entries: Vec<Entry>) {
+    /// Sends entries to the followers. Reads if there is a gap.
+    pub(super) fn deliver(&mut self, name: &ChannelName, entries: Vec<Entry>) {
         let Some(channel) = self.channels.get_mut(name) else { return };
-        let Some(follow) = &mut channel.follow else { return };
+        let Some(followed) = &mut channel.followed else { return };
         let arrived = Instant::now();
         for entry in entries {
-            self.numbers.events.add(entry.ids());
+            self.handles.metrics.events.add(entry.ids());
             if entry.kind == Kind::Reset {
-                self.numbers.resets.add(1);
+                self.handles.metrics.resets.add(1);
             }
-            tell(&*self.shards, &follow.followers, name, entry, arrived);
+            send_entry(&*self.handles.shards, &followed.followers, name, entry, arrived);
         }
-        if let Some(sequence) = &follow.sequence {
-            channel.known.learn(sequence.base(), sequence.position());
+        if let Some(sequence) = &followed.sequence {
+            channel.known.update(sequence.base(), sequence.position());
         }
         if self.link.session().is_some()
-            && let Some(asked) = follow.ask()
+            && let Some(position) = followed.start_read()
         {
-            self.read(name, Purpose::Fill(asked));
+            self.read(name, ReadPurpose::Fill(position));
         }
     }
 
-    pub(super) fn look(&mut self, name: ChannelName, shard: ShardId) {
-        let away = self.away();
-        let follow = self.channels.get_mut(&name).and_then(|channel| channel.follow.as_mut());
-        let result = match (follow, away) {
-            (Some(follow), None) if follow.sequence.is_some() => {
-                follow.look(shard);
-                return self.hand_on(&name, Vec::new());
+    pub(super) fn refresh(&mut self, name: ChannelName, shard: ShardId) {
+        let unavailable = self.unavailable();
+        let followed = self.channels.get_mut(&name).and_then(|channel| channel.followed.as_mut());
+        let result = match (followed, unavailable) {
+            (Some(followed), None) if followed.sequence.is_some() => {
+                followed.refresh(shard);
+                return self.deliver(&name, Vec::new());
             }
-            (_, Some(away)) => Err(away),
-            _ => Err(BusError::Away("the channel is not followed".into())),
+            (_, Some(error)) => Err(error),
+            _ => Err(BusError::Unavailable("the channel is not followed".into())),
         };
-        self.shards.send(shard, BusMessage::Refreshed { channel: name, result });
+        self.handles.shards.send(shard, BusMessage::Refreshed { channel: name, result });
     }
 
-    /// Asks Redis where the channel stands and, to fill a hole, for what comes after a position.
-    pub(super) fn read(&mut self, name: &ChannelName, purpose: Purpose) {
+    /// Reads a channel's base and head, and with [`ReadPurpose::Fill`] the events after a position.
+    pub(super) fn read(&mut self, name: &ChannelName, purpose: ReadPurpose) {
         let (Some(session), Some(channel)) = (self.link.session(), self.channels.get(name)) else { return };
-        let (from, count) = match purpose {
-            Purpose::Learn | Purpose::Start(_) => (EventId(0), 0),
-            Purpose::Fill(asked) => {
-                self.numbers.reads.add(1);
-                (asked.next(), FILL_EVENTS)
+        let (from, events) = match purpose {
+            ReadPurpose::LoadBase | ReadPurpose::Start(_) => (EventId(0), 0),
+            ReadPurpose::Fill(position) => {
+                self.handles.metrics.reads.add(1);
+                (position.next(), FILL_EVENTS)
             }
         };
-        let wanted = Wanted {
+        let range = ReadRange {
             from,
             to: EventId(EventId::LIMIT - 1),
-            events: count,
-            bytes: READ_BYTES,
+            events,
+            bytes: FILL_BYTES,
             shared_from: from,
             shared_bytes: 0,
         };
-        let args = scripts::read_args(&self.terms, channel.known, wanted);
-        let (caller, outcomes, reads) = (session.caller(), self.outcomes.clone(), self.reads.clone());
-        let (key, generation, name) = (self.terms.key(name), self.link.generation(), name.clone());
+        let args = scripts::read_args(&self.handles.settings, channel.known, range);
+        let (commands, outcomes, reads) =
+            (session.commands(), self.handles.outcomes.clone(), self.handles.reads.clone());
+        let key = self.handles.settings.channel_key(name);
+        let (generation, name) = (self.link.generation(), name.clone());
         tokio::spawn(async move {
             let _permit = reads.acquire_owned().await;
-            let mut result = read(&caller, &key, args).await;
-            if let (Ok(page), Purpose::Fill(asked)) = (&mut result, purpose) {
-                decode::whole(page, asked);
+            let mut result = read_page(&commands, &key, args).await;
+            if let (Ok(page), ReadPurpose::Fill(position)) = (&mut result, purpose) {
+                decode::make_consistent(page, position);
             }
             let _ = outcomes.send(Outcome::Read(generation, name, purpose, result));
         });
     }
 
-    pub(super) fn was_read(
+    pub(super) fn on_read(
         &mut self,
         generation: u64,
         name: &ChannelName,
-        purpose: Purpose,
+        purpose: ReadPurpose,
         result: Result<Page, CallError>,
     ) {
         let Some(channel) = self.channels.get_mut(name) else { return };
-        if matches!(purpose, Purpose::Learn) {
-            channel.learning = false;
+        if matches!(purpose, ReadPurpose::LoadBase) {
+            channel.loading_base = false;
         }
         let page = match result {
             Ok(page) => page,
-            Err(error) => return self.read_failed(generation, name, purpose, &error),
+            Err(error) => return self.on_read_failed(generation, name, purpose, &error),
         };
-        channel.known.learn(page.base, page.head);
+        channel.known.update(page.base, page.head);
         let mut out = Vec::new();
-        match (purpose, &mut channel.follow) {
-            (Purpose::Learn, _) => self.touched.push(name.clone()),
-            (Purpose::Start(ticket), Some(follow))
-                if follow.ticket == ticket && follow.sequence.is_none() =>
+        match (purpose, &mut channel.followed) {
+            (ReadPurpose::LoadBase, _) => self.publishing.mark(name.clone()),
+            (ReadPurpose::Start(ticket), Some(followed))
+                if followed.ticket == ticket && followed.sequence.is_none() =>
             {
-                for shard in follow.start(page.base, page.head, &mut out) {
-                    self.shards.share(name.clone(), page.base, page.head, None, shard);
+                for shard in followed.start(page.base, page.head, &mut out) {
+                    self.handles.shards.share(name.clone(), page.base, page.head, None, shard);
                 }
-                self.hand_on(name, out);
+                self.deliver(name, out);
             }
-            (Purpose::Fill(asked), Some(follow)) => {
-                let looked = follow.answer(asked, &page, &mut out);
+            (ReadPurpose::Fill(position), Some(followed)) => {
+                let refreshed = followed.on_page(position, &page, &mut out);
                 let events = out.iter().any(|entry| entry.ids() > 0);
                 if events && !out.iter().any(|entry| entry.kind == Kind::Reset) {
-                    self.numbers.gaps_filled.add(1);
+                    self.handles.metrics.gaps_filled.add(1);
                 }
-                self.hand_on(name, out);
-                for shard in looked {
-                    self.shards.send(shard, BusMessage::Refreshed { channel: name.clone(), result: Ok(()) });
+                self.deliver(name, out);
+                for shard in refreshed {
+                    let message = BusMessage::Refreshed { channel: name.clone(), result: Ok(()) };
+                    self.handles.shards.send(shard, message);
                 }
             }
-            _ => {} // let go meanwhile
+            _ => {} // no longer followed
         }
     }
 
-    fn read_failed(&mut self, generation: u64, name: &ChannelName, purpose: Purpose, error: &CallError) {
-        let text: Arc<str> = advice::of(error).into();
-        let follow = self.channels.get_mut(name).and_then(|channel| channel.follow.as_mut());
-        match (purpose, follow) {
-            // The channel can't be published to either, and the next tick would read it again.
-            (Purpose::Learn, _) if matches!(error, CallError::Refused(words) if words.starts_with(FAULT)) => {
-                self.refuse_unsent(name, &text);
+    fn on_read_failed(
+        &mut self,
+        generation: u64,
+        name: &ChannelName,
+        purpose: ReadPurpose,
+        error: &CallError,
+    ) {
+        let why: Arc<str> = advice::for_call(error).into();
+        let followed = self.channels.get_mut(name).and_then(|channel| channel.followed.as_mut());
+        match (purpose, followed) {
+            // Publishing to the channel fails as well, and the next tick would read it again.
+            (ReadPurpose::LoadBase, _) if error.is_fault() => self.reject_unsent(name, &why),
+            (ReadPurpose::Start(ticket), Some(followed)) if followed.ticket == ticket => {
+                self.fail_join(name, &why);
             }
-            (Purpose::Start(ticket), Some(follow)) if follow.ticket == ticket => {
-                self.refuse_join(name, &text)
-            }
-            (Purpose::Fill(_), Some(follow)) => {
-                for shard in follow.failed() {
-                    let result = Err(BusError::Away(text.clone()));
-                    self.shards.send(shard, BusMessage::Refreshed { channel: name.clone(), result });
+            (ReadPurpose::Fill(_), Some(followed)) => {
+                for shard in followed.on_read_failed() {
+                    let result = Err(BusError::Unavailable(why.clone()));
+                    let message = BusMessage::Refreshed { channel: name.clone(), result };
+                    self.handles.shards.send(shard, message);
                 }
             }
             _ => {}
         }
-        self.judge(generation, error);
+        self.on_call_error(generation, error);
     }
 }
 
-/// Whether a minute has passed since the last warning; then a new minute starts.
-fn is_due(warned: &mut Option<Instant>) -> bool {
-    let due = warned.is_none_or(|at| at.elapsed() > WARN_EVERY);
-    if due {
-        *warned = Some(Instant::now());
-    }
-    due
-}
-
-fn is_joining(channel: &super::Channel) -> bool {
-    channel.follow.as_ref().is_some_and(|follow| !follow.joining.is_empty())
-}
-
-fn tell(shards: &dyn ShardSender, followers: &[ShardId], name: &ChannelName, entry: Entry, arrived: Instant) {
+fn send_entry(
+    shards: &dyn ShardSender,
+    followers: &[ShardId],
+    name: &ChannelName,
+    entry: Entry,
+    arrived: Instant,
+) {
     for shard in followers {
         shards.send(*shard, BusMessage::Entry { channel: name.clone(), entry: entry.clone(), arrived });
     }
 }
 
-pub(super) async fn read(
-    caller: &Caller,
-    key: &str,
-    args: Vec<fred::types::Value>,
-) -> Result<Page, CallError> {
-    let frame = caller.call(Script::Read, &[key], args).await?;
-    scripts::page(&frame).ok_or_else(|| CallError::Refused("an answer of a form that no script gives".into()))
+pub(super) async fn read_page(commands: &Commands, key: &str, args: Vec<Value>) -> Result<Page, CallError> {
+    let frame = commands.run(Script::Read, &[key], args).await?;
+    scripts::parse_page(&frame).ok_or_else(|| CallError::ErrorReply("unexpected reply of read.lua".into()))
 }

@@ -1,136 +1,133 @@
-//! One channel's order on this node: lets an event through only if it is the next one, and says when history
-//! must be read. Live events are hints that may be lost, doubled, late or out of order; pages of history are
-//! the truth. It knows neither clocks nor sockets.
+//! The order of one channel on this node. It passes on only the next id, and says when history must be read. Live events
+//! are hints that may be lost, duplicated, late or out of order; pages of history are the truth.
 
 use crate::bus::page::{Page, is_continuous};
 use crate::protocol::event::{Entry, EventId};
 
-/// Entries that wait here for a hole to be filled. More would only spare a second read.
+/// Most entries kept behind a gap until it is filled. The others are read again.
 const AHEAD_MAX: usize = 1024;
 
-/// Bytes that wait for a hole to be filled.
+/// Most bytes kept behind a gap.
 const AHEAD_BYTES: usize = 4 << 20;
 
-/// Where a channel stands, and what it still wants to know.
+/// A channel's position on this node, and whether events after it must be read.
 #[derive(Debug)]
 pub struct Sequence {
     position: EventId,
     base: EventId,
-    /// History is to be read: something may lie after the position.
-    wanted: bool,
-    /// A read is under way.
+    /// Events may exist after the position: history must be read.
+    read_due: bool,
     reading: bool,
-    /// Live entries beyond a hole. They are offered again after the read, as if they had come only then.
+    /// Live entries behind a gap. They are tried again after the read.
     ahead: Vec<Entry>,
     ahead_bytes: usize,
-    /// How many of `ahead` came before the read under way was asked: that read holds them, or nothing does.
-    before_read: usize,
+    /// How many of `ahead` came before the read in flight started: its page holds them, or no history does.
+    ahead_before_read: usize,
 }
 
 impl Sequence {
-    /// Stands at `position`, in the run that was anchored at `base`.
+    /// Starts at `position`, in the epoch that starts at `base`.
     pub fn new(base: EventId, position: EventId) -> Sequence {
         Sequence {
             position,
             base,
-            wanted: false,
+            read_due: false,
             reading: false,
             ahead: Vec::new(),
             ahead_bytes: 0,
-            before_read: 0,
+            ahead_before_read: 0,
         }
     }
 
-    /// The last id handed on.
+    /// The last id passed on.
     pub fn position(&self) -> EventId {
         self.position
     }
 
-    /// The last anchor known.
+    /// The latest base known.
     pub fn base(&self) -> EventId {
         self.base
     }
 
-    /// Takes what Pub/Sub brought; what may go on is pushed to `out`.
-    pub fn live(&mut self, entry: Entry, out: &mut Vec<Entry>) {
+    /// An entry came over Pub/Sub. What follows the position is pushed to `out`.
+    pub fn on_live(&mut self, entry: Entry, out: &mut Vec<Entry>) {
         if entry.before() > self.position {
-            self.wanted = true;
+            self.read_due = true;
             self.keep_ahead(entry);
-        } else if self.hand_on(&entry, out) && !self.ahead.is_empty() && !self.reading {
-            self.offer_ahead(out);
+        } else if self.pass_on(&entry, out) && !self.ahead.is_empty() && !self.reading {
+            self.retry_ahead(out);
         }
     }
 
-    /// Takes the channel's head and base as the bus has just told them.
-    pub fn canary(&mut self, base: EventId, head: EventId) {
+    /// A probe returned the channel's base and head.
+    pub fn on_probe(&mut self, base: EventId, head: EventId) {
         if base > self.base || (base == self.base && head > self.position) {
-            self.wanted = true;
+            self.read_due = true;
         }
     }
 
-    /// History is to be read whatever is known.
-    pub fn look(&mut self) {
-        self.wanted = true;
+    /// History must be read, whatever is known.
+    pub fn refresh(&mut self) {
+        self.read_due = true;
     }
 
-    /// The position after which history is to be read now, if it is: the read is under way from here on and
-    /// ends with [`Sequence::answer`] or [`Sequence::failed`].
-    pub fn ask(&mut self) -> Option<EventId> {
-        if !self.wanted || self.reading {
+    /// If history must be read, starts a read and returns the position to read after. The read ends with
+    /// [`Sequence::on_page`] or [`Sequence::on_read_failed`].
+    pub fn start_read(&mut self) -> Option<EventId> {
+        if !self.read_due || self.reading {
             return None;
         }
-        self.wanted = false;
+        self.read_due = false;
         self.reading = true;
-        self.before_read = self.ahead.len();
+        self.ahead_before_read = self.ahead.len();
         Some(self.position)
     }
 
-    /// The read brought nothing, since the bus could not be asked.
-    pub fn failed(&mut self) {
+    pub fn on_read_failed(&mut self) {
         self.reading = false;
-        self.wanted = true;
+        self.read_due = true;
     }
 
-    /// Takes what history holds after `asked`: events from `asked + 1` on, as many as one read brings.
-    pub fn answer(&mut self, asked: EventId, page: &Page, out: &mut Vec<Entry>) {
+    /// The read that started at `asked` returned this page: events from `asked + 1` on.
+    pub fn on_page(&mut self, asked: EventId, page: &Page, out: &mut Vec<Entry>) {
         self.reading = false;
-        // Live events may have moved the position on meanwhile: in the same run what reaches beyond it follows it all the
-        // same, and is not read again.
+        // Live events may have moved the position meanwhile. In the same epoch, events of the page after the position
+        // follow it all the same, and are not read again.
         let reaches_beyond = page.base == self.base
             && asked < self.position
             && page.entries.last().is_some_and(|entry| entry.last > self.position);
         if (page.base >= self.base && asked == self.position) || reaches_beyond {
-            self.take_page(page, out);
+            self.pass_on_page(page, out);
         }
-        // Else the answer is older than what is known.
+        // Any other page is older than what is known.
         let behind = page.base >= self.base && (page.head > self.position || page.base > self.base);
         if behind {
-            self.wanted = true;
+            self.read_due = true;
         } else {
-            // The read went up to the head. What came before it and is still ahead is in no history.
-            let known = self.before_read.min(self.ahead.len());
-            self.ahead.drain(..known);
+            // The page reached the head. Entries that came before the read and are still ahead are in no history.
+            let obsolete = self.ahead_before_read.min(self.ahead.len());
+            self.ahead.drain(..obsolete);
         }
-        self.before_read = 0;
-        self.offer_ahead(out);
+        self.ahead_before_read = 0;
+        self.retry_ahead(out);
     }
 
-    fn take_page(&mut self, page: &Page, out: &mut Vec<Entry>) {
+    fn pass_on_page(&mut self, page: &Page, out: &mut Vec<Entry>) {
         let asked = self.position;
         if !is_continuous(asked, page.base, page.head, page.oldest) {
-            // Both are proven, and the later one is the nearest that is.
+            // Both positions are continuous with what follows. The later one is the first that is.
             self.reset(page.base.max(page.oldest.previous()), out);
         }
         self.base = page.base;
         for entry in &page.entries {
             if entry.before() > self.position {
-                // History has lost events from its middle: only someone who deletes there does that.
+                // Another program has deleted events from the middle of the stream.
                 self.reset(entry.before(), out);
             }
-            self.hand_on(entry, out);
+            self.pass_on(entry, out);
         }
         if self.position == asked && page.head > asked && out.is_empty() {
-            // Proven, yet not there: someone deleted the newest. The head itself is always proven.
+            // Another program has deleted the newest events. The head itself is always continuous.
             self.reset(page.head, out);
         }
     }
@@ -140,11 +137,11 @@ impl Sequence {
         out.push(Entry::reset(position));
     }
 
-    /// Hands on what of the entry is new, given that none before it is missing. False for a duplicate.
-    fn hand_on(&mut self, entry: &Entry, out: &mut Vec<Entry>) -> bool {
-        let Some(fresh) = entry.after(self.position) else { return false };
-        self.position = fresh.last;
-        out.push(fresh);
+    /// Passes on the new part of an entry that leaves no gap. False for a duplicate.
+    fn pass_on(&mut self, entry: &Entry, out: &mut Vec<Entry>) -> bool {
+        let Some(new) = entry.after(self.position) else { return false };
+        self.position = new.last;
+        out.push(new);
         true
     }
 
@@ -155,16 +152,16 @@ impl Sequence {
         }
     }
 
-    fn offer_ahead(&mut self, out: &mut Vec<Entry>) {
+    fn retry_ahead(&mut self, out: &mut Vec<Entry>) {
         self.ahead_bytes = 0;
         let mut ahead = std::mem::take(&mut self.ahead);
         ahead.sort_by_key(|entry| entry.last);
         for entry in ahead {
             if entry.before() > self.position {
-                self.wanted = true;
+                self.read_due = true;
                 self.keep_ahead(entry);
             } else {
-                self.hand_on(&entry, out);
+                self.pass_on(&entry, out);
             }
         }
     }

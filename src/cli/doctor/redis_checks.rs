@@ -41,23 +41,18 @@ fn role(facts: &Facts) -> Finding {
 }
 
 fn rights(facts: &Facts) -> Finding {
-    if let Some(lacking) = &facts.lacking {
+    if let Some(unavailable) = &facts.unavailable {
         return Finding::problem(
             "commands",
-            format!("this Redis does not have {lacking}; more rights don't help"),
+            format!("this Redis does not have {unavailable}; more rights don't help"),
         )
         .remedy("redis.conf: remove its rename-command")
         .remedy("or use another Redis, if this one is a managed service that can't be changed");
     }
-    match &facts.not_permitted {
+    match &facts.missing_rights {
         None => Finding::ok("rights", "this user may run every command of a node"),
-        Some(text) => match text.split_once("; grant this user ") {
-            Some((refused, rights)) => {
-                Finding::problem("rights", refused).remedy(format!("redis-cli ACL SETUSER <user> {rights}"))
-            }
-            None => Finding::problem("rights", text)
-                .remedy("redis-cli ACL SETUSER, with the permissions in docs/redis.md"),
-        },
+        Some(rights) => Finding::problem("rights", format!("Redis does not permit {}", rights.commands))
+            .remedy(format!("redis-cli ACL SETUSER <user> {}", rights.grant)),
     }
 }
 
@@ -253,7 +248,7 @@ fn clock(facts: &Facts) -> Finding {
 
 /// The higher of the current rate and the average: history must last on a busy day.
 fn rate(channel: &History) -> f64 {
-    channel.now.max(channel.since_begin.unwrap_or(0.0))
+    channel.now.max(channel.since_start.unwrap_or(0.0))
 }
 
 fn history(facts: &Facts, settings: &Settings) -> Finding {
@@ -269,7 +264,7 @@ fn history(facts: &Facts, settings: &Settings) -> Finding {
     let fastest = rate(busiest);
     let (ttl, kept) = (settings.history_ttl, settings.history as f64);
     let away = settings.ping_interval + settings.ping_timeout + RECONNECT;
-    let average = busiest.since_begin.map_or("unknown".into(), |rate| format!("{rate:.2}"));
+    let average = busiest.since_start.map_or("unknown".into(), |rate| format!("{rate:.2}"));
     let derived = format!(
         "channel {}, the busiest of {}{}, has {:.2} events/s ({:.2} in the last {} s, {average} on average since its \
          sequence started; it holds {} of {})",
@@ -345,6 +340,7 @@ fn history_memory(facts: &Facts, settings: &Settings) -> Finding {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::bus::redis::MissingRights;
     use crate::cli::doctor::finding::Level;
     use crate::config::Action;
 
@@ -423,8 +419,8 @@ mod tests {
 
     #[test]
     fn missing_rights_become_a_command() {
-        let text = "Redis does not permit SUBSCRIBE a; grant this user ~a:* +@read";
-        let finding = rights(&Facts { not_permitted: Some(text.into()), ..good() });
+        let missing = MissingRights { commands: "SUBSCRIBE a".into(), grant: "~a:* +@read".into() };
+        let finding = rights(&Facts { missing_rights: Some(missing), ..good() });
         assert_eq!(finding.level, Level::Problem);
         assert_eq!(finding.remedies, ["redis-cli ACL SETUSER <user> ~a:* +@read"]);
     }
@@ -439,11 +435,11 @@ mod tests {
         assert!(findings.iter().all(|finding| finding.level == Level::Warning));
     }
 
-    fn busy(now: f64, since_begin: f64) -> Facts {
+    fn busy(now: f64, since_start: f64) -> Facts {
         let quiet =
-            History { name: "quiet".into(), events: 10, bytes: 1500, since_begin: Some(0.1), now: 0.0 };
+            History { name: "quiet".into(), events: 10, bytes: 1500, since_start: Some(0.1), now: 0.0 };
         let name = "busy".to_owned();
-        let busy = History { name, events: 10_000, bytes: 2_000_000, since_begin: Some(since_begin), now };
+        let busy = History { name, events: 10_000, bytes: 2_000_000, since_start: Some(since_start), now };
         Facts { channels: vec![quiet, busy], ..good() }
     }
 
@@ -474,7 +470,7 @@ mod tests {
 
     #[test]
     fn finds_missing_commands_and_small_limits() {
-        let lacking = Facts { lacking: Some("the command XTRIM".into()), ..good() };
+        let lacking = Facts { unavailable: Some("the command XTRIM".into()), ..good() };
         assert_eq!(bad(&lacking, &[]), [("commands", Level::Problem)]);
         let short = with(&[("proto-max-bulk-len", "1048576")]);
         assert_eq!(bad(&short, &[]), []);

@@ -9,7 +9,7 @@ use super::redis_server::RedisServer;
 
 /// Waits for two more probes, of which the second started after this call.
 async fn two_probes(node: &Node) {
-    let probes = || node.numbers.round_trips.count();
+    let probes = || node.metrics.round_trips.count();
     let before = probes();
     until("two probes", || probes() >= before + 2).await;
 }
@@ -34,7 +34,7 @@ async fn keys_of_a_wrong_type_affect_one_channel() {
         let id = node.publish(&works, &event(1)).await.unwrap();
         other.until(&mut node, id).await;
         match node.publish(&broken, &event(2)).await {
-            Err(PublishError::Refused(why)) => assert!(why.contains("this channel's data"), "{why}"),
+            Err(PublishError::Rejected(why)) => assert!(why.contains("this channel's data"), "{why}"),
             other => panic!("{other:?}"),
         }
         let fcall = raw.command(&["FCALL", "fanfare_publish", "1", &format!("fanfare:{{{broken}}}"), "{}"]);
@@ -42,7 +42,7 @@ async fn keys_of_a_wrong_type_affect_one_channel() {
         // A node that does not know the channel yet answers just as clearly, and at once.
         let fresh = Node::ready(settings(&redis.url())).await;
         match fresh.publish(&broken, &event(2)).await {
-            Err(PublishError::Refused(why)) => assert!(why.contains("this channel's data"), "{why}"),
+            Err(PublishError::Rejected(why)) => assert!(why.contains("this channel's data"), "{why}"),
             other => panic!("{other:?}"),
         }
         raw.command(&["DEL", &name]);
@@ -142,7 +142,7 @@ async fn ids_end_below_the_limit_with_a_clear_error() {
     assert_eq!(node.publish("room", &event(1)).await, Ok(EventId(last)));
     reader.until(&mut node, EventId(last)).await;
     for _ in 0..2 {
-        assert!(matches!(node.publish("room", &event(2)).await, Err(PublishError::Refused(_))));
+        assert!(matches!(node.publish("room", &event(2)).await, Err(PublishError::Rejected(_))));
         let fcall = raw.command(&["FCALL", "fanfare_publish", "1", "fanfare:{room}", "{}"]);
         assert!(fcall.error().contains("fanfare:{room}:meta: no ids are left below 2^53"), "{fcall:?}");
         two_probes(&node).await;

@@ -245,7 +245,7 @@ async fn pubsub_channel_works_both_ways() {
     assert_eq!(reader.private.len(), 2);
     assert_eq!((reader.private[0].0, reader.private[0].1.as_str()), (secret.0, "bob"));
     assert_eq!(reader.private[1].0 as i64, by_function.number());
-    assert_eq!(node.numbers.oversized.get(), 1);
+    assert_eq!(node.metrics.oversized.get(), 1);
     let id = node.publish("room", &event(2)).await.unwrap();
     other.until(&mut node, id).await;
     assert!(other.raw.is_empty());
@@ -324,7 +324,7 @@ async fn node_starts_without_redis() {
     let mut node = Node::start(settings(&redis.url()));
     until("it has tried", || node.readiness.trouble().is_some_and(|why| why.contains("can't be reached")))
         .await;
-    assert!(matches!(node.try_follow("room", 0).await, Err(BusError::Away(_))));
+    assert!(matches!(node.try_follow("room", 0).await, Err(BusError::Unavailable(_))));
     let result = node.publish_later("room", None, &event(1));
     redis.restart();
     node.until_ready().await;

@@ -56,7 +56,7 @@ async fn part_of_a_page_is_read_once_for_all() {
     assert_eq!(last, target);
     let page = target.0 / PAGE - 1;
     let (begin, end) = (page_after(page), page_after(page + 1));
-    let before = node.numbers.reads.get();
+    let before = node.metrics.reads.get();
     let mut at = begin;
     while at < end {
         for _ in 0..10 {
@@ -75,7 +75,7 @@ async fn part_of_a_page_is_read_once_for_all() {
         at = reached;
     }
     // 256 events of 16 KiB are 4 MiB and arrive in parts of a bit more than 1 MiB.
-    let reads = node.numbers.reads.get() - before;
+    let reads = node.metrics.reads.get() - before;
     assert!((3..=4).contains(&reads), "{reads} reads for one page");
     let tail = node.page("room", page + 1, 0).await.unwrap();
     assert_eq!((tail.head, tail.entries.last().unwrap().last), (last, last));

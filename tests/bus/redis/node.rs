@@ -48,7 +48,7 @@ impl ShardSender for Inboxes {
 
 pub struct Node {
     pub requests: Requests,
-    pub numbers: Arc<BusMetrics>,
+    pub metrics: Arc<BusMetrics>,
     pub readiness: Arc<Readiness>,
     inboxes: Vec<mpsc::UnboundedReceiver<BusMessage>>,
     /// Messages skipped while searching for another one.
@@ -62,17 +62,17 @@ impl Node {
         let (senders, inboxes): (Vec<_>, Vec<_>) = (0..2).map(|_| mpsc::unbounded_channel()).unzip();
         let shards = Inboxes(senders.into());
         let inboxes = inboxes.into_iter().map(|inbox| share_nothing(inbox, shards.clone())).collect();
-        let numbers = Arc::new(BusMetrics::default());
+        let metrics = Arc::new(BusMetrics::default());
         let readiness = Arc::new(Readiness::waiting_for_bus());
-        let wiring = BusContext {
+        let context = BusContext {
             requests: requests_rx,
             shards: Arc::new(shards),
-            numbers: numbers.clone(),
+            metrics: metrics.clone(),
             readiness: readiness.clone(),
         };
-        let task = tokio::spawn(async move { bus::run(&settings, wiring).await });
+        let task = tokio::spawn(async move { bus::run(&settings, context).await });
         let skipped = vec![VecDeque::new(), VecDeque::new()];
-        Node { requests, numbers, readiness, inboxes, skipped, task }
+        Node { requests, metrics, readiness, inboxes, skipped, task }
     }
 
     /// Starts it and waits until it is ready.

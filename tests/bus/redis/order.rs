@@ -33,7 +33,7 @@ async fn two_nodes_see_one_order_without_gaps() {
     assert!(last.0 < EventId::LIMIT);
     // Events of one node keep their order.
     assert!(ids.iter().step_by(2).is_sorted() && ids.iter().skip(1).step_by(2).is_sorted());
-    assert_eq!(nodes[0].numbers.published.get(), 500);
+    assert_eq!(nodes[0].metrics.published.get(), 500);
 }
 
 #[tokio::test]
@@ -124,7 +124,7 @@ async fn gaps_are_filled_when_subscribers_are_killed() {
     }
     assert!(reader.resets.is_empty());
     assert_eq!(reader.events.len(), 400);
-    assert!(node.numbers.gaps_filled.get() > 0, "some hole was filled");
+    assert!(node.metrics.gaps_filled.get() > 0, "some hole was filled");
 }
 
 #[tokio::test]
@@ -159,7 +159,7 @@ async fn max_channels_is_enforced() {
     node.follow("b", 1).await;
     node.unfollow(first);
     node.follow("c", 0).await;
-    assert_eq!(node.numbers.channels.get(), 2);
+    assert_eq!(node.metrics.channels.get(), 2);
 }
 
 #[tokio::test]
@@ -191,6 +191,6 @@ async fn probes_rotate_over_many_channels() {
         readers[at].until(&mut node, id).await;
         assert_eq!(readers[at].events.len(), 1);
     }
-    assert_eq!(node.numbers.probe_interval_seconds.get(), 2);
-    assert_eq!(node.numbers.channels.get(), 1500);
+    assert_eq!(node.metrics.probe_interval_seconds.get(), 2);
+    assert_eq!(node.metrics.channels.get(), 1500);
 }

@@ -51,7 +51,7 @@ async fn retry_on_a_wiped_redis_is_unknown() {
     reader.until(&mut node, id).await;
     assert_eq!(reader.resets.len(), 1);
     assert_eq!(redis.raw().command(&["XLEN", "fanfare:{room}:events"]), Reply::Number(1));
-    assert_eq!(node.numbers.publish_unknown.get(), 1);
+    assert_eq!(node.metrics.publish_unknown.get(), 1);
 }
 
 #[tokio::test]
@@ -85,7 +85,7 @@ async fn frozen_redis_costs_readiness_but_no_event() {
     redis.signal("STOP");
     let results: Vec<_> = (0..100).map(|n| node.publish_later("room", None, &event(n))).collect();
     until("the node notices", || node.readiness.trouble().is_some()).await;
-    assert!(matches!(node.try_follow("other", 0).await, Err(BusError::Away(_))));
+    assert!(matches!(node.try_follow("other", 0).await, Err(BusError::Unavailable(_))));
     // A channel that is already followed can be followed by other shards.
     assert_eq!(node.follow("room", 1).await.position, reader.position);
     sleep(Duration::from_secs(5)).await; // the connections are replaced meanwhile
@@ -116,7 +116,7 @@ async fn unsent_is_rejected_and_sent_is_unknown() {
     redis.signal("CONT");
     redis.kill();
     until("the node notices", || node.readiness.trouble().is_some()).await;
-    assert!(matches!(node.publish("room", &event(2)).await, Err(PublishError::Refused(_))));
+    assert!(matches!(node.publish("room", &event(2)).await, Err(PublishError::Rejected(_))));
 }
 
 #[tokio::test]
@@ -127,7 +127,7 @@ async fn out_of_memory_rejects_events_only() {
     node.publish("room", &event(0)).await.unwrap();
     redis.raw().command(&["CONFIG", "SET", "maxmemory", "1"]);
     match node.publish("room", &event(1)).await {
-        Err(PublishError::Refused(why)) => assert!(why.starts_with("Redis is full"), "{why}"),
+        Err(PublishError::Rejected(why)) => assert!(why.starts_with("Redis is out of memory"), "{why}"),
         other => panic!("{other:?}"),
     }
     let other = node.follow("other", 1).await;
@@ -136,7 +136,7 @@ async fn out_of_memory_rejects_events_only() {
     let id = node.publish("room", &event(2)).await.unwrap();
     reader.until(&mut node, id).await;
     assert_eq!((reader.events.len(), reader.count(&mark(1))), (2, 0));
-    assert_eq!(node.numbers.publish_rejected.get(), 1);
+    assert_eq!(node.metrics.publish_rejected.get(), 1);
 }
 
 #[tokio::test]
@@ -254,7 +254,7 @@ async fn events_too_long_for_redis_are_rejected() {
     for _ in 0..3 {
         let event = format!("{{\"a\":\"{}\"}}", "x".repeat(2 << 20));
         match node.publish("room", &event).await {
-            Err(PublishError::Refused(why)) => assert!(why.contains("proto-max-bulk-len"), "{why}"),
+            Err(PublishError::Rejected(why)) => assert!(why.contains("proto-max-bulk-len"), "{why}"),
             other => panic!("{other:?}"),
         }
     }
