@@ -1,4 +1,4 @@
-//! Two nodes on one Redis: one order for all clients, whoever publishes and how.
+//! Two nodes on one Redis: one order for all clients, for all ways to publish.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -427,7 +427,7 @@ async fn retry_of_an_unknown_publish_doubles_nothing() {
     let key = [("Idempotency-Key", "order-1")];
     let path = "/publish?channel=room";
     let response = http::request(a.admin, "POST", path, &key, br#"{"n":1}"#).await;
-    response.expect_refusal(504);
+    response.expect_rejection(504);
     let id = post_with_key(&b, r#"{"n":1}"#, "order-1").await;
     assert_eq!(id, before + 1);
     let last = b.publish("room", &json!({"n": 2})).await;
@@ -449,9 +449,9 @@ async fn local_bus_keeps_keys_and_rejects_bad_ones() {
     for key in ["", "\"\"", "a b", "a\"b", "gr\u{fc}n", &long] {
         let headers = [("Idempotency-Key", key)];
         let response = http::request(node.admin, "POST", "/publish", &headers, b"{}").await;
-        response.expect_refusal(400);
+        response.expect_rejection(400);
         assert!(response.body.contains("Idempotency-Key"), "{response:?}");
     }
     let twice = [("Idempotency-Key", "a"), ("Idempotency-Key", "b")];
-    http::request(node.admin, "POST", "/publish", &twice, b"{}").await.expect_refusal(400);
+    http::request(node.admin, "POST", "/publish", &twice, b"{}").await.expect_rejection(400);
 }

@@ -19,7 +19,7 @@ async fn max_channels_is_enforced() {
         let two = Client::plain(node, "a", "two").await;
         let mut raw = Raw::connect(node.public).await;
         let response = raw.upgrade("/ws/a?channel=three", &[]).await;
-        response.expect_refusal(503);
+        response.expect_rejection(503);
         assert!(response.header("retry-after").is_some(), "{response:?}");
         let id = node.publish("one", &json!({"n": 1})).await;
         one.expect_event(id, &json!({"n": 1})).await;
@@ -76,7 +76,7 @@ async fn survives_running_out_of_descriptors() {
     // A client without a descriptor is answered at once.
     let mut late = Raw::connect(node.public).await;
     let response = late.response().await;
-    response.expect_refusal(503);
+    response.expect_rejection(503);
     assert!(response.header("retry-after").is_some(), "{response:?}");
     late.expect_end().await;
     // Existing connections are served, and Redis is used.
@@ -165,7 +165,7 @@ async fn large_events_are_delivered_and_replayed() {
         back.expect_event(*id, &large(n)).await;
     }
     let too_large = json!({"text": "x".repeat(2 << 20)}).to_string();
-    a.admin("POST", "/publish?channel=room", too_large.as_bytes()).await.expect_refusal(413);
+    a.admin("POST", "/publish?channel=room", too_large.as_bytes()).await.expect_rejection(413);
     assert!(!redis.client().await.fcall("room", too_large.as_bytes(), None).await.error().is_empty());
 }
 
@@ -219,15 +219,15 @@ async fn waiting_for_the_bus_is_no_ping_timeout() {
     for n in 0..400 {
         client.send(json!({"text": "hi", "ref": n}).to_string()).await;
     }
-    let mut refused = 0;
-    while refused < 256 {
+    let mut rejected = 0;
+    while rejected < 256 {
         match client.next_frame().await {
             Frame::Ping(_) => {}
             Frame::Text(text) => {
                 assert!(text.contains(r#""type":"error""#), "{text}");
-                refused += 1;
+                rejected += 1;
             }
-            other => panic!("{other:?} after {refused} answers"),
+            other => panic!("{other:?} after {rejected} answers"),
         }
     }
     redis.thaw();

@@ -49,7 +49,7 @@ async fn restarted_twice(redis: &mut Redis, nodes: &Nodes) {
 }
 
 /// The status and Retry-After of a rejected join, or `None` if it succeeds.
-async fn refused(node: &Node, query: &str) -> Option<(u16, Option<String>)> {
+async fn rejected(node: &Node, query: &str) -> Option<(u16, Option<String>)> {
     let options = Options { query: query.into(), ..Options::default() };
     match Client::try_open(node.public, "joiner", &options).await {
         Ok(_) => None,
@@ -302,7 +302,7 @@ async fn node_started_before_redis_becomes_ready() {
     assert_eq!(node.get("/healthz").await.status, 200);
     assert!(!node.unready().await.trim().is_empty(), "it says why");
     for query in ["channel=room", "channel=room&lastEventId=", "channel=room&lastEventId=5"] {
-        let (status, retry) = refused(&node, query).await.expect("joins are rejected");
+        let (status, retry) = rejected(&node, query).await.expect("joins are rejected");
         assert_eq!(status, 503, "{query}");
         assert!(retry.is_some_and(|seconds| seconds.parse::<u32>().is_ok_and(|seconds| seconds >= 1)));
     }
@@ -355,7 +355,7 @@ async fn connections_stay_open_without_redis() {
     let (mut late, welcome) = Client::resume(&node, "late", "room", ids[1]).await;
     assert_eq!(welcome["recovered"], true, "{welcome}");
     late.expect_numbers(&ids[2..], 2).await;
-    assert_eq!(refused(&node, "channel=other").await.expect("not followed here").0, 503);
+    assert_eq!(rejected(&node, "channel=other").await.expect("not followed here").0, 503);
 
     // Heartbeats continue meanwhile.
     for client in [&mut silent, &mut recovering] {
@@ -405,7 +405,7 @@ async fn full_redis_rejects_until_there_is_memory() {
     assert_ne!(error["code"], "unknown", "it was certainly not taken: {error}");
     admin.call(&["CONFIG", "SET", "maxmemory", "0"]).await;
     let (answer, _) = client.send_for_ack(json!({"text": "two"})).await;
-    assert_eq!(answer, Ok(head + 2), "the refused one left no gap");
+    assert_eq!(answer, Ok(head + 2), "the rejected one left no gap");
 }
 
 #[tokio::test]

@@ -40,7 +40,7 @@ async fn channel_named_like_a_redis_channel_is_ordinary() {
         let mut raw = Raw::connect(node.public).await;
         let joined = raw.upgrade(&format!("/ws/a?channel={channel}"), &[]).await;
         if channel.contains('@') {
-            joined.expect_refusal(400); // not a valid channel name
+            joined.expect_rejection(400); // not a valid channel name
             continue;
         }
         assert_eq!(joined.status, 101);

@@ -26,7 +26,7 @@ pub enum Outcome {
     /// Published with this id.
     Acked(u64),
     /// Certainly not published.
-    Refused,
+    Rejected,
     /// Perhaps published, or no answer.
     Unknown,
 }

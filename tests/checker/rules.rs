@@ -125,8 +125,8 @@ impl<'a> Checker<'a> {
                         Rule::Published,
                         format!("{}: {body} was never published", subscriber.name),
                     ),
-                    Some(attempt) if attempt.outcome == Outcome::Refused => {
-                        self.violated(Rule::Published, format!("{}: {body} was refused", subscriber.name));
+                    Some(attempt) if attempt.outcome == Outcome::Rejected => {
+                        self.violated(Rule::Published, format!("{}: {body} was rejected", subscriber.name));
                     }
                     Some(attempt) if attempt.to != *to => {
                         let text = format!("{}: {body} was for {:?}", subscriber.name, attempt.to);

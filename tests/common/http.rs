@@ -32,7 +32,7 @@ impl Response {
     }
 
     /// Fails unless this is a rejection with this status and one line of text as its reason.
-    pub fn expect_refusal(&self, status: u16) {
+    pub fn expect_rejection(&self, status: u16) {
         assert_eq!(self.status, status, "{self:?}");
         assert!(!self.body.trim().is_empty(), "no reason given: {self:?}");
     }

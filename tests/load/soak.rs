@@ -10,7 +10,7 @@ use std::time::{Duration, Instant, SystemTime};
 use serde_json::json;
 use tokio::time::sleep;
 
-use crate::common::{Client, Redis, Rng, Silence};
+use crate::common::{Client, Options, Redis, Rng, Silence, until};
 use crate::workload::run::{Run, Workload};
 use crate::workload::testbed::Testbed;
 
@@ -136,7 +136,7 @@ async fn fault(testbed: &mut Testbed, run: &Run, kind: u64, rng: &mut Rng) -> St
             call(testbed, &["ACL", "SETUSER", "default", "resetchannels"]).await;
             sleep(time).await;
             call(testbed, &["ACL", "SETUSER", "default", "allchannels"]).await;
-            "subscriptions are refused"
+            "subscriptions are rejected"
         }
         15 => {
             proxy.lose_answer_to(r#""text":"#).await;
@@ -231,7 +231,11 @@ async fn random_faults() {
     say(&format!("soak: {faults} faults, {acked} events acknowledged, {losses} losses reported"));
     assert!(acked > 100);
     // After all faults a plain client on one node gets an event of the other.
-    let mut client = Client::plain(&testbed.nodes.get(0), "last", "after").await;
+    let options = Options { query: "channel=after".into(), ..Options::default() };
+    let node = testbed.nodes.get(0);
+    let join = || async { Client::try_open(node.public, "last", &options).await.ok() };
+    let mut client = until("a join", join).await;
+    testbed.nodes.get(1).ready().await;
     let id = testbed.nodes.get(1).publish("after", &json!({"n": 1})).await;
     let event = loop {
         match client.next_json().await {

@@ -161,7 +161,7 @@ async fn replicas_and_missing_rights_are_found() {
     let mut client = primary.client().await;
     let rights =
         "~fanfare:* &fanfare:* &ws_broadcast +@read +@write +@pubsub +@scripting +@connection +info +time";
-    for (rights, refused) in
+    for (rights, rejected) in
         [(rights.to_owned(), None), (rights.replace("+@pubsub", "-subscribe"), Some("SUBSCRIBE"))]
     {
         let set: Vec<_> = ["ACL", "SETUSER", "fanfare", "reset", "on", ">secret"]
@@ -177,10 +177,10 @@ async fn replicas_and_missing_rights_are_found() {
             said.text
         );
         assert!(said.on("persistence").contains("check by hand: appendonly"), "{}", said.text);
-        assert_eq!(said.code, Some(i32::from(refused.is_some())), "{}", said.text);
-        if let Some(refused) = refused {
+        assert_eq!(said.code, Some(i32::from(rejected.is_some())), "{}", said.text);
+        if let Some(rejected) = rejected {
             let finding = said.on("rights");
-            assert!(finding.contains(refused) && finding.contains("-> redis-cli ACL SETUSER"), "{finding}");
+            assert!(finding.contains(rejected) && finding.contains("-> redis-cli ACL SETUSER"), "{finding}");
         }
     }
 }

@@ -257,7 +257,7 @@ async fn unanswered_publishes_get_504_at_shutdown() {
     until("Redis to take the event", || async { (redis.head("room").await > before).then_some(()) }).await;
     let started = Instant::now();
     node.signal("TERM");
-    publishing.response().await.expect_refusal(504);
+    publishing.response().await.expect_rejection(504);
     drop(publishing);
     assert!(node.ended().await.success());
     assert!(started.elapsed() < Duration::from_secs(2) + 2 * SLACK, "{:?}", started.elapsed());

@@ -92,17 +92,19 @@ async fn activity_is_counted() {
     for (path, origin, status) in [("/ws/a?channel=a%20b", "", 400), ("/ws/a", "https://evil.example", 403)] {
         let headers = [("Origin", origin)];
         let headers = if origin.is_empty() { &[][..] } else { &headers };
-        Raw::connect(node.public).await.upgrade(path, headers).await.expect_refusal(status);
+        Raw::connect(node.public).await.upgrade(path, headers).await.expect_rejection(status);
     }
-    http::request(node.public, "GET", "/nothing", &[], b"").await.expect_refusal(404);
+    http::request(node.public, "GET", "/nothing", &[], b"").await.expect_rejection(404);
     for status in ["400", "403", "404"] {
         let label = format!("status=\"{status}\"");
         assert_eq!(node.metric_of("fanfare_http_rejections_total", &label).await, 1.0, "{status}");
     }
 
     // Stats show the same. That both have the same fields is tested beside the table.
-    until("the refused to be gone", || async { (count("fanfare_connections").await == 2.0).then_some(()) })
-        .await;
+    until("the rejected connections to be closed", || async {
+        (count("fanfare_connections").await == 2.0).then_some(())
+    })
+    .await;
     let stats = node.admin("GET", "/stats", b"").await.json();
     assert_eq!(stats["version"], env!("CARGO_PKG_VERSION"));
     assert!(stats["uptime_seconds"].is_u64());
@@ -180,9 +182,9 @@ async fn log_has_start_stop_and_rejections() {
         let mut raw = Raw::connect(node.public).await;
         raw.upgrade(&format!("/ws/{HOSTILE}"), &[("Origin", "https://evil.example")])
             .await
-            .expect_refusal(403);
+            .expect_rejection(403);
         let mut raw = Raw::connect(node.public).await;
-        raw.upgrade("/ws/a%0Ab", &[]).await.expect_refusal(400);
+        raw.upgrade("/ws/a%0Ab", &[]).await.expect_rejection(400);
     }
     client.leave().await;
     let ended = || async { (lines(&node, "\"closed_by_peer\"").len() == 1).then_some(()) };
@@ -206,13 +208,13 @@ async fn log_has_start_stop_and_rejections() {
     let [stopped] = of("stopped")[..] else { panic!("one line: {log}") };
     assert!(stopped["seconds"].is_number() && stopped["closed"].is_u64(), "{stopped}");
     // Thirty of each, but only a line per class. Suppressed ones are counted in a later line.
-    let refused = of("request rejected");
+    let rejected = of("request rejected");
     assert!(
-        refused.iter().any(|line| line["status"] == 403 && line["reason"] == "origin_not_allowed"),
-        "{refused:?}"
+        rejected.iter().any(|line| line["status"] == 403 && line["reason"] == "origin_not_allowed"),
+        "{rejected:?}"
     );
-    assert!(refused.iter().any(|line| line["status"] == 400 && line["count"] == 1), "{refused:?}");
-    assert!(refused.len() <= 4, "rate-limited, also where this took more than ten seconds: {refused:?}");
+    assert!(rejected.iter().any(|line| line["status"] == 400 && line["count"] == 1), "{rejected:?}");
+    assert!(rejected.len() <= 4, "rate-limited, also where this took more than ten seconds: {rejected:?}");
     let ends = of("connection ends");
     let end = ends.iter().find(|line| line["reason"] == "closed_by_peer").expect("it has left");
     assert_eq!((&end["channel"], &end["user"]), (&json!("room"), &json!("a\u{2028}b\"\\{}\u{202e}")));
@@ -240,7 +242,7 @@ async fn readyz_gives_advice_and_the_log_the_error() {
     assert_eq!(node.get("/readyz").await.body, "not ready\n");
     let mut raw = Raw::connect(node.public).await;
     let response = raw.upgrade("/ws/a", &[]).await;
-    response.expect_refusal(503);
+    response.expect_rejection(503);
     assert_eq!(response.body, "no client can join now: try again, or another node\n");
 }
 
@@ -286,9 +288,9 @@ async fn channel_fault_is_logged_with_its_key() {
     let faults = || node.log().lines().filter(|line| line.contains("fanfare:{room}:meta")).count();
     until("a line with the key", || async { (faults() > 0).then_some(()) }).await;
     for _ in 0..3 {
-        let refused = node.admin("POST", "/publish?channel=room", b"{}").await;
-        assert_eq!(refused.status, 503, "{}", refused.body);
-        assert!(refused.body.contains("this channel's data"), "{}", refused.body);
+        let rejected = node.admin("POST", "/publish?channel=room", b"{}").await;
+        assert_eq!(rejected.status, 503, "{}", rejected.body);
+        assert!(rejected.body.contains("this channel's data"), "{}", rejected.body);
     }
     assert_eq!(faults(), 1, "{}", node.log());
     let mut other = Client::plain(&node, "bob", "other").await;

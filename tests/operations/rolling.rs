@@ -83,6 +83,6 @@ async fn rolling_restart_behind_nginx_loses_nothing() {
     let moved = report.history.subscribers.iter().filter(|subscriber| subscriber.connections() > 2).count();
     assert!(moved >= 12, "every staying client moved, most of them twice");
     // No connection was rejected, although one node was always about to stop.
-    let refused: Vec<_> = nginx.requests().into_iter().filter(|line| !line.starts_with("101 ")).collect();
-    assert!(refused.is_empty(), "{refused:#?}");
+    let rejected: Vec<_> = nginx.requests().into_iter().filter(|line| !line.starts_with("101 ")).collect();
+    assert!(rejected.is_empty(), "{rejected:#?}");
 }

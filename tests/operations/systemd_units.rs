@@ -233,8 +233,8 @@ async fn system_calls_pass_the_filter() {
     let calls: BTreeSet<&str> = trace.lines().filter_map(call).collect();
     assert!(calls.contains("epoll_wait") && calls.contains("sendto") && calls.len() > 25, "{calls:?}");
     // strace executes the program itself, before systemd's filter would apply.
-    let refused: Vec<_> = calls.into_iter().filter(|call| !allowed.contains(*call)).collect();
-    assert!(refused.is_empty(), "the service may not make these calls: {refused:?}");
+    let rejected: Vec<_> = calls.into_iter().filter(|call| !allowed.contains(*call)).collect();
+    assert!(rejected.is_empty(), "the service may not make these calls: {rejected:?}");
 }
 
 /// The call in a line of strace: `PID name(…`.

@@ -1,10 +1,10 @@
-// What fanfare.js does with whatever a server may say, on a clock and a WebSocket of the test's own. It is the body
-// of a function that runs in the browser, has `Fanfare` and returns what failed.
+// Tests of fanfare.js with a fake clock and WebSocket, for everything that a server may send. The body of a function
+// that runs in the browser, can use `Fanfare`, and returns what failed.
 
 const { random } = Math;
 const real = { setTimeout, clearTimeout, WebSocket };
 const clock = { now: 1, timers: new Map(), next: 0 };
-let sockets = []; // those of the newest client
+let sockets = []; // of the newest client
 let newest;
 
 class FakeSocket {
@@ -77,7 +77,7 @@ const tests = {
     const b = client();
     await settle();
     equal(b.last().url.search, "?lastEventId=");
-    const relative = new Fanfare("/ws/a?x=1"); // to the page
+    const relative = new Fanfare("/ws/a?x=1"); // relative to the page
     await settle();
     relative.close();
     equal([b.last().url.host, b.last().url.pathname, b.last().url.search],
@@ -115,7 +115,7 @@ const tests = {
 
   async gaps_are_told() {
     const { fanfare, last, live, heard } = client({ lastEventId: 500 });
-    await live(200, 200, false); // ids may be lower after a gap, and only there
+    await live(200, 200, false); // ids may only be lower after a gap
     equal(heard("gap"), [{ lastEventId: 200, from: "welcome" }]);
     last().says({ text: "a", id: 201 });
     last().says({ type: "reset", lastEventId: 50 });
@@ -153,7 +153,7 @@ const tests = {
     equal(heard("error").map(({ code }) => code), Array(frames.length + 2).fill("unreadable"));
     equal([fanfare.lastEventId, heard("message"), fanfare.state], [105, [], "live"]);
     last().says({ text: "a", id: 106 });
-    last().sends('{"text":"deep","data":{"id":107},"id":1e3}'); // an id as no server writes it is one all the same
+    last().sends('{"text":"deep","data":{"id":107},"id":1e3}'); // an unusual spelling of an id counts
     equal(heard("message").map(({ id }) => id), [106, 1000]);
     last().ends(1006);
     await pass(1_000);
@@ -189,7 +189,7 @@ const tests = {
     last().ends(1006);
     equal(await Promise.all(outcomes),
       [101, 102, "FanfareError too_fast", "FanfareError unknown", "FanfareError unknown"]);
-    equal([fanfare.lastEventId, d.ref], [100, 4]); // an ack is no event
+    equal([fanfare.lastEventId, d.ref], [100, 4]); // acks do not move it
   },
 
   async errors_without_a_sender_are_told() {
@@ -212,7 +212,7 @@ const tests = {
       await pass(1);
       equal([state().state, sockets.length], ["connecting", attempt + 2]);
     }
-    equal(delays, [500, 1000, 2000, 4000, 8000, 15000, 15000, 15000]); // half of the ceiling: random is 0.5
+    equal(delays, [500, 1000, 2000, 4000, 8000, 15000, 15000, 15000]); // half of the maximum: random is 0.5
     Math.random = () => 0;
     await settle();
     last().ends(1006);
@@ -275,7 +275,7 @@ const tests = {
     last().ends(4001);
     await pass(1_000);
     equal(last().url.searchParams.get("token"), "t2");
-    last().ends(1006); // does not forget that t2 was the fresh one
+    last().ends(1006); // t2 still counts as fresh
     await pass(2_000);
     await live();
     last().ends(4001);
@@ -354,7 +354,7 @@ const tests = {
       await pass(1_000);
     }
     dispatchEvent(new Event("offline"));
-    dispatchEvent(new Event("online")); // the first question still has its whole time, and no more
+    dispatchEvent(new Event("online")); // the first ping keeps its timeout
     equal(last().sent, [{ type: "ping" }]);
     await pass(10_000);
     equal(state().state, "waiting");

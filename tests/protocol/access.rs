@@ -28,13 +28,13 @@ async fn foreign_origins_are_rejected() {
         let response = raw.upgrade("/ws/a", &[("Origin", origin)]).await;
         assert_eq!(response.status, status, "{origin}: {response:?}");
         if status == 403 {
-            response.expect_refusal(403);
+            response.expect_rejection(403);
             raw.expect_end().await;
         }
     }
     let mut raw = Raw::connect(node.public).await;
     let twice = [("Origin", own.as_str()), ("Origin", "https://example.com")];
-    raw.upgrade("/ws/a", &twice).await.expect_refusal(403);
+    raw.upgrade("/ws/a", &twice).await.expect_rejection(403);
     assert_eq!(
         node.metric_of("fanfare_connections_closed_total", r#"reason="origin_not_allowed""#).await,
         5.0
@@ -95,7 +95,7 @@ async fn admin_listener_requires_its_key() {
             &[right, right],
         ] {
             let response = admin(&node, method, path, wrong, b"").await;
-            response.expect_refusal(401);
+            response.expect_rejection(401);
             assert_eq!(response.header("www-authenticate"), Some("Bearer"));
             assert!(!response.body.contains("horse"));
         }
@@ -107,14 +107,14 @@ async fn admin_listener_requires_its_key() {
             200
         );
     }
-    admin(&node, "GET", "/nothing", &[right], b"").await.expect_refusal(404);
+    admin(&node, "GET", "/nothing", &[right], b"").await.expect_rejection(404);
     for path in ["/healthz", "/readyz"] {
         assert_eq!(admin(&node, "GET", path, &[], b"").await.status, 200);
     }
     // The body of an unauthenticated request is not read.
     let mut raw = Raw::connect(node.admin).await;
     raw.write(b"POST /publish HTTP/1.1\r\nHost: a\r\nContent-Length: 60000\r\n\r\n{").await;
-    raw.response().await.expect_refusal(401);
+    raw.response().await.expect_rejection(401);
     raw.expect_end().await;
     let metrics = admin(&node, "GET", "/metrics", &[right], b"").await.body;
     assert!(metrics.lines().any(|line| line == "fanfare_admin_rejections_total 37"), "{metrics}");
@@ -122,7 +122,7 @@ async fn admin_listener_requires_its_key() {
     // Changes the key without a restart. A file without a valid key changes nothing.
     std::fs::write(&file, "short").expect("a file");
     node.signal("HUP");
-    until("the reload to be refused", || async {
+    until("the reload to be rejected", || async {
         node.log().contains("keeping the current keys").then_some(())
     })
     .await;
@@ -131,8 +131,8 @@ async fn admin_listener_requires_its_key() {
     std::fs::remove_file(&file).expect("it is there");
     make_fifo(&file);
     node.signal("HUP");
-    let refused = || async { node.log().contains("must be a regular file").then_some(()) };
-    until("the reload of a FIFO to be refused", refused).await;
+    let rejected = || async { node.log().contains("must be a regular file").then_some(()) };
+    until("the reload of a FIFO to be rejected", rejected).await;
     assert_eq!(admin(&node, "GET", "/stats", &[right], b"").await.status, 200);
     std::fs::remove_file(&file).expect("it is there");
     std::fs::write(&file, "another-horse-battery").expect("a file");
@@ -196,7 +196,7 @@ async fn expect_publishing(node: &Node, path_query: &str, text: bool, private: b
     assert_eq!(plain.expect_error(None).await, "forbidden");
     let id = node.publish("room", &json!({"n": 1})).await;
     plain.expect_event(id, &json!({"n": 1})).await;
-    subscriber.expect_event(id, &json!({"n": 1})).await; // nothing of what was refused came before
+    subscriber.expect_event(id, &json!({"n": 1})).await; // no rejected message was delivered
 }
 
 #[tokio::test]
@@ -259,14 +259,14 @@ async fn dns_rebinding_is_rejected() {
         raw.response().await
     };
     let response = upgrade(&node, &host, &format!("Origin: {origin}\r\n")).await;
-    response.expect_refusal(403);
+    response.expect_rejection(403);
     assert!(response.body.contains("--allow-origin") && response.body.contains("--trusted-proxy"));
     for (method, path) in [("GET", "/stats"), ("GET", "/metrics"), ("GET", "/readyz"), ("POST", "/publish")] {
         let mut raw = Raw::connect(node.admin).await;
         let length = if method == "POST" { "Content-Length: 2\r\n\r\n{}" } else { "\r\n" };
         let request = format!("{method} {path} HTTP/1.1\r\nHost: evil.example:{admin_port}\r\n{length}");
         raw.write(request.as_bytes()).await;
-        raw.response().await.expect_refusal(403);
+        raw.response().await.expect_rejection(403);
     }
     // The node's own pages, and programs under any name, are accepted.
     let own = format!("Origin: http://127.0.0.1:{public}\r\n");

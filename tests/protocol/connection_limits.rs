@@ -19,7 +19,7 @@ const UPGRADE: [(&str, &str); 4] = [
 /// Requests an upgrade, which must be rejected because a limit is reached.
 async fn expect_full(mut raw: Raw, path: &str, headers: &[(&str, &str)], status: u16) {
     let response = raw.upgrade(path, headers).await;
-    response.expect_refusal(status);
+    response.expect_rejection(status);
     assert_eq!(response.header("retry-after"), Some("5"), "{response:?}");
     raw.expect_end().await;
 }
@@ -72,7 +72,7 @@ async fn full_node_answers_503_and_serves_on() {
     // A closed connection frees its slot, and so does a request timeout.
     second.leave().await;
     let mut third = third;
-    third.response().await.expect_refusal(408);
+    third.response().await.expect_rejection(408);
     drop(third);
     until("room for two more", || async { (node.metric("fanfare_connections").await == 1.0).then_some(()) })
         .await;
@@ -87,7 +87,7 @@ async fn silent_client_over_the_limit_gets_429() {
     let _first = Raw::upgraded(node.public, "/ws/a").await;
     let mut silent = Raw::connect(node.public).await;
     let response = silent.response().await;
-    response.expect_refusal(429);
+    response.expect_rejection(429);
     assert_eq!(response.header("retry-after"), Some("5"));
     silent.expect_end().await;
     assert_eq!(ends(&node, "ip_limit").await, 1.0);
@@ -211,7 +211,7 @@ async fn untrusted_proxy_is_rejected_with_advice() {
     let expect = async |mut raw: Raw, bytes: &[u8], status: u16, text: &str| {
         raw.write(bytes).await;
         let response = raw.response().await;
-        response.expect_refusal(status);
+        response.expect_rejection(status);
         assert!(response.body.contains(text), "{response:?}");
         raw.expect_end().await;
     };
@@ -248,7 +248,7 @@ async fn proxy_header_counts_before_the_request() {
     })
     .await;
     expect_full(proxied(&node, "192.0.2.7").await, "/ws/a", &[], 429).await;
-    silent.response().await.expect_refusal(408);
+    silent.response().await.expect_rejection(408);
     drop(silent);
     until("its place to be free", || async {
         let mut raw = proxied(&node, "192.0.2.7").await;

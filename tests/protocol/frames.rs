@@ -166,7 +166,7 @@ async fn frames_before_the_101_are_rejected() {
     let mut bytes = http::request_bytes(node.public, "GET", "/ws/eager", &headers, b"");
     bytes.extend(frame_bytes(true, TEXT, true, b"first"));
     raw.write(&bytes).await;
-    raw.response().await.expect_refusal(400);
+    raw.response().await.expect_rejection(400);
     raw.expect_end().await;
 }
 

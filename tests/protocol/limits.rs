@@ -27,7 +27,7 @@ async fn new_channels_of_a_client_are_limited() {
         assert_eq!(join("192.0.2.7", &format!("new{named}")).await.status, 101);
     }
     let mut named = MOST;
-    let refusal = loop {
+    let rejection = loop {
         empty().await; // so that the limit on connections is not reached
         let response = join("192.0.2.7", &format!("new{named}")).await;
         if response.status != 101 {
@@ -37,9 +37,9 @@ async fn new_channels_of_a_client_are_limited() {
         let most = MOST + started.elapsed().as_secs() * MOST / 60 + 1;
         assert!(named <= most, "{named} new channels, {most} are allowed");
     };
-    refusal.expect_refusal(429);
-    assert!(refusal.body.contains("too many new channels"), "{refusal:?}");
-    assert_eq!(refusal.header("retry-after"), Some("5"));
+    rejection.expect_rejection(429);
+    assert!(rejection.body.contains("too many new channels"), "{rejection:?}");
+    assert_eq!(rejection.header("retry-after"), Some("5"));
     // Channels in use are not new, and other addresses have their own allowance.
     assert_eq!(join("192.0.2.7", "used").await.status, 101);
     assert_eq!(join("192.0.2.8", "new").await.status, 101);

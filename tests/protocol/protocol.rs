@@ -9,7 +9,7 @@ use crate::common::client::{JSON_MODE, position};
 use crate::common::{Client, Frame, Node, Options, Raw, until, within};
 
 /// The status of a rejected join.
-async fn refusal(node: &Node, user: &str, query: &str) -> u16 {
+async fn rejection(node: &Node, user: &str, query: &str) -> u16 {
     let options = Options { query: query.into(), ..Options::default() };
     match Client::try_open(node.public, user, &options).await {
         Err(Error::Http(response)) => response.status().as_u16(),
@@ -77,7 +77,7 @@ async fn bad_user_ids_are_rejected() {
     let node = Node::start(&[]).await;
     let too_long = "x".repeat(129);
     for user in ["%00", "a%0Ab", "%7F", "%C2%85", "%FF", "%C3", "%", "%4", "%zz", &too_long] {
-        assert_eq!(refusal(&node, user, "").await, 400, "{user}");
+        assert_eq!(rejection(&node, user, "").await, 400, "{user}");
     }
 }
 
@@ -86,7 +86,7 @@ async fn bad_channels_are_rejected() {
     let node = Node::start(&[]).await;
     let too_long = "x".repeat(129);
     for channel in ["", "a%20b", "a/b", "%C3%A9", "a%00", "*", "%zz", "{a}", &too_long] {
-        assert_eq!(refusal(&node, "a", &format!("channel={channel}")).await, 400, "{channel}");
+        assert_eq!(rejection(&node, "a", &format!("channel={channel}")).await, 400, "{channel}");
     }
     let longest = "x".repeat(128);
     for (given, channel) in [("a%3Ab", "a:b"), ("A_z.0:-", "A_z.0:-"), (&longest, &longest)] {
@@ -575,8 +575,8 @@ async fn clients_and_backends_publish_json_by_the_rule() {
                 expected.push(serde_json::from_slice(&case.event()).expect("JSON"));
             }
             Some(words) => {
-                let refused = posted.status == 400 && posted.body.contains(words);
-                assert!(refused, "{}: {posted:?}", case.name());
+                let rejected = posted.status == 400 && posted.body.contains(words);
+                assert!(rejected, "{}: {posted:?}", case.name());
             }
         }
         // A message that is not UTF-8 closes the connection with 1007.
@@ -596,8 +596,8 @@ async fn clients_and_backends_publish_json_by_the_rule() {
                 }
                 Some(words) => {
                     let message = answer["message"].as_str().unwrap_or_default();
-                    let refused = answer["code"] == "invalid" && message.contains(words);
-                    assert!(refused, "{}: {answer}", case.name());
+                    let rejected = answer["code"] == "invalid" && message.contains(words);
+                    assert!(rejected, "{}: {answer}", case.name());
                 }
             }
         }

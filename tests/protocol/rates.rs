@@ -87,9 +87,9 @@ async fn message_flood_gets_errors_and_then_4029() {
         assert_eq!(*event, json!({"sender": "flood", "data": n}));
     }
     assert_eq!(answers.code, 4029);
-    let refused: Vec<_> = answers.errors.iter().map(|error| (&error["code"], &error["ref"])).collect();
+    let rejected: Vec<_> = answers.errors.iter().map(|error| (&error["code"], &error["ref"])).collect();
     let expected: Vec<_> = (taken..taken + 10).map(|n| (json!("rate_limited"), json!(n))).collect();
-    assert_eq!(refused, expected.iter().map(|(code, n)| (code, n)).collect::<Vec<_>>());
+    assert_eq!(rejected, expected.iter().map(|(code, n)| (code, n)).collect::<Vec<_>>());
     assert_eq!(node.metric_of("fanfare_connections_closed_total", r#"reason="rate_limited""#).await, 1.0);
     assert_eq!(too_fast(&node).await, 11.0);
     assert_eq!(node.metric("fanfare_messages_received_total").await, taken as f64);
@@ -246,12 +246,12 @@ async fn client_that_slows_down_stays() {
     let (mut client, _) = Client::json(&node, "a", "room").await;
     for _ in 0..2 {
         // Sends without a pause until the first error.
-        let mut refused = 0;
-        while refused < 5 {
+        let mut rejected = 0;
+        while rejected < 5 {
             let (answer, _) = client.send_for_ack(json!({"text": "hi"})).await;
             if let Err(error) = answer {
                 assert_eq!(error["code"], "rate_limited");
-                refused += 1;
+                rejected += 1;
             }
         }
         // After a pause its messages are published.

@@ -99,7 +99,7 @@ async fn invalid_tokens_are_rejected_and_never_shown() {
     for token in bad {
         let mut raw = Raw::connect(node.public).await;
         let response = raw.upgrade(&format!("/ws/alice?token={token}"), &[]).await;
-        response.expect_refusal(401);
+        response.expect_rejection(401);
         assert_eq!(response.header("www-authenticate"), Some("Bearer"));
         raw.expect_end().await;
         answers.push(response.body);
@@ -198,7 +198,7 @@ async fn keys_are_reloaded_without_a_restart() {
 
     keys.write("key", "short");
     node.signal("HUP");
-    until("the bad key to be refused", || async {
+    until("the bad key to be rejected", || async {
         node.log().contains("keeping the current keys").then_some(())
     })
     .await;

@@ -72,7 +72,7 @@ async fn expect(node: &Node, bytes: impl AsRef<[u8]>, status: u16) -> Response {
     let response = answer(node, bytes).await;
     let shown = String::from_utf8_lossy(&bytes[..bytes.len().min(200)]);
     assert_eq!(response.status, status, "{shown}: {response:?}");
-    response.expect_refusal(status);
+    response.expect_rejection(status);
     response
 }
 
@@ -90,7 +90,7 @@ async fn slow_requests_get_408_after_5_s() {
             }
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
-        raw.response().await.expect_refusal(408);
+        raw.response().await.expect_rejection(408);
     };
     let answered = async {
         silent.await;
@@ -223,7 +223,7 @@ async fn other_protocols_get_400() {
     let mut raw = Raw::connect(node.public).await;
     raw.write(b"GET /ws/a HTTP/1.1\r\nHost:").await;
     raw.end_sending().await;
-    raw.response().await.expect_refusal(400);
+    raw.response().await.expect_rejection(400);
     raw.expect_end().await;
 }
 

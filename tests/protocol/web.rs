@@ -39,15 +39,15 @@ async fn public_paths_answer() {
 async fn wrong_paths_and_methods_are_rejected() {
     let node = Node::start(&[]).await;
     for path in ["/nothing", "/wsx/a", "/metrics", "/stats", "/publish", "/healthz/", "//"] {
-        node.get(path).await.expect_refusal(404);
+        node.get(path).await.expect_rejection(404);
     }
     for path in ["/ws", "/ws/", "/ws/a/b"] {
         let mut raw = Raw::connect(node.public).await;
-        raw.upgrade(path, &[]).await.expect_refusal(400);
+        raw.upgrade(path, &[]).await.expect_rejection(400);
     }
     for (method, path) in [("POST", "/"), ("POST", "/ws/a"), ("DELETE", "/healthz"), ("PUT", "/fanfare.js")] {
         let response = http::request(node.public, method, path, &[], b"").await;
-        response.expect_refusal(405);
+        response.expect_rejection(405);
         assert!(response.header("allow").is_some_and(|allow| allow.contains("GET")), "{response:?}");
     }
 }
@@ -56,7 +56,7 @@ async fn wrong_paths_and_methods_are_rejected() {
 async fn missing_upgrade_gets_426() {
     let node = Node::start(&[]).await;
     let response = node.get("/ws/a").await;
-    response.expect_refusal(426);
+    response.expect_rejection(426);
     assert!(
         response.header("upgrade").is_some_and(|to| to.eq_ignore_ascii_case("websocket")),
         "{response:?}"
@@ -65,12 +65,12 @@ async fn missing_upgrade_gets_426() {
     for version in ["8", "14", "x"] {
         let mut raw = Raw::connect(node.public).await;
         let response = raw.upgrade("/ws/a", &[("Sec-WebSocket-Version", version)]).await;
-        response.expect_refusal(426);
+        response.expect_rejection(426);
         assert_eq!(response.header("sec-websocket-version"), Some("13"), "RFC 6455 section 4.4");
     }
     for key in ["", "short", "dGhlIHNhbXBsZSBub25jZQ", "!!!!!!!!!!!!!!!!!!!!!!=="] {
         let mut raw = Raw::connect(node.public).await;
-        raw.upgrade("/ws/a", &[("Sec-WebSocket-Key", key)]).await.expect_refusal(400);
+        raw.upgrade("/ws/a", &[("Sec-WebSocket-Key", key)]).await.expect_rejection(400);
     }
 }
 
@@ -84,7 +84,7 @@ async fn invalid_http_is_rejected() {
         assert!([400, 505].contains(&response.status), "{bytes:?}: {response:?}");
     }
     let response = answer(&node, b"GET /healthz HTTP/1.1\r\nHost : a\r\n\r\n").await;
-    response.expect_refusal(400);
+    response.expect_rejection(400);
 }
 
 #[tokio::test]
@@ -99,8 +99,8 @@ async fn oversized_heads_and_paths_are_rejected() {
     ] {
         let mut socket = BufReader::new(TcpStream::connect(node.public).await.expect("it listens"));
         let _ = socket.get_mut().write_all(head.as_bytes()).await;
-        let response = common::within("a refusal", http::read_response(&mut socket, false)).await;
-        response.expect("a refusal that arrives").expect_refusal(status);
+        let response = common::within("a rejection", http::read_response(&mut socket, false)).await;
+        response.expect("a rejection that arrives").expect_rejection(status);
     }
 }
 
@@ -110,7 +110,7 @@ async fn incomplete_head_times_out() {
     let mut nothing = Raw::connect(node.public).await;
     let mut slow = Raw::connect(node.public).await;
     slow.write(b"GET /healthz HTTP/1.1\r\nHost:").await;
-    slow.response().await.expect_refusal(408);
+    slow.response().await.expect_rejection(408);
     slow.expect_end().await;
     // A client that sent nothing gets a 408 or no response.
     let rest = String::from_utf8(nothing.rest().await).expect("text");
@@ -172,14 +172,14 @@ async fn publish_rejects_invalid_requests() {
         assert!(!response.body.trim().is_empty());
     }
     let long = json!({"text": "x".repeat(200_000)}).to_string();
-    node.admin("POST", "/publish?channel=room", long.as_bytes()).await.expect_refusal(413);
+    node.admin("POST", "/publish?channel=room", long.as_bytes()).await.expect_rejection(413);
     for query in
         ["channel=", "channel=a%20b", "channel=room&to=", "channel=room&to=%0A", "channel=room&to=%FF"]
     {
-        node.admin("POST", &format!("/publish?{query}"), b"{}").await.expect_refusal(400);
+        node.admin("POST", &format!("/publish?{query}"), b"{}").await.expect_rejection(400);
     }
     let response = node.admin("GET", "/publish?channel=room", b"").await;
-    response.expect_refusal(405);
+    response.expect_rejection(405);
     assert_eq!(response.header("allow"), Some("POST"));
     // None of them was published.
     let id = node.publish("room", &json!({"marker": 1})).await;
@@ -214,10 +214,10 @@ async fn metrics_and_stats_are_well_formed() {
     }
     assert!(node.admin("GET", "/stats", b"").await.json().is_object());
     for path in ["/", "/nothing", "/ws/a"] {
-        node.admin("GET", path, b"").await.expect_refusal(404);
+        node.admin("GET", path, b"").await.expect_rejection(404);
     }
     for path in ["/metrics", "/stats"] {
-        node.admin("POST", path, b"{}").await.expect_refusal(405);
+        node.admin("POST", path, b"{}").await.expect_rejection(405);
     }
 }
 
@@ -233,7 +233,7 @@ async fn admin_listener_keeps_connections_alive() {
     // Several at once, and one in pieces.
     raw.write(&[&publish[..], &bad, &stats, &publish].concat()).await;
     assert_eq!(raw.response().await.json(), json!({"id": first + 1}));
-    raw.response().await.expect_refusal(400);
+    raw.response().await.expect_rejection(400);
     assert_eq!(raw.response().await.status, 200);
     assert_eq!(raw.response().await.json(), json!({"id": first + 2}));
     for piece in publish.chunks(5) {

@@ -167,7 +167,7 @@ async fn hear(
     let outcome = match frame["type"].as_str() {
         Some("ack") => Outcome::Acked(position(&frame["id"])),
         Some("error") if frame["code"] == "unknown" => Outcome::Unknown,
-        Some("error") if frame["code"] == "unavailable" => Outcome::Refused,
+        Some("error") if frame["code"] == "unavailable" => Outcome::Rejected,
         Some("error") => panic!("{name}: {text}"),
         _ => return true,
     };
@@ -266,7 +266,7 @@ async fn post(channel: &str, node: &Node, sent: &Sent) -> Outcome {
     let body = json!({"text": sent.text}).to_string();
     let to = sent.to.as_ref().map(|to| format!("&to={to}")).unwrap_or_default();
     let path = format!("/publish?channel={channel}{to}");
-    let Ok(socket) = TcpStream::connect(node.admin).await else { return Outcome::Refused };
+    let Ok(socket) = TcpStream::connect(node.admin).await else { return Outcome::Rejected };
     let answer = async {
         let mut socket = BufReader::new(socket);
         let bytes = http::request_bytes(node.admin, "POST", &path, &[], body.as_bytes());
@@ -275,7 +275,7 @@ async fn post(channel: &str, node: &Node, sent: &Sent) -> Outcome {
     };
     match timeout(ANSWER, answer).await.ok().flatten() {
         Some(response) if response.status == 200 => Outcome::Acked(position(&response.json()["id"])),
-        Some(response) if response.status == 503 => Outcome::Refused,
+        Some(response) if response.status == 503 => Outcome::Rejected,
         Some(response) if response.status == 504 => Outcome::Unknown,
         Some(response) => panic!("no answer to a publish: {response:?}"),
         None => Outcome::Unknown,
@@ -337,7 +337,7 @@ pub async fn program(mut plan: Plan) {
 }
 
 /// Errors with which Redis has certainly not run the function.
-const REFUSALS: [&str; 8] =
+const REJECTIONS: [&str; 8] =
     ["ERR Function not found", "OOM", "READONLY", "LOADING", "BUSY", "MISCONF", "NOREPLICAS", "MASTERDOWN"];
 
 async fn fcall(redis: &mut BufReader<TcpStream>, channel: &str, sent: &Sent) -> Option<Outcome> {
@@ -358,8 +358,8 @@ async fn fcall(redis: &mut BufReader<TcpStream>, channel: &str, sent: &Sent) -> 
         return Some(Outcome::Acked(id.parse().expect("an id")));
     }
     let error = answer.strip_prefix('-').unwrap_or_else(|| panic!("neither id nor error: {answer}"));
-    let refused = REFUSALS.iter().any(|prefix| error.starts_with(prefix));
-    Some(if refused { Outcome::Refused } else { Outcome::Unknown })
+    let rejected = REJECTIONS.iter().any(|prefix| error.starts_with(prefix));
+    Some(if rejected { Outcome::Rejected } else { Outcome::Unknown })
 }
 
 /// Publishes this many events of this size by FCALL, pipelined.

@@ -293,7 +293,7 @@ impl Run {
 
     /// Subscribers that are behind an id, and the statistics of the nodes.
     async fn standing(&self, id: u64) -> String {
-        let mut text = format!("not everybody reached {id}: {:#?}", self.shared.behind(id));
+        let mut text = format!("some subscribers did not reach {id}: {:#?}", self.shared.behind(id));
         for node in self.shared.nodes.all() {
             text += &format!("\n{}: {}", node.public, node.admin("GET", "/stats", b"").await.body);
         }

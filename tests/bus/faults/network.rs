@@ -69,7 +69,7 @@ async fn late_publish_answers() {
     }
     let report = run.end().await;
     report.assert_no_loss_reported();
-    // Plain clients get no answers; everybody else got one.
+    // Plain clients get no answers. All others got one.
     let unknown = report.history.attempts.iter().filter(|a| a.outcome == Outcome::Unknown);
     assert_eq!(unknown.filter(|attempt| !attempt.line.starts_with("plain")).count(), 0);
 }
@@ -177,7 +177,7 @@ async fn redis_latency_of_50_ms() {
     }
     let report = run.end().await;
     report.assert_no_loss_reported();
-    assert_eq!(report.count(|outcome| outcome == Outcome::Refused), 0);
+    assert_eq!(report.count(|outcome| outcome == Outcome::Rejected), 0);
 }
 
 #[tokio::test]

@@ -20,7 +20,7 @@ async fn subscribe_refused_by_acl() {
         for place in 0..2 {
             let node = testbed.nodes.get(place);
             let says = || async { node.unready().await.contains("SUBSCRIBE").then_some(()) };
-            until("a node that says what Redis refuses", says).await;
+            until("a reason that names the command", says).await;
         }
         redis.call(&["ACL", "SETUSER", "default", "allchannels"]).await;
         testbed.ready().await;
@@ -36,27 +36,29 @@ async fn redis_out_of_memory() {
     let testbed = Testbed::start(&["--maxmemory-policy", "noeviction"], &[]).await;
     let run = Run::start(&testbed, Workload::default()).await;
     let mut redis = testbed.redis.client().await;
-    let refusals = || async {
-        let each = ["json", "post", "fcall"].iter().all(|kind| run.shared.count(kind, Outcome::Refused) >= 3);
+    let rejections = || async {
+        let each =
+            ["json", "post", "fcall"].iter().all(|kind| run.shared.count(kind, Outcome::Rejected) >= 3);
         each.then_some(())
     };
     run.wait_for_acks(30).await;
     redis.call(&["CONFIG", "SET", "maxmemory", "1"]).await;
-    until("events to be refused", refusals).await;
+    until("events to be rejected", rejections).await;
     redis.call(&["CONFIG", "SET", "maxmemory", "0"]).await;
     run.wait_for_delivery().await;
     let report = run.end().await;
     report.assert_no_loss_reported();
     for kind in ["json", "post", "fcall"] {
         let of_kind = report.history.attempts.iter().filter(|attempt| attempt.line.starts_with(kind));
-        let (refused, unknown) = of_kind.fold((0, 0), |(refused, unknown), attempt| match attempt.outcome {
-            Outcome::Refused => (refused + 1, unknown),
-            Outcome::Unknown => (refused, unknown + 1),
-            Outcome::Acked(_) => (refused, unknown),
-        });
+        let (rejected, unknown) =
+            of_kind.fold((0, 0), |(rejected, unknown), attempt| match attempt.outcome {
+                Outcome::Rejected => (rejected + 1, unknown),
+                Outcome::Unknown => (rejected, unknown + 1),
+                Outcome::Acked(_) => (rejected, unknown),
+            });
         assert!(
-            refused > 0 && unknown == 0,
-            "{kind}: {refused} refused, {unknown} unknown: all answers are certain"
+            rejected > 0 && unknown == 0,
+            "{kind}: {rejected} rejected, {unknown} unknown: all answers are certain"
         );
     }
 }
@@ -112,13 +114,13 @@ async fn answers_later_than_the_publish_timeout() {
     for round in 0.. {
         assert!(round < 10, "no outcome was unknown");
         run.wait_for_acks(30).await;
-        let refused = count(Outcome::Refused);
+        let rejected = count(Outcome::Rejected);
         for proxy in &testbed.proxies {
             proxy.silence(crate::common::Silence { down: true, up: false });
         }
         // Redis executes what was sent, and its answers are lost: the outcome is unknown. Waiting
         // publishes are rejected.
-        until("refusals", || async { (count(Outcome::Refused) >= refused + 5).then_some(()) }).await;
+        until("rejections", || async { (count(Outcome::Rejected) >= rejected + 5).then_some(()) }).await;
         for proxy in &testbed.proxies {
             proxy.silence(crate::common::Silence::default());
         }
@@ -154,10 +156,10 @@ async fn publishes_in_an_outage_are_bounded_and_ordered() {
     testbed.ready().await;
     run.wait_for_delivery().await;
     // Longer: every publish is rejected in time.
-    let refused = testbed.metric("fanfare_bus_publish_rejected_total").await;
+    let rejected = testbed.metric("fanfare_bus_publish_rejected_total").await;
     testbed.redis.kill();
-    until("refusals", || async {
-        (testbed.metric("fanfare_bus_publish_rejected_total").await > refused + 20.0).then_some(())
+    until("rejections", || async {
+        (testbed.metric("fanfare_bus_publish_rejected_total").await > rejected + 20.0).then_some(())
     })
     .await;
     testbed.redis.up().await;

@@ -125,8 +125,8 @@ async fn head_behind_the_stream_gets_a_new_base() {
     let mut raw = redis.raw();
     raw.command(&["HSET", "fanfare:{room}:meta", "head", &one.0.to_string()]);
     let mut fcall = || raw.command(&["FCALL", "fanfare_publish", "1", "fanfare:{room}", "{}"]);
-    let refused = fcall();
-    assert!(refused.error().starts_with("FAULT fanfare:{room}:events: "), "{refused:?}");
+    let rejected = fcall();
+    assert!(rejected.error().starts_with("FAULT fanfare:{room}:events: "), "{rejected:?}");
     assert!(fcall().number() as u64 > two.0);
 }
 

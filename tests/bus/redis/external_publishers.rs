@@ -75,7 +75,7 @@ async fn fcall_publishes_like_a_node() {
         let reply = redis.raw().command(&["FCALL", "fanfare_publish", "1", key, "{}"]);
         assert!(reply.error().contains("<prefix>:{<channel>}"), "{key}: {reply:?}");
     }
-    assert_eq!(redis.head("room"), three, "what is refused takes no id");
+    assert_eq!(redis.head("room"), three, "rejected events take no id");
 }
 
 fn value(text: impl AsRef<[u8]>) -> Value {
@@ -98,7 +98,7 @@ async fn fcall_checks_json_by_the_rule() {
         }
     }
     reader.until(&mut node, EventId(expected.last().unwrap().0)).await;
-    assert_eq!(reader.events.len(), expected.len(), "what is refused takes no id");
+    assert_eq!(reader.events.len(), expected.len(), "rejected events take no id");
     for ((id, text), (given, event)) in reader.events.iter().zip(expected) {
         let (mut text, event) = (value(text), value(event));
         assert_eq!((*id, text["data"].take()), (given, event["data"].clone()));
@@ -262,8 +262,8 @@ async fn acl_errors_are_explained() {
         node.readiness.trouble().is_some_and(|why| why.contains("SUBSCRIBE") && why.contains("&fanfare:*"))
     })
     .await;
-    let refusal = node.try_follow("room", 0).await.unwrap_err();
-    assert!(refusal.to_string().contains("SUBSCRIBE"), "{refusal}");
+    let rejection = node.try_follow("room", 0).await.unwrap_err();
+    assert!(rejection.to_string().contains("SUBSCRIBE"), "{rejection}");
     raw.command(&["ACL", "SETUSER", "node", "&fanfare:*"]);
     until("now the bare channel is missing", || {
         node.readiness.trouble().is_some_and(|why| why.contains("SUBSCRIBE ws_broadcast"))
@@ -439,7 +439,7 @@ fn hidden_replication_id_is_reported() {
         assert_eq!(lacking.len(), 1, "{field}: {lacking:?}");
         assert!(lacking[0].starts_with(&format!("{field} in INFO ")), "{lacking:?}");
     }
-    let refused = check_with_info(&redis, "{err = 'ERR not allowed from script'}");
-    assert!(refused.iter().all(|text| text.contains("in scripts (ERR not allowed from script)")));
-    assert_eq!(refused.len(), 2);
+    let rejected = check_with_info(&redis, "{err = 'ERR not allowed from script'}");
+    assert!(rejected.iter().all(|text| text.contains("in scripts (ERR not allowed from script)")));
+    assert_eq!(rejected.len(), 2);
 }

@@ -124,7 +124,7 @@ async fn gaps_are_filled_when_subscribers_are_killed() {
     }
     assert!(reader.resets.is_empty());
     assert_eq!(reader.events.len(), 400);
-    assert!(node.metrics.gaps_filled.get() > 0, "some hole was filled");
+    assert!(node.metrics.gaps_filled.get() > 0, "some gap was filled");
 }
 
 #[tokio::test]

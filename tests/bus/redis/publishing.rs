@@ -204,7 +204,7 @@ async fn retry_after_an_eviction_doubles_nothing() {
         match timeout(PATIENCE, result).await.unwrap().unwrap() {
             Ok(id) => assert_eq!(id.0, before + 1, "{key}"),
             Err(PublishError::Unknown) => unknown += 1,
-            Err(refused) => panic!("{key}: {refused}"),
+            Err(rejected) => panic!("{key}: {rejected}"),
         }
         node.until_ready().await;
         let last = node.publish("room", "{\"last\":true}").await.unwrap();

@@ -78,7 +78,7 @@ impl Model {
             1..=9 if !self.clients[at].connected => self.join(at),
             10..=20 => {
                 let outcome = match self.rng.index(12) {
-                    0 => Outcome::Refused,
+                    0 => Outcome::Rejected,
                     1 | 2 => Outcome::Unknown,
                     _ => Outcome::Acked(0),
                 };
@@ -105,7 +105,7 @@ impl Model {
         let body = format!("event {}", self.attempts.len());
         let taken = match outcome {
             Outcome::Acked(_) => true,
-            Outcome::Refused => false,
+            Outcome::Rejected => false,
             Outcome::Unknown => self.rng.once_in(2),
         };
         if taken {

@@ -38,7 +38,7 @@ pub static MUTATIONS: [Mutation; 22] = [
     mutation("an event has another id for one client", &[OneId], true, other_id),
     mutation("an event is invented", &[Published], true, unpublished),
     mutation("an event's text is changed", &[Published], true, alter),
-    mutation("what was refused comes", &[Published], true, refused),
+    mutation("a rejected event is delivered", &[Published], true, rejected),
     mutation("an event reaches another user", &[Private], true, wrong_user),
     mutation("an event's addressee gets lost", &[Private, OneId], true, addressee_lost),
     mutation("a loss is not announced", &[Missing], true, reset_withheld),
@@ -151,7 +151,7 @@ fn vanish_unknown(history: &mut History, _: &mut Rng) -> Option<String> {
         .iter()
         .filter_map(|place| Some(event(&history.subscribers[place.subscriber], place.note)?.1.to_owned()))
         .collect();
-    // Private events with the same fate are excused: nobody can know them.
+    // Private events with the same fate are excused: no client can know them.
     let unseen = |body: &str| {
         !history.subscribers.iter().any(|subscriber| {
             (0..subscriber.seen.len()).any(|note| event(subscriber, note).is_some_and(|seen| seen.1 == body))
@@ -286,11 +286,11 @@ fn alter(history: &mut History, rng: &mut Rng) -> Option<String> {
     Some(describe(history, place))
 }
 
-fn refused(history: &mut History, rng: &mut Rng) -> Option<String> {
+fn rejected(history: &mut History, rng: &mut Rng) -> Option<String> {
     let place = any_event(history, rng)?;
     let body = event(&history.subscribers[place.subscriber], place.note)?.1.to_owned();
     let attempt = history.attempts.iter_mut().find(|attempt| attempt.body == body)?;
-    attempt.outcome = Outcome::Refused;
+    attempt.outcome = Outcome::Rejected;
     Some(body)
 }
 
