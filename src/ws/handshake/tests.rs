@@ -1,0 +1,261 @@
+use std::net::IpAddr;
+
+use super::*;
+
+fn request(target: &str, headers: &str) -> String {
+    format!(
+        "GET {target} HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
+         Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n{headers}\r\n"
+    )
+}
+
+/// A PROXY header of version 2 by which the proxy speaks for itself.
+const LOCAL_V2: &str = "\r\n\r\n\0\r\nQUIT\n\x20\0\0\0";
+
+fn context(flags: &[&str]) -> HandshakeContext {
+    let settings = match Settings::from(flags.iter().map(std::ffi::OsString::from), []) {
+        Ok(crate::config::Action::Run(settings)) => Arc::new(settings),
+        other => panic!("{other:?}"),
+    };
+    let keys = Arc::new(KeyRing::load(&settings).unwrap());
+    let limits = Arc::new(ConnectionLimits::new(&settings));
+    HandshakeContext { settings, readiness: Arc::default(), keys, limits, loopback: Arc::default() }
+}
+
+fn outcome(bytes: &[u8]) -> HandshakeOutcome {
+    decide_from("192.0.2.1", bytes, &context(&[])).0
+}
+
+fn decide_from(peer: &str, bytes: &[u8], context: &HandshakeContext) -> (HandshakeOutcome, ConnectionSlot) {
+    let mut connection_slot = context.limits.acquire(peer.parse().unwrap()).unwrap();
+    (decide(bytes, context, &mut connection_slot, false), connection_slot)
+}
+
+fn join(target: &str, headers: &str) -> Join {
+    match outcome(request(target, headers).as_bytes()) {
+        HandshakeOutcome::Join(join) => *join,
+        other => panic!("{other:?}"),
+    }
+}
+
+fn status(bytes: &[u8]) -> String {
+    match outcome(bytes) {
+        HandshakeOutcome::Answer(answer) | HandshakeOutcome::Reject(answer, _) => {
+            String::from_utf8_lossy(&answer[9..12]).into_owned()
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_good_request_joins() {
+    let plain = join("/ws/al%20ice", "");
+    assert_eq!((&*plain.user, plain.channel.as_str()), ("al ice", DEFAULT_CHANNEL));
+    assert!(!plain.wants_recovery && !plain.json_mode && plain.last_seen == LastSeen::Nothing);
+    let answer = String::from_utf8(plain.response.to_vec()).unwrap();
+    assert!(
+        answer.contains("Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n"),
+        "RFC 6455 section 1.3"
+    );
+    assert!(!answer.contains("Protocol:"));
+
+    let json = join("/ws/a?channel=x.y:1&lastEventId=17", "Sec-WebSocket-Protocol: a, fanfare.v1\r\n");
+    assert!(json.wants_recovery && json.json_mode && json.last_seen == LastSeen::Event(EventId(17)));
+    assert!(
+        String::from_utf8(json.response.to_vec()).unwrap().contains("Sec-WebSocket-Protocol: fanfare.v1\r\n")
+    );
+}
+
+#[test]
+fn what_is_no_id_is_an_unknown_one() {
+    let seen = |value: &str| join(&format!("/ws/a?lastEventId{value}"), "").last_seen;
+    assert_eq!((seen(""), seen("=")), (LastSeen::Nothing, LastSeen::Nothing));
+    assert_eq!(seen("=0"), LastSeen::Event(EventId(0)));
+    for value in ["=-1", "=x", "=9007199254740992", "=99999999999999999999", "=1.5", "=%ff", "=+1"] {
+        assert_eq!(seen(value), LastSeen::Unknown, "{value}");
+    }
+}
+
+#[test]
+fn trusted_proxies_name_their_clients_however_the_bytes_are_cut() {
+    let context = context(&["--trusted-proxy", "10.0.0.0/8"]);
+    let upgrade = request("/ws/a", "");
+    let forward = |value: &str| request("/ws/a", &format!("X-Forwarded-For: {value}\r\n"));
+    let v2 = b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0C\xC0\0\x02\x07\xC0\0\x02\x01\0\x01\0\x02";
+    for (begin, request, client) in [
+        (&b""[..], &upgrade, None),
+        (b"", &forward("192.0.2.7"), Some("192.0.2.7")),
+        (b"", &forward("192.0.2.7, 10.0.0.2"), Some("192.0.2.7")),
+        (b"", &forward("10.0.0.2"), None),
+        (b"PROXY TCP4 192.0.2.7 10.0.0.1 1 2\r\n", &upgrade, Some("192.0.2.7")),
+        (b"PROXY UNKNOWN\r\n", &forward("192.0.2.7"), Some("192.0.2.7")),
+        (b"PROXY TCP4 10.0.0.9 10.0.0.1 1 2\r\n", &forward("192.0.2.7"), Some("192.0.2.7")),
+        (
+            b"PROXY TCP4 10.0.0.9 10.0.0.1 1 2\r\nPROXY TCP4 192.0.2.7 10.0.0.1 1 2\r\n",
+            &upgrade,
+            Some("192.0.2.7"),
+        ),
+        (LOCAL_V2.as_bytes(), &upgrade, None),
+        (v2, &upgrade, Some("192.0.2.7")),
+    ] {
+        let client = client.map_or(ConnectionSlot::Proxy, |client| {
+            ConnectionSlot::Client(client.parse::<IpAddr>().unwrap().into())
+        });
+        let bytes = [begin, request.as_bytes()].concat();
+        let (outcome, connection_slot) = decide_from("10.0.0.1", &bytes, &context);
+        assert!(matches!(outcome, HandshakeOutcome::Join(_)), "{outcome:?}");
+        assert_eq!(connection_slot, client, "{}", String::from_utf8_lossy(&bytes));
+
+        // Byte by byte, as a shard keeps them.
+        let mut connection_slot = context.limits.acquire("10.0.0.1".parse().unwrap()).unwrap();
+        let mut kept = Vec::new();
+        for (at, byte) in bytes.iter().enumerate() {
+            kept.push(*byte);
+            match decide(&kept, &context, &mut connection_slot, false) {
+                HandshakeOutcome::Incomplete(read) => drop(kept.drain(..read)),
+                HandshakeOutcome::Join(_) => assert_eq!(at + 1, bytes.len()),
+                other => panic!("{other:?} after {}", String::from_utf8_lossy(&kept)),
+            }
+        }
+        assert_eq!(connection_slot, client, "{}", String::from_utf8_lossy(&bytes));
+    }
+}
+
+#[test]
+fn who_speaks_as_a_proxy_and_is_none_is_told_what_to_do() {
+    let context = context(&["--trusted-proxy", "10.0.0.0/8"]);
+    let forward = request("/ws/a", "X-Forwarded-For: 192.0.2.7\r\n");
+    let named = "PROXY TCP4 192.0.2.7 10.0.0.1 1 2\r\n";
+    for (peer, bytes, text) in [
+        ("192.0.2.1", forward.clone(), "X-Forwarded-For is taken from trusted proxies alone"),
+        ("192.0.2.1", "PROXY ".into(), "a PROXY header is taken from trusted proxies alone"),
+        ("192.0.2.1", "\r\n\r\n\0\r\nQUIT\n".into(), "a PROXY header is taken"),
+        ("10.0.0.1", named.to_owned() + &forward, "X-Forwarded-For is taken from trusted proxies alone"),
+        ("10.0.0.1", named.to_owned() + named, "a PROXY header is taken from trusted"),
+        ("10.0.0.1", format!("PROXY UNKNOWN\r\n{named}"), "a PROXY header is taken from trusted"),
+        ("10.0.0.1", LOCAL_V2.to_owned() + named, "a PROXY header is taken from trusted"),
+    ] {
+        let (outcome, _) = decide_from(peer, bytes.as_bytes(), &context);
+        let HandshakeOutcome::Reject(answer, CloseReason::ProxyNotTrusted) = outcome else {
+            panic!("{bytes}: {outcome:?}")
+        };
+        let answer = String::from_utf8(answer.to_vec()).unwrap();
+        assert!(answer.starts_with("HTTP/1.1 400 ") && answer.contains("--trusted-proxy"), "{answer}");
+        assert!(answer.contains(text), "{answer}");
+
+        if peer != "10.0.0.1" {
+            continue; // byte by byte its version 2 begins as a bad request
+        }
+        let mut connection_slot = context.limits.acquire(peer.parse().unwrap()).unwrap();
+        let mut kept = Vec::new();
+        let refused = bytes.bytes().any(|byte| {
+            kept.push(byte);
+            match decide(&kept, &context, &mut connection_slot, false) {
+                HandshakeOutcome::Incomplete(read) => drop(kept.drain(..read)),
+                HandshakeOutcome::Reject(_, CloseReason::ProxyNotTrusted) => return true,
+                other => panic!("{other:?} after {bytes}"),
+            }
+            false
+        });
+        assert!(refused, "{bytes}");
+    }
+    for bytes in ["PROXY TCP4\r\n".to_owned(), request("/ws/a", "X-Forwarded-For: unknown\r\n")] {
+        let (outcome, _) = decide_from("10.0.0.1", bytes.as_bytes(), &context);
+        let HandshakeOutcome::Reject(answer, CloseReason::HttpResponse) = outcome else {
+            panic!("{bytes}: {outcome:?}")
+        };
+        assert!(answer.starts_with(b"HTTP/1.1 400 "));
+    }
+    // What needs no client's address is there for everybody.
+    for path in ["/healthz", "/"] {
+        let bytes = request(path, "X-Forwarded-For: unknown\r\n");
+        for peer in ["192.0.2.1", "10.0.0.1"] {
+            let (outcome, _) = decide_from(peer, bytes.as_bytes(), &context);
+            assert!(
+                matches!(outcome, HandshakeOutcome::Answer(answer) if answer.starts_with(b"HTTP/1.1 200 "))
+            );
+        }
+    }
+}
+
+#[test]
+fn who_has_no_seat_is_told_before_anything_is_looked_at() {
+    let context =
+        context(&["--max-connections", "2", "--max-connections-per-ip", "1", "--trusted-proxy", "10.0.0.1"]);
+    let bad = request("/ws/%ff", "Sec-WebSocket-Key: twice\r\n");
+    let status = |peer, bytes: &str| match decide_from(peer, bytes.as_bytes(), &context).0 {
+        HandshakeOutcome::Reject(answer, reason) => {
+            (String::from_utf8_lossy(&answer[9..12]).into_owned(), reason)
+        }
+        other => panic!("{other:?}"),
+    };
+    let first = decide_from("192.0.2.1", request("/ws/a", "").as_bytes(), &context);
+    assert!(matches!(first.0, HandshakeOutcome::Join(_)));
+    assert_eq!(status("192.0.2.1", &bad), ("429".into(), CloseReason::IpLimit));
+    let forward = request("/ws/%ff", "X-Forwarded-For: 192.0.2.1\r\n");
+    assert_eq!(status("10.0.0.1", &forward), ("429".into(), CloseReason::IpLimit));
+    assert_eq!(
+        status("10.0.0.1", &format!("PROXY TCP4 192.0.2.1 10.0.0.9 1 2\r\n{bad}")).1,
+        CloseReason::IpLimit
+    );
+    let second = decide_from("192.0.2.2", request("/ws/a", "").as_bytes(), &context);
+    assert!(matches!(second.0, HandshakeOutcome::Join(_)));
+    assert_eq!(status("192.0.2.3", &bad), ("503".into(), CloseReason::NodeLimit));
+    assert_eq!(
+        status("10.0.0.1", &format!("PROXY TCP4 192.0.2.9 10.0.0.9 1 2\r\n{bad}")).1,
+        CloseReason::NodeLimit
+    );
+    let (outcome, _) = decide_from("192.0.2.3", request("/healthz", "").as_bytes(), &context);
+    assert!(matches!(outcome, HandshakeOutcome::Answer(answer) if answer.starts_with(b"HTTP/1.1 200 ")));
+}
+
+#[test]
+fn rebound_names_are_refused_on_loopback() {
+    let named = context(&["--allow-origin", "http://app.example:8080"]);
+    for (context, host, origin, loopback, joins) in [
+        (&context(&[]), "127.0.0.1:8080", "http://127.0.0.1:8080", true, true),
+        (&context(&[]), "localhost", "http://localhost:3000", true, true),
+        (&context(&[]), "[::1]:8080", "http://[::1]:8080", true, true),
+        (&context(&[]), "evil.example:8080", "http://evil.example:8080", true, false),
+        (&context(&[]), "evil.example:8080", "http://evil.example:8080", false, true), // to a public address
+        (&context(&[]), "127.0.0.1.evil.example", "http://127.0.0.1.evil.example", true, false),
+        (&context(&[]), "evil.example:8080", "", true, true), // no browser
+        (&named, "app.example:8080", "http://app.example:8080", true, true),
+        (&named, "evil.example:8080", "http://evil.example:8080", true, false),
+    ] {
+        let header = if origin.is_empty() { String::new() } else { format!("Origin: {origin}\r\n") };
+        let request = request("/ws/a", &header).replace("Host: a", &format!("Host: {host}"));
+        let mut connection_slot = context.limits.acquire("127.0.0.1".parse().unwrap()).unwrap();
+        let outcome = decide(request.as_bytes(), context, &mut connection_slot, loopback);
+        assert_eq!(matches!(outcome, HandshakeOutcome::Join(_)), joins, "{host} {origin}: {outcome:?}");
+    }
+}
+
+#[test]
+fn bad_requests_get_their_status() {
+    let good = request("/ws/a", "");
+    for (bytes, expected) in [
+        (good.replace("GET", "POST"), "405"),
+        (good.replace("13\r\n", "8\r\n"), "426"),
+        (good.replace("Upgrade: websocket\r\n", ""), "426"),
+        (good.replace("dGhl", "dG="), "400"),
+        (request("/ws/a", "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"), "400"),
+        (request("/ws/a", "Content-Length: 1\r\n"), "400"),
+        (good.clone() + "x", "400"),
+        (request("/ws/", ""), "400"),
+        (request("/ws/%0a", ""), "400"),
+        (request("/ws/%ff", ""), "400"),
+        (request(&format!("/ws/{}", "a".repeat(129)), ""), "400"),
+        (request("/ws/a?channel=", ""), "400"),
+        (request("/ws/a?channel=a%20b", ""), "400"),
+        (request("/ws/a", "Origin: http://b\r\n"), "403"),
+        (request("/ws/a", "Origin: null\r\n"), "403"),
+        (request("/ws/a", "Origin: http://a\r\nOrigin: http://a\r\n"), "403"),
+        (request("/ws/a", "Origin: \r\n"), "403"),
+        (request("/nowhere", ""), "404"),
+        (request("/healthz", ""), "200"),
+        (request("/healthz", "").replace("GET", "DELETE"), "405"),
+    ] {
+        assert_eq!(status(bytes.as_bytes()), expected, "{bytes}");
+    }
+}
