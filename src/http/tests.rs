@@ -1,3 +1,5 @@
+use std::borrow::Cow;
+
 use super::*;
 
 const HOST: &str = "Host: a\r\n";
