@@ -7,7 +7,7 @@ use bytes::Bytes;
 use fanfare::auth::keys::KeyRing;
 use fanfare::bus::redis::{decode, parse_page, parse_publish};
 use fanfare::config::{Action, Settings};
-use fanfare::http;
+use fanfare::http::{self, Response};
 use fanfare::limits::connections::ConnectionLimits;
 use fanfare::protocol::close::CloseReason;
 use fanfare::protocol::event::{ChannelName, Entry, EventId, is_user_id};
@@ -74,7 +74,7 @@ fn decide<'a>(
     let mut outcome = HandshakeOutcome::Incomplete(0);
     for piece in pieces {
         kept.extend_from_slice(piece);
-        outcome = handshake::decide(&kept, context, &mut connection_slot, false);
+        (outcome, connection_slot) = handshake::decide(&kept, context, connection_slot, false);
         match &outcome {
             HandshakeOutcome::Incomplete(read) => drop(kept.drain(..*read)),
             _ => break,
@@ -87,10 +87,10 @@ fn decide<'a>(
 
 /// A response is complete and well formed, whatever part of the request it repeats. Returns its
 /// status.
-fn check_answer(answer: &[u8]) -> u16 {
+fn check_response(bytes: &[u8]) -> u16 {
     let mut headers = [httparse::EMPTY_HEADER; 16];
     let mut response = httparse::Response::new(&mut headers);
-    let head = response.parse(answer).expect("a response").unwrap();
+    let head = response.parse(bytes).expect("a response").unwrap();
     let value = |name: &str| {
         let found = response.headers.iter().find(|header| header.name.eq_ignore_ascii_case(name));
         found.map(|header| std::str::from_utf8(header.value).expect("ASCII"))
@@ -100,7 +100,7 @@ fn check_answer(answer: &[u8]) -> u16 {
         assert_eq!(value("connection"), Some("close"));
         let length: usize = value("content-length").expect("a length").parse().expect("a number");
         assert!(
-            [0, length].contains(&(answer.len() - head)),
+            [0, length].contains(&(bytes.len() - head)),
             "the body is as long as said, or left out (HEAD)"
         );
     }
@@ -121,11 +121,13 @@ pub fn request(mut data: &[u8]) {
             HandshakeOutcome::Incomplete(_) => {
                 assert!(data.len() <= http::HEAD_MAX + PREAMBLE_MAX, "it goes on for ever")
             }
-            HandshakeOutcome::Answer(answer) => drop(check_answer(answer)),
-            HandshakeOutcome::Reject(answer, _) => assert!(check_answer(answer) >= 400),
+            HandshakeOutcome::Respond(response) => drop(check_response(&response.to_bytes(false))),
+            HandshakeOutcome::Reject(rejection) => {
+                assert!(check_response(&Response::from(rejection).to_bytes(false)) >= 400);
+            }
             HandshakeOutcome::Join(join) => {
                 assert!(is_user_id(&join.user) && ChannelName::parse(join.channel.as_str()).is_some());
-                assert_eq!(check_answer(&join.response), 101);
+                assert_eq!(check_response(&join.response), 101);
             }
         }
     }

@@ -13,7 +13,7 @@ use tokio::time::{Instant, timeout, timeout_at};
 
 use super::listener::Stream;
 use super::{Phase, Shared, authorize, respond};
-use crate::http::{self, BodyLength, Head, Refusal, Response};
+use crate::http::{self, BodyLength, Head, Rejection, Response};
 
 /// Longest wait for the next request. Longer than the usual 15 to 60 s of a scraper.
 pub(super) const IDLE_TIME: Duration = Duration::from_secs(75);
@@ -114,7 +114,7 @@ enum Progress<'a> {
 }
 
 /// Parses the bytes received so far. Nothing but the bytes is kept between two calls.
-fn progress<'a>(bytes: &'a [u8], shared: &Shared) -> Result<Progress<'a>, Refusal> {
+fn progress<'a>(bytes: &'a [u8], shared: &Shared) -> Result<Progress<'a>, Rejection> {
     let body_max = shared.context.settings.max_message_size;
     let Some((head, start)) = http::parse(bytes)? else { return Ok(Progress::Head) };
     authorize(&head, shared)?; // before the body takes memory
@@ -122,14 +122,14 @@ fn progress<'a>(bytes: &'a [u8], shared: &Shared) -> Result<Progress<'a>, Refusa
         BodyLength::Empty => 0,
         BodyLength::Known(length) if length <= body_max as u64 => length as usize,
         BodyLength::Known(_) => {
-            return Err(Refusal::new(413, format!("the body is too long: at most {body_max} bytes")));
+            return Err(Rejection::new(413, format!("the body is too long: at most {body_max} bytes")));
         }
-        BodyLength::Chunked => return Err(Refusal::new(411, "send the body with a Content-Length")),
+        BodyLength::Chunked => return Err(Rejection::new(411, "send the body with a Content-Length")),
     };
     let wants_continue = match head.header("expect") {
         None => false,
         Some(expected) if expected.eq_ignore_ascii_case("100-continue") => head.is_http_1_1,
-        Some(_) => return Err(Refusal::new(417, "100-continue is the only supported expectation")),
+        Some(_) => return Err(Rejection::new(417, "100-continue is the only supported expectation")),
     };
     let length = start + body_length;
     if bytes.len() < length {
@@ -147,12 +147,12 @@ pub(super) async fn serve_connection(mut stream: impl Stream, shared: &Shared) -
     let mut deadline = Instant::now() + stage.time();
     loop {
         let next = match progress(&buffer, shared) {
-            Err(refusal) => return close(stream, Response::from(refusal), shared).await,
+            Err(rejection) => return close(stream, Response::from(rejection), shared).await,
             Ok(Progress::Request { head, body, length }) => {
                 let response = respond(&head, body, shared).await.unwrap_or_else(Response::from);
                 // While the node stops, clients send their next request to another node.
                 let keep_alive = head.keep_alive() && !shared.context.metrics.readiness.is_draining();
-                send(&mut stream, &response.to_bytes(&head, keep_alive), shared).await?;
+                send(&mut stream, &response.answering(&head).to_bytes(keep_alive), shared).await?;
                 if !keep_alive {
                     return linger(stream).await;
                 }
@@ -204,9 +204,9 @@ pub(super) async fn serve_connection(mut stream: impl Stream, shared: &Shared) -
             Err(_) if stage.is_between_requests() => return Ok(()),
             Err(_) => {
                 let seconds = stage.time().as_secs();
-                let refusal =
-                    Refusal::new(408, format!("the request was not complete after {seconds} seconds"));
-                return close(stream, Response::from(refusal), shared).await;
+                let rejection =
+                    Rejection::new(408, format!("the request was not complete after {seconds} seconds"));
+                return close(stream, Response::from(rejection), shared).await;
             }
         }
     }
@@ -222,7 +222,7 @@ async fn send(stream: &mut impl Stream, bytes: &[u8], shared: &Shared) -> io::Re
 }
 
 async fn close(mut stream: impl Stream, response: Response, shared: &Shared) -> io::Result<()> {
-    send(&mut stream, &response.to_closing_bytes(), shared).await?;
+    send(&mut stream, &response.to_bytes(false), shared).await?;
     linger(stream).await
 }
 

@@ -17,7 +17,7 @@ use crate::auth::keys::KeyRing;
 use crate::bus::{Answer, Publish, PublishError, Request, Requests};
 use crate::config::Settings;
 use crate::http::origin;
-use crate::http::{self, Head, Refusal, Response};
+use crate::http::{self, Head, Rejection, Response};
 use crate::metrics::rejections::RejectionClass;
 use crate::metrics::{AcceptLog, Metrics};
 use crate::protocol::event::{ChannelName, DEFAULT_CHANNEL, EventId, is_user_id};
@@ -206,13 +206,13 @@ async fn serve(
 }
 
 /// Rejects a request without the right key or host. Health checks need no key.
-fn authorize(head: &Head<'_>, shared: &Shared) -> Result<(), Refusal> {
+fn authorize(head: &Head<'_>, shared: &Shared) -> Result<(), Rejection> {
     let AdminContext { keys, metrics, settings, .. } = &shared.context;
-    let reject = |reason, refusal: Refusal| {
+    let reject = |reason, rejection: Rejection| {
         metrics.admin_rejections.add(1);
-        let class = RejectionClass { what: "admin request", reason, status: refusal.status };
-        metrics.rejections.record(class, &refusal.text);
-        Err(refusal)
+        let class = RejectionClass { what: "admin request", reason, status: rejection.status };
+        metrics.rejections.record(class, &rejection.text);
+        Err(rejection)
     };
     // DNS rebinding: a site can point its name to this machine, and its page could read the responses. All browsers send
     // Host.
@@ -220,26 +220,26 @@ fn authorize(head: &Head<'_>, shared: &Shared) -> Result<(), Refusal> {
     if shared.checks_host && head.count("host") > 0 && !head.header("host").is_some_and(is_own) {
         let text =
             "the Host must be localhost, 127.0.0.1 or a host in --allow-origin, unless an --admin-key is set";
-        return reject("host", Refusal::new(403, text));
+        return reject("host", Rejection::new(403, text));
     }
     if matches!(head.path, "/healthz" | "/readyz") || keys.current().allows_admin(head) {
         return Ok(());
     }
     let text = "the admin key is missing or wrong: send Authorization: Bearer KEY (--admin-key)";
-    reject("key", Refusal::new(401, text).with("WWW-Authenticate", "Bearer"))
+    reject("key", Rejection::new(401, text).with("WWW-Authenticate", "Bearer"))
 }
 
-async fn respond(head: &Head<'_>, body: &[u8], shared: &Shared) -> Result<Response, Refusal> {
+async fn respond(head: &Head<'_>, body: &[u8], shared: &Shared) -> Result<Response, Rejection> {
     let allowed = match head.path {
         "/publish" => "POST",
         "/metrics" | "/stats" | "/healthz" | "/readyz" => "GET, HEAD",
         _ => {
             let known = "POST /publish, GET /metrics, /stats, /healthz and /readyz";
-            return Err(Refusal::new(404, format!("no such path: use {known}")));
+            return Err(Rejection::new(404, format!("no such path: use {known}")));
         }
     };
     if !allowed.split(", ").any(|method| method == head.method) {
-        return Err(Refusal::new(405, format!("{} allows {allowed}", head.path)).with("Allow", allowed));
+        return Err(Rejection::new(405, format!("{} allows {allowed}", head.path)).with("Allow", allowed));
     }
     let metrics = &shared.context.metrics;
     Ok(match head.path {
@@ -254,18 +254,18 @@ async fn respond(head: &Head<'_>, body: &[u8], shared: &Shared) -> Result<Respon
     })
 }
 
-async fn publish(head: &Head<'_>, body: &[u8], shared: &Shared) -> Result<Response, Refusal> {
+async fn publish(head: &Head<'_>, body: &[u8], shared: &Shared) -> Result<Response, Rejection> {
     if head.count("origin") > 0 {
         // Any page open in a browser on this machine could publish here, even without access to the response. Programs
         // send no Origin.
-        return Err(Refusal::new(403, "requests from browser pages (with Origin) may not publish here"));
+        return Err(Rejection::new(403, "requests from browser pages (with Origin) may not publish here"));
     }
     let (channel, to) = destination(head.query)?;
-    let event = ingest::published(body, to.as_deref()).map_err(|bad| Refusal::new(400, bad.to_string()))?;
+    let event = ingest::published(body, to.as_deref()).map_err(|bad| Rejection::new(400, bad.to_string()))?;
     let key = idempotency_key(head)?;
     let Ok(_permit) = shared.publishes.try_acquire() else {
         let text = "too many publishes wait for the bus: try again, or another node";
-        return Err(Refusal::new(503, text).with("Retry-After", "1"));
+        return Err(Rejection::new(503, text).with("Retry-After", "1"));
     };
     let id = match publish_event(channel, to, key, event, shared).await {
         Ok(id) => id,
@@ -280,8 +280,8 @@ async fn publish(head: &Head<'_>, body: &[u8], shared: &Shared) -> Result<Respon
                 .metrics
                 .rejections
                 .record(RejectionClass { what: "admin request", reason, status }, &text);
-            let refusal = Refusal::new(status, text);
-            return Err(if status == 503 { refusal.with("Retry-After", "1") } else { refusal });
+            let rejection = Rejection::new(status, text);
+            return Err(if status == 503 { rejection.with("Retry-After", "1") } else { rejection });
         }
     };
     Ok(Response::json(200, &format!(r#"{{"id":{id}}}"#)))
@@ -289,31 +289,31 @@ async fn publish(head: &Head<'_>, body: &[u8], shared: &Shared) -> Result<Respon
 
 /// Parses `channel` and `to`. An unknown parameter is an error: a mistyped `channel` would publish to the default
 /// channel, a mistyped `to` to all users.
-fn destination(query: &str) -> Result<(ChannelName, Option<Arc<str>>), Refusal> {
+fn destination(query: &str) -> Result<(ChannelName, Option<Arc<str>>), Rejection> {
     let mut seen = Vec::new();
     for pair in query.split('&').filter(|pair| !pair.is_empty()) {
         let name = pair.split_once('=').map_or(pair, |(name, _)| name);
         if !matches!(name, "channel" | "to") {
-            return Err(Refusal::new(400, format!("unknown parameter {name}: use channel and to")));
+            return Err(Rejection::new(400, format!("unknown parameter {name}: use channel and to")));
         }
         if seen.contains(&name) {
-            return Err(Refusal::new(400, format!("parameter {name} is given twice")));
+            return Err(Rejection::new(400, format!("parameter {name} is given twice")));
         }
         seen.push(name);
     }
     let channel = http::query_value(query, "channel")?;
     let channel = ChannelName::parse(channel.as_deref().unwrap_or(DEFAULT_CHANNEL))
-        .ok_or_else(|| Refusal::new(400, "channel must be 1 to 128 letters, digits, _ . : and -"))?;
+        .ok_or_else(|| Rejection::new(400, "channel must be 1 to 128 letters, digits, _ . : and -"))?;
     let to = http::query_value(query, "to")?;
     if to.as_deref().is_some_and(|user| !is_user_id(user)) {
-        return Err(Refusal::new(400, "to must be a user id: 1 to 128 bytes, no control characters"));
+        return Err(Rejection::new(400, "to must be a user id: 1 to 128 bytes, no control characters"));
     }
     Ok((channel, to.map(|user| user.as_ref().into())))
 }
 
 /// The `Idempotency-Key`, with which a retry publishes nothing twice. Quotes around it
 /// (draft-ietf-httpapi-idempotency-key-header) are not part of the key.
-fn idempotency_key(head: &Head<'_>) -> Result<Option<Arc<str>>, Refusal> {
+fn idempotency_key(head: &Head<'_>) -> Result<Option<Arc<str>>, Rejection> {
     let given = match head.count("idempotency-key") {
         0 => return Ok(None),
         1 => head.header("idempotency-key"),
@@ -328,7 +328,7 @@ fn idempotency_key(head: &Head<'_>) -> Result<Option<Arc<str>>, Refusal> {
         Some(key) => Ok(Some(key.into())),
         None => {
             let rule = "1 to 128 printable ASCII characters without blanks and quotes (quotes around it are dropped)";
-            Err(Refusal::new(400, format!("Idempotency-Key must be given once: {rule}")))
+            Err(Rejection::new(400, format!("Idempotency-Key must be given once: {rule}")))
         }
     }
 }

@@ -1,5 +1,5 @@
-//! Requests read from a byte buffer, and responses written to one: as much of HTTP/1.1 (RFC 9110, RFC 9112) as
-//! both listeners need. Knows no socket: whoever owns one hands in what it has read so far.
+//! HTTP/1.1 over byte buffers (RFC 9110, RFC 9112), as much of it as both listeners need. Sockets
+//! are the callers' business.
 
 pub mod origin;
 pub mod page;
@@ -9,7 +9,7 @@ mod response;
 
 pub use request::{BodyLength, HEAD_MAX, HEADER_COUNT_MAX, HEADERS_MAX, Head, REQUEST_LINE_MAX};
 pub use request::{parse, percent_decode, query_value};
-pub use response::{Refusal, Response, body_of, reason, status_of};
+pub use response::{Rejection, Response};
 
 #[cfg(test)]
 mod tests;

@@ -1,5 +1,6 @@
-//! Which pages may connect. A browser says with `Origin` which site a page is from (RFC 6454 section 7); without a
-//! look at it any page on the web could talk to this node from its visitor's machine, behind any firewall.
+//! Checks which pages may connect. In `Origin` a browser sends the site of the page (RFC 6454
+//! section 7). Without this check any page on the web could connect to this node from the machine
+//! of its visitor, behind any firewall.
 
 use std::fmt;
 use std::net::IpAddr;
@@ -9,22 +10,22 @@ use std::net::IpAddr;
 struct Site<'a> {
     scheme: &'a str,
     host: &'a str,
-    /// As given, else the scheme's own; `None` for a scheme that has none.
+    /// As given, or the default of the scheme. `None` if the scheme has none.
     port: Option<u16>,
 }
 
-/// One site that `--allow-origin` names, or every site below a domain.
+/// An entry of `--allow-origin`: one site, or every site below a domain.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct OriginRule {
     scheme: String,
     host: String,
     port: Option<u16>,
-    /// The host is a domain whose subdomains are meant, not itself.
+    /// The rule is for the subdomains of the host, not for itself.
     subdomains: bool,
 }
 
 impl OriginRule {
-    /// Reads `https://example.com`, `http://10.0.0.1:8080` or `https://*.example.com`.
+    /// Parses `https://example.com`, `http://10.0.0.1:8080` or `https://*.example.com`.
     pub fn parse(text: &str) -> Result<OriginRule, String> {
         let wrong =
             || format!("{text:?} is not an origin, such as https://example.com or https://*.example.com");
@@ -65,12 +66,12 @@ impl fmt::Display for OriginRule {
     }
 }
 
-/// Whether a page of `origin` may connect to a node that it addressed as `host` (the Host header).
+/// Whether a page of `origin` may connect to a node that it addresses as `host` (the Host header).
 ///
-/// Without rules a page must come from the very host and port it connects to. Between two loopback hosts the port
-/// does not count: the page to try it talks to a second node on the same machine, and whoever can serve a page
-/// there runs on that machine anyway. With rules only they count, so that a foreign name which was made to point
-/// here (DNS rebinding) does not pass as the same host.
+/// Without rules a page must be from the host and port that it connects to. Between two loopback
+/// hosts the port is ignored: the demo page connects to a second node on the same machine, and a
+/// program that serves pages there can connect anyway. With rules only the rules count, so that
+/// another site's name that points here (DNS rebinding) is not accepted as the same host.
 pub fn is_allowed(rules: &[OriginRule], origin: &str, host: &str) -> bool {
     let Some(site) = Site::parse(origin) else { return false };
     if !rules.is_empty() {
@@ -83,7 +84,7 @@ pub fn is_allowed(rules: &[OriginRule], origin: &str, host: &str) -> bool {
 }
 
 impl Site<'_> {
-    /// `None` also for `null`, which is what sandboxed pages and files send.
+    /// `None` also for `null`, which sandboxed pages and files send.
     fn parse(text: &str) -> Option<Site<'_>> {
         let (scheme, authority) = text.split_once("://")?;
         let is_scheme = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'+' | b'-' | b'.');
@@ -95,15 +96,16 @@ impl Site<'_> {
     }
 }
 
-/// Host and port of an authority without user (RFC 3986 section 3.2). An IPv6 address keeps its brackets.
+/// Splits an authority without user into host and port (RFC 3986 section 3.2). An IPv6 address
+/// keeps its brackets.
 fn split_port(authority: &str) -> Option<(&str, Option<u16>)> {
     let host_end = match authority.strip_prefix('[') {
         Some(rest) => rest.find(']')? + 2,
         None => authority.find(':').unwrap_or(authority.len()),
     };
     let (host, rest) = authority.split_at(host_end);
-    let strange = |b: u8| !b.is_ascii_graphic() || b"/?#@\\,".contains(&b);
-    if host.is_empty() || host.bytes().any(strange) {
+    let is_invalid = |b: u8| !b.is_ascii_graphic() || b"/?#@\\,".contains(&b);
+    if host.is_empty() || host.bytes().any(is_invalid) {
         return None;
     }
     match rest.strip_prefix(':') {
@@ -115,13 +117,13 @@ fn split_port(authority: &str) -> Option<(&str, Option<u16>)> {
     }
 }
 
-/// Whether a Host header names this machine alone: `localhost`, a name below it (RFC 6761 section 6.3), or a loopback
-/// address, with any port. No other machine's DNS can claim such a name.
+/// Whether a Host header can only mean this machine: `localhost`, a name below it (RFC 6761 section
+/// 6.3), or a loopback address, with any port. DNS can't make such a name point elsewhere.
 pub fn is_loopback_host(host: &str) -> bool {
     split_port(host).is_some_and(|(host, _)| is_loopback(host))
 }
 
-/// Whether one of the rules is about the host that a Host header names, whatever the ports.
+/// Whether a rule has the host of a Host header. Ports are ignored.
 pub fn names_host(rules: &[OriginRule], host: &str) -> bool {
     split_port(host).is_some_and(|(host, _)| rules.iter().any(|rule| rule.has_host(host)))
 }
@@ -161,7 +163,7 @@ mod tests {
             ("http://a.example", "a.example:80"),
             ("HTTPS://A.example", "a.EXAMPLE"),
             ("http://[2001:db8::1]:8080", "[2001:db8::1]:8080"),
-            // Loopback, whatever the port.
+            // Loopback, with any port.
             ("http://127.0.0.1:8080", "127.0.0.1:8081"),
             ("http://localhost:3000", "127.0.0.1:8080"),
             ("http://app.localhost", "[::1]:8080"),
@@ -194,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn with_rules_only_they_count() {
+    fn with_rules_only_rules_count() {
         let rules =
             ["https://example.com", "https://*.example.org", "http://10.0.0.1:3000", "capacitor://localhost"];
         for origin in [
@@ -225,7 +227,7 @@ mod tests {
     }
 
     #[test]
-    fn a_host_is_loopback_or_named_by_a_rule() {
+    fn recognizes_loopback_hosts_and_hosts_of_rules() {
         for host in
             ["localhost", "LOCALHOST:1", "a.localhost", "127.0.0.1:9080", "127.9.9.9", "[::1]", "[::1]:80"]
         {
@@ -251,7 +253,7 @@ mod tests {
     }
 
     #[test]
-    fn rules_are_read_and_shown() {
+    fn rules_are_parsed_and_displayed() {
         for (text, shown) in [
             ("https://Example.com", "https://example.com"),
             ("https://example.com:443", "https://example.com"),

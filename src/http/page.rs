@@ -1,8 +1,8 @@
-//! The page to try fanfare with and the browser client, embedded in the binary.
+//! The demo page and the browser client, embedded in the binary.
 
 use crate::http::Response;
 
-/// A file of the binary.
+/// A file in the binary.
 #[derive(Debug)]
 pub struct File {
     path: &'static str,
@@ -10,7 +10,7 @@ pub struct File {
     content: &'static str,
 }
 
-/// Nothing from elsewhere and nothing inline; but the page talks to any node one names.
+/// No files from other sites and nothing inline. The demo page may connect to any node.
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src *; img-src 'self' data:; \
     base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 
@@ -38,7 +38,7 @@ pub fn find(path: &str) -> Option<&'static File> {
 }
 
 impl File {
-    /// It as an HTTP answer. Other sites may import the client.
+    /// Other sites may import the client.
     pub fn response(&self) -> Response {
         Response::new(200, self.content_type, self.content)
             .with("Cache-Control", "no-cache")

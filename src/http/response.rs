@@ -1,51 +1,75 @@
-//! Responses written to a byte buffer.
+//! Responses and rejections, written to a byte buffer.
 
 use std::borrow::Cow;
 
 use bytes::{BufMut, Bytes, BytesMut};
+use http::StatusCode;
 
 use super::Head;
+use crate::protocol::close::CloseReason;
 
-/// A request that is not served, and why: becomes a [`Response`] with one line of text.
+/// A request that is not served: sent as a [`Response`] with one line of text.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Refusal {
-    /// The HTTP status.
+pub struct Rejection {
     pub status: u16,
-    /// What is wrong and what to do, in one line without its end.
+    /// What is wrong and what to do, in one line without its line end.
     pub text: Cow<'static, str>,
     /// Headers that belong to the status, such as `Allow` and `Retry-After`.
     pub headers: Vec<(&'static str, Cow<'static, str>)>,
+    /// The reason under which the closed connection is counted and logged.
+    pub reason: CloseReason,
+    /// The request was HEAD.
+    omit_body: bool,
 }
 
-impl Refusal {
-    /// A refusal without headers of its own.
-    pub fn new(status: u16, text: impl Into<Cow<'static, str>>) -> Refusal {
-        Refusal { status, text: text.into(), headers: Vec::new() }
+impl Rejection {
+    /// A rejection without headers, counted as [`CloseReason::HttpResponse`].
+    pub fn new(status: u16, text: impl Into<Cow<'static, str>>) -> Rejection {
+        Rejection {
+            status,
+            text: text.into(),
+            headers: Vec::new(),
+            reason: CloseReason::HttpResponse,
+            omit_body: false,
+        }
     }
 
-    /// The same with one more header.
-    pub fn with(mut self, name: &'static str, value: impl Into<Cow<'static, str>>) -> Refusal {
+    /// Adds a header.
+    pub fn with(mut self, name: &'static str, value: impl Into<Cow<'static, str>>) -> Rejection {
         self.headers.push((name, value.into()));
+        self
+    }
+
+    /// Sets the reason.
+    pub fn because(mut self, reason: CloseReason) -> Rejection {
+        self.reason = reason;
+        self
+    }
+
+    /// Makes it the response to this request.
+    pub fn answering(mut self, head: &Head<'_>) -> Rejection {
+        self.omit_body = head.method == "HEAD";
         self
     }
 }
 
-/// A response, written whole.
+/// A response with its whole body.
 #[derive(Clone, Debug)]
 pub struct Response {
     status: u16,
     content_type: &'static str,
     headers: Vec<(&'static str, Cow<'static, str>)>,
     body: Bytes,
+    /// The request was HEAD.
+    omit_body: bool,
 }
 
 impl Response {
-    /// A response with a body.
     pub fn new(status: u16, content_type: &'static str, body: impl Into<Bytes>) -> Response {
-        Response { status, content_type, headers: Vec::new(), body: body.into() }
+        Response { status, content_type, headers: Vec::new(), body: body.into(), omit_body: false }
     }
 
-    /// A response of one line of text, given without its end.
+    /// A response of one line of text, given without its line end.
     pub fn line(status: u16, text: &str) -> Response {
         let mut body = one_line(text).into_owned();
         body.push('\n');
@@ -57,33 +81,30 @@ impl Response {
         Response::new(status, "application/json", format!("{text}\n"))
     }
 
-    /// The same with one more header.
+    /// Adds a header.
     pub fn with(mut self, name: &'static str, value: impl Into<Cow<'static, str>>) -> Response {
         self.headers.push((name, value.into()));
         self
     }
 
-    /// The HTTP status.
+    /// Makes it the response to this request.
+    pub fn answering(mut self, head: &Head<'_>) -> Response {
+        self.omit_body = head.method == "HEAD";
+        self
+    }
+
     pub fn status(&self) -> u16 {
         self.status
     }
 
-    /// The bytes to send in answer to `head`. The caller closes or keeps the connection as `keep_alive` says.
-    pub fn to_bytes(&self, head: &Head<'_>, keep_alive: bool) -> Bytes {
-        self.write(keep_alive, head.method != "HEAD")
-    }
-
-    /// The bytes to send when the head could not be read, or the request goes no further: the connection closes.
-    pub fn to_closing_bytes(&self) -> Bytes {
-        self.write(false, true)
-    }
-
-    fn write(&self, keep_alive: bool, with_body: bool) -> Bytes {
+    /// The bytes to send. The caller keeps the connection or closes it, as `keep_alive` says.
+    pub fn to_bytes(&self, keep_alive: bool) -> Bytes {
         let mut out = BytesMut::with_capacity(256 + self.body.len());
-        let status = format!("HTTP/1.1 {} {}\r\n", self.status, reason(self.status));
-        out.put_slice(status.as_bytes());
-        let bodiless = matches!(self.status, 204 | 304); // RFC 9110 sections 15.3.5 and 15.4.5
-        if !bodiless {
+        let status = StatusCode::from_u16(self.status).expect("statuses are constants");
+        let phrase = status.canonical_reason().unwrap_or_default();
+        out.put_slice(format!("HTTP/1.1 {} {phrase}\r\n", self.status).as_bytes());
+        let has_content = !matches!(self.status, 204 | 304); // RFC 9110 sections 15.3.5 and 15.4.5
+        if has_content {
             put_header(&mut out, "Content-Type", self.content_type);
             put_header(&mut out, "Content-Length", &self.body.len().to_string());
         }
@@ -92,16 +113,23 @@ impl Response {
             put_header(&mut out, name, value);
         }
         out.put_slice(b"\r\n");
-        if with_body && !bodiless {
+        if has_content && !self.omit_body {
             out.put_slice(&self.body);
         }
         out.freeze()
     }
 }
 
-impl From<Refusal> for Response {
-    fn from(refusal: Refusal) -> Response {
-        Response { headers: refusal.headers, ..Response::line(refusal.status, &refusal.text) }
+impl From<&Rejection> for Response {
+    fn from(rejection: &Rejection) -> Response {
+        let line = Response::line(rejection.status, &rejection.text);
+        Response { headers: rejection.headers.clone(), omit_body: rejection.omit_body, ..line }
+    }
+}
+
+impl From<Rejection> for Response {
+    fn from(rejection: Rejection) -> Response {
+        Response::from(&rejection)
     }
 }
 
@@ -112,53 +140,10 @@ fn put_header(out: &mut BytesMut, name: &str, value: &str) {
     out.put_slice(b"\r\n");
 }
 
-/// What a client sent may be quoted in a header or a line: it must not begin another.
+/// Replaces control characters: a header or a line that quotes a client must not start another.
 fn one_line(text: &str) -> Cow<'_, str> {
     if !text.contains(char::is_control) {
         return Cow::Borrowed(text);
     }
     Cow::Owned(text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect())
-}
-
-/// The status of a response written by [`Response`]; 0 for what is none.
-pub fn status_of(response: &[u8]) -> u16 {
-    let digits = response.strip_prefix(b"HTTP/1.1 ").and_then(|rest| rest.get(..3));
-    digits.and_then(|digits| std::str::from_utf8(digits).ok()?.parse().ok()).unwrap_or(0)
-}
-
-/// The text of a response written by [`Response`].
-pub fn body_of(response: &[u8]) -> Cow<'_, str> {
-    let body = response.windows(4).position(|four| four == b"\r\n\r\n").map_or(response.len(), |at| at + 4);
-    String::from_utf8_lossy(&response[body..])
-}
-
-/// The reason phrase of a status (RFC 9110 section 15).
-pub fn reason(status: u16) -> &'static str {
-    match status {
-        100 => "Continue",
-        101 => "Switching Protocols",
-        200 => "OK",
-        204 => "No Content",
-        304 => "Not Modified",
-        400 => "Bad Request",
-        401 => "Unauthorized",
-        403 => "Forbidden",
-        404 => "Not Found",
-        405 => "Method Not Allowed",
-        408 => "Request Timeout",
-        411 => "Length Required",
-        413 => "Content Too Large",
-        414 => "URI Too Long",
-        415 => "Unsupported Media Type",
-        417 => "Expectation Failed",
-        426 => "Upgrade Required",
-        429 => "Too Many Requests",
-        431 => "Request Header Fields Too Large",
-        500 => "Internal Server Error",
-        501 => "Not Implemented",
-        503 => "Service Unavailable",
-        504 => "Gateway Timeout",
-        505 => "HTTP Version Not Supported",
-        _ => "Unknown",
-    }
 }

@@ -10,12 +10,12 @@ fn head(text: &str) -> Head<'_> {
     head
 }
 
-fn refused(bytes: &[u8]) -> u16 {
-    parse(bytes).map(|parsed| parsed.is_some()).expect_err("a refusal").status
+fn rejected(bytes: &[u8]) -> u16 {
+    parse(bytes).map(|parsed| parsed.is_some()).expect_err("a rejection").status
 }
 
 #[test]
-fn reads_a_browsers_upgrade_request_at_any_cut() {
+fn reads_an_upgrade_request_cut_anywhere() {
     let text = "GET /ws/al%20ice?channel=a&lastEventId= HTTP/1.1\r\nHost: localhost:8080\r\n\
         Connection: keep-alive, Upgrade\r\nUpgrade: WebSocket\r\nSec-WebSocket-Key: x\r\n\r\n";
     let all = format!("{text}rest");
@@ -33,7 +33,7 @@ fn reads_a_browsers_upgrade_request_at_any_cut() {
 }
 
 #[test]
-fn refuses_what_is_not_strict_http() {
+fn rejects_requests_that_are_not_strict_http() {
     let cases: &[(&[u8], u16)] = &[
         (b"\x16\x03\x01\x02\x00\x01", 400),
         (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400),
@@ -62,33 +62,33 @@ fn refuses_what_is_not_strict_http() {
         (b"GET / HTTP/0.9\r\nHost: a\r\n\r\n", 505),
     ];
     for (bytes, status) in cases {
-        assert_eq!(refused(bytes), *status, "{}", bytes.escape_ascii());
+        assert_eq!(rejected(bytes), *status, "{}", bytes.escape_ascii());
     }
 }
 
 #[test]
-fn limits_hold_before_the_head_is_complete_and_not_below_them() {
+fn limits_the_head_before_it_is_complete() {
     let target = |length: usize| "a".repeat(length - "GET / HTTP/1.1\r\n".len());
     let line = format!("GET /{} HTTP/1.1\r\n{HOST}\r\n", target(REQUEST_LINE_MAX));
     assert_eq!(head(&line).path.len(), REQUEST_LINE_MAX - 15);
-    assert_eq!(refused(format!("GET /{} HTTP/1.1\r\n", target(REQUEST_LINE_MAX + 1)).as_bytes()), 414);
-    assert_eq!(refused("G".repeat(REQUEST_LINE_MAX + 1).as_bytes()), 414);
+    assert_eq!(rejected(format!("GET /{} HTTP/1.1\r\n", target(REQUEST_LINE_MAX + 1)).as_bytes()), 414);
+    assert_eq!(rejected("G".repeat(REQUEST_LINE_MAX + 1).as_bytes()), 414);
 
     let filler = HEADERS_MAX - HOST.len() - "X: \r\n\r\n".len();
     let longest = format!("GET / HTTP/1.1\r\n{HOST}X: {}\r\n\r\n", "a".repeat(filler));
     assert_eq!(head(&longest).count("x"), 1);
     let longer = format!("GET / HTTP/1.1\r\n{HOST}X: {}\r\n\r\n", "a".repeat(filler + 1));
-    assert_eq!(refused(longer.as_bytes()), 431);
-    assert_eq!(refused(format!("GET / HTTP/1.1\r\n{}", "a".repeat(HEADERS_MAX + 1)).as_bytes()), 431);
+    assert_eq!(rejected(longer.as_bytes()), 431);
+    assert_eq!(rejected(format!("GET / HTTP/1.1\r\n{}", "a".repeat(HEADERS_MAX + 1)).as_bytes()), 431);
 
     let most = format!("GET / HTTP/1.1\r\n{HOST}{}\r\n", "X: a\r\n".repeat(HEADER_COUNT_MAX - 1));
     assert_eq!(head(&most).count("X"), HEADER_COUNT_MAX - 1);
     let more = format!("GET / HTTP/1.1\r\n{HOST}{}", "X: a\r\n".repeat(HEADER_COUNT_MAX));
-    assert_eq!(refused(more.as_bytes()), 431);
+    assert_eq!(rejected(more.as_bytes()), 431);
 }
 
 #[test]
-fn takes_every_form_of_target() {
+fn accepts_every_form_of_target() {
     for (line, path, query) in [
         ("GET /a/b?c=d?e HTTP/1.1", "/a/b", "c=d?e"),
         ("GET http://a/b?c HTTP/1.1", "/b", "c"),
@@ -104,10 +104,10 @@ fn takes_every_form_of_target() {
 }
 
 #[test]
-fn knows_how_a_body_is_delimited_and_when_the_connection_stays() {
+fn reads_body_length_and_keep_alive() {
     let body = |headers: &str| {
         let text = format!("POST / HTTP/1.1\r\n{HOST}{headers}\r\n");
-        head(&text).body_length().map_err(|refusal| refusal.status)
+        head(&text).body_length().map_err(|rejection| rejection.status)
     };
     assert_eq!(body(""), Ok(BodyLength::Empty));
     assert_eq!(body("Content-Length: 0\r\n"), Ok(BodyLength::Empty));
@@ -130,8 +130,9 @@ fn knows_how_a_body_is_delimited_and_when_the_connection_stays() {
 #[test]
 fn decodes_paths_and_queries() {
     assert_eq!(percent_decode("al%20ice%2F%c3%BC+").as_deref(), Some("al ice/ü+"));
-    for wrong in ["%", "%2", "%zz", "%+1", "%ff", "%c3"] {
+    for wrong in ["%", "%2", "%zz", "%+1", "%ff", "%c3", "%%41", "a%4", "%4g", "%4%41", "%ü0"] {
         assert_eq!(percent_decode(wrong), None, "{wrong}");
+        assert_eq!(query_value(&format!("a={wrong}"), "a").unwrap_err().status, 400, "{wrong}");
     }
     let query = "a=1&b=&c&a=2&d=x+y%2Bz&%65=5&f=%ff&g=%00&h=a=b";
     let value = |name| query_value(query, name).map(|value| value.map(Cow::into_owned));
@@ -144,32 +145,33 @@ fn decodes_paths_and_queries() {
     assert_eq!(value("h").unwrap().as_deref(), Some("a=b"));
     assert_eq!(value("i").unwrap(), None);
     assert_eq!(value("f").unwrap_err().status, 400);
+    assert_eq!(percent_decode("").as_deref(), Some(""));
 }
 
 #[test]
-fn writes_responses_that_nothing_quoted_can_break() {
+fn quoted_text_can_not_break_a_response() {
     let request = format!("HEAD / HTTP/1.1\r\n{HOST}\r\n");
     let response = Response::line(404, "no a\r\nSet-Cookie: b here").with("X", "a\r\nb");
-    let text = String::from_utf8(response.to_closing_bytes().to_vec()).unwrap();
+    let text = String::from_utf8(response.to_bytes(false).to_vec()).unwrap();
     assert_eq!(
         text,
         "HTTP/1.1 404 Not Found\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Length: 25\r\n\
          Connection: close\r\nX: a  b\r\n\r\nno a  Set-Cookie: b here\n"
     );
-    let bytes = response.to_bytes(&head(&request), true);
+    let bytes = response.answering(&head(&request)).to_bytes(true);
     let text = std::str::from_utf8(&bytes).unwrap();
     assert!(text.ends_with("\r\n\r\n") && text.contains("Content-Length: 25\r\n"), "{text}");
     assert!(text.contains("Connection: keep-alive\r\n"));
-    let empty = Response::new(304, "text/html", "x").with("ETag", "\"a\"").to_closing_bytes();
+    let empty = Response::new(304, "text/html", "x").with("ETag", "\"a\"").to_bytes(false);
     assert_eq!(&empty[..], b"HTTP/1.1 304 Not Modified\r\nConnection: close\r\nETag: \"a\"\r\n\r\n");
-    let refusal = Refusal::new(405, "no").with("Allow", "GET");
-    let text = Response::from(refusal).to_closing_bytes();
+    let rejection = Rejection::new(405, "no").with("Allow", "GET");
+    let text = Response::from(rejection).to_bytes(false);
     assert!(text.windows(12).any(|window| window == b"Allow: GET\r\n"));
 }
 
 proptest::proptest! {
     #[test]
-    fn never_panics_and_never_reads_past_the_head(bytes: Vec<u8>, tail in "[ -~\r\n]{0,200}") {
+    fn reads_only_the_head(bytes: Vec<u8>, tail in "[ -~\r\n]{0,200}") {
         let mut all = b"GET / HTTP/1.1\r\n".to_vec();
         all.extend_from_slice(tail.as_bytes());
         all.extend_from_slice(&bytes);

@@ -1,4 +1,4 @@
-//! Connection limits of the node, an address and a user; message and byte rates.
+//! Limits on connections of the node, an address and a user; message and byte rates.
 
 pub mod allowances;
 pub mod connections;

@@ -4,6 +4,8 @@
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
+use crate::http::Rejection;
+
 /// Least time between two lines of a class.
 const LINE_INTERVAL: Duration = Duration::from_secs(10);
 
@@ -16,6 +18,12 @@ pub struct RejectionClass {
     pub reason: &'static str,
     /// The HTTP status; 0 where there is none.
     pub status: u16,
+}
+
+impl RejectionClass {
+    pub fn of(what: &'static str, rejection: &Rejection) -> RejectionClass {
+        RejectionClass { what, reason: rejection.reason.label(), status: rejection.status }
+    }
 }
 
 /// A log line that is due.

@@ -15,7 +15,7 @@ use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use tokio::sync::oneshot;
 
 use crate::config::{PingFormat, Settings};
-use crate::http::{self, HEAD_MAX};
+use crate::http::HEAD_MAX;
 use crate::limits::connections::{ConnectionLimits, ConnectionSlot, LimitReached};
 use crate::metrics::rejections::RejectionClass;
 use crate::metrics::{AcceptLog, Metrics};
@@ -192,16 +192,12 @@ impl Acceptor {
                     };
                     match admitted {
                         Ok(connection_slot) => self.hand_over(stream, connection_slot),
-                        Err(full) => {
-                            self.metrics.count_early_rejection(full.reason());
-                            let (answer, reason) = (full.answer(), full.reason().label());
-                            let class = RejectionClass {
-                                what: "connection",
-                                reason,
-                                status: http::status_of(&answer),
-                            };
-                            self.metrics.rejections.record(class, &http::body_of(&answer));
-                            turn_away(stream, &answer);
+                        Err(limit) => {
+                            self.metrics.count_early_rejection(limit.reason());
+                            let rejection = limit.rejection();
+                            let class = RejectionClass::of("connection", rejection);
+                            self.metrics.rejections.record(class, &rejection.text);
+                            turn_away(stream, &limit.response());
                         }
                     }
                 }
@@ -234,7 +230,7 @@ impl Acceptor {
     /// hang until someone leaves, and a proxy would take the node for dead.
     fn tell_one(&mut self, listener: &TcpListener) -> io::Result<()> {
         self.spare = None;
-        let told = listener.accept().map(|(stream, _)| turn_away(stream, &LimitReached::Node.answer()));
+        let told = listener.accept().map(|(stream, _)| turn_away(stream, &LimitReached::Node.response()));
         self.spare = spare();
         told
     }

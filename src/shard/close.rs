@@ -1,9 +1,7 @@
 //! The end of a connection.
 
-use bytes::Bytes;
-
 use super::Shard;
-use crate::http;
+use crate::http::{Rejection, Response};
 use crate::metrics::rejections::RejectionClass;
 use crate::protocol::close::CloseReason;
 use crate::ws::connection::State;
@@ -47,27 +45,26 @@ impl Shard {
         self.deadlines.closing.push(self.connections.id(slot));
     }
 
-    /// Sends an HTTP response that rejects the client, logs it, and closes the connection.
-    pub(super) fn reject(&mut self, slot: u32, response: Bytes, reason: CloseReason) {
-        let class =
-            RejectionClass { what: "request", reason: reason.label(), status: http::status_of(&response) };
-        let mut text = http::body_of(&response);
-        if reason == CloseReason::ProxyNotTrusted
-            && let Some(peer) = self.connections[slot].client()
-        {
-            text = format!("{} (it is {peer})", text.trim_end()).into(); // for --trusted-proxy
+    /// Sends the response to a rejected client, logs the rejection, and closes the connection.
+    pub(super) fn reject(&mut self, slot: u32, rejection: &Rejection) {
+        let class = RejectionClass::of("request", rejection);
+        match self.connections[slot].client() {
+            // The operator needs the address for --trusted-proxy.
+            Some(peer) if rejection.reason == CloseReason::ProxyNotTrusted => {
+                let text = format!("{} (the peer is {peer})", rejection.text);
+                self.metrics.rejections.record(class, &text);
+            }
+            _ => self.metrics.rejections.record(class, &rejection.text),
         }
-        self.metrics.rejections.record(class, &text);
-        self.respond(slot, response, reason);
+        self.respond(slot, &Response::from(rejection), rejection.reason);
     }
 
     /// Sends an HTTP response and closes the connection.
-    pub(super) fn respond(&mut self, slot: u32, response: Bytes, reason: CloseReason) {
-        let status = http::status_of(&response);
-        if status >= 400 {
-            self.metrics().count_rejection(status);
+    pub(super) fn respond(&mut self, slot: u32, response: &Response, reason: CloseReason) {
+        if response.status() >= 400 {
+            self.metrics().count_rejection(response.status());
         }
-        self.connections[slot].enqueue(response);
+        self.connections[slot].enqueue(response.to_bytes(false));
         self.close(slot, reason);
     }
 

@@ -5,9 +5,10 @@ use std::time::{Duration, Instant};
 use super::Shard;
 use super::deadlines::CLOSE_TIMEOUT;
 use super::timers::TICK;
+use crate::http::Response;
 use crate::protocol::close::CloseReason;
 use crate::ws::connection::State;
-use crate::ws::handshake;
+use crate::ws::handshake::rejections;
 
 /// A drain under way.
 #[derive(Debug)]
@@ -58,7 +59,8 @@ impl Shard {
             None | Some(State::Closing { .. } | State::Discarded) => return false,
             Some(State::Request(_)) if !is_last => return false,
             Some(State::Request(_) | State::Joining(_)) => {
-                self.respond(slot, handshake::stopping(), CloseReason::Draining);
+                let response = Response::from(rejections::stopping());
+                self.respond(slot, &response, CloseReason::Draining);
             }
             Some(State::Live | State::Replay(_) | State::Missed) => self.close(slot, CloseReason::Draining),
         }

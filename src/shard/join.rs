@@ -8,11 +8,10 @@ use super::Shard;
 use super::deferred::Pending;
 use crate::bus::{BusError, BusMessage, Request, ShardId};
 use crate::feed::{Cursor, Feed, Lookup};
-use crate::protocol::close::CloseReason;
 use crate::protocol::event::{ChannelName, Entry, EventId};
 use crate::protocol::frame;
 use crate::ws::connection::{LastSeen, State};
-use crate::ws::handshake;
+use crate::ws::handshake::rejections;
 
 /// Where a connection joins the channel.
 #[derive(Clone, Copy, Debug)]
@@ -38,7 +37,7 @@ impl Shard {
             Some(key) => key,
             None if self.may_add_channel(slot) => self.follow(name),
             None => {
-                return self.reject(slot, handshake::too_many_channels(), CloseReason::RateLimited);
+                return self.reject(slot, &rejections::too_many_channels());
             }
         };
         let id = self.connections.id(slot);
@@ -193,11 +192,11 @@ impl Shard {
         if !matches!(self.connections[slot].state, State::Joining(_)) {
             return;
         }
-        let response = match why {
-            BusError::Unavailable(_) => handshake::unavailable("no client can join now: try again, or another node"),
-            BusError::TooManyChannels => handshake::unavailable(&why.to_string()),
+        let text = match why {
+            BusError::Unavailable(_) => "no client can join now: try again, or another node".to_owned(),
+            BusError::TooManyChannels => why.to_string(),
         };
-        self.reject(slot, response, CloseReason::HttpResponse);
+        self.reject(slot, &rejections::unavailable(text));
     }
 
     /// Drops a channel without members.

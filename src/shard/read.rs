@@ -11,7 +11,7 @@ use crate::protocol::close::CloseReason;
 use crate::protocol::frame::{self, ErrorCode};
 use crate::ws::connection::State;
 use crate::ws::decoder::{self, Incoming};
-use crate::ws::handshake::{self, HandshakeOutcome};
+use crate::ws::handshake::{self, HandshakeOutcome, rejections};
 
 /// Most bytes that one read takes. Connections with more take turns.
 pub(super) const READ_MAX: usize = 16 * 1024;
@@ -74,7 +74,7 @@ impl Shard {
                 _ if length == 0 => {}
                 State::Request(_) => self.on_request_bytes(slot, length),
                 // Nothing would handle what a client sends before the upgrade.
-                State::Joining(_) => self.reject(slot, handshake::too_early(), CloseReason::HttpResponse),
+                State::Joining(_) => self.reject(slot, &rejections::early_data()),
                 State::Live | State::Replay(_) | State::Missed => self.on_frames(slot, length),
                 State::Closing { .. } | State::Discarded => {}
             }
@@ -93,39 +93,42 @@ impl Shard {
     fn on_end(&mut self, slot: u32) {
         match self.connections[slot].state {
             // Without a response a proxy would take the node for dead.
-            State::Request(Some(_)) => self.reject(slot, handshake::incomplete(), CloseReason::HttpResponse),
+            State::Request(Some(_)) => self.reject(slot, &rejections::incomplete()),
             _ => self.abort(slot),
         }
     }
 
     fn on_request_bytes(&mut self, slot: u32, length: usize) {
-        let bytes = &self.input.buffer[..length];
+        let received = &self.input.buffer[..length];
         let connection = &mut self.connections[slot];
         let loopback = self.context.is_loopback(connection.stream());
         let State::Request(kept) = &mut connection.state else { return };
-        let outcome = match kept {
-            None => handshake::decide(bytes, &self.context, &mut connection.connection_slot, loopback),
+        let request = match kept {
+            None => received,
             Some(kept) => {
-                kept.extend_from_slice(bytes);
-                handshake::decide(kept, &self.context, &mut connection.connection_slot, loopback)
+                kept.extend_from_slice(received);
+                kept
             }
         };
+        let (outcome, connection_slot) =
+            handshake::decide(request, &self.context, connection.connection_slot, loopback);
+        connection.connection_slot = connection_slot;
         match outcome {
             HandshakeOutcome::Incomplete(read) => match kept {
-                None => *kept = Some(Box::new(bytes[read..].to_vec())),
+                None => *kept = Some(Box::new(received[read..].to_vec())),
                 Some(kept) => drop(kept.drain(..read)),
             },
-            HandshakeOutcome::Answer(response) => {
-                self.respond(slot, response, CloseReason::HttpResponse);
+            HandshakeOutcome::Respond(response) => {
+                self.respond(slot, &response, CloseReason::HttpResponse);
             }
-            HandshakeOutcome::Reject(response, reason) => self.reject(slot, response, reason),
+            HandshakeOutcome::Reject(rejection) => self.reject(slot, &rejection),
             // It waited to be accepted when the drain started.
             HandshakeOutcome::Join(_) if self.drain.is_some() => {
-                self.reject(slot, handshake::stopping(), CloseReason::Draining);
+                self.reject(slot, &rejections::stopping());
             }
             HandshakeOutcome::Join(mut join) => {
                 if !self.context.limits.acquire_user(&join.user) {
-                    return self.reject(slot, LimitReached::User.answer(), LimitReached::User.reason());
+                    return self.reject(slot, LimitReached::User.rejection());
                 }
                 connection.user = std::mem::take(&mut join.user);
                 connection.state = State::Joining(join);

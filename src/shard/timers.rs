@@ -7,7 +7,7 @@ use super::Shard;
 use crate::bus::{BusError, Request};
 use crate::protocol::close::CloseReason;
 use crate::ws::connection::State;
-use crate::ws::handshake;
+use crate::ws::handshake::rejections;
 
 /// Time between two ticks.
 pub(super) const TICK: Duration = Duration::from_millis(100);
@@ -70,8 +70,8 @@ impl Shard {
         let is_reading = |state: &State| matches!(state, State::Request(_));
         while let Some(slot) = self.deadlines.requests.pop_due(now, &self.connections, is_reading) {
             match self.connections[slot].connection_slot.limit_reached() {
-                Some(limit) => self.reject(slot, limit.answer(), limit.reason()),
-                None => self.reject(slot, handshake::too_slow(), CloseReason::RequestTimeout),
+                Some(limit) => self.reject(slot, limit.rejection()),
+                None => self.reject(slot, &rejections::timeout()),
             }
         }
         let is_joining = |state: &State| matches!(state, State::Joining(_));

@@ -222,7 +222,7 @@ async fn untrusted_proxy_is_rejected_with_advice() {
     }
     expect(proxied(&node, "127.0.0.3").await, &upgrade, 400, "--trusted-proxy").await;
     assert_eq!(ends(&node, "proxy_not_trusted").await, 4.0);
-    let advice = "name its address with --trusted-proxy (it is 127.0.0.1)";
+    let advice = "add its address to --trusted-proxy (the peer is 127.0.0.1)";
     assert!(node.log().contains(advice), "{}", node.log());
     for begin in [&b"PROXY TCP4 192.0.2.7\r\n"[..], b"PROXY TCP4 192.0.2.7 127.0.0.1 1 2\n", b"PROXY \r\n"] {
         expect(Raw::connect_from(PROXY, node.public).await, begin, 400, "").await;

@@ -396,7 +396,7 @@ async fn bad_names_get_400_and_break_no_log_line() {
     for line in &lines {
         assert!(line.starts_with("! 20") && !line.contains(['\u{1b}', '\u{2028}', '\0']), "{line:?}");
     }
-    assert!(lines.iter().any(|line| line.contains("connection ends")), "{log}");
+    assert!(lines.iter().any(|line| line.contains("closed connection")), "{log}");
 }
 
 #[test]

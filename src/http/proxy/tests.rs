@@ -21,7 +21,7 @@ fn v6(source: &str) -> Vec<u8> {
 }
 
 #[test]
-fn version_1_names_the_client() {
+fn version_1_has_the_client() {
     for (line, client) in [
         ("PROXY TCP4 192.0.2.1 192.0.2.2 65535 80", Some("192.0.2.1")),
         ("PROXY TCP4 192.0.2.1 192.0.2.2 0 80", Some("192.0.2.1")),
@@ -36,7 +36,7 @@ fn version_1_names_the_client() {
 }
 
 #[test]
-fn version_1_is_read_strictly() {
+fn version_1_is_parsed_strictly() {
     let longest = format!("PROXY UNKNOWN {}\r\n", "x".repeat(V1_MAX - 16));
     assert_eq!(preamble(longest.as_bytes()), header(None, V1_MAX));
     for line in [
@@ -63,15 +63,15 @@ fn version_1_is_read_strictly() {
         "PROXY UNKNOWNX\r\n",
         "PROXY TCP4 192.0.2.1 192.0.2.2 1 \u{ff12}\r\n",
     ] {
-        assert_eq!(preamble(line.as_bytes()), Preamble::Broken, "{line:?}");
+        assert_eq!(preamble(line.as_bytes()), Preamble::Malformed, "{line:?}");
     }
     let endless = "PROXY UNKNOWN ".to_owned() + &"x".repeat(V1_MAX);
-    assert_eq!(preamble(endless.as_bytes()), Preamble::Broken);
+    assert_eq!(preamble(endless.as_bytes()), Preamble::Malformed);
     assert_eq!(preamble(&endless.as_bytes()[..V1_MAX - 1]), Preamble::Partial);
 }
 
 #[test]
-fn version_2_names_the_client_and_extras_are_passed_over() {
+fn version_2_has_the_client_and_optional_fields() {
     let tlv = [0xEA, 0, 3, 1, 2, 3];
     for (bytes, client) in [
         (v2(0x21, 0x11, V4), Some("192.0.2.1")),
@@ -82,7 +82,7 @@ fn version_2_names_the_client_and_extras_are_passed_over() {
         (v2(0x21, 0x00, &[]), None),
         (v2(0x21, 0x00, &tlv), None),
         (v2(0x20, 0x00, &[]), None),
-        (v2(0x20, 0x11, V4), None), // LOCAL: what it says of addresses means nothing
+        (v2(0x20, 0x11, V4), None), // LOCAL: its addresses are undefined
         (v2(0x20, 0xFF, &tlv), None),
     ] {
         let request = [&bytes[..], b"GET"].concat();
@@ -91,7 +91,7 @@ fn version_2_names_the_client_and_extras_are_passed_over() {
 }
 
 #[test]
-fn version_2_is_read_strictly() {
+fn version_2_is_parsed_strictly() {
     for bytes in [
         v2(0x11, 0x11, V4),
         v2(0x22, 0x11, V4),
@@ -102,14 +102,14 @@ fn version_2_is_read_strictly() {
         v2(0x21, 0x31, &[0; 215]),
         v2(0x20, 0x00, &vec![0; V2_MAX + 1]),
     ] {
-        assert_eq!(preamble(&bytes), Preamble::Broken, "{bytes:?}");
+        assert_eq!(preamble(&bytes), Preamble::Malformed, "{bytes:?}");
     }
     let too_long = v2(0x21, 0x00, &[0; 0xFFFF]);
-    assert_eq!(preamble(&too_long[..V2_HEAD]), Preamble::Broken, "before anything of it is kept");
+    assert_eq!(preamble(&too_long[..V2_HEAD]), Preamble::Malformed, "before any of it is buffered");
 }
 
 #[test]
-fn requests_are_no_preambles() {
+fn requests_are_not_preambles() {
     for bytes in [
         &b"GET / HTTP/1.1\r\n"[..],
         b"PRI * HTTP/2.0\r\n",
@@ -123,7 +123,7 @@ fn requests_are_no_preambles() {
     }
 }
 
-fn named(headers: &[&[u8]]) -> Result<Option<String>, Unreadable> {
+fn forwarded(headers: &[&[u8]]) -> Result<Option<String>, InvalidAddress> {
     let mut bytes = b"GET / HTTP/1.1\r\nHost: a\r\n".to_vec();
     for header in headers {
         bytes.extend_from_slice(b"x-Forwarded-FOR: ");
@@ -137,10 +137,10 @@ fn named(headers: &[&[u8]]) -> Result<Option<String>, Unreadable> {
 }
 
 #[test]
-fn the_client_is_the_last_address_that_is_no_proxy() {
+fn client_is_the_last_address_not_of_a_proxy() {
     let is = |headers: &[&str], client: &str| {
         let headers: Vec<_> = headers.iter().map(|header| header.as_bytes()).collect();
-        assert_eq!(named(&headers), Ok(Some(client.to_owned())), "{headers:?}");
+        assert_eq!(forwarded(&headers), Ok(Some(client.to_owned())), "{headers:?}");
     };
     is(&["192.0.2.1"], "192.0.2.1");
     is(&["192.0.2.9, 192.0.2.1"], "192.0.2.1");
@@ -149,7 +149,7 @@ fn the_client_is_the_last_address_that_is_no_proxy() {
     is(&["192.0.2.1", "10.0.0.1", ""], "192.0.2.1");
     is(&["192.0.2.1, , 10.0.0.1,"], "192.0.2.1");
     is(&["192.0.2.1, ::ffff:10.0.0.1"], "192.0.2.1");
-    is(&["nonsense, 192.0.2.1"], "192.0.2.1"); // what a client wrote itself
+    is(&["nonsense, 192.0.2.1"], "192.0.2.1"); // forged by the client
     for (form, client) in [
         ("192.0.2.1:5678", "192.0.2.1"),
         ("2001:db8::1", "2001:db8::1"),
@@ -159,14 +159,14 @@ fn the_client_is_the_last_address_that_is_no_proxy() {
     ] {
         is(&[form], client);
     }
-    assert_eq!(named(&[b"\xff\xfe, 192.0.2.1"]), Ok(Some("192.0.2.1".into())), "not UTF-8");
-    for nobody in [&b""[..], b" , ", b"10.0.0.1, 10.0.0.2"] {
-        assert_eq!(named(&[nobody]), Ok(None));
+    assert_eq!(forwarded(&[b"\xff\xfe, 192.0.2.1"]), Ok(Some("192.0.2.1".into())), "not UTF-8");
+    for none in [&b""[..], b" , ", b"10.0.0.1, 10.0.0.2"] {
+        assert_eq!(forwarded(&[none]), Ok(None));
     }
 }
 
 #[test]
-fn what_can_not_be_read_where_the_client_must_be_is_told() {
+fn an_invalid_client_address_is_an_error() {
     for value in [
         &b"unknown"[..],
         b"192.0.2.1, unknown",
@@ -182,13 +182,13 @@ fn what_can_not_be_read_where_the_client_must_be_is_told() {
         b"\xff",
         b"fe80::1%eth0",
     ] {
-        assert_eq!(named(&[value]), Err(Unreadable), "{}", String::from_utf8_lossy(value));
+        assert_eq!(forwarded(&[value]), Err(InvalidAddress), "{}", String::from_utf8_lossy(value));
     }
 }
 
 proptest! {
     #[test]
-    fn no_bytes_panic_and_more_bytes_never_change_what_was_read(
+    fn more_bytes_never_change_the_result(
         begin in prop::sample::select(vec![V1.to_vec(), V2.to_vec(), b"PROXY TCP4 ".to_vec(), v2(0x21, 0x11, V4), vec![]]),
         rest: Vec<u8>,
     ) {

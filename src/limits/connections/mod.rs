@@ -1,8 +1,9 @@
-//! How many connections: of the whole node, of one address, of one user. Shards share the counts; they are touched
-//! when a connection comes, is named and ends, never on the way out.
+//! Limits on the number of connections: of the node, of a client's address, of a user. All shards
+//! share the counts. A connection changes them when it is accepted, when a proxy reports its
+//! client, when its user is known, and when its socket is closed; deliveries don't touch them.
 //!
-//! Whoever is over a cap still waits for a moment on the doorstep, so that its request gets a real answer. The
-//! doorstep is small: when it is full too, the accept loop answers at once.
+//! A connection over a limit is kept until its request has come, so that it gets a proper response.
+//! Only some may wait like that: beyond them the accept loop responds at once.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -15,31 +16,33 @@ use bytes::Bytes;
 use ipnet::IpNet;
 
 use crate::config::{self, Cap, Settings};
-use crate::http::Response;
+use crate::http::{Rejection, Response};
 use crate::limits::allowances::Allowances;
 use crate::limits::rate::{Allowance, Client};
 use crate::protocol::close::CloseReason;
 
-/// Most connections of one address, unless said otherwise: a large office behind one address has fewer, and a
-/// program that opens more is one to talk about. Loopback is free, since a proxy on the same machine may not be named.
+/// Default of `--max-connections-per-ip`: more than a large office behind one address has. Loopback
+/// addresses are not limited by default, since a proxy on the same machine may not be in
+/// `--trusted-proxy`.
 pub const PER_ADDRESS: u32 = 1024;
 
-/// Most connections of one user, unless said otherwise, and only where tokens say who that is: without them a
-/// stranger could lock out anyone whose name it takes.
+/// Default of `--max-connections-per-user`, with tokens only: without them a client could use
+/// another user's id and lock that user out.
 pub const PER_USER: u32 = 100;
 
-/// Seconds after which one who found no place may come again.
+/// Seconds after which a rejected client may try again.
 const RETRY_AFTER: &str = "5";
 
-/// Bytes of an IPv6 address that count as one client: the /56 that a customer of an access network usually gets
-/// (RIPE-690 recommends /56 or /48). Counted by /64 such a customer would have 256 times the cap of an address.
+/// Bytes of an IPv6 address that identify a client: the /56 that a customer of an access network
+/// usually gets (RIPE-690 recommends /56 or /48). By /64 such a customer would have 256 times the
+/// limit.
 const IPV6_PREFIX: usize = 7;
 
-/// The client of a connection, as it is counted: an IPv4 address, or the /56 of an IPv6 one, so that a client gains
-/// nothing by using another of its own addresses.
+/// The address under which a client is counted: an IPv4 address, or the /56 of an IPv6 address, so
+/// that a client gains nothing by using other addresses of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Address {
-    /// IPv4, also when it came mapped into IPv6.
+    /// An IPv4 address, also one mapped into IPv6.
     V4([u8; 4]),
     /// The first bytes of an IPv6 address.
     V6([u8; IPV6_PREFIX]),
@@ -80,7 +83,7 @@ impl fmt::Display for Address {
     }
 }
 
-/// What is full.
+/// The limit that a connection is over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LimitReached {
     /// The node: `--max-connections`.
@@ -92,7 +95,6 @@ pub enum LimitReached {
 }
 
 impl LimitReached {
-    /// Why the connection ends.
     pub fn reason(self) -> CloseReason {
         match self {
             LimitReached::Node => CloseReason::NodeLimit,
@@ -101,47 +103,62 @@ impl LimitReached {
         }
     }
 
-    /// The HTTP answer; made once, since it may be needed often.
-    pub fn answer(self) -> Bytes {
-        static ANSWERS: LazyLock<[Bytes; 3]> = LazyLock::new(|| {
+    /// The rejection of a connection over this limit.
+    pub fn rejection(self) -> &'static Rejection {
+        &self.rejected().0
+    }
+
+    /// The response to a connection over this limit. Serialized once, since a flood needs many.
+    pub fn response(self) -> Bytes {
+        self.rejected().1.clone()
+    }
+
+    fn rejected(self) -> &'static (Rejection, Bytes) {
+        static REJECTED: LazyLock<[(Rejection, Bytes); 3]> = LazyLock::new(|| {
             [
-                (503, "this node has all the connections it may have: try another, or later"),
-                (429, "too many connections from this address: close some, or try later"),
-                (429, "too many connections of this user: close some, or try later"),
+                (LimitReached::Node, 503, "this node is at its connection limit: try another, or later"),
+                (
+                    LimitReached::Address,
+                    429,
+                    "too many connections from this address: close some, or try later",
+                ),
+                (LimitReached::User, 429, "too many connections of this user: close some, or try later"),
             ]
-            .map(|(status, text)| {
-                Response::line(status, text).with("Retry-After", RETRY_AFTER).to_closing_bytes()
+            .map(|(limit, status, text)| {
+                let rejection = Rejection::new(status, text).with("Retry-After", RETRY_AFTER);
+                let rejection = rejection.because(limit.reason());
+                let response = Response::from(&rejection).to_bytes(false);
+                (rejection, response)
             })
         });
-        ANSWERS[self as usize].clone()
+        &REJECTED[self as usize]
     }
 }
 
-/// What a connection holds of the counts, from accept to the end of its socket.
+/// What a connection adds to the counts, from accept until its socket is closed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ConnectionSlot {
-    /// A seat: it comes from a trusted proxy, which has not named a client, and is counted for nobody.
+    /// A connection of a trusted proxy that has not reported a client: counted for the node alone.
     Proxy,
-    /// A seat, counted for this address.
+    /// Counted for the node and for this address.
     Client(Address),
-    /// No seat, for this reason: it waits on the doorstep until its request can be answered.
+    /// A connection over a limit. It waits for its request, to be rejected.
     Rejecting {
-        /// What is full.
         limit: LimitReached,
-        /// It comes from a trusted proxy.
+        /// The peer is a trusted proxy.
         proxy: bool,
-        /// Its client is another than its peer, by the word of a trusted proxy.
+        /// The client address was reported by a trusted proxy.
         reported: bool,
     },
 }
 
 impl ConnectionSlot {
-    /// Whether its peer is a trusted proxy, who may name the client.
+    /// Whether the peer is a trusted proxy, which may report the client.
     pub fn is_proxy(self) -> bool {
         matches!(self, ConnectionSlot::Proxy | ConnectionSlot::Rejecting { proxy: true, .. })
     }
 
-    /// Why it has no seat.
+    /// The limit that the connection is over.
     pub fn limit_reached(self) -> Option<LimitReached> {
         match self {
             ConnectionSlot::Rejecting { limit, .. } => Some(limit),
@@ -150,33 +167,32 @@ impl ConnectionSlot {
     }
 }
 
-/// The counts and their caps.
+/// The counts and their limits.
 #[derive(Debug)]
 pub struct ConnectionLimits {
     trusted: Box<[IpNet]>,
-    max_counted: u32,
+    max_connections: u32,
     max_rejecting: u32,
     per_address: Cap,
-    /// `None`: users are not counted.
+    /// `None` if users are not counted.
     per_user: Option<u32>,
-    counted: AtomicU32,
+    connections: AtomicU32,
     rejecting: AtomicU32,
     addresses: Mutex<HashMap<Address, u32>>,
-    /// By hash: two users in 2^64 would share a cap, and a name is too long to keep twice.
+    /// Keyed by a hash of 64 bits, since user ids are long. Two users with the same hash share a
+    /// limit.
     users: Mutex<HashMap<u64, u32>>,
     hasher: RandomState,
     /// Whose connections share an allowance.
     client: Client,
-    /// The allowances of all clients.
     pub allowances: Allowances,
 }
 
 impl ConnectionLimits {
-    /// Nobody is there yet.
     pub fn new(settings: &Settings) -> ConnectionLimits {
         ConnectionLimits {
             trusted: settings.trusted_proxy.clone().into(),
-            max_counted: settings.connection_limit(),
+            max_connections: settings.connection_limit(),
             max_rejecting: config::rejection_slots(settings.connection_limit()),
             per_address: settings.max_connections_per_ip,
             per_user: match settings.max_connections_per_user {
@@ -184,7 +200,7 @@ impl ConnectionLimits {
                 Cap::Off => None,
                 Cap::Most(most) => Some(most.get()),
             },
-            counted: AtomicU32::new(0),
+            connections: AtomicU32::new(0),
             rejecting: AtomicU32::new(0),
             addresses: Mutex::default(),
             users: Mutex::default(),
@@ -194,23 +210,24 @@ impl ConnectionLimits {
         }
     }
 
-    /// Whether this is a proxy that may name its clients.
+    /// Whether this is a trusted proxy, which may report its clients.
     pub fn trusts(&self, ip: IpAddr) -> bool {
         let ip = ip.to_canonical();
         self.trusted.iter().any(|net| net.contains(&ip))
     }
 
-    /// A connection has come. Only the accept loop calls this. To be given back with [`ConnectionLimits::leave`].
+    /// Counts a new connection. [`ConnectionLimits::release`] undoes it. Called by the accept loop
+    /// alone.
     ///
     /// # Errors
-    /// What is full, when there is no room on the doorstep either.
+    /// The limit reached, if as many connections as may are waiting to be rejected.
     pub fn acquire(&self, peer: IpAddr) -> Result<ConnectionSlot, LimitReached> {
         let proxy = self.trusts(peer);
         let address = Address::from(peer);
-        let limit = if self.counted.load(Relaxed) >= self.max_counted {
+        let limit = if self.connections.load(Relaxed) >= self.max_connections {
             LimitReached::Node
         } else if proxy || self.count(address) {
-            self.counted.fetch_add(1, Relaxed);
+            self.connections.fetch_add(1, Relaxed);
             return Ok(if proxy { ConnectionSlot::Proxy } else { ConnectionSlot::Client(address) });
         } else {
             LimitReached::Address
@@ -222,17 +239,19 @@ impl ConnectionLimits {
         Ok(ConnectionSlot::Rejecting { limit, proxy, reported: false })
     }
 
-    /// A trusted proxy names the client of its connection. Whoever has no seat keeps its reason.
+    /// Counts a connection of a trusted proxy for the client that the proxy reports. A connection
+    /// over a limit keeps its limit.
     ///
     /// # Errors
-    /// The client's address is full, and so is the rejecting: it is to be answered at once.
-    pub fn name_client(
+    /// The limit reached, if as many connections as may are waiting to be rejected: respond at
+    /// once.
+    pub fn set_client(
         &self,
         connection_slot: &mut ConnectionSlot,
         client: IpAddr,
     ) -> Result<(), LimitReached> {
-        debug_assert!(connection_slot.is_proxy(), "{connection_slot:?} names nobody");
-        let proxy = self.trusts(client); // its own address is never counted
+        debug_assert!(connection_slot.is_proxy(), "{connection_slot:?} is not a proxy's");
+        let proxy = self.trusts(client); // a proxy's own address is never counted
         match connection_slot {
             ConnectionSlot::Rejecting { limit, .. } => {
                 *connection_slot = ConnectionSlot::Rejecting { limit: *limit, proxy, reported: true }
@@ -240,7 +259,7 @@ impl ConnectionLimits {
             _ if proxy => {}
             _ if self.count(client.into()) => *connection_slot = ConnectionSlot::Client(client.into()),
             _ => {
-                self.counted.fetch_sub(1, Relaxed);
+                self.connections.fetch_sub(1, Relaxed);
                 *connection_slot =
                     ConnectionSlot::Rejecting { limit: LimitReached::Address, proxy, reported: true };
                 if self.rejecting.fetch_add(1, Relaxed) >= self.max_rejecting {
@@ -251,33 +270,34 @@ impl ConnectionLimits {
         Ok(())
     }
 
-    /// A connection's socket has ended. `user` is empty unless [`ConnectionLimits::acquire_user`] took it.
+    /// Removes a connection from the counts. `user` is empty unless
+    /// [`ConnectionLimits::acquire_user`] counted it.
     pub fn release(&self, connection_slot: ConnectionSlot, user: &str) {
         match connection_slot {
             ConnectionSlot::Rejecting { .. } => {
                 self.rejecting.fetch_sub(1, Relaxed);
             }
             ConnectionSlot::Proxy => {
-                self.counted.fetch_sub(1, Relaxed);
+                self.connections.fetch_sub(1, Relaxed);
             }
             ConnectionSlot::Client(address) => {
-                self.counted.fetch_sub(1, Relaxed);
-                discount(&self.addresses, &address);
+                self.connections.fetch_sub(1, Relaxed);
+                subtract(&self.addresses, &address);
             }
         }
         if self.per_user.is_some() && !user.is_empty() {
-            discount(&self.users, &self.hasher.hash_one(user));
+            subtract(&self.users, &self.hasher.hash_one(user));
         }
     }
 
-    /// Counts one more connection of this user; false when that would be too many.
+    /// Counts a connection of this user. `false` if that is one too many.
     pub fn acquire_user(&self, user: &str) -> bool {
         self.per_user.is_none_or(|most| add(&self.users, self.hasher.hash_one(user), most))
     }
 
-    /// The allowance of the client of this connection. `None`: the connection shares with no other. Without tokens that
-    /// holds for loopback, since a proxy on the same machine may not forward client addresses, and for a proxy's own
-    /// connections.
+    /// The allowance of the client of this connection. `None` if the connection shares none:
+    /// without tokens one from loopback, since a proxy on the same machine may not forward client
+    /// addresses, and a proxy's own connection.
     pub fn allowance(&self, connection_slot: ConnectionSlot, user: &str) -> Option<Arc<Allowance>> {
         match (self.client, connection_slot) {
             (Client::User, _) => Some(self.allowances.get(user)),
@@ -288,25 +308,25 @@ impl ConnectionLimits {
         }
     }
 
-    /// Counts a new channel of this client; false if it has named too many. Where its connections are not limited, new
-    /// channels are not either.
+    /// Counts a new channel of this client. `false` if it has named too many. Where its connections
+    /// are not limited, new channels are not either.
     pub fn take_channel(&self, client: &Allowance) -> bool {
         let connections = match self.client {
             Client::User => self.per_user,
-            Client::Address => self.most_of_address(),
+            Client::Address => self.most_per_address(),
         };
         connections.is_none_or(|most| client.take_channel(most, self.allowances.now()))
     }
 
-    /// Counts one more connection of this address; false when that would be too many.
+    /// Counts a connection of this address. `false` if that is one too many.
     fn count(&self, address: Address) -> bool {
-        let is_free = self.per_address == Cap::Auto && address.is_loopback();
-        let most = self.most_of_address().filter(|_| !is_free);
+        let is_unlimited = self.per_address == Cap::Auto && address.is_loopback();
+        let most = self.most_per_address().filter(|_| !is_unlimited);
         add(&self.addresses, address, most.unwrap_or(u32::MAX))
     }
 
-    /// Most connections of an address that is not loopback.
-    fn most_of_address(&self) -> Option<u32> {
+    /// Most connections of an address, loopback aside.
+    fn most_per_address(&self) -> Option<u32> {
         match self.per_address {
             Cap::Auto => Some(PER_ADDRESS),
             Cap::Off => None,
@@ -323,9 +343,9 @@ fn add<K: Hash + Eq>(counts: &Mutex<HashMap<K, u32>>, key: K, most: u32) -> bool
     room
 }
 
-fn discount<K: Hash + Eq>(counts: &Mutex<HashMap<K, u32>>, key: &K) {
+fn subtract<K: Hash + Eq>(counts: &Mutex<HashMap<K, u32>>, key: &K) {
     let mut counts = counts.lock().expect("nothing panics while holding it");
-    let count = counts.get_mut(key).expect("whoever leaves was counted");
+    let count = counts.get_mut(key).expect("every connection was counted");
     *count -= 1;
     if *count == 0 {
         counts.remove(key);

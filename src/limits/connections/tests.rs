@@ -14,10 +14,10 @@ fn ip(text: &str) -> IpAddr {
     text.parse().unwrap()
 }
 
-/// Seats, places on the doorstep, connections by address, connections by user.
+/// Counted connections, those waiting to be rejected, connections by address and by user.
 fn counts(limits: &ConnectionLimits) -> [u32; 4] {
     [
-        limits.counted.load(Relaxed),
+        limits.connections.load(Relaxed),
         limits.rejecting.load(Relaxed),
         limits.addresses.lock().unwrap().values().sum(),
         limits.users.lock().unwrap().values().sum(),
@@ -42,7 +42,7 @@ fn addresses_are_ipv4_or_the_56_of_ipv6() {
 }
 
 #[test]
-fn past_the_cap_of_an_address_others_come_in() {
+fn address_limit_leaves_other_addresses_alone() {
     let limits = limits(&["--max-connections-per-ip", "2"]);
     let one = limits.acquire(ip("192.0.2.1")).unwrap();
     let two = limits.acquire(ip("::ffff:192.0.2.1")).unwrap();
@@ -59,14 +59,14 @@ fn past_the_cap_of_an_address_others_come_in() {
     assert_eq!(
         limits.acquire(ip("192.0.2.1")).unwrap().limit_reached(),
         Some(LimitReached::Address),
-        "the refused never counted"
+        "rejected connections are not counted for an address"
     );
     limits.release(two, "");
     assert_eq!(limits.acquire(ip("192.0.2.1")).unwrap(), one);
 }
 
 #[test]
-fn loopback_has_a_cap_only_when_one_is_given() {
+fn loopback_is_limited_only_by_a_setting() {
     let all_in = |limits: &ConnectionLimits, many| {
         (0..many).all(|_| limits.acquire(ip("127.0.0.1")).unwrap().limit_reached().is_none())
     };
@@ -82,7 +82,7 @@ fn loopback_has_a_cap_only_when_one_is_given() {
 }
 
 #[test]
-fn past_the_doorstep_nobody_waits() {
+fn beyond_the_rejection_slots_nothing_waits() {
     let limits = limits(&["--max-connections", "3"]);
     let counted: Vec<_> = (0..3).map(|_| limits.acquire(ip("192.0.2.1")).unwrap()).collect();
     let waiting: Vec<_> =
@@ -99,32 +99,32 @@ fn past_the_doorstep_nobody_waits() {
 }
 
 #[test]
-fn trusted_proxies_name_clients_and_are_never_counted_themselves() {
+fn proxies_report_clients_and_are_not_counted() {
     let limits = limits(&["--trusted-proxy", "10.0.0.0/8,fd00::/8", "--max-connections-per-ip", "1"]);
     let proxy = || limits.acquire(ip("10.0.0.1")).unwrap();
     let silent = [proxy(), proxy(), limits.acquire(ip("::ffff:10.0.0.1")).unwrap()];
     assert_eq!(silent, [ConnectionSlot::Proxy; 3]);
     let (mut first, mut second, mut chained) = (proxy(), proxy(), proxy());
-    limits.name_client(&mut first, ip("192.0.2.1")).unwrap();
-    limits.name_client(&mut second, ip("192.0.2.1")).unwrap();
+    limits.set_client(&mut first, ip("192.0.2.1")).unwrap();
+    limits.set_client(&mut second, ip("192.0.2.1")).unwrap();
     assert!(first.limit_reached().is_none() && !first.is_proxy());
     assert_eq!(
         second,
         ConnectionSlot::Rejecting { limit: LimitReached::Address, proxy: false, reported: true }
     );
-    // A proxy that comes through another names the client in its turn.
-    limits.name_client(&mut chained, ip("fd00::1")).unwrap();
+    // A proxy behind another proxy reports the client in its turn.
+    limits.set_client(&mut chained, ip("fd00::1")).unwrap();
     assert_eq!(chained, ConnectionSlot::Proxy);
-    limits.name_client(&mut chained, ip("192.0.2.2")).unwrap();
+    limits.set_client(&mut chained, ip("192.0.2.2")).unwrap();
     assert_eq!(chained, ConnectionSlot::Client(ip("192.0.2.2").into()));
     assert_eq!(counts(&limits), [5, 1, 2, 0]);
-    // With the doorstep full, whoever is named past its cap is told at once.
+    // Without a free rejection slot a connection over the limit is rejected at once.
     let mut more: Vec<_> = (0..limits.max_rejecting).map(|_| proxy()).collect();
-    let told = more
+    let at_once = more
         .iter_mut()
-        .filter_map(|connection_slot| limits.name_client(connection_slot, ip("192.0.2.1")).err())
+        .filter_map(|connection_slot| limits.set_client(connection_slot, ip("192.0.2.1")).err())
         .count();
-    assert_eq!(told, 1);
+    assert_eq!(at_once, 1);
     for connection_slot in [first, second, chained].into_iter().chain(silent).chain(more) {
         limits.release(connection_slot, "");
     }
@@ -132,7 +132,7 @@ fn trusted_proxies_name_clients_and_are_never_counted_themselves() {
 }
 
 #[test]
-fn users_have_a_cap_where_tokens_say_who_they_are() {
+fn users_are_limited_with_tokens() {
     let acquired = |limits: &ConnectionLimits, user| (0..150).filter(|_| limits.acquire_user(user)).count();
     assert_eq!(acquired(&limits(&[]), "alice"), 150);
     let with_tokens = limits(&["--jwt-key", "/some/file"]);
@@ -168,20 +168,20 @@ fn allowances_belong_to_users_or_addresses() {
 }
 
 #[test]
-fn an_answer_says_when_to_come_back() {
+fn rejections_have_retry_after() {
     for (limit, status) in
         [(LimitReached::Node, "503"), (LimitReached::Address, "429"), (LimitReached::User, "429")]
     {
-        let answer = String::from_utf8(limit.answer().to_vec()).unwrap();
-        assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")), "{answer}");
-        assert!(answer.contains("\r\nRetry-After: 5\r\n") && answer.ends_with('\n'), "{answer}");
+        let response = String::from_utf8(limit.response().to_vec()).unwrap();
+        assert!(response.starts_with(&format!("HTTP/1.1 {status} ")), "{response}");
+        assert!(response.contains("\r\nRetry-After: 5\r\n") && response.ends_with('\n'), "{response}");
     }
 }
 
 proptest! {
-    /// However connections come, are named and leave: no cap is passed, and in the end nothing is left.
+    /// Whatever connections do, no limit is passed, and in the end all counts are 0.
     #[test]
-    fn what_was_taken_is_given_back(steps in prop::collection::vec((0..4u8, 0..4u8, 0..16usize), 0..200)) {
+    fn released_connections_leave_no_count(steps in prop::collection::vec((0..4u8, 0..4u8, 0..16usize), 0..200)) {
         let limits = limits(&[
             "--trusted-proxy", "10.0.0.0/8", "--max-connections", "8", "--max-connections-per-ip", "3", "--max-connections-per-user", "2",
         ]);
@@ -193,7 +193,7 @@ proptest! {
                 2 if at < there.len() => {
                     let (connection_slot, user) = &mut there[at];
                     if connection_slot.is_proxy() {
-                        let _ = limits.name_client(connection_slot, address(number));
+                        let _ = limits.set_client(connection_slot, address(number));
                     } else if user.is_empty() && limits.acquire_user("alice") {
                         *user = "alice";
                     }

@@ -1,11 +1,12 @@
 //! Rate limit of what clients send: the generic cell rate algorithm (GCRA), which needs no timer.
 //!
-//! A message costs as much time as it takes at the allowed rates. Each accepted message moves a point in time, the
-//! theoretical arrival time (TAT), forward by its cost. A message is over the rate if that would put the TAT further
-//! ahead of the clock than the burst. So nothing has to be refilled while a client is silent.
+//! A message costs as much time as it takes at the allowed rates. Each accepted message moves a
+//! point in time, the theoretical arrival time (TAT), forward by its cost. A message is over the
+//! rate if that would put the TAT further ahead of the clock than the burst. So nothing has to be
+//! refilled while a client is silent.
 //!
-//! Every connection has a TAT of its own. All connections of a client share an [`Allowance`], so that reconnecting
-//! gains nothing.
+//! Every connection has a TAT of its own. All connections of a client share an [`Allowance`], so
+//! that reconnecting gains nothing.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
@@ -23,42 +24,46 @@ const NEW_PART: u64 = 10;
 /// Messages that every client may send at once, however low the rate.
 const BURST_MIN: u64 = 10;
 
-/// Rejected messages tolerated before the connection is closed: one second's worth, but at least ten, since a client may
-/// have sent a few more before the first rejection arrives.
+/// Rejected messages tolerated before the connection is closed: one second's worth, but at least
+/// ten, since a client may have sent a few more before the first rejection arrives.
 const TOLERATED_MIN: u32 = 10;
 
 /// Most that can be tolerated: one less than a connection can count.
 const TOLERATED_MAX: u32 = u16::MAX as u32 - 1;
 
-/// Most frames of one message, and one more for every [`FRAGMENT_BYTES`] of `--max-message-size`. No honest client needs more.
+/// Most frames of one message, and one more for every [`FRAGMENT_BYTES`] of `--max-message-size`.
+/// No honest client needs more.
 pub const FRAGMENTS_MAX: usize = 1024;
 
-/// Bytes that each further frame of a message counts at the byte rate beside its payload, since tiny fragments are work.
+/// Bytes that each further frame of a message counts at the byte rate beside its payload, since
+/// tiny fragments are work.
 pub const FRAGMENT_BYTES: usize = 64;
 
 // The longest message in the most fragments fits into the burst at the lowest byte rate.
 const _: () =
     assert!(2 * MESSAGE_PART + (FRAGMENT_BYTES * FRAGMENTS_MAX) as u64 / BYTE_RATE_MIN < BURST_SECONDS);
 
-/// An address has this many times the allowance of a user, since an office or a mobile network has many users behind one
-/// address. The caps on connections are in the same proportion.
+/// An address has this many times the allowance of a user, since an office or a mobile network has
+/// many users behind one address. The caps on connections are in the same proportion.
 const USERS_PER_ADDRESS: u32 = 10;
 const _: () = assert!(PER_USER * USERS_PER_ADDRESS <= PER_ADDRESS);
 
-/// In this time, in nanoseconds, a client may name as many new channels as it may have connections, and at least
-/// [`CHANNELS_MIN`], all at once if it likes: each of its connections may come back to another channel. Redis keeps an
-/// unused channel for ten minutes, so one client has at most eleven times as many there.
+/// In this time, in nanoseconds, a client may name as many new channels as it may have connections,
+/// and at least [`CHANNELS_MIN`]. All at once is fine: each of its connections may reconnect to
+/// another channel. Redis keeps an unused channel for ten minutes, so one client has at most eleven
+/// times as many there.
 const NAMING_TIME: u64 = 60 * SECOND;
 
-/// New channels that a client with few connections may name in a minute: one that goes from room to room.
+/// New channels that any client may name in a minute, such as one that goes from room to room.
 const CHANNELS_MIN: u32 = 100;
 
-/// Bytes of history that may be read for one client in a second. Without this limit one address with 100 connections, each
-/// closed and opened again, had 134 MB read from Redis in a second, and a client beside it waited 20 s instead of 1.5.
+/// Bytes of history that may be read for one client in a second. Without this limit one address
+/// with 100 connections, each closed and opened again, had 134 MB read from Redis in a second, and
+/// a client beside it waited 20 s instead of 1.5.
 const HISTORY_RATE: u64 = 32 << 20;
 
-/// How far the TAT of history may be ahead of the clock, in nanoseconds: a thousand clients behind one address may come
-/// back at once with 64 KiB each.
+/// How far the TAT of history may be ahead of the clock, in nanoseconds: a thousand clients behind
+/// one address may reconnect at once and read 64 KiB each.
 const HISTORY_BURST: u64 = 2 * SECOND;
 
 const SECOND: u64 = 1_000_000_000;
@@ -66,9 +71,9 @@ const SECOND: u64 = 1_000_000_000;
 /// Whose connections share an allowance.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Client {
-    /// A user's, where tokens prove the user id.
+    /// Those of a user, where tokens prove the user id.
     User,
-    /// An address's otherwise, since a client may use any user id.
+    /// Those of an address otherwise, since a client may use any user id.
     Address,
 }
 
@@ -78,7 +83,7 @@ impl Client {
         if settings.jwt_key.is_empty() { Client::Address } else { Client::User }
     }
 
-    /// How many times the allowance of one connection it has.
+    /// The allowance of the client, as a multiple of that of one connection.
     fn share(self) -> u32 {
         match self {
             Client::User => 1,
@@ -87,7 +92,7 @@ impl Client {
     }
 }
 
-/// What one client may still send and name.
+/// What one client may still send, join and read.
 #[derive(Debug)]
 pub struct Allowance {
     /// TAT of its messages.
@@ -107,22 +112,24 @@ impl Allowance {
         Allowance { messages: AtomicU64::new(tat), channels, history, rejected: AtomicU32::new(0) }
     }
 
-    /// Counts a new channel of a client that may have this many connections; `false` if it has named too many.
+    /// Counts a new channel of a client that may have this many connections. `false` if it has
+    /// named too many.
     pub fn take_channel(&self, connections: u32, now: u64) -> bool {
         take(&self.channels, NAMING_TIME / u64::from(connections.max(CHANNELS_MIN)), NAMING_TIME, now)
     }
 
-    /// Counts about so many bytes of history that are to be read; `false` if it has to wait.
+    /// Counts bytes of history before they are read. `false` if the client has to wait.
     pub fn take_history(&self, bytes: usize, now: u64) -> bool {
         take(&self.history, (bytes as u64).saturating_mul(SECOND) / HISTORY_RATE, HISTORY_BURST, now)
     }
 
-    /// Whether nothing of it is used up.
+    /// Whether none of it is used up.
     pub fn is_full(&self, now: u64) -> bool {
         [&self.messages, &self.channels, &self.history].iter().all(|tat| tat.load(Relaxed) <= now)
     }
 
-    /// Takes off one rejection for an accepted message. Usually there is none, and nothing is written.
+    /// Subtracts one rejection for an accepted message. Usually there is none, and nothing is
+    /// written.
     fn forgive(&self) {
         if self.rejected.load(Relaxed) > 0 {
             let _ = self.rejected.fetch_update(Relaxed, Relaxed, |count| count.checked_sub(1));
@@ -133,9 +140,9 @@ impl Allowance {
 /// The rates of a node.
 #[derive(Clone, Debug)]
 pub struct RateLimiter {
-    /// Least cost of a message, in nanoseconds; 0: the number of messages is not limited.
+    /// Least cost of a message, in nanoseconds. 0 if the number of messages is not limited.
     each: u64,
-    /// Bytes a second; 0: bytes are not limited.
+    /// Bytes a second. 0 if they are not limited.
     byte_rate: u64,
     /// How far the TAT of a connection may be ahead of the clock, in nanoseconds.
     burst: u64,
@@ -143,25 +150,24 @@ pub struct RateLimiter {
     burst_when_new: u64,
     /// Rejected messages before a connection is closed.
     tolerated: u16,
-    /// Texts for rejected messages: over the connection's rate, and over its client's.
+    /// Texts for messages over the rate of the connection, and over that of its client.
     texts: [Arc<str>; 2],
-    /// How many times the allowance of a connection a client has.
+    /// The allowance of a client, as a multiple of that of a connection.
     share: u32,
 }
 
 /// The decision on a message.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Decision {
-    /// It is accepted.
     Accept,
-    /// It is over the rate; with the text for the client.
+    /// The message is over the rate. With the text for the client.
     Reject(Arc<str>),
-    /// It is over the rate, as too many before it were: the connection is closed.
+    /// The message is over the rate, like too many before it: the connection is closed.
     Close(Arc<str>),
 }
 
 impl RateLimiter {
-    /// The rates of these settings; `None` where there is no limit.
+    /// `None` if the settings have no limit.
     pub fn new(settings: &Settings) -> Option<RateLimiter> {
         let (rate, byte_rate) = (u64::from(settings.max_message_rate), settings.byte_rate());
         if rate == 0 && byte_rate == 0 {
@@ -209,8 +215,8 @@ impl RateLimiter {
         now + (self.burst - self.burst_when_new) / u64::from(self.share)
     }
 
-    /// Checks a message that arrives at `now`. `tat` and `rejected` are kept by the connection: its TAT, and its messages
-    /// rejected by its own rate, less those accepted since. (A struct of both would have padding.)
+    /// Checks a message that arrives at `now`. `tat` and `rejected` belong to the connection: its
+    /// TAT, and its messages rejected by its own rate, less those accepted since.
     pub fn check(
         &self,
         tat: &mut u64,
@@ -242,7 +248,7 @@ fn rejection(close: bool, text: &Arc<str>) -> Decision {
     if close { Decision::Close(text.clone()) } else { Decision::Reject(text.clone()) }
 }
 
-/// The TAT after a message of this cost; `None` if that is over the rate.
+/// The TAT after a message of this cost. `None` if that is over the rate.
 fn advance(tat: u64, cost: u64, burst: u64, now: u64) -> Option<u64> {
     let next = tat.max(now).saturating_add(cost);
     (next - now <= burst).then_some(next)

@@ -17,7 +17,8 @@ fn of_rate(rate: u32) -> RateLimiter {
     limiter(&["--max-message-rate", &rate.to_string()])
 }
 
-/// How many of these messages, of a few bytes each, are accepted, rejected, and close the connection.
+/// How many of these messages, of a few bytes each, are accepted, rejected, and close the
+/// connection.
 fn check_many(
     limiter: &RateLimiter,
     used: &mut Used,
@@ -102,7 +103,8 @@ fn bytes_and_fragments_cost_at_the_byte_rate() {
     assert_eq!(limiter.cost(10_000, 1), each, "a message of 10 KB costs no more than an empty one");
     assert_eq!(limiter.cost(1 << 20, 1), SECOND);
     assert_eq!(limiter.cost(0, 1 + (1 << 20) / FRAGMENT_BYTES as u32), SECOND);
-    // At every allowed byte rate the most expensive message fits into the burst, also of a new client.
+    // At every allowed byte rate the most expensive message fits into the burst, also of a new
+    // client.
     for max_message_size in [1, 1 << 10, 64 << 10, 1 << 20, 16 << 20_usize] {
         let byte_rate = BYTE_RATE_MIN.max((max_message_size as u64).div_ceil(MESSAGE_PART)).to_string();
         let message = max_message_size.to_string();
@@ -131,7 +133,8 @@ fn new_channels_are_limited_like_connections() {
 }
 
 proptest! {
-    /// Whatever a client does, it gets no more than burst and rate; and within the rate all it sends.
+    /// Whatever a client does, it gets no more than burst and rate; and within the rate all it
+    /// sends.
     #[test]
     fn accepted_messages_are_bounded(
         rate in 1..=MESSAGE_RATE_MAX,

@@ -1,6 +1,10 @@
 use std::net::IpAddr;
 
 use super::*;
+use crate::config::Action;
+use crate::protocol::close::CloseReason;
+use crate::protocol::event::{DEFAULT_CHANNEL, EventId};
+use crate::ws::connection::LastSeen;
 
 fn request(target: &str, headers: &str) -> String {
     format!(
@@ -9,12 +13,12 @@ fn request(target: &str, headers: &str) -> String {
     )
 }
 
-/// A PROXY header of version 2 by which the proxy speaks for itself.
+/// A PROXY header of version 2 for a connection of the proxy itself.
 const LOCAL_V2: &str = "\r\n\r\n\0\r\nQUIT\n\x20\0\0\0";
 
 fn context(flags: &[&str]) -> HandshakeContext {
     let settings = match Settings::from(flags.iter().map(std::ffi::OsString::from), []) {
-        Ok(crate::config::Action::Run(settings)) => Arc::new(settings),
+        Ok(Action::Run(settings)) => Arc::new(settings),
         other => panic!("{other:?}"),
     };
     let keys = Arc::new(KeyRing::load(&settings).unwrap());
@@ -27,8 +31,8 @@ fn outcome(bytes: &[u8]) -> HandshakeOutcome {
 }
 
 fn decide_from(peer: &str, bytes: &[u8], context: &HandshakeContext) -> (HandshakeOutcome, ConnectionSlot) {
-    let mut connection_slot = context.limits.acquire(peer.parse().unwrap()).unwrap();
-    (decide(bytes, context, &mut connection_slot, false), connection_slot)
+    let connection_slot = context.limits.acquire(peer.parse().unwrap()).unwrap();
+    decide(bytes, context, connection_slot, false)
 }
 
 fn join(target: &str, headers: &str) -> Join {
@@ -38,17 +42,16 @@ fn join(target: &str, headers: &str) -> Join {
     }
 }
 
-fn status(bytes: &[u8]) -> String {
+fn status(bytes: &[u8]) -> u16 {
     match outcome(bytes) {
-        HandshakeOutcome::Answer(answer) | HandshakeOutcome::Reject(answer, _) => {
-            String::from_utf8_lossy(&answer[9..12]).into_owned()
-        }
+        HandshakeOutcome::Respond(response) => response.status(),
+        HandshakeOutcome::Reject(rejection) => rejection.status,
         other => panic!("{other:?}"),
     }
 }
 
 #[test]
-fn a_good_request_joins() {
+fn a_valid_request_joins() {
     let plain = join("/ws/al%20ice", "");
     assert_eq!((&*plain.user, plain.channel.as_str()), ("al ice", DEFAULT_CHANNEL));
     assert!(!plain.wants_recovery && !plain.json_mode && plain.last_seen == LastSeen::Nothing);
@@ -67,7 +70,7 @@ fn a_good_request_joins() {
 }
 
 #[test]
-fn what_is_no_id_is_an_unknown_one() {
+fn invalid_ids_are_unknown_ids() {
     let seen = |value: &str| join(&format!("/ws/a?lastEventId{value}"), "").last_seen;
     assert_eq!((seen(""), seen("=")), (LastSeen::Nothing, LastSeen::Nothing));
     assert_eq!(seen("=0"), LastSeen::Event(EventId(0)));
@@ -77,7 +80,7 @@ fn what_is_no_id_is_an_unknown_one() {
 }
 
 #[test]
-fn trusted_proxies_name_their_clients_however_the_bytes_are_cut() {
+fn trusted_proxies_report_the_client() {
     let context = context(&["--trusted-proxy", "10.0.0.0/8"]);
     let upgrade = request("/ws/a", "");
     let forward = |value: &str| request("/ws/a", &format!("X-Forwarded-For: {value}\r\n"));
@@ -106,12 +109,14 @@ fn trusted_proxies_name_their_clients_however_the_bytes_are_cut() {
         assert!(matches!(outcome, HandshakeOutcome::Join(_)), "{outcome:?}");
         assert_eq!(connection_slot, client, "{}", String::from_utf8_lossy(&bytes));
 
-        // Byte by byte, as a shard keeps them.
+        // Byte by byte, as a shard buffers them.
         let mut connection_slot = context.limits.acquire("10.0.0.1".parse().unwrap()).unwrap();
         let mut kept = Vec::new();
         for (at, byte) in bytes.iter().enumerate() {
             kept.push(*byte);
-            match decide(&kept, &context, &mut connection_slot, false) {
+            let (outcome, slot) = decide(&kept, &context, connection_slot, false);
+            connection_slot = slot;
+            match outcome {
                 HandshakeOutcome::Incomplete(read) => drop(kept.drain(..read)),
                 HandshakeOutcome::Join(_) => assert_eq!(at + 1, bytes.len()),
                 other => panic!("{other:?} after {}", String::from_utf8_lossy(&kept)),
@@ -122,91 +127,86 @@ fn trusted_proxies_name_their_clients_however_the_bytes_are_cut() {
 }
 
 #[test]
-fn who_speaks_as_a_proxy_and_is_none_is_told_what_to_do() {
+fn proxy_headers_of_other_peers_are_rejected() {
     let context = context(&["--trusted-proxy", "10.0.0.0/8"]);
     let forward = request("/ws/a", "X-Forwarded-For: 192.0.2.7\r\n");
     let named = "PROXY TCP4 192.0.2.7 10.0.0.1 1 2\r\n";
     for (peer, bytes, text) in [
-        ("192.0.2.1", forward.clone(), "X-Forwarded-For is taken from trusted proxies alone"),
-        ("192.0.2.1", "PROXY ".into(), "a PROXY header is taken from trusted proxies alone"),
-        ("192.0.2.1", "\r\n\r\n\0\r\nQUIT\n".into(), "a PROXY header is taken"),
-        ("10.0.0.1", named.to_owned() + &forward, "X-Forwarded-For is taken from trusted proxies alone"),
-        ("10.0.0.1", named.to_owned() + named, "a PROXY header is taken from trusted"),
-        ("10.0.0.1", format!("PROXY UNKNOWN\r\n{named}"), "a PROXY header is taken from trusted"),
-        ("10.0.0.1", LOCAL_V2.to_owned() + named, "a PROXY header is taken from trusted"),
+        ("192.0.2.1", forward.clone(), "X-Forwarded-For is accepted from trusted proxies only"),
+        ("192.0.2.1", "PROXY ".into(), "PROXY headers are accepted from trusted proxies only"),
+        ("192.0.2.1", "\r\n\r\n\0\r\nQUIT\n".into(), "PROXY headers are accepted"),
+        ("10.0.0.1", named.to_owned() + &forward, "X-Forwarded-For is accepted from trusted proxies only"),
+        ("10.0.0.1", named.to_owned() + named, "PROXY headers are accepted from trusted"),
+        ("10.0.0.1", format!("PROXY UNKNOWN\r\n{named}"), "PROXY headers are accepted from trusted"),
+        ("10.0.0.1", LOCAL_V2.to_owned() + named, "PROXY headers are accepted from trusted"),
     ] {
         let (outcome, _) = decide_from(peer, bytes.as_bytes(), &context);
-        let HandshakeOutcome::Reject(answer, CloseReason::ProxyNotTrusted) = outcome else {
-            panic!("{bytes}: {outcome:?}")
-        };
-        let answer = String::from_utf8(answer.to_vec()).unwrap();
-        assert!(answer.starts_with("HTTP/1.1 400 ") && answer.contains("--trusted-proxy"), "{answer}");
-        assert!(answer.contains(text), "{answer}");
+        let HandshakeOutcome::Reject(rejection) = outcome else { panic!("{bytes}: {outcome:?}") };
+        assert_eq!((rejection.status, rejection.reason), (400, CloseReason::ProxyNotTrusted));
+        assert!(rejection.text.contains("--trusted-proxy") && rejection.text.contains(text), "{rejection:?}");
 
         if peer != "10.0.0.1" {
-            continue; // byte by byte its version 2 begins as a bad request
+            continue; // byte by byte version 2 is rejected as a malformed request first
         }
         let mut connection_slot = context.limits.acquire(peer.parse().unwrap()).unwrap();
         let mut kept = Vec::new();
-        let refused = bytes.bytes().any(|byte| {
+        let rejected = bytes.bytes().any(|byte| {
             kept.push(byte);
-            match decide(&kept, &context, &mut connection_slot, false) {
+            let (outcome, slot) = decide(&kept, &context, connection_slot, false);
+            connection_slot = slot;
+            match outcome {
                 HandshakeOutcome::Incomplete(read) => drop(kept.drain(..read)),
-                HandshakeOutcome::Reject(_, CloseReason::ProxyNotTrusted) => return true,
+                HandshakeOutcome::Reject(rejection) if rejection.reason == CloseReason::ProxyNotTrusted => {
+                    return true;
+                }
                 other => panic!("{other:?} after {bytes}"),
             }
             false
         });
-        assert!(refused, "{bytes}");
+        assert!(rejected, "{bytes}");
     }
     for bytes in ["PROXY TCP4\r\n".to_owned(), request("/ws/a", "X-Forwarded-For: unknown\r\n")] {
         let (outcome, _) = decide_from("10.0.0.1", bytes.as_bytes(), &context);
-        let HandshakeOutcome::Reject(answer, CloseReason::HttpResponse) = outcome else {
-            panic!("{bytes}: {outcome:?}")
-        };
-        assert!(answer.starts_with(b"HTTP/1.1 400 "));
+        let HandshakeOutcome::Reject(rejection) = outcome else { panic!("{bytes}: {outcome:?}") };
+        assert_eq!((rejection.status, rejection.reason), (400, CloseReason::HttpResponse));
     }
-    // What needs no client's address is there for everybody.
+    // Responses that need no client address ignore the header.
     for path in ["/healthz", "/"] {
         let bytes = request(path, "X-Forwarded-For: unknown\r\n");
         for peer in ["192.0.2.1", "10.0.0.1"] {
             let (outcome, _) = decide_from(peer, bytes.as_bytes(), &context);
-            assert!(
-                matches!(outcome, HandshakeOutcome::Answer(answer) if answer.starts_with(b"HTTP/1.1 200 "))
-            );
+            assert!(matches!(outcome, HandshakeOutcome::Respond(response) if response.status() == 200));
         }
     }
 }
 
 #[test]
-fn who_has_no_seat_is_told_before_anything_is_looked_at() {
+fn limits_are_checked_before_the_request() {
     let context =
         context(&["--max-connections", "2", "--max-connections-per-ip", "1", "--trusted-proxy", "10.0.0.1"]);
     let bad = request("/ws/%ff", "Sec-WebSocket-Key: twice\r\n");
     let status = |peer, bytes: &str| match decide_from(peer, bytes.as_bytes(), &context).0 {
-        HandshakeOutcome::Reject(answer, reason) => {
-            (String::from_utf8_lossy(&answer[9..12]).into_owned(), reason)
-        }
+        HandshakeOutcome::Reject(rejection) => (rejection.status, rejection.reason),
         other => panic!("{other:?}"),
     };
     let first = decide_from("192.0.2.1", request("/ws/a", "").as_bytes(), &context);
     assert!(matches!(first.0, HandshakeOutcome::Join(_)));
-    assert_eq!(status("192.0.2.1", &bad), ("429".into(), CloseReason::IpLimit));
+    assert_eq!(status("192.0.2.1", &bad), (429, CloseReason::IpLimit));
     let forward = request("/ws/%ff", "X-Forwarded-For: 192.0.2.1\r\n");
-    assert_eq!(status("10.0.0.1", &forward), ("429".into(), CloseReason::IpLimit));
+    assert_eq!(status("10.0.0.1", &forward), (429, CloseReason::IpLimit));
     assert_eq!(
         status("10.0.0.1", &format!("PROXY TCP4 192.0.2.1 10.0.0.9 1 2\r\n{bad}")).1,
         CloseReason::IpLimit
     );
     let second = decide_from("192.0.2.2", request("/ws/a", "").as_bytes(), &context);
     assert!(matches!(second.0, HandshakeOutcome::Join(_)));
-    assert_eq!(status("192.0.2.3", &bad), ("503".into(), CloseReason::NodeLimit));
+    assert_eq!(status("192.0.2.3", &bad), (503, CloseReason::NodeLimit));
     assert_eq!(
         status("10.0.0.1", &format!("PROXY TCP4 192.0.2.9 10.0.0.9 1 2\r\n{bad}")).1,
         CloseReason::NodeLimit
     );
     let (outcome, _) = decide_from("192.0.2.3", request("/healthz", "").as_bytes(), &context);
-    assert!(matches!(outcome, HandshakeOutcome::Answer(answer) if answer.starts_with(b"HTTP/1.1 200 ")));
+    assert!(matches!(outcome, HandshakeOutcome::Respond(response) if response.status() == 200));
 }
 
 #[test]
@@ -219,14 +219,14 @@ fn rebound_names_are_refused_on_loopback() {
         (&context(&[]), "evil.example:8080", "http://evil.example:8080", true, false),
         (&context(&[]), "evil.example:8080", "http://evil.example:8080", false, true), // to a public address
         (&context(&[]), "127.0.0.1.evil.example", "http://127.0.0.1.evil.example", true, false),
-        (&context(&[]), "evil.example:8080", "", true, true), // no browser
+        (&context(&[]), "evil.example:8080", "", true, true), // not a browser
         (&named, "app.example:8080", "http://app.example:8080", true, true),
         (&named, "evil.example:8080", "http://evil.example:8080", true, false),
     ] {
         let header = if origin.is_empty() { String::new() } else { format!("Origin: {origin}\r\n") };
         let request = request("/ws/a", &header).replace("Host: a", &format!("Host: {host}"));
-        let mut connection_slot = context.limits.acquire("127.0.0.1".parse().unwrap()).unwrap();
-        let outcome = decide(request.as_bytes(), context, &mut connection_slot, loopback);
+        let connection_slot = context.limits.acquire("127.0.0.1".parse().unwrap()).unwrap();
+        let (outcome, _) = decide(request.as_bytes(), context, connection_slot, loopback);
         assert_eq!(matches!(outcome, HandshakeOutcome::Join(_)), joins, "{host} {origin}: {outcome:?}");
     }
 }
@@ -235,26 +235,26 @@ fn rebound_names_are_refused_on_loopback() {
 fn bad_requests_get_their_status() {
     let good = request("/ws/a", "");
     for (bytes, expected) in [
-        (good.replace("GET", "POST"), "405"),
-        (good.replace("13\r\n", "8\r\n"), "426"),
-        (good.replace("Upgrade: websocket\r\n", ""), "426"),
-        (good.replace("dGhl", "dG="), "400"),
-        (request("/ws/a", "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"), "400"),
-        (request("/ws/a", "Content-Length: 1\r\n"), "400"),
-        (good.clone() + "x", "400"),
-        (request("/ws/", ""), "400"),
-        (request("/ws/%0a", ""), "400"),
-        (request("/ws/%ff", ""), "400"),
-        (request(&format!("/ws/{}", "a".repeat(129)), ""), "400"),
-        (request("/ws/a?channel=", ""), "400"),
-        (request("/ws/a?channel=a%20b", ""), "400"),
-        (request("/ws/a", "Origin: http://b\r\n"), "403"),
-        (request("/ws/a", "Origin: null\r\n"), "403"),
-        (request("/ws/a", "Origin: http://a\r\nOrigin: http://a\r\n"), "403"),
-        (request("/ws/a", "Origin: \r\n"), "403"),
-        (request("/nowhere", ""), "404"),
-        (request("/healthz", ""), "200"),
-        (request("/healthz", "").replace("GET", "DELETE"), "405"),
+        (good.replace("GET", "POST"), 405),
+        (good.replace("13\r\n", "8\r\n"), 426),
+        (good.replace("Upgrade: websocket\r\n", ""), 426),
+        (good.replace("dGhl", "dG="), 400),
+        (request("/ws/a", "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"), 400),
+        (request("/ws/a", "Content-Length: 1\r\n"), 400),
+        (good.clone() + "x", 400),
+        (request("/ws/", ""), 400),
+        (request("/ws/%0a", ""), 400),
+        (request("/ws/%ff", ""), 400),
+        (request(&format!("/ws/{}", "a".repeat(129)), ""), 400),
+        (request("/ws/a?channel=", ""), 400),
+        (request("/ws/a?channel=a%20b", ""), 400),
+        (request("/ws/a", "Origin: http://b\r\n"), 403),
+        (request("/ws/a", "Origin: null\r\n"), 403),
+        (request("/ws/a", "Origin: http://a\r\nOrigin: http://a\r\n"), 403),
+        (request("/ws/a", "Origin: \r\n"), 403),
+        (request("/nowhere", ""), 404),
+        (request("/healthz", ""), 200),
+        (request("/healthz", "").replace("GET", "DELETE"), 405),
     ] {
         assert_eq!(status(bytes.as_bytes()), expected, "{bytes}");
     }

@@ -1,0 +1,142 @@
+//! The checks of an upgrade request (RFC 6455 section 4.2.1, and ours), and the 101 response.
+
+use std::borrow::Cow;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use bytes::{BufMut, Bytes, BytesMut};
+use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
+
+use super::{HandshakeContext, rejections};
+use crate::auth::keys;
+use crate::auth::token::{self, Grant, InvalidToken, NEVER};
+use crate::config::{ClientPublish, Settings};
+use crate::http::{self, BodyLength, Head, Rejection, origin};
+use crate::protocol::event::{ChannelName, DEFAULT_CHANNEL, EventId, is_user_id};
+use crate::ws::connection::{Join, LastSeen};
+
+/// The subprotocol of JSON mode.
+const SUBPROTOCOL: &str = "fanfare.v1";
+
+/// Checks a request for `/ws/{user}`. `has_more`: bytes follow it.
+pub(super) fn check(
+    head: &Head<'_>,
+    user: &str,
+    has_more: bool,
+    context: &HandshakeContext,
+    loopback: bool,
+) -> Result<Join, Rejection> {
+    if head.method != "GET" {
+        return Err(Rejection::new(405, "a WebSocket starts with GET").with("Allow", "GET"));
+    }
+    let version = head.header("sec-websocket-version");
+    let upgrades = head.has_token("upgrade", "websocket") && head.has_token("connection", "upgrade");
+    if !head.is_http_1_1 || !upgrades || version != Some("13") {
+        let rejection = Rejection::new(426, "this is a WebSocket: upgrade with version 13");
+        return Err(rejection.with("Upgrade", "websocket").with("Sec-WebSocket-Version", "13"));
+    }
+    let has_body = head.count("transfer-encoding") > 0 || head.body_length()? != BodyLength::Empty;
+    if has_body || has_more {
+        return Err(rejections::early_data());
+    }
+    let key = head.header("sec-websocket-key").filter(|key| is_key(key));
+    let Some(key) = key.filter(|_| head.count("sec-websocket-key") == 1) else {
+        return Err(Rejection::new(400, "Sec-WebSocket-Key must be given once, 16 bytes in base64"));
+    };
+    check_origin(head, &context.settings, loopback)?;
+    let user = Some(user).filter(|user| !user.contains('/')).and_then(http::percent_decode);
+    let Some(user) = user.filter(|user| is_user_id(user)) else {
+        let text = "the user id in /ws/{user_id} must be 1 to 128 bytes of UTF-8 without control characters";
+        return Err(Rejection::new(400, text));
+    };
+    let grant = check_token(head, &user, context)?;
+    let channel = match http::query_value(head.query, "channel")? {
+        Some(name) => ChannelName::parse(&name),
+        None => ChannelName::parse(DEFAULT_CHANNEL),
+    };
+    let Some(channel) = channel else {
+        return Err(Rejection::new(400, "channel must be 1 to 128 of A-Z a-z 0-9 _ . : -"));
+    };
+    if grant.as_ref().is_some_and(|grant| !grant.may_join(&channel)) {
+        return Err(rejections::forbidden_channel());
+    }
+    let given = http::query_value(head.query, "lastEventId");
+    let json_mode = head.tokens("sec-websocket-protocol").any(|offered| offered == SUBPROTOCOL);
+    let wants_recovery = json_mode || !matches!(given, Ok(None));
+    let last_seen = match given {
+        Ok(None) => LastSeen::Nothing,
+        Ok(Some(text)) if text.is_empty() => LastSeen::Nothing,
+        Ok(Some(text)) => EventId::parse(text.as_bytes()).map_or(LastSeen::Unknown, LastSeen::Event),
+        Err(_) => LastSeen::Unknown,
+    };
+    let may_publish = context.settings.client_publish != ClientPublish::Off
+        && grant.as_ref().is_none_or(|grant| grant.may_publish(&channel));
+    let expires = grant.map_or(NEVER, |grant| grant.expires);
+    let response = switching_protocols(key, json_mode);
+    let user = user.into();
+    Ok(Join { user, channel, last_seen, wants_recovery, json_mode, may_publish, expires, response })
+}
+
+/// What the token allows its user. `None` if no tokens are required.
+fn check_token(head: &Head<'_>, user: &str, context: &HandshakeContext) -> Result<Option<Grant>, Rejection> {
+    if !context.keys.requires_token() {
+        return Ok(None);
+    }
+    let Some(token) = find_token(head)? else {
+        return Err(rejections::unauthorized(
+            "token required: as ?token=, Authorization: Bearer or the subprotocol bearer.TOKEN",
+        ));
+    };
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(u64::MAX, |since| since.as_secs());
+    match token::verify(&context.keys.current().tokens, &token, user, now) {
+        Ok(grant) => Ok(Some(grant)),
+        Err(InvalidToken) => Err(rejections::unauthorized("token invalid or expired for this user")),
+    }
+}
+
+/// The token from the `Authorization` header, a subprotocol or the query. Scripts in browsers can
+/// set subprotocols but no headers; queries end up in the logs of proxies.
+fn find_token<'a>(head: &Head<'a>) -> Result<Option<Cow<'a, str>>, Rejection> {
+    if let Some(token) = keys::bearer(head) {
+        return Ok(Some(token.into()));
+    }
+    let offered = head.tokens("sec-websocket-protocol").find_map(|offered| offered.strip_prefix("bearer."));
+    match offered {
+        Some(token) => Ok(Some(token.into())),
+        None => http::query_value(head.query, "token"),
+    }
+}
+
+/// A request without `Origin` is not from a browser. With DNS rebinding a page's own name points to
+/// this machine and is in both `Host` and `Origin`, so without rules a loopback listener accepts
+/// loopback hosts only.
+fn check_origin(head: &Head<'_>, settings: &Settings, loopback: bool) -> Result<(), Rejection> {
+    let rules = &settings.allow_origin;
+    let host = head.header("host").unwrap_or_default();
+    match head.count("origin") {
+        0 => Ok(()),
+        1 if loopback && rules.is_empty() && !origin::is_loopback_host(host) => {
+            Err(rejections::host_not_allowed())
+        }
+        1 if origin::is_allowed(rules, head.header("origin").unwrap_or_default(), host) => Ok(()),
+        _ => Err(rejections::origin_not_allowed()),
+    }
+}
+
+/// 16 bytes in base64 (RFC 6455 section 4.1): 22 digits and two signs of padding.
+fn is_key(key: &str) -> bool {
+    let is_digit = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'+' | b'/');
+    key.len() == 24 && key.ends_with("==") && key.bytes().take(22).all(is_digit)
+}
+
+fn switching_protocols(key: &str, json_mode: bool) -> Bytes {
+    let mut out = BytesMut::with_capacity(192);
+    out.put_slice(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n");
+    out.put_slice(b"Sec-WebSocket-Accept: ");
+    out.put_slice(derive_accept_key(key.as_bytes()).as_bytes());
+    if json_mode {
+        out.put_slice(b"\r\nSec-WebSocket-Protocol: ");
+        out.put_slice(SUBPROTOCOL.as_bytes());
+    }
+    out.put_slice(b"\r\n\r\n");
+    out.freeze()
+}
