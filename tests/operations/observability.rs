@@ -215,7 +215,7 @@ async fn log_has_start_stop_and_rejections() {
     );
     assert!(rejected.iter().any(|line| line["status"] == 400 && line["count"] == 1), "{rejected:?}");
     assert!(rejected.len() <= 4, "rate-limited, also where this took more than ten seconds: {rejected:?}");
-    let ends = of("connection ends");
+    let ends = of("closed connection");
     let end = ends.iter().find(|line| line["reason"] == "closed_by_peer").expect("it has left");
     assert_eq!((&end["channel"], &end["user"]), (&json!("room"), &json!("a\u{2028}b\"\\{}\u{202e}")));
 }

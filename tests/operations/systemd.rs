@@ -242,7 +242,7 @@ async fn watchdog_is_not_fed_when_a_shard_hangs() {
     process.signal("TERM");
     assert!(process.ended().await.success());
     let log = reading.join().expect("it reads").expect("UTF-8");
-    assert!(log.contains("connection ends"), "{}", log.trim());
+    assert!(log.contains("closed connection"), "{}", log.trim());
 }
 
 /// Starts a node with inherited sockets, as systemd does: from descriptor 3 on, and with its
