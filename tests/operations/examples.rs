@@ -1,4 +1,4 @@
-//! The backend and the Node client in examples/, run as their README says. The page is in page.rs.
+//! The backend and the Node client in examples/, run as their README says. tests/page has the page.
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};

@@ -119,7 +119,7 @@ fn files_of_the_debian_package_exist() {
         assets.filter_map(|line| line.trim().strip_prefix("[\"")?.split('"').next()).collect();
     assert!(sources.len() > 4, "{sources:?}");
     for source in sources.iter().filter(|source| !source.starts_with("target/")) {
-        assert!(root(source).is_file(), "there is no {source}");
+        assert!(root(source.split('*').next().expect("a path")).exists(), "there is no {source}");
     }
     for script in ["packaging/postinst", "packaging/prerm"] {
         let text = std::fs::read_to_string(root(script)).expect("it is there");
