@@ -16,7 +16,7 @@ const MESSAGE_TIMEOUT: Duration = Duration::from_secs(10);
 pub(super) struct Sweep {
     /// The slot to check next.
     slot: u32,
-    /// Connections that are behind, as far as the walk has come.
+    /// Connections that are behind, counted so far.
     behind: u64,
 }
 
@@ -83,8 +83,8 @@ impl Shard {
             return self.close(slot, CloseReason::PingTimeout);
         }
         if connection.blocked {
-            // epoll reports it only when a third of the send buffer is free, but a slow reader
-            // lives.
+            // epoll reports it only when a third of the send buffer is free. A slow reader takes
+            // bytes before.
             return self.retry_write(slot);
         }
         // A client that is not read from can't complete its message.

@@ -84,8 +84,8 @@ impl Shard {
         }
     }
 
-    /// Closes some of the connections that missed events: clients that get no recovery frames
-    /// notice only that. All at once would come back at once.
+    /// Closes some of the connections that missed events: clients without recovery frames
+    /// notice only that. If all were closed at once, all would reconnect at once.
     fn close_missed(&mut self) {
         for _ in 0..(self.deferred.missed.len() / MISSED_PART).max(MISSED_LEAST) {
             let Some(id) = self.deferred.missed.pop_front() else { break };

@@ -61,7 +61,7 @@ pub struct Unsent {
     node: Arc<NodeUnsent>,
     /// What this shard added to `node`.
     counted: ShardBytes,
-    /// Slots with bytes for full sockets, as far as the walk through the slots has come.
+    /// Slots with bytes for full sockets, found so far by the sweep.
     pub listed: Vec<u32>,
     /// How many more bytes may be kept before they are counted again.
     room: u64,

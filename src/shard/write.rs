@@ -5,7 +5,7 @@ use crate::feed::{Cursor, Lookup};
 use crate::protocol::event::Entry;
 use crate::ws::connection::{BURST, Flushed, PartState, State};
 
-/// What comes after one step of writing.
+/// What follows one step of writing.
 enum Step {
     /// Another step, in the state that the connection has now.
     Next,

@@ -18,7 +18,7 @@ mod tests;
 /// take as much again.
 const LONGEST_EVENTS: usize = 4;
 
-/// Ticks that a part is kept after it was last read: readers of the same part come together.
+/// Ticks that a part is kept after it was last read: readers of the same part are close together in time.
 const PART_TICKS: u32 = 20;
 
 /// A part in memory: its channel, and the position that it follows.
@@ -66,7 +66,7 @@ impl Part {
         is_continuous(position, self.base, self.head, self.oldest)
     }
 
-    /// Whether it tells what follows `position`: the next event, or that it is gone for good.
+    /// Whether it says what follows `position`: the next event, or that it is gone for good.
     fn covers(&self, position: EventId) -> bool {
         let gone = is_gone(position, self.base, self.head, self.oldest);
         self.after <= position && (position < self.feed.position() || gone)
@@ -102,7 +102,7 @@ impl Parts {
         self.eviction_queue.bytes()
     }
 
-    /// A part that tells what follows this position.
+    /// A part that says what follows this position.
     pub fn find(&mut self, channel: ChannelId, position: EventId, tick: u32) -> Option<&mut Part> {
         let ids = (channel, page_begin(position))..=(channel, position);
         let part =

@@ -8,12 +8,12 @@ use proptest::prelude::*;
 const CHANNEL: ChannelId = ChannelId { key: 1, generation: 1 };
 const FIRST: u64 = 1000;
 
-/// History as a bus holds it, and what it was asked for.
+/// The history of a bus, and the reads that it was asked for.
 struct Bus {
     /// Sizes of the events from [`FIRST`] + 1 on.
     sizes: Vec<usize>,
     oldest: u64,
-    asked: VecDeque<Read<ChannelId>>,
+    requests: VecDeque<Read<ChannelId>>,
     reads: usize,
     bytes: usize,
 }
@@ -27,12 +27,12 @@ impl Bus {
         self.sizes[(id - FIRST - 1) as usize]
     }
 
-    /// As `read.lua` answers, whose steps may go beyond the size wanted.
+    /// Answers like `read.lua`, whose steps may exceed the size asked for.
     fn answer(&mut self, position: u64, bytes: usize, step: u64) -> Page {
-        let begin = page_begin(EventId(position)).0;
-        let end = (begin + PAGE).min(self.head());
+        let before = page_begin(EventId(position)).0;
+        let end = (before + PAGE).min(self.head());
         let size = |from: u64, to: u64| (from..=to).map(|id| self.size(id)).sum::<usize>();
-        let from = (begin + 1).max(self.oldest);
+        let from = (before + 1).max(self.oldest);
         let shares = from <= position && size(from, position) < PART_SHARED;
         let from = if shares { from } else { (position + 1).max(self.oldest) };
         let mut last = position.max(self.oldest - 1);
@@ -60,14 +60,14 @@ fn event(id: u64, size: usize) -> Entry {
 /// A connection that reads history, without its socket.
 struct Reader {
     position: u64,
-    pace: Replay,
+    replay: Replay,
     waits: bool,
-    gone: bool,
-    /// What its socket takes in one turn, in bytes.
+    closed: bool,
+    /// Bytes that its socket takes in one turn.
     takes: usize,
-    /// What of the last event it has yet to take.
+    /// Bytes of the last event that it has not taken.
     rest: usize,
-    got: usize,
+    received: usize,
     resets: usize,
 }
 
@@ -88,12 +88,12 @@ fn id(slot: usize) -> ConnectionId {
 impl Shard {
     fn start_reads(&mut self) {
         let readers = &self.readers;
-        while let Some(read) = self.parts.start(|id| !readers[id.slot as usize].gone) {
-            self.bus.asked.push_back(read);
+        while let Some(read) = self.parts.start(|id| !readers[id.slot as usize].closed) {
+            self.bus.requests.push_back(read);
         }
     }
 
-    /// As `Shard::catch_up` goes on with one reader.
+    /// Like `Shard::write_history`, for one reader.
     fn turn(&mut self, slot: usize, mut answered: bool) {
         let head = self.feed.position();
         let mut room = self.readers[slot].takes;
@@ -102,24 +102,24 @@ impl Shard {
             let part = room.min(reader.rest);
             reader.rest -= part;
             room -= part;
-            reader.pace.took(part as u64, self.tick);
-            if reader.gone || reader.waits || reader.rest > 0 || reader.position == head.0 || room == 0 {
+            reader.replay.took(part as u64, self.tick);
+            if reader.closed || reader.waits || reader.rest > 0 || reader.position == head.0 || room == 0 {
                 return;
             }
             let position = EventId(reader.position);
-            let Some(page) = self.parts.find(CHANNEL, position, self.tick) else {
-                assert!(!answered, "an answer serves the reader that it is for");
+            let Some(found) = self.parts.find(CHANNEL, position, self.tick) else {
+                assert!(!answered, "a read serves the reader that it was started for");
                 reader.waits = true;
-                self.parts.wait(CHANNEL, position, reader.pace.ask(), id(slot));
+                self.parts.wait(CHANNEL, position, reader.replay.ask(), id(slot));
                 return self.start_reads();
             };
             answered = false;
-            if !page.proves(position) {
+            if !found.proves(position) {
                 reader.resets += 1;
                 reader.position = self.bus.oldest.max(FIRST + 1) - 1;
                 continue;
             }
-            let feed = &page.feed;
+            let feed = &found.feed;
             let mut number = feed.start();
             while room > 0
                 && let Some(entry) = feed.get(number)
@@ -132,15 +132,15 @@ impl Shard {
                 let part = room.min(entry.bytes.len());
                 room -= part;
                 reader.rest = entry.bytes.len() - part;
-                reader.got += entry.bytes.len();
+                reader.received += entry.bytes.len();
                 reader.position = entry.last.0;
-                reader.pace.took(part as u64, self.tick);
+                reader.replay.took(part as u64, self.tick);
             }
         }
     }
 
-    fn read_comes(&mut self, step: u64) {
-        let Some(Read { position, bytes, .. }) = self.bus.asked.pop_front() else { return };
+    fn answer_read(&mut self, step: u64) {
+        let Some(Read { position, bytes, .. }) = self.bus.requests.pop_front() else { return };
         let page = self.bus.answer(position.0, bytes, step);
         let (part, served) = self.parts.add(CHANNEL, position, &page, &self.feed, self.tick);
         self.answered.extend(served.into_iter().map(|id| (id.slot as usize, part)));
@@ -156,15 +156,14 @@ impl Shard {
         self.start_reads();
     }
 
-    fn is_over(&self) -> bool {
-        self.readers.iter().all(|reader| reader.gone || reader.position == self.bus.head())
+    fn is_complete(&self) -> bool {
+        self.readers.iter().all(|reader| reader.closed || reader.position == self.bus.head())
     }
 }
 
 proptest! {
-    /// Whatever the sizes of events, the number and the pace of readers, and however the bus and
-    /// they take turns: each reader gets everything in order, for little more reading than it
-    /// takes, within the memory allowed.
+    /// For any sizes of events, numbers and speeds of readers, and orders of turns: each reader gets
+    /// everything in order, the bus reads little more than that, and memory stays within its limit.
     #[test]
     fn every_reader_makes_progress(
         longest_bits in 0u32..25,
@@ -174,7 +173,7 @@ proptest! {
         turns in prop::collection::vec((any::<u8>(), any::<prop::sample::Index>()), 1..200),
     ) {
         let longest = 1usize << longest_bits;
-        // Few of the longest, or the test itself runs out of memory.
+        // Few of the longest, or the test runs out of memory.
         let most = ((64 << 20) / longest).clamp(20, 700);
         let sizes: Vec<_> = shapes
             .iter()
@@ -182,18 +181,18 @@ proptest! {
             .map(|shape| 1 + *shape as usize % if shape >> 30 == 0 { longest } else { longest.min(30_000) })
             .collect();
         let oldest = FIRST + 1 + (oldest % sizes.len()) as u64;
-        let bus = Bus { sizes, oldest, asked: VecDeque::new(), reads: 0, bytes: 0 };
+        let bus = Bus { sizes, oldest, requests: VecDeque::new(), reads: 0, bytes: 0 };
         let feed = Feed::new(EventId(FIRST), EventId(bus.head()));
         let readers: Vec<_> = starts
             .iter()
-            .map(|(at, takes, gone)| Reader {
+            .map(|(at, takes, closed)| Reader {
                 position: FIRST + at.index(bus.sizes.len()) as u64,
-                pace: Replay::default(),
+                replay: Replay::default(),
                 waits: false,
-                gone: *gone && takes % 4 == 0,
+                closed: *closed && takes % 4 == 0,
                 takes: 1 << takes,
                 rest: 0,
-                got: 0,
+                received: 0,
                 resets: 0,
             })
             .collect();
@@ -209,11 +208,11 @@ proptest! {
         };
         let total: usize = shard.bus.sizes.iter().sum();
         let mut rounds = 0;
-        while !shard.is_over() {
-            for (what, whom) in &turns {
-                match what % 8 {
-                    0..=2 => shard.turn(whom.index(shard.readers.len()), false),
-                    3 | 4 => shard.read_comes(step),
+        while !shard.is_complete() {
+            for (step_kind, reader) in &turns {
+                match step_kind % 8 {
+                    0..=2 => shard.turn(reader.index(shard.readers.len()), false),
+                    3 | 4 => shard.answer_read(step),
                     5 | 6 => shard.serve(),
                     _ => {
                         shard.tick += 1;
@@ -221,20 +220,19 @@ proptest! {
                     }
                 }
             }
-            // Everybody has a turn now and then.
+            // Every reader has a turn now and then.
             (0..shard.readers.len()).for_each(|slot| shard.turn(slot, false));
-            shard.read_comes(step);
+            shard.answer_read(step);
             (0..shard.readers.len()).for_each(|_| shard.serve());
             rounds += 1;
             prop_assert!(rounds < 100_000, "no progress");
         }
-        let readers = shard.readers.iter().filter(|reader| !reader.gone);
-        let got: usize = readers.clone().map(|reader| reader.got).sum();
+        let readers = shard.readers.iter().filter(|reader| !reader.closed);
+        let received: usize = readers.clone().map(|reader| reader.received).sum();
         let slack = readers.count() * (2 * BURST + 2 * longest);
-        // Twice as much is the aim. It is a little more where seconds pass between two turns of a
-        // slow reader: parts that are not read for PART_TICKS are dropped, and what they share with
-        // others is read again.
-        prop_assert!(shard.bus.bytes <= 3 * got + slack, "{} read for {got} of {total}", shard.bus.bytes);
+        // The aim is twice as much. It is a little more if seconds pass between two turns of a slow
+        // reader: a part that is not read for PART_TICKS is dropped, and read again for others.
+        prop_assert!(shard.bus.bytes <= 3 * received + slack, "{} read for {received} of {total}", shard.bus.bytes);
         let limit = shard.parts.limit;
         prop_assert!(shard.most <= 2 * limit + longest, "{} of {limit}", shard.most);
     }
