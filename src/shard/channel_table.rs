@@ -12,7 +12,7 @@ use super::connections::ConnectionTable;
 use super::deadlines::shrink;
 use crate::feed::eviction::EvictionQueue;
 use crate::protocol::event::{ChannelName, Entry, Kind};
-use crate::ws::connection::Tally;
+use crate::ws::writer::Tally;
 
 /// Channels by key.
 #[derive(Debug)]

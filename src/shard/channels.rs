@@ -13,7 +13,9 @@ use crate::bus::ConnectionId;
 use crate::bus::coalesced::Coalesced;
 use crate::feed::Feed;
 use crate::protocol::event::{ChannelName, Entry};
-use crate::ws::connection::{NONE, SharedTails, Tally};
+use crate::ws::connection::NONE;
+use crate::ws::outbox::SharedTails;
+use crate::ws::writer::Tally;
 
 /// A channel of a shard: its key, and the generation that tells it from earlier channels with the
 /// key.

@@ -10,8 +10,9 @@ use crate::bus::{BusError, BusMessage, Request, ShardId};
 use crate::feed::{Cursor, Feed, Lookup};
 use crate::protocol::event::{ChannelName, Entry, EventId};
 use crate::protocol::frame;
-use crate::ws::connection::{LastSeen, State};
+use crate::ws::connection::State;
 use crate::ws::handshake::rejections;
+use crate::ws::session::LastSeen;
 
 /// Where a connection joins the channel.
 #[derive(Clone, Copy, Debug)]

@@ -24,9 +24,10 @@ use crate::bus::{BusMessage, Request, Requests, ShardId};
 use crate::config::Settings;
 use crate::limits::connections::ConnectionSlot;
 use crate::metrics::{Metrics, ShardMetrics};
-use crate::ws::connection::{Connection, Tally};
+use crate::ws::connection::Connection;
 use crate::ws::decoder;
 use crate::ws::handshake::HandshakeContext;
+use crate::ws::writer::Tally;
 
 mod channel_table;
 mod channels;

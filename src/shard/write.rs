@@ -3,7 +3,9 @@
 use super::Shard;
 use crate::feed::{Cursor, Lookup};
 use crate::protocol::event::Entry;
-use crate::ws::connection::{BURST, Flushed, PartState, State};
+use crate::ws::connection::State;
+use crate::ws::replay::PartState;
+use crate::ws::writer::{BURST, Flushed};
 
 /// What follows one step of writing.
 enum Step {

@@ -3,3 +3,7 @@
 pub mod connection;
 pub mod decoder;
 pub mod handshake;
+pub mod outbox;
+pub mod replay;
+pub mod session;
+pub mod writer;

@@ -9,7 +9,7 @@ use crate::bus::{ConnectionId, Page, is_continuous, is_gone, page_begin};
 use crate::feed::Feed;
 use crate::feed::eviction::EvictionQueue;
 use crate::protocol::event::{Entry, EventId};
-use crate::ws::connection::SharedTails;
+use crate::ws::outbox::SharedTails;
 
 #[cfg(test)]
 mod tests;

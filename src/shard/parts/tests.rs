@@ -2,7 +2,8 @@ use std::collections::VecDeque;
 
 use super::*;
 use crate::bus::{PAGE, PART_SHARED};
-use crate::ws::connection::{BURST, Replay};
+use crate::ws::replay::Replay;
+use crate::ws::writer::BURST;
 use proptest::prelude::*;
 
 const CHANNEL: ChannelId = ChannelId { key: 1, generation: 1 };

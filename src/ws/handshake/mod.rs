@@ -10,7 +10,7 @@ use crate::http::proxy::{self, InvalidAddress, Preamble};
 use crate::http::{self, Head, Rejection, Response, page};
 use crate::limits::connections::{ConnectionLimits, ConnectionSlot, LimitReached};
 use crate::metrics::Readiness;
-use crate::ws::connection::Join;
+use crate::ws::session::Join;
 
 pub mod rejections;
 mod upgrade;

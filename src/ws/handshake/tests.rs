@@ -4,7 +4,7 @@ use super::*;
 use crate::config::Action;
 use crate::protocol::close::CloseReason;
 use crate::protocol::event::{DEFAULT_CHANNEL, EventId};
-use crate::ws::connection::LastSeen;
+use crate::ws::session::LastSeen;
 
 fn request(target: &str, headers: &str) -> String {
     format!(

@@ -12,7 +12,7 @@ use crate::auth::token::{self, Grant, InvalidToken, NEVER};
 use crate::config::{ClientPublish, Settings};
 use crate::http::{self, BodyLength, Head, Rejection, origin};
 use crate::protocol::event::{ChannelName, DEFAULT_CHANNEL, EventId, is_user_id};
-use crate::ws::connection::{Join, LastSeen};
+use crate::ws::session::{Join, LastSeen};
 
 /// The subprotocol of JSON mode.
 const SUBPROTOCOL: &str = "fanfare.v1";
