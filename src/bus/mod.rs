@@ -70,7 +70,7 @@ pub enum Request {
     },
     /// A client claims an id ahead of the node: look at the bus once, hand out what is new, then answer with
     /// [`BusMessage::Refreshed`]. All who ask meanwhile share it.
-    Look {
+    Refresh {
         /// The channel; the shard follows it.
         channel: ChannelName,
         /// Who asks.
@@ -174,7 +174,7 @@ pub enum BusMessage {
         /// What history holds of it.
         result: Result<Arc<Page>, BusError>,
     },
-    /// The answer to [`Request::Look`]; entries found by it came before.
+    /// The answer to [`Request::Refresh`]; entries found by it came before.
     Refreshed {
         /// The channel.
         channel: ChannelName,

@@ -6,8 +6,11 @@ use std::ops::{Index, IndexMut};
 use mio::{Interest, Registry, Token};
 use slab::Slab;
 
+use super::deadlines::LISTED;
 use crate::bus::{ConnectionId, ShardId};
 use crate::ws::connection::{Connection, State};
+
+const _: () = assert!(size_of::<Connection>() <= 192, "most memory of idle connections is this");
 
 /// Connections by slot. Their sockets are registered with epoll.
 ///
@@ -81,6 +84,11 @@ impl ConnectionTable {
     /// Slots of all connections, discarded ones among them.
     pub fn slots(&self) -> impl Iterator<Item = u32> {
         self.slots.iter().map(|(slot, _)| slot as u32)
+    }
+
+    /// Frees memory that the list of discarded connections took while thousands were in it.
+    pub fn shrink(&mut self) {
+        self.discarded.shrink_to(LISTED);
     }
 
     /// Has the slot freed at the end of the turn.

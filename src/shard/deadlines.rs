@@ -18,7 +18,7 @@ const JOIN_TIMEOUT: Duration = Duration::from_secs(10);
 pub const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Memory that an empty list of connections keeps: some 8 KiB.
-const LISTED: usize = 256;
+pub const LISTED: usize = 256;
 
 /// Connections with a deadline after the same time each, so that the queue is ordered by deadline.
 #[derive(Debug)]

@@ -168,7 +168,7 @@ impl Shard {
         let channel = &mut self.channels[key];
         if !channel.refresh.is_under_way() && channel.refresh.start() {
             let channel = channel.name.clone();
-            self.request_bus(Request::Look { channel, shard: self.id });
+            self.request_bus(Request::Refresh { channel, shard: self.id });
         }
     }
 

@@ -344,7 +344,7 @@ impl Testbed {
                     };
                     BusMessage::Page { channel, position, result: Ok(Arc::new(page)) }
                 }
-                Request::Look { channel, .. } => BusMessage::Refreshed { channel, result: Ok(()) },
+                Request::Refresh { channel, .. } => BusMessage::Refreshed { channel, result: Ok(()) },
                 Request::Publish(publish) => {
                     let Answer::Connection(connection, reference) = publish.answer else { continue };
                     let result = if self.head.is_multiple_of(4) {

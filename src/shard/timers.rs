@@ -61,6 +61,7 @@ impl Shard {
         self.deadlines.shrink();
         self.deferred.shrink();
         self.channels.shrink();
+        self.connections.shrink();
         if self.id == 0 {
             self.metrics.rejections.write_overdue();
         }

@@ -85,7 +85,7 @@ fn echo(mut asked: mpsc::UnboundedReceiver<Request>, shards: Mailboxes) {
                 shards.send(0, BusMessage::Entry { channel, entry, arrived: Instant::now() });
                 shards.answer(answer, Ok(position));
             }
-            Request::Unfollow { .. } | Request::Read { .. } | Request::Look { .. } => {}
+            Request::Unfollow { .. } | Request::Read { .. } | Request::Refresh { .. } => {}
         }
     }
 }

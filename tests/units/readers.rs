@@ -167,7 +167,7 @@ impl Bus {
                     };
                     BusMessage::Page { channel, position, result: Ok(Arc::new(page)) }
                 }
-                Request::Look { channel, .. } => BusMessage::Refreshed { channel, result: Ok(()) },
+                Request::Refresh { channel, .. } => BusMessage::Refreshed { channel, result: Ok(()) },
                 Request::Publish(publish) => panic!("no client publishes: {publish:?}"),
             };
             self.later.push_back(answer);

@@ -293,7 +293,7 @@ impl Local {
                 wiring.shards.send(shard, BusMessage::Page { channel: name, position, result });
             }
             // There is nobody else who could have given ids.
-            Request::Look { channel, shard } => {
+            Request::Refresh { channel, shard } => {
                 wiring.shards.send(shard, BusMessage::Refreshed { channel, result: Ok(()) });
             }
             Request::Publish(_) => unreachable!("publishes go through the batch"),

@@ -234,7 +234,7 @@ impl Bus {
             Request::Read { channel, position, bytes, shard } => {
                 self.read_page(channel, position, bytes, shard);
             }
-            Request::Look { channel, shard } => self.refresh(channel, shard),
+            Request::Refresh { channel, shard } => self.refresh(channel, shard),
         }
     }
 

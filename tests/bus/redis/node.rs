@@ -184,7 +184,7 @@ impl Node {
     }
 
     pub fn ask_look(&self, name: &str, shard: usize) {
-        self.ask(Request::Look { channel: channel(name), shard });
+        self.ask(Request::Refresh { channel: channel(name), shard });
     }
 }
 
