@@ -5,7 +5,9 @@ const DISTANCE_MAX: usize = 2;
 
 /// The known name that is nearest to a mistyped one, if any is near.
 pub(super) fn closest(given: &str, known: impl IntoIterator<Item = String>) -> Option<String> {
-    let near = known.into_iter().map(|name| (distance(given, &name), name));
+    let length = given.chars().count();
+    let known = known.into_iter().filter(|name| name.chars().count().abs_diff(length) <= DISTANCE_MAX);
+    let near = known.map(|name| (distance(given, &name), name));
     near.filter(|(distance, _)| *distance <= DISTANCE_MAX).min().map(|(_, name)| name)
 }
 

@@ -53,7 +53,7 @@ pub async fn run(settings: &Settings, mut wiring: BusContext) {
                 }
                 bus.send(&mut batch, &wiring);
                 wiring.metrics.channels.set(bus.followed as u64);
-                wiring.metrics.held_bytes.set(bus.memory as u64);
+                wiring.metrics.held_bytes.set((bus.memory + bus.keys.bytes()) as u64);
             }
             _ = sweep.tick() => bus.sweep(Instant::now()),
         }
@@ -151,7 +151,7 @@ struct Local {
     history_ttl: Duration,
     /// Bytes of all histories. Entries that are in a feed, too, share their bytes with it.
     memory: usize,
-    /// Most bytes of all histories.
+    /// Most bytes of all histories and idempotency keys.
     memory_max: usize,
     /// No id at or below this is given any more.
     given: EventId,
@@ -174,7 +174,7 @@ impl Local {
             memory_max: settings.bus_memory(),
             given: EventId(0),
             now: Instant::now(),
-            keys: Keys::default(),
+            keys: Keys::new(settings.bus_memory()),
         }
     }
 
@@ -247,7 +247,7 @@ impl Local {
         channel.push(entry);
         channel.trim(self.history, self.history_bytes);
         self.memory = self.memory - before + channel.bytes;
-        let most = self.memory_max >> wiring.readiness.memory_pressure();
+        let most = (self.memory_max - self.keys.bytes()) >> wiring.readiness.memory_pressure();
         if self.memory > most {
             self.evict_from_largest(most - most / FREED_PART);
         }
