@@ -171,7 +171,7 @@ impl Settings {
         format!(
             "# memory: {limit} ({source}): {} for recent events, {} for the bus, {} for incomplete messages, {} for full \
              sockets, {} for pages of history, {} for the node, {} kept free; {} idle connections fit into the rest\n\
-             # channels: up to {CHANNEL} bytes each; with a channel for each connection {} connections fit\n\
+             # channels: up to {CHANNEL} bytes each; if connections have channels of their own (up to {}), {} connections fit\n\
              # open files: {files}: {} for the node, {} for connections, {} for those above --max-connections\n",
             rounded(self.buffer_memory() as u64),
             rounded(self.bus_memory() as u64),
@@ -181,6 +181,7 @@ impl Settings {
             rounded(START),
             rounded(self.reserve()),
             self.connections_by_memory(),
+            self.max_channels,
             self.connections_with_own_channels(),
             self.reserved_files(),
             self.connection_limit(),
@@ -248,7 +249,7 @@ mod tests {
         let small = settings(&["--shards", "2"], 64 << 20);
         let (shared, own) = (small.connections_by_memory(), small.connections_with_own_channels());
         assert!(shared > 18_000 && (5000..7487).contains(&own), "{shared} {own}");
-        assert!(small.budget().contains(&format!("with a channel for each connection {own} ")));
+        assert!(small.budget().contains(&format!("channels of their own (up to 10000), {own} connections")));
         // Beyond --max-channels connections share channels.
         let few = settings(&["--shards", "2", "--max-channels", "10"], 64 << 20);
         assert!((26..=27).contains(&(shared - few.connections_with_own_channels())), "{few:?}");

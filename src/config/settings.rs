@@ -56,7 +56,7 @@ settings! {
     }
 
     /// Files with the keys of clients' tokens, one key in each: an HS256 secret of at least 32
-    /// bytes, or the public key of RS256, ES256 or EdDSA in PEM. A token must be signed by any of
+    /// bytes, or the public key of RS256, ES256 or EdDSA in PEM. A token must be signed by one of
     /// them. Reread at SIGHUP. `fanfare token --help` explains how to make a token for tests.
     jwt_key: Vec<PathBuf> {
         name: "jwt-key",
@@ -113,7 +113,7 @@ settings! {
 
     "Bus"
 
-    /// The Redis that joins nodes. Without it the node stands alone. One of
+    /// The Redis that joins nodes. Without it the node stands alone. One of:
     /// - `redis://[[USER:]PASSWORD@]HOST[:PORT][/DATABASE]`, or `rediss://...` for TLS
     /// - `redis-sentinel://[...@]HOST[:26379][/DATABASE]?sentinelServiceName=NAME[&node=HOST:PORT]...`
     /// - `redis+unix:///PATH` or `unix:PATH`
@@ -260,8 +260,8 @@ settings! {
 
     /// Messages a second that a connection may send, pings included, and ten times as many at once.
     /// All connections of a user share this rate; without `--jwt-key`, all connections of an
-    /// address share ten times as much. Messages over the rate are not published; clients that go
-    /// on are closed. `0`: no limit.
+    /// address share ten times as much. Messages over the rate are not published; clients that
+    /// continue are closed. `0`: no limit.
     max_message_rate: u32 {
         name: "max-message-rate",
         value: "MESSAGES",

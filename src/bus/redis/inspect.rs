@@ -11,6 +11,7 @@ use tokio::time::{sleep, timeout};
 
 use super::commands::command;
 use super::errors::{CallError, ConnectError, MissingRights};
+pub use super::publish_queue::BATCH_BYTES;
 use super::requirements::{check_permissions, check_server};
 use super::settings::RedisSettings;
 use super::{advice, reply, session};

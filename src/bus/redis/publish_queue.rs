@@ -14,7 +14,7 @@ use crate::protocol::event::EventId;
 const BATCH_EVENTS: usize = 512;
 
 /// Most bytes in one call, unless a single event has more.
-const BATCH_BYTES: usize = 1 << 20;
+pub const BATCH_BYTES: usize = 1 << 20;
 
 /// An event that waits for its first call.
 #[derive(Debug)]

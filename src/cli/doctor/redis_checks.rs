@@ -3,12 +3,14 @@
 use std::time::Duration;
 
 use super::finding::Finding;
-use crate::bus::redis::inspect::{Facts, History, SAMPLE};
+use crate::bus::redis::inspect::{BATCH_BYTES, Facts, History, SAMPLE};
 use crate::config::{HISTORY_MIN, Settings, show_duration, show_size};
 
 /// With a smaller soft limit Redis disconnects a node that lags for a moment, which must then read
 /// history.
 const PUBSUB_SOFT: u64 = 64 << 20;
+/// Hard limit to configure.
+const PUBSUB_HARD: u64 = 256 << 20;
 /// A clock that is off by more is noticed in logs and in the expiry of tokens, in seconds.
 const CLOCK_OFF: f64 = 2.0;
 /// Time in which a client reconnects after it noticed a loss, with its random wait.
@@ -107,7 +109,8 @@ fn redis_size(bytes: u64) -> String {
 
 fn buffer(facts: &Facts) -> Finding {
     const SUBJECT: &str = "Pub/Sub buffer";
-    let remedy = "redis.conf: client-output-buffer-limit pubsub 256mb 64mb 60";
+    let (hard, soft) = (redis_size(PUBSUB_HARD), redis_size(PUBSUB_SOFT));
+    let remedy = format!("redis.conf: client-output-buffer-limit pubsub {hard} {soft} 60");
     let limits = facts.config.get("client-output-buffer-limit").and_then(|text| pubsub(text));
     let Some((hard, soft, seconds)) = limits else {
         return Finding::unreadable(SUBJECT, "client-output-buffer-limit").remedy(remedy);
@@ -121,13 +124,13 @@ fn buffer(facts: &Facts) -> Finding {
     Finding::warning(SUBJECT, text).remedy(remedy)
 }
 
-/// Whether Redis accepts the longest message. A command contains one event of any size, or up to 1
-/// MiB of smaller ones.
+/// Whether Redis accepts the longest message. A command contains one event of any size, or up to
+/// [`BATCH_BYTES`] of smaller ones.
 fn message_size(facts: &Facts, settings: &Settings) -> Finding {
     const SUBJECT: &str = "message size";
     let longest = settings.max_message_size as u64;
     for (name, needed) in
-        [("proto-max-bulk-len", longest), ("client-query-buffer-limit", longest + (2 << 20))]
+        [("proto-max-bulk-len", longest), ("client-query-buffer-limit", longest + 2 * BATCH_BYTES as u64)]
     {
         let limit = facts.config.get(name).and_then(|value| value.parse::<u64>().ok());
         if limit.is_some_and(|limit| limit < needed) {
