@@ -1,13 +1,15 @@
--- FCALL fanfare_publish 1 P:{C} <JSON object> [to] [idempotency key]: publishes for any program, as a node does.
--- VERSION is defined before this text. The settings of a prefix are in the hash P:settings, which its nodes write.
+-- FCALL fanfare_publish 1 P:{C} <JSON object> [to] [idempotency key]: publishes an event for any
+-- program. VERSION is defined before this text. The settings of a prefix are in the hash
+-- P:settings, which its nodes write.
 
 local CONTROL = {welcome = true, reset = true, ping = true, error = true, ack = true}
 
--- The JSON that an event may hold: I-JSON (RFC 7493), as in json.rs. cjson accepts more: numbers like 1. and -.5, repeated
--- names, control characters in strings. These are found in the text without its strings.
+-- The JSON that an event may hold: I-JSON (RFC 7493), as in json.rs. cjson accepts more: numbers
+-- like 1. and -.5, repeated names, control characters in strings. These are found in the text
+-- without its strings.
 local DEPTH_MAX, NUMBER_MAX = 64, 128
 
--- Created by the first call: while a library is loaded it has neither cjson nor string.
+-- Created by the first call: cjson and string are unavailable while a library is loaded.
 local decoder, too_long
 local function prepare()
   decoder = cjson.new()
@@ -36,8 +38,9 @@ local function is_utf8(text)
   return not string.find(rest, '[\128-\255]')
 end
 
--- Subtracts the members of all objects in a decoded value from `left`, their number in the text. The rest is above 0 if a
--- name is repeated. Stops at 0, so that arrays without objects are not searched. (A decoded object has no [1].)
+-- Subtracts the members of all objects in a decoded value from `left`, their number in the text.
+-- The rest is above 0 if a name is repeated. Stops at 0, so that arrays without objects are not
+-- searched. (A decoded object has no [1].)
 local function members_left(value, left)
   if value[1] == nil then
     for _ in pairs(value) do left = left - 1 end
@@ -53,7 +56,7 @@ local function members_left(value, left)
   return left
 end
 
--- The fault in the numbers of a JSON text without strings, or nil.
+-- What is wrong with the numbers of a JSON text without strings, or nil.
 local function bad_numbers(text)
   if #text > NUMBER_MAX and string.find(text, too_long) then
     return 'a number has more than ' .. NUMBER_MAX .. ' characters'
@@ -70,7 +73,7 @@ local function bad_numbers(text)
   end
 end
 
--- The value of a JSON text, or nil and its fault.
+-- The value of a JSON text, or nil and what is wrong with it.
 local function decode(text)
   if not is_utf8(text) then
     return nil, 'not UTF-8'
@@ -94,9 +97,9 @@ local function decode(text)
   if string.find(plain, '"', 1, true) or string.find(plain, '\0', 1, true) then
     return nil, 'not JSON (RFC 8259)'
   end
-  local trouble = string.find(plain, '%d') and bad_numbers(plain)
-  if trouble then
-    return nil, trouble
+  local fault_text = string.find(plain, '%d') and bad_numbers(plain)
+  if fault_text then
+    return nil, fault_text
   end
   local _, colons = string.gsub(plain, ':', '')
   if colons > 0 and members_left(value, colons) > 0 then
@@ -110,7 +113,7 @@ local function is_user_id(name)
     and not string.find(name, '[%z\1-\31\127]') and not string.find(name, '\194[\128-\159]')
 end
 
-local function refuse(text)
+local function reject(text)
   return redis.error_reply('ERR fanfare_publish: ' .. text)
 end
 
@@ -124,7 +127,7 @@ local function settings_of(prefix)
   end
   local settings = {
     max = tonumber(found[1]), history = tonumber(found[2]), ttl = tonumber(found[3]),
-    durable = found[4] == '1', bare = ' ' .. (found[5] or '') .. ' ', bytes = tonumber(found[6]),
+    durable = found[4] == '1', pubsub_channels = ' ' .. (found[5] or '') .. ' ', bytes = tonumber(found[6]),
   }
   if not (settings.max and settings.history and settings.ttl and settings.bytes) then
     return nil, 'no node has the --redis-prefix "' .. prefix .. '" (the key ' .. key .. ' is missing)'
@@ -136,43 +139,43 @@ local function publish(keys, args)
   local name = keys[1]
   local prefix, channel = string.match(name or '', '^([^{}]+):{([%w_.:-]+)}$')
   if #keys ~= 1 or not channel or #channel > 128 then
-    return refuse('give one key, <prefix>:{<channel>}, as in FCALL fanfare_publish 1 fanfare:{ws_broadcast} ...')
+    return reject('give one key, <prefix>:{<channel>}, as in FCALL fanfare_publish 1 fanfare:{ws_broadcast} ...')
   end
   if #args < 1 or #args > 3 then
-    return refuse('give a JSON object, then optionally a user id (empty for everybody) and an idempotency key')
+    return reject('give a JSON object, then optionally a user id (empty for everybody) and an idempotency key')
   end
   local settings, why = settings_of(prefix)
   if not settings then
-    return refuse(why)
+    return reject(why)
   end
   local text = args[1]
   if #text > settings.max then
-    return refuse('the event has ' .. #text .. ' bytes; --max-message-size allows ' .. settings.max)
+    return reject('the event has ' .. #text .. ' bytes; --max-message-size allows ' .. settings.max)
   end
-  local event, fault = decode(text)
-  if fault then
-    return refuse('invalid event: ' .. fault)
+  local event, invalid = decode(text)
+  if invalid then
+    return reject('invalid event: ' .. invalid)
   end
-  -- One event is one line. Outside strings only blanks can break it.
+  -- One event is one line. Line breaks occur outside strings only.
   text = string.gsub(text, '[\t\r\n]', ' ')
   local first, last = string.find(text, '[^ ]'), #text
   while string.byte(text, last) == 32 do last = last - 1 end
   text = string.sub(text, first, last)
   if type(event) ~= 'table' or string.byte(text) ~= 123 then -- {
-    return refuse('the event must be a JSON object')
+    return reject('the event must be a JSON object')
   end
   if event.id ~= nil or event.to ~= nil then
-    return refuse('"id" and "to" are reserved: the id is given here, and the user is the argument after the event')
+    return reject('"id" and "to" are reserved: the id is given here, and the user is the argument after the event')
   end
   if type(event.type) == 'string' and CONTROL[event.type] then
-    return refuse('the type "' .. event.type .. '" is reserved for control frames; use another')
+    return reject('the type "' .. event.type .. '" is reserved for control frames; use another')
   end
   local user = args[2] or ''
   if args[2] and not (user == '' and args[3]) and not is_user_id(user) then
-    return refuse('a user id has 1 to 128 bytes of UTF-8 and no control characters')
+    return reject('a user id has 1 to 128 bytes of UTF-8 and no control characters')
   end
   if args[3] and (#args[3] < 1 or #args[3] > 128 or string.find(args[3], '[^\33\35-\126]')) then
-    return refuse('an idempotency key has 1 to 128 printable ASCII characters without blanks and quotes')
+    return reject('an idempotency key has 1 to 128 printable ASCII characters without blanks and quotes')
   end
   local item = string.sub(text, 1, -2) .. (next(event) ~= nil and ',' or '')
   if user ~= '' then
@@ -180,9 +183,9 @@ local function publish(keys, args)
   end
 
   local epoch = current_epoch(prefix, settings.durable)
-  local head = position(name, epoch, settings.ttl, 0, 0)
+  local head = checked_position(name, epoch, settings.ttl, 0, 0)
   local key = args[3] and key_name(name, args[3])
-  local earlier = key and published_under(key)
+  local earlier = key and published_with(key)
   if earlier then
     return earlier
   end
@@ -191,8 +194,8 @@ local function publish(keys, args)
   if key then
     redis.call('SET', key, show(head), 'PX', KEY_TTL)
   end
-  local is_bare = string.find(settings.bare, ' ' .. channel .. ' ', 1, true)
-  announce(name, messages, is_bare and channel or '')
+  local is_plain = string.find(settings.pubsub_channels, ' ' .. channel .. ' ', 1, true)
+  publish_messages(name, messages, is_plain and channel or '')
   return head
 end
 

@@ -1,15 +1,21 @@
--- KEYS[1] the node's own Pub/Sub channel. ARGV: 1 durable, 2 history ttl in ms, 3 prefix, 4 number of the canary,
--- then for each followed channel: its name, the highest id seen, the base known.
--- Publishes the number and a line "name base head" for each channel, and renews their expiry. If a channel's data is
--- wrong, its line is "name FAULT key: text".
+-- Compares the positions of channels and renews the expiry of their keys.
+-- KEYS[1] the Pub/Sub channel of the node's probes
+-- ARGV:
+--    1 durable (1 or 0)
+--    2 history ttl in ms
+--    3 prefix
+--    4 number of the probe
+--    then for each channel: its name, the highest id seen, the base known
+-- Publishes the number, then for each channel a line "name base head", or "name FAULT key: text" if
+-- its data is damaged.
 local ttl = tonumber(ARGV[2])
-local epoch = current_epoch(ARGV[3], ARGV[1] == '1') -- even without channels, so that a promotion is seen in time
+local epoch = current_epoch(ARGV[3], ARGV[1] == '1') -- even without channels, so that a promotion is noticed in time
 
 local function compare(name, seen, known)
-  local head, base = position(name, epoch, ttl, tonumber(seen), tonumber(known))
+  local head, base = checked_position(name, epoch, ttl, tonumber(seen), tonumber(known))
   local meta, keep = name .. ':meta', 2 * ttl
-  if head == base and redis.call('PTTL', meta) <= UNUSED then
-    keep = math.min(UNUSED, keep) -- it still had no event
+  if head == base and redis.call('PTTL', meta) <= UNUSED_TTL then
+    keep = math.min(UNUSED_TTL, keep) -- it has had no event so far
   end
   redis.call('PEXPIRE', meta, keep)
   return show(base) .. ' ' .. show(head)

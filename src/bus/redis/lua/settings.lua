@@ -1,5 +1,6 @@
--- KEYS[1] P:settings. ARGV: 1 replace what is there (1 or 0), 2 for how many ms it is kept, then fields and values.
--- Stores the settings of `FCALL fanfare_publish` for this prefix.
+-- Stores the settings of `FCALL fanfare_publish` for a prefix.
+-- KEYS[1] P:settings. ARGV: 1 replace existing settings (1 or 0), 2 their expiry in ms, then fields
+-- and values.
 local key = KEYS[1]
 if ARGV[1] == '1' or redis.call('TYPE', key).ok ~= 'hash' then
   redis.call('DEL', key)
