@@ -1,5 +1,6 @@
-//! Advice for operators: what an error of Redis means and what to do. `/readyz`, the service status and `doctor` show
-//! it. The log has Redis' own text as well, which names what failed but often nothing that an operator could change.
+//! Advice for operators: what an error of Redis means and what to do. `/readyz`, the service status
+//! and `doctor` show it. The log has Redis' own text as well, which names what failed but often
+//! nothing that an operator could change.
 
 use super::errors::{CallError, FAULT};
 

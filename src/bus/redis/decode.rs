@@ -1,5 +1,5 @@
-//! Pub/Sub messages and history, decoded into entries. The id of an event is the last member of its JSON, so it is
-//! read from the end without parsing the rest.
+//! Pub/Sub messages and history, decoded into entries. The id of an event is the last member of its
+//! JSON, so it is read from the end without parsing the rest.
 
 use std::borrow::Cow;
 use std::sync::Arc;
@@ -22,9 +22,9 @@ pub fn id_of(line: &[u8]) -> Option<EventId> {
     EventId::parse(id).filter(|id| *id > EventId(0)) // ids start above 0
 }
 
-/// The event in the form that clients get. Every way to publish checks events, but other programs and older versions may
-/// have written to the stream. An event that clients can't parse, or would take for a control frame, becomes
-/// `{"data":"its text"}` with the same id.
+/// The event in the form that clients get. Every way to publish checks events, but other programs
+/// and older versions may have written to the stream. An event that clients can't parse, or would
+/// take for a control frame, becomes `{"data":"its text"}` with the same id.
 fn readable(event: &[u8], id: EventId) -> Cow<'_, [u8]> {
     match ingest::readable(event) {
         Ok(()) => Cow::Borrowed(event),
@@ -40,7 +40,8 @@ pub fn broadcast(message: &[u8]) -> Option<Entry> {
     lines(message, None)
 }
 
-/// The entry of a message whose first line is a user and whose other lines are events for this user.
+/// The entry of a message whose first line is a user and whose other lines are events for this
+/// user.
 pub fn private(message: &[u8]) -> Option<Entry> {
     let at = message.iter().position(|byte| *byte == b'\n')?;
     let user = String::from_utf8_lossy(&message[..at]);
@@ -60,8 +61,8 @@ fn lines(text: &[u8], to: Option<Arc<str>>) -> Option<Entry> {
 /// Most bytes of events in one entry of history.
 const ENTRY_BYTES: usize = 64 << 10;
 
-/// The entries of a history, in order. Consecutive events with the same recipients share an entry. An event without id is
-/// left out, and is a gap like any other.
+/// The entries of a history, in order. Consecutive events with the same recipients share an entry.
+/// An event without id is left out, and is a gap like any other.
 pub fn entries(history: &[(Bytes, Option<Arc<str>>)]) -> Vec<Entry> {
     let mut entries = Vec::new();
     let mut texts: Vec<Cow<'_, [u8]>> = Vec::new();
@@ -89,8 +90,9 @@ pub fn entries(history: &[(Bytes, Option<Arc<str>>)]) -> Vec<Entry> {
     entries
 }
 
-/// Makes a page for a reader at `asked` consistent: consecutive events from there, perhaps with some before them, or an
-/// `oldest` that shows what is missing. Needed only where another program has deleted from the stream or written to it.
+/// Makes a page for a reader at `asked` consistent: consecutive events from there, perhaps with
+/// some before them, or an `oldest` that shows what is missing. Needed only where another program
+/// has deleted from the stream or written to it.
 pub fn make_consistent(page: &mut Page, asked: EventId) {
     let entries = &mut page.entries;
     let breaks = |pair: &[Entry]| pair[0].last != pair[1].before();

@@ -6,12 +6,12 @@ use std::time::Duration;
 use fred::types::config::{Config, ServerConfig};
 use tokio::time::timeout;
 
-/// Time between two lookups while connected. Services that fail over by DNS use a TTL of 5 s or more, and resolvers cache
-/// names for that long.
+/// Time between two lookups while connected. Services that fail over by DNS use a TTL of 5 s or
+/// more, and resolvers cache names for that long.
 pub const LOOKUP_INTERVAL: Duration = Duration::from_secs(3);
 
-/// Lookups in a row without the connected address until the node reconnects. Some name servers answer with only some of
-/// a name's addresses, in turn.
+/// Lookups in a row without the connected address until the node reconnects. Some name servers
+/// answer with only some of a name's addresses, in turn.
 pub const MOVED_AFTER: u32 = 3;
 
 const LOOKUP_TIMEOUT: Duration = Duration::from_secs(5);
@@ -32,7 +32,8 @@ pub struct Peer {
 }
 
 impl HostName {
-    /// The host name of a stand-alone Redis. `None` for an IP address, a Unix socket or Sentinels, which name the primary.
+    /// The host name of a stand-alone Redis. `None` for an IP address, a Unix socket or Sentinels,
+    /// which name the primary.
     pub fn of(config: &Config) -> Option<HostName> {
         let ServerConfig::Centralized { server } = &config.server else { return None };
         let host = server.host.to_string();
@@ -48,7 +49,8 @@ impl HostName {
         }
     }
 
-    /// `config` with one of the name's addresses, so that both connections of a session use the same one.
+    /// `config` with one of the name's addresses, so that both connections of a session use the
+    /// same one.
     pub fn at(&self, address: SocketAddr, config: &Config) -> Config {
         let mut config = config.clone();
         if let ServerConfig::Centralized { server } = &mut config.server {

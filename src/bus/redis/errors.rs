@@ -54,7 +54,8 @@ impl CallError {
     }
 }
 
-/// Prefix of a script's error about wrong data in one channel, as `epoch.lua` writes it. The key follows.
+/// Prefix of a script's error about wrong data in one channel, as `epoch.lua` writes it. The key
+/// follows.
 pub const FAULT: &str = "FAULT ";
 
 /// Whether Redis will soon accept what it rejects now.

@@ -1,5 +1,5 @@
-//! The log of channels whose data in Redis is damaged. Probes find each of them every second, so repetitions are not
-//! logged.
+//! The log of channels whose data in Redis is damaged. Probes find each of them every second, so
+//! repetitions are not logged.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -9,7 +9,8 @@ use super::errors::FAULT;
 /// Least time between two lines about one fault.
 const LOG_INTERVAL: Duration = Duration::from_secs(60);
 
-/// Most faults logged within [`LOG_INTERVAL`]. More than that have one cause, and would only fill the log.
+/// Most faults logged within [`LOG_INTERVAL`]. More than that have one cause, and would only fill
+/// the log.
 const LOGGED_MAX: usize = 20;
 
 /// The faults logged within the last minute.

@@ -45,8 +45,8 @@ impl FollowedChannel {
         self.followers.is_empty() && self.joining.is_empty()
     }
 
-    /// Starts the sequence at `head`. Returns the shards that were joining, which are followers now. Entries that came
-    /// early are passed on to `out`.
+    /// Starts the sequence at `head`. Returns the shards that were joining, which are followers
+    /// now. Entries that came early are passed on to `out`.
     pub fn start(&mut self, base: EventId, head: EventId, out: &mut Vec<Entry>) -> Vec<ShardId> {
         let mut sequence = Sequence::new(base, head);
         for entry in self.early.drain(..) {

@@ -1,8 +1,10 @@
-//! The function `fanfare_publish`, with which other programs publish (FCALL), and its settings for each prefix.
+//! The function `fanfare_publish`, with which other programs publish (FCALL), and its settings for
+//! each prefix.
 //!
-//! Function names are unique in Redis, so deployments that share a Redis share the function. It reads their settings from
-//! one hash per prefix. In a Redis Cluster a function can't read undeclared keys of another slot: there each primary would
-//! need a copy of the hash under a hash tag of its own slots.
+//! Function names are unique in Redis, so deployments that share a Redis share the function. It
+//! reads their settings from one hash per prefix. In a Redis Cluster a function can't read
+//! undeclared keys of another slot: there each primary would need a copy of the hash under a hash
+//! tag of its own slots.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -22,7 +24,8 @@ const NAME: &str = "fanfare1";
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 
-/// The library. Its name must stay the same, since Redis rejects a second library with the same function.
+/// The library. Its name must stay the same, since Redis rejects a second library with the same
+/// function.
 const TEXT: &str = concat!(
     "#!lua name=fanfare1\nlocal VERSION = '",
     env!("CARGO_PKG_VERSION"),
@@ -57,8 +60,8 @@ pub async fn provide(client: &Client, settings: &RedisSettings, mode: WriteMode)
     Ok(())
 }
 
-/// Fields and values of the hash, as `function.lua` reads them. Nodes of other versions read and write it, too: fields may
-/// be added, but existing ones keep their meaning.
+/// Fields and values of the hash, as `function.lua` reads them. Nodes of other versions read and
+/// write it, too: fields may be added, but existing ones keep their meaning.
 fn settings_fields(settings: &RedisSettings) -> Vec<Value> {
     let mut plain: Vec<&str> = settings.pubsub_channels.iter().map(|channel| channel.as_str()).collect();
     plain.sort_unstable();
@@ -78,7 +81,8 @@ fn settings_fields(settings: &RedisSettings) -> Vec<Value> {
     ]
 }
 
-/// The newest version stays, whichever node starts last: it works with the settings of all versions.
+/// The newest version stays, whichever node starts last: it works with the settings of all
+/// versions.
 fn must_load(found: Option<&str>, mode: WriteMode) -> bool {
     let Some(found) = found else { return true };
     match parts(found).cmp(&parts(VERSION)) {
@@ -92,7 +96,8 @@ fn parts(version: &str) -> Vec<u32> {
     version.split(['.', '-']).map_while(|part| part.parse().ok()).collect()
 }
 
-/// The version of the library in a reply of FUNCTION LIST: the description of its function, or empty if it has none.
+/// The version of the library in a reply of FUNCTION LIST: the description of its function, or
+/// empty if it has none.
 fn version(list: &Resp3Frame) -> Option<String> {
     let libraries = reply::array(list)?;
     let texts = flatten(libraries.first()?);
@@ -161,8 +166,8 @@ impl FunctionLoader {
 }
 
 impl Bus {
-    /// Writes the function and the settings again if they are missing, as after FUNCTION FLUSH, FLUSHALL, an eviction or a
-    /// failover.
+    /// Writes the function and the settings again if they are missing, as after FUNCTION FLUSH,
+    /// FLUSHALL, an eviction or a failover.
     pub(super) fn check_functions(&mut self, now: Instant) {
         let Some(session) = self.link.session() else { return };
         if !self.functions.is_due(now) {

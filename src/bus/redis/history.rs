@@ -1,4 +1,5 @@
-//! Pages of history. Redis is asked for each part once, however many connections and shards need it.
+//! Pages of history. Redis is asked for each part once, however many connections and shards need
+//! it.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -13,8 +14,8 @@ use crate::bus::{BusError, BusMessage, PAGE, PART_SHARED, Page, ShardId, page_be
 use crate::feed::eviction::EvictionQueue;
 use crate::protocol::event::{ChannelName, Entry, EventId};
 
-/// How long a part is kept for other shards, whose clients come back at the same time after a network failure. Each shard
-/// keeps a part for as long as it is in use.
+/// How long a part is kept for other shards, whose clients come back at the same time after a
+/// network failure. Each shard keeps a part for as long as it is in use.
 const KEEP: Duration = Duration::from_secs(5);
 
 /// Most bytes of parts kept. Shards that hold a part share its bytes.
@@ -155,8 +156,8 @@ impl Bus {
         if let Some(channel) = self.channels.get_mut(&name) {
             channel.known.update(page.base, page.head);
             let sequence = channel.followed.as_ref().and_then(|followed| followed.sequence.as_ref());
-            // Events that Redis has and this node does not are nearly always in flight. A probe comes after them and
-            // shows whether they are.
+            // Events that Redis has and this node does not are nearly always in flight. A probe
+            // comes after them and shows whether they are.
             if sequence
                 .is_some_and(|sequence| (sequence.base(), sequence.position()) < (page.base, page.head))
             {
@@ -170,7 +171,8 @@ impl Bus {
             let (channel, result) = (name.clone(), Ok(page.clone()));
             self.handles.shards.send(shard, BusMessage::Page { channel, position, result });
         }
-        // A part that ends at the head of its moment is kept, too: readers that have all of it ask for what follows.
+        // A part that ends at the head of its moment is kept, too: readers that have all of it ask
+        // for what follows.
         if !all_served && !page.entries.is_empty() {
             self.history.keep(name, page);
         }

@@ -1,4 +1,5 @@
-//! Inspects a Redis for `fanfare doctor`, before nodes use it. Changes nothing, not even the function that nodes load.
+//! Inspects a Redis for `fanfare doctor`, before nodes use it. Changes nothing, not even the
+//! function that nodes load.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};

@@ -1,4 +1,5 @@
-//! The connection to Redis over time: attempts, sessions, waits between them, and the host name in `--redis`.
+//! The connection to Redis over time: attempts, sessions, waits between them, and the host name in
+//! `--redis`.
 
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
@@ -72,7 +73,8 @@ impl Link {
         self.session.is_some() && self.subscribing.is_none()
     }
 
-    /// Redis has confirmed all subscriptions up to `ticket`. True if the session's first ones were among them.
+    /// Redis has confirmed all subscriptions up to `ticket`. True if the session's first ones were
+    /// among them.
     pub(super) fn confirm(&mut self, ticket: u64) -> bool {
         self.subscribing.take_if(|first| *first <= ticket).is_some()
     }

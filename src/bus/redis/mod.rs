@@ -1,6 +1,8 @@
-//! The bus across nodes: ids and history in Redis, Pub/Sub as the hint, one sequence for each followed channel.
+//! The bus across nodes: ids and history in Redis, Pub/Sub as the hint, one sequence for each
+//! followed channel.
 //!
-//! One task owns the [`Bus`]. Calls to Redis run in tasks of their own, which own nothing and send back an [`Outcome`].
+//! One task owns the [`Bus`]. Calls to Redis run in tasks of their own, which own nothing and send
+//! back an [`Outcome`].
 //!
 //! | file | what it does |
 //! |---|---|
@@ -80,7 +82,8 @@ const READS_MAX: usize = 64;
 /// How long a channel is remembered that is neither followed nor published to.
 const IDLE: Duration = Duration::from_secs(60);
 
-/// The result of a call to Redis. The first field is the generation of its session: see [`Link::is_current`].
+/// The result of a call to Redis. The first field is the generation of its session: see
+/// [`Link::is_current`].
 enum Outcome {
     Connected(u64, Box<(Session, broadcast::Receiver<Message>)>),
     NotConnected(u64, ConnectError),
@@ -299,7 +302,8 @@ impl Bus {
         }
         match error {
             CallError::NoReply(text) => self.close_session(text),
-            // A demoted primary keeps its connections open. The next connection finds the new primary.
+            // A demoted primary keeps its connections open. The next connection finds the new
+            // primary.
             CallError::ErrorReply(text) if text.starts_with("READONLY") => self.close_session(text),
             CallError::ErrorReply(text) => self.faults.log(text),
         }

@@ -1,5 +1,6 @@
-//! The probe: every second this node sends itself a message through Redis, with the positions of the followed channels.
-//! It shows whether commands and Pub/Sub work, and finds events that Pub/Sub has lost.
+//! The probe: every second this node sends itself a message through Redis, with the positions of
+//! the followed channels. It shows whether commands and Pub/Sub work, and finds events that Pub/Sub
+//! has lost.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};

@@ -1,5 +1,5 @@
-//! The events of one channel on their way to Redis, in order. One call is in flight; events that arrive meanwhile wait
-//! for the next. Time is passed in.
+//! The events of one channel on their way to Redis, in order. One call is in flight; events that
+//! arrive meanwhile wait for the next. Time is passed in.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -36,7 +36,8 @@ pub struct Batch {
     pub base: EventId,
     /// An earlier attempt may have reached Redis.
     pub retry: bool,
-    /// Why Redis rejected a retry before it ran. The next call sends no events: it asks for the outcome of the attempt before.
+    /// Why Redis rejected a retry before it ran. The next call sends no events: it asks for the
+    /// outcome of the attempt before.
     pub withdrawn: Option<Arc<str>>,
     /// The idempotency key of its only event.
     pub key: Option<Arc<str>>,
@@ -104,9 +105,9 @@ impl PublishQueue {
         !self.in_flight && (self.batch.is_some() || !self.waiting.is_empty())
     }
 
-    /// The call to make now: the last one if it has no result, else a new one with the number after `number`. Its result is
-    /// one of [`PublishQueue::on_published`], [`PublishQueue::on_rejected`], [`PublishQueue::withdraw`] and
-    /// [`PublishQueue::retry`].
+    /// The call to make now: the last one if it has no result, else a new one with the number after
+    /// `number`. Its result is one of [`PublishQueue::on_published`],
+    /// [`PublishQueue::on_rejected`], [`PublishQueue::withdraw`] and [`PublishQueue::retry`].
     pub fn call(&mut self, base: EventId, number: &mut u64) -> Option<&Batch> {
         if !self.is_ready() {
             return None;
@@ -138,7 +139,8 @@ impl PublishQueue {
         batch
     }
 
-    /// The call was published with ids from `first` on. `None`: it may or may not have been published, and never will be.
+    /// The call was published with ids from `first` on. `None`: it may or may not have been
+    /// published, and never will be.
     pub fn on_published(&mut self, first: Option<EventId>) -> Vec<Completed> {
         self.complete(|at| match first {
             Some(first) => Ok(EventId(first.0 + at)),
@@ -155,7 +157,8 @@ impl PublishQueue {
         })
     }
 
-    /// Redis rejects the call and always will. If an earlier attempt had no result, the next call asks for it.
+    /// Redis rejects the call and always will. If an earlier attempt had no result, the next call
+    /// asks for it.
     pub fn withdraw(&mut self, why: Arc<str>) -> Vec<Completed> {
         match &mut self.batch {
             Some(batch) if batch.retry => {
@@ -199,7 +202,8 @@ impl PublishQueue {
         answers.filter_map(|(at, (answer, _))| Some((answer?, result(at as u64)))).collect()
     }
 
-    /// Completes events whose deadline has passed. Those never sent are rejected, those sent are unknown.
+    /// Completes events whose deadline has passed. Those never sent are rejected, those sent are
+    /// unknown.
     pub fn expire(&mut self, now: Instant) -> Vec<Completed> {
         let mut completed = Vec::new();
         if let Some(batch) = &mut self.batch {
@@ -218,8 +222,8 @@ impl PublishQueue {
         completed
     }
 
-    /// Drops a batch whose events all have a result: it is not sent again, and its number is never reused. A batch in
-    /// flight stays, so that the next one waits for it.
+    /// Drops a batch whose events all have a result: it is not sent again, and its number is never
+    /// reused. A batch in flight stays, so that the next one waits for it.
     fn drop_answered(&mut self) {
         let answered = |batch: &Batch| batch.answers.iter().all(|(answer, _)| answer.is_none());
         if !self.in_flight
@@ -259,7 +263,8 @@ mod tests {
         (publish, result)
     }
 
-    /// An event whose first call had no reply and whose second is in flight, the last number used, and its result.
+    /// An event whose first call had no reply and whose second is in flight, the last number used,
+    /// and its result.
     fn retried() -> (PublishQueue, u64, oneshot::Receiver<Result<EventId, PublishError>>) {
         let (mut queue, mut number) = (PublishQueue::default(), 0);
         let (event, result) = publish("{}");

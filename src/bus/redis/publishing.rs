@@ -15,8 +15,8 @@ use super::{Bus, Outcome, advice, scripts};
 use crate::bus::{Publish, PublishError};
 use crate::protocol::event::{ChannelName, EventId};
 
-/// Errors that Redis replies with before it runs a script, or a script before its first event: certainly nothing was
-/// published.
+/// Errors that Redis replies with before it runs a script, or a script before its first event:
+/// certainly nothing was published.
 const CERTAIN_ERRORS: [&str; 8] =
     ["OOM", "READONLY", "NOPERM", "MISCONF", "NOREPLICAS", "NOAUTH", "WRONGPASS", FAULT];
 
@@ -102,7 +102,8 @@ impl Bus {
         }
         let known = channel.known;
         let Some(batch) = channel.queue.call(known.base, &mut self.publishing.last_number) else { return };
-        // A retry carries the base of its first attempt: the script then sees whether the epoch has changed since.
+        // A retry carries the base of its first attempt: the script then sees whether the epoch has
+        // changed since.
         let carried = KnownPosition { base: batch.base, ..known };
         let settings = &self.handles.settings;
         let mut args = scripts::publish_args(settings, name, carried, batch);
@@ -138,7 +139,8 @@ impl Bus {
                 queue.retry(false);
                 Vec::new()
             }
-            // Redis closes the connection with this reply, which may get lost. Then the retry gets it.
+            // Redis closes the connection with this reply, which may get lost. Then the retry gets
+            // it.
             Err(CallError::ErrorReply(text)) if text.starts_with("ERR Protocol error") => {
                 queue.withdraw(advice::for_error_reply(text).into())
             }

@@ -47,8 +47,8 @@ pub async fn check_server(client: &Client) -> Result<String, ConnectError> {
     Ok(info)
 }
 
-/// Checks that Redis has all commands that a node needs, and that the user's ACL permits them. The script is sent as
-/// text, since it is needed once.
+/// Checks that Redis has all commands that a node needs, and that the user's ACL permits them. The
+/// script is sent as text, since it is needed once.
 pub async fn check_permissions(client: &Client, settings: &RedisSettings) -> Result<(), ConnectError> {
     let channel = format!("{}:{{x}}", settings.prefix);
     let plain = settings.pubsub_channels.iter().map(|channel| Value::from(channel.as_str())).collect();

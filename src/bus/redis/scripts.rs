@@ -13,11 +13,13 @@ use super::settings::RedisSettings;
 use crate::bus::page::Page;
 use crate::protocol::event::{ChannelName, Entry, EventId};
 
-/// Without `allow-oom`: when out of memory, Redis rejects it before it runs, so certainly nothing is published.
+/// Without `allow-oom`: when out of memory, Redis rejects it before it runs, so certainly nothing
+/// is published.
 pub const PUBLISH: &str =
     concat!("#!lua\n", include_str!("lua/epoch.lua"), "\n", include_str!("lua/publish.lua"));
 
-/// With `allow-oom`: a read may write a few bytes (a new base), and must work when events are rejected.
+/// With `allow-oom`: a read may write a few bytes (a new base), and must work when events are
+/// rejected.
 pub const READ: &str =
     concat!("#!lua flags=allow-oom\n", include_str!("lua/epoch.lua"), "\n", include_str!("lua/read.lua"));
 
@@ -31,7 +33,8 @@ pub const CHECK: &str = concat!("#!lua flags=no-writes,allow-oom\n", include_str
 /// Stores the FCALL settings of this prefix.
 pub const SETTINGS: &str = concat!("#!lua flags=allow-oom\n", include_str!("lua/settings.lua"));
 
-/// What this node knows of a channel. Every call on a channel carries it, so that the script notices a loss of events.
+/// What this node knows of a channel. Every call on a channel carries it, so that the script
+/// notices a loss of events.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct KnownPosition {
     /// The highest id seen.
@@ -119,8 +122,8 @@ pub struct ReadRange {
     pub shared_bytes: usize,
 }
 
-/// Most events that a read takes from the stream in one step, and most bytes if each has `--max-message-size`. A read
-/// may return this many bytes more than [`ReadRange::bytes`].
+/// Most events that a read takes from the stream in one step, and most bytes if each has
+/// `--max-message-size`. A read may return this many bytes more than [`ReadRange::bytes`].
 const STEP_EVENTS: usize = 32;
 const STEP_BYTES: usize = 2 << 20;
 

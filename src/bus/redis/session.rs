@@ -1,6 +1,7 @@
-//! A session: one connection for commands and one for subscriptions. Both open and close together, and nothing of a
-//! session outlives it: fred neither reconnects nor resends nor resubscribes here. So one place decides what is sent
-//! again and under which number, and a connection that hangs in the middle of a write is simply dropped.
+//! A session: one connection for commands and one for subscriptions. Both open and close together,
+//! and nothing of a session outlives it: fred neither reconnects nor resends nor resubscribes here.
+//! So one place decides what is sent again and under which number, and a connection that hangs in
+//! the middle of a write is simply dropped.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -26,11 +27,12 @@ use super::settings::RedisSettings;
 /// Longest wait for one connection, TLS and login included.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Longest time for all steps of [`connect`], since no other attempt starts meanwhile. Each step has a limit of its own.
+/// Longest time for all steps of [`connect`], since no other attempt starts meanwhile. Each step
+/// has a limit of its own.
 pub const SESSION_TIMEOUT: Duration = CONNECT_TIMEOUT.saturating_mul(4);
 
-/// Messages in fred's buffer, about 200 bytes each even when empty. Its default of 32 loses messages under any load. A lost
-/// message is a gap like any other.
+/// Messages in fred's buffer, about 200 bytes each even when empty. Its default of 32 loses
+/// messages under any load. A lost message is a gap like any other.
 const MESSAGES: usize = 4096;
 
 /// Most channels in one SUBSCRIBE.
@@ -162,7 +164,8 @@ async fn connect_to(
 
     let performance =
         PerformanceConfig { broadcast_channel_capacity: MESSAGES, ..PerformanceConfig::default() };
-    // fred completes SUBSCRIBE before Redis has replied. An error reply must not get lost, so it closes the session.
+    // fred completes SUBSCRIBE before Redis has replied. An error reply must not get lost, so it
+    // closes the session.
     let subscribe_errors = vec![ReconnectError::Custom("NOPERM")];
     let subscriber =
         SubscriberClient::new(config, Some(performance), Some(connection_config(subscribe_errors)), None);
@@ -202,8 +205,9 @@ async fn connect_to(
     Ok((Session { commands, peer, fcall_error, subscriptions, tasks, _open: open }, messages))
 }
 
-/// Executes subscription requests one after the other, those that wait in one SUBSCRIBE. Redis replies in order on this
-/// connection, so the PONG that follows confirms the subscriptions before it.
+/// Executes subscription requests one after the other, those that wait in one SUBSCRIBE. Redis
+/// replies in order on this connection, so the PONG that follows confirms the subscriptions before
+/// it.
 async fn drive_subscriptions(
     subscriber: SubscriberClient,
     mut requests: mpsc::UnboundedReceiver<SubscriptionRequest>,

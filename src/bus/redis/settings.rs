@@ -107,7 +107,8 @@ impl RedisSettings {
         topics
     }
 
-    /// What the Pub/Sub channel `name` carries. Names of plain channels have no braces, so the kinds can't be confused.
+    /// What the Pub/Sub channel `name` carries. Names of plain channels have no braces, so the
+    /// kinds can't be confused.
     pub fn topic<'a>(&self, name: &'a str) -> Topic<'a> {
         let Some(own) = name.strip_prefix(&self.prefix).and_then(|rest| rest.strip_prefix(':')) else {
             return Topic::Plain(name);

@@ -145,7 +145,8 @@ impl Bus {
         self.handles.metrics.channels.set(self.subscriptions.followed as u64);
     }
 
-    /// Redis has confirmed all subscriptions up to `ticket`. From here on the channels' positions can be read.
+    /// Redis has confirmed all subscriptions up to `ticket`. From here on the channels' positions
+    /// can be read.
     pub(super) fn on_subscribed(&mut self, ticket: u64) {
         if self.link.confirm(ticket) {
             self.probe_all();

@@ -1,5 +1,6 @@
-//! The order of one channel on this node. It passes on only the next id, and says when history must be read. Live events
-//! are hints that may be lost, duplicated, late or out of order; pages of history are the truth.
+//! The order of one channel on this node. It passes on only the next id, and says when history must
+//! be read. Live events are hints that may be lost, duplicated, late or out of order; pages of
+//! history are the truth.
 
 use crate::bus::page::{Page, is_continuous};
 use crate::protocol::event::{Entry, EventId};
@@ -21,7 +22,8 @@ pub struct Sequence {
     /// Live entries behind a gap. They are tried again after the read.
     ahead: Vec<Entry>,
     ahead_bytes: usize,
-    /// How many of `ahead` came before the read in flight started: its page holds them, or no history does.
+    /// How many of `ahead` came before the read in flight started: its page holds them, or no
+    /// history does.
     ahead_before_read: usize,
 }
 
@@ -71,8 +73,8 @@ impl Sequence {
         self.read_due = true;
     }
 
-    /// If history must be read, starts a read and returns the position to read after. The read ends with
-    /// [`Sequence::on_page`] or [`Sequence::on_read_failed`].
+    /// If history must be read, starts a read and returns the position to read after. The read ends
+    /// with [`Sequence::on_page`] or [`Sequence::on_read_failed`].
     pub fn start_read(&mut self) -> Option<EventId> {
         if !self.read_due || self.reading {
             return None;
@@ -91,8 +93,8 @@ impl Sequence {
     /// The read that started at `asked` returned this page: events from `asked + 1` on.
     pub fn on_page(&mut self, asked: EventId, page: &Page, out: &mut Vec<Entry>) {
         self.reading = false;
-        // Live events may have moved the position meanwhile. In the same epoch, events of the page after the position
-        // follow it all the same, and are not read again.
+        // Live events may have moved the position meanwhile. In the same epoch, events of the page
+        // after the position follow it all the same, and are not read again.
         let reaches_beyond = page.base == self.base
             && asked < self.position
             && page.entries.last().is_some_and(|entry| entry.last > self.position);
@@ -104,7 +106,8 @@ impl Sequence {
         if behind {
             self.read_due = true;
         } else {
-            // The page reached the head. Entries that came before the read and are still ahead are in no history.
+            // The page reached the head. Entries that came before the read and are still ahead are
+            // in no history.
             let obsolete = self.ahead_before_read.min(self.ahead.len());
             self.ahead.drain(..obsolete);
         }

@@ -2,7 +2,8 @@ use super::*;
 use proptest::prelude::*;
 use std::collections::BTreeMap;
 
-/// The text of an event holds its epoch, which tells it from an event of another epoch with the same id.
+/// The text of an event holds its epoch, which tells it from an event of another epoch with the
+/// same id.
 fn text(epoch: u64, id: u64) -> String {
     format!(r#"{{"epoch":{epoch},"id":{id}}}"#)
 }
@@ -157,7 +158,8 @@ fn play(steps: Vec<Step>) {
                 }
             }
             Step::Rogue(distance) => {
-                // The next id itself would be passed on: programs that may publish there are trusted.
+                // The next id itself would be passed on: programs that may publish there are
+                // trusted.
                 let first = redis.head.max(client.position) + 1 + distance;
                 sequence.on_live(entry(0, first, 1, false), &mut out);
                 // A node never counts a hint as seen, so an event may get this id later.
