@@ -1,5 +1,5 @@
-//! What a bus is: it gives every event its id, keeps history, and hands each channel's events to the shards
-//! in id order. One runs in the control thread: [`local`] alone on this node, [`redis`] across nodes.
+//! A bus gives every event its id, keeps history, and sends each channel's events to the shards in
+//! id order. One runs in the control thread: [`local`] for a single node, [`redis`] for several.
 
 use std::fmt;
 use std::sync::Arc;
@@ -19,87 +19,68 @@ pub mod reads;
 pub mod redis;
 pub mod sequence;
 
-pub use self::page::{PAGE, PART_SHARED, Page, is_continuous, is_gone, page_begin};
+pub use self::page::{PAGE, Page, SHARED_BYTES, is_continuous, is_gone, page_start};
 
-/// Which shard of this node.
+/// Index of a shard of this node.
 pub type ShardId = usize;
 
-/// A connection of this node: its shard's slot, and the generation that tells it from the slot's earlier owners.
+/// A connection of this node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ConnectionId {
-    /// Its shard.
     pub shard: ShardId,
     /// Its slot in the shard's slab.
     pub slot: u32,
-    /// Counts the owners of the slot.
+    /// Tells it from other connections that had the same slot.
     pub generation: u32,
 }
 
-/// What shards and the admin listener ask of the bus. Requests are taken in the order sent.
+/// What shards and the admin listener ask of the bus, which handles requests in the order sent.
 #[derive(Debug)]
 pub enum Request {
-    /// The shard's first client of a channel has come. Answered once by [`BusMessage::Followed`] or
-    /// [`BusMessage::NotFollowed`]; after `Followed` the shard gets every entry of the channel, in order.
-    Follow {
-        /// The channel.
-        channel: ChannelName,
-        /// Who follows.
-        shard: ShardId,
-    },
-    /// The shard has nobody left there. Not answered. Entries already under way may still arrive.
-    Unfollow {
-        /// The channel.
-        channel: ChannelName,
-        /// Who lets go.
-        shard: ShardId,
-    },
-    /// An event to be given an id.
+    /// The shard has its first client in a channel. Answered once with [`BusMessage::Followed`] or
+    /// [`BusMessage::NotFollowed`]. After `Followed` the shard gets every entry of the channel, in
+    /// order.
+    Follow { channel: ChannelName, shard: ShardId },
+    /// The shard has no client left in a channel. Not answered; entries in flight may still arrive.
+    Unfollow { channel: ChannelName, shard: ShardId },
+    /// Publish an event.
     Publish(Publish),
-    /// The events after a position, at most up to the end of the page that holds the first of them. Answered once
-    /// by [`BusMessage::Page`].
+    /// Read the events after a position, at most up to the end of the page that holds the first of
+    /// them. Answered once with [`BusMessage::Page`]. The shard follows the channel.
     Read {
-        /// The channel; the shard follows it.
         channel: ChannelName,
-        /// The position.
         position: EventId,
-        /// About how many bytes are wanted. One event comes in any case, and what the page has before the position
-        /// may come too, up to [`PART_SHARED`].
+        /// About how many bytes of events; at least one event. Events of the page before the
+        /// position may come, too, up to [`SHARED_BYTES`].
         bytes: usize,
-        /// Who asks.
         shard: ShardId,
     },
-    /// A client claims an id ahead of the node: look at the bus once, hand out what is new, then answer with
-    /// [`BusMessage::Refreshed`]. All who ask meanwhile share it.
-    Refresh {
-        /// The channel; the shard follows it.
-        channel: ChannelName,
-        /// Who asks.
-        shard: ShardId,
-    },
+    /// A client's id is ahead of the node: send all entries that the bus has, then answer with
+    /// [`BusMessage::Refreshed`]. The shard follows the channel. Requests that come meanwhile share
+    /// one read.
+    Refresh { channel: ChannelName, shard: ShardId },
 }
 
-/// An event on its way in.
+/// An event to publish.
 #[derive(Debug)]
 pub struct Publish {
-    /// Its channel; need not be followed by anyone here.
     pub channel: ChannelName,
-    /// The only user it is for; `event` shows it as `to` already.
+    /// The only user it is for, who is in `event` as `to`, too.
     pub to: Option<Arc<str>>,
-    /// What makes a retry safe: an event under a key that its channel has seen within ten minutes is not published
-    /// again, and its answer is the first one's id.
+    /// Makes a retry safe: if the channel has seen an event with this key within ten minutes, this
+    /// one is not published, and its answer is the id of that one.
     pub key: Option<Arc<str>>,
-    /// A JSON object without `id`, on one line, beginning with `{` and ending with `}`.
+    /// A JSON object without `id` on one line, from `{` to `}`.
     pub event: Bytes,
-    /// Who wants to know what became of it.
     pub answer: Answer,
 }
 
-/// Where the outcome of a publish goes.
+/// Where the result of a publish goes.
 #[derive(Debug)]
 pub enum Answer {
-    /// To a connection, by [`BusMessage::Published`]. The reference is the client's own, as JSON text.
+    /// To a connection, by [`BusMessage::Published`], with the client's own reference as JSON text.
     Connection(ConnectionId, Option<Box<str>>),
-    /// To whoever waits, as the admin listener does.
+    /// To a task that waits, as in the admin listener.
     Waiter(oneshot::Sender<Result<EventId, PublishError>>),
 }
 
@@ -114,7 +95,7 @@ pub enum PublishError {
     Unknown,
 }
 
-/// Why a channel can't be followed, or a page not read.
+/// Why a channel can't be followed or read.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BusError {
     #[error("the bus is unavailable: {0}")]
@@ -126,83 +107,62 @@ pub enum BusError {
 /// What the bus sends to a shard, which handles it in the order sent.
 #[derive(Debug)]
 pub enum BusMessage {
-    /// The channel is followed from here on. Where another shard gave it, the bus's next entries may have come
-    /// before it.
+    /// The shard follows the channel. The bus's entries start after `position`. The first of them
+    /// may have come before this message if another shard sent it.
     Followed {
-        /// The channel.
         channel: ChannelName,
-        /// Its last anchor.
         base: EventId,
-        /// The id after which the bus's entries begin.
         position: EventId,
-        /// What another shard has of the time before, up to the position.
+        /// Entries up to `position` that another shard has in memory.
         recent: Vec<Entry>,
     },
-    /// Another shard follows the channel from here on: tell it so, and give it what is in memory.
+    /// Send [`BusMessage::Followed`] with your recent entries to the shard `with`.
     Share {
-        /// The channel.
         channel: ChannelName,
-        /// Its last anchor.
         base: EventId,
-        /// The position of every shard that has all that was told so far.
+        /// The position after all entries sent so far.
         position: EventId,
-        /// Whom to tell.
         with: ShardId,
     },
-    /// The channel can't be followed now; the shard may ask again.
-    NotFollowed {
-        /// The channel.
-        channel: ChannelName,
-        /// Why.
-        why: BusError,
-    },
+    /// The channel can't be followed now. The shard may ask again.
+    NotFollowed { channel: ChannelName, why: BusError },
     /// The channel's next entry.
     Entry {
-        /// The channel.
         channel: ChannelName,
         /// Framed events, or a reset mark.
         entry: Entry,
-        /// When it came to this node.
+        /// When it arrived at this node.
         arrived: Instant,
     },
-    /// The answer to [`Request::Read`].
+    /// Answers [`Request::Read`].
     Page {
-        /// The channel.
         channel: ChannelName,
-        /// The position that was asked for.
+        /// The position in the request.
         position: EventId,
-        /// What history holds of it.
         result: Result<Arc<Page>, BusError>,
     },
-    /// The answer to [`Request::Refresh`]; entries found by it came before.
-    Refreshed {
-        /// The channel.
-        channel: ChannelName,
-        /// An error when the bus could not be asked.
-        result: Result<(), BusError>,
-    },
-    /// The outcome of a connection's publish.
+    /// Answers [`Request::Refresh`], after all entries that it found.
+    Refreshed { channel: ChannelName, result: Result<(), BusError> },
+    /// The result of a connection's publish.
     Published {
-        /// Whose publish.
         connection: ConnectionId,
         /// The client's own reference, as JSON text.
         reference: Option<Box<str>>,
-        /// The event's id, or why there is none.
         result: Result<EventId, PublishError>,
     },
 }
 
-/// Sends messages to the shards of this node. Sending never waits: a shard empties its mailbox at every turn. A message
-/// to a shard that has ended is dropped.
+/// Sends messages to the shards of this node. Sending never waits: a shard empties its mailbox at
+/// every turn. A message to a shard that has ended is dropped.
 pub trait ShardSender: fmt::Debug + Send + Sync {
-    /// How many shards there are.
+    /// Number of shards.
     fn count(&self) -> usize;
 
-    /// Sends a message to one shard.
     fn send(&self, shard: ShardId, message: BusMessage);
 
-    /// Sends [`BusMessage::Followed`] to the shard `with`. Where another shard follows the channel already it goes through
-    /// that one, which adds its recent entries, so that a client finds the same on every shard.
+    /// Sends [`BusMessage::Followed`] to the shard `with`. If another shard follows the channel
+    /// already, that one sends it and adds its recent entries, so that a client finds the same
+    /// entries on every shard.
     fn share(
         &self,
         channel: ChannelName,
@@ -217,47 +177,43 @@ pub trait ShardSender: fmt::Debug + Send + Sync {
         }
     }
 
-    /// Sends the outcome of a publish to whoever asked for it.
+    /// Sends the result of a publish.
     fn answer(&self, answer: Answer, result: Result<EventId, PublishError>) {
         match answer {
             Answer::Connection(connection, reference) => {
                 self.send(connection.shard, BusMessage::Published { connection, reference, result });
             }
             Answer::Waiter(waiter) => {
-                let _ = waiter.send(result); // nobody waits any more
+                let _ = waiter.send(result); // fails if the task no longer waits
             }
         }
     }
 }
 
-/// The way to the bus: cloned by every shard and the admin listener.
+/// Sends requests to the bus. Each shard and the admin listener has a clone.
 pub type Requests = mpsc::UnboundedSender<Request>;
 
 /// What a bus works with.
 #[derive(Debug)]
 pub struct BusContext {
-    /// What it is asked.
     pub requests: mpsc::UnboundedReceiver<Request>,
-    /// Whom it tells.
     pub shards: Arc<dyn ShardSender>,
-    /// What it counts.
     pub metrics: Arc<BusMetrics>,
-    /// Where it says whether it works.
     pub readiness: Arc<Readiness>,
 }
 
-/// A bus that can't go on at all, however long one waits.
+/// The bus can't work with these settings: a retry can't succeed.
 #[derive(Clone, Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct Unusable(pub String);
 
-/// Runs the bus that the settings name until every sender of requests is gone.
-pub async fn run(settings: &Settings, wiring: BusContext) -> Result<(), Unusable> {
+/// Runs the bus of these settings until all senders of requests are dropped.
+pub async fn run(settings: &Settings, context: BusContext) -> Result<(), Unusable> {
     match &settings.redis {
         None => {
-            local::run(settings, wiring).await;
+            local::run(settings, context).await;
             Ok(())
         }
-        Some(url) => redis::run(settings, url, wiring).await,
+        Some(url) => redis::run(settings, url, context).await,
     }
 }

@@ -2,38 +2,39 @@
 
 use crate::protocol::event::{Entry, EventId};
 
-/// How many ids one page of history spans; pages begin at multiples of it.
+/// Ids in one page of history. Pages start at multiples of it.
 pub const PAGE: u64 = 256;
 
-/// Bytes that an answer may hold before the position asked for: so much is read from the page's begin for others to
-/// share.
-pub const PART_SHARED: usize = 64 * 1024;
+/// Most bytes of events before the position asked for. They are read from the start of the page, so
+/// that other readers of the page can use the same answer.
+pub const SHARED_BYTES: usize = 64 * 1024;
 
 /// The position before the page that holds the event after `position`.
-pub fn page_begin(position: EventId) -> EventId {
+pub fn page_start(position: EventId) -> EventId {
     let first = position.next().0;
     EventId(first - first % PAGE).previous()
 }
 
 /// A page of history or a part of it, all from one moment.
+///
+/// `entries` holds the events after `after` that history has, in order and consecutive, private
+/// ones among them. The first of the page are missing if history was trimmed. The last are missing
+/// if the head is inside the page, or if the size asked for was reached, after at least one event.
 #[derive(Clone, Debug)]
 pub struct Page {
-    /// The position that its events follow: the one asked for, or an earlier one of the same page.
+    /// The position asked for, or an earlier one of the same page.
     pub after: EventId,
-    /// The last anchor: no position before it is continuous with what follows.
+    /// The first position of the epoch: no position before it is continuous with what follows.
     pub base: EventId,
-    /// The last id given.
+    /// The last id used.
     pub head: EventId,
-    /// The oldest id that history holds; `head + 1` when it holds none.
+    /// The oldest id in history; `head + 1` if history is empty.
     pub oldest: EventId,
-    /// The page's events that history holds, in order and consecutive, private ones among them. The front is
-    /// missing where history was trimmed; the end where the head stands inside the page, or where the size asked
-    /// for was reached: then it holds at least one event.
     pub entries: Vec<Entry>,
 }
 
 impl Page {
-    /// Whether it says what follows `position`: the next event, or that it is gone for good.
+    /// Whether it shows what follows `position`: the next event, or that events are gone.
     pub fn covers(&self, position: EventId) -> bool {
         let end = self.entries.last().map_or(self.after, |entry| entry.last);
         let gone = is_gone(position, self.base, self.head, self.oldest);
@@ -41,29 +42,30 @@ impl Page {
     }
 }
 
-/// Whether position `at` is proven continuous with what follows: nothing after it is missing.
-pub fn is_continuous(at: EventId, base: EventId, head: EventId, oldest: EventId) -> bool {
-    base <= at && at <= head && (at == head || oldest <= at.next())
+/// Whether no event after `position` is missing: history has all of them, in the position's epoch.
+pub fn is_continuous(position: EventId, base: EventId, head: EventId, oldest: EventId) -> bool {
+    base <= position && position <= head && (position == head || oldest <= position.next())
 }
 
-/// Whether what follows position `at` is gone for good, at least in part.
-pub fn is_gone(at: EventId, base: EventId, head: EventId, oldest: EventId) -> bool {
-    at < base || (at < head && oldest > at.next())
+/// Whether events after `position` are missing from history for good.
+pub fn is_gone(position: EventId, base: EventId, head: EventId, oldest: EventId) -> bool {
+    position < base || (position < head && oldest > position.next())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    /// Every small history: what is proven is just what can be shown to miss nothing.
+    /// All small histories: a position is continuous if and only if it belongs to the epoch and
+    /// history holds all that follows it.
     #[test]
-    fn a_position_is_proven_if_and_only_if_history_holds_all_that_follows_it_in_its_run() {
+    fn continuous_positions_miss_nothing() {
         for (base, head) in (0..6_u64).flat_map(|base| (base..8).map(move |head| (base, head))) {
             for (oldest, at) in (base + 1..=head + 1).flat_map(|oldest| (0..10).map(move |at| (oldest, at))) {
-                let of_this_run = base <= at && at <= head;
+                let in_epoch = base <= at && at <= head;
                 let held = (at + 1..=head).all(|id| oldest <= id);
-                let proven = is_continuous(EventId(at), EventId(base), EventId(head), EventId(oldest));
-                assert_eq!(proven, of_this_run && held, "{at}: base {base}, head {head}, oldest {oldest}");
+                let continuous = is_continuous(EventId(at), EventId(base), EventId(head), EventId(oldest));
+                assert_eq!(continuous, in_epoch && held, "{at}: base {base}, head {head}, oldest {oldest}");
             }
         }
     }

@@ -17,7 +17,7 @@ use super::connections::token;
 use super::deferred::FANOUT_WRITES;
 use super::*;
 use crate::auth::keys::KeyRing;
-use crate::bus::{Answer, PAGE, Page, PublishError, page_begin};
+use crate::bus::{Answer, PAGE, Page, PublishError, page_start};
 use crate::config::Action;
 use crate::limits::connections::ConnectionLimits;
 use crate::metrics::{BusMetrics, Readiness};
@@ -328,7 +328,7 @@ impl Testbed {
                 }
                 Request::Read { channel, position, .. } => {
                     // Some answers begin before the position, and some end before their page does.
-                    let begin = page_begin(position);
+                    let begin = page_start(position);
                     let after = if position.0.is_multiple_of(5) { position } else { begin };
                     let end = begin.0 + PAGE;
                     let oldest = self.history.front().map_or(self.head + 1, |(id, ..)| *id);

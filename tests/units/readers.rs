@@ -11,7 +11,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use fanfare::bus::{BusMessage, PAGE, Page, Request, page_begin};
+use fanfare::bus::{BusMessage, PAGE, Page, Request, page_start};
 use fanfare::protocol::event::{ChannelName, Entry, EventId};
 use fanfare::shard::mailbox::{Mailboxes, ShardMessage};
 use serde_json::json;
@@ -148,7 +148,7 @@ impl Bus {
                 Request::Read { channel, position, .. } => {
                     self.pages += 1;
                     // Some answers are too large, and end before their page does.
-                    let begin = page_begin(position);
+                    let begin = page_start(position);
                     let end = begin.0 + PAGE;
                     let end = if self.rng.below(4) == 0 {
                         end.min(position.0 + 1 + self.rng.below(60))

@@ -10,7 +10,7 @@ use super::scripts::{KnownPosition, ReadRange};
 use super::subscriptions::read_page;
 use super::{Bus, Outcome, advice, decode, scripts};
 use crate::bus::reads::{Read, Reads};
-use crate::bus::{BusError, BusMessage, PAGE, PART_SHARED, Page, ShardId, page_begin};
+use crate::bus::{BusError, BusMessage, PAGE, Page, SHARED_BYTES, ShardId, page_start};
 use crate::feed::eviction::EvictionQueue;
 use crate::protocol::event::{ChannelName, Entry, EventId};
 
@@ -48,7 +48,7 @@ impl History {
 
     /// A part that covers this position, in the epoch that starts at `base`.
     fn find(&self, channel: &ChannelName, position: EventId, base: EventId) -> Option<&Arc<Page>> {
-        let page = (channel.clone(), page_begin(position))..=(channel.clone(), position);
+        let page = (channel.clone(), page_start(position))..=(channel.clone(), position);
         let mut parts = self.kept.range(page).rev().map(|(_, part)| part);
         parts.find(|part| part.base == base && part.covers(position))
     }
@@ -110,14 +110,14 @@ impl Bus {
                 continue;
             };
             self.handles.metrics.reads.add(1);
-            let start = page_begin(position);
+            let start = page_start(position);
             let range = ReadRange {
                 from: position.next(),
                 to: EventId(start.0 + PAGE),
                 events: PAGE,
                 bytes,
                 shared_from: start.next(),
-                shared_bytes: PART_SHARED,
+                shared_bytes: SHARED_BYTES,
             };
             let args = scripts::read_args(&self.handles.settings, self.known(&channel), range);
             let (commands, outcomes, reads) =

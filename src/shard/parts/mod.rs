@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use super::channels::ChannelId;
 use crate::bus::reads::{Read, Reads};
-use crate::bus::{ConnectionId, Page, is_continuous, is_gone, page_begin};
+use crate::bus::{ConnectionId, Page, is_continuous, is_gone, page_start};
 use crate::feed::Feed;
 use crate::feed::eviction::EvictionQueue;
 use crate::protocol::event::{Entry, EventId};
@@ -104,7 +104,7 @@ impl Parts {
 
     /// A part that says what follows this position.
     pub fn find(&mut self, channel: ChannelId, position: EventId, tick: u32) -> Option<&mut Part> {
-        let ids = (channel, page_begin(position))..=(channel, position);
+        let ids = (channel, page_start(position))..=(channel, position);
         let part =
             self.parts.range_mut(ids).rev().map(|(_, part)| part).find(|part| part.covers(position))?;
         part.used = tick;

@@ -1,7 +1,7 @@
 use std::collections::VecDeque;
 
 use super::*;
-use crate::bus::{PAGE, PART_SHARED};
+use crate::bus::{PAGE, SHARED_BYTES};
 use crate::ws::replay::Replay;
 use crate::ws::writer::BURST;
 use proptest::prelude::*;
@@ -30,11 +30,11 @@ impl Bus {
 
     /// Answers like `read.lua`, whose steps may exceed the size asked for.
     fn answer(&mut self, position: u64, bytes: usize, step: u64) -> Page {
-        let before = page_begin(EventId(position)).0;
+        let before = page_start(EventId(position)).0;
         let end = (before + PAGE).min(self.head());
         let size = |from: u64, to: u64| (from..=to).map(|id| self.size(id)).sum::<usize>();
         let from = (before + 1).max(self.oldest);
-        let shares = from <= position && size(from, position) < PART_SHARED;
+        let shares = from <= position && size(from, position) < SHARED_BYTES;
         let from = if shares { from } else { (position + 1).max(self.oldest) };
         let mut last = position.max(self.oldest - 1);
         while last < end && size(position.max(self.oldest - 1) + 1, last) < bytes {
