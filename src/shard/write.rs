@@ -77,7 +77,7 @@ impl Shard {
         match connection.flush(feed, &mut self.tally) {
             Flushed::Behind => {
                 connection.start_replay(feed, connection.position);
-                return Step::Next;
+                Step::Next
             }
             Flushed::Blocked if connection.is_inside_frame(feed) => {
                 channel.note_partly_written(connection.cursor.entry, slot);

@@ -1,0 +1,136 @@
+//! Fan-outs: how much is written in a turn, and events without id when memory is short.
+
+use std::io::Read;
+
+use super::super::Shard;
+use super::super::deferred::FANOUT_WRITES;
+use super::testbed::{CLIENTS, Client, Testbed, take_frame};
+use crate::protocol::event::{Entry, EventId};
+use crate::ws::connection::State;
+
+/// A turn makes a bounded number of writes, and a burst takes each connection few writes, for
+/// events of every kind.
+#[test]
+fn a_burst_is_written_in_turns() {
+    const READERS: usize = 600;
+    let _ = rlimit::increase_nofile_limit(u64::MAX);
+    let mut testbed = Testbed::new();
+    let mut readers: Vec<_> = (0..READERS).map(|_| testbed.connect(2, Some(1000))).collect();
+    let mut buffer = [0; 64 * 1024];
+    let mut drain = |readers: &mut Vec<Client>| {
+        for reader in readers {
+            while reader.socket.read(&mut buffer).is_ok_and(|read| read > 0) {}
+        }
+    };
+    let live = |shard: &Shard| {
+        let is_live = |slot: &u32| matches!(shard.connections[*slot].state, State::Live);
+        shard.connections.slots().filter(is_live).count()
+    };
+    while live(&testbed.shard) < READERS + CLIENTS.len() {
+        testbed.turn();
+        testbed.answer();
+    }
+    for name in ["public", "private", "plain", "mixed"] {
+        drain(&mut readers);
+        for n in 0..30 {
+            match (name, n % 3) {
+                ("plain", _) | ("mixed", 0) => testbed.deliver(Entry::plain(EventId(testbed.head), b"{}")),
+                ("private", _) | ("mixed", 1) => {
+                    testbed.publish(Some("alice".to_owned()), 0);
+                    testbed.deliver_from(testbed.head);
+                }
+                _ => {
+                    testbed.publish(None, 0);
+                    testbed.deliver_from(testbed.head);
+                }
+            }
+        }
+        let (mut total, mut turns) = (0, 0);
+        while testbed.shard.has_deferred() {
+            let before = testbed.shard.tally.writes;
+            testbed.shard.run_deferred();
+            let writes = testbed.shard.tally.writes - before;
+            assert!(writes <= FANOUT_WRITES, "{name}: {writes} writes in a turn");
+            (total, turns) = (total + writes, turns + 1);
+        }
+        let most = READERS + CLIENTS.len();
+        assert!(
+            total >= READERS as u64 && total <= 2 * most as u64,
+            "{name}: {total} writes in {turns} turns"
+        );
+    }
+}
+
+/// Delivers events without id of these sizes, all before the first turn or each before one. Returns
+/// how many of them each client received.
+fn deliver_plain_events(sizes: &[usize], with_turns: bool) -> (Testbed, Vec<usize>) {
+    let mut testbed = Testbed::new();
+    let follows = |testbed: &Testbed| {
+        let key = testbed.shard.channels.key(&testbed.channel);
+        key.is_some_and(|key| testbed.shard.channels[key].members.len() == CLIENTS.len())
+    };
+    while !follows(&testbed) || testbed.shard.has_deferred() {
+        testbed.turn();
+        testbed.answer();
+    }
+    for size in sizes {
+        let text = format!(r#"{{"plain":"{}"}}"#, "x".repeat(*size));
+        testbed.deliver(Entry::plain(EventId(testbed.head), text.as_bytes()));
+        if with_turns {
+            testbed.turn();
+        }
+    }
+    let mut counts = vec![0; CLIENTS.len()];
+    let (mut buffer, mut idle_turns) = (vec![0; 64 * 1024], 0);
+    while idle_turns < 3 {
+        idle_turns += 1;
+        testbed.turn();
+        for (client, count) in testbed.clients.iter_mut().zip(&mut counts) {
+            while let Ok(read) = client.socket.read(&mut buffer) {
+                client.unparsed.extend(&buffer[..read]);
+                idle_turns = 0;
+            }
+            if !client.upgraded
+                && let Some(end) = client.unparsed.windows(4).position(|four| four == b"\r\n\r\n")
+            {
+                client.unparsed.drain(..end + 4);
+                client.upgraded = true;
+            }
+            while let Some((_, text)) = take_frame(&mut client.unparsed) {
+                *count += usize::from(text.starts_with(b"{\"plain\""));
+            }
+        }
+    }
+    (testbed, counts)
+}
+
+#[test]
+fn plain_event_longer_than_the_feed_reaches_all() {
+    let (mut testbed, counts) = deliver_plain_events(&[100, 40 * 1024], false);
+    assert_eq!(counts, [2; CLIENTS.len()]);
+    testbed.shard.on_tick();
+    assert!(testbed.shard.channels.feed_bytes() <= 8 * 1024, "its memory is freed after the delivery");
+    testbed.shard.end_turn();
+    assert_eq!(testbed.shard.metrics().pubsub_misses.get(), 0);
+}
+
+#[test]
+fn plain_events_beyond_the_feed_reach_all() {
+    let (testbed, counts) = deliver_plain_events(&[1000; 13], false);
+    assert_eq!(counts, [13; CLIENTS.len()]);
+    assert!(testbed.shard.tally.pubsub_misses == 0 && testbed.shard.channels.feed_bytes() > 8 * 1024);
+}
+
+#[test]
+fn missed_plain_events_are_counted_per_client() {
+    // More than feeds may hold in one turn.
+    let (mut testbed, counts) = deliver_plain_events(&[1000; 40], false);
+    assert!(counts.iter().all(|count| (7..40).contains(count)), "{counts:?}");
+    testbed.shard.end_turn();
+    assert_eq!(testbed.shard.metrics().pubsub_misses.get(), CLIENTS.len() as u64);
+    // Sockets that were full while events were evicted.
+    let (mut testbed, counts) = deliver_plain_events(&[1000; 60], true);
+    assert!(counts.iter().all(|count| *count < 60), "{counts:?}");
+    testbed.shard.end_turn();
+    assert!(testbed.shard.metrics().pubsub_misses.get() >= CLIENTS.len() as u64);
+}

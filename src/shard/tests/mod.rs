@@ -1,0 +1,5 @@
+//! A shard alone, without its event loop.
+
+mod fanout;
+mod positions;
+mod testbed;
