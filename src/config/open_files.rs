@@ -11,8 +11,9 @@ use super::{AdminAddr, Settings};
 /// beside two that are closing, name lookups, key files, and the files of `/proc` that `/metrics`
 /// reads.
 const NODE: u32 = 40;
-/// Descriptors of a shard: its epoll, a second handle to register sockets with, and its waker.
-const SHARD: u32 = 3;
+/// Descriptors of a shard: its epoll set, a second handle to register sockets with, and its ticker; the
+/// epoll set of its runtime, also twice, the runtime's waker, and the signals, which every runtime watches.
+const SHARD: u32 = 7;
 /// Most connections to the admin listener. A backend keeps a few of them open, a scraper one.
 const ADMIN_MAX: u32 = 256;
 /// With few descriptors, connections to the admin listener get an eighth of them, but at least

@@ -144,8 +144,6 @@ pub fn start(
             }
             acceptor.stuck = false;
             ready.retain(|number| acceptor.accept(&listeners[*number]));
-            // Only now: a shard that wakes for every socket would take turns with this loop.
-            (0..acceptor.shards.count()).for_each(|shard| acceptor.shards.wake(shard));
             if ready.is_empty() {
                 std::thread::sleep(GATHER);
             }
@@ -240,7 +238,6 @@ impl Acceptor {
         for listener in listeners {
             while self.accept(listener) && !self.stuck {}
         }
-        (0..self.shards.count()).for_each(|shard| self.shards.wake(shard));
     }
 
     fn hand_over(&self, stream: TcpStream, connection_slot: ConnectionSlot) {
@@ -248,7 +245,7 @@ impl Acceptor {
         let load = |shard: &usize| self.metrics.shards[*shard].load();
         let shard = (0..self.shards.count()).min_by_key(load).expect("there is at least one shard");
         self.metrics.shards[shard].accepted.add(1);
-        self.shards.queue(shard, ShardMessage::Socket(stream, connection_slot));
+        self.shards.send(shard, ShardMessage::Socket(stream, connection_slot));
     }
 }
 

@@ -170,35 +170,21 @@ fn start_shards(
     metrics: &Arc<Metrics>,
 ) -> io::Result<(Mailboxes, Ended)> {
     let (end, ended) = mpsc::unbounded_channel();
-    let mut inboxes = Vec::new();
-    let mut wakers = Vec::new();
-    let mut waiting = Vec::new();
-    for _ in 0..context.settings.shards.get() {
-        let (poll, waker) = shard::poll()?;
-        let (sender, inbox) = mpsc::unbounded_channel();
-        inboxes.push(sender);
-        wakers.push(waker.clone());
-        waiting.push((poll, waker, inbox));
-    }
-    let shards = Mailboxes::new(inboxes).with_wakers(wakers);
+    let (shards, inboxes) = Mailboxes::new(context.settings.shards.get());
     let unsent = Arc::new(NodeUnsent::default());
-    for (id, (poll, waker, inbox)) in waiting.into_iter().enumerate() {
-        let (context, requests, metrics) = (context.clone(), requests.clone(), metrics.clone());
-        let wiring = ShardContext {
+    for (id, inbox) in inboxes.into_iter().enumerate() {
+        let context = ShardContext {
             id,
-            context,
-            requests,
+            context: context.clone(),
+            requests: requests.clone(),
             shards: shards.clone(),
-            poll,
-            inbox,
-            waker,
-            metrics,
+            metrics: metrics.clone(),
             unsent: unsent.clone(),
             takes_binary: false,
         };
         let end = end.clone();
         thread::Builder::new().name(format!("shard-{id}")).spawn(move || {
-            let _ = end.send(shard::run(wiring)); // fails only when the node has returned already
+            let _ = end.send(shard::run(context, inbox)); // fails only when the node has returned already
         })?;
     }
     Ok((shards, ended))

@@ -1,78 +1,104 @@
-//! The event loop of a shard: it waits for sockets that are ready, for messages and for the tick,
-//! then works.
+//! The event loop of a shard: it waits for messages, for sockets that are ready and for the tick, then works.
+//!
+//! It runs on a current-thread runtime of tokio. Its sockets are registered in an epoll set of its own, which the
+//! runtime watches as one descriptor: epoll returns slot and generation, so a connection costs no task, no waker
+//! and no memory of the runtime.
 
 use std::io;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use mio::{Events, Poll, Token};
+use tokio::io::unix::AsyncFd;
 
-use super::mailbox::ShardWaker;
+use super::mailbox::Inbox;
+use super::runtime::{self, Ticker};
 use super::timers::TICK;
-use super::{ShardContext, assemble};
+use super::{Shard, ShardContext, assemble};
 
 /// Most messages handled before sockets get their turn.
 const MESSAGES_A_TURN: usize = 1024;
 
-/// Sockets that epoll names at once.
+/// Sockets that epoll returns at once.
 const EVENTS: usize = 1024;
 
-/// What epoll says when a message wakes the shard. No connection has it: slots are below 2^32.
-const WAKE: Token = Token(usize::MAX);
+/// The ticker in the epoll set. No connection has this token: slots are below 2^32.
+const TICKER: Token = Token(usize::MAX);
 
-/// A poll for a shard, and what wakes it.
-pub fn poll() -> io::Result<(Poll, Arc<ShardWaker>)> {
-    let poll = Poll::new()?;
-    let waker = ShardWaker::new(poll.registry(), WAKE)?;
-    Ok((poll, Arc::new(waker)))
+/// Runs a shard in this thread until it has drained.
+pub fn run(context: ShardContext, inbox: Inbox) -> io::Result<()> {
+    runtime::build()?.block_on(async { EventLoop::new(context, inbox)?.run().await })
 }
 
-/// Runs a shard until it has drained.
-pub fn run(context: ShardContext) -> io::Result<()> {
-    let (mut shard, mut poll, mut inbox, waker) = assemble(context)?;
-    let mut events = Events::with_capacity(EVENTS);
-    let mut next_tick = Instant::now() + TICK;
-    let mut more = false;
-    while !shard.has_ended() {
-        let busy = more || shard.has_deferred();
-        let wait = if busy { Duration::ZERO } else { next_tick.saturating_duration_since(Instant::now()) };
-        let slept = waker.sleep(
-            || wait.is_zero() || !inbox.is_empty(),
-            |may_sleep| poll.poll(&mut events, Some(if may_sleep { wait } else { Duration::ZERO })),
-        );
-        match slept {
-            Err(error) if error.kind() != io::ErrorKind::Interrupted => return Err(error),
-            _ => {}
-        }
-        more = false;
-        shard.now = Instant::now();
-        for taken in 1.. {
-            let Ok(message) = inbox.try_recv() else { break };
-            shard.handle_message(message);
-            if taken == MESSAGES_A_TURN {
-                more = true;
-                break;
-            }
-        }
-        let mut named = 0;
-        for event in &events {
-            named += 1;
-            if event.token() == WAKE {
-                continue;
-            }
-            let end = event.is_read_closed() || event.is_error();
-            shard.on_ready(event.token(), event.is_readable() || end, event.is_writable(), end);
-            shard.maybe_run_fanout(named);
-        }
-        more |= named == EVENTS;
-        shard.run_deferred();
-        let now = Instant::now();
-        shard.record_latencies(now);
-        if now >= next_tick {
-            next_tick = now + TICK;
-            shard.on_tick();
-        }
-        shard.end_turn();
+#[derive(Debug)]
+struct EventLoop {
+    shard: Shard,
+    inbox: Inbox,
+    sockets: AsyncFd<Poll>,
+    events: Events,
+    ticker: Ticker,
+}
+
+impl EventLoop {
+    /// Must be called within the runtime that is to watch the sockets.
+    fn new(context: ShardContext, inbox: Inbox) -> io::Result<EventLoop> {
+        let poll = Poll::new()?;
+        let ticker = Ticker::new(TICK)?;
+        ticker.register(poll.registry(), TICKER)?;
+        let shard = assemble(context, poll.registry().try_clone()?);
+        let events = Events::with_capacity(EVENTS);
+        Ok(EventLoop { shard, inbox, sockets: runtime::watch(poll)?, events, ticker })
     }
-    Ok(())
+
+    async fn run(mut self) -> io::Result<()> {
+        let mut has_more_events = false;
+        while !self.shard.has_ended() {
+            // While there is work the sockets are polled directly: asking the runtime would be a second system call.
+            let is_busy = has_more_events || self.shard.has_deferred() || !self.inbox.is_empty();
+            let mut polls_sockets = is_busy;
+            let mut first = None;
+            if !is_busy {
+                tokio::select! {
+                    biased;
+                    message = self.inbox.recv() => first = message,
+                    ready = self.sockets.readable_mut() => {
+                        // The poll below takes every event. Where it can't, `has_more_events` repeats it before the next wait.
+                        ready?.clear_ready();
+                        polls_sockets = true;
+                    }
+                }
+            }
+            self.events.clear();
+            if polls_sockets {
+                match self.sockets.get_mut().poll(&mut self.events, Some(Duration::ZERO)) {
+                    Err(error) if error.kind() != io::ErrorKind::Interrupted => return Err(error),
+                    _ => {}
+                }
+            }
+            let shard = &mut self.shard;
+            shard.now = Instant::now();
+            for _ in 0..MESSAGES_A_TURN {
+                let Some(message) = first.take().or_else(|| self.inbox.try_recv().ok()) else { break };
+                shard.handle_message(message);
+            }
+            let (mut done, mut ticked) = (0, false);
+            for event in &self.events {
+                done += 1;
+                if event.token() == TICKER {
+                    ticked = self.ticker.has_ticked()?;
+                    continue;
+                }
+                let end = event.is_read_closed() || event.is_error();
+                shard.on_ready(event.token(), event.is_readable() || end, event.is_writable(), end);
+                shard.maybe_run_fanout(done);
+            }
+            has_more_events = done == EVENTS;
+            shard.run_deferred();
+            shard.record_latencies(Instant::now());
+            if ticked {
+                shard.on_tick();
+            }
+            shard.end_turn();
+        }
+        Ok(())
+    }
 }

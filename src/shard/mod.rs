@@ -3,7 +3,7 @@
 //!
 //! | file | content |
 //! |---|---|
-//! | [`mailbox`], `event_loop` | messages to a shard; the loop that waits for messages, sockets and ticks |
+//! | [`mailbox`], `event_loop`, `runtime` | messages to a shard; the loop that waits for messages, sockets and ticks |
 //! | `connections`, `channel_table`, `channels` | connections by slot, channels by key, one channel with its members |
 //! | `read`, `publish` | from a socket: requests, frames, messages |
 //! | `join` | from a request to a member of a channel |
@@ -13,12 +13,11 @@
 //! | `unsent`, `partial_messages` | limits for what is kept for full sockets and incomplete messages |
 //! | `close` | the end of a connection |
 
-use std::io;
 use std::sync::Arc;
 use std::time::Instant;
 
 use mio::net::TcpStream;
-use mio::{Poll, Token};
+use mio::{Registry, Token};
 
 use crate::bus::{BusMessage, Request, Requests, ShardId};
 use crate::config::Settings;
@@ -47,6 +46,7 @@ mod parts;
 mod private;
 mod publish;
 mod read;
+pub(crate) mod runtime;
 #[cfg(test)]
 mod tests;
 mod timers;
@@ -58,10 +58,10 @@ use connections::ConnectionTable;
 use deadlines::Deadlines;
 use deferred::Deferred;
 use drain::Drain;
-pub use event_loop::{poll, run};
+pub use event_loop::run;
 use history::ReplayQueue;
 use liveness::Sweep;
-use mailbox::{Inbox, Mailboxes, ShardMessage, ShardWaker};
+use mailbox::{Mailboxes, ShardMessage};
 use partial_messages::PartialMessages;
 use read::Input;
 pub use unsent::NodeUnsent;
@@ -75,10 +75,6 @@ pub struct ShardContext {
     pub requests: Requests,
     /// The mailboxes of all shards.
     pub shards: Mailboxes,
-    /// Registers its sockets; from [`poll`], like `waker`.
-    pub poll: Poll,
-    pub inbox: Inbox,
-    pub waker: Arc<ShardWaker>,
     pub metrics: Arc<Metrics>,
     /// What all shards keep for full sockets.
     pub unsent: Arc<NodeUnsent>,
@@ -113,18 +109,17 @@ pub struct Shard {
     tick: u32,
 }
 
-/// A shard without connections, with its poll, its inbox and its waker.
-fn assemble(context: ShardContext) -> io::Result<(Shard, Poll, Inbox, Arc<ShardWaker>)> {
-    let ShardContext { id, context, requests, shards, poll, inbox, waker, metrics, unsent, takes_binary } =
-        context;
+/// A shard without connections. `registry` is for their sockets.
+fn assemble(context: ShardContext, registry: Registry) -> Shard {
+    let ShardContext { id, context, requests, shards, metrics, unsent, takes_binary } = context;
     let settings = &context.settings;
     let limits = decoder::Limits { max_message_size: settings.max_message_size, binary: takes_binary };
-    let shard = Shard {
+    Shard {
         id,
         requests,
         shards,
         metrics,
-        connections: ConnectionTable::new(id, poll.registry().try_clone()?),
+        connections: ConnectionTable::new(id, registry),
         channels: ChannelTable::new(),
         replay: ReplayQueue::new(settings),
         deferred: Deferred::default(),
@@ -138,8 +133,7 @@ fn assemble(context: ShardContext) -> io::Result<(Shard, Poll, Inbox, Arc<ShardW
         now: Instant::now(),
         tick: 0,
         context,
-    };
-    Ok((shard, poll, inbox, waker))
+    }
 }
 
 impl Shard {

@@ -98,7 +98,7 @@ async fn survives_running_out_of_descriptors() {
 
 #[tokio::test]
 async fn descriptors_are_reserved_per_shard() {
-    const FILES: f64 = 500.0;
+    const FILES: f64 = 600.0;
     let redis = Redis::start(&[]).await;
     for shards in ["1", "9", "65"] {
         let flags = ["--shards", shards, "--listen", "127.0.0.1:0,127.0.0.1:0", "--redis", &redis.url()];

@@ -32,13 +32,11 @@ impl SingleShard {
         let Ok(Action::Run(settings)) = Settings::from(flags.iter().map(Into::into), []) else {
             return Err("these settings should be good".into());
         };
-        let (poll, waker) = shard::poll()?;
-        let (inbox_tx, inbox) = mpsc::unbounded_channel();
         let (requests, asked) = mpsc::unbounded_channel();
-        let (other_tx, other) = mpsc::unbounded_channel();
         let numbers = Arc::new(BusMetrics::default());
         let metrics = Arc::new(Metrics::new(1, numbers, Arc::new(Readiness::default())));
-        let shards = Mailboxes::new(vec![inbox_tx, other_tx]).with_wakers(vec![waker.clone()]);
+        let (shards, inboxes) = Mailboxes::new(2);
+        let [inbox, other] = <[Inbox; 2]>::try_from(inboxes).map_err(|_| "two inboxes")?;
         let keys = Arc::new(KeyRing::load(&settings).map_err(|_| "there are no keys to load")?);
         let limits = Arc::new(ConnectionLimits::new(&settings));
         let readiness = metrics.readiness.clone();
@@ -54,14 +52,11 @@ impl SingleShard {
             context,
             requests,
             shards: shards.clone(),
-            poll,
-            inbox,
-            waker,
             metrics: metrics.clone(),
             unsent: Arc::default(),
             takes_binary,
         };
-        thread::spawn(|| shard::run(wiring).expect("a poll that works"));
+        thread::spawn(|| shard::run(wiring, inbox).expect("epoll works"));
         Ok(SingleShard { shards, other, asked, metrics, limits })
     }
 }

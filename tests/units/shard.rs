@@ -2,9 +2,10 @@
 
 use std::io::Read;
 use std::ops::RangeInclusive;
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use fanfare::bus::{BusMessage, Page, Request, ShardSender};
 use fanfare::protocol::event::{ChannelName, Entry, EventId};
 use fanfare::shard::mailbox::ShardMessage;
@@ -151,14 +152,37 @@ fn addressed(ids: RangeInclusive<u64>, to: Option<&str>) -> Entry {
 
 impl Shard {
     fn gets(&self, entry: Entry) {
-        self.queue("a", entry);
-        self.0.shards.wake(0);
+        self.gets_in("a", entry);
     }
 
-    /// Sends an entry without waking the shard.
-    fn queue(&self, channel: &str, entry: Entry) {
+    fn gets_in(&self, channel: &str, entry: Entry) {
         let channel = ChannelName::parse(channel).expect("a name");
-        self.0.shards.queue(0, BusMessage::Entry { channel, entry, arrived: Instant::now() });
+        self.0.shards.send(0, BusMessage::Entry { channel, entry, arrived: Instant::now() });
+    }
+
+    /// Stops the shard's thread until the sender is dropped. The shard handles what is sent
+    /// meanwhile in one turn.
+    fn pause(&self) -> mpsc::Sender<()> {
+        let (resume, resumed) = mpsc::channel();
+        let mut entry = Entry::plain(EventId(0), b"");
+        entry.bytes = Bytes::from_owner(WaitsInDrop(resumed));
+        self.gets_in("a-channel-that-it-does-not-follow", entry);
+        resume
+    }
+}
+
+/// Bytes whose owner waits until the sender is dropped.
+struct WaitsInDrop(mpsc::Receiver<()>);
+
+impl AsRef<[u8]> for WaitsInDrop {
+    fn as_ref(&self) -> &[u8] {
+        b""
+    }
+}
+
+impl Drop for WaitsInDrop {
+    fn drop(&mut self) {
+        let _ = self.0.recv();
     }
 }
 
@@ -321,6 +345,7 @@ async fn large_fanout_does_not_starve_other_channels() {
     let mixes: [&[&dyn Fn(u64) -> Entry]; 4] =
         [&[&to_alice], &[&public], &[&plain], &[&to_alice, &plain, &public]];
     for (mix, name) in mixes.into_iter().zip(["private", "public", "plain", "mixed"]) {
+        let paused = shard.pause();
         for n in 0..90 {
             let kind = mix[n % mix.len()];
             let mut entry = kind(id + 1);
@@ -328,11 +353,11 @@ async fn large_fanout_does_not_starve_other_channels() {
                 entry = kind(id);
             }
             id = entry.last.0;
-            shard.queue("a", entry);
+            shard.gets(entry);
         }
         to_bob += 1;
-        shard.queue("b", events(to_bob..=to_bob));
-        shard.0.shards.wake(0);
+        shard.gets_in("b", events(to_bob..=to_bob));
+        drop(paused);
         delivered += 90 * READERS as u64 + 1;
         until("everything to be delivered", || async {
             (shard.0.metrics.shards[0].events_delivered.get() >= delivered).then_some(())
@@ -371,10 +396,11 @@ async fn private_event_evicted_early_is_replayed() {
     };
     let mut entries = vec![addressed(1001..=1001, Some("alice"))];
     entries.extend((1002..=1004).map(large));
+    let paused = shard.pause();
     for entry in &entries {
-        shard.queue("a", entry.clone());
+        shard.gets(entry.clone());
     }
-    shard.0.shards.wake(0);
+    drop(paused);
     let Request::Read { channel, position, .. } = shard.asks().await else { panic!("it asks for history") };
     let (base, head, oldest) = (EventId(1000), EventId(1004), EventId(1001));
     let page = Page { after: base, base, head, oldest, entries };

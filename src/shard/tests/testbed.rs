@@ -7,6 +7,7 @@ use std::net::Ipv4Addr;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 
+use mio::Poll;
 use socket2::SockRef;
 use tokio::sync::mpsc;
 
@@ -80,8 +81,8 @@ impl Testbed {
         let Ok(Action::Run(settings)) = Settings::from(flags.iter().map(Into::into), []) else {
             panic!("good settings")
         };
-        let (poll, waker) = poll().expect("a poll");
-        let (inbox_tx, inbox) = mpsc::unbounded_channel();
+        let poll = Poll::new().expect("a poll");
+        let registry = poll.registry().try_clone().expect("a descriptor");
         let (requests_tx, requests) = mpsc::unbounded_channel();
         let metrics = Metrics::new(1, Arc::new(BusMetrics::default()), Arc::new(Readiness::default()));
         let metrics = Arc::new(metrics);
@@ -95,20 +96,17 @@ impl Testbed {
             limits: limits.clone(),
             loopback: Arc::default(),
         };
-        let shards = Mailboxes::new(vec![inbox_tx]);
+        let (shards, _inboxes) = Mailboxes::new(1);
         let context = ShardContext {
             id: 0,
             context,
             requests: requests_tx,
             shards,
-            poll,
-            inbox,
-            waker,
             metrics,
             unsent: Arc::default(),
             takes_binary: false,
         };
-        let (shard, poll, ..) = assemble(context).expect("a shard");
+        let shard = assemble(context, registry);
         let mut testbed = Testbed {
             shard,
             requests,
