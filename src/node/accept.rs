@@ -7,11 +7,14 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr};
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::Duration;
+use std::{future, iter, mem, thread};
 
 use mio::net::{TcpListener, TcpStream};
-use mio::{Events, Interest, Poll, Token, Waker};
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 use tokio::sync::oneshot;
 
 use crate::config::{PingFormat, Settings};
@@ -20,7 +23,8 @@ use crate::limits::connections::{ConnectionLimits, ConnectionSlot, LimitReached}
 use crate::metrics::rejections::RejectionClass;
 use crate::metrics::{AcceptLog, Metrics};
 use crate::node::memory_watch::MemoryWatch;
-use crate::shard::mailbox::{Mailboxes, ShardMessage};
+use crate::shard::mailbox::{Mailboxes, NewSocket, ShardMessage};
+use crate::shard::runtime::{self, Ticker};
 
 /// Connections that the kernel holds until they are accepted; it takes the smaller of this and
 /// net.core.somaxconn. A storm of reconnects waits here instead of retrying after a second.
@@ -41,10 +45,8 @@ const GATHER: Duration = Duration::from_millis(1);
 /// Accepts in a row before the other listeners get their turn.
 const ACCEPTS: usize = 256;
 
-/// Longest sleep: the watchdog wants to see that the loop lives.
-const NAP: Duration = Duration::from_millis(500);
-
-const STOP: Token = Token(usize::MAX);
+/// Time between two turns at least: the watchdog wants to see that the loop lives.
+const TURN: Duration = Duration::from_millis(500);
 
 /// Binds a public listener.
 pub fn bind(addr: SocketAddr, settings: &Settings) -> io::Result<TcpListener> {
@@ -73,35 +75,41 @@ pub fn adopt(listener: std::net::TcpListener, settings: &Settings) -> io::Result
     Ok(TcpListener::from_std(listener))
 }
 
-/// Ends the accept loop when dropped.
+/// A running accept loop.
 #[derive(Debug)]
-pub struct Stop(Arc<Waker>);
+pub struct AcceptLoop {
+    stop: oneshot::Sender<()>,
+    ended: oneshot::Receiver<io::Result<()>>,
+}
 
-impl Drop for Stop {
-    fn drop(&mut self) {
-        // It fails only when the loop's poll is gone, and the loop with it.
-        let _ = self.0.wake();
+impl AcceptLoop {
+    /// Why it ended, if it does so by itself.
+    pub async fn failed(&mut self) -> io::Error {
+        match (&mut self.ended).await {
+            Ok(Err(error)) => error,
+            _ => future::pending().await,
+        }
+    }
+
+    /// Accepts whoever waits already, unless the listeners are shared with the process that comes next, and closes them.
+    pub async fn stop(self) {
+        drop(self.stop);
+        let _ = self.ended.await; // it has ended, however
     }
 }
 
-/// Accepts until the returned [`Stop`] is dropped. Then it accepts whoever waits already, unless the listeners are
-/// `shared` with the process that comes next; closes them, and the receiver is told.
+/// Accepts in a thread of its own, until [`AcceptLoop::stop`]. Whether the listeners are `shared` with other processes
+/// decides who accepts those who wait then.
 pub fn start(
     settings: &Settings,
-    mut listeners: Vec<TcpListener>,
+    listeners: Vec<TcpListener>,
     shared: bool,
     shards: Mailboxes,
     limits: Arc<ConnectionLimits>,
     metrics: Arc<Metrics>,
-) -> io::Result<(Stop, oneshot::Receiver<()>)> {
-    let mut poll = Poll::new()?;
-    for (number, listener) in listeners.iter_mut().enumerate() {
-        poll.registry().register(listener, Token(number), Interest::READABLE)?;
-    }
-    let waker = Arc::new(Waker::new(poll.registry(), STOP)?);
-    let stop = Stop(waker.clone());
-    let (end, ended) = oneshot::channel();
+) -> io::Result<AcceptLoop> {
     let mut acceptor = Acceptor {
+        batches: iter::repeat_with(Vec::new).take(shards.count()).collect(),
         shards,
         limits,
         memory: MemoryWatch::new(settings, metrics.clone()),
@@ -110,57 +118,40 @@ pub fn start(
         stuck: false,
         log: AcceptLog::default(),
     };
-    let accept = move |listeners: &[TcpListener]| {
-        let _waker = waker; // a call is lost when its waker is gone before the loop has heard it
-        let mut events = Events::with_capacity(8);
-        // Listeners that may have more to accept: epoll tells only once.
-        let mut ready: Vec<usize> = Vec::new();
-        loop {
-            let wait = if acceptor.stuck {
-                PAUSE
-            } else if ready.is_empty() {
-                NAP
-            } else {
-                Duration::ZERO
-            };
-            if let Err(error) = poll.poll(&mut events, Some(wait))
-                && error.kind() != io::ErrorKind::Interrupted
-            {
-                tracing::error!(%error, "the accept loop can't wait for connections and ends");
-                return;
-            }
-            acceptor.metrics.accept_turns.add(1);
-            acceptor.memory.on_turn();
-            for event in &events {
-                match event.token() {
-                    STOP if shared => return,
-                    STOP => return acceptor.accept_the_rest(listeners),
-                    Token(number) if !ready.contains(&number) => ready.push(number),
-                    _ => {}
-                }
-            }
-            if events.is_empty() && ready.is_empty() {
-                continue;
-            }
-            acceptor.stuck = false;
-            ready.retain(|number| acceptor.accept(&listeners[*number]));
-            if ready.is_empty() {
-                std::thread::sleep(GATHER);
-            }
-        }
-    };
+    let (stop, stopped) = oneshot::channel();
+    let (end, ended) = oneshot::channel();
     let body = move || {
-        accept(&listeners);
-        drop(listeners);
-        let _ = end.send(()); // fails only when nobody waits for it
+        let result = runtime::build().and_then(|runtime| {
+            runtime.block_on(async {
+                let listeners: Vec<_> =
+                    listeners.into_iter().map(runtime::watch).collect::<io::Result<_>>()?;
+                acceptor.run(&listeners, stopped).await?;
+                if !shared {
+                    acceptor.accept_the_rest(&listeners);
+                }
+                Ok(())
+            })
+        });
+        let _ = end.send(result); // fails only when nobody waits for it
     };
-    std::thread::Builder::new().name("accept".into()).spawn(body)?;
-    Ok((stop, ended))
+    thread::Builder::new().name("accept".into()).spawn(body)?;
+    Ok(AcceptLoop { stop, ended })
+}
+
+/// Returns when there may be somebody to accept.
+async fn any_ready(listeners: &[AsyncFd<TcpListener>]) {
+    future::poll_fn(|context| {
+        let ready = |listener: &AsyncFd<TcpListener>| listener.poll_read_ready(context).is_ready();
+        if listeners.iter().any(ready) { Poll::Ready(()) } else { Poll::Pending }
+    })
+    .await;
 }
 
 #[derive(Debug)]
 struct Acceptor {
     shards: Mailboxes,
+    /// Sockets accepted in this turn, for each shard.
+    batches: Vec<Vec<NewSocket>>,
     limits: Arc<ConnectionLimits>,
     memory: MemoryWatch,
     metrics: Arc<Metrics>,
@@ -177,6 +168,44 @@ fn spare() -> Option<File> {
 }
 
 impl Acceptor {
+    async fn run(
+        &mut self,
+        listeners: &[AsyncFd<TcpListener>],
+        mut stopped: oneshot::Receiver<()>,
+    ) -> io::Result<()> {
+        let ticker = runtime::watch(Ticker::new(TURN)?)?;
+        loop {
+            tokio::select! {
+                biased;
+                _ = &mut stopped => return Ok(()),
+                ready = ticker.readable() => {
+                    ready?.clear_ready();
+                    ticker.get_ref().has_ticked()?;
+                }
+                () = any_ready(listeners) => {}
+            }
+            self.metrics.accept_turns.add(1);
+            self.memory.on_turn();
+            self.stuck = false;
+            let mut more = false;
+            for listener in listeners {
+                // WouldBlock: until the runtime hears of it again, there is nobody.
+                let accept = |listener: &TcpListener| match self.accept(listener) {
+                    true => Ok(()),
+                    false => Err(io::ErrorKind::WouldBlock.into()),
+                };
+                more |= listener.try_io(Interest::READABLE, accept).is_ok();
+            }
+            let any = self.hand_over();
+            // The thread sleeps, not the task: the runtime would wake for each connection that comes meanwhile.
+            if self.stuck {
+                thread::sleep(PAUSE);
+            } else if any && !more {
+                thread::sleep(GATHER);
+            }
+        }
+    }
+
     /// Accepts what waits; `true` when there may be more.
     fn accept(&mut self, listener: &TcpListener) -> bool {
         for _ in 0..ACCEPTS {
@@ -189,7 +218,7 @@ impl Acceptor {
                         Err(LimitReached::Node)
                     };
                     match admitted {
-                        Ok(connection_slot) => self.hand_over(stream, connection_slot),
+                        Ok(connection_slot) => self.add_to_batch(stream, connection_slot),
                         Err(limit) => {
                             self.metrics.count_early_rejection(limit.reason());
                             let rejection = limit.rejection();
@@ -234,18 +263,30 @@ impl Acceptor {
     }
 
     /// Whoever waits when a listener closes would get a reset instead of an answer.
-    fn accept_the_rest(&mut self, listeners: &[TcpListener]) {
+    fn accept_the_rest(&mut self, listeners: &[AsyncFd<TcpListener>]) {
+        self.stuck = false;
         for listener in listeners {
-            while self.accept(listener) && !self.stuck {}
+            while self.accept(listener.get_ref()) && !self.stuck {}
         }
+        self.hand_over();
     }
 
-    fn hand_over(&self, stream: TcpStream, connection_slot: ConnectionSlot) {
+    fn add_to_batch(&mut self, stream: TcpStream, connection_slot: ConnectionSlot) {
         // A socket under way to its shard counts at once, else a burst would go to one shard whole.
         let load = |shard: &usize| self.metrics.shards[*shard].load();
         let shard = (0..self.shards.count()).min_by_key(load).expect("there is at least one shard");
         self.metrics.shards[shard].accepted.add(1);
-        self.shards.send(shard, ShardMessage::Socket(stream, connection_slot));
+        self.batches[shard].push((stream, connection_slot));
+    }
+
+    /// Sends what was accepted to the shards, so that each wakes once for all of it. `true`: there was something.
+    fn hand_over(&mut self) -> bool {
+        let mut any = false;
+        for (shard, batch) in self.batches.iter_mut().enumerate().filter(|(_, batch)| !batch.is_empty()) {
+            self.shards.send(shard, ShardMessage::Sockets(mem::take(batch)));
+            any = true;
+        }
+        any
     }
 }
 

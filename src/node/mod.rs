@@ -66,7 +66,7 @@ pub async fn run(
 
     tell_start(&settings, &listeners)?;
     let (shards, mut ended) = start_shards(&context, &requests, &metrics)?;
-    let (stop_accepting, accepted) = accept::start(
+    let mut accept_loop = accept::start(
         &settings,
         listeners.public,
         listeners.shared,
@@ -89,6 +89,7 @@ pub async fn run(
     let why = tokio::select! {
         result = &mut bus => return Ok(result?),
         end = ended.recv() => return end.unwrap_or(Ok(())).map_err(|error| anyhow::anyhow!("a shard failed: {error}")),
+        error = accept_loop.failed() => anyhow::bail!("the accept loop failed: {error}"),
         why = shutdown => why,
     };
 
@@ -100,9 +101,8 @@ pub async fn run(
     readiness.drain();
     let drained = async {
         sleep(settings.drain_delay).await;
-        drop(stop_accepting);
         // Whoever is accepted last reaches a shard before it is told to end.
-        let _ = timeout(GRACE, accepted).await;
+        let _ = timeout(GRACE, accept_loop.stop()).await;
         for shard in 0..shards.count() {
             shards.send(shard, ShardMessage::Drain(settings.drain_timeout));
         }

@@ -14,11 +14,14 @@ use crate::limits::connections::ConnectionSlot;
 pub enum ShardMessage {
     /// From the bus, or from another shard in its place.
     Bus(BusMessage),
-    /// A new socket, with its slot in the connection limits.
-    Socket(TcpStream, ConnectionSlot),
+    /// New sockets.
+    Sockets(Vec<NewSocket>),
     /// The node is stopping: close every connection, spread over this time.
     Drain(Duration),
 }
+
+/// An accepted socket, and its slot in the connection limits.
+pub type NewSocket = (TcpStream, ConnectionSlot);
 
 impl From<BusMessage> for ShardMessage {
     fn from(message: BusMessage) -> ShardMessage {

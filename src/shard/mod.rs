@@ -149,7 +149,11 @@ impl Shard {
     fn handle_message(&mut self, message: ShardMessage) {
         match message {
             ShardMessage::Bus(message) => self.on_bus_message(message),
-            ShardMessage::Socket(stream, connection_slot) => self.on_socket(stream, connection_slot),
+            ShardMessage::Sockets(sockets) => {
+                for (stream, connection_slot) in sockets {
+                    self.on_socket(stream, connection_slot);
+                }
+            }
             ShardMessage::Drain(time) => self.on_drain(time),
         }
     }

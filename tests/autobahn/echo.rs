@@ -56,7 +56,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         socket.set_nonblocking(true)?;
         socket.set_nodelay(true)?;
         let connection_slot = limits.acquire(peer.ip()).map_err(|_| "the suite has too many connections")?;
-        shards.send(0, ShardMessage::Socket(mio::net::TcpStream::from_std(socket), connection_slot));
+        shards.send(0, ShardMessage::Sockets(vec![(mio::net::TcpStream::from_std(socket), connection_slot)]));
     }
 }
 

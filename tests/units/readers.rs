@@ -204,7 +204,10 @@ fn start(shared: &Arc<Shared>, seed: u64, feed: &str) -> (Bus, SocketAddr) {
         while let Ok((socket, peer)) = listener.accept().await {
             let socket = socket.into_std().expect("a socket of tokio's");
             let connection_slot = limits.acquire(peer.ip()).expect("there is room");
-            accepted.send(0, ShardMessage::Socket(mio::net::TcpStream::from_std(socket), connection_slot));
+            accepted.send(
+                0,
+                ShardMessage::Sockets(vec![(mio::net::TcpStream::from_std(socket), connection_slot)]),
+            );
         }
     });
     let name = ChannelName::parse(CHANNEL).expect("a name");

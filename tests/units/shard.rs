@@ -35,7 +35,9 @@ impl Shard {
         client.write_all(bytes).await.expect("there is room");
         let socket = socket.into_std().expect("a socket of tokio's");
         let connection_slot = self.0.limits.acquire(addr.ip()).expect("there is room");
-        self.0.shards.send(0, ShardMessage::Socket(mio::net::TcpStream::from_std(socket), connection_slot));
+        self.0
+            .shards
+            .send(0, ShardMessage::Sockets(vec![(mio::net::TcpStream::from_std(socket), connection_slot)]));
         client
     }
 

@@ -136,7 +136,7 @@ impl Testbed {
         SockRef::from(&theirs).set_send_buffer_size(4 << 10).expect("a socket");
         let theirs = std::net::TcpStream::from(OwnedFd::from(theirs));
         let connection_slot = self.limits.acquire(Ipv4Addr::LOCALHOST.into()).expect("there is room");
-        self.shard.handle_message(ShardMessage::Socket(TcpStream::from_std(theirs), connection_slot));
+        self.shard.handle_message(ShardMessage::Sockets(vec![(TcpStream::from_std(theirs), connection_slot)]));
         let (user, mode) = CLIENTS[number];
         let query = match (mode, position) {
             (Mode::Plain, _) => String::new(),
