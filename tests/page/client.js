@@ -188,7 +188,7 @@ const tests = {
     last().says({ type: "error", ref: c.ref, code: "rate_limited", message: "slow down" });
     last().ends(1006);
     equal(await Promise.all(outcomes),
-      [101, 102, "FanfareError too_fast", "FanfareError unknown", "FanfareError unknown"]);
+      [101, 102, "FanfareError rate_limited", "FanfareError unknown", "FanfareError unknown"]);
     equal([fanfare.lastEventId, d.ref], [100, 4]); // acks do not move it
   },
 

@@ -388,7 +388,7 @@ async fn client_detects_a_silent_node() {
         window.states = [];
         const send = WebSocket.prototype.send;
         WebSocket.prototype.send = function (text) { probes++; send.call(this, text); };
-        window.fanfare = new Fanfare('/ws/alice', { silence: 100, patience: 2000 });
+        window.fanfare = new Fanfare('/ws/alice', { pingInterval: 100, pongTimeout: 2000 });
         fanfare.on('state', ({ state, reason }) => states.push(reason ? `${state}: ${reason}` : state));";
     assert_eq!(browser.run_client(begin).await, Value::Null);
     let becomes = async |script: &str| {
@@ -397,10 +397,10 @@ async fn client_detects_a_silent_node() {
         })
         .await;
     };
-    becomes("probes >= 2").await; // so the first was answered
-    assert_eq!(browser.run("return states").await, json!(["connecting", "live"]), "it answers, so it lives");
+    becomes("probes >= 2").await; // so the first ping was answered
+    assert_eq!(browser.run("return states").await, json!(["connecting", "live"]), "the server answers, so it stays live");
     node.signal("STOP");
-    becomes("states.includes('waiting: no sign of life')").await;
+    becomes("states.includes('waiting: no answer to a ping')").await;
     node.signal("CONT");
     becomes("fanfare.state === 'live'").await;
     let sent = "return await fanfare.send('hello again') > 0;";

@@ -1,21 +1,21 @@
-// The client of fanfare, for browsers and whatever else has a global WebSocket (Node 22, Deno, Bun):
+// The client of fanfare, for browsers and other runtimes with a global WebSocket (Node 22, Deno, Bun):
 //   const news = new Fanfare("/ws/alice", { channel: "news" });
 //   news.on("message", (event) => show(event.sender, event.text));
-//   news.on("gap", () => refetch());      // something may be missing: load the state anew
-//   const id = await news.send("hello");  // the id that the event got
-// After any loss it comes back by itself, from the last id it saw. fanfare.d.ts explains options and events.
+//   news.on("gap", () => refetch());      // events may be missing: reload the state
+//   const id = await news.send("hello");  // the id of the event
+// It reconnects by itself and resumes from the last id. fanfare.d.ts describes options and events.
 
-const FIRST = 1_000; // ms; the ceiling of the first delay. It doubles with each attempt up to LONGEST, and
-const LONGEST = 30_000; // a delay is any part of it (full jitter), so that many clients don't come at once.
-const OPENING = 15_000; // ms from an attempt's start to the server's welcome
-const STEADY = 10_000; // ms that a connection must have lived for the next loss to count as a first one
+const FIRST = 1_000; // ms: the maximum of the first delay. It doubles with each attempt up to LONGEST, and
+const LONGEST = 30_000; // the delay is a random part of it (full jitter), so that clients spread out.
+const OPENING = 15_000; // ms from the start of an attempt to the welcome
+const STEADY = 10_000; // ms after which a connection counts as steady and the delays start again
 
-// Answered with a ping that carries our position. (Scripts neither see nor send WebSocket pings.)
-const PROBE = '{"type":"ping"}';
+// Answered with a ping that carries our position. (Scripts cannot see or send WebSocket pings.)
+const PING = '{"type":"ping"}';
 
-const FATAL = new Set([1002, 1003, 1007, 4003]); // after these, trying again repeats the mistake
-const BLAMED = new Set([1008, 1009]); // one message took too long on its way, or is too long: not the connection's fault
-const BUSY = new Set([1013, 4029]); // the server wants fewer attempts, or fewer messages
+const FATAL = new Set([1002, 1003, 1007, 4003]); // retrying would fail in the same way
+const MESSAGE_ERRORS = new Set([1008, 1009]); // caused by one message: incomplete for too long, or too big
+const BUSY = new Set([1013, 4029]); // the server is busy, or the client sends too much
 
 const failure = (code, message) => Object.assign(new Error(message || code), { name: "FanfareError", code });
 
@@ -24,18 +24,18 @@ export class Fanfare {
   #options;
   #handlers = { message: new Set(), state: new Set(), recovered: new Set(), gap: new Set(), error: new Set() };
   #state = "connecting";
-  #last = null; // our position's id; null as long as there is none
-  #head = -1; // ids up to this one are older than the connection
-  #socket = null; // what comes from any other is ignored
-  #timer; // the only one: an attempt's deadline, the delay before the next, or the watch over pingInterval
-  #pending = new Map(); // sent and not answered: ref → the promise's functions
+  #last = null; // the id of our position; null without one
+  #head = -1; // events up to this id are older than the connection
+  #socket = null; // events of other sockets are ignored
+  #timer; // the only one: the deadline of an attempt, the delay before the next, or the ping interval
+  #pending = new Map(); // unanswered messages: ref → the functions of the promise
   #ref = 0;
   #failures = 0; // losses since the last steady connection
   #renewed = false; // whether a fresh token has been tried since then
-  #busy = false; // the server asked for time, so nothing shortens the delay
+  #busy = false; // the server is busy, so nothing shortens the delay
   #since = Infinity; // when the connection became live
-  #heard = 0; // when the last frame came
-  #asked = -1; // when the last probe left
+  #heard = 0; // when the last frame arrived
+  #asked = -1; // when the last ping was sent
   #listening = new AbortController();
 
   constructor(url, { channel, lastEventId, ...options } = {}) {
@@ -44,11 +44,11 @@ export class Fanfare {
     if (channel) this.#url.searchParams.set("channel", channel);
     if ((lastEventId ?? "") !== "") this.#last = Number(lastEventId);
     this.#options = { pingInterval: 30_000, pongTimeout: 10_000, ...options };
-    // Moments when a connection is often found dead, or can be had again.
+    // Events at which connections are often dead, or possible again.
     const { signal } = this.#listening;
     for (const name of ["online", "offline", "pageshow", "visibilitychange"])
       globalThis.addEventListener?.(name, () => this.#wake(), { signal });
-    queueMicrotask(() => this.#state === "connecting" && this.#open()); // handlers added meanwhile hear all
+    queueMicrotask(() => this.#state === "connecting" && this.#open()); // handlers added meanwhile get all events
   }
 
   get state() { return this.#state; }
@@ -72,21 +72,21 @@ export class Fanfare {
   async #open() {
     this.#change("connecting");
     if (this.#state !== "connecting") return; // a handler has closed it
-    const attempt = (this.#socket = {}); // holds the socket's place while the token is fetched
+    const attempt = (this.#socket = {}); // stands for the socket while the token is fetched
     this.#after(OPENING, () => this.#lost(1006, "no welcome in time"));
     try {
       const url = new URL(this.#url);
       url.searchParams.set("lastEventId", this.#last ?? "");
       let { token } = this.#options;
       if (typeof token === "function") token = await token();
-      if (this.#socket !== attempt) return; // closed or given up meanwhile
+      if (this.#socket !== attempt) return; // closed or timed out meanwhile
       if (token) url.searchParams.set("token", token);
       const socket = (this.#socket = new WebSocket(url, "fanfare.v1"));
       socket.onmessage = ({ data }) => socket === this.#socket && this.#receive(data);
       socket.onclose = ({ code, reason }) => socket === this.#socket && this.#lost(code, reason);
     } catch (error) {
       if (this.#socket !== attempt) return;
-      this.#lost(1006, "no attempt could be made");
+      this.#lost(1006, "the connection could not be opened");
       this.#emit("error", error);
     }
   }
@@ -96,17 +96,17 @@ export class Fanfare {
     let frame = null;
     try { frame = JSON.parse(data); } catch {}
     if (typeof frame === "object" && frame !== null && !Array.isArray(frame)) return this.#frame(frame);
-    // Not from a server of this version. An event ends with its id: skip it, or each resume would bring it again.
+    // Not from a server of this version. An event ends with its id: skip it, or every resume would repeat it.
     const [, id = 0] = /"id":(\d{1,16})}$/.exec(String(data).slice(-22)) ?? [];
     const live = this.#state === "live";
     if (live) this.#last = Math.max(this.#last, id);
-    this.#emit("error", failure("unreadable", "the server sent a frame that is no JSON object"));
+    this.#emit("error", failure("unreadable", "the server sent a frame that is not a JSON object"));
     if (live) this.#emit("gap", { lastEventId: this.#last, from: "unreadable" });
   }
 
   #frame(frame) {
     if (typeof frame.id === "number" && frame.type !== "ack") {
-      if (frame.id <= this.#last) return; // had it already
+      if (frame.id <= this.#last) return; // a duplicate
       this.#last = frame.id;
       return this.#emit("message", frame, { recovered: frame.id <= this.#head });
     }
@@ -122,7 +122,7 @@ export class Fanfare {
         const sent = this.#answered(frame);
         return sent ? sent.reject(error) : this.#emit("error", error);
       }
-      default: this.#emit("message", frame, { recovered: false }); // from the bare channel: without id
+      default: this.#emit("message", frame, { recovered: false }); // a plain PUBLISH has no id
     }
   }
 
@@ -134,7 +134,7 @@ export class Fanfare {
 
   #welcome({ lastEventId, head, recovered }) {
     const resumed = this.#last !== null;
-    this.#last = recovered ? Math.max(this.#last, lastEventId) : lastEventId; // back only with a gap
+    this.#last = recovered ? Math.max(this.#last, lastEventId) : lastEventId; // only moves back with a gap
     this.#head = head;
     this.#since = performance.now();
     this.#watch();
@@ -143,23 +143,23 @@ export class Fanfare {
     else if (resumed) this.#emit("recovered", { lastEventId, head });
   }
 
-  // After some pingInterval asks for a sign of life. Without one the connection is dead, whatever the system says.
+  // Sends a ping after pingInterval without a frame. Without an answer the connection is dead, whatever its state.
   #watch() {
     const rest = this.#heard + this.#options.pingInterval - performance.now();
     if (rest > 0) this.#after(rest, () => this.#watch());
-    else this.#probe();
+    else this.#ping();
   }
 
-  #probe() {
-    if (this.#asked > this.#heard) return; // asked already
+  #ping() {
+    if (this.#asked > this.#heard) return; // one is unanswered
     this.#asked = performance.now();
-    this.#socket.send(PROBE);
+    this.#socket.send(PING);
     this.#after(this.#options.pongTimeout, () =>
-      this.#heard >= this.#asked ? this.#watch() : this.#lost(1006, "no sign of life"));
+      this.#heard >= this.#asked ? this.#watch() : this.#lost(1006, "no answer to a ping"));
   }
 
   #wake() {
-    if (this.#state === "live") this.#probe();
+    if (this.#state === "live") this.#ping();
     else if (this.#state === "waiting" && !this.#busy) this.#open();
   }
 
@@ -172,11 +172,11 @@ export class Fanfare {
     this.#busy = BUSY.has(code);
     this.#failures = steady ? 1 : this.#failures + 1;
     let ceiling = Math.min(LONGEST, FIRST * 2 ** (this.#failures - 1));
-    if (code === 1012) ceiling = 2 * FIRST; // the node stops and another is there, so soon, but not all at once
+    if (code === 1012) ceiling = 2 * FIRST; // the node is stopping: reconnect soon, but not all at once
     const delay = this.#busy ? 5_000 + Math.random() * (LONGEST - 5_000) : Math.random() * ceiling;
     this.#after(delay, () => this.#open());
     this.#change("waiting", { delay, code, reason });
-    if (BLAMED.has(code)) this.#emit("error", failure(code, reason || "a message was not taken"));
+    if (MESSAGE_ERRORS.has(code)) this.#emit("error", failure(code, reason || "a message was not accepted"));
   }
 
   #end(code, reason) {
@@ -184,10 +184,10 @@ export class Fanfare {
     this.#listening.abort();
     this.#drop();
     this.#change("closed", { code, reason });
-    if (code !== 1000) this.#emit("error", failure(code, reason || `closed for good with ${code}`));
+    if (code !== 1000) this.#emit("error", failure(code, reason || `closed with ${code}`));
   }
 
-  // Forgets the socket without waiting for its close event, which a dead one keeps back for long.
+  // Drops the socket without waiting for its close event, which takes long on a dead connection.
   #drop() {
     clearTimeout(this.#timer);
     this.#socket?.close?.(1000);
@@ -208,7 +208,7 @@ export class Fanfare {
     this.#emit("state", { state, ...detail });
   }
 
-  // A handler's own trouble is reported like any uncaught error, and stops nothing here.
+  // Errors of handlers are reported like any uncaught error.
   #emit(name, ...values) {
     for (const handler of [...this.#handlers[name]]) {
       try { handler(...values); } catch (error) { queueMicrotask(() => { throw error; }); }

@@ -1,8 +1,8 @@
-// The page to try fanfare: two panes, each one user's connection to the same channel.
+// The demo page: two panes, each with one user's connection to the same channel.
 // Another node for the second pane: /?right=HOST:PORT. Another channel: /?channel=NAME.
 import { Fanfare } from "./fanfare.js";
 
-const CUT = 10; // seconds that a cut connection stays away, long enough to write something meanwhile
+const CUT = 10; // seconds that a cut connection stays closed, to write something meanwhile
 const ROWS = 500; // rows kept in a pane
 
 const query = new URLSearchParams(location.search);
@@ -13,8 +13,8 @@ const WORDS = { connecting: "connecting", live: "live", waiting: "lost", closed:
 
 class Pane {
   #fanfare = null;
-  #position = null; // its last id, which outlives it
-  #resumed = null; // the notice that counts what was recovered
+  #position = null; // the last id, kept over connections
+  #resumed = null; // the notice with the number of recovered events
   #until = 0; // when the countdown ends
   #ticking;
 
@@ -37,7 +37,7 @@ class Pane {
 
   get user() { return this.part(".user").value; }
 
-  /** A new connection, from where another one stopped or from now on. */
+  /** Opens a new connection, which resumes after this id if there is one. */
   connect(lastEventId = null) {
     this.#fanfare?.close();
     this.#position = lastEventId;
@@ -51,10 +51,10 @@ class Pane {
     } catch {
       this.#fanfare = null;
       this.#show("closed");
-      return this.#notice(`No connection can be made to ${url}`, "bad");
+      return this.#notice(`Cannot connect to ${url}`, "bad");
     }
     const hear = (name, handler) => fanfare.on(name, (...values) => {
-      if (fanfare !== this.#fanfare) return; // what an older connection says is past
+      if (fanfare !== this.#fanfare) return; // from an earlier connection
       this.#position = fanfare.lastEventId;
       this.part(".position").textContent = this.#position ?? "none yet";
       handler(...values);
@@ -67,7 +67,7 @@ class Pane {
     });
     const gaps = { welcome: "Not recovered", reset: "Reset", unreadable: "Skipped an event" };
     hear("gap", ({ from }) => this.#notice(
-      `${gaps[from]}: events may be missing above. A real page now loads its state anew.`, "bad"));
+      `${gaps[from]}: events may be missing above. A real page would reload its state now.`, "bad"));
     hear("error", (error) => this.#notice(error.message, "bad"));
   }
 
@@ -80,7 +80,7 @@ class Pane {
     if (state === "live" && !this.part(".events").children.length) this.#notice(`Connected as ${this.user}`);
   }
 
-  /** Shows a state and counts down to its end, if that is known. */
+  /** Shows a state, with a countdown if its end is known. */
   #show(state, delay) {
     this.section.dataset.state = state;
     this.part(".state").textContent = WORDS[state];
@@ -160,7 +160,7 @@ class Pane {
     text.focus();
     try {
       const id = await this.#fanfare.send(message);
-      // A message to one user never comes here, so the sender's own pane notes what left.
+      // A private message is not delivered to its sender, so this pane adds it.
       if (message.to && message.to !== this.user) this.#event({ sender: this.user, ...message, id }, false);
     } catch (error) {
       this.#notice(`“${message.text}”: ${error.message}`, "bad");
