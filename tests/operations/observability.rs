@@ -231,11 +231,15 @@ async fn readyz_gives_advice_and_the_log_the_error() {
         async move { until(part, asked).await }
     };
     says("check that it runs").await;
+    // The reason is there first, then its line in the log.
+    let logged = async |part| until(part, || async { lines(&node, part).pop() }).await;
+    logged("Connection refused").await;
     assert_eq!(lines(&node, "Connection refused").len(), 1, "{}", node.log());
     redis.up().await;
     says("correct the user or the password").await;
     let reason = node.unready().await;
     assert!(!reason.contains("WRONGPASS") && reason.lines().count() == 1, "{reason}");
+    logged("WRONGPASS").await;
     assert_eq!(lines(&node, "WRONGPASS").len(), 1, "{}", node.log());
     assert!(!node.log().contains("hunter2"));
     // The public listener does not show it.

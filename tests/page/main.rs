@@ -398,7 +398,11 @@ async fn client_detects_a_silent_node() {
         .await;
     };
     becomes("probes >= 2").await; // so the first ping was answered
-    assert_eq!(browser.run("return states").await, json!(["connecting", "live"]), "the server answers, so it stays live");
+    assert_eq!(
+        browser.run("return states").await,
+        json!(["connecting", "live"]),
+        "the server answers, so it stays live"
+    );
     node.signal("STOP");
     becomes("states.includes('waiting: no answer to a ping')").await;
     node.signal("CONT");
