@@ -1,22 +1,23 @@
 #!/usr/bin/env python3
-"""A model of the bus over Redis, attacked by faults at random. Python 3.11, standard library only.
+"""A model of the bus over Redis under random faults. Python 3.11, standard library only.
 
-  bussim.py proof [N [FIRST]]                  run N seeds each of all faults and of failovers alone; exit code 1 if the rules as built
-                                               break the promise, or if the checker misses an earlier rule that did
+  bussim.py proof [N [FIRST]]                  run N seeds each of all faults and of failovers alone; exit code 1 if the rules
+                                               as built break the promise, or if the checker misses a known fault of an
+                                               earlier rule
   bussim.py run  RULES [N [FIRST]] [CLASS,..]  run N seeds, count violations by kind, give the first seeds of each
   bussim.py show RULES SEED [CLASS,..] [KIND]  shrink that seed to the shortest failing scenario and print its trace
-  bussim.py broken [N]                         prove the checker: break one rule at a time and see it fail
-  bussim.py ablate [N [CLASS,..]]              remove each rule of `final` and see which ones are needed
+  bussim.py mutations [N]                      prove the checker: it must fail without each of the rules
+  bussim.py ablate [N [CLASS,..]]              remove each rule of `final` to see which ones are needed
 
-RULES: written | final | final-RULE (one rule off) | written+RULE | written,x=y ; the rules are the fields of `Rules` below.
+RULES: written | final | final-RULE (without one rule) | written+RULE | written,x=y. The rules are the fields of `Rules`.
 CLASS: fault classes to draw from (default: all of SAFE). SAFE: drop conn lag node crash loss empty failover failback alone
-  flush expire evict slow raw bogus follow; durable (the operator says that nothing is lost); HARD, whose limits are known:
-  split clock skew double forge.
+  flush expire evict slow raw bogus follow. durable: --redis-durable. HARD, whose limits are known: split clock skew double
+  forge.
 
-Model: one channel, Redis servers 0 and 1 (snapshots per write, async replication), 2 to 4 nodes, 3 to 10 clients.
-Time in seconds, ids in microseconds of the server's clock. Everything after the heal time is quiet but for a few last events.
-`written` is the first draft of the protocol, `final` what src/bus/redis/lua/*.lua and src/bus/sequence.rs do. CHOICE marks what the draft left
-open. Violation kinds ending in ~ are measured limits, not failures.
+Model: one channel, Redis servers 0 and 1 (snapshots per write, asynchronous replication), 2 to 4 nodes, 3 to 10 clients.
+Time in seconds, ids in microseconds of the server's clock. After the heal time there are no faults, and few events.
+`written` is the first draft of the protocol, `final` what src/bus/redis/lua/*.lua and src/bus/sequence/ do. CHOICE marks what
+the draft left open. Kinds of violations that end in ~ are measured limits, not failures.
 """
 import heapq, random, sys, time
 from bisect import bisect_left, bisect_right
@@ -31,33 +32,33 @@ HARD = 'split clock skew double forge'.split()
 
 class Rules:
     """The protocol. Class attributes: the first draft."""
-    # -- as written; the `broken` command turns these off one at a time
-    continuity = True       # a position is proven, never guessed
-    reanchor = True         # script/reconnect re-anchor when the stream is behind `seen`
-    holefill = True         # holes are read from the stream
-    verify = True           # False: trust pub/sub ids (any higher id moves the sequencer)
+    # -- as written; the `mutations` command turns these off one at a time
+    continuity = True       # whether a position is continuous is never guessed
+    new_epoch = True        # a script starts a new epoch when the stream is behind `seen`
+    fill_gaps = True        # gaps are read from the stream
+    verify = True           # False: trust Pub/Sub ids (any higher id moves the sequence)
     dedupe = True           # publish numbers
     filter_to = True        # private events only to their user
     sticky = True           # a reset mark also stops cursors that read from history
-    canary = True           # newest id comes back every second
-    # -- choices where the text is silent
-    window = True           # CHOICE the hash keeps the answers of the last numbers (False: only the last number and id)
-    fresh_node = True       # CHOICE a node's publisher number space is new with every process start
-    ahead = 'skip'          # CHOICE client id > node's position: 'naive' false at node's head; 'skip' ask stream, skip live <= id; 'fill' catch up first
-    ack_seen = True         # CHOICE ids the node got as answers count as seen
+    probe = True            # the newest id comes back every second
+    # -- choices that the draft leaves open
+    window = True           # CHOICE the hash keeps the ids of the last numbers (False: only the last number and id)
+    fresh_node = True       # CHOICE publish numbers start anew with every process
+    ahead = 'skip'          # CHOICE client id > node's position: 'naive' false at the node's head; 'skip' ask the stream, skip live <= id; 'fill' catch up first
+    ack_seen = True         # CHOICE ids that the node gets as replies count as seen
     # -- changes
-    epoch = False           # script compares server start/promotion id with the stored one; differs -> re-anchor
-    base = False            # anchor position is stored; proven needs N >= base; nodes compare bases
-    always = False          # every script call carries `seen` and re-anchors (not just publish and reconnect)
-    opens = False           # follow creates the sequence when there is none; head is kept beside the stream
-    inner = False           # sequenced events reach nodes on an inner pub/sub channel; an id on the public one means nothing
+    epoch = False           # a script compares the server's epoch with the channel's; if they differ, a new epoch starts
+    base = False            # the first position of the epoch is stored; continuous needs N >= base; nodes compare bases
+    always = False          # every script call keeps `seen` and may start an epoch (not just publish and reconnect)
+    opens = False           # follow creates the sequence if there is none; the head is kept beside the stream
+    inner = False           # sequenced events reach nodes on an inner Pub/Sub channel; an id on the public one means nothing
     token = 'ideal'         # what `epoch` compares. 'ideal': an oracle that changes with each start and promotion; 'run': run_id;
-                            # 'run+replid2': what 0.1 began with; 'run+replid'; 'mark': replid, and a mark that carries an epoch over
-    fresh = 2.0             # 'mark': a change of replid alone is no promotion if the mark was written so recently (seconds)
-    started = True          # 'mark', durable: only a process that started after the mark was written continues the epoch
-    copies = True           # 'mark', durable: a new process continues the epoch only if no replica was seen in it
+                            # 'run+replid2': as 0.1 was first; 'run+replid'; 'record': replid, and a record that keeps the epoch
+    fresh = 2.0             # 'record': a new replid alone is no promotion if the record was written within so many seconds
+    started = True          # 'record', durable: only a process that started after the record was written keeps the epoch
+    copies = True           # 'record', durable: a new process keeps the epoch only if no replica was connected in it
     salt = True             # the gap ends in bits of the clock and the token
-    gap = False             # re-anchor leaves GAP when the clock isn't ahead of what is known
+    gap = False             # a new base leaves GAP if the clock isn't ahead of what is known
 
 
 class Written(Rules):
@@ -66,7 +67,7 @@ class Written(Rules):
 
 class Final(Rules):
     ahead = 'fill'
-    token = 'mark'
+    token = 'record'
     epoch = base = always = opens = gap = inner = True
 
 
@@ -97,12 +98,12 @@ class Ev:
 
 
 class Data:
-    """One dataset: stream + hash. tl is a linked list of everything its timeline accepted (for the checker)."""
-    __slots__ = 'stream last head base epoch ideal mark nums tl exp'.split()
+    """One dataset: stream and hash. tl is a linked list of all events that its timeline accepted (for the checker)."""
+    __slots__ = 'stream last head base epoch ideal record nums tl exp'.split()
 
     def __init__(s):
         s.stream, s.last, s.head, s.base, s.epoch, s.ideal, s.nums, s.tl, s.exp = [], 0, 0, 0, None, None, {}, None, None
-        s.mark = None                    # the server's mark: epoch, run_id, replid, when
+        s.record = None                  # the server's record: epoch, run_id, replid, time, had a replica
 
     def copy(s):
         d = Data.__new__(Data)
@@ -122,11 +123,11 @@ class Server:
         s.sim, s.n, s.up, s.role = sim, n, True, 'primary' if n == 0 else 'replica'
         s.data, s.snaps, s.gen, s.off, s.subs, s.conns = Data(), [], 0, 0, {}, {}
         s.link, s.linkt = 0, 0           # replication link generation and its FIFO clock
-        s.begin(0)
+        s.start_process(0)
         s.born = -10.0                   # uptime has whole seconds
 
-    def begin(s, kept):
-        """A new process. `kept`: the replid in its snapshot, if it loads one."""
+    def start_process(s, kept):
+        """Starts a process. `kept`: the replid in its snapshot, if it loads one."""
         s.epoch = s.runid = s.sim.newid()
         s.replid, s.replid2 = s.sim.newid(), kept
         s.backlog, s.alone, s.born = bool(kept), s.sim.now, s.sim.now
@@ -154,7 +155,7 @@ class Server:
             s.watch()
 
     def identity(s, P):
-        """What a script compares with the channel's, and whether it may carry a durable channel on."""
+        """What a script compares with the channel's epoch, and whether a durable channel may keep its epoch."""
         if P.token == 'ideal':
             return s.epoch, True
         if P.token == 'run':
@@ -163,7 +164,7 @@ class Server:
             return (s.runid, s.replid2), s.replid2 == 0
         if P.token == 'run+replid':
             return (s.runid, s.replid), s.replid2 == 0
-        now, m = s.clock(), s.data.mark
+        now, m = s.clock(), s.data.record
         copied = s.alone < 0                         # connected_slaves is above 0
         if m and m[2] == s.replid:
             epoch = m[0]
@@ -179,7 +180,7 @@ class Server:
         else:
             epoch = s.replid
         s.write()
-        s.data.mark = (epoch, s.runid, s.replid, now, copied)
+        s.data.record = (epoch, s.runid, s.replid, now, copied)
         s.reship()
         return epoch, False
 
@@ -202,17 +203,17 @@ class Server:
             peer.data = data.copy()
 
     # ---- the script -------------------------------------------------------------------------------------------
-    def anchor(s, P, seen, publishing):
-        """The head of every script. Returns True if it wrote."""
+    def check_epoch(s, P, seen, publishing):
+        """The start of every script. Returns True if it wrote."""
         d = s.data
-        tok, carries = s.identity(P)
+        tok, keeps = s.identity(P)
         d = s.data
         if P.epoch or P.base or P.opens:
             known = max(d.last, d.head, seen)
-            behind = P.reanchor and (publishing or P.always or seen) and d.head < seen
-            if P.epoch and d.base and d.epoch != tok and s.sim.sc.durable and carries and not behind:
+            behind = P.new_epoch and (publishing or P.always or seen) and d.head < seen
+            if P.epoch and d.base and d.epoch != tok and s.sim.sc.durable and keeps and not behind:
                 s.write(); d = s.data
-                d.epoch = tok                        # the operator's word: a restart loses nothing
+                d.epoch = tok                        # --redis-durable: a restart loses nothing
                 s.reship()
             new = d.base == 0 or (P.epoch and d.epoch != tok) or behind
             if new and d.base and not behind and d.ideal == s.epoch:
@@ -227,7 +228,7 @@ class Server:
                 a = max(c, known + 1)
             d.base = d.head = a
             d.epoch, d.ideal = tok, s.epoch
-            s.sim.log('redis%d: anchor at %s' % (s.n, s.sim.i(a)))
+            s.sim.log('redis%d: new base %s' % (s.n, s.sim.i(a)))
             return True
         # as written: the stream's last id is the head
         if d.last == 0:
@@ -236,10 +237,10 @@ class Server:
                 d.last = max(s.clock(), seen + 1) - (1 if publishing else 0)
                 s.sim.log('redis%d: sequence starts at %s' % (s.n, s.sim.i(d.last + 1)))
                 return True
-        elif P.reanchor and d.last < seen:
+        elif P.new_epoch and d.last < seen:
             s.write(); d = s.data
             d.last = max(s.clock(), seen)
-            s.sim.log('redis%d: behind, re-anchored after %s' % (s.n, s.sim.i(d.last)))
+            s.sim.log('redis%d: behind, new epoch after %s' % (s.n, s.sim.i(d.last)))
             return True
         return False
 
@@ -260,7 +261,7 @@ class Server:
                         got = h[max(h)]
             if got is None:
                 if not fresh:
-                    s.anchor(P, seen, True)
+                    s.check_epoch(P, seen, True)
                 fresh.append(uid)
                 s.write()
                 d = s.data
@@ -310,7 +311,7 @@ class Server:
         for c in list(s.conns) + list(s.subs):
             if s.sim.rng.random() < .5:
                 c.close(0)
-            else:                                    # what was already on its way still arrives
+            else:                                    # what is in flight still arrives
                 s.sim.at(max(s.sim.now + s.sim.lat(), c.tr if isinstance(c, Conn) else c.t) + 1e-6, c.close, 0)
         s.subs.clear(); s.conns.clear()
 
@@ -330,7 +331,7 @@ class Server:
         s.snaps = []
         s.sim.mark_lost(old.tl, s.data.tl)
         s.up = True
-        s.begin(s.replid if s.sim.rng.random() < .3 else 0)
+        s.start_process(s.replid if s.sim.rng.random() < .3 else 0)
         s.sim.log('redis%d: restarts (%s)' % (s.n, mode))
 
     def become(s, role):
@@ -381,7 +382,7 @@ class Conn:
             cb(r)
 
     def close(s, late):
-        """late: what was already sent may still be executed for so long."""
+        """late: how long calls in flight may still be executed."""
         if s.open:
             s.open = False
             s.until = s.sim.now + late
@@ -423,7 +424,7 @@ class Sub:
 
 
 class Sock:
-    """A client's connection as the node holds it."""
+    """A client's connection on the node."""
 
     def __init__(s, sim, client, node, last):
         s.sim, s.client, s.node, s.last = sim, client, node, last
@@ -455,7 +456,7 @@ class Node:
         s.life = s.sim.newid()
         s.forget()
         s.connecting = set()
-        s.last_canary = s.sim.now
+        s.last_probe = s.sim.now
         s.connect('cmd'); s.connect('sub')
 
     def forget(s):
@@ -498,7 +499,7 @@ class Node:
                 s.unsent = []
         else:
             s.sub = Sub(s.sim, sv, s)
-            s.last_canary = s.sim.now
+            s.last_probe = s.sim.now
             if s.following:
                 s.subscribe()
 
@@ -531,26 +532,26 @@ class Node:
         P, seen, gen = s.P, s.seen if s.following or s.sim.sc.keep_seen else 0, s.gen
         if what == 'open':
             def fn(sv):
-                sv.anchor(P, seen if P.reanchor else 0, False) if P.reanchor or P.opens else None
+                sv.check_epoch(P, seen if P.new_epoch else 0, False) if P.new_epoch or P.opens else None
                 return sv.read(P, 10**18)
             cb = cb or s.on_open
         elif what == 'read':
             def fn(sv):
                 if P.always:
-                    sv.anchor(P, seen, False)
+                    sv.check_epoch(P, seen, False)
                 return sv.read(P, **kw)
-        elif what == 'canary':
+        elif what == 'probe':
             sub, chan = s.sub, s.following
             def fn(sv):
                 if P.always and chan:
-                    sv.anchor(P, seen, False)
-                elif P.token == 'mark':
+                    sv.check_epoch(P, seen, False)
+                elif P.token == 'record':
                     sv.identity(P)
                 if sub:
                     sv.pub(('c', sv.head(P), sv.data.base, gen), only=sub)
                 return None
             cb = lambda r: None
-        if what == 'canary':
+        if what == 'probe':
             s.cmd.request(fn, cb)
         else:
             s.cmd.request(fn, lambda r: cb(r) if gen == s.gen else None)
@@ -563,13 +564,13 @@ class Node:
         if not s.up:
             return
         for k in [k for k, v in s.pend.items() if v[2] < sim.now - 4]:
-            sim.refused.add(s.pend.pop(k)[0])        # waited long enough: error frame
+            sim.rejected.add(s.pend.pop(k)[0])        # timed out: error frame
         if s.cmd and s.cmd.out and min(s.cmd.out.values()) < sim.now - 1.2:
             c = s.cmd
             c.close(sim.rng.random() * .3)
-        elif s.cmd and s.P.canary:
-            s.call('canary')
-        if s.P.canary and s.sub and sim.now - s.last_canary > 2.2:
+        elif s.cmd and s.P.probe:
+            s.call('probe')
+        if s.P.probe and s.sub and sim.now - s.last_probe > 2.2:
             s.sub.close()
             if s.cmd:
                 s.cmd.close(sim.rng.random() * .2)
@@ -610,7 +611,7 @@ class Node:
             if s.P.ack_seen and (s.following or s.sim.sc.keep_seen):
                 s.seen = max(s.seen, id)
 
-    # ---- following and the sequencer
+    # ---- following and the sequence
     def follow(s):
         s.forget()
         s.following = True
@@ -643,7 +644,7 @@ class Node:
 
     def on_msg(s, m):
         if m[0] == 'c':
-            s.last_canary = s.sim.now
+            s.last_probe = s.sim.now
             if s.opened and m[3] == s.gen and (m[1] > s.pos or (s.P.base and m[2] > s.base)):
                 s.want_fill()
             return
@@ -658,7 +659,7 @@ class Node:
             s.want_fill()
 
     def want_fill(s):
-        if not s.P.holefill:
+        if not s.P.fill_gaps:
             return
         if s.filling:
             s.refill = True
@@ -668,7 +669,7 @@ class Node:
 
     def on_fill(s, r):
         s.filling = False
-        s.learn(r)
+        s.on_read(r)
         for k in list(s.socks):
             if k.mode == 'join':
                 s.resolve(k)
@@ -676,13 +677,13 @@ class Node:
             s.refill = False
             s.want_fill()
 
-    def learn(s, r):
-        """A stream read (entries after some position <= pos) meets the sequencer."""
+    def on_read(s, r):
+        """The reply of a stream read: entries after some position <= pos."""
         P = s.P
         ents = [e for e in r.ents if e.id > s.pos]
         if P.base:
             if r.base < s.base:
-                return                               # stale answer: read before the anchor that we know
+                return                               # stale reply: read before the base that is known
             if r.base > s.base:
                 s.base = r.base
                 return s.reset(r.head)
@@ -706,7 +707,7 @@ class Node:
             if i < len(ents):
                 s.reset(r.head)
         if r.head > s.pos and r.ents is not None:
-            # as written: newest id is higher and nothing leads there (re-anchored without an event, trimmed, expired)
+            # as written: the newest id is higher, and no entries lead to it (new epoch without an event, trimmed, expired)
             s.reset(r.head)
 
     def emit(s, ev):
@@ -733,7 +734,7 @@ class Node:
             for k in list(s.socks):
                 if k.mode == 'feed' and k.cur == s.off:
                     if ev is not None and ev.to and ev.to != k.client.user and s.P.filter_to:
-                        k.cur += 1; k.pos = p        # moved on
+                        k.cur += 1; k.pos = p        # skipped
                     elif any(e is None for e, _ in s.feed) and s.P.sticky:
                         s.cut_reset(k)
                     else:
@@ -743,7 +744,7 @@ class Node:
             s.seg = max(s.seg, p)
 
     def cut_reset(s, k):
-        """Tell it now and put it at the end."""
+        """Sends a reset now and moves the cursor to the end."""
         if k.client.plain:
             s.close(k, 4008)
         else:
@@ -798,7 +799,7 @@ class Node:
         if n == '':
             s.welcome(k, s.pos, s.pos, True)
             return s.at_end(k)
-        if s.seg <= n <= s.pos and n > 0:             # CHOICE 0, the head of an empty channel, proves nothing
+        if s.seg <= n <= s.pos and n > 0:             # CHOICE 0, the head of an empty channel, is not continuous
             s.welcome(k, n, s.pos, True)
             s.seek(k)
             return s.flush(k)
@@ -813,7 +814,7 @@ class Node:
             if s.P.ahead == 'fill':
                 def caught_up(r):
                     k.asking, k.asked = False, True
-                    s.learn(r)
+                    s.on_read(r)
                     if k.mode == 'join':
                         s.resolve(k)
                 if s.cmd and not k.asking:
@@ -825,7 +826,7 @@ class Node:
             k.upto = s.seg
             s.call('read', lambda r: s.on_join(k, r), after=n, upto=max(n, s.seg), limit=s.sim.sc.page)
 
-    def proven(s, n, r):
+    def is_continuous(s, n, r):
         if s.P.base:
             return r.base == s.base and r.base <= n <= r.head and (n == r.head or (r.oldest is not None and r.oldest <= n + 1))
         return r.holds or (r.oldest is not None and r.oldest == n + 1) or (n == r.head and n > 0)
@@ -838,8 +839,8 @@ class Node:
         if s.seg <= n <= s.pos and n > 0:
             return s.resolve(k)
         if s.P.base and r.base > s.base:
-            s.learn(r)
-        if s.proven(n, r):
+            s.on_read(r)
+        if s.is_continuous(n, r):
             s.welcome(k, n, max(s.pos, n), True)
             if n > s.pos:
                 k.skip = n
@@ -860,13 +861,13 @@ class Node:
         k.asking = False
         if not k.open or k.mode != 'hist':
             return
-        if k.pos >= s.seg or k.pos != n:             # the answer belongs to the place where it was asked for
+        if k.pos >= s.seg or k.pos != n:             # the reply is for the position that was asked for
             return s.flush(k)
         if s.P.base and r.base > s.base:
-            s.learn(r)
+            s.on_read(r)
             if k.mode != 'hist':
                 return
-        if s.P.continuity and not s.proven(k.pos, r):
+        if s.P.continuity and not s.is_continuous(k.pos, r):
             return s.cut_reset(k)
         s.page(k, r)
 
@@ -959,7 +960,7 @@ class Client:
             s.welcomed = True
 
     def cut(s, k, delay=None, node=None, last=None):
-        """The connection is gone; come back later."""
+        """The connection is lost; the client reconnects later."""
         if s.sock is not k or k is None:
             return
         s.sock = None
@@ -978,7 +979,7 @@ class Sim:
         s.linked = (0, 0)
         s.healed, s.split_at = False, 0
         s.end = 1e9
-        s.events, s.byuid, s.acks, s.raws, s.refused, s.evicted = [], defaultdict(list), [], [], set(), False
+        s.events, s.byuid, s.acks, s.raws, s.rejected, s.evicted = [], defaultdict(list), [], [], set(), False
         s.servers = [Server(s, 0), Server(s, 1)]
         s.servers[1].off = sc.skew
         s.primary, s.oldside, s.linked = s.servers[0], None, (0, 0)
@@ -1011,7 +1012,7 @@ class Sim:
         return s.rlag * (.3 + s.rng.random()) if not s.healed else .002
 
     def i(s, id):
-        """Readable id for the trace."""
+        """A readable id for the trace."""
         if not isinstance(id, int) or s.trace is None:
             return repr(id)
         d = id - 1000 * RATE
@@ -1158,7 +1159,7 @@ class Sim:
             s.at(s.now + down, back)
 
     def relink(s, sv, wait=None):
-        """sv is primary; its peer syncs from it after a while."""
+        """sv is the primary; its peer syncs from it after a while."""
         peer = s.servers[1 - sv.n]
         def sync():
             if peer.up and peer.role == 'replica' and sv.up and sv.role == 'primary':
@@ -1184,7 +1185,7 @@ class Sim:
         olddata = old.data
         if split:
             side = [n.n for n in s.nodes if s.rng.random() < .5]
-            s.log('failover to redis%d; redis%d goes on for nodes %s' % (new.n, old.n, side))
+            s.log('failover to redis%d; redis%d stays primary for nodes %s' % (new.n, old.n, side))
             old.link += 1
             s.linked = None
             new.become('primary')
@@ -1213,15 +1214,15 @@ class Sim:
                     def rejoin():
                         if not old.up:
                             old.up = True
-                            old.begin(0)
+                            old.start_process(0)
                             s.relink(new)
                     s.at(s.now + back, rejoin)
             s.promote = promote
             s.at(s.now + detect, promote)
 
     def do_failback(s, away, stay, mean):
-        """The replica takes over without all that the primary had; the primary stays up, follows it, and takes over again.
-        `away`: no node is there meanwhile, nor for a while after."""
+        """The replica is promoted without all writes; the old primary becomes its replica, and is promoted again.
+        `away`: all nodes are down meanwhile and for a while after."""
         old = s.primary
         if old is None or s.oldside or not old.up:
             return
@@ -1238,7 +1239,7 @@ class Sim:
         def back():
             if s.primary is new and new.up and old.up and old.role == 'replica' and s.linked == (new.n, old.gen):
                 s.swap(new, old)
-                if not mean:                         # the other one is gone for good: the backlog is freed
+                if not mean:                         # the other one stays away: the backlog is freed
                     s.relink(old, .1)
                 else:
                     s.linked = None
@@ -1254,10 +1255,10 @@ class Sim:
         s.mark_lost(old.data.tl, new.data.tl)
 
     def do_alone(s, dur):
-        """The replica leaves for a while."""
+        """The replica disconnects for a while."""
         sv = s.primary
         if sv and sv.up and not s.oldside and s.linked == (sv.n, s.servers[1 - sv.n].gen):
-            s.log('redis%d: its replica leaves' % sv.n)
+            s.log('redis%d: its replica disconnects' % sv.n)
             s.relink(sv, dur)
 
     def end_split(s):
@@ -1288,7 +1289,7 @@ class Sim:
             sv.write()
             sv.data = Data()
             if not both and (s.P.opens or s.P.base):
-                # the hash lives on while nodes follow
+                # the hash stays while nodes follow
                 sv.data.head, sv.data.base, sv.data.epoch, sv.data.nums = old.head, old.base, old.epoch, old.nums
                 sv.data.tl = old.tl
             else:
@@ -1307,7 +1308,7 @@ class Sim:
             else:
                 d.stream, d.last = [], 0
                 if not (s.P.opens or s.P.base or s.P.epoch):
-                    s.mark_lost(d.tl, None)          # as written this is a wipe
+                    s.mark_lost(d.tl, None)          # as written, this loses everything
                     d.tl = None
             sv.reship()
 
@@ -1320,7 +1321,7 @@ class Sim:
         s.at(s.now + dur, s.set, 'rlag', s.sc.rlag)
 
     def heal(s):
-        s.log('--- everything heals')
+        s.log('--- faults end')
         s.pdrop = 0
         s.end_split()
         if s.primary is None:
@@ -1358,11 +1359,11 @@ def check(sim):
     need = lambda e, c: (e.acked is not None or e.lost is None) and (not e.to or e.to == c.user)
     if sim.needless:
         v('needless reset~', '%d', sim.needless)
-    # ids given twice
+    # ids used twice
     for a, b in zip(evs, evs[1:]):
         if a.id == b.id and a.uid != b.uid and (a.seen or a.acked is not None or b.seen or b.acked is not None):
             v('id re-used', '%s is %s and %s', i(a.id), a.uid, b.uid)
-    # accepted twice in one timeline
+    # published twice in one timeline
     for uid, l in sim.byuid.items():
         for a in l:
             for b in l:
@@ -1372,23 +1373,23 @@ def check(sim):
     for uid, id in sim.acks:
         if not any(e.id == id for e in sim.byuid[uid]):
             v('wrong ack', '%s acked as %s', uid, i(id))
-    for uid in sim.refused:
+    for uid in sim.rejected:
         if any(e.lost is None for e in sim.byuid[uid]):
-            v('refused but taken~', '%s', uid)
+            v('rejected but published~', '%s', uid)
     payload = {}
     for c in sim.clients:
-        p, told, seen, top, own = None, -1, {}, 0, None
+        p, notified, seen, top, own = None, -1, {}, 0, None
         marks, claims, floor = [], [], 0
         for f in c.log:
             k = f[0]
             if k in 'rc':
                 if k == 'r' and any(x.uid not in seen for x in claims):
-                    v('recovered:true taken back by reset~', 'client%d', c.n)
+                    v('recovered:true followed by reset~', 'client%d', c.n)
                 claims = []
             if k == 'c':
                 own = f[1]
-                if isinstance(own, int) and own != p:        # bogus or fresh id: it claims this position from now on
-                    p, told, top = own, f[2], 0
+                if isinstance(own, int) and own != p:        # a bogus or fresh id: the client claims this position from here on
+                    p, notified, top = own, f[2], 0
                     seen = {}
                     marks.append((f[2], own))
                     floor = own
@@ -1397,27 +1398,27 @@ def check(sim):
                 if c.plain:
                     seen, top, p = {}, 0, None
             elif k == 's':
-                p, told = f[1], f[2]
-                marks.append((told, p))
+                p, notified = f[1], f[2]
+                marks.append((notified, p))
             elif k == 'w':
                 n, h, ok, t = f[1:5]
                 if ok and own != '':
                     if n != own:
                         v('welcome', 'client%d: own %s, got %s', c.n, i(own), i(n))
                     for e in evs[bisect_right(ids, n):bisect_right(ids, h)]:
-                        if need(e, c) and e.lost is not None and e.lost < t and e.uid not in seen and not (e.lost <= told):
-                            claims.append(e)         # must come from a node's memory then
+                        if need(e, c) and e.lost is not None and e.lost < t and e.uid not in seen and not (e.lost <= notified):
+                            claims.append(e)         # must come from the memory of a node
                     if h < n:
                         v('welcome', 'client%d: head %s < N %s', c.n, i(h), i(n))
                 else:
                     if n != h:
                         v('welcome', 'client%d: %s', c.n, f)
-                    told = t
+                    notified = t
                     marks.append((t, n))
                 p = n
             elif k == 'r':
-                p, told = f[1], f[2]
-                marks.append((told, p))
+                p, notified = f[1], f[2]
+                marks.append((notified, p))
             elif k == 'e':
                 e = f[1]
                 if e.id in payload and payload[e.id] != e.uid:
@@ -1426,26 +1427,26 @@ def check(sim):
                 if e.to and e.to != c.user:
                     v('leak', 'client%d (%s) got %s to %s', c.n, c.user, e.uid, e.to)
                 if e.lost == -1:
-                    v('raw id let through', 'client%d: %s', c.n, i(e.id))
+                    v('raw id passed on', 'client%d: %s', c.n, i(e.id))
                 if p is None:
                     v('no welcome', 'client%d', c.n)
                     p = e.id - 1
                 if e.id <= p:
                     v('order', 'client%d: %s after %s', c.n, i(e.id), i(p))
                 elif e.id <= top:
-                    v('order across told~', 'client%d: %s after %s', c.n, i(e.id), i(top))
+                    v('order across a notice~', 'client%d: %s after %s', c.n, i(e.id), i(top))
                 if e.id in seen.values():
                     v('id twice~' if e.id > p else 'id twice', 'client%d: %s', c.n, i(e.id))
                 elif e.uid in seen:
-                    v('payload again under a new id~', 'client%d: %s', c.n, e.uid)
+                    v('payload again with a new id~', 'client%d: %s', c.n, e.uid)
                 for x in evs[bisect_right(ids, p):bisect_left(ids, e.id)]:
-                    if need(x, c) and x.uid not in seen and x.t <= f[2] and not (x.lost is not None and x.lost <= told):
+                    if need(x, c) and x.uid not in seen and x.t <= f[2] and not (x.lost is not None and x.lost <= notified):
                         v('silent gap', 'client%d: %s -> %s without %s %s%s', c.n, i(p), i(e.id), i(x.id), x.uid,
                           ' (acknowledged, lost by Redis)' if x.lost is not None else '')
                 seen[e.uid] = e.id
                 top = max(top, e.id)
                 p = e.id
-        # liveness: everybody is connected now
+        # liveness: all clients are connected now
         if not c.sock or not c.welcomed:
             if sim.now - c.since > 4:
                 v('stuck', 'client%d has no welcome', c.n)
@@ -1456,13 +1457,13 @@ def check(sim):
                     continue
                 if x.doomed is not None:
                     if x.id <= p or any(t >= x.doomed for t, n in marks):
-                        v('old primary took it after the client had moved on~', 'client%d: %s', c.n, x.uid)
+                        v('published by the old primary after the client had moved on~', 'client%d: %s', c.n, x.uid)
                     else:
-                        v('never told', 'client%d at %s: %s %s', c.n, i(p), i(x.id), x.uid)
+                        v('not notified', 'client%d at %s: %s %s', c.n, i(p), i(x.id), x.uid)
                 elif x.id <= p and x.t > marks[0][0]:
-                    v('never told: below', 'client%d at %s: %s %s', c.n, i(p), i(x.id), x.uid)
+                    v('not notified: below', 'client%d at %s: %s %s', c.n, i(p), i(x.id), x.uid)
                 elif x.id > p:
-                    v('never told', 'client%d at %s: %s %s%s', c.n, i(p), i(x.id), x.uid, ' (lost by Redis)' if x.lost is not None else '')
+                    v('not notified', 'client%d at %s: %s %s%s', c.n, i(p), i(x.id), x.uid, ' (lost by Redis)' if x.lost is not None else '')
     return bad
 
 
@@ -1517,7 +1518,7 @@ def scenario(seed, classes):
         elif k == 'node':
             A.append((t, 'node', r.randrange(100), r.choice([.1, 1])))
         elif k in ('loss', 'empty') and sc.durable:
-            pass                                     # that would break the operator's word
+            pass                                     # --redis-durable rules that out
         elif k == 'crash':
             A.append((t, 'crash', 'aof', 0, r.choice([.05, .5, 2])))
         elif k == 'loss':
@@ -1544,11 +1545,11 @@ def scenario(seed, classes):
             A.append((t, 'raw', r.choice(['far', 'near', 'old']), r.randrange(5)))
         elif k == 'forge':
             A.append((t, 'raw', 'next', 0))
-        elif k == 'follow':                            # everybody leaves one node for a while
+        elif k == 'follow':                            # all clients leave one node for a while
             n = r.randrange(nodes)
             for c in range(nc):
                 A.append((t, 'cdrop', c, r.choice([.6, 1.5]), n, None))
-    if r.random() < .3:                              # a quiet end: nobody publishes after some moment
+    if r.random() < .3:                              # a quiet end: no events after some time
         q = r.choice(hot) + r.choice([0, .01, .5])
         A[:] = [a for a in A if a[1] != 'pub' or a[0] < q]
     A.sort(key=lambda a: a[0])
@@ -1649,7 +1650,7 @@ if __name__ == '__main__':
         for cls in (SAFE, failovers):
             hits, ex, runs = sweep(rules('final'), n, first, cls)
             fine = fine and not any(not k.endswith('~') for k in hits)
-        # Seeds that show what was wrong with earlier rules for the epoch.
+        # Seeds that show the faults of earlier rules for the epoch.
         for spec, seed, kind in (('final+token=run&replid2', 453, 'id re-used'), ('final+fresh=100', 1023, 'id re-used'),
                                  ('final-copies', 2836, 'id re-used'), ('final-started', 502611, 'id re-used')):
             found = {k for k, _ in run(scenario(seed, failovers), rules(spec))[0]}
@@ -1674,16 +1675,16 @@ if __name__ == '__main__':
             print('\n'.join(s.trace[:150]))
             for x in b[:6]:
                 print('VIOLATION', *x)
-    elif av[0] == 'broken':
+    elif av[0] == 'mutations':
         n = int(av[1]) if len(av) > 1 else 300
-        for r in 'continuity reanchor holefill verify dedupe filter_to sticky canary window fresh_node'.split():
+        for r in 'continuity new_epoch fill_gaps verify dedupe filter_to sticky probe window fresh_node'.split():
             for base in ('written', 'final'):
                 h, _, k = sweep(rules(base + '-' + r), n, 0, SAFE + ['raw', 'raw'], quiet=True)
                 print('%-8s without %-11s %s' % (base, r, {k: v for k, v in h.most_common() if not k.endswith('~')} or 'not noticed'))
     elif av[0] == 'ablate':
         n = int(av[1]) if len(av) > 1 else 2000
         cls = classes(av[2]) if len(av) > 2 else SAFE
-        for r in ['epoch', 'base', 'always', 'opens', 'gap', 'inner', 'ack_seen', 'reanchor', 'window', 'fresh_node', 'ahead=naive', 'ahead=skip']:
+        for r in ['epoch', 'base', 'always', 'opens', 'gap', 'inner', 'ack_seen', 'new_epoch', 'window', 'fresh_node', 'ahead=naive', 'ahead=skip']:
             h, ex, k = sweep(rules('final' + ('-' + r if '=' not in r else '+' + r)), n, 0, cls, quiet=True)
             hard = {k: (v, ex[k][0]) for k, v in h.most_common() if not k.endswith('~')}
             print('final but %-12s %s   measured: %s' % (r, hard or 'clean in %d' % k, {k: v for k, v in h.items() if k.endswith('~')}))
