@@ -205,7 +205,7 @@ async fn message_burst_overflows_the_client_library() {
     let run = Run::start(&testbed, Workload { roamers: 0, ..Workload::default() }).await;
     let node = testbed.nodes.get(1);
     let _follows = Client::plain(&node, "follower", "b").await;
-    let lagged = || node.log().contains("messages came faster than they were taken");
+    let lagged = || node.log().contains("dropped messages that came too fast");
     // Messages gather in the node's socket while it is stopped, and then arrive at once: events
     // among very many tiny messages, which are ignored because they start with a TAB. Whether that
     // overflows depends on scheduling, so it is repeated until it does.
