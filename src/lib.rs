@@ -56,6 +56,9 @@
 //! **Dependencies**: only [`bus::redis`] uses fred, only [`ws`] uses tungstenite. Parsers, `feed` and [`bus::sequence`] know
 //! neither sockets nor a runtime: they take bytes, so each is tested alone.
 
+#[cfg(test)]
+extern crate self as fanfare; // for the files that unit and integration tests share
+
 pub mod protocol;
 
 pub mod http;

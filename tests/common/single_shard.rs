@@ -1,4 +1,5 @@
-//! A single running shard, connected as in a node. The test is its bus.
+//! A single shard, connected as in a node. The test is its bus. The unit tests of `src/shard/` use
+//! this file as well.
 
 use std::error::Error;
 use std::sync::Arc;
@@ -14,7 +15,7 @@ use fanfare::shard::{self, ShardContext};
 use fanfare::ws::handshake::HandshakeContext;
 use tokio::sync::mpsc;
 
-/// A running shard and the other ends of its connections.
+/// The other ends of a shard's connections.
 pub struct SingleShard {
     /// Sends to the shard (number 0), and to a second one that does not exist.
     pub shards: Mailboxes,
@@ -29,6 +30,16 @@ pub struct SingleShard {
 impl SingleShard {
     /// Starts a shard with these settings.
     pub fn start(flags: &[&str], takes_binary: bool) -> Result<SingleShard, Box<dyn Error>> {
+        let (single, context, inbox) = SingleShard::connect(flags, takes_binary)?;
+        thread::spawn(|| shard::run(context, inbox).expect("epoll works"));
+        Ok(single)
+    }
+
+    /// Builds all that a shard with these settings needs to run.
+    pub fn connect(
+        flags: &[&str],
+        takes_binary: bool,
+    ) -> Result<(SingleShard, ShardContext, Inbox), Box<dyn Error>> {
         let Ok(Action::Run(settings)) = Settings::from(flags.iter().map(Into::into), []) else {
             return Err("these settings should be good".into());
         };
@@ -47,7 +58,7 @@ impl SingleShard {
             limits: limits.clone(),
             loopback: Arc::default(),
         };
-        let wiring = ShardContext {
+        let context = ShardContext {
             id: 0,
             context,
             requests,
@@ -56,7 +67,6 @@ impl SingleShard {
             unsent: Arc::default(),
             takes_binary,
         };
-        thread::spawn(|| shard::run(wiring, inbox).expect("epoll works"));
-        Ok(SingleShard { shards, other, asked, metrics, limits })
+        Ok((SingleShard { shards, other, asked, metrics, limits }, context, inbox))
     }
 }

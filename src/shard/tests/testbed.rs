@@ -1,6 +1,10 @@
 //! A real shard that runs step by step, and a bus that the test plays. The sockets are Unix pairs
 //! with small buffers, so that short writes need no waiting.
 
+#[allow(dead_code, reason = "the integration tests use more of it")]
+#[path = "../../../tests/common/single_shard.rs"]
+mod single_shard;
+
 use std::collections::{BTreeMap, VecDeque};
 use std::io::Write;
 use std::net::Ipv4Addr;
@@ -11,15 +15,12 @@ use mio::Poll;
 use socket2::SockRef;
 use tokio::sync::mpsc;
 
+use self::single_shard::SingleShard;
 use super::super::connections::token;
 use super::super::*;
-use crate::auth::keys::KeyRing;
 use crate::bus::{Answer, PAGE, Page, PublishError, page_start};
-use crate::config::Action;
 use crate::limits::connections::ConnectionLimits;
-use crate::metrics::{BusMetrics, Readiness};
 use crate::protocol::event::{ChannelName, Entry, EventId};
-use crate::ws::handshake::HandshakeContext;
 
 /// Events that history holds.
 const HISTORY: usize = 60;
@@ -78,39 +79,14 @@ impl Testbed {
             "--ping-timeout=1h",
             "--ping-format=both",
         ];
-        let Ok(Action::Run(settings)) = Settings::from(flags.iter().map(Into::into), []) else {
-            panic!("good settings")
-        };
+        let (single, context, _inbox) = SingleShard::connect(&flags, false).expect("good settings");
         let poll = Poll::new().expect("a poll");
         let registry = poll.registry().try_clone().expect("a descriptor");
-        let (requests_tx, requests) = mpsc::unbounded_channel();
-        let metrics = Metrics::new(1, Arc::new(BusMetrics::default()), Arc::new(Readiness::default()));
-        let metrics = Arc::new(metrics);
-        let keys = Arc::new(KeyRing::load(&settings).expect("no keys are needed"));
-        let limits = Arc::new(ConnectionLimits::new(&settings));
-        let readiness = metrics.readiness.clone();
-        let context = HandshakeContext {
-            settings: Arc::new(settings),
-            readiness,
-            keys,
-            limits: limits.clone(),
-            loopback: Arc::default(),
-        };
-        let (shards, _inboxes) = Mailboxes::new(1);
-        let context = ShardContext {
-            id: 0,
-            context,
-            requests: requests_tx,
-            shards,
-            metrics,
-            unsent: Arc::default(),
-            takes_binary: false,
-        };
         let shard = assemble(context, registry);
         let mut testbed = Testbed {
             shard,
-            requests,
-            limits,
+            requests: single.asked,
+            limits: single.limits,
             channel: ChannelName::parse("c").expect("a name"),
             clients: Vec::new(),
             base: 1000,
@@ -136,7 +112,8 @@ impl Testbed {
         SockRef::from(&theirs).set_send_buffer_size(4 << 10).expect("a socket");
         let theirs = std::net::TcpStream::from(OwnedFd::from(theirs));
         let connection_slot = self.limits.acquire(Ipv4Addr::LOCALHOST.into()).expect("there is room");
-        self.shard.handle_message(ShardMessage::Sockets(vec![(TcpStream::from_std(theirs), connection_slot)]));
+        self.shard
+            .handle_message(ShardMessage::Sockets(vec![(TcpStream::from_std(theirs), connection_slot)]));
         let (user, mode) = CLIENTS[number];
         let query = match (mode, position) {
             (Mode::Plain, _) => String::new(),
