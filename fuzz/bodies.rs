@@ -126,15 +126,20 @@ pub fn request(mut data: &[u8]) {
                 assert!(check_response(&Response::from(rejection).to_bytes(false)) >= 400);
             }
             HandshakeOutcome::Join(join) => {
-                assert!(is_user_id(&join.user) && ChannelName::parse(join.channel.as_str()).is_some());
+                assert!(
+                    is_user_id(&join.session.user) && ChannelName::parse(join.channel.as_str()).is_some()
+                );
                 assert_eq!(check_response(&join.response), 101);
             }
         }
     }
     match (&whole, &split) {
         (HandshakeOutcome::Join(whole), HandshakeOutcome::Join(split)) => {
-            assert_eq!((&whole.user, &whole.channel), (&split.user, &split.channel));
-            assert_eq!((whole.last_seen, whole.json_mode), (split.last_seen, split.json_mode));
+            assert_eq!((&whole.session.user, &whole.channel), (&split.session.user, &split.channel));
+            assert_eq!(
+                (whole.last_seen, whole.session.json_mode),
+                (split.last_seen, split.session.json_mode)
+            );
         }
         (HandshakeOutcome::Join(_), other) => panic!("good whole, and in pieces {other:?}"),
         (HandshakeOutcome::Incomplete(_), other) => {

@@ -13,7 +13,7 @@ use crate::bus::ConnectionId;
 use crate::bus::coalesced::Coalesced;
 use crate::feed::Feed;
 use crate::protocol::event::{ChannelName, Entry};
-use crate::ws::connection::NONE;
+use crate::ws::connection::{Membership, NONE};
 use crate::ws::outbox::SharedTails;
 use crate::ws::writer::Tally;
 
@@ -113,61 +113,62 @@ impl Channel {
     }
 
     pub fn add(&mut self, slot: u32, connections: &mut ConnectionTable, hasher: &RandomState) {
-        connections[slot].member = self.members.len() as u32;
+        let index = self.members.len() as u32;
         self.members.push(slot);
         self.empty_since = None;
-        let hash = hasher.hash_one(&connections[slot].user);
-        let same = |other: &u32| connections[*other].user == connections[slot].user;
-        match self.users.find_mut(hash, same) {
-            Some(first) => {
-                let second = std::mem::replace(first, slot);
-                connections[second].same_user.0 = slot;
-                connections[slot].same_user = (NONE, second);
-            }
+        let hash = hasher.hash_one(&connections[slot].session.user);
+        let same = |other: &u32| connections[*other].session.user == connections[slot].session.user;
+        let next = match self.users.find_mut(hash, same) {
+            Some(first) => std::mem::replace(first, slot),
             None => {
-                connections[slot].same_user = (NONE, NONE);
-                let rehash = |slot: &u32| hasher.hash_one(&connections[*slot].user);
+                let rehash = |slot: &u32| hasher.hash_one(&connections[*slot].session.user);
                 self.users.insert_unique(hash, slot, rehash);
+                NONE
             }
+        };
+        if next != NONE {
+            connections[next].membership.previous = slot;
         }
+        let membership = &mut connections[slot].membership;
+        *membership = Membership { index, previous: NONE, next, ..*membership };
     }
 
     /// Removes a member. A fan-out under way still visits all others that it has not visited.
     pub fn remove(&mut self, slot: u32, connections: &mut ConnectionTable, hasher: &RandomState) {
-        let mut free = connections[slot].member as usize;
+        let mut free = connections[slot].membership.index as usize;
         if let Some(fanout) = self.public.as_mut().filter(|fanout| free < fanout.next) {
             // The last of the visited members takes the free place, and the last of all its place.
             // Otherwise the last of all would move among the visited ones.
             fanout.next -= 1;
             let visited = self.members[fanout.next];
             self.members[free] = visited;
-            connections[visited].member = free as u32;
+            connections[visited].membership.index = free as u32;
             free = fanout.next;
         }
         self.members.swap_remove(free);
         if let Some(moved) = self.members.get(free) {
-            connections[*moved].member = free as u32;
+            connections[*moved].membership.index = free as u32;
         }
         self.remove_user(slot, connections, hasher);
-        self.partly_written.remove(&(connections[slot].cursor.entry, slot));
+        self.partly_written.remove(&(connections[slot].cursor().entry, slot));
         if self.members.is_empty() {
             self.empty_since = Some(Instant::now());
         }
     }
 
     fn remove_user(&mut self, slot: u32, connections: &mut ConnectionTable, hasher: &RandomState) {
-        let (earlier, later) = connections[slot].same_user;
-        self.private.skip(&connections[slot].user, slot, later);
-        if later != NONE {
-            connections[later].same_user.0 = earlier;
+        let Membership { previous, next, .. } = connections[slot].membership;
+        self.private.skip(&connections[slot].session.user, slot, next);
+        if next != NONE {
+            connections[next].membership.previous = previous;
         }
-        if earlier != NONE {
-            connections[earlier].same_user.1 = later;
+        if previous != NONE {
+            connections[previous].membership.next = next;
             return;
         }
-        let hash = hasher.hash_one(&connections[slot].user);
+        let hash = hasher.hash_one(&connections[slot].session.user);
         match self.users.find_entry(hash, |other| *other == slot) {
-            Ok(mut entry) if later != NONE => *entry.get_mut() = later,
+            Ok(mut entry) if next != NONE => *entry.get_mut() = next,
             Ok(entry) => {
                 entry.remove();
             }
@@ -280,7 +281,7 @@ impl Channel {
 
 /// The slot of a user's first connection, to which the others are linked; `NONE` without one.
 fn first_of(users: &HashTable<u32>, user: &str, connections: &ConnectionTable, hasher: &RandomState) -> u32 {
-    let same = |slot: &u32| &*connections[*slot].user == user;
+    let same = |slot: &u32| &*connections[*slot].session.user == user;
     users.find(hasher.hash_one(user), same).copied().unwrap_or(NONE)
 }
 
@@ -324,7 +325,7 @@ mod tests {
                 seen.sort_unstable();
                 let stay: Vec<u32> = (0..count).filter(|slot| *slot != leaver).collect();
                 assert_eq!(seen, stay, "{leaver} of {count} left after {visited} visits");
-                let indexes = channel.members.iter().map(|slot| connections[*slot].member);
+                let indexes = channel.members.iter().map(|slot| connections[*slot].membership.index);
                 assert!(indexes.eq(0..count - 1), "every connection knows its index");
             }
         }

@@ -18,13 +18,13 @@ impl Shard {
         let connection = &mut self.connections[slot];
         tracing::debug!(
             reason = reason.label(),
-            user = &*connection.user,
+            user = &*connection.session.user,
             client = connection.client().map(tracing::field::display),
             channel = key.map(|key| self.channels[key].name.as_str()),
             "closed connection"
         );
         connection.close(reason);
-        if std::mem::take(&mut connection.read_paused) {
+        if connection.inbound.resume() {
             self.read_later(slot);
         }
         let connection = &mut self.connections[slot];
@@ -33,13 +33,14 @@ impl Shard {
         // Nothing can cut the response to a connection over a limit short: its request has been
         // read.
         let limit = connection.connection_slot.limit_reached();
-        let is_answered = !connection.blocked && limit.is_some_and(|limit| limit.reason() == reason);
+        let is_answered =
+            !connection.socket.is_blocked() && limit.is_some_and(|limit| limit.reason() == reason);
         // A peer that was silent for so long gets no more time. The kernel still sends what it has.
         let is_silent = matches!(reason, CloseReason::PingTimeout | CloseReason::SlowReader);
         if !is_writable || is_answered || is_silent {
             return self.connections.discard(slot);
         }
-        if connection.blocked {
+        if connection.socket.is_blocked() {
             self.register_writable(slot);
         }
         self.deadlines.closing.push(self.connections.id(slot));
@@ -74,15 +75,15 @@ impl Shard {
         if !connection.is_open() {
             return None;
         }
-        let key = connection.channel;
+        let key = connection.membership.channel;
         self.channels.remove_member(key, slot, &mut self.connections);
         Some(key)
     }
 
     /// Has epoll report when a full socket has room again.
     pub(super) fn register_writable(&mut self, slot: u32) {
-        let is_registered = std::mem::replace(&mut self.connections[slot].write_interest, true);
-        if !is_registered && self.connections.register_writable(slot).is_err() {
+        let is_new = self.connections[slot].socket.register_write();
+        if is_new && self.connections.register_writable(slot).is_err() {
             self.abort(slot); // without an event it would wait for ever
         }
     }
@@ -99,7 +100,7 @@ impl Shard {
     /// ends here, once.
     pub(super) fn free_discarded(&mut self) {
         while let Some(connection) = self.connections.free_discarded() {
-            self.context.limits.release(connection.connection_slot, &connection.user);
+            self.context.limits.release(connection.connection_slot, &connection.session.user);
             self.metrics().closed.add(1);
         }
     }

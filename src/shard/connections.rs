@@ -41,7 +41,7 @@ impl ConnectionTable {
     /// `fs.epoll.max_user_watches`.
     pub fn register(&mut self, slot: u32) -> io::Result<()> {
         let token = token(self.id(slot));
-        self.registry.register(self.slots[slot as usize].stream(), token, Interest::READABLE)
+        self.registry.register(self.slots[slot as usize].socket.stream_mut(), token, Interest::READABLE)
     }
 
     /// Has epoll report that the socket is writable again. From the start it would do so once for
@@ -49,7 +49,7 @@ impl ConnectionTable {
     pub fn register_writable(&mut self, slot: u32) -> io::Result<()> {
         let token = token(self.id(slot));
         let interest = Interest::READABLE | Interest::WRITABLE;
-        self.registry.reregister(self.slots[slot as usize].stream(), token, interest)
+        self.registry.reregister(self.slots[slot as usize].socket.stream_mut(), token, interest)
     }
 
     pub fn id(&self, slot: u32) -> ConnectionId {

@@ -60,14 +60,14 @@ impl Shard {
     pub(super) fn run_deferred(&mut self) {
         for (done, id) in std::mem::take(&mut self.deferred.reads).into_iter().enumerate() {
             if let Some(slot) = self.connections.find(id) {
-                self.connections[slot].read_queued = false;
+                self.connections[slot].inbound.leave_queue();
                 self.on_readable(slot, true);
             }
             self.maybe_run_fanout(done);
         }
         for (done, id) in std::mem::take(&mut self.deferred.writes).into_iter().enumerate() {
             if let Some(slot) = self.connections.find(id) {
-                self.connections[slot].write_queued = false;
+                self.connections[slot].socket.leave_queue();
                 self.flush(slot);
             }
             self.maybe_run_fanout(done);
@@ -110,14 +110,14 @@ impl Shard {
 
     /// Reads from a connection in the next turn.
     pub(super) fn read_later(&mut self, slot: u32) {
-        if !std::mem::replace(&mut self.connections[slot].read_queued, true) {
+        if self.connections[slot].inbound.enter_queue() {
             self.deferred.reads.push(self.connections.id(slot));
         }
     }
 
     /// Writes to a connection in the next turn.
     pub(super) fn write_later(&mut self, slot: u32) {
-        if !std::mem::replace(&mut self.connections[slot].write_queued, true) {
+        if self.connections[slot].socket.enter_queue() {
             self.deferred.writes.push(self.connections.id(slot));
         }
     }

@@ -32,7 +32,7 @@ impl Shard {
             let before = self.tally.writes;
             if let Some(slot) = self.channels[key].next_visit(&self.connections) {
                 let connection = &self.connections[slot];
-                if !connection.blocked && matches!(connection.state, State::Live) {
+                if !connection.socket.is_blocked() && matches!(connection.state, State::Live) {
                     self.flush(slot);
                 }
             }

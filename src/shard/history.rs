@@ -38,12 +38,11 @@ impl Shard {
         let limits = &self.context.limits;
         let now = limits.allowances.now();
         let connection = &mut self.connections[slot];
-        connection.load_allowance(limits);
-        if connection.allowance.as_deref().is_some_and(|client| !client.take_history(bytes, now)) {
+        if connection.allowance(limits).is_some_and(|client| !client.take_history(bytes, now)) {
             return self.throttle(slot);
         }
         connection.wait_for_part();
-        let (channel, id) = (self.channels[connection.channel].id, self.connections.id(slot));
+        let (channel, id) = (self.channels[connection.membership.channel].id, self.connections.id(slot));
         self.replay.parts.wait(channel, position, bytes, id);
         self.start_reads();
     }
@@ -76,7 +75,7 @@ impl Shard {
     pub(super) fn start_reads(&mut self) {
         let connections = &self.connections;
         let waits =
-            |id: &ConnectionId| connections.find(*id).is_some_and(|slot| connections[slot].awaits_page());
+            |id: &ConnectionId| connections.find(*id).is_some_and(|slot| connections[slot].awaits_part());
         while let Some(Read { channel, position, bytes }) = self.replay.parts.start(waits) {
             let channel = self.channels[channel.key].name.clone();
             self.request_bus(Request::Read { channel, position, bytes, shard: self.id });

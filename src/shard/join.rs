@@ -42,7 +42,7 @@ impl Shard {
             }
         };
         let id = self.connections.id(slot);
-        self.connections[slot].channel = key;
+        self.connections[slot].membership.channel = key;
         let channel = &mut self.channels[key];
         let Some(feed) = &channel.feed else { return channel.joining.push(id) };
         let position = match last_seen {
@@ -76,8 +76,7 @@ impl Shard {
     fn may_add_channel(&mut self, slot: u32) -> bool {
         let limits = &self.context.limits;
         let connection = &mut self.connections[slot];
-        connection.load_allowance(limits);
-        connection.allowance.as_deref().is_none_or(|client| limits.take_channel(client))
+        connection.allowance(limits).is_none_or(|client| limits.take_channel(client))
     }
 
     /// Adds a channel, which the bus is asked to follow. Returns its key.
@@ -104,16 +103,11 @@ impl Shard {
             JoinPosition::Head | JoinPosition::Unproven => connection.start_live(feed, end, feed.position()),
         }
         let mut response = BytesMut::from(&join.response[..]);
-        if join.wants_recovery {
+        if connection.session.wants_recovery {
             response.extend_from_slice(&frame::welcome(last, feed.position(), recovered));
         }
         connection.enqueue(Bytes::from(response));
-        connection.wants_recovery = join.wants_recovery;
-        connection.json_mode = join.json_mode;
-        connection.may_publish = join.may_publish;
-        connection.expires = join.expires;
-        connection.last_activity = self.tick;
-        connection.last_ping = self.tick;
+        connection.liveness.restart(self.tick);
         self.channels.add_member(key, slot, &mut self.connections);
         self.metrics().upgraded.add(1);
         self.flush(slot);

@@ -41,12 +41,12 @@ impl Shard {
             else {
                 continue;
             };
-            if connection.expires <= seconds {
+            if connection.session.expires <= seconds {
                 self.close(slot, CloseReason::TokenExpired);
                 continue;
             }
             self.sweep.behind += u64::from(connection.is_behind());
-            if connection.blocked && connection.queued() > 0 {
+            if connection.socket.is_blocked() && connection.queued() > 0 {
                 self.unsent.listed.push(slot);
             }
             self.check_liveness(slot, interval, timeout, now);
@@ -65,38 +65,33 @@ impl Shard {
     fn check_liveness(&mut self, slot: u32, interval: u32, timeout: u32, now: Instant) {
         let format = self.settings().ping_format;
         let connection = &mut self.connections[slot];
+        let is_blocked = connection.socket.is_blocked();
+        let is_paused = connection.inbound.is_paused();
+        connection.liveness.observe(is_blocked, is_paused, self.tick);
         // Clients don't answer JSON pings. Then only a full socket shows silence, and
         // TCP_USER_TIMEOUT a dead peer.
-        let answers = format != PingFormat::Json || connection.blocked;
-        if connection.read_paused && !connection.blocked {
-            connection.last_activity = self.tick; // it waits for the bus, and what it sent is not read
-        }
-        let was_blocked = std::mem::replace(&mut connection.was_blocked, connection.blocked);
-        if connection.blocked && !was_blocked {
-            connection.last_activity = self.tick; // it had room until now
-        }
+        let answers = format != PingFormat::Json || is_blocked;
         // A pong follows everything that was written before its ping. A full socket shows progress
         // by itself.
-        let reading_time = if connection.blocked { 0 } else { ticks(connection.reading_time()) };
-        let silence = interval.saturating_add(timeout).saturating_add(reading_time);
-        if answers && self.tick.wrapping_sub(connection.last_activity) >= silence {
+        let reading_time = if is_blocked { 0 } else { ticks(connection.liveness.reading_time()) };
+        let allowed = interval.saturating_add(timeout).saturating_add(reading_time);
+        if answers && connection.liveness.silence(self.tick) >= allowed {
             return self.close(slot, CloseReason::PingTimeout);
         }
-        if connection.blocked {
-            // epoll reports it only when a third of the send buffer is free. A slow reader takes
-            // bytes before.
+        if is_blocked {
+            // epoll reports it only when a third of the send buffer is free, but a slow reader
+            // lives.
             return self.retry_write(slot);
         }
         // A client that is not read from can't complete its message.
-        let is_late = !connection.read_paused
-            && now.checked_sub(MESSAGE_TIMEOUT).is_some_and(|then| connection.began_before(then));
+        let is_late = !is_paused
+            && now.checked_sub(MESSAGE_TIMEOUT).is_some_and(|then| connection.has_partial_since(then));
         if is_late {
             return self.close(slot, CloseReason::MessageTimeout);
         }
-        if self.tick.wrapping_sub(connection.last_ping) < interval {
+        if !connection.liveness.take_due_ping(interval, self.tick) {
             return;
         }
-        connection.last_ping = self.tick;
         if connection.queued() > 0 {
             return; // the last ping is still queued
         }
@@ -104,9 +99,10 @@ impl Shard {
             connection.ping();
         }
         if format != PingFormat::WebSocket {
-            let feed = self.channels[connection.channel].feed.as_ref();
-            let position =
-                feed.filter(|_| connection.wants_recovery).map(|feed| connection.shown_position(feed));
+            let feed = self.channels[connection.membership.channel].feed.as_ref();
+            let position = feed
+                .filter(|_| connection.session.wants_recovery)
+                .map(|feed| connection.shown_position(feed));
             connection.enqueue(frame::json_ping(position));
         }
         self.flush(slot);

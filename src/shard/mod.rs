@@ -189,12 +189,12 @@ impl Shard {
     /// Handles an event of a socket. `ended`: the peer has closed its side.
     fn on_ready(&mut self, token: Token, readable: bool, writable: bool, ended: bool) {
         let Some(slot) = self.connections.find(self.connections.id_of(token)) else { return };
-        if writable && self.connections[slot].blocked {
+        if writable && self.connections[slot].socket.is_blocked() {
             self.retry_write(slot);
         }
         // Skip connections already queued for reading: one read per turn, not one per event, or
         // busy senders starve the rest.
-        if readable && !self.connections[slot].read_queued {
+        if readable && !self.connections[slot].inbound.is_queued() {
             self.on_readable(slot, ended);
         }
     }

@@ -1,5 +1,5 @@
-//! Messages of which not all bytes have arrived. Each may wait for ten seconds, but all together must
-//! not fill the memory.
+//! Messages of which not all bytes have arrived. Each may wait for ten seconds, but all together
+//! must not fill the memory.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
@@ -20,9 +20,9 @@ const LISTED_MIN: usize = 1024;
 
 /// The incomplete messages of one shard.
 ///
-/// All shards add their bytes to one count. While that is above the node's limit, each shard with more
-/// than its share closes the connections with the oldest messages. A shard's part of the count is
-/// never too small: it grows with every read, and is corrected when the shard counts again.
+/// All shards add their bytes to one count. While that is above the node's limit, each shard with
+/// more than its share closes the connections with the oldest messages. A shard's part of the count
+/// is never too small: it grows with every read, and is corrected when the shard counts again.
 #[derive(Debug)]
 pub(super) struct PartialMessages {
     /// Most bytes of all incomplete messages of the node.
@@ -63,7 +63,8 @@ impl PartialMessages {
         is_due || is_over || self.messages.len() >= self.next_recount
     }
 
-    /// Whether counting again may matter: messages are completed, and other shards may need the memory.
+    /// Whether counting again may matter: messages are completed, and other shards may need the
+    /// memory.
     fn may_be_over(&self, node: &AtomicUsize) -> bool {
         let is_idle = self.since_recount == 0 && self.messages.is_empty();
         let is_full = node.load(Relaxed) > self.limit / 2;
@@ -88,11 +89,11 @@ impl PartialMessages {
 }
 
 impl Shard {
-    /// Counts the incomplete message of a connection after `new` bytes have arrived, and limits all of
-    /// them.
+    /// Counts the incomplete message of a connection after `new` bytes have arrived, and limits all
+    /// of them.
     pub(super) fn record_partial(&mut self, slot: u32, new: usize) {
         let id = self.connections.id(slot);
-        let Some(partial) = &mut self.connections[slot].partial else { return };
+        let Some(partial) = &mut self.connections[slot].inbound.partial else { return };
         if partial.held() == 0 {
             return; // only the head of a frame, or whole frames that wait for the next turn
         }
@@ -125,8 +126,8 @@ impl Shard {
         let all = self.partial_messages.correct(held, &self.metrics.partial_bytes);
         let PartialMessages { limit, share, .. } = self.partial_messages;
         if all > limit && held > share {
-            // The oldest first, since honest messages are completed soon. Down to three quarters, so
-            // that the next bytes don't exceed the limit again.
+            // The oldest first, since honest messages are completed soon. Down to three quarters,
+            // so that the next bytes don't exceed the limit again.
             while held > share / 4 * 3
                 && let Some((since, id)) = messages.pop_front()
             {
@@ -140,7 +141,7 @@ impl Shard {
 
     /// Bytes of the message that this connection started then. `None` if it is complete.
     fn held_since(&self, since: Instant, id: ConnectionId) -> Option<usize> {
-        let partial = self.connections[self.connections.find(id)?].partial.as_ref()?;
+        let partial = self.connections[self.connections.find(id)?].inbound.partial.as_ref()?;
         (partial.since == since).then(|| partial.held())
     }
 }

@@ -3,26 +3,22 @@
 use bytes::Bytes;
 
 use super::Shard;
-use super::read::QUEUE_MAX;
 use crate::bus::{Answer, ConnectionId, Publish, PublishError, Request};
 use crate::config::ClientPublish;
 use crate::protocol::close::CloseReason;
 use crate::protocol::event::EventId;
 use crate::protocol::frame::{self, ClientFrame, ErrorCode};
 
-/// A client with this many unanswered publishes is not read from. At half of them reading resumes.
-pub(super) const UNANSWERED_MAX: u32 = 256;
-
 impl Shard {
     /// Handles a text message. An error closes the connection.
     pub(super) fn on_text(&mut self, slot: u32, text: &str) -> Result<(), CloseReason> {
         self.metrics().messages_received.add(1);
         let connection = &mut self.connections[slot];
-        let (event, to, reference) = if connection.json_mode {
-            match frame::parse_client_frame(&connection.user, text) {
+        let (event, to, reference) = if connection.session.json_mode {
+            match frame::parse_client_frame(&connection.session.user, text) {
                 Ok(ClientFrame::Publish(publish)) => (publish.event, publish.to, publish.reference),
                 Ok(ClientFrame::Ping) => {
-                    let feed = self.channels[connection.channel].feed.as_ref();
+                    let feed = self.channels[connection.membership.channel].feed.as_ref();
                     let position = feed.map(|feed| connection.shown_position(feed));
                     connection.enqueue(frame::json_ping(position));
                     return Ok(());
@@ -35,12 +31,12 @@ impl Shard {
                 }
             }
         } else {
-            (frame::chat_event(&connection.user, text), None, None)
+            (frame::chat_event(&connection.session.user, text), None, None)
         };
         let may_address = self.context.settings.client_publish == ClientPublish::Any;
         let reason = if to.is_some() && !may_address {
             "clients may not address one user here"
-        } else if !connection.may_publish {
+        } else if !connection.session.may_publish {
             "you may not publish here"
         } else {
             self.publish(slot, event, to, reference);
@@ -61,7 +57,7 @@ impl Shard {
     ) -> Result<(), CloseReason> {
         self.metrics.reject_message(self.id, code, text);
         let connection = &mut self.connections[slot];
-        if !connection.wants_recovery {
+        if !connection.session.wants_recovery {
             return Err(reason);
         }
         connection.enqueue(frame::error(code, text, reference));
@@ -77,8 +73,8 @@ impl Shard {
     ) {
         let answer = Answer::Connection(self.connections.id(slot), reference);
         let connection = &mut self.connections[slot];
-        connection.unanswered += 1;
-        let channel = self.channels[connection.channel].name.clone();
+        connection.inbound.count_publish();
+        let channel = self.channels[connection.membership.channel].name.clone();
         let publish = Publish { channel, to: to.map(Into::into), key: None, event, answer };
         self.request_bus(Request::Publish(publish));
     }
@@ -94,7 +90,7 @@ impl Shard {
         if !connection.is_open() {
             return;
         }
-        connection.unanswered -= 1;
+        connection.inbound.count_answer();
         match result {
             Ok(event) => {
                 if let Some(reference) = reference {
@@ -108,7 +104,7 @@ impl Shard {
                 };
                 let text = error.to_string();
                 self.metrics.reject_message(self.id, code, &text);
-                if !connection.wants_recovery {
+                if !connection.session.wants_recovery {
                     return self.close(slot, CloseReason::PublishFailed);
                 }
                 // What is wrong with the bus is for operators.
@@ -126,9 +122,7 @@ impl Shard {
     /// Resumes reading from a client that has taken most of its frames and answers.
     pub(super) fn resume_reading(&mut self, slot: u32) {
         let connection = &mut self.connections[slot];
-        let is_eased = connection.queued() <= QUEUE_MAX / 2 && connection.unanswered <= UNANSWERED_MAX / 2;
-        if connection.read_paused && is_eased {
-            connection.read_paused = false;
+        if connection.inbound.resume_if_due(connection.queued()) {
             self.read_later(slot);
         }
     }

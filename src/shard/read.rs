@@ -4,7 +4,6 @@ use bytes::Bytes;
 
 use super::Shard;
 use super::deferred::Pending;
-use super::publish::UNANSWERED_MAX;
 use crate::limits::connections::LimitReached;
 use crate::limits::rate::Decision;
 use crate::protocol::close::CloseReason;
@@ -12,13 +11,10 @@ use crate::protocol::frame::{self, ErrorCode};
 use crate::ws::connection::State;
 use crate::ws::decoder::{self, Incoming};
 use crate::ws::handshake::{self, HandshakeOutcome, rejections};
+use crate::ws::inbound::QUEUE_MAX;
 
 /// Most bytes that one read takes. Connections with more take turns.
 pub(super) const READ_MAX: usize = 16 * 1024;
-
-/// A client that leaves this many bytes of acks, pongs and errors unread is not read from. At half
-/// of them reading resumes.
-pub(super) const QUEUE_MAX: usize = 64 * 1024;
 
 /// Pongs that answer the pings of one read, in bytes. Beyond it only the last is sent.
 const PONGS_MAX: usize = 2 * 1024;
@@ -57,7 +53,7 @@ impl Shard {
     pub(super) fn on_readable(&mut self, slot: u32, to_end: bool) {
         loop {
             let connection = &mut self.connections[slot];
-            if connection.read_paused || matches!(connection.state, State::Discarded) {
+            if connection.inbound.is_paused() || matches!(connection.state, State::Discarded) {
                 return;
             }
             let Ok((length, new)) = connection.read(&mut self.input.buffer) else {
@@ -65,8 +61,8 @@ impl Shard {
             };
             if let Some(new) = new.filter(|new| *new > 0) {
                 // A client that sends but does not read is as good as silent.
-                if !connection.blocked {
-                    connection.last_activity = self.tick;
+                if !connection.socket.is_blocked() {
+                    connection.liveness.record_activity(self.tick);
                 }
                 self.tally.received += new as u64;
             }
@@ -101,7 +97,7 @@ impl Shard {
     fn on_request_bytes(&mut self, slot: u32, length: usize) {
         let received = &self.input.buffer[..length];
         let connection = &mut self.connections[slot];
-        let loopback = self.context.is_loopback(connection.stream());
+        let loopback = self.context.is_loopback(connection.socket.stream());
         let State::Request(kept) = &mut connection.state else { return };
         let request = match kept {
             None => received,
@@ -126,12 +122,11 @@ impl Shard {
             HandshakeOutcome::Join(_) if self.drain.is_some() => {
                 self.reject(slot, &rejections::stopping());
             }
-            HandshakeOutcome::Join(mut join) => {
-                if !self.context.limits.acquire_user(&join.user) {
+            HandshakeOutcome::Join(join) => {
+                if !self.context.limits.acquire_user(&join.session.user) {
                     return self.reject(slot, LimitReached::User.rejection());
                 }
-                connection.user = std::mem::take(&mut join.user);
-                connection.state = State::Joining(join);
+                connection.start_joining(join);
                 self.join(slot, Pending::Nothing);
                 if matches!(self.connections[slot].state, State::Joining(_)) {
                     self.deadlines.joins.push(self.connections.id(slot));
@@ -146,7 +141,7 @@ impl Shard {
             let connection = &mut self.connections[slot];
             let data = &mut self.input.buffer[start..length];
             let mut messages = std::mem::take(&mut self.input.messages);
-            let read = decoder::read(&mut connection.partial, data, self.input.limits, &mut messages);
+            let read = decoder::read(&mut connection.inbound.partial, data, self.input.limits, &mut messages);
             let more = messages.len() == decoder::MESSAGES_AT_ONCE;
             let end = self.on_messages(slot, messages.drain(..));
             self.input.messages = messages;
@@ -171,10 +166,9 @@ impl Shard {
             if !connection.is_open() {
                 return;
             }
-            connection.read_paused =
-                connection.queued() > QUEUE_MAX || connection.unanswered >= UNANSWERED_MAX;
-            if connection.read_paused || !more {
-                connection.keep(&self.input.buffer[start..length]);
+            let is_paused = connection.inbound.pause_if_due(connection.queued());
+            if is_paused || !more {
+                connection.inbound.keep(&self.input.buffer[start..length]);
                 return self.record_partial(slot, length);
             }
         }
@@ -184,10 +178,10 @@ impl Shard {
         let now = self.context.limits.allowances.now();
         for message in messages {
             let connection = &mut self.connections[slot];
-            let answers_ping = message == Incoming::Pong && connection.take_pong();
+            let answers_ping = message == Incoming::Pong && connection.liveness.take_pong();
             if !answers_ping && !matches!(message, Incoming::Close(_)) {
                 let (bytes, frames) = message.size();
-                match self.check_rate(slot, bytes, frames, now) {
+                match connection.check_rate(&self.context.limits, bytes, frames, now) {
                     Decision::Accept => {}
                     Decision::Reject(text) => {
                         self.reject_over_rate(slot, &message, &text)?;
@@ -217,19 +211,9 @@ impl Shard {
         Ok(())
     }
 
-    fn check_rate(&mut self, slot: u32, bytes: usize, frames: u32, now: u64) -> Decision {
-        let limits = &self.context.limits;
-        let Some(limiter) = limits.allowances.limiter() else { return Decision::Accept };
-        let connection = &mut self.connections[slot];
-        connection.load_allowance(limits);
-        let client = connection.allowance.as_deref();
-        let cost = limiter.cost(bytes, frames);
-        limiter.check(&mut connection.tat, &mut connection.rejected, client, cost, now)
-    }
-
     fn reject_over_rate(&mut self, slot: u32, message: &Incoming, text: &str) -> Result<(), CloseReason> {
         let reference = match message {
-            Incoming::Text(text, _) if self.connections[slot].json_mode => frame::reference_in(text),
+            Incoming::Text(text, _) if self.connections[slot].session.json_mode => frame::reference_in(text),
             _ => None,
         };
         let code = ErrorCode::RateLimited;

@@ -114,7 +114,7 @@ impl Shard {
     pub(super) fn drop_empty_channels(&mut self, now: Instant) {
         let mut excess = self.excess_channels();
         let answered = self.deferred.answered.iter().filter_map(|(id, _)| self.connections.find(*id));
-        let joining: HashSet<u32> = answered.map(|slot| self.connections[slot].channel).collect();
+        let joining: HashSet<u32> = answered.map(|slot| self.connections[slot].membership.channel).collect();
         for _ in 0..EMPTY_A_TURN {
             let Some((since, id)) = self.channels.oldest_empty() else { return };
             if excess == 0 && now.saturating_duration_since(since) < EMPTY_TIME {

@@ -118,7 +118,7 @@ impl Shard {
             for holder in &mut holders {
                 let frame = holder.frame.map(|frame| &frames[&frame]);
                 let part = frame.map_or(0, |frame| frame.part / frame.holders);
-                let waited = self.tick.wrapping_sub(self.connections[holder.slot].last_activity);
+                let waited = self.connections[holder.slot].liveness.silence(self.tick);
                 holder.cost = (holder.own + part) * (u64::from(waited) + 1);
             }
             holders.sort_unstable_by_key(|holder| holder.cost);

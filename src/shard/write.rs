@@ -22,14 +22,15 @@ impl Shard {
     /// shows that it is alive.
     pub(super) fn retry_write(&mut self, slot: u32) {
         let connection = &mut self.connections[slot];
-        connection.blocked = false;
+        connection.socket.unblock();
         if connection.is_open() {
-            self.channels[connection.channel].forget_partly_written(connection.cursor.entry, slot);
+            self.channels[connection.membership.channel]
+                .forget_partly_written(connection.cursor().entry, slot);
         }
         let before = self.tally.bytes;
         self.flush(slot);
         if self.tally.bytes > before {
-            self.connections[slot].last_activity = self.tick;
+            self.connections[slot].liveness.record_activity(self.tick);
         }
     }
 
@@ -72,15 +73,15 @@ impl Shard {
     /// Writes what the feed has for a live connection.
     fn write_events(&mut self, slot: u32) -> Step {
         let connection = &mut self.connections[slot];
-        let channel = &mut self.channels[connection.channel];
+        let channel = &mut self.channels[connection.membership.channel];
         let feed = channel.feed();
         match connection.flush(feed, &mut self.tally) {
             Flushed::Behind => {
-                connection.start_replay(feed, connection.position);
+                connection.start_replay(feed, connection.position());
                 Step::Next
             }
             Flushed::Blocked if connection.is_inside_frame(feed) => {
-                channel.note_partly_written(connection.cursor.entry, slot);
+                channel.note_partly_written(connection.cursor().entry, slot);
                 Step::Done(Flushed::Blocked)
             }
             flushed => Step::Done(flushed),
@@ -94,7 +95,7 @@ impl Shard {
         let connection = &mut self.connections[slot];
         let State::Replay(replay) = &mut connection.state else { return Step::Wait };
         let part = replay.take_part();
-        if connection.blocked {
+        if connection.socket.is_blocked() {
             return Step::Wait;
         }
         // Nothing is read for a socket that has yet to take the rest of a frame, or frames of its
@@ -112,12 +113,10 @@ impl Shard {
             return Step::Done(Flushed::More);
         }
         let connection = &mut self.connections[slot];
-        let channel = &self.channels[connection.channel];
-        match channel.feed().find(connection.position) {
+        let channel = &self.channels[connection.membership.channel];
+        match channel.feed().find(connection.position()) {
             Lookup::Found(cursor) => {
-                connection.count_bare_miss(channel.feed(), &mut self.tally);
-                connection.state = State::Live;
-                connection.cursor = cursor;
+                connection.end_replay(channel.feed(), cursor, &mut self.tally);
                 return Step::Next;
             }
             Lookup::Discontinuous => return self.send_reset(slot),
@@ -130,16 +129,16 @@ impl Shard {
             self.throttle(slot);
             return Step::Wait;
         }
-        let Some(found) = self.replay.parts.find(channel.id, connection.position, self.tick) else {
+        let Some(found) = self.replay.parts.find(channel.id, connection.position(), self.tick) else {
             if part == PartState::Arrived {
                 self.retry_part_later(slot);
             } else {
-                let (position, bytes) = (connection.position, connection.next_part_bytes());
+                let (position, bytes) = (connection.position(), connection.next_part_bytes());
                 self.request_part(slot, position, bytes);
             }
             return Step::Wait;
         };
-        if !found.proves(connection.position) {
+        if !found.proves(connection.position()) {
             return self.send_reset(slot);
         }
         let before = self.tally.bytes;
@@ -152,10 +151,10 @@ impl Shard {
     /// entry in memory.
     fn send_reset(&mut self, slot: u32) -> Step {
         let connection = &mut self.connections[slot];
-        if !connection.wants_recovery {
+        if !connection.session.wants_recovery {
             return self.mark_missed(slot);
         }
-        let feed = self.channels[connection.channel].feed();
+        let feed = self.channels[connection.membership.channel].feed();
         let position = feed.before().max(feed.base());
         let cursor = match feed.find(position) {
             Lookup::Found(cursor) => cursor,

@@ -1,6 +1,7 @@
-//! Frames queued for one connection.
+//! The outbox: frames for one connection alone, such as acks, pings and errors.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::io::IoSlice;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -10,41 +11,162 @@ use crate::feed::Cursor;
 use crate::protocol::event::Entry;
 
 /// Memory of a queued frame beside its bytes: its place in the queue and its allocations.
-pub(super) const FRAME_OVERHEAD: usize = 64;
+const FRAME_OVERHEAD: usize = 64;
 
-/// What waits for one client alone.
+/// Frames that are written before any further event. Takes no memory while it is empty.
 #[derive(Debug, Default)]
-pub(super) enum Outbox {
+pub enum Outbox {
     #[default]
-    Nothing,
-    /// The last `left` bytes of a frame that the feed, or a page, has let go of, and whose begin the socket has. All who
-    /// have it share it: thousands who stall cost no more than thousands who don't.
+    Empty,
+    /// The last `left` bytes of a partly written frame whose entry was evicted. All connections
+    /// with a part of it share the frame, so that thousands of stalled connections cost no more
+    /// than others.
     Tail { frame: Arc<Bytes>, left: u32 },
-    /// Frames of its own, behind such a rest if there was one.
+    /// Frames, after such a tail if there was one.
     Frames(Box<Queue>),
 }
 
 #[derive(Debug, Default)]
-pub(super) struct Queue {
-    pub(super) frames: VecDeque<Bytes>,
-    pub(super) bytes: usize,
-    /// The frame whose rest is the first one.
-    pub(super) tail_of: Option<Arc<Bytes>>,
+pub struct Queue {
+    frames: VecDeque<Bytes>,
+    bytes: usize,
+    /// The shared frame of which the first one is the tail.
+    tail_of: Option<Arc<Bytes>>,
 }
 
-/// Frames of entries that go, each once for all who have its begin: their rest must not keep the whole entry.
+impl Outbox {
+    pub fn is_empty(&self) -> bool {
+        matches!(self, Outbox::Empty)
+    }
+
+    /// Bytes to write.
+    pub fn bytes(&self) -> usize {
+        match self {
+            Outbox::Empty => 0,
+            Outbox::Tail { left, .. } => *left as usize,
+            Outbox::Frames(queue) => queue.bytes,
+        }
+    }
+
+    /// Memory of the frames in bytes, without the shared one; and the address and length of the
+    /// shared one.
+    pub fn memory(&self) -> (u64, Option<(usize, u64)>) {
+        let shared = |frame: &Arc<Bytes>| (frame.as_ptr() as usize, frame.len() as u64);
+        match self {
+            Outbox::Empty => (0, None),
+            Outbox::Tail { frame, .. } => (0, Some(shared(frame))),
+            Outbox::Frames(queue) => {
+                let tail = queue.tail_of.as_ref().map_or(0, |_| queue.frames[0].len());
+                let own = queue.bytes - tail + queue.frames.len() * FRAME_OVERHEAD;
+                (own as u64, queue.tail_of.as_ref().map(shared))
+            }
+        }
+    }
+
+    pub fn push(&mut self, frame: Bytes) {
+        let queue = self.queue_mut();
+        queue.bytes += frame.len();
+        queue.frames.push_back(frame);
+    }
+
+    /// Puts the last `left` bytes of a frame before all others.
+    pub fn push_tail(&mut self, frame: Arc<Bytes>, left: u32) {
+        if self.is_empty() {
+            *self = Outbox::Tail { frame, left };
+            return;
+        }
+        let queue = self.queue_mut();
+        queue.bytes += left as usize;
+        queue.frames.push_front(frame.slice(frame.len() - left as usize..));
+        queue.tail_of = Some(frame);
+    }
+
+    fn queue_mut(&mut self) -> &mut Queue {
+        if !matches!(self, Outbox::Frames(_)) {
+            let mut queue = Box::<Queue>::default();
+            if let Outbox::Tail { frame, left } = self {
+                queue.bytes = *left as usize;
+                queue.frames.push_back(frame.slice(frame.len() - *left as usize..));
+                queue.tail_of = Some(frame.clone());
+            }
+            *self = Outbox::Frames(queue);
+        }
+        match self {
+            Outbox::Frames(queue) => queue,
+            _ => unreachable!("it was made a queue above"),
+        }
+    }
+
+    /// Puts the first frames into `slices`. Returns how many, and their bytes.
+    pub fn fill<'a>(&'a self, slices: &mut [IoSlice<'a>]) -> (usize, usize) {
+        match self {
+            Outbox::Empty => (0, 0),
+            Outbox::Tail { frame, left } => {
+                slices[0] = IoSlice::new(&frame[frame.len() - *left as usize..]);
+                (1, *left as usize)
+            }
+            Outbox::Frames(queue) => {
+                let (mut frames, mut bytes) = (0, 0);
+                for (slice, frame) in slices.iter_mut().zip(&queue.frames) {
+                    *slice = IoSlice::new(frame);
+                    frames += 1;
+                    bytes += frame.len();
+                }
+                (frames, bytes)
+            }
+        }
+    }
+
+    /// Removes what was written of the first frames: `written` bytes of `frames` frames and what
+    /// followed them. Returns the bytes of what followed.
+    pub fn consume(&mut self, mut written: usize, frames: usize) -> usize {
+        if frames == 0 {
+            return written;
+        }
+        let is_done = match self {
+            Outbox::Empty => true,
+            Outbox::Tail { left, .. } => {
+                let part = written.min(*left as usize);
+                written -= part;
+                *left -= part as u32;
+                *left == 0
+            }
+            Outbox::Frames(queue) => {
+                for _ in 0..frames {
+                    let front = &mut queue.frames[0];
+                    let part = written.min(front.len());
+                    written -= part;
+                    queue.bytes -= part;
+                    if part < front.len() {
+                        *front = front.slice(part..);
+                        break;
+                    }
+                    queue.frames.pop_front();
+                    queue.tail_of = None;
+                }
+                queue.frames.is_empty()
+            }
+        };
+        if is_done {
+            *self = Outbox::Empty;
+        }
+        written
+    }
+}
+
+/// Copies of partly written frames, one per frame, so that the evicted entry can be freed.
 #[derive(Debug, Default)]
 pub struct SharedTails(BTreeMap<Cursor, Arc<Bytes>>);
 
 impl SharedTails {
-    /// The frame in which this cursor stands, and how much of it is ahead.
-    pub(super) fn tail(&mut self, entry: &Entry, cursor: Cursor, tally: &mut Tally) -> (Arc<Bytes>, u32) {
-        let (begin, end) = (entry.frame_start(cursor.offset), entry.frame_end(cursor.offset));
+    /// The frame in which this cursor is, and how many of its bytes are left.
+    pub fn tail(&mut self, entry: &Entry, cursor: Cursor, tally: &mut Tally) -> (Arc<Bytes>, u32) {
+        let (start, end) = (entry.frame_start(cursor.offset), entry.frame_end(cursor.offset));
         let frame = self.0.entry(Cursor { offset: end, ..cursor }).or_insert_with(|| {
-            tally.kept += u64::from(end - begin);
+            tally.kept += u64::from(end - start);
             Arc::new(match entry.frames() {
                 1 => entry.bytes.clone(),
-                _ => Bytes::copy_from_slice(&entry.bytes[begin as usize..end as usize]),
+                _ => Bytes::copy_from_slice(&entry.bytes[start as usize..end as usize]),
             })
         });
         (frame.clone(), end - cursor.offset)

@@ -2,13 +2,14 @@
 
 use super::writer::BURST;
 
-/// Most bytes of history that one connection takes in a tick (40 MB/s), so that it leaves Redis to others, too.
+/// Most bytes of history that one connection takes in a tick (40 MB/s), so that it leaves Redis to
+/// others, too.
 const HISTORY_IN_TICK: u32 = 4 * 1024 * 1024;
 
 /// Bytes of history that a connection asks for at first.
 const PART_FIRST: usize = 64 * 1024;
 
-/// Where a connection that reads history is with its next part.
+/// Whether a connection that reads history has its next part.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum PartState {
     /// It has not asked for one.
@@ -23,19 +24,23 @@ pub enum PartState {
 /// How one connection reads history.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Replay {
-    /// Bytes that it took since it last asked for a part.
+    /// Bytes written since it last asked for a part.
     taken: u32,
-    /// Bytes that it took in the latest tick of the shard.
+    /// Bytes written in the latest tick.
     in_tick: u32,
-    /// The low bits of that tick's number.
+    /// The low bits of that tick.
     tick: u16,
-    pub(super) part: PartState,
+    part: PartState,
 }
 
 impl Replay {
-    /// Has it wait for its next part.
+    /// Has the connection wait for its next part.
     pub fn wait(&mut self) {
         self.part = PartState::Awaited;
+    }
+
+    pub fn is_waiting(&self) -> bool {
+        self.part == PartState::Awaited
     }
 
     /// Ends the wait. `arrived`: the part is in memory.
@@ -43,7 +48,7 @@ impl Replay {
         self.part = if arrived { PartState::Arrived } else { PartState::Needed };
     }
 
-    /// Where it is with its next part. The arrival of one is returned once.
+    /// The state of the next part. The arrival of a part is returned once.
     pub fn take_part(&mut self) -> PartState {
         let part = self.part;
         if part == PartState::Arrived {
@@ -52,8 +57,8 @@ impl Replay {
         part
     }
 
-    /// Counts what it took.
-    pub fn took(&mut self, bytes: u64, tick: u32) {
+    /// Counts bytes that were written.
+    pub fn count(&mut self, bytes: u64, tick: u32) {
         let bytes = u32::try_from(bytes).unwrap_or(u32::MAX);
         if self.tick != tick as u16 {
             (self.tick, self.in_tick) = (tick as u16, 0);
@@ -62,14 +67,15 @@ impl Replay {
         self.in_tick = self.in_tick.saturating_add(bytes);
     }
 
-    /// Whether it may take more in this tick.
+    /// Whether the connection may take more in this tick.
     pub fn may_take(&self, tick: u32) -> bool {
         self.tick != tick as u16 || self.in_tick < HISTORY_IN_TICK
     }
 
-    /// The size of the part that it asks for now, in bytes: twice what it took of the last one, at most [`BURST`]. So a
-    /// slow reader, whose parts may be dropped before it has read them, causes few reads.
-    pub fn ask(&mut self) -> usize {
+    /// The size of the part to ask for now, in bytes: twice what was written of the last one, at
+    /// most [`BURST`]. A slow reader, whose parts may be dropped before it has read them, so causes
+    /// few reads.
+    pub fn next_part_bytes(&mut self) -> usize {
         let taken = std::mem::take(&mut self.taken) as usize;
         taken.saturating_mul(2).clamp(PART_FIRST, BURST)
     }

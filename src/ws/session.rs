@@ -1,37 +1,52 @@
-//! What a client asks for in the handshake.
+//! Sessions: what a client is and may do, and its request to join.
 
 use bytes::Bytes;
 
+use crate::auth::token::NEVER;
 use crate::protocol::event::{ChannelName, EventId};
 
-/// What a client said about the last event it saw.
+/// What the handshake settled about a client.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Session {
+    /// Empty until the connection is counted for its user.
+    pub user: Box<str>,
+    /// When its token expires, in seconds since 1970.
+    pub expires: u32,
+    /// The client gets recovery frames.
+    pub wants_recovery: bool,
+    /// The client speaks `fanfare.v1`.
+    pub json_mode: bool,
+    pub may_publish: bool,
+}
+
+impl Default for Session {
+    fn default() -> Session {
+        Session {
+            user: Box::default(),
+            expires: NEVER,
+            wants_recovery: false,
+            json_mode: false,
+            may_publish: false,
+        }
+    }
+}
+
+/// The last event that a client says it has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LastSeen {
-    /// Nothing yet: it wants what comes from now on.
+    /// None: the client wants events from now on.
     Nothing,
-    /// This one.
     Event(EventId),
-    /// Something that is no id.
+    /// A value that is not an id.
     Unknown,
 }
 
-/// A request to join a channel that passed every check of the handshake.
+/// A request to join a channel that passed all checks of the handshake.
 #[derive(Debug)]
 pub struct Join {
-    /// Who.
-    pub user: Box<str>,
-    /// Where.
+    pub session: Session,
     pub channel: ChannelName,
-    /// From which event on.
     pub last_seen: LastSeen,
-    /// Whether the client gets recovery frames.
-    pub wants_recovery: bool,
-    /// Whether it speaks `fanfare.v1`.
-    pub json_mode: bool,
-    /// Whether it may publish.
-    pub may_publish: bool,
-    /// When its token ends, in seconds since 1970.
-    pub expires: u32,
     /// The 101 response.
     pub response: Bytes,
 }

@@ -1,48 +1,50 @@
-//! Writing to a connection: its outbox, then entries of the feed or of a page of history.
+//! Writing to a connection: its outbox, then entries of the feed or of a page of history. Live,
+//! slow and resuming connections take this path.
 
-use std::io::{self, IoSlice, Write};
+use std::io::IoSlice;
 
-use super::connection::{Connection, State};
+use super::connection::Connection;
 use super::outbox::{Outbox, SharedTails};
-use super::replay::Replay;
-use crate::feed::{Cursor, Feed, Lookup, Reader};
-use crate::protocol::event::{Entry, EventId, Kind};
+use super::progress::Progress;
+use super::session::Session;
+use crate::feed::{Feed, Lookup};
+use crate::protocol::event::{Entry, Kind};
 
-/// Most entries in one vectored write. More would not make a write cheaper, only the stack larger.
+/// Most slices in one vectored write. More would not make a write cheaper, only the stack larger.
 const SLICES: usize = 64;
 
 /// Most bytes that one connection writes before others get their turn.
 pub const BURST: usize = 256 * 1024;
 
-/// What came of writing.
+/// The result of writing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Flushed {
-    /// All that there is was written.
+    /// Everything was written.
     All,
     /// The socket is full.
     Blocked,
-    /// There is more, and others come first.
+    /// There is more, after other connections had their turn.
     More,
-    /// The feed no longer holds what comes next.
+    /// The feed no longer holds what is next.
     Behind,
-    /// A reset comes next, and this client has no frame for it.
+    /// A reset is next, and the client gets no recovery frames.
     Missed,
     /// The socket is dead.
     Dead,
 }
 
-/// What reading and writing count.
+/// Counts of reading and writing.
 #[derive(Debug, Default)]
 pub struct Tally {
     /// Calls of write.
     pub writes: u64,
-    /// Bytes taken from sockets.
+    /// Bytes read from sockets.
     pub received: u64,
-    /// Events handed to sockets.
+    /// Events of which the last byte was written.
     pub deliveries: u64,
-    /// Bytes handed to sockets.
+    /// Bytes written.
     pub bytes: u64,
-    /// Reset frames written.
+    /// Reset frames written, and connections closed instead.
     pub resets: u64,
     /// Times a connection missed events without id.
     pub pubsub_misses: u64,
@@ -50,220 +52,165 @@ pub struct Tally {
     pub kept: u64,
 }
 
-impl Connection {
-    /// Has it stand at `cursor`, with everything up to `position`.
-    pub fn start_live(&mut self, feed: &Feed, cursor: Cursor, position: EventId) {
-        self.state = State::Live;
-        self.cursor = cursor;
-        self.position = position;
-        self.live_from = feed.end();
-        self.current = false;
+/// One vectored write: frames of the outbox, then entries of the feed.
+struct WriteBatch {
+    frames: usize,
+    entries: usize,
+    /// The numbers of the entries.
+    numbers: [u64; SLICES],
+    bytes: usize,
+    /// A reset is next, and the client gets no recovery frames.
+    missed: bool,
+}
+
+impl WriteBatch {
+    fn new() -> WriteBatch {
+        WriteBatch { frames: 0, entries: 0, numbers: [0; SLICES], bytes: 0, missed: false }
     }
 
-    /// Has it read what follows `position` from history.
-    pub fn start_replay(&mut self, feed: &Feed, position: EventId) {
-        self.state = State::Replay(Replay::default());
-        self.cursor = Cursor::default();
-        self.position = position;
-        self.live_from = feed.end();
-        self.current = false;
-    }
-
-    /// The position to send in a frame that is enqueued now. Entries for other users do not hold it back.
-    pub fn shown_position(&mut self, feed: &Feed) -> EventId {
-        if !matches!(self.state, State::Live) {
-            return self.position;
+    /// Fills the slices. The frames of the outbox come before any entry, since the positions in
+    /// welcomes, resets and pings hold only at their place in the stream; but a partly written
+    /// frame of the feed is completed first.
+    fn build<'a>(
+        &mut self,
+        slices: &mut [IoSlice<'a>; SLICES],
+        outbox: &'a Outbox,
+        feed: Option<&'a Feed>,
+        progress: &Progress,
+        session: &Session,
+    ) {
+        let is_inside = !outbox.is_empty() && feed.is_some_and(|feed| progress.is_inside_frame(feed));
+        if !is_inside {
+            (self.frames, self.bytes) = outbox.fill(slices);
         }
-        if self.is_inside_frame(feed) {
-            // The rest of the frame that is partly written comes first.
-            let entry = feed.get(self.cursor.entry).expect("a cursor inside a frame is inside an entry");
-            return position_at(entry, entry.frame_end(self.cursor.offset));
-        }
-        self.skip_others(feed);
-        self.position
-    }
-
-    /// Moves the cursor over entries for other users, so that a position that was sent never goes back.
-    fn skip_others(&mut self, feed: &Feed) {
-        if !self.current || !feed.holds_all_from(self.cursor.entry, &self.user) {
-            return;
-        }
-        let next = feed.next_for(self.cursor.entry, self.reader()).unwrap_or(feed.end());
-        if next > self.cursor.entry {
-            self.cursor = Cursor { entry: next, offset: 0 };
-            self.position = feed.position_before(next);
-        }
-    }
-
-    fn reader(&self) -> Reader<'_> {
-        Reader { user: &self.user, live_from: self.live_from }
-    }
-
-    /// Whether its socket has part of a frame of the feed.
-    pub fn is_inside_frame(&self, feed: &Feed) -> bool {
-        self.cursor.offset > 0
-            && feed.get(self.cursor.entry).is_some_and(|entry| !entry.is_boundary(self.cursor.offset))
-    }
-
-    /// The feed lets go of the entry it stands in: keeps the rest of the frame whose begin the socket has.
-    pub fn keep_tail(&mut self, entry: &Entry, tails: &mut SharedTails, tally: &mut Tally) {
-        tally.deliveries += 1;
-        let end = entry.frame_end(self.cursor.offset);
-        let (frame, left) = tails.tail(entry, self.cursor, tally);
-        if self.queued() == 0 {
-            self.outbox = Outbox::Tail { frame, left };
-        } else {
-            let queue = self.outbox_mut();
-            queue.bytes += left as usize;
-            queue.frames.push_front(frame.slice(frame.len() - left as usize..));
-            queue.tail_of = Some(frame);
-        }
-        self.position = position_at(entry, end);
-        let whole = end as usize == entry.bytes.len();
-        self.cursor = if whole {
-            Cursor { entry: self.cursor.entry + 1, offset: 0 }
-        } else {
-            Cursor { offset: end, ..self.cursor }
-        };
-    }
-
-    /// Counts, once, that the feed has removed events without id which came while it was connected and which it has not
-    /// got. They are in no history.
-    pub fn count_bare_miss(&mut self, feed: &Feed, tally: &mut Tally) {
-        if feed.has_evicted_plain(self.cursor.entry.max(self.live_from)) {
-            tally.pubsub_misses += 1;
-            self.live_from = feed.start();
-        }
-    }
-
-    /// Writes what its channel has for it, from its cursor to the feed's end, and what waits for it alone.
-    pub fn flush(&mut self, feed: &Feed, tally: &mut Tally) -> Flushed {
-        if self.cursor.entry < feed.start() {
-            self.count_bare_miss(feed, tally);
-            // What it had begun to write was kept whole when the feed let go of it.
-            let held = self.current && feed.holds_all_from(self.cursor.entry, &self.user);
-            if self.position < feed.before() && !held {
-                self.current = false;
-                return match self.flush_queue(tally) {
-                    Flushed::All => Flushed::Behind,
-                    other => other,
-                };
+        let Some(feed) = feed else { return };
+        let reader = progress.reader(&session.user);
+        let mut next = progress.cursor().entry;
+        while self.len() < SLICES && self.bytes < BURST {
+            let Some(number) = feed.next_for(next, reader) else { break };
+            let entry = feed.get(number).expect("next_for returns entries that are held");
+            if entry.kind == Kind::Reset && !session.wants_recovery {
+                self.missed = true;
+                break;
             }
-            self.cursor = Cursor { entry: feed.start(), offset: 0 };
-            self.position = self.position.max(feed.before());
+            let start = progress.offset_in(number);
+            let end = if is_inside { entry.frame_end(start) as usize } else { entry.bytes.len() };
+            let bytes = &entry.bytes[start as usize..end];
+            slices[self.len()] = IoSlice::new(bytes);
+            self.numbers[self.entries] = number;
+            self.entries += 1;
+            self.bytes += bytes.len();
+            next = number + 1;
+            if is_inside {
+                break;
+            }
+        }
+    }
+
+    /// Slices in use.
+    fn len(&self) -> usize {
+        self.frames + self.entries
+    }
+
+    /// Removes what was written from the outbox, and moves the progress over the rest.
+    fn commit(
+        &self,
+        written: usize,
+        outbox: &mut Outbox,
+        feed: Option<&Feed>,
+        progress: &mut Progress,
+        tally: &mut Tally,
+    ) {
+        let rest = outbox.consume(written, self.frames);
+        if let Some(feed) = feed {
+            progress.advance(feed, &self.numbers[..self.entries], rest, tally);
+        }
+    }
+}
+
+impl Connection {
+    /// Writes the outbox, and the feed of its channel from its cursor to the end.
+    pub fn flush(&mut self, feed: &Feed, tally: &mut Tally) -> Flushed {
+        if !self.progress.enter_feed(feed, &self.session.user, tally) {
+            return match self.flush_queue(tally) {
+                Flushed::All => Flushed::Behind,
+                other => other,
+            };
         }
         let flushed = self.write_from(feed, tally);
-        self.current = flushed == Flushed::All;
-        if self.current {
-            self.cursor = Cursor { entry: feed.end(), offset: 0 };
-            self.position = feed.position();
-        }
+        self.progress.leave_feed(feed, flushed == Flushed::All);
         flushed
     }
 
-    /// Writes what a page of history has for it. The page may go afterwards: a frame whose begin the socket has
-    /// is kept whole.
+    /// Writes the outbox, and a page of history from its position to the end. The page may be
+    /// dropped afterwards: the tail of a partly written frame is kept in the outbox.
     pub fn flush_page(&mut self, page: &Feed, tails: &mut SharedTails, tally: &mut Tally) -> Flushed {
-        let Lookup::Found(cursor) = page.find(self.position) else { return Flushed::Behind };
-        self.cursor = cursor;
-        self.current = false;
+        let Lookup::Found(cursor) = page.find(self.progress.position()) else { return Flushed::Behind };
+        self.progress.enter_page(cursor);
         let flushed = self.write_from(page, tally);
-        match flushed {
-            Flushed::All => self.position = page.position(),
-            _ if self.is_inside_frame(page) => {
-                let entry = page.get(self.cursor.entry).expect("a cursor inside a frame is inside an entry");
-                self.keep_tail(entry, tails, tally);
-            }
-            _ => {}
-        }
-        self.cursor = Cursor::default(); // it was the page's
+        self.keep_frame(page, tails, tally);
+        self.progress.leave_page(page, flushed == Flushed::All);
         flushed
     }
 
-    /// Writes what waits for it alone.
+    /// Writes the outbox alone.
     pub fn flush_queue(&mut self, tally: &mut Tally) -> Flushed {
-        let nothing = Feed::new(EventId(0), EventId(0));
-        let cursor = std::mem::take(&mut self.cursor);
-        let flushed = self.write_from(&nothing, tally);
-        self.cursor = cursor;
-        flushed
+        self.write_batches(None, tally)
     }
 
     fn write_from(&mut self, feed: &Feed, tally: &mut Tally) -> Flushed {
-        if self.blocked {
+        if self.socket.is_blocked() {
             return Flushed::Blocked;
         }
-        if let Some(flushed) = self.write_one(feed, tally) {
-            return flushed;
+        self.write_single(feed, tally).unwrap_or_else(|| self.write_batches(Some(feed), tally))
+    }
+
+    /// The common case, live: one entry is next, and the outbox is empty. `None` in all other
+    /// cases.
+    #[inline]
+    fn write_single(&mut self, feed: &Feed, tally: &mut Tally) -> Option<Flushed> {
+        let cursor = self.progress.cursor();
+        if !self.outbox.is_empty() || cursor.offset > 0 {
+            return None;
+        }
+        let reader = self.progress.reader(&self.session.user);
+        let Some(number) = feed.next_for(cursor.entry, reader) else { return Some(Flushed::All) };
+        if number + 1 != feed.end() {
+            return None;
+        }
+        let entry = feed.get(number).filter(|entry| entry.kind != Kind::Reset)?;
+        let written = match self.socket.write(&[IoSlice::new(&entry.bytes)], entry.bytes.len(), tally) {
+            Ok(written) => written,
+            Err(flushed) => return Some(flushed),
+        };
+        self.liveness.count_written(written);
+        if written == entry.bytes.len() {
+            tally.deliveries += entry.frames() as u64;
+            return Some(Flushed::All); // the caller moves the cursor to the end
+        }
+        self.progress.advance(feed, &[number], written, tally);
+        Some(Flushed::Blocked)
+    }
+
+    fn write_batches(&mut self, feed: Option<&Feed>, tally: &mut Tally) -> Flushed {
+        if self.socket.is_blocked() {
+            return Flushed::Blocked;
         }
         let mut burst = 0;
         loop {
-            // Frames for this client alone go between two frames of the feed, never into one.
-            let inside = self.queued() > 0 && self.is_inside_frame(feed);
-            let mut numbers = [0u64; SLICES];
             let mut slices = [IoSlice::new(&[]); SLICES];
-            let mut count = 0;
-            let mut queued = 0;
-            let mut size = 0;
-            let mut missed = false;
-            match &self.outbox {
-                Outbox::Tail { frame, left } if !inside => {
-                    slices[0] = IoSlice::new(&frame[frame.len() - *left as usize..]);
-                    size = *left as usize;
-                    queued = 1;
-                }
-                Outbox::Frames(queue) if !inside => {
-                    // All of them are written before any event: the positions in welcome, reset and ping hold only
-                    // at their place in the stream.
-                    for frame in queue.frames.iter().take(SLICES) {
-                        slices[queued] = IoSlice::new(frame);
-                        size += frame.len();
-                        queued += 1;
-                    }
-                }
-                _ => {}
+            let mut batch = WriteBatch::new();
+            batch.build(&mut slices, &self.outbox, feed, &self.progress, &self.session);
+            if batch.bytes == 0 {
+                return if batch.missed { Flushed::Missed } else { Flushed::All };
             }
-            let mut next = self.cursor.entry;
-            while queued + count < SLICES && size < BURST {
-                let Some(number) = feed.next_for(next, self.reader()) else { break };
-                let entry = feed.get(number).expect("next_for names entries that are held");
-                if entry.kind == Kind::Reset && !self.wants_recovery {
-                    missed = true;
-                    break;
-                }
-                let begin = if number == self.cursor.entry { self.cursor.offset as usize } else { 0 };
-                let end =
-                    if inside { entry.frame_end(self.cursor.offset) as usize } else { entry.bytes.len() };
-                slices[queued + count] = IoSlice::new(&entry.bytes[begin..end]);
-                numbers[count] = number;
-                size += end - begin;
-                count += 1;
-                next = number + 1;
-                if inside {
-                    break;
-                }
-            }
-            if size == 0 {
-                return if missed { Flushed::Missed } else { Flushed::All };
-            }
-            tally.writes += 1;
-            let written = match &slices[..queued + count] {
-                [one] => self.stream.write(one),
-                many => self.stream.write_vectored(many),
-            };
-            let written = match written {
+            let written = match self.socket.write(&slices[..batch.len()], batch.bytes, tally) {
                 Ok(written) => written,
-                Err(error) => match self.not_written(&error) {
-                    Some(flushed) => return flushed,
-                    None => continue,
-                },
+                Err(flushed) => return flushed,
             };
-            self.count_written(written, tally);
-            let rest = self.take_queued(written, queued);
-            self.advance(feed, &numbers[..count], rest, tally);
-            if written < size {
-                // A short write says that the socket is full; writable comes when it has room again.
-                self.blocked = true;
+            self.liveness.count_written(written);
+            batch.commit(written, &mut self.outbox, feed, &mut self.progress, tally);
+            if self.socket.is_blocked() {
                 return Flushed::Blocked;
             }
             burst += written;
@@ -273,110 +220,19 @@ impl Connection {
         }
     }
 
-    /// The common case, live: one entry lies ahead and nothing waits for this client alone. `None`: it is another.
-    fn write_one(&mut self, feed: &Feed, tally: &mut Tally) -> Option<Flushed> {
-        if !matches!(self.outbox, Outbox::Nothing) || self.cursor.offset > 0 {
-            return None;
-        }
-        let Some(number) = feed.next_for(self.cursor.entry, self.reader()) else { return Some(Flushed::All) };
-        if number + 1 != feed.end() {
-            return None;
-        }
-        let entry = feed.get(number).filter(|entry| entry.kind != Kind::Reset)?;
-        tally.writes += 1;
-        match self.stream.write(&entry.bytes) {
-            Ok(written) => {
-                self.count_written(written, tally);
-                if written == entry.bytes.len() {
-                    tally.deliveries += entry.frames() as u64;
-                    return Some(Flushed::All); // the caller puts the cursor at the end
-                }
-                self.advance(feed, &[number], written, tally);
-                self.blocked = true;
-                Some(Flushed::Blocked)
-            }
-            Err(error) => self.not_written(&error),
+    /// Keeps the tail of the frame of which the socket has a part, if there is one, before its
+    /// entry is dropped.
+    pub(super) fn keep_frame(&mut self, feed: &Feed, tails: &mut SharedTails, tally: &mut Tally) {
+        if let Some(entry) = self.progress.entry_inside(feed) {
+            self.keep_tail(entry, tails, tally);
         }
     }
 
-    /// What an error of a write means; `None`: it is to be tried again.
-    fn not_written(&mut self, error: &io::Error) -> Option<Flushed> {
-        match error.kind() {
-            io::ErrorKind::Interrupted => None,
-            io::ErrorKind::WouldBlock => {
-                self.blocked = true;
-                Some(Flushed::Blocked)
-            }
-            _ => Some(Flushed::Dead),
-        }
+    /// Keeps the tail of the frame of this entry of which the socket has a part. The entry was
+    /// evicted.
+    pub fn keep_tail(&mut self, entry: &Entry, tails: &mut SharedTails, tally: &mut Tally) {
+        let (frame, left) = tails.tail(entry, self.progress.cursor(), tally);
+        self.outbox.push_tail(frame, left);
+        self.progress.finish_frame(entry, tally);
     }
-
-    /// Takes what was written of the first `frames` that wait; the rest was written from the feed.
-    fn take_queued(&mut self, mut written: usize, frames: usize) -> usize {
-        if frames == 0 {
-            return written;
-        }
-        let left = match &mut self.outbox {
-            Outbox::Nothing => 0,
-            Outbox::Tail { left, .. } => {
-                let part = written.min(*left as usize);
-                written -= part;
-                *left -= part as u32;
-                *left as usize
-            }
-            Outbox::Frames(queue) => {
-                for _ in 0..frames {
-                    let front = &mut queue.frames[0];
-                    let part = written.min(front.len());
-                    written -= part;
-                    queue.bytes -= part;
-                    if part < front.len() {
-                        *front = front.slice(part..);
-                        break;
-                    }
-                    queue.frames.pop_front();
-                    queue.tail_of = None;
-                }
-                queue.frames.len()
-            }
-        };
-        if left == 0 {
-            self.outbox = Outbox::Nothing;
-        }
-        written
-    }
-
-    /// Moves the cursor over what was written of these entries.
-    fn advance(&mut self, feed: &Feed, numbers: &[u64], mut written: usize, tally: &mut Tally) {
-        for number in numbers {
-            if written == 0 {
-                break;
-            }
-            let entry = feed.get(*number).expect("it was held when it was written");
-            let begin = if *number == self.cursor.entry { self.cursor.offset } else { 0 };
-            let part = written.min(entry.bytes.len() - begin as usize);
-            written -= part;
-            let offset = begin + part as u32;
-            let frames = entry.frames_until(offset);
-            let before = if begin == 0 { 0 } else { entry.frames_until(begin) };
-            match entry.kind {
-                Kind::Reset => tally.resets += (frames - before) as u64,
-                _ => tally.deliveries += (frames - before) as u64,
-            }
-            if offset as usize == entry.bytes.len() {
-                self.cursor = Cursor { entry: number + 1, offset: 0 };
-                self.position = entry.last;
-            } else {
-                self.cursor = Cursor { entry: *number, offset };
-                if frames > 0 {
-                    self.position = EventId(entry.before().0 + frames as u64);
-                }
-            }
-        }
-    }
-}
-
-/// The position of a client that has everything of this entry up to here, where a frame ends.
-fn position_at(entry: &Entry, end: u32) -> EventId {
-    EventId(entry.before().0 + entry.frames_until(end) as u64).min(entry.last)
 }

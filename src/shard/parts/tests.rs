@@ -103,7 +103,7 @@ impl Shard {
             let part = room.min(reader.rest);
             reader.rest -= part;
             room -= part;
-            reader.replay.took(part as u64, self.tick);
+            reader.replay.count(part as u64, self.tick);
             if reader.closed || reader.waits || reader.rest > 0 || reader.position == head.0 || room == 0 {
                 return;
             }
@@ -111,7 +111,7 @@ impl Shard {
             let Some(found) = self.parts.find(CHANNEL, position, self.tick) else {
                 assert!(!answered, "a read serves the reader that it was started for");
                 reader.waits = true;
-                self.parts.wait(CHANNEL, position, reader.replay.ask(), id(slot));
+                self.parts.wait(CHANNEL, position, reader.replay.next_part_bytes(), id(slot));
                 return self.start_reads();
             };
             answered = false;
@@ -135,7 +135,7 @@ impl Shard {
                 reader.rest = entry.bytes.len() - part;
                 reader.received += entry.bytes.len();
                 reader.position = entry.last.0;
-                reader.replay.took(part as u64, self.tick);
+                reader.replay.count(part as u64, self.tick);
             }
         }
     }

@@ -53,8 +53,10 @@ fn status(bytes: &[u8]) -> u16 {
 #[test]
 fn a_valid_request_joins() {
     let plain = join("/ws/al%20ice", "");
-    assert_eq!((&*plain.user, plain.channel.as_str()), ("al ice", DEFAULT_CHANNEL));
-    assert!(!plain.wants_recovery && !plain.json_mode && plain.last_seen == LastSeen::Nothing);
+    assert_eq!((&*plain.session.user, plain.channel.as_str()), ("al ice", DEFAULT_CHANNEL));
+    assert!(
+        !plain.session.wants_recovery && !plain.session.json_mode && plain.last_seen == LastSeen::Nothing
+    );
     let answer = String::from_utf8(plain.response.to_vec()).unwrap();
     assert!(
         answer.contains("Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n"),
@@ -63,7 +65,11 @@ fn a_valid_request_joins() {
     assert!(!answer.contains("Protocol:"));
 
     let json = join("/ws/a?channel=x.y:1&lastEventId=17", "Sec-WebSocket-Protocol: a, fanfare.v1\r\n");
-    assert!(json.wants_recovery && json.json_mode && json.last_seen == LastSeen::Event(EventId(17)));
+    assert!(
+        json.session.wants_recovery
+            && json.session.json_mode
+            && json.last_seen == LastSeen::Event(EventId(17))
+    );
     assert!(
         String::from_utf8(json.response.to_vec()).unwrap().contains("Sec-WebSocket-Protocol: fanfare.v1\r\n")
     );

@@ -1,0 +1,100 @@
+//! Signs that a client is alive: activity, and pongs. All times are ticks of the shard.
+
+use std::time::Duration;
+
+/// Slowest client whose pong is in time, in bytes a second: before a ping it reads all bytes that
+/// were written earlier.
+const SLOWEST_READER: u32 = 32 * 1024;
+
+/// Most bytes on their way to a client: more than the kernels of node, proxy and client hold with
+/// the defaults of Linux (`tcp_rmem` 6 MiB and `tcp_wmem` 4 MiB at most).
+const IN_FLIGHT_MAX: u32 = 16 * 1024 * 1024;
+
+/// When a client was last active, and which pong is due.
+#[derive(Debug)]
+pub struct Liveness {
+    /// When it last sent bytes or, while its socket is full, took some.
+    last_activity: u32,
+    last_ping: u32,
+    /// Bytes written that no pong has confirmed as read.
+    unconfirmed: u32,
+    /// How many of them were written before the ping that awaits its pong.
+    before_ping: u32,
+    awaiting_pong: bool,
+    /// Whether its socket was full at the last [`Liveness::observe`].
+    was_blocked: bool,
+}
+
+impl Liveness {
+    pub fn new(tick: u32) -> Liveness {
+        Liveness {
+            last_activity: tick,
+            last_ping: tick,
+            unconfirmed: 0,
+            before_ping: 0,
+            awaiting_pong: false,
+            was_blocked: false,
+        }
+    }
+
+    /// Starts the times to the next ping and of silence anew.
+    pub fn restart(&mut self, tick: u32) {
+        self.last_activity = tick;
+        self.last_ping = tick;
+    }
+
+    pub fn record_activity(&mut self, tick: u32) {
+        self.last_activity = tick;
+    }
+
+    /// Ticks since the client was last active.
+    pub fn silence(&self, tick: u32) -> u32 {
+        tick.wrapping_sub(self.last_activity)
+    }
+
+    /// Called about once a second. Time in which the client could show no activity is not counted
+    /// as silence.
+    pub fn observe(&mut self, is_blocked: bool, read_paused: bool, tick: u32) {
+        let was_blocked = std::mem::replace(&mut self.was_blocked, is_blocked);
+        // While it is not read from, nothing that it sends is seen. A socket that is full since the
+        // last call had room until now.
+        if (read_paused && !is_blocked) || (is_blocked && !was_blocked) {
+            self.last_activity = tick;
+        }
+    }
+
+    /// Whether the next ping is due. If so, it is the last one from now on.
+    pub fn take_due_ping(&mut self, interval: u32, tick: u32) -> bool {
+        let is_due = tick.wrapping_sub(self.last_ping) >= interval;
+        if is_due {
+            self.last_ping = tick;
+        }
+        is_due
+    }
+
+    /// Notes that a WebSocket ping is going to be written.
+    pub fn await_pong(&mut self) {
+        if !std::mem::replace(&mut self.awaiting_pong, true) {
+            self.before_ping = self.unconfirmed;
+        }
+    }
+
+    /// Handles a pong. `true` if it answers a ping: then the client has read what was written
+    /// before that ping.
+    pub fn take_pong(&mut self) -> bool {
+        let answers = std::mem::take(&mut self.awaiting_pong);
+        if answers {
+            self.unconfirmed = self.unconfirmed.saturating_sub(self.before_ping);
+        }
+        answers
+    }
+
+    pub fn count_written(&mut self, bytes: usize) {
+        self.unconfirmed = self.unconfirmed.saturating_add(bytes as u32);
+    }
+
+    /// How long the client may take to read the bytes on their way to it.
+    pub fn reading_time(&self) -> Duration {
+        Duration::from_secs(1) * self.unconfirmed.min(IN_FLIGHT_MAX) / SLOWEST_READER
+    }
+}
