@@ -30,11 +30,11 @@ pub struct ConnectionId {
     pub shard: ShardId,
     /// Its slot in the shard's slab.
     pub slot: u32,
-    /// Tells it from other connections that had the same slot.
+    /// Distinguishes it from earlier connections in the slot.
     pub generation: u32,
 }
 
-/// What shards and the admin listener ask of the bus, which handles requests in the order sent.
+/// A request of a shard or of the admin listener. The bus handles requests in the order sent.
 #[derive(Debug)]
 pub enum Request {
     /// The shard has its first client in a channel. Answered once with [`BusMessage::Followed`] or
@@ -65,7 +65,7 @@ pub enum Request {
 #[derive(Debug)]
 pub struct Publish {
     pub channel: ChannelName,
-    /// The only user it is for, who is in `event` as `to`, too.
+    /// The only recipient, which is also `to` in `event`.
     pub to: Option<Arc<str>>,
     /// Makes a retry safe: if the channel has seen an event with this key within ten minutes, this
     /// one is not published, and its answer is the id of that one.
@@ -104,7 +104,7 @@ pub enum BusError {
     TooManyChannels,
 }
 
-/// What the bus sends to a shard, which handles it in the order sent.
+/// A message of the bus to a shard. Shards handle messages in the order sent.
 #[derive(Debug)]
 pub enum BusMessage {
     /// The shard follows the channel. The bus's entries start after `position`. The first of them
@@ -116,7 +116,8 @@ pub enum BusMessage {
         /// Entries up to `position` that another shard has in memory.
         recent: Vec<Entry>,
     },
-    /// Send [`BusMessage::Followed`] with your recent entries to the shard `with`.
+    /// Asks a shard that follows the channel to send [`BusMessage::Followed`] with its recent
+    /// entries to the shard `with`.
     Share {
         channel: ChannelName,
         base: EventId,
@@ -193,7 +194,7 @@ pub trait ShardSender: fmt::Debug + Send + Sync {
 /// Sends requests to the bus. Each shard and the admin listener has a clone.
 pub type Requests = mpsc::UnboundedSender<Request>;
 
-/// What a bus works with.
+/// What a bus needs of its node.
 #[derive(Debug)]
 pub struct BusContext {
     pub requests: mpsc::UnboundedReceiver<Request>,

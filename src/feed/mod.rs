@@ -55,13 +55,13 @@ pub struct Feed {
     position: EventId,
     /// The number of the first entry.
     start: u64,
-    /// The number after the last evicted entry for everybody; 0: none was evicted.
-    evicted_shared: u64,
+    /// The number after the last evicted entry for all subscribers; 0: none was evicted.
+    evicted_public: u64,
     /// The number after the last evicted event without id.
     evicted_plain: u64,
     entries: VecDeque<Entry>,
-    /// Numbers of the entries for everybody that are replayed: events and reset marks.
-    shared: VecDeque<u64>,
+    /// Numbers of the entries for all subscribers that are replayed: events and reset marks.
+    public: VecDeque<u64>,
     /// Numbers of the events without id.
     plain: VecDeque<u64>,
     /// Private entries by the hash of their user, then by number.
@@ -81,10 +81,10 @@ impl Feed {
             before: position,
             position,
             start: 0,
-            evicted_shared: 0,
+            evicted_public: 0,
             evicted_plain: 0,
             entries: VecDeque::new(),
-            shared: VecDeque::new(),
+            public: VecDeque::new(),
             plain: VecDeque::new(),
             private: BTreeSet::new(),
             hasher: RandomState::new(),
@@ -151,7 +151,7 @@ impl Feed {
         );
         let number = self.end();
         match &entry.kind {
-            Kind::Events | Kind::Reset => self.shared.push_back(number),
+            Kind::Events | Kind::Reset => self.public.push_back(number),
             Kind::Plain => self.plain.push_back(number),
             Kind::Private(user) => {
                 self.private.insert((self.hasher.hash_one(&**user), number));
@@ -172,12 +172,12 @@ impl Feed {
         self.before = entry.last;
         match &entry.kind {
             Kind::Events | Kind::Reset => {
-                self.shared.pop_front();
-                self.evicted_shared = self.start;
+                self.public.pop_front();
+                self.evicted_public = self.start;
             }
             Kind::Plain => {
                 self.plain.pop_front();
-                self.evicted_shared = self.start;
+                self.evicted_public = self.start;
                 self.evicted_plain = self.start;
             }
             Kind::Private(user) => {
@@ -222,7 +222,7 @@ impl Feed {
     pub fn holds_all_from(&self, number: u64, user: &str) -> bool {
         let is_before = |evicted: &u64| *evicted <= number;
         number >= self.start
-            || (is_before(&self.evicted_shared) && self.undelivered.get(user).is_none_or(is_before))
+            || (is_before(&self.evicted_public) && self.undelivered.get(user).is_none_or(is_before))
     }
 
     /// Whether an event without id was evicted that came at `number` or later.
@@ -236,10 +236,10 @@ impl Feed {
         if is_for(self.get(number)?, number, reader) {
             return Some(number);
         }
-        let shared = first_from(&self.shared, number);
+        let public = first_from(&self.public, number);
         let plain = first_from(&self.plain, number.max(reader.live_from));
         let private = self.next_private(number, reader);
-        [shared, plain, private].into_iter().flatten().min()
+        [public, plain, private].into_iter().flatten().min()
     }
 
     fn next_private(&self, number: u64, reader: Reader<'_>) -> Option<u64> {

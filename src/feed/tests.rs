@@ -163,6 +163,6 @@ proptest! {
             }
         }
         while feed.evict().is_some() {}
-        prop_assert!(feed.shared.is_empty() && feed.plain.is_empty() && feed.private.is_empty());
+        prop_assert!(feed.public.is_empty() && feed.plain.is_empty() && feed.private.is_empty());
     }
 }

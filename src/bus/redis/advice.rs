@@ -91,7 +91,7 @@ pub fn for_connection(text: &str) -> &'static str {
     }
 }
 
-/// Errors of scripts also begin with the error of the command that failed.
+/// Errors of scripts also start with the error of the command that failed.
 fn find(text: &str) -> Option<&'static str> {
     ADVICE.iter().find(|(prefix, _)| text.starts_with(prefix)).map(|(_, advice)| *advice)
 }

@@ -161,7 +161,7 @@ impl Bus {
             if sequence
                 .is_some_and(|sequence| (sequence.base(), sequence.position()) < (page.base, page.head))
             {
-                self.probes.hurry();
+                self.probes.send_soon();
             }
         }
         let page = Arc::new(page);

@@ -58,7 +58,7 @@ impl Probes {
     }
 
     /// Sends the next probe with the next tick, since events may be missing.
-    pub(super) fn hurry(&mut self) {
+    pub(super) fn send_soon(&mut self) {
         self.next = self.next.map(|_| Instant::now());
     }
 

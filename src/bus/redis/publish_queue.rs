@@ -19,8 +19,8 @@ pub const BATCH_BYTES: usize = 1 << 20;
 /// An event that waits for its first call.
 #[derive(Debug)]
 struct QueuedEvent {
-    /// The text as the script takes it: see [`item`].
-    item: Bytes,
+    /// Up to the digits of the id: see [`text_before_id`].
+    text: Bytes,
     to: Option<Arc<str>>,
     key: Option<Arc<str>>,
     answer: Answer,
@@ -63,18 +63,19 @@ pub struct PublishQueue {
 /// About the memory that a queued event takes beside its text.
 const EVENT_OVERHEAD: usize = 256;
 
-fn cost(item: &Bytes) -> usize {
-    item.len() + EVENT_OVERHEAD
+fn cost(text: &Bytes) -> usize {
+    text.len() + EVENT_OVERHEAD
 }
 
-/// An event's text as the script takes it: up to the digits of the id, which is the last member.
-fn item(event: &[u8]) -> Bytes {
+/// The text of an event up to the digits of its id, which is the last member. The script adds the
+/// id.
+fn text_before_id(event: &[u8]) -> Bytes {
     let open = event.strip_suffix(b"}").unwrap_or(event);
     let empty = open.iter().skip(1).all(u8::is_ascii_whitespace);
-    let mut item = Vec::with_capacity(event.len() + 6);
-    item.extend_from_slice(open);
-    item.extend_from_slice(if empty { b"\"id\":" } else { b",\"id\":" });
-    item.into()
+    let mut text = Vec::with_capacity(event.len() + 6);
+    text.extend_from_slice(open);
+    text.extend_from_slice(if empty { b"\"id\":" } else { b",\"id\":" });
+    text.into()
 }
 
 impl PublishQueue {
@@ -89,10 +90,10 @@ impl PublishQueue {
     }
 
     pub fn push(&mut self, publish: Publish, deadline: Instant) {
-        let item = item(&publish.event);
-        self.bytes += cost(&item);
+        let text = text_before_id(&publish.event);
+        self.bytes += cost(&text);
         self.waiting.push_back(QueuedEvent {
-            item,
+            text,
             to: publish.to,
             key: publish.key,
             answer: publish.answer,
@@ -125,7 +126,7 @@ impl PublishQueue {
         let mut batch = Batch { number, base, retry: false, withdrawn: None, key: None, items, answers };
         let mut bytes = 0;
         while let Some(next) = self.waiting.front() {
-            bytes += next.item.len();
+            bytes += next.text.len();
             // An event with a key needs its own call: its id may be an earlier one.
             let is_full = batch.items.len() == BATCH_EVENTS || bytes > BATCH_BYTES || batch.key.is_some();
             if !batch.items.is_empty() && (is_full || next.key.is_some()) {
@@ -133,7 +134,7 @@ impl PublishQueue {
             }
             let next = self.waiting.pop_front().expect("the front was just seen");
             batch.key = next.key;
-            batch.items.push((next.item, next.to));
+            batch.items.push((next.text, next.to));
             batch.answers.push((Some(next.answer), next.deadline));
         }
         batch
@@ -180,7 +181,7 @@ impl PublishQueue {
     /// Rejects the events that wait for their first call.
     pub fn reject_unsent(&mut self, why: &Arc<str>) -> Vec<Completed> {
         let waiting = std::mem::take(&mut self.waiting);
-        self.bytes -= waiting.iter().map(|event| cost(&event.item)).sum::<usize>();
+        self.bytes -= waiting.iter().map(|event| cost(&event.text)).sum::<usize>();
         waiting.into_iter().map(|event| (event.answer, Err(PublishError::Rejected(why.clone())))).collect()
     }
 
@@ -216,7 +217,7 @@ impl PublishQueue {
         self.drop_answered();
         while self.waiting.front().is_some_and(|next| next.deadline <= now) {
             let next = self.waiting.pop_front().expect("the front was just seen");
-            self.bytes -= cost(&next.item);
+            self.bytes -= cost(&next.text);
             completed.push((next.answer, Err(timed_out())));
         }
         completed
@@ -236,7 +237,7 @@ impl PublishQueue {
 
 impl Batch {
     fn bytes(&self) -> usize {
-        self.items.iter().map(|(item, _)| cost(item)).sum()
+        self.items.iter().map(|(text, _)| cost(text)).sum()
     }
 }
 
@@ -284,9 +285,9 @@ mod tests {
 
     #[test]
     fn id_becomes_the_last_member() {
-        assert_eq!(&item(b"{}")[..], b"{\"id\":");
-        assert_eq!(&item(b"{ }")[..], b"{ \"id\":");
-        assert_eq!(&item(b"{\"a\":1}")[..], b"{\"a\":1,\"id\":");
+        assert_eq!(&text_before_id(b"{}")[..], b"{\"id\":");
+        assert_eq!(&text_before_id(b"{ }")[..], b"{ \"id\":");
+        assert_eq!(&text_before_id(b"{\"a\":1}")[..], b"{\"a\":1,\"id\":");
     }
 
     #[test]

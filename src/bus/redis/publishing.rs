@@ -47,8 +47,8 @@ impl Publishing {
         result
     }
 
-    /// The channel may have a call to make.
-    pub(super) fn mark(&mut self, channel: ChannelName) {
+    /// Notes that the channel may have a call to make.
+    pub(super) fn mark_changed(&mut self, channel: ChannelName) {
         self.changed.push(channel);
     }
 
@@ -70,7 +70,7 @@ impl Bus {
         let channel = self.channels.entry(name.clone()).or_default();
         self.publishing.update(&mut channel.queue, |queue| queue.push(publish, deadline));
         if self.publishing.busy.insert(name.clone()) || channel.queue.is_ready() {
-            self.publishing.mark(name);
+            self.publishing.mark_changed(name);
         }
     }
 
@@ -158,12 +158,12 @@ impl Bus {
         });
         self.complete(completed);
         match result {
-            Ok(_) => self.publishing.mark(name.clone()),
+            Ok(_) => self.publishing.mark_changed(name.clone()),
             Err(error) => {
                 self.on_call_error(generation, &error);
                 // A call that must be repeated waits for the next tick or the next session.
                 if !self.channels[name].queue.is_ready() {
-                    self.publishing.mark(name.clone());
+                    self.publishing.mark_changed(name.clone());
                 }
             }
         }
@@ -174,7 +174,7 @@ impl Bus {
         let Some(channel) = self.channels.get_mut(name) else { return };
         let completed = self.publishing.update(&mut channel.queue, |queue| queue.reject_unsent(why));
         self.complete(completed);
-        self.publishing.mark(name.clone());
+        self.publishing.mark_changed(name.clone());
     }
 
     /// Completes events whose deadline has passed, and retries calls.
@@ -185,7 +185,7 @@ impl Bus {
                 let completed = self.publishing.update(&mut channel.queue, |queue| queue.expire(now));
                 self.complete(completed);
             }
-            self.publishing.mark(name);
+            self.publishing.mark_changed(name);
         }
     }
 

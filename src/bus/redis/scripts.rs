@@ -55,7 +55,7 @@ pub fn number(value: u64) -> Value {
     Value::Integer(i64::try_from(value).expect("ids, sizes and milliseconds are below 2^63"))
 }
 
-/// The arguments that all scripts on a channel begin with.
+/// The first arguments of all scripts on a channel.
 fn channel_args(settings: &RedisSettings, known: KnownPosition) -> Vec<Value> {
     vec![
         number(u64::from(settings.durable)),

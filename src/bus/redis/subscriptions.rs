@@ -20,7 +20,7 @@ use crate::protocol::ingest;
 /// Most events in one read that fills a gap.
 const FILL_EVENTS: u64 = 1024;
 
-/// About how many bytes such a read returns: Redis serves nobody else while it reads them.
+/// About how many bytes such a read returns: Redis executes nothing else meanwhile.
 const FILL_BYTES: usize = 1 << 20;
 
 /// Least time between two warnings of one kind.
@@ -189,7 +189,7 @@ impl Bus {
             Ok(message) => message,
             Err(RecvError::Lagged(lost)) => {
                 tracing::debug!(lost, "dropped messages that came too fast, reading history");
-                return self.probes.hurry();
+                return self.probes.send_soon();
             }
             Err(RecvError::Closed) => return self.close_session("the subscriptions were closed"),
         };
@@ -326,7 +326,7 @@ impl Bus {
         channel.known.update(page.base, page.head);
         let mut out = Vec::new();
         match (purpose, &mut channel.followed) {
-            (ReadPurpose::LoadBase, _) => self.publishing.mark(name.clone()),
+            (ReadPurpose::LoadBase, _) => self.publishing.mark_changed(name.clone()),
             (ReadPurpose::Start(ticket), Some(followed))
                 if followed.ticket == ticket && followed.sequence.is_none() =>
             {

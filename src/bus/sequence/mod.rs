@@ -1,14 +1,14 @@
-//! The order of one channel on this node. It passes on only the next id, and says when history must
-//! be read. Live events are hints that may be lost, duplicated, late or out of order; pages of
-//! history are the truth.
+//! The order of one channel on this node. It emits only the next id, and says when history must be
+//! read. Live events may be lost, duplicated, late or out of order; pages of history are
+//! authoritative.
 
 use crate::bus::page::{Page, is_continuous};
 use crate::protocol::event::{Entry, EventId};
 
-/// Most entries kept behind a gap until it is filled. The others are read again.
+/// Most entries kept after a gap until it is filled. The others are read again.
 const AHEAD_MAX: usize = 1024;
 
-/// Most bytes kept behind a gap.
+/// Most bytes kept after a gap.
 const AHEAD_BYTES: usize = 4 << 20;
 
 /// A channel's position on this node, and whether events after it must be read.
@@ -19,7 +19,7 @@ pub struct Sequence {
     /// Events may exist after the position: history must be read.
     read_due: bool,
     reading: bool,
-    /// Live entries behind a gap. They are tried again after the read.
+    /// Live entries after a gap. They are tried again after the read.
     ahead: Vec<Entry>,
     ahead_bytes: usize,
     /// How many of `ahead` came before the read in flight started: its page holds them, or no
@@ -41,7 +41,7 @@ impl Sequence {
         }
     }
 
-    /// The last id passed on.
+    /// The last id emitted.
     pub fn position(&self) -> EventId {
         self.position
     }
@@ -56,8 +56,8 @@ impl Sequence {
         if entry.before() > self.position {
             self.read_due = true;
             self.keep_ahead(entry);
-        } else if self.pass_on(&entry, out) && !self.ahead.is_empty() && !self.reading {
-            self.retry_ahead(out);
+        } else if self.emit(&entry, out) && !self.ahead.is_empty() && !self.reading {
+            self.emit_ahead(out);
         }
     }
 
@@ -90,16 +90,16 @@ impl Sequence {
         self.read_due = true;
     }
 
-    /// The read that started at `asked` returned this page: events from `asked + 1` on.
-    pub fn on_page(&mut self, asked: EventId, page: &Page, out: &mut Vec<Entry>) {
+    /// The read that started at `position` returned this page: events from `position + 1` on.
+    pub fn on_page(&mut self, position: EventId, page: &Page, out: &mut Vec<Entry>) {
         self.reading = false;
         // Live events may have moved the position meanwhile. In the same epoch, events of the page
         // after the position follow it all the same, and are not read again.
         let reaches_beyond = page.base == self.base
-            && asked < self.position
+            && position < self.position
             && page.entries.last().is_some_and(|entry| entry.last > self.position);
-        if (page.base >= self.base && asked == self.position) || reaches_beyond {
-            self.pass_on_page(page, out);
+        if (page.base >= self.base && position == self.position) || reaches_beyond {
+            self.emit_page(page, out);
         }
         // Any other page is older than what is known.
         let behind = page.base >= self.base && (page.head > self.position || page.base > self.base);
@@ -112,12 +112,12 @@ impl Sequence {
             self.ahead.drain(..obsolete);
         }
         self.ahead_before_read = 0;
-        self.retry_ahead(out);
+        self.emit_ahead(out);
     }
 
-    fn pass_on_page(&mut self, page: &Page, out: &mut Vec<Entry>) {
-        let asked = self.position;
-        if !is_continuous(asked, page.base, page.head, page.oldest) {
+    fn emit_page(&mut self, page: &Page, out: &mut Vec<Entry>) {
+        let start = self.position;
+        if !is_continuous(start, page.base, page.head, page.oldest) {
             // Both positions are continuous with what follows. The later one is the first that is.
             self.reset(page.base.max(page.oldest.previous()), out);
         }
@@ -127,9 +127,9 @@ impl Sequence {
                 // Another program has deleted events from the middle of the stream.
                 self.reset(entry.before(), out);
             }
-            self.pass_on(entry, out);
+            self.emit(entry, out);
         }
-        if self.position == asked && page.head > asked && out.is_empty() {
+        if self.position == start && page.head > start && out.is_empty() {
             // Another program has deleted the newest events. The head itself is always continuous.
             self.reset(page.head, out);
         }
@@ -140,8 +140,8 @@ impl Sequence {
         out.push(Entry::reset(position));
     }
 
-    /// Passes on the new part of an entry that leaves no gap. False for a duplicate.
-    fn pass_on(&mut self, entry: &Entry, out: &mut Vec<Entry>) -> bool {
+    /// Emits the new part of an entry that leaves no gap. False for a duplicate.
+    fn emit(&mut self, entry: &Entry, out: &mut Vec<Entry>) -> bool {
         let Some(new) = entry.after(self.position) else { return false };
         self.position = new.last;
         out.push(new);
@@ -155,7 +155,7 @@ impl Sequence {
         }
     }
 
-    fn retry_ahead(&mut self, out: &mut Vec<Entry>) {
+    fn emit_ahead(&mut self, out: &mut Vec<Entry>) {
         self.ahead_bytes = 0;
         let mut ahead = std::mem::take(&mut self.ahead);
         ahead.sort_by_key(|entry| entry.last);
@@ -164,7 +164,7 @@ impl Sequence {
                 self.read_due = true;
                 self.keep_ahead(entry);
             } else {
-                self.pass_on(&entry, out);
+                self.emit(&entry, out);
             }
         }
     }

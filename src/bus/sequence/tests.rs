@@ -2,8 +2,8 @@ use super::*;
 use proptest::prelude::*;
 use std::collections::BTreeMap;
 
-/// The text of an event holds its epoch, which tells it from an event of another epoch with the
-/// same id.
+/// The text of an event holds its epoch, which distinguishes it from an event of another epoch
+/// with the same id.
 fn text(epoch: u64, id: u64) -> String {
     format!(r#"{{"epoch":{epoch},"id":{id}}}"#)
 }

@@ -325,16 +325,16 @@ fn history_memory(facts: &Facts, settings: &Settings) -> Finding {
         settings.history,
         if facts.more { ", and there are more channels" } else { "" },
     );
-    let room = match (facts.maxmemory, facts.host) {
+    let available = match (facts.maxmemory, facts.host) {
         (0, 0) => return Finding::ok(SUBJECT, text),
         (0, host) => host / 2,
         (max, _) => max,
     };
-    if facts.used.saturating_sub(bytes) + full <= room {
+    if facts.used.saturating_sub(bytes) + full <= available {
         return Finding::ok(SUBJECT, text);
     }
-    let text = format!("{text}; with other data that is more than the available {}", redis_size(room));
-    let fits = room.saturating_sub(facts.used.saturating_sub(bytes)) / (each * channels);
+    let text = format!("{text}; with other data that is more than the available {}", redis_size(available));
+    let fits = available.saturating_sub(facts.used.saturating_sub(bytes)) / (each * channels);
     Finding::warning(SUBJECT, text)
         .remedy(format!("redis.conf: maxmemory {}", redis_size(2 * full).to_lowercase()))
         .remedy(format!("or --history {}", fits.max(HISTORY_MIN)))

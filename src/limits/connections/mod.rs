@@ -338,9 +338,9 @@ impl ConnectionLimits {
 fn add<K: Hash + Eq>(counts: &Mutex<HashMap<K, u32>>, key: K, most: u32) -> bool {
     let mut counts = counts.lock().expect("nothing panics while holding it");
     let count = counts.entry(key).or_insert(0);
-    let room = *count < most;
-    *count += u32::from(room);
-    room
+    let is_free = *count < most;
+    *count += u32::from(is_free);
+    is_free
 }
 
 fn subtract<K: Hash + Eq>(counts: &Mutex<HashMap<K, u32>>, key: &K) {

@@ -54,7 +54,7 @@ const _: () = assert!(PER_USER * USERS_PER_ADDRESS <= PER_ADDRESS);
 /// times as many there.
 const NAMING_TIME: u64 = 60 * SECOND;
 
-/// New channels that any client may name in a minute, such as one that goes from room to room.
+/// New channels that any client may name in a minute, such as one that goes from channel to channel.
 const CHANNELS_MIN: u32 = 100;
 
 /// Bytes of history that may be read for one client in a second. Without this limit one address
@@ -71,9 +71,9 @@ const SECOND: u64 = 1_000_000_000;
 /// Whose connections share an allowance.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Client {
-    /// Those of a user, where tokens prove the user id.
+    /// The connections of a user, where tokens prove the user id.
     User,
-    /// Those of an address otherwise, since a client may use any user id.
+    /// The connections of an address otherwise, since a client may use any user id.
     Address,
 }
 

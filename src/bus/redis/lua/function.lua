@@ -142,7 +142,7 @@ local function publish(keys, args)
     return reject('give one key, <prefix>:{<channel>}, as in FCALL fanfare_publish 1 fanfare:{ws_broadcast} ...')
   end
   if #args < 1 or #args > 3 then
-    return reject('give a JSON object, then optionally a user id (empty for everybody) and an idempotency key')
+    return reject('give a JSON object, then optionally a user id (empty for all subscribers) and an idempotency key')
   end
   local settings, why = settings_of(prefix)
   if not settings then
