@@ -17,8 +17,8 @@ use crate::ws::connection::{Membership, NONE};
 use crate::ws::outbox::SharedTails;
 use crate::ws::writer::Tally;
 
-/// A channel of a shard: its key, and the generation that tells it from earlier channels with the
-/// key.
+/// A channel of a shard: its key, and the generation that distinguishes it from earlier channels
+/// with the key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct ChannelId {
     pub key: u32,

@@ -91,7 +91,7 @@ impl ConnectionTable {
         self.discarded.shrink_to(LISTED);
     }
 
-    /// Has the slot freed at the end of the turn.
+    /// Marks a connection as discarded. Its slot is freed at the end of the turn.
     pub fn discard(&mut self, slot: u32) {
         if !matches!(std::mem::replace(&mut self[slot].state, State::Discarded), State::Discarded) {
             self.discarded.push(slot);

@@ -19,8 +19,8 @@ pub(super) struct ReplayQueue {
     pub parts: Parts,
     /// Connections whose part could not be read, or did not help them. They try again every second.
     failed: Vec<ConnectionId>,
-    /// Connections that took as much history as they may in one tick, or whose client had as much
-    /// read as it may.
+    /// Connections that reached the limit on history in one tick, or the limit on reads for their
+    /// client.
     throttled: Vec<ConnectionId>,
 }
 
@@ -32,8 +32,8 @@ impl ReplayQueue {
 }
 
 impl Shard {
-    /// Has a connection wait for a part of history of about this many bytes, or for the next tick
-    /// if its client had as much read as it may.
+    /// Makes a connection wait for a part of history of about this many bytes, or for the next tick
+    /// if the limit on reads for its client is reached.
     pub(super) fn request_part(&mut self, slot: u32, position: EventId, bytes: usize) {
         let limits = &self.context.limits;
         let now = limits.allowances.now();
@@ -47,13 +47,13 @@ impl Shard {
         self.start_reads();
     }
 
-    /// Has a connection wait for the next tick.
+    /// Makes a connection wait for the next tick.
     pub(super) fn throttle(&mut self, slot: u32) {
         self.connections[slot].wait_for_part();
         self.replay.throttled.push(self.connections.id(slot));
     }
 
-    /// Has a connection wait for the next second, since the last answer did not help it.
+    /// Makes a connection wait for the next second, since the last answer did not help it.
     pub(super) fn retry_part_later(&mut self, slot: u32) {
         self.connections[slot].wait_for_part();
         self.replay.failed.push(self.connections.id(slot));

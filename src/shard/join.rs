@@ -157,7 +157,7 @@ impl Shard {
         self.drop_channel(key);
     }
 
-    /// Has the bus look for newer events of a channel, unless it does so already.
+    /// Asks the bus for newer events of a channel, unless it was asked already.
     fn refresh_next(&mut self, key: u32) {
         let channel = &mut self.channels[key];
         if !channel.refresh.is_under_way() && channel.refresh.start() {

@@ -29,8 +29,8 @@ pub(super) struct PartialMessages {
     limit: usize,
     /// This shard's part of the limit.
     share: usize,
-    /// Messages by their start, oldest first. The start tells a message from later ones of its
-    /// connection.
+    /// Messages by their start, oldest first. The start distinguishes a message from later
+    /// ones of its connection.
     messages: VecDeque<(Instant, ConnectionId)>,
     /// This shard's part of the count.
     counted: usize,

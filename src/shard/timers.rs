@@ -20,7 +20,7 @@ pub(super) const SECOND: u32 = 10;
 const EMPTY_TIME: Duration = Duration::from_secs(10);
 
 /// A quarter of `--max-channels` is kept free of channels without members. Without this reserve a
-/// client that names one new channel after another would leave no room for others.
+/// client that names one new channel after another would use up the limit.
 const CHANNEL_RESERVE_PART: usize = 4;
 
 /// Most channels without members that are examined in one turn.

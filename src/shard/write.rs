@@ -166,7 +166,7 @@ impl Shard {
         Step::Next
     }
 
-    /// Has a connection closed that missed events and gets no recovery frames.
+    /// Queues a connection to be closed, since it missed events and gets no recovery frames.
     fn mark_missed(&mut self, slot: u32) -> Step {
         self.tally.resets += 1;
         self.connections[slot].state = State::Missed;

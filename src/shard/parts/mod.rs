@@ -66,7 +66,7 @@ impl Part {
         is_continuous(position, self.base, self.head, self.oldest)
     }
 
-    /// Whether it says what follows `position`: the next event, or that it is gone for good.
+    /// Whether it shows what follows `position`: the next event, or that it is gone for good.
     fn covers(&self, position: EventId) -> bool {
         let gone = is_gone(position, self.base, self.head, self.oldest);
         self.after <= position && (position < self.feed.position() || gone)
@@ -102,7 +102,7 @@ impl Parts {
         self.eviction_queue.bytes()
     }
 
-    /// A part that says what follows this position.
+    /// A part that covers this position.
     pub fn find(&mut self, channel: ChannelId, position: EventId, tick: u32) -> Option<&mut Part> {
         let ids = (channel, page_start(position))..=(channel, position);
         let part =
@@ -111,8 +111,8 @@ impl Parts {
         Some(part)
     }
 
-    /// Has a connection wait for a part of about this many bytes, since none in memory tells what
-    /// follows its position.
+    /// Queues a connection for a part of about this many bytes, since none in memory covers its
+    /// position.
     pub fn wait(&mut self, channel: ChannelId, position: EventId, bytes: usize, id: ConnectionId) {
         self.reads.wait(channel, position, bytes, id);
     }
@@ -125,8 +125,8 @@ impl Parts {
     /// The next read, if there is memory for it. Connections that `waits` does not confirm are
     /// dropped.
     pub fn start(&mut self, waits: impl Fn(&ConnectionId) -> bool) -> Option<Read<ChannelId>> {
-        let room = self.limit.checked_sub(self.unserved).filter(|room| *room > 0)?;
-        self.reads.start(room, waits)
+        let free = self.limit.checked_sub(self.unserved).filter(|free| *free > 0)?;
+        self.reads.start(free, waits)
     }
 
     /// Adds the answer to a read. Returns the connections that it serves: each has its turn next,

@@ -12,7 +12,7 @@ use crate::protocol::event::{Entry, EventId};
 /// What happens next.
 #[derive(Clone, Debug)]
 enum Step {
-    /// Events of this size are published for everybody.
+    /// Events of this size are published for all subscribers.
     Publish {
         count: u64,
         size: usize,

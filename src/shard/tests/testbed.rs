@@ -63,7 +63,7 @@ pub struct Testbed {
     pub is_followed: bool,
     /// Id, receiver and text of the events that history holds.
     pub history: VecDeque<(u64, Option<String>, String)>,
-    /// The receiver of every event; `None` for everybody.
+    /// The receiver of every event; `None` for all subscribers.
     pub receivers: BTreeMap<u64, Option<String>>,
     _poll: Poll,
 }
