@@ -1,13 +1,15 @@
-//! fanfare is a WebSocket fan-out server: one event in, every socket out. This page is the architecture overview.
+//! fanfare is a WebSocket fan-out server: it sends each event of a channel to every socket that
+//! follows the channel. This page is the architecture overview; `docs/architecture.md` follows an
+//! event file by file.
 //!
 //! ```text
 //! in:   socket ─► node::accept ─► shard ─► ws::handshake, then ws::decoder ─► bus ─► Redis
-//! out:  Redis ─► bus ─► bus::sequence ─► shard ─► feed ─► ws::connection ─► socket
+//! out:  Redis ─► bus ─► bus::sequence ─► shard::mailbox ─► shard ─► feed ─► ws::writer ─► socket
 //! ```
 //!
-//! Data flows one way. The control thread runs the bus and the signals, another thread the admin API, one thread
-//! accepts, and one thread per core is a shard. Threads exchange messages: requests to the bus ([`bus::Request`]), and
-//! the shards' mailboxes ([`shard::mailbox`]).
+//! The control thread runs the bus and handles signals, another thread serves the admin API, one
+//! thread accepts, and one thread per core is a shard. Threads exchange messages: requests to the
+//! bus ([`bus::Request`]), and messages to the shards ([`shard::mailbox`]).
 //!
 //! Each folder imports only from folders above it in this table; a test checks it.
 //!
@@ -20,7 +22,7 @@
 //! | [`metrics`] | counters, readiness, rejection log, rendering |
 //! | [`limits`] | connection limits (node, IP, user), message and byte rates |
 //! | [`feed`] | a channel's recent events in memory, and cursors into them |
-//! | [`ws`] | handshake, decoder, connection, writer |
+//! | [`ws`] | one connection: handshake, decoder, outbox, replay, writer |
 //! | [`bus`] | ids, history and order of events: [`bus::local`] for one node, [`bus::redis`] for many |
 //! | [`shard`] | event loop, mailbox, channels, joins, fan-out, replay, timers |
 //! | [`admin`] | the admin API: publish, metrics, stats, health |
@@ -29,32 +31,35 @@
 //!
 //! # Invariants
 //!
-//! In each channel, every client receives events in id order, none twice, and is notified whenever one may be missing:
-//! by `recovered:false`, by a `reset` frame, or by close code 4008. Most rules below exist for this sentence.
+//! In each channel, every client receives the events that have an id in id order, none twice, and
+//! is notified whenever one may be missing: by `recovered:false`, by a `reset` frame, or by close
+//! code 4008. Events without id (from a plain `PUBLISH`) are delivered live, without this promise.
 //!
 //! **Order and continuity**
 //!
-//! - The bus gives every id, once. [`bus::sequence`] alone decides which event comes next on this node.
+//! - Only the bus assigns ids, each once. On this node only [`bus::sequence`] decides which event
+//!   comes next.
 //! - [`bus::is_continuous`] is the one rule for joins, gaps and pages: continuity is never guessed.
-//! - Pub/Sub is a hint, the stream is the truth: a message that is lost on the way is a gap, and gaps are read.
+//! - Pub/Sub may lose messages. A lost message is a gap, and gaps are read from the stream.
 //! - A client's `lastEventId` is a claim. It never counts as an id that this node has seen.
-//! - A client enters the feed in the same turn of its shard in which its `welcome` takes the head.
-//! - A publish is rejected only if it was certainly not stored; otherwise the answer is `unknown`. Its number is never
-//!   used again.
+//! - A client joins its channel in the same turn of its shard in which its `welcome` reads the head.
+//! - A publish is rejected only if it was certainly not stored; otherwise the answer is `unknown`.
+//!   Calls to Redis have numbers, and a number is never used for other events.
 //!
 //! **Ownership**
 //!
-//! - A shard owns its connections, channels and feeds: no lock on the way out, no task, timer or queue per connection.
-//!   Its methods never wait, nor does sending to its mailbox.
-//! - A connection is a cursor into its channel's feed. Live, slow and resuming clients share one write path; pages of
-//!   history are feeds too. Only frames for that client alone are queued.
+//! - A shard owns its connections, channels and feeds: it takes no lock to write an event, and has no
+//!   task and no timer per connection. Its methods never wait, nor does sending to its mailbox.
+//! - A connection is a cursor into its channel's feed. Live, slow and resuming clients share one
+//!   write path; pages of history are feeds too. Only frames for that client alone are queued.
 //! - An event is serialized and framed once per node. Shards share its bytes.
 //! - A connection closes once, with a [`protocol::close::CloseReason`].
-//! - A slot of the slab is valid only with its generation: an answer may arrive when the slot has a new owner.
+//! - A slot of the slab is valid only with its generation: an answer of the bus may arrive when the
+//!   slot has a new owner.
 //! - Everything that grows has a limit: a constant or a setting, with its reason.
 //!
-//! **Dependencies**: only [`bus::redis`] uses fred, only [`ws`] uses tungstenite. Parsers, `feed` and [`bus::sequence`] know
-//! neither sockets nor a runtime: they take bytes, so each is tested alone.
+//! **Dependencies**: only [`bus::redis`] uses fred, only [`ws`] uses tungstenite. Parsers, `feed` and
+//! [`bus::sequence`] know neither sockets nor a runtime: they take bytes, so each is tested alone.
 
 #[cfg(test)]
 extern crate self as fanfare; // for the files that unit and integration tests share

@@ -29,9 +29,9 @@ app = FastAPI(lifespan=lifespan)
 
 
 async def publish(channel: str, event: dict, to: str | None = None) -> int:
-    """Publishes an event, to everybody or to one user, and returns its id.
+    """Publishes an event, to all subscribers or to one user, and returns its id.
 
-    After a 504 or a lost connection nobody knows whether the event was published. All attempts
+    After a 504 or a lost connection it is unknown whether the event was published. All attempts
     carry the same idempotency key, so a retry never publishes it twice.
     """
     params = {"channel": channel} if to is None else {"channel": channel, "to": to}

@@ -100,7 +100,7 @@ fn unknown_variable(name: &str) -> String {
     }
 }
 
-/// Whether Kubernetes sets this variable for a service whose name begins with `fanfare`:
+/// Whether Kubernetes sets this variable for a service whose name starts with `fanfare`:
 /// `…_SERVICE_HOST`, `…_SERVICE_PORT`, `…_SERVICE_PORT_NAME`, `…_PORT=tcp://…` and `…_PORT_80_TCP`,
 /// `…_PORT_80_TCP_ADDR` and so on.
 /// <https://kubernetes.io/docs/tutorials/services/connect-applications-service/#environment-variables>

@@ -34,7 +34,7 @@ pub const CONNECTION_IN_KERNEL: u64 = 4096;
 /// with Redis.
 pub const CHANNEL: u64 = 5000;
 
-/// Bytes that a cgroup is charged for a node with so many connections and channels, and empty
+/// Bytes that a cgroup is charged for a node with this number of connections and channels, and empty
 /// buffers.
 pub fn memory_held(connections: u64, channels: u64) -> u64 {
     START + connections * CONNECTION_IN_CGROUP + channels * CHANNEL

@@ -160,7 +160,7 @@ pub fn positive_count(text: &str, max: u32) -> Result<NonZeroU32, String> {
     Ok(NonZeroU32::new(count as u32).expect("a count between 1 and a u32"))
 }
 
-/// `auto` is the number of cores, or 1 if the system can't tell it.
+/// `auto` is the number of cores, or 1 if the system doesn't report it.
 pub fn shards(text: &str) -> Result<NonZeroUsize, String> {
     let count = or_auto(text, |text| count(text, 1, SHARDS_MAX.into()))?;
     let cores = || std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);

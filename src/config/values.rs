@@ -32,7 +32,7 @@ pub enum PingFormat {
 pub enum ClientPublish {
     /// Nothing.
     Off,
-    /// Events for everybody in their own channel.
+    /// Events for all of their own channel.
     Channel,
     /// These, and events for one user.
     Any,
