@@ -154,7 +154,7 @@ async fn serve(
             }
         });
     };
-    let mut log = AcceptLog::default();
+    let mut log = AcceptLog::new("admin");
     let mut turns = interval(TURN);
     turns.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut finishing = std::pin::pin!(reached(phase.clone(), Phase::Finishing));
@@ -172,7 +172,7 @@ async fn serve(
         };
         match accepted {
             Ok(stream) => {
-                log.succeeded("admin connections");
+                log.succeeded();
                 spawn(&mut connections, stream);
                 if connections.len() > most {
                     shared.waits.stop_longest();
@@ -180,7 +180,7 @@ async fn serve(
             }
             Err(error) => {
                 metrics.accept_failures.add(1);
-                log.failed("admin connections can't be accepted and wait", &error);
+                log.failed(&error, "clients wait");
                 sleep(ACCEPT_PAUSE).await;
             }
         }

@@ -1,8 +1,8 @@
-//! The event loop of a shard: it waits for messages, for sockets that are ready and for the tick, then works.
+//! The event loop of a shard: waits for messages, sockets and the tick, then handles them.
 //!
-//! It runs on a current-thread runtime of tokio. Its sockets are registered in an epoll set of its own, which the
-//! runtime watches as one descriptor: epoll returns slot and generation, so a connection costs no task, no waker
-//! and no memory of the runtime.
+//! It runs on a current-thread runtime of tokio. The sockets are registered in an epoll set of the
+//! shard, which the runtime watches as one descriptor. epoll returns slot and generation, so a
+//! connection needs no task, no waker and no memory of the runtime.
 
 use std::io;
 use std::time::{Duration, Instant};
@@ -18,10 +18,10 @@ use super::{Shard, ShardContext, assemble};
 /// Most messages handled before sockets get their turn.
 const MESSAGES_A_TURN: usize = 1024;
 
-/// Sockets that epoll returns at once.
+/// Most events of one poll.
 const EVENTS: usize = 1024;
 
-/// The ticker in the epoll set. No connection has this token: slots are below 2^32.
+/// Token of the ticker. No connection has it, since slots are below 2^32.
 const TICKER: Token = Token(usize::MAX);
 
 /// Runs a shard in this thread until it has drained.
@@ -39,7 +39,7 @@ struct EventLoop {
 }
 
 impl EventLoop {
-    /// Must be called within the runtime that is to watch the sockets.
+    /// Must be called within the runtime that watches the sockets.
     fn new(context: ShardContext, inbox: Inbox) -> io::Result<EventLoop> {
         let poll = Poll::new()?;
         let ticker = Ticker::new(TICK)?;
@@ -52,7 +52,8 @@ impl EventLoop {
     async fn run(mut self) -> io::Result<()> {
         let mut has_more_events = false;
         while !self.shard.has_ended() {
-            // While there is work the sockets are polled directly: asking the runtime would be a second system call.
+            // With work left, poll the sockets directly: asking the runtime first costs a second
+            // system call.
             let is_busy = has_more_events || self.shard.has_deferred() || !self.inbox.is_empty();
             let mut polls_sockets = is_busy;
             let mut first = None;
@@ -61,7 +62,8 @@ impl EventLoop {
                     biased;
                     message = self.inbox.recv() => first = message,
                     ready = self.sockets.readable_mut() => {
-                        // The poll below takes every event. Where it can't, `has_more_events` repeats it before the next wait.
+                        // The poll below takes all events, or `has_more_events` repeats it before
+                        // the next wait.
                         ready?.clear_ready();
                         polls_sockets = true;
                     }

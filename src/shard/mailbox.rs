@@ -1,4 +1,5 @@
-//! Mailboxes of the shards: the bus, the accept loop and other shards send messages, each shard reads its own.
+//! Mailboxes of the shards: the bus, the accept loop and other shards send messages, each shard
+//! reads its own.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -32,12 +33,12 @@ impl From<BusMessage> for ShardMessage {
 /// What a shard reads its messages from.
 pub type Inbox = mpsc::UnboundedReceiver<ShardMessage>;
 
-/// The mailboxes of all shards. Cloned freely; sending never waits, since a shard empties its mailbox at every turn.
+/// The sending ends of all mailboxes. Sending never waits: a shard empties its mailbox every turn.
 #[derive(Clone, Debug)]
 pub struct Mailboxes(Arc<[mpsc::UnboundedSender<ShardMessage>]>);
 
 impl Mailboxes {
-    /// One for each shard, by [`ShardId`].
+    /// The sending ends and, by [`ShardId`], the inboxes.
     pub fn new(shards: usize) -> (Mailboxes, Vec<Inbox>) {
         let (senders, inboxes): (Vec<_>, Vec<_>) = (0..shards).map(|_| mpsc::unbounded_channel()).unzip();
         (Mailboxes(senders.into()), inboxes)

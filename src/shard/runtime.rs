@@ -1,4 +1,4 @@
-//! The runtime of a thread that serves sockets, and what it watches beside tokio's own types.
+//! The runtime of shards and accept loop, and descriptors that it watches beside tokio's own types.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -14,7 +14,8 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::runtime::{Builder, Runtime};
 
-/// Events that it takes at once. A thread has few: an epoll set or some listeners, the runtime's waker, signals.
+/// Most events of one poll. There are few sources: an epoll set or some listeners, the runtime's
+/// waker, signals.
 const EVENTS: usize = 16;
 
 /// A current-thread runtime without timers.
@@ -22,7 +23,7 @@ pub(crate) fn build() -> io::Result<Runtime> {
     Builder::new_current_thread().enable_io().max_io_events_per_tick(EVENTS).build()
 }
 
-/// Has the current runtime watch a descriptor for being readable.
+/// Registers a descriptor with the current runtime, to wait until it is readable.
 #[expect(
     deprecated,
     reason = "AsyncFd::register is unsafe: its descriptor must stay open. The owners here keep theirs until dropped"
@@ -31,13 +32,14 @@ pub(crate) fn watch<T: AsRawFd>(owner: T) -> io::Result<AsyncFd<T>> {
     AsyncFd::with_interest(owner, Interest::READABLE)
 }
 
-/// A periodic timer that is a descriptor (timerfd_create(2)). A timer of tokio's wakes its thread up to three times in a
-/// period: when it is set, when it moves down in the timer wheel, and when it is due.
+/// A periodic timer, by timerfd_create(2). A timer of tokio wakes its thread up to three times per
+/// period: when it is set, when it moves down in the timer wheel, and when it is due. With it an
+/// idle shard used twice the CPU.
 #[derive(Debug)]
 pub(crate) struct Ticker(File);
 
 impl Ticker {
-    /// Ticks for the first time after one period.
+    /// The first tick is due after one period.
     pub fn new(period: Duration) -> io::Result<Ticker> {
         let fd: OwnedFd =
             timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC)?;
@@ -47,12 +49,12 @@ impl Ticker {
         Ok(Ticker(fd.into()))
     }
 
-    /// Has epoll report ticks with this token.
+    /// Ticks become events with this token.
     pub fn register(&self, registry: &Registry, token: Token) -> io::Result<()> {
         registry.register(&mut SourceFd(&self.0.as_raw_fd()), token, mio::Interest::READABLE)
     }
 
-    /// Whether it has ticked since the last call. Ticks that were missed count once.
+    /// Whether a tick was due since the last call. Missed ticks count once.
     pub fn has_ticked(&self) -> io::Result<bool> {
         match (&self.0).read(&mut [0; size_of::<u64>()]) {
             Ok(_) => Ok(true),

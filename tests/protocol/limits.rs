@@ -1,11 +1,11 @@
-//! Limits on channels and history.
+//! Limits on channels, history and descriptors.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde_json::json;
 
 use crate::common::client::position;
-use crate::common::{Client, Node, Raw, until};
+use crate::common::{Client, Node, Raw, http, until};
 
 #[tokio::test]
 async fn new_channels_of_a_client_are_limited() {
@@ -94,4 +94,36 @@ async fn restarted_local_bus_recovers_no_old_id() {
         assert!(position(&welcome["head"]) > ids[99]);
     }
     assert!(node.publish("room", &json!({"n": 0})).await > ids[99]);
+}
+
+#[tokio::test]
+async fn admin_logs_missing_descriptors_once() {
+    let node = Node::start(&["--shards", "1"]).await;
+    let stats = http::request_bytes(node.admin, "GET", "/stats", &[], b"");
+    let mut accepted = Raw::connect(node.admin).await;
+    accepted.write(&stats).await;
+    accepted.response().await;
+    node.limit_files(node.descriptors());
+    let mut waiting = Raw::connect(node.admin).await;
+    for _ in 0..5 {
+        waiting = Raw::connect(node.admin).await;
+    }
+    // Accepting is retried, without a line for each failure.
+    loop {
+        accepted.write(&stats).await;
+        let stats = accepted.response().await.json();
+        if stats["accept_failures"].as_u64().expect("a counter") > 3 {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    let log = node.log();
+    assert_eq!(log.matches("accept failed").count(), 1, "{log}");
+    assert!(log.contains("LimitNOFILE") && log.contains("listener=\"admin\""), "{log}");
+    drop(accepted);
+    until("connections to be accepted again", || async {
+        node.log().contains("accepting connections again").then_some(())
+    })
+    .await;
+    drop(waiting);
 }
