@@ -16,7 +16,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
-/// Many small allocations of a few sizes, made in one thread and freed in another, are what it is best at.
+/// Fast at many small allocations that one thread makes and another frees.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
@@ -24,8 +24,8 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 const WRONG_SETTINGS: u8 = 2;
 
 fn main() -> ExitCode {
-    // Each connection is a descriptor, and shells allow 1024 where they could have many more. What can't be raised is
-    // shown by --check and reckoned with.
+    // Each connection is a descriptor, and shells start with a soft limit of 1024. If it stays,
+    // --check shows it and --max-connections is lowered.
     let _ = rlimit::increase_nofile_limit(u64::MAX);
     let mut args = std::env::args_os().skip(1).peekable();
     if args.next_if(|first| first == "token").is_some() {
@@ -63,7 +63,7 @@ fn main() -> ExitCode {
     start_logging(&settings);
     keys.warn_of_exposed_files();
     let manager = Arc::new(Manager::from_env());
-    // Before any thread is there: it takes its variables out of the environment.
+    // Before any thread starts, since it removes variables from the environment.
     let inherited = Inherited::from_env().and_then(|inherited| {
         let errors = inherited.check(&settings)?;
         Ok((inherited, errors))
@@ -83,8 +83,8 @@ fn main() -> ExitCode {
     }
 }
 
-/// Prints errors. If standard error is on a full disk, the text is lost but the exit code is not: it
-/// tells systemd not to restart the node.
+/// Prints errors. If standard error is on a full disk, the text is lost but the exit code is not:
+/// it tells systemd not to restart the node.
 fn reject(text: String) -> ExitCode {
     let _ = std::io::stderr().write_all(text.as_bytes());
     WRONG_SETTINGS.into()
@@ -122,7 +122,7 @@ fn serve(
         let mut interrupt = signal(SignalKind::interrupt())?;
         let mut hangup = signal(SignalKind::hangup())?;
         let listeners = Listeners::open(&settings, inherited)?;
-        announce(&listeners).context("the ready line can't be printed")?;
+        announce(&listeners).context("can't print the ready line")?;
         let (stop, stopped) = tokio::sync::oneshot::channel();
         let mut stop = Some(stop);
         let served = node::run(settings, keys.clone(), listeners, manager.clone(), async {
@@ -145,7 +145,7 @@ fn serve(
                 tracing::warn!(why, "stopping at once");
                 return Ok(());
             };
-            let _ = stop.send(why); // it fails only when the node is ending by itself
+            let _ = stop.send(why); // fails only when the node stops by itself
         }
     })
 }
@@ -165,7 +165,7 @@ fn reload(keys: &KeyRing) {
     }
 }
 
-/// One line on standard output, once connections are taken.
+/// Prints the ready line on standard output once clients can connect.
 fn announce(listeners: &Listeners) -> anyhow::Result<()> {
     let public = listeners.public()?;
     let urls: Vec<String> = public.iter().map(|addr| format!("http://{addr}/")).collect();

@@ -1,7 +1,5 @@
-//! The accept loop: takes sockets off the public listeners and gives each to the shard with the fewest.
-//!
-//! It has a thread of its own, so that a storm of reconnects does not hold up the bus, and so that a socket passes
-//! no runtime on its way to its shard.
+//! The accept loop: accepts connections on the public listeners and sends each to the shard with
+//! the fewest. It runs in its own thread, so that a connection storm does not delay the bus.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -26,27 +24,29 @@ use crate::node::memory_watch::MemoryWatch;
 use crate::shard::mailbox::{Mailboxes, NewSocket, ShardMessage};
 use crate::shard::runtime::{self, Ticker};
 
-/// Connections that the kernel holds until they are accepted; it takes the smaller of this and
-/// net.core.somaxconn. A storm of reconnects waits here instead of retrying after a second.
+/// Connections that the kernel queues until they are accepted: the smaller of this and
+/// `net.core.somaxconn`. Beyond it the kernel drops a client's SYN, and the client retries after a
+/// second.
 pub(crate) const BACKLOG: i32 = 65_535;
 
-/// Most that the kernel holds for one connection, in bytes (it counts twice as many, socket(7)). Left alone it would
-/// grow to 4 MiB, so that ten thousand readers who stall would take 25 GB of the kernel; what does not fit waits in
-/// the feed, once for all. Enough for 10 Mbit/s to a reader 100 ms away.
+/// Send buffer of a connection, in bytes; the kernel counts twice as many (socket(7)). Its own
+/// limit is 4 MiB, with which ten thousand stalled readers take 25 GB. Events that do not fit wait
+/// in the feed, once for all readers. This is enough for 10 Mbit/s at a round trip of 100 ms.
 pub(crate) const SEND_BUFFER: usize = 128 * 1024;
 
-/// Pause after an accept that failed for want of something: without descriptors the next one fails too.
-const PAUSE: Duration = Duration::from_millis(100);
+/// Sleep after a failed accept: without descriptors or memory the next one fails, too.
+const RETRY_DELAY: Duration = Duration::from_millis(100);
 
-/// Pause after a batch: who comes meanwhile is accepted together. A lone client is accepted at once; in a storm two
-/// threads would wake for each, which costs as much as all the rest of accepting it.
-const GATHER: Duration = Duration::from_millis(1);
+/// Sleep after a batch, so that a connection storm is accepted in batches. Otherwise this thread
+/// and a shard wake for each client, which costs as much CPU as the rest of accepting it. A single
+/// client is accepted at once.
+const BATCH_DELAY: Duration = Duration::from_millis(1);
 
-/// Accepts in a row before the other listeners get their turn.
-const ACCEPTS: usize = 256;
+/// Accepts on one listener before the others get their turn.
+const BATCH_MAX: usize = 256;
 
-/// Time between two turns at least: the watchdog wants to see that the loop lives.
-const TURN: Duration = Duration::from_millis(500);
+/// Longest time between two turns. The watchdog checks that turns are taken.
+const TURN_INTERVAL: Duration = Duration::from_millis(500);
 
 /// Binds a public listener.
 pub fn bind(addr: SocketAddr, settings: &Settings) -> io::Result<TcpListener> {
@@ -59,19 +59,20 @@ pub fn bind(addr: SocketAddr, settings: &Settings) -> io::Result<TcpListener> {
     adopt(socket.into(), settings)
 }
 
-/// Makes a bound socket a public listener. What is set here holds for every socket that it accepts (tcp(7): options
-/// are inherited), which saves two system calls a connection.
+/// Makes a bound socket a public listener. Accepted sockets inherit its options (tcp(7)), which
+/// saves two system calls per connection.
 pub fn adopt(listener: std::net::TcpListener, settings: &Settings) -> io::Result<TcpListener> {
     let socket = SockRef::from(&listener);
     socket.set_send_buffer_size(SEND_BUFFER)?;
-    socket.set_tcp_nodelay(true)?; // events leave at once; batches are made by the feed
-    // Nobody answers a JSON ping, so the kernel has to tell when a peer no longer acknowledges. Where pings are
-    // answered they tell, and the kernel, which counts a small window as silence too, would end slow readers.
+    socket.set_tcp_nodelay(true)?; // events leave at once; the feed makes the batches
+    // Clients do not answer JSON pings, so the kernel has to detect dead peers. Not with other
+    // formats: the kernel also closes a connection whose peer keeps its window closed, as slow
+    // readers do.
     if settings.ping_format == PingFormat::Json {
         socket.set_tcp_user_timeout(Some(settings.ping_interval + settings.ping_timeout))?;
     }
     socket.set_nonblocking(true)?;
-    socket.listen(BACKLOG)?; // one that listens already takes the new backlog
+    socket.listen(BACKLOG)?; // on a listening socket this sets the backlog
     Ok(TcpListener::from_std(listener))
 }
 
@@ -83,7 +84,7 @@ pub struct AcceptLoop {
 }
 
 impl AcceptLoop {
-    /// Why it ended, if it does so by itself.
+    /// Waits until the loop fails. Never returns while it runs or after a regular end.
     pub async fn failed(&mut self) -> io::Error {
         match (&mut self.ended).await {
             Ok(Err(error)) => error,
@@ -91,15 +92,16 @@ impl AcceptLoop {
         }
     }
 
-    /// Accepts whoever waits already, unless the listeners are shared with the process that comes next, and closes them.
+    /// Accepts the connections in the listeners' queues, unless another process shares them, then
+    /// closes the listeners.
     pub async fn stop(self) {
         drop(self.stop);
-        let _ = self.ended.await; // it has ended, however
+        let _ = self.ended.await; // an error changes nothing now
     }
 }
 
-/// Accepts in a thread of its own, until [`AcceptLoop::stop`]. Whether the listeners are `shared` with other processes
-/// decides who accepts those who wait then.
+/// Starts the loop. `shared`: another process has the listeners, too, and accepts what is queued
+/// when this one stops.
 pub fn start(
     settings: &Settings,
     listeners: Vec<TcpListener>,
@@ -114,9 +116,9 @@ pub fn start(
         limits,
         memory: MemoryWatch::new(settings, metrics.clone()),
         metrics,
-        spare: spare(),
-        stuck: false,
-        log: AcceptLog::default(),
+        reserved_file: reserve_file(),
+        is_failing: false,
+        log: AcceptLog::new("public"),
     };
     let (stop, stopped) = oneshot::channel();
     let (end, ended) = oneshot::channel();
@@ -127,22 +129,22 @@ pub fn start(
                     listeners.into_iter().map(runtime::watch).collect::<io::Result<_>>()?;
                 acceptor.run(&listeners, stopped).await?;
                 if !shared {
-                    acceptor.accept_the_rest(&listeners);
+                    acceptor.accept_queued(&listeners);
                 }
                 Ok(())
             })
         });
-        let _ = end.send(result); // fails only when nobody waits for it
+        let _ = end.send(result); // fails only when the node has ended
     };
     thread::Builder::new().name("accept".into()).spawn(body)?;
     Ok(AcceptLoop { stop, ended })
 }
 
-/// Returns when there may be somebody to accept.
-async fn any_ready(listeners: &[AsyncFd<TcpListener>]) {
+/// Waits until a listener may have a connection.
+async fn any_readable(listeners: &[AsyncFd<TcpListener>]) {
     future::poll_fn(|context| {
-        let ready = |listener: &AsyncFd<TcpListener>| listener.poll_read_ready(context).is_ready();
-        if listeners.iter().any(ready) { Poll::Ready(()) } else { Poll::Pending }
+        let is_ready = |listener: &AsyncFd<TcpListener>| listener.poll_read_ready(context).is_ready();
+        if listeners.iter().any(is_ready) { Poll::Ready(()) } else { Poll::Pending }
     })
     .await;
 }
@@ -150,20 +152,20 @@ async fn any_ready(listeners: &[AsyncFd<TcpListener>]) {
 #[derive(Debug)]
 struct Acceptor {
     shards: Mailboxes,
-    /// Sockets accepted in this turn, for each shard.
+    /// Sockets accepted in this turn, by shard.
     batches: Vec<Vec<NewSocket>>,
     limits: Arc<ConnectionLimits>,
     memory: MemoryWatch,
     metrics: Arc<Metrics>,
-    /// A descriptor to give up for the moment in which a client is told that there are no more.
-    spare: Option<File>,
-    /// The last accept failed, and nobody could be told: the next one comes after a pause.
-    stuck: bool,
+    /// An open file. Closing it frees a descriptor to reject a client with when none is left.
+    reserved_file: Option<File>,
+    /// The last accept failed, and so did rejecting a client.
+    is_failing: bool,
     log: AcceptLog,
 }
 
-/// `None` when there is none to be had.
-fn spare() -> Option<File> {
+/// `None`: no descriptor is left.
+fn reserve_file() -> Option<File> {
     File::open("/dev/null").ok()
 }
 
@@ -173,7 +175,7 @@ impl Acceptor {
         listeners: &[AsyncFd<TcpListener>],
         mut stopped: oneshot::Receiver<()>,
     ) -> io::Result<()> {
-        let ticker = runtime::watch(Ticker::new(TURN)?)?;
+        let ticker = runtime::watch(Ticker::new(TURN_INTERVAL)?)?;
         loop {
             tokio::select! {
                 biased;
@@ -182,63 +184,65 @@ impl Acceptor {
                     ready?.clear_ready();
                     ticker.get_ref().has_ticked()?;
                 }
-                () = any_ready(listeners) => {}
+                () = any_readable(listeners) => {}
             }
             self.metrics.accept_turns.add(1);
             self.memory.on_turn();
-            self.stuck = false;
-            let mut more = false;
+            self.is_failing = false;
+            let mut has_more = false;
             for listener in listeners {
-                // WouldBlock: until the runtime hears of it again, there is nobody.
-                let accept = |listener: &TcpListener| match self.accept(listener) {
+                // WouldBlock clears the readiness until the next connection arrives.
+                let accept = |listener: &TcpListener| match self.accept_batch(listener) {
                     true => Ok(()),
                     false => Err(io::ErrorKind::WouldBlock.into()),
                 };
-                more |= listener.try_io(Interest::READABLE, accept).is_ok();
+                has_more |= listener.try_io(Interest::READABLE, accept).is_ok();
             }
-            let any = self.hand_over();
-            // The thread sleeps, not the task: the runtime would wake for each connection that comes meanwhile.
-            if self.stuck {
-                thread::sleep(PAUSE);
-            } else if any && !more {
-                thread::sleep(GATHER);
+            let has_sent = self.send_batches();
+            // Blocks the thread: a timer of the runtime would not keep it from waking for each
+            // connection.
+            if self.is_failing {
+                thread::sleep(RETRY_DELAY);
+            } else if has_sent && !has_more {
+                thread::sleep(BATCH_DELAY);
             }
         }
     }
 
-    /// Accepts what waits; `true` when there may be more.
-    fn accept(&mut self, listener: &TcpListener) -> bool {
-        for _ in 0..ACCEPTS {
+    /// Accepts queued connections. `true`: there may be more.
+    fn accept_batch(&mut self, listener: &TcpListener) -> bool {
+        for _ in 0..BATCH_MAX {
             match listener.accept() {
                 Ok((stream, peer)) => {
-                    self.log.succeeded("connections");
+                    self.log.succeeded();
                     let admitted = if self.memory.admit() {
                         self.limits.acquire(peer.ip())
                     } else {
                         Err(LimitReached::Node)
                     };
                     match admitted {
-                        Ok(connection_slot) => self.add_to_batch(stream, connection_slot),
+                        Ok(connection_slot) => self.assign(stream, connection_slot),
                         Err(limit) => {
                             self.metrics.count_early_rejection(limit.reason());
                             let rejection = limit.rejection();
                             let class = RejectionClass::of("connection", rejection);
                             self.metrics.rejections.record(class, &rejection.text);
-                            turn_away(stream, &limit.response());
+                            reject(stream, &limit.response());
                         }
                     }
                 }
                 Err(error) => match error.kind() {
                     io::ErrorKind::WouldBlock => return false,
-                    // The peer gave up while it waited (accept(2)).
+                    // The peer closed the connection while it was queued (accept(2)).
                     io::ErrorKind::ConnectionAborted | io::ErrorKind::Interrupted => {}
-                    _ => match self.tell_one(listener) {
-                        Ok(()) => self.starve(&error),
-                        // Without descriptors accept(2) fails before it looks whether anybody waits.
+                    _ => match self.reject_one(listener) {
+                        Ok(()) => self.record_failure(&error),
+                        // Without descriptors accept(2) fails before it checks for queued
+                        // connections.
                         Err(other) if other.kind() == io::ErrorKind::WouldBlock => return false,
                         Err(_) => {
-                            self.starve(&error);
-                            self.stuck = true;
+                            self.record_failure(&error);
+                            self.is_failing = true;
                             return true;
                         }
                     },
@@ -248,53 +252,54 @@ impl Acceptor {
         true
     }
 
-    fn starve(&mut self, error: &io::Error) {
+    fn record_failure(&mut self, error: &io::Error) {
         self.metrics.accept_failures.add(1);
-        self.log.failed("connections can't be accepted and get 503", error);
+        self.log.failed(error, "clients get 503");
     }
 
-    /// Tells one client that there is no room, with the descriptor that is kept for that. Without it clients would
-    /// hang until someone leaves, and a proxy would take the node for dead.
-    fn tell_one(&mut self, listener: &TcpListener) -> io::Result<()> {
-        self.spare = None;
-        let told = listener.accept().map(|(stream, _)| turn_away(stream, &LimitReached::Node.response()));
-        self.spare = spare();
-        told
+    /// Rejects one client with the reserved descriptor. Otherwise clients would hang until a
+    /// connection closes, and a proxy would consider the node dead.
+    fn reject_one(&mut self, listener: &TcpListener) -> io::Result<()> {
+        self.reserved_file = None;
+        let result = listener.accept().map(|(stream, _)| reject(stream, &LimitReached::Node.response()));
+        self.reserved_file = reserve_file();
+        result
     }
 
-    /// Whoever waits when a listener closes would get a reset instead of an answer.
-    fn accept_the_rest(&mut self, listeners: &[AsyncFd<TcpListener>]) {
-        self.stuck = false;
+    /// Accepts what is queued. The kernel resets queued connections when the listener closes.
+    fn accept_queued(&mut self, listeners: &[AsyncFd<TcpListener>]) {
+        self.is_failing = false;
         for listener in listeners {
-            while self.accept(listener.get_ref()) && !self.stuck {}
+            while self.accept_batch(listener.get_ref()) && !self.is_failing {}
         }
-        self.hand_over();
+        self.send_batches();
     }
 
-    fn add_to_batch(&mut self, stream: TcpStream, connection_slot: ConnectionSlot) {
-        // A socket under way to its shard counts at once, else a burst would go to one shard whole.
+    /// Adds a socket to the batch of the shard with the fewest connections.
+    fn assign(&mut self, stream: TcpStream, connection_slot: ConnectionSlot) {
+        // Counted before the shard has it, or a whole burst would go to one shard.
         let load = |shard: &usize| self.metrics.shards[*shard].load();
         let shard = (0..self.shards.count()).min_by_key(load).expect("there is at least one shard");
         self.metrics.shards[shard].accepted.add(1);
         self.batches[shard].push((stream, connection_slot));
     }
 
-    /// Sends what was accepted to the shards, so that each wakes once for all of it. `true`: there was something.
-    fn hand_over(&mut self) -> bool {
-        let mut any = false;
+    /// Sends the batches; each shard wakes once. `false`: nothing was accepted.
+    fn send_batches(&mut self) -> bool {
+        let mut has_sent = false;
         for (shard, batch) in self.batches.iter_mut().enumerate().filter(|(_, batch)| !batch.is_empty()) {
             self.shards.send(shard, ShardMessage::Sockets(mem::take(batch)));
-            any = true;
+            has_sent = true;
         }
-        any
+        has_sent
     }
 }
 
-/// Answers a client that nobody can wait for. If its request is here it is read first: closing over unread bytes is a
-/// reset, which might overtake the answer.
-fn turn_away(mut stream: TcpStream, answer: &[u8]) {
+/// Sends a response and closes the socket. Reads the request first if it has arrived: closing with
+/// unread bytes sends a reset, which may discard the response at the client.
+fn reject(mut stream: TcpStream, response: &[u8]) {
     let _ = stream.read(&mut [0; HEAD_MAX]);
-    // A new socket has room for it, and a client that has gone needs none.
-    let _ = stream.write(answer);
+    // The send buffer of a new socket is empty. An error means that the client has closed.
+    let _ = stream.write(response);
     let _ = stream.shutdown(Shutdown::Write);
 }

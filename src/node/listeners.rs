@@ -1,7 +1,7 @@
-//! Every listener of a node: bound by itself, or opened by systemd and handed over (sd_listen_fds(3)).
+//! The listeners of a node: bound here, or inherited from systemd (sd_listen_fds(3)).
 //!
-//! What systemd holds stays open while one process ends and the next starts, so whoever connects meanwhile waits
-//! instead of being refused.
+//! systemd keeps its sockets open during a restart, so that the kernel queues new connections
+//! instead of refusing them.
 
 use std::io;
 use std::net::SocketAddr;
@@ -15,10 +15,10 @@ use crate::admin;
 use crate::config::{AdminAddr, SettingError, Settings};
 use crate::node::accept;
 
-/// The name that a socket for the admin listener has (`FileDescriptorName=`). Any other name is a public one.
+/// The name of an admin socket (`FileDescriptorName=`). Sockets with other names are public.
 const ADMIN: &str = "admin";
 
-/// Sockets that were open before the process began.
+/// Listening sockets that the process inherited.
 #[derive(Debug, Default)]
 pub struct Inherited {
     public: Vec<std::net::TcpListener>,
@@ -26,39 +26,41 @@ pub struct Inherited {
 }
 
 impl Inherited {
-    /// Those that the environment names (`LISTEN_FDS`, `LISTEN_PID`, `LISTEN_FDNAMES`). They can be taken once.
+    /// Takes the sockets named by `LISTEN_FDS`, `LISTEN_PID` and `LISTEN_FDNAMES`. Works once.
     ///
     /// # Errors
-    /// When one of them is nothing to accept connections from.
+    /// When a socket does not listen, or is of the wrong kind.
     pub fn from_env() -> anyhow::Result<Inherited> {
         let names = std::env::var("LISTEN_FDNAMES").unwrap_or_default();
         let mut names = names.split(':');
         let mut given = ListenFd::from_env();
         let mut inherited = Inherited::default();
-        for place in 0..given.len() {
+        for index in 0..given.len() {
             let name = names.next().unwrap_or_default();
-            let socket = || format!("socket {} ({name:?}) from systemd", place + 1);
-            let unix = if name == ADMIN { given.take_unix_listener(place).ok().flatten() } else { None };
+            let socket = || format!("socket {} ({name:?}) from systemd", index + 1);
+            let unix = if name == ADMIN { given.take_unix_listener(index).ok().flatten() } else { None };
             let open = match unix {
                 Some(listener) => admin::Open::Unix(listener),
                 None => {
-                    let listener = given.take_tcp_listener(place).ok().flatten();
-                    let problem = || format!("{} is no TCP socket: give ListenStream= a port", socket());
+                    let listener = given.take_tcp_listener(index).ok().flatten();
+                    let problem = || format!("{} is not a TCP socket: set ListenStream= to a port", socket());
                     admin::Open::Tcp(listener.with_context(problem)?)
                 }
             };
             let listens = SockRef::from(&open).is_listener().with_context(socket)?;
-            ensure!(listens, "{} does not listen: take Accept= out of the socket unit", socket());
+            ensure!(listens, "{} does not listen: remove Accept= from the socket unit", socket());
             match open {
                 admin::Open::Tcp(listener) if name != ADMIN => inherited.public.push(listener),
-                _ if inherited.admin.is_some() => anyhow::bail!("{} is a second one of this name", socket()),
+                _ if inherited.admin.is_some() => {
+                    anyhow::bail!("{} is the second socket of this name: keep one", socket())
+                }
                 open => inherited.admin = Some(open),
             }
         }
         Ok(inherited)
     }
 
-    /// What the settings don't allow: they speak of addresses that systemd chooses here.
+    /// Checks the addresses, which systemd chose, against the settings.
     pub fn check(&self, settings: &Settings) -> io::Result<Vec<SettingError>> {
         let mut problems = Vec::new();
         for listener in &self.public {
@@ -72,44 +74,44 @@ impl Inherited {
     }
 }
 
-/// Every listener of a node, open.
+/// The open listeners of a node.
 #[derive(Debug)]
 pub struct Listeners {
     pub(crate) public: Vec<TcpListener>,
-    /// Others have the public ones too: who waits in them is theirs.
+    /// Another process has the public listeners, too, and accepts what is queued when this one
+    /// stops.
     pub(crate) shared: bool,
     pub(crate) admin: Option<admin::Listener>,
 }
 
 impl Listeners {
-    /// Takes what was inherited, and binds what was not: public sockets stand for `--listen`, an admin one for
-    /// `--admin`. Must be called within a tokio runtime.
+    /// Uses inherited sockets in place of `--listen` and `--admin`, and binds the others.
     pub fn open(settings: &Settings, inherited: Inherited) -> anyhow::Result<Listeners> {
         let shared = !inherited.public.is_empty();
         let public: anyhow::Result<_> = if shared {
             let adopt =
-                |listener| accept::adopt(listener, settings).context("a socket from systemd can't be used");
+                |listener| accept::adopt(listener, settings).context("can't use a socket from systemd");
             inherited.public.into_iter().map(adopt).collect()
         } else {
             let bind = |addr: &SocketAddr| {
-                accept::bind(*addr, settings).with_context(|| format!("--listen {addr} can't be bound"))
+                accept::bind(*addr, settings).with_context(|| format!("can't bind --listen {addr}"))
             };
             settings.listen.iter().map(bind).collect()
         };
         let admin = match inherited.admin {
             Some(open) => Some(admin::Listener::adopt(open)),
             None => admin::Listener::bind(&settings.admin)
-                .with_context(|| format!("--admin {} can't be bound", settings.admin))?,
+                .with_context(|| format!("can't bind --admin {}", settings.admin))?,
         };
         Ok(Listeners { public: public?, shared, admin })
     }
 
-    /// The real addresses of the public ones.
+    /// The public addresses, with the real port where the setting says 0.
     pub fn public(&self) -> io::Result<Vec<SocketAddr>> {
         self.public.iter().map(TcpListener::local_addr).collect()
     }
 
-    /// The real address of the admin listener.
+    /// The admin address, with the real port.
     pub fn admin(&self) -> io::Result<AdminAddr> {
         self.admin.as_ref().map_or(Ok(AdminAddr::Off), admin::Listener::addr)
     }

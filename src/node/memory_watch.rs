@@ -1,6 +1,6 @@
-//! Watches the memory that the cgroup and the machine have left, so that new connections get 503 and buffers shrink
-//! before the kernel kills the node. `--max-connections auto` assumes idle connections; what busy and stalled ones take
-//! must be measured.
+//! Watches the memory that the cgroup and the machine have left, so that new connections get 503
+//! and buffers shrink before the kernel kills the node. `--max-connections auto` assumes idle
+//! connections; what busy and stalled ones take must be measured.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -24,7 +24,7 @@ const CALM_MIN: u32 = 50;
 /// Least time between two log lines.
 const WARN_EVERY: Duration = Duration::from_secs(60);
 
-/// Asked by the accept loop before it accepts a connection.
+/// The accept loop asks it before it admits a connection.
 #[derive(Debug)]
 pub struct MemoryWatch {
     groups: Groups,
@@ -47,7 +47,7 @@ pub struct MemoryWatch {
 }
 
 impl MemoryWatch {
-    /// Has measured nothing yet.
+    /// Makes its first measurement in the first turn.
     pub fn new(settings: &Settings, metrics: Arc<Metrics>) -> MemoryWatch {
         MemoryWatch {
             groups: Groups::read(Path::new("/")),
@@ -64,7 +64,7 @@ impl MemoryWatch {
         }
     }
 
-    /// Whether there is memory for one more connection.
+    /// Counts a connection. `false`: memory is too short for it.
     pub fn admit(&mut self) -> bool {
         self.admitted += 1;
         if self.admitted >= ADMITTED_MAX {
@@ -73,7 +73,7 @@ impl MemoryWatch {
         self.has_room
     }
 
-    /// Measures again when it is time.
+    /// Measures again once [`INTERVAL`] has passed.
     pub fn on_turn(&mut self) {
         let now = Instant::now();
         if self.measured.is_none_or(|last| now - last >= INTERVAL) {
@@ -87,10 +87,10 @@ impl MemoryWatch {
         let growth = self.buffers.saturating_sub(self.metrics.buffered());
         let needed = growth.saturating_add(self.reserve);
         let in_groups = self.groups.available(needed).unwrap_or(u64::MAX);
-        // Other processes use the machine's memory too, so only a shortage of it counts.
+        // Other processes use the machine's memory, too, so only a real shortage counts.
         let in_machine = cgroup::available_memory().unwrap_or(u64::MAX);
-        // Memory that the node has freed can stay charged to the cgroup. It is used again, so what counts then is what the
-        // node holds by its own count.
+        // Memory that the node has freed can stay charged to the cgroup, and is reused. Then the
+        // node's own count decides.
         let unused = self.limit.map_or(0, |limit| limit.saturating_sub(self.held()));
         let fits = in_groups >= needed || (in_groups >= self.spare && unused >= needed);
         self.has_room = fits && in_machine >= self.spare / 2;
@@ -114,7 +114,8 @@ impl MemoryWatch {
         memory_held(self.metrics.connections(), channels).saturating_add(self.metrics.buffered())
     }
 
-    /// Halves buffers while memory is short, and doubles them again once it has been enough for a while.
+    /// Halves buffers while memory is short, and doubles them again once it has been enough for a
+    /// while.
     fn adjust_pressure(&mut self, is_short: bool) {
         let pressure = self.metrics.readiness.memory_pressure();
         self.calm = if is_short { 0 } else { self.calm.saturating_add(1) };

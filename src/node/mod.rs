@@ -1,4 +1,5 @@
-//! The wiring of a node: shards, bus, listeners, and how it stops.
+//! A node: starts the shards, the accept loop, the bus and the admin listener, and stops them in
+//! order.
 
 use std::future::Future;
 use std::io;
@@ -7,6 +8,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use anyhow::Context;
 use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};
 
@@ -27,17 +29,17 @@ pub mod listeners;
 pub mod memory_watch;
 pub mod systemd;
 
-/// How long the accept loop, and then the shards after `--drain-timeout`, may take to end. They need milliseconds; this is
-/// for one that is stuck.
+/// Time for the accept loop to stop, and for the shards to stop after `--drain-timeout`. They need
+/// milliseconds unless one hangs.
 const GRACE: Duration = Duration::from_secs(2);
 
-/// Longest wait for backends' publishes after the drain.
+/// Longest wait after the drain for publishes of backends.
 const PUBLISH_WAIT_MAX: Duration = Duration::from_secs(60);
 
-/// Serves until `shutdown` says why it is to stop, then lets every connection go and returns.
+/// Serves until `shutdown` returns a reason to stop, then closes every connection.
 ///
 /// # Errors
-/// When a shard or the bus can't go on.
+/// When a shard, the accept loop or the bus fails.
 pub async fn run(
     settings: Settings,
     keys: Arc<KeyRing>,
@@ -64,7 +66,7 @@ pub async fn run(
             .collect(),
     };
 
-    tell_start(&settings, &listeners)?;
+    log_start(&settings, &listeners)?;
     let (shards, mut ended) = start_shards(&context, &requests, &metrics)?;
     let mut accept_loop = accept::start(
         &settings,
@@ -75,7 +77,7 @@ pub async fn run(
         metrics.clone(),
     )?;
     manager.ready();
-    tokio::spawn(systemd::attend(manager.clone(), metrics.clone()));
+    tokio::spawn(systemd::keep_notified(manager.clone(), metrics.clone()));
     let context = AdminContext { requests, metrics: metrics.clone(), keys, settings: settings.clone() };
     let admin = listeners.admin.map(|listener| admin::start(listener, context)).transpose()?;
 
@@ -88,20 +90,21 @@ pub async fn run(
     let mut bus = std::pin::pin!(bus::run(&settings, context));
     let why = tokio::select! {
         result = &mut bus => return Ok(result?),
-        end = ended.recv() => return end.unwrap_or(Ok(())).map_err(|error| anyhow::anyhow!("a shard failed: {error}")),
-        error = accept_loop.failed() => anyhow::bail!("the accept loop failed: {error}"),
+        end = ended.recv() => return end.unwrap_or(Ok(())).context("a shard failed"),
+        error = accept_loop.failed() => return Err(error).context("the accept loop failed"),
         why = shutdown => why,
     };
 
     let (stopping, closed) = (Instant::now(), metrics.closed());
     tracing::info!(why, connections = metrics.connections(), "stopping");
-    // Publishes of backends may still wait for the bus after the drain, but no longer than the drain was allowed to take.
+    // Publishes of backends may wait for the bus after the drain, but no longer than the drain may
+    // take.
     let publish_wait = settings.publish_timeout.min(settings.drain_timeout.max(GRACE)).min(PUBLISH_WAIT_MAX);
     manager.stopping(settings.drain_delay + settings.drain_timeout + publish_wait + 3 * GRACE);
     readiness.drain();
     let drained = async {
         sleep(settings.drain_delay).await;
-        // Whoever is accepted last reaches a shard before it is told to end.
+        // The shards get the last accepted sockets before the drain starts.
         let _ = timeout(GRACE, accept_loop.stop()).await;
         for shard in 0..shards.count() {
             shards.send(shard, ShardMessage::Drain(settings.drain_timeout));
@@ -117,11 +120,11 @@ pub async fn run(
         }
         drained
     };
-    // The bus runs meanwhile, so that publishes of clients and backends are answered.
+    // The bus runs during the drain to answer publishes of clients and backends.
     tokio::select! {
         result = &mut bus => result?,
         result = drained => {
-            result.map_err(|_| anyhow::anyhow!("a shard is stuck: it did not end when the drain was over"))?;
+            result.context("a shard hangs: it did not stop after the drain")?;
         }
     }
     let (seconds, closed) = (stopping.elapsed().as_secs_f64(), metrics.closed() - closed);
@@ -129,8 +132,8 @@ pub async fn run(
     Ok(())
 }
 
-/// One line with what whoever reads a log must know of the process that wrote it.
-fn tell_start(settings: &Settings, listeners: &Listeners) -> io::Result<()> {
+/// Logs the settings that help to read the rest of the log.
+fn log_start(settings: &Settings, listeners: &Listeners) -> io::Result<()> {
     let listen: Vec<String> = listeners.public()?.iter().map(SocketAddr::to_string).collect();
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"),
@@ -156,7 +159,7 @@ fn tell_start(settings: &Settings, listeners: &Listeners) -> io::Result<()> {
     if let Some(asked) = settings.max_connections.filter(|asked| asked.get() > settings.connection_limit()) {
         tracing::warn!(
             max_connections = settings.connection_limit(),
-            "--max-connections {asked} is more than the limit on open files allows: raise it (LimitNOFILE)"
+            "--max-connections {asked} is more than the limit on open files allows: raise the limit (LimitNOFILE)"
         );
     }
     Ok(())
@@ -184,7 +187,7 @@ fn start_shards(
         };
         let end = end.clone();
         thread::Builder::new().name(format!("shard-{id}")).spawn(move || {
-            let _ = end.send(shard::run(context, inbox)); // fails only when the node has returned already
+            let _ = end.send(shard::run(context, inbox)); // fails only when the node has ended
         })?;
     }
     Ok((shards, ended))

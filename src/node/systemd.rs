@@ -1,7 +1,8 @@
-//! What systemd is told, and when its watchdog is fed (sd_notify(3), sd_watchdog_enabled(3)).
+//! Notifications to systemd: ready, reloading, stopping, status and watchdog (sd_notify(3),
+//! sd_watchdog_enabled(3)).
 //!
-//! The words are the library's. They are sent from here, since its own sending takes no abstract sockets and would
-//! wait for a manager that hangs, on the thread that carries every event.
+//! The `sd-notify` crate formats the messages. They are sent here, because its own `notify`
+//! supports no abstract sockets and blocks while systemd hangs, on the thread that runs the bus.
 
 use std::ffi::OsStr;
 use std::io;
@@ -16,27 +17,27 @@ use tokio::time::MissedTickBehavior;
 
 use crate::metrics::Metrics;
 
-/// Time between two looks at what the status says.
-const STATUS: Duration = Duration::from_secs(2);
+/// Longest time between two checks of status and threads.
+const CHECK_INTERVAL_MAX: Duration = Duration::from_secs(2);
 
-/// Least time between two looks. The accept loop makes two turns a second, so `WatchdogSec=1` is the shortest that a
-/// node can live with; less only makes it look in vain.
-const LEAST: Duration = Duration::from_millis(100);
+/// Shortest time between two checks. The accept loop takes two turns a second, so a watchdog below
+/// `WatchdogSec=1` would stop a healthy node anyway.
+const CHECK_INTERVAL_MIN: Duration = Duration::from_millis(100);
 
-/// Looks at the threads in a watchdog's time. Half of it is what systemd asks for; with more, a thread that is late
-/// once does not cost the process its life.
-const LOOKS: u32 = 4;
+/// Checks of the threads within `WatchdogSec=`. systemd recommends two; with four, a thread may be
+/// late once without the process being killed.
+const CHECKS_PER_WATCHDOG: u32 = 4;
 
-/// Whoever started the process and wants to know how it is: systemd, or nobody.
+/// systemd, if it started the process and wants notifications.
 #[derive(Debug, Default)]
 pub struct Manager {
     socket: Option<(UnixDatagram, SocketAddr)>,
-    /// It ends the process after so long without a sign of life.
+    /// systemd kills the process after this time without a watchdog notification.
     watchdog: Option<Duration>,
 }
 
 impl Manager {
-    /// As the environment says (`NOTIFY_SOCKET`, `WATCHDOG_USEC`, `WATCHDOG_PID`).
+    /// Reads `NOTIFY_SOCKET`, `WATCHDOG_USEC` and `WATCHDOG_PID`.
     pub fn from_env() -> Manager {
         let Some(path) = std::env::var_os("NOTIFY_SOCKET") else { return Manager::default() };
         match open(&path) {
@@ -45,42 +46,43 @@ impl Manager {
                 Manager { socket: Some(socket), watchdog }
             }
             Err(error) => {
-                tracing::warn!(%error, ?path, "NOTIFY_SOCKET can't be used: systemd is told nothing");
+                tracing::warn!(%error, ?path, "NOTIFY_SOCKET unusable: systemd gets no notifications");
                 Manager::default()
             }
         }
     }
 
-    /// The node takes connections.
+    /// The node accepts connections.
     pub fn ready(&self) {
-        self.tell(&[NotifyState::Ready]);
+        self.notify(&[NotifyState::Ready]);
     }
 
-    /// Keys are read again until [`Manager::ready`]. The time is asked for by `Type=notify-reload`.
+    /// Keys are reloaded until [`Manager::ready`]. `Type=notify-reload` requires the time.
     pub fn reloading(&self) {
         match NotifyState::monotonic_usec_now() {
-            Ok(now) => self.tell(&[NotifyState::Reloading, now]),
-            Err(_) => self.tell(&[NotifyState::Reloading]),
+            Ok(now) => self.notify(&[NotifyState::Reloading, now]),
+            Err(_) => self.notify(&[NotifyState::Reloading]),
         }
     }
 
-    /// The node stops, within this time.
+    /// The node stops within this time.
     pub fn stopping(&self, time: Duration) {
         let micros = u32::try_from(time.as_micros()).unwrap_or(u32::MAX);
-        self.tell(&[NotifyState::Stopping, NotifyState::ExtendTimeoutUsec(micros)]);
+        self.notify(&[NotifyState::Stopping, NotifyState::ExtendTimeoutUsec(micros)]);
     }
 
     /// A line for `systemctl status`.
     pub fn status(&self, line: &str) {
-        self.tell(&[NotifyState::Status(&line.replace(char::is_control, " "))]);
+        self.notify(&[NotifyState::Status(&line.replace(char::is_control, " "))]);
     }
 
-    fn tell(&self, states: &[NotifyState<'_>]) {
+    fn notify(&self, states: &[NotifyState<'_>]) {
         let Some((socket, addr)) = &self.socket else { return };
         let text: String = states.iter().map(|state| format!("{state}\n")).collect();
-        // A manager that takes nothing hangs or restarts; what matters is said again.
+        // The socket is full or gone while systemd hangs or restarts. Status and watchdog are sent
+        // again.
         if let Err(error) = socket.send_to_addr(text.as_bytes(), addr) {
-            tracing::debug!(%error, ?text, "systemd could not be told");
+            tracing::debug!(%error, ?text, "notification to systemd failed");
         }
     }
 }
@@ -95,39 +97,41 @@ fn open(path: &OsStr) -> io::Result<(UnixDatagram, SocketAddr)> {
     Ok((socket, addr))
 }
 
-/// Keeps the manager's status line up to date and its watchdog fed, for as long as it is polled.
-pub async fn attend(manager: Arc<Manager>, metrics: Arc<Metrics>) {
+/// Sends the status line when it changes, and a watchdog notification while every thread makes
+/// progress.
+pub async fn keep_notified(manager: Arc<Manager>, metrics: Arc<Metrics>) {
     if manager.socket.is_none() {
         return;
     }
-    let time = manager.watchdog.map_or(STATUS, |watchdog| STATUS.min(watchdog / LOOKS));
-    let mut looks = tokio::time::interval(time.max(LEAST));
-    looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut watch = Watch::default();
-    let mut stood = 0;
-    let mut told = String::new();
+    let time = manager.watchdog.map_or(CHECK_INTERVAL_MAX, |watchdog| {
+        (watchdog / CHECKS_PER_WATCHDOG).clamp(CHECK_INTERVAL_MIN, CHECK_INTERVAL_MAX)
+    });
+    let mut checks = tokio::time::interval(time);
+    checks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut progress = Progress::default();
+    let mut stalled_checks = 0;
+    let mut sent = String::new();
     loop {
-        looks.tick().await;
+        checks.tick().await;
         let line = status_line(&metrics);
-        if line != told {
+        if line != sent {
             manager.status(&line);
-            told = line;
+            sent = line;
         }
         let Some(watchdog) = manager.watchdog else { continue };
-        // While it stops, threads end one by one; how long that may take is bounded elsewhere.
+        // Threads end one by one while the node stops. `TimeoutStopSec=` bounds how long that
+        // takes.
         let stopping = metrics.readiness.is_draining();
-        match watch.standing(&metrics.turns()).filter(|_| !stopping) {
+        match progress.stalled(&metrics.turns()).filter(|_| !stopping) {
             None => {
-                stood = 0;
-                manager.tell(&[NotifyState::Watchdog]);
+                stalled_checks = 0;
+                manager.notify(&[NotifyState::Watchdog]);
             }
             Some(thread) => {
-                stood += 1;
-                if stood == LOOKS / 2 {
-                    let name = metrics.thread_name(thread);
-                    tracing::warn!(
-                        "the thread {name} stands still: systemd will end this node after {watchdog:?}"
-                    );
+                stalled_checks += 1;
+                if stalled_checks == CHECKS_PER_WATCHDOG / 2 {
+                    let thread = metrics.thread_name(thread);
+                    tracing::warn!(thread, ?watchdog, "thread stalled: systemd will kill this node");
                 }
             }
         }
@@ -141,20 +145,20 @@ fn status_line(metrics: &Metrics) -> String {
     format!("connections: {connections}; {trouble}")
 }
 
-/// Watches counters that threads count up while they live.
+/// Turn counters of the threads, as they were when all had last made progress.
 #[derive(Debug, Default)]
-struct Watch {
+struct Progress {
     seen: Vec<u64>,
 }
 
-impl Watch {
-    /// The first thread that has not made a turn since every one had; `None`: every one has.
-    fn standing(&mut self, turns: &[u64]) -> Option<usize> {
-        let standing = turns.iter().zip(&self.seen).position(|(turn, seen)| turn == seen);
-        if standing.is_none() {
+impl Progress {
+    /// The first thread whose counter has not changed since all had. `None`: all have changed.
+    fn stalled(&mut self, turns: &[u64]) -> Option<usize> {
+        let stalled = turns.iter().zip(&self.seen).position(|(turn, seen)| turn == seen);
+        if stalled.is_none() {
             self.seen = turns.to_vec();
         }
-        standing
+        stalled
     }
 }
 
@@ -163,19 +167,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_thread_must_have_moved_since_all_had() {
-        let mut watch = Watch::default();
-        for (turns, standing) in [
-            ([0, 0, 0], None), // nothing is known yet
+    fn every_thread_must_make_progress() {
+        let mut progress = Progress::default();
+        for (turns, stalled) in [
+            ([0, 0, 0], None), // nothing to compare with yet
             ([0, 0, 0], Some(0)),
             ([0, 5, 9], Some(0)),
-            ([1, 5, 9], None), // one after the other, but all since the first look
+            ([1, 5, 9], None), // one after the other, but all since the first check
             ([2, 6, 9], Some(2)),
             ([3, 6, 9], Some(2)),
             ([3, 6, 10], None),
             ([3, 7, 10], Some(0)),
         ] {
-            assert_eq!(watch.standing(&turns), standing, "{turns:?}");
+            assert_eq!(progress.stalled(&turns), stalled, "{turns:?}");
         }
     }
 }
