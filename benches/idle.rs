@@ -22,8 +22,8 @@ use support::wire;
 
 const ARGUMENTS: &[(&str, &str)] = &[
     ("connections", "idle clients; the slope is measured from 0.5 to 1.5 times as many [10000]"),
-    ("ping-interval", "seconds between heartbeats [30]"),
-    ("seconds", "seconds over which CPU is measured [5 more than the heartbeat]"),
+    ("ping-interval", "seconds between pings [30]"),
+    ("seconds", "seconds over which CPU is measured [5 more than the ping interval]"),
     ("server", "another binary to measure instead of fanfare; `baseline` compares the baseline with itself"),
 ];
 
@@ -65,17 +65,17 @@ fn main() -> Result<()> {
     support::baseline::run_if_asked()?;
     let args = Args::read(ARGUMENTS)?;
     let connections: usize = args.get("connections", 10_000)?;
-    let heartbeat: u64 = args.get("ping-interval", 30)?;
-    let time = Duration::from_secs(args.get("seconds", heartbeat + 5)?);
-    ensure!(connections >= 2 && heartbeat > 0, "there must be connections and heartbeats");
+    let interval: u64 = args.get("ping-interval", 30)?;
+    let time = Duration::from_secs(args.get("seconds", interval + 5)?);
+    ensure!(connections >= 2 && interval > 0, "there must be connections and pings");
     allow_files(connections * TO / 10)?;
     let cores = Cores::split()?;
 
     let started = Instant::now();
-    let period = format!("{heartbeat}s");
+    let period = format!("{interval}s");
     let binary = args.text("server").unwrap_or(env!("CARGO_BIN_EXE_fanfare"));
-    let beat = Duration::from_secs(heartbeat);
-    let start_baseline = |_: &[(&str, &str)]| Server::baseline(&cores, false, beat);
+    let ping_interval = Duration::from_secs(interval);
+    let start_baseline = |_: &[(&str, &str)]| Server::baseline(&cores, false, ping_interval);
     let start_with = |environment: &[(&str, &str)], flags: &[&str]| match binary {
         "baseline" => start_baseline(environment),
         binary => {
@@ -88,7 +88,7 @@ fn main() -> Result<()> {
     let [idle, stalled] = stalled(start_with, connections)?;
     let binary = std::fs::metadata(if binary == "baseline" { "/proc/self/exe" } else { binary })?.len();
 
-    println!("\n{connections} idle connections, heartbeats every {heartbeat} s; {}\n", cores.machine());
+    println!("\n{connections} idle connections, pings every {interval} s; {}\n", cores.machine());
     let row = |what: String, ours: String, baseline: String| vec![what, ours, baseline];
     let rows = [
         row(
@@ -117,12 +117,8 @@ fn main() -> Result<()> {
             format!("{:.3} %", ours.cpu * 100.0),
             format!("{:.3} %", baseline.cpu * 100.0),
         ),
-        row("heartbeats in that time".into(), ours.pings.to_string(), baseline.pings.to_string()),
-        row(
-            "CPU per heartbeat, everything included".into(),
-            per_ping(&ours, time),
-            per_ping(&baseline, time),
-        ),
+        row("pings in that time".into(), ours.pings.to_string(), baseline.pings.to_string()),
+        row("CPU per ping, everything included".into(), per_ping(&ours, time), per_ping(&baseline, time)),
         row("binary".into(), mib(binary), "–".into()),
     ];
     report::table(&["what", args.text("server").unwrap_or("fanfare"), "baseline"], &rows);
@@ -165,7 +161,7 @@ fn measure(
     Ok(Idle { start: before, full, cpu, pings, each })
 }
 
-/// Memory before and with all clients, the share of a core they use, and the heartbeats they get.
+/// Memory before and with all clients, the share of a core they use, and the pings they get.
 fn idle(server: &Server, connections: usize, time: Duration) -> Result<(Memory, Memory, f64, u64)> {
     let mut clients = LoadClients::new(server.addr, 128)?;
     clients.idle(SETTLE)?;
@@ -179,7 +175,7 @@ fn idle(server: &Server, connections: usize, time: Duration) -> Result<(Memory, 
     let pings = clients.pings() - pings;
     ensure!(
         pings >= connections as u64 / 100 * 95, // a busy machine delays some
-        "only {pings} heartbeats for {connections} connections in {time:?}: CPU is not comparable"
+        "only {pings} pings for {connections} connections in {time:?}: CPU is not comparable"
     );
     Ok((start, full, cpu, pings))
 }

@@ -230,7 +230,7 @@ pub fn frames(mut data: &[u8]) {
     }
 }
 
-// ---- what comes from Redis and from backends ----
+// ---- messages of Redis and bodies of backends ----
 
 /// An entry holds as many whole text frames as it claims, each one line of UTF-8.
 fn check_entry(entry: &Entry) {

@@ -22,7 +22,7 @@
 //! | [`metrics`] | counters, readiness, rejection log, rendering |
 //! | [`limits`] | connection limits (node, IP, user), message and byte rates |
 //! | [`feed`] | a channel's recent events in memory, and cursors into them |
-//! | [`ws`] | one connection: handshake, decoder, outbox, replay, writer |
+//! | [`ws`] | one connection: handshake, decoder, outbox, progress, replay, writer |
 //! | [`bus`] | ids, history and order of events: [`bus::local`] for one node, [`bus::redis`] for many |
 //! | [`shard`] | event loop, mailbox, channels, joins, fan-out, replay, timers |
 //! | [`admin`] | the admin API: publish, metrics, stats, health |

@@ -1,4 +1,4 @@
-//! The baseline: the minimum that any fan-out server must do. A bare epoll loop accepts, upgrades,
+//! The baseline: the minimum that any fan-out server must do. A minimal epoll loop accepts, upgrades,
 //! and for each event builds one frame and calls `send()` once per connection. It keeps five bytes
 //! per connection.
 //!
@@ -21,22 +21,22 @@ use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 use super::wire::{self, PING, TEXT};
 
 /// The hidden first argument that makes a bench run as the baseline. `one` or `batch` and the
-/// seconds between heartbeats (0: none) follow.
+/// seconds between pings (0: none) follow.
 pub const ARGUMENT: &str = "--be-the-baseline";
 
-/// Time between two parts of the heartbeats' walk over the connections.
+/// Time between two parts of the walk of pings over the connections.
 const TICK: Duration = Duration::from_millis(100);
 
 /// Runs as the baseline if the command line says so; every bench calls this first.
 pub fn run_if_asked() -> Result<()> {
     let words: Vec<String> = std::env::args().skip(1).take(3).collect();
-    let [argument, how, heartbeat] = &words[..] else { return Ok(()) };
+    let [argument, how, ping_interval] = &words[..] else { return Ok(()) };
     if argument != ARGUMENT {
         return Ok(());
     }
     set_parent_process_death_signal(Some(Signal::KILL))?;
-    let heartbeat: u64 = heartbeat.parse()?;
-    Baseline::bind(how == "batch", (heartbeat > 0).then(|| Duration::from_secs(heartbeat)))?.run()
+    let ping_interval: u64 = ping_interval.parse()?;
+    Baseline::bind(how == "batch", (ping_interval > 0).then(|| Duration::from_secs(ping_interval)))?.run()
 }
 
 #[derive(Clone, Copy, PartialEq)]
@@ -56,14 +56,14 @@ struct Baseline {
     parts: HashMap<usize, Vec<u8>>,
     /// Whether all events that arrived together are sent with one `send()`.
     batch: bool,
-    heartbeat: Option<Duration>,
-    /// The position of the heartbeats' walk, and the fraction of a connection still due.
+    ping_interval: Option<Duration>,
+    /// The position of the walk of pings, and the fraction of a connection still due.
     walk: (usize, f64),
     next_id: u64,
 }
 
 impl Baseline {
-    fn bind(batch: bool, heartbeat: Option<Duration>) -> Result<Baseline> {
+    fn bind(batch: bool, ping_interval: Option<Duration>) -> Result<Baseline> {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
         listen(&listener, 4096)?;
         listener.set_nonblocking(true)?;
@@ -81,7 +81,7 @@ impl Baseline {
             states: Vec::new(),
             parts: HashMap::new(),
             batch,
-            heartbeat,
+            ping_interval,
             walk: (0, 0.0),
             next_id: 1_000_000_000_000_000,
         })
@@ -93,7 +93,7 @@ impl Baseline {
         let tick = Timespec::try_from(TICK)?;
         let mut ticked = Instant::now();
         loop {
-            let timeout = self.heartbeat.map(|_| &tick);
+            let timeout = self.ping_interval.map(|_| &tick);
             match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), timeout) {
                 Ok(_) | Err(Errno::INTR) => {}
                 Err(why) => bail!("epoll: {why}"),
@@ -104,7 +104,7 @@ impl Baseline {
                     number => self.read(number, &mut scratch)?,
                 }
             }
-            if let Some(period) = self.heartbeat.filter(|_| ticked.elapsed() >= TICK) {
+            if let Some(period) = self.ping_interval.filter(|_| ticked.elapsed() >= TICK) {
                 self.beat(ticked.elapsed().as_secs_f64() / period.as_secs_f64())?;
                 ticked = Instant::now();
             }

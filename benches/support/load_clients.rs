@@ -1,7 +1,7 @@
 //! Thousands of WebSocket clients in one epoll set, read and counted with as little CPU as
 //! possible.
 //!
-//! Every connection is checked: any frame but an event, a heartbeat or the welcome ends the bench,
+//! Every connection is checked: any frame but an event, a ping or the welcome ends the bench,
 //! and so does a connection with one event too few or too many.
 
 use std::io::{ErrorKind, Read, Write};
@@ -137,7 +137,7 @@ impl LoadClients {
         self.tally.events
     }
 
-    /// Heartbeats received and answered.
+    /// Pings received and answered.
     pub fn pings(&self) -> u64 {
         self.tally.pings
     }
@@ -248,7 +248,7 @@ impl LoadClients {
         Ok(rate)
     }
 
-    /// Reads and answers heartbeats for this time.
+    /// Reads and answers pings for this time.
     pub fn idle(&mut self, time: Duration) -> Result<()> {
         let end = Instant::now() + time;
         loop {
@@ -383,7 +383,7 @@ impl Client {
                 PING => {
                     let mut pong = Vec::with_capacity(6 + payload.len());
                     wire::put_masked(&mut pong, PONG, payload);
-                    self.stream.write_all(&pong).context("can't answer a heartbeat")?;
+                    self.stream.write_all(&pong).context("can't answer a ping")?;
                     tally.pings += 1;
                 }
                 TEXT | CLOSE => bail!("the server says {:?}", String::from_utf8_lossy(payload)),

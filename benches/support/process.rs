@@ -180,10 +180,10 @@ impl Server {
 
     /// Starts the baseline: one `send()` per event and connection, or one for all events that
     /// arrived together.
-    pub fn baseline(cores: &Cores, batch: bool, heartbeat: Duration) -> Result<Server> {
+    pub fn baseline(cores: &Cores, batch: bool, ping_interval: Duration) -> Result<Server> {
         let mut command = Command::new(std::env::current_exe()?);
         command.arg(baseline::ARGUMENT).arg(if batch { "batch" } else { "one" });
-        command.arg(heartbeat.as_secs().to_string());
+        command.arg(ping_interval.as_secs().to_string());
         Server::start(if batch { "baseline with batching" } else { "baseline" }, Some(cores), command)
     }
 

@@ -278,7 +278,7 @@ impl Client {
         let mut pong = Vec::with_capacity(6 + ping.len());
         wire::put_masked(&mut pong, PONG, ping);
         let stream = self.stream.as_mut().expect("a ping came from it");
-        stream.write_all(&pong).context("can't answer a heartbeat")
+        stream.write_all(&pong).context("can't answer a ping")
     }
 
     /// A client that resumes must be recovered at its last id.

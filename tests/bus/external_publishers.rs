@@ -90,7 +90,7 @@ async fn plain_event_larger_than_a_feed_reaches_all() {
     }
     let mut publisher = redis.client().await;
     for size in [60_000, 1_900_000] {
-        let event = json!({"bare": "x".repeat(size)});
+        let event = json!({"plain": "x".repeat(size)});
         publisher.call(&["PUBLISH", "ws_broadcast", &event.to_string()]).await;
         for client in &mut clients {
             assert!(client.next_json().await == event);
@@ -103,13 +103,13 @@ async fn plain_event_larger_than_a_feed_reaches_all() {
 async fn only_listed_channels_accept_plain_publish() {
     let (redis, a, b) = cluster(&["--pubsub-channels", "news,alerts"]).await;
     let mut publisher = redis.client().await;
-    for (channel, bare) in [("news", true), ("alerts", true), ("ws_broadcast", false), ("room", false)] {
+    for (channel, is_plain) in [("news", true), ("alerts", true), ("ws_broadcast", false), ("room", false)] {
         let mut on_a = Client::plain(&a, "a", channel).await;
         let mut on_b = Client::plain(&b, "b", channel).await;
-        publisher.call(&["PUBLISH", channel, r#"{"bare":1}"#]).await;
-        if bare {
-            assert_eq!(on_a.next_json().await, json!({"bare": 1}));
-            assert_eq!(on_b.next_json().await, json!({"bare": 1}));
+        publisher.call(&["PUBLISH", channel, r#"{"plain":1}"#]).await;
+        if is_plain {
+            assert_eq!(on_a.next_json().await, json!({"plain": 1}));
+            assert_eq!(on_b.next_json().await, json!({"plain": 1}));
         }
         let id = a.publish(channel, &json!({"n": 1})).await;
         on_a.expect_event(id, &json!({"n": 1})).await;
@@ -117,7 +117,7 @@ async fn only_listed_channels_accept_plain_publish() {
     }
     let none = Node::on(&redis, &["--pubsub-channels", "none"]).await;
     let mut client = Client::simple(&none, "c").await;
-    publisher.call(&["PUBLISH", "ws_broadcast", r#"{"bare":1}"#]).await;
+    publisher.call(&["PUBLISH", "ws_broadcast", r#"{"plain":1}"#]).await;
     let id = none.publish("ws_broadcast", &json!({"n": 1})).await;
     client.expect_event(id, &json!({"n": 1})).await;
 }

@@ -357,7 +357,7 @@ async fn connections_stay_open_without_redis() {
     late.expect_numbers(&ids[2..], 2).await;
     assert_eq!(rejected(&node, "channel=other").await.expect("not followed here").0, 503);
 
-    // Heartbeats continue meanwhile.
+    // Pings continue meanwhile.
     for client in [&mut silent, &mut recovering] {
         for _ in 0..2 {
             assert!(matches!(client.next_frame().await, Frame::Ping(_)));

@@ -129,11 +129,11 @@ impl Raw {
             let mut payload = Vec::new();
             while length > 0 {
                 let part = length.min(most);
-                let begin = payload.len();
-                payload.resize(begin + part, 0);
-                let read = self.socket.read_exact(&mut payload[begin..]);
+                let start = payload.len();
+                payload.resize(start + part, 0);
+                let read = self.socket.read_exact(&mut payload[start..]);
                 let read = within("a part of a frame", read).await;
-                read.unwrap_or_else(|error| panic!("after {begin} bytes of a frame: {error}"));
+                read.unwrap_or_else(|error| panic!("after {start} bytes of a frame: {error}"));
                 length -= part;
                 tokio::time::sleep(pause).await;
             }

@@ -122,8 +122,8 @@ impl Bad {
         raw.write_some(&self.bytes).await; // nginx may answer before it has read everything
         if !self.statuses.is_empty() {
             let status = raw.status().await;
-            let begin = String::from_utf8_lossy(&self.bytes[..self.bytes.len().min(300)]);
-            assert!(self.statuses.contains(&status), "{status} instead of {:?} to {begin}", self.statuses);
+            let start = String::from_utf8_lossy(&self.bytes[..self.bytes.len().min(300)]);
+            assert!(self.statuses.contains(&status), "{status} instead of {:?} to {start}", self.statuses);
         }
     }
 }

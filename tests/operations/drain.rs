@@ -44,9 +44,9 @@ async fn closes_are_spread_over_the_drain() {
     // The last quarter of the time is for flushing: 60 closes in 3 seconds.
     let after = |time| closes.iter().filter(|close| **close >= Duration::from_millis(time)).count();
     assert!((15..=45).contains(&after(1500)), "{closes:?}");
-    for begin in (0..=2000).step_by(250) {
-        let many = after(begin) - after(begin + 1000);
-        assert!((8..=40).contains(&many), "{many} closes from {begin} ms on for a second: {closes:?}");
+    for start in (0..=2000).step_by(250) {
+        let many = after(start) - after(start + 1000);
+        assert!((8..=40).contains(&many), "{many} closes from {start} ms on for a second: {closes:?}");
     }
 }
 

@@ -76,7 +76,7 @@ impl Systemd {
         .await
     }
 
-    async fn is_told(&mut self, line: &str) {
+    async fn expect_notification(&mut self, line: &str) {
         self.until(line, |received| (received == line).then_some(())).await;
     }
 }
@@ -105,13 +105,13 @@ async fn status_shows_bus_and_connections() {
     let not_ready = |line: &str| line.starts_with("STATUS=connections: 0; not ready: Redis").then_some(());
     systemd.until("a status without Redis", not_ready).await;
     redis.up().await;
-    systemd.is_told("STATUS=connections: 0; ready").await;
+    systemd.expect_notification("STATUS=connections: 0; ready").await;
     let options = Options { query: "lastEventId=".into(), ..Options::default() };
     let mut client = Client::try_open(addr, "alice", &options).await.expect("it is ready");
     client.welcome().await;
-    systemd.is_told("STATUS=connections: 1; ready").await;
+    systemd.expect_notification("STATUS=connections: 1; ready").await;
     client.leave().await;
-    systemd.is_told("STATUS=connections: 0; ready").await;
+    systemd.expect_notification("STATUS=connections: 0; ready").await;
     redis.kill();
     systemd.until("a status without Redis", not_ready).await;
 }
@@ -121,20 +121,20 @@ async fn notifies_reloading_and_stopping() {
     let mut systemd = Systemd::abstractly();
     let flags = [&LOCAL[..], &["--drain-timeout", "3s", "--drain-delay", "2s"]].concat();
     let process = Process::start("fanfare", &mut systemd.command(&flags));
-    systemd.is_told("READY=1").await;
-    systemd.is_told("STATUS=connections: 0; ready").await;
+    systemd.expect_notification("READY=1").await;
+    systemd.expect_notification("STATUS=connections: 0; ready").await;
     process.signal("HUP");
-    systemd.is_told("RELOADING=1").await;
+    systemd.expect_notification("RELOADING=1").await;
     let micros = systemd.line().await;
     let micros = micros.strip_prefix("MONOTONIC_USEC=").expect("Type=notify-reload asks for it");
     assert!(micros.parse::<u64>().expect("a number") > 0);
     assert_eq!(systemd.line().await, "READY=1");
     process.signal("TERM");
-    systemd.is_told("STOPPING=1").await;
+    systemd.expect_notification("STOPPING=1").await;
     let time = systemd.line().await;
     let time = time.strip_prefix("EXTEND_TIMEOUT_USEC=").expect("the drain may take longer than it expects");
     assert!(time.parse::<u64>().expect("a number") >= 5_000_000, "drain and notice take 5 s: {time}");
-    systemd.is_told("STATUS=connections: 0; not ready: this node is stopping").await;
+    systemd.expect_notification("STATUS=connections: 0; not ready: this node is stopping").await;
     assert!(process.ended().await.success());
 }
 
@@ -157,10 +157,10 @@ async fn watchdog_is_fed_twice_per_interval() {
     let mut systemd = Systemd::new();
     let mut command = systemd.command(&LOCAL);
     let process = Process::start("fanfare", command.env("WATCHDOG_USEC", "2000000"));
-    systemd.is_told("WATCHDOG=1").await;
+    systemd.expect_notification("WATCHDOG=1").await;
     for _ in 0..6 {
         let started = Instant::now();
-        systemd.is_told("WATCHDOG=1").await;
+        systemd.expect_notification("WATCHDOG=1").await;
         // Half the interval, and as much again for a busy machine: that is all that systemd allows.
         assert!(started.elapsed() < Duration::from_secs(2), "{:?}", started.elapsed());
     }
@@ -168,13 +168,13 @@ async fn watchdog_is_fed_twice_per_interval() {
     process.signal("STOP");
     expires(&mut systemd, Duration::from_secs(2)).await;
     process.signal("CONT");
-    systemd.is_told("WATCHDOG=1").await;
+    systemd.expect_notification("WATCHDOG=1").await;
 
     let mut systemd = Systemd::new();
     let mut command = systemd.command(&LOCAL);
     command.env("WATCHDOG_USEC", "100000").env("WATCHDOG_PID", OTHER);
     let process = Process::start("fanfare", &mut command);
-    systemd.is_told("READY=1").await;
+    systemd.expect_notification("READY=1").await;
     process.signal("HUP");
     process.signal("TERM");
     within("its end", async {
@@ -225,20 +225,20 @@ async fn watchdog_is_not_fed_when_a_shard_hangs() {
     drop(command); // and with it the other end of the pipe
     let (addr, _) = addresses(&process).await;
     let client = Client::try_open(addr, "alice", &Options::default()).await.expect("it serves");
-    systemd.is_told("WATCHDOG=1").await;
-    systemd.is_told("WATCHDOG=1").await;
+    systemd.expect_notification("WATCHDOG=1").await;
+    systemd.expect_notification("WATCHDOG=1").await;
     drop(client); // its close is logged
     expires(&mut systemd, Duration::from_secs(2)).await;
     // The shard is not the thread that feeds the watchdog:
     process.signal("HUP");
-    systemd.is_told("RELOADING=1").await;
+    systemd.expect_notification("RELOADING=1").await;
     // The log is read again, and everything continues.
     let reading = std::thread::spawn(move || {
         let mut log = String::new();
         reader.read_to_string(&mut log).map(|_| log)
     });
-    systemd.is_told("WATCHDOG=1").await;
-    systemd.is_told("WATCHDOG=1").await;
+    systemd.expect_notification("WATCHDOG=1").await;
+    systemd.expect_notification("WATCHDOG=1").await;
     process.signal("TERM");
     assert!(process.ended().await.success());
     let log = reading.join().expect("it reads").expect("UTF-8");
@@ -278,7 +278,7 @@ async fn inherited_sockets_replace_own_listeners() {
     let (first, one) = listener();
     let mut systemd = Systemd::new();
     let process = start_with(&systemd, [first, admin.into()], "fanfare.socket:admin", &flags);
-    systemd.is_told("READY=1").await;
+    systemd.expect_notification("READY=1").await;
     assert_eq!(addresses(&process).await, (one, format!("unix:{}", path.display())));
     assert_eq!(http::request(one, "GET", "/healthz", &[], b"").await.status, 200);
     let mut admin = tokio::net::UnixStream::connect(&path).await.expect("it listens");
@@ -294,7 +294,7 @@ async fn inherited_sockets_replace_own_listeners() {
     let ((first, one), (second, two)) = (listener(), listener());
     let flags = ["--admin", "127.0.0.1:0"];
     let process = start_with(&systemd, [first, second], "public:public", &flags);
-    systemd.is_told("READY=1").await;
+    systemd.expect_notification("READY=1").await;
     for addr in [one, two] {
         assert_eq!(http::request(addr, "GET", "/healthz", &[], b"").await.status, 200);
     }
@@ -341,7 +341,7 @@ async fn restart_loses_no_connection_attempt() {
         start_with(systemd, sockets, "public:public", &["--admin", "off", "--drain-timeout", "1s"])
     };
     let mut process = start(&systemd);
-    systemd.is_told("READY=1").await;
+    systemd.expect_notification("READY=1").await;
     let (over, count) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU32::new(0)));
     let mut knocking = tokio::task::JoinSet::new();
     for _ in 0..4 {
@@ -361,7 +361,7 @@ async fn restart_loses_no_connection_attempt() {
         let waiting = tokio::spawn(async move { http::request(addr, "GET", "/healthz", &[], b"").await });
         let before = count.load(Ordering::Relaxed);
         process = start(&systemd);
-        systemd.is_told("READY=1").await;
+        systemd.expect_notification("READY=1").await;
         assert_eq!(waiting.await.expect("an answer").status, 200);
         common::until("more answers", || async {
             (count.load(Ordering::Relaxed) > before + 20).then_some(())

@@ -113,7 +113,7 @@ const tests = {
     equal(marks, [[151, true], [152, true], [153, false]]);
   },
 
-  async gaps_are_told() {
+  async gaps_are_emitted() {
     const { fanfare, last, live, heard } = client({ lastEventId: 500 });
     await live(200, 200, false); // ids may only be lower after a gap
     equal(heard("gap"), [{ lastEventId: 200, from: "welcome" }]);
@@ -192,7 +192,7 @@ const tests = {
     equal([fanfare.lastEventId, d.ref], [100, 4]); // acks do not move it
   },
 
-  async errors_without_a_sender_are_told() {
+  async errors_without_a_sender_are_emitted() {
     const { last, live, heard } = client();
     await live();
     last().says({ type: "error", code: "invalid", message: "no JSON" });
@@ -241,8 +241,8 @@ const tests = {
       const { last, live, state, heard } = client(options);
       await live();
       last().ends(code, "why");
-      const { state: word, delay, code: told, reason } = state();
-      equal([told, reason], [code, "why"]);
+      const { state: word, delay, code: shown, reason } = state();
+      equal([shown, reason], [code, "why"]);
       const count = sockets.length;
       await pass(60_000);
       equal(sockets.length > count, word === "waiting");

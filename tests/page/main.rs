@@ -191,13 +191,13 @@ impl Page {
     }
 
     /// Waits for a notice that starts like this, and returns it.
-    async fn notice(&self, pane: &str, begin: &str) -> String {
+    async fn notice(&self, pane: &str, start: &str) -> String {
         let script =
             format!("return [...document.querySelectorAll('#{pane} .notice')].map((row) => row.textContent)");
-        until(&format!("a notice {begin:?} in the {pane} pane"), || async {
+        until(&format!("a notice {start:?} in the {pane} pane"), || async {
             let notices = self.0.run(&script).await;
             let mut texts = notices.as_array().expect("a list").iter().filter_map(Value::as_str);
-            texts.find(|text| text.starts_with(begin)).map(str::to_owned)
+            texts.find(|text| text.starts_with(start)).map(str::to_owned)
         })
         .await
     }
@@ -383,14 +383,14 @@ async fn client_detects_a_silent_node() {
     let node = Node::start(&[]).await;
     let browser = Browser::start().await;
     browser.open(&format!("http://{}/healthz", node.public)).await;
-    let begin = "
+    let start = "
         window.probes = 0;
         window.states = [];
         const send = WebSocket.prototype.send;
         WebSocket.prototype.send = function (text) { probes++; send.call(this, text); };
         window.fanfare = new Fanfare('/ws/alice', { pingInterval: 100, pongTimeout: 2000 });
         fanfare.on('state', ({ state, reason }) => states.push(reason ? `${state}: ${reason}` : state));";
-    assert_eq!(browser.run_client(begin).await, Value::Null);
+    assert_eq!(browser.run_client(start).await, Value::Null);
     let becomes = async |script: &str| {
         until(script, || async {
             (browser.run(&format!("return {script}")).await == json!(true)).then_some(())

@@ -11,7 +11,7 @@ use crate::common::process::{Directory, make_fifo};
 use crate::common::{Client, Frame, Node, Options, Raw, http, until};
 
 #[tokio::test]
-async fn foreign_origins_are_rejected() {
+async fn other_origins_are_rejected() {
     let node = Node::start(&[]).await;
     let own = format!("http://{}", node.public);
     let other_port = format!("http://127.0.0.1:{}", node.admin.port());

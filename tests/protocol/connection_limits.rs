@@ -193,9 +193,9 @@ async fn trusted_proxy_names_its_clients() {
     // The proxy's own connections are not limited.
     let local = b"\r\n\r\n\0\r\nQUIT\n\x20\0\0\0";
     let mut own = Vec::new();
-    for begin in [&b""[..], local, b"PROXY UNKNOWN\r\n", b"PROXY TCP4 127.0.0.9 127.0.0.1 1 2\r\n"] {
+    for start in [&b""[..], local, b"PROXY UNKNOWN\r\n", b"PROXY TCP4 127.0.0.9 127.0.0.1 1 2\r\n"] {
         let mut raw = direct().await;
-        raw.write(begin).await;
+        raw.write(start).await;
         own.push(upgraded(raw, "/ws/a", &[]).await);
     }
     // A slot is released for the address for which it was acquired.
@@ -216,16 +216,16 @@ async fn untrusted_proxy_is_rejected_with_advice() {
         raw.expect_end().await;
     };
     let upgrade = http::request_bytes(node.public, "GET", "/ws/a", &forwarded, b"");
-    for begin in [&upgrade[..], b"PROXY TCP4 192.0.2.7 127.0.0.1 1 2\r\n", b"\r\n\r\n\0\r\nQUIT\n\x20\0\0\0"]
+    for start in [&upgrade[..], b"PROXY TCP4 192.0.2.7 127.0.0.1 1 2\r\n", b"\r\n\r\n\0\r\nQUIT\n\x20\0\0\0"]
     {
-        expect(Raw::connect(node.public).await, begin, 400, "--trusted-proxy").await;
+        expect(Raw::connect(node.public).await, start, 400, "--trusted-proxy").await;
     }
     expect(proxied(&node, "127.0.0.3").await, &upgrade, 400, "--trusted-proxy").await;
     assert_eq!(ends(&node, "proxy_not_trusted").await, 4.0);
     let advice = "add its address to --trusted-proxy (the peer is 127.0.0.1)";
     assert!(node.log().contains(advice), "{}", node.log());
-    for begin in [&b"PROXY TCP4 192.0.2.7\r\n"[..], b"PROXY TCP4 192.0.2.7 127.0.0.1 1 2\n", b"PROXY \r\n"] {
-        expect(Raw::connect_from(PROXY, node.public).await, begin, 400, "").await;
+    for start in [&b"PROXY TCP4 192.0.2.7\r\n"[..], b"PROXY TCP4 192.0.2.7 127.0.0.1 1 2\n", b"PROXY \r\n"] {
+        expect(Raw::connect_from(PROXY, node.public).await, start, 400, "").await;
     }
     let unreadable =
         http::request_bytes(node.public, "GET", "/ws/a", &[("X-Forwarded-For", "192.0.2.7, unknown")], b"");

@@ -452,7 +452,7 @@ async fn control_types_in_client_data_stay_data() {
 }
 
 #[tokio::test]
-async fn heartbeats_are_ping_frames() {
+async fn pings_are_websocket_frames() {
     let node = Node::start(&["--ping-interval", "1s", "--ping-timeout", "1s"]).await;
     let mut client = Client::simple(&node, "a").await;
     // It answers, so it stays connected far beyond the timeout.
@@ -464,7 +464,7 @@ async fn heartbeats_are_ping_frames() {
 }
 
 #[tokio::test]
-async fn heartbeats_as_json_carry_the_position() {
+async fn json_pings_carry_the_position() {
     let flags = ["--ping-interval", "1s", "--ping-timeout", "10s", "--ping-format", "json"];
     let node = Node::start(&flags).await;
     let mut simple = Client::plain(&node, "a", "room").await;
@@ -474,14 +474,14 @@ async fn heartbeats_as_json_carry_the_position() {
     assert_eq!(simple.next_frame().await, Frame::Text(r#"{"type":"ping"}"#.into()));
     assert_eq!(resuming.next_frame().await, Frame::Text(positioned.clone()));
     assert_eq!(json_mode.next_frame().await, Frame::Text(positioned));
-    // An event for another user moves the position too, and the heartbeat carries it.
+    // An event for another user moves the position too, and the ping carries it.
     let id = node.publish_to("room", "nobody", &json!({})).await;
     let positioned = format!(r#"{{"type":"ping","lastEventId":{id}}}"#);
     within("a ping that shows it", async { while resuming.next_text().await != positioned {} }).await;
 }
 
 #[tokio::test]
-async fn heartbeats_can_be_both() {
+async fn pings_can_have_both_formats() {
     let flags = ["--ping-interval", "1s", "--ping-timeout", "10s", "--ping-format", "both"];
     let node = Node::start(&flags).await;
     let mut client = Client::simple(&node, "a").await;

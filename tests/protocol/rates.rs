@@ -264,7 +264,7 @@ async fn client_that_slows_down_stays() {
 }
 
 #[tokio::test]
-async fn pongs_to_heartbeats_are_not_counted() {
+async fn pongs_to_server_pings_are_not_counted() {
     let node = Node::start(&["--max-message-rate", "1", "--ping-interval", "100ms"]).await;
     let mut raw = join(&node, "", "fanfare.v1").await;
     let mut pings = 0;

@@ -29,7 +29,7 @@ async fn slow_reader_with_late_pongs_stays() {
     // With a normal receive window: Linux counts a tiny window that fills up repeatedly as no
     // progress.
     let mut raw = Raw::upgraded(node.public, "/ws/slow?channel=room").await;
-    // It answers no ping, but reads some events now and then, for much longer than heartbeat and
+    // It answers no ping, but reads some events now and then, for much longer than ping interval and
     // timeout. It stops while there is more unread than the kernel holds (4 MB): then the server
     // can no longer see that it reads.
     let read = async {

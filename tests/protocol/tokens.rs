@@ -85,11 +85,11 @@ async fn invalid_tokens_are_rejected_and_never_shown() {
     let (signed, _) = good.rsplit_once('.').expect("three parts");
     let bob = keys.token("key", &["--user", "bob"]);
     let ended = keys.token("key", &["--user", "alice", "--ttl", "0s"]);
-    let foreign = keys.token("other", &["--user", "alice"]);
+    let other_key = keys.token("other", &["--user", "alice"]);
     let bad = [
         &bob,
         &ended,
-        &foreign,
+        &other_key,
         &format!("{signed}."),
         &signed.to_owned(),
         &format!("{good}x"),
@@ -169,7 +169,7 @@ async fn token_limits_channels_and_publishing() {
 #[tokio::test]
 async fn connection_closes_when_its_token_expires() {
     let keys = Keys::new();
-    let node = keys.node(&[]).await; // rare heartbeats: the expiry must be noticed without them
+    let node = keys.node(&[]).await; // rare pings: the expiry must be noticed without them
     let long = keys.token("key", &["--user", "long"]);
     let mut stays = Raw::upgraded(node.public, &format!("/ws/long?token={long}")).await;
     let token = keys.token("key", &["--user", "a", "--ttl", "3s"]);

@@ -22,7 +22,7 @@
 //! | peer that never reads | only a cursor is kept; closed by ping timeout | `slow_readers::reader_that_never_reads_is_closed`, `slow_readers::pongs_do_not_keep_a_client_that_never_reads`, `slow_readers::stalled_readers_cost_no_memory_on_redis` |
 //! | peers that stall, each in another large frame | 64 MiB in total; the most expensive are cut | `slow_readers::stalled_readers_of_large_events_share_a_limit` |
 //! | half-open peer | closed within `--ping-interval` and `--ping-timeout` | `half_open_peer_is_closed_in_time` |
-//! | foreign or `null` Origin | 403 | `access::foreign_origins_are_rejected` |
+//! | other or `null` Origin | 403 | `access::other_origins_are_rejected` |
 //! | missing, bad, expired token | 401 | `tokens::invalid_tokens_are_rejected_and_never_shown` |
 //! | user id or channel with control characters, too long, not UTF-8 | 400; log lines stay one line | `bad_names_get_400_and_break_no_log_line` |
 //! | connection floods: limits per address, user and node | 429 / 503 with `Retry-After` | `connection_limits::limit_per_ip_protects_others`, `connection_limits::limit_per_user_protects_others`, `connection_limits::full_node_answers_503_and_serves_on`, `connection_limits::flood_over_the_limit_is_answered_at_once` |
@@ -290,7 +290,7 @@ async fn declared_lengths_cost_no_memory() {
         held.push(raw);
     }
     let grown = node.resident().saturating_sub(before);
-    assert!(grown < 4 << 20, "{grown} bytes for 200 begins of 64 KiB");
+    assert!(grown < 4 << 20, "{grown} bytes for 200 starts of 64 KiB");
 }
 
 #[tokio::test]

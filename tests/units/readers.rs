@@ -61,13 +61,13 @@ impl Bus {
             let padding = self.rng.below(most) as usize;
             self.give(to.clone(), padding);
         }
-        self.tell(first);
+        self.send_from(first);
     }
 
     /// Publishes one event with this much padding.
     fn publish_padded(&mut self, to: Option<String>, padding: usize) {
         self.give(to, padding);
-        self.tell(self.head);
+        self.send_from(self.head);
     }
 
     /// Publishes an event with the next id.
@@ -90,9 +90,9 @@ impl Bus {
     }
 
     /// Sends the events from this id on to the shard.
-    fn tell(&self, first: u64) {
+    fn send_from(&self, first: u64) {
         if self.follows {
-            self.entries(first, self.head).into_iter().for_each(|entry| self.tell_entry(entry));
+            self.entries(first, self.head).into_iter().for_each(|entry| self.send_entry(entry));
         }
     }
 
@@ -102,11 +102,11 @@ impl Bus {
         self.base = self.head;
         self.events.clear();
         if self.follows {
-            self.tell_entry(Entry::reset(EventId(self.base)));
+            self.send_entry(Entry::reset(EventId(self.base)));
         }
     }
 
-    fn tell_entry(&self, entry: Entry) {
+    fn send_entry(&self, entry: Entry) {
         self.shards.send(0, BusMessage::Entry { channel: self.name.clone(), entry, arrived: Instant::now() });
     }
 
@@ -148,15 +148,15 @@ impl Bus {
                 Request::Read { channel, position, .. } => {
                     self.pages += 1;
                     // Some answers are too large, and end before their page does.
-                    let begin = page_start(position);
-                    let end = begin.0 + PAGE;
+                    let start = page_start(position);
+                    let end = start.0 + PAGE;
                     let end = if self.rng.below(4) == 0 {
                         end.min(position.0 + 1 + self.rng.below(60))
                     } else {
                         end
                     };
                     // And sometimes there is too much before the position to be shared.
-                    let from = if self.rng.below(4) == 0 { position } else { begin };
+                    let from = if self.rng.below(4) == 0 { position } else { start };
                     let entries = self.entries(from.0 + 1, end);
                     let page = Page {
                         after: entries.first().map_or(position, |first| first.before().min(position)),
@@ -274,7 +274,7 @@ async fn readers_of_every_pace_get_all_or_a_reset() {
             bus.answer();
             tokio::time::sleep(Duration::from_millis(2)).await;
         }
-        // A private event does not reach other users. Their position moves with a heartbeat.
+        // A private event does not reach other users. Their position moves with a ping.
         let behind = shared.behind(bus.head);
         if behind.is_empty() {
             break;

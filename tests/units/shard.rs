@@ -135,10 +135,10 @@ async fn close_is_seen_while_reads_are_paused() {
         let Request::Publish(publish) = shard.asks().await else { panic!("it publishes") };
         shard.0.shards.answer(publish.answer, Ok(EventId(id)));
     }
-    // Long before a heartbeat could detect it.
+    // Long before a ping could detect it.
     let started = Instant::now();
     shard.closed(2).await;
-    assert!(started.elapsed() < Duration::from_secs(10), "only the heartbeat has noticed");
+    assert!(started.elapsed() < Duration::from_secs(10), "only the ping has noticed");
 }
 
 /// Public events with these ids in one entry.

@@ -110,7 +110,7 @@ pub async fn watch(shared: Arc<Shared>, plan: Plan, seed: u64) -> Subscriber {
                 }
             };
             match frame {
-                // A heartbeat carries no position for a client without recovery.
+                // A ping carries no position for a client without recovery.
                 Frame::Text(text) if !recovers && text == r#"{"type":"ping"}"# => {}
                 Frame::Text(text) => {
                     let asked = notes.position;

@@ -2,7 +2,7 @@
 
 use crate::common::{Node, Nodes, Proxy, Redis};
 
-/// Default flags of the nodes: frequent heartbeats that carry positions, and a publish timeout
+/// Default flags of the nodes: frequent pings that carry positions, and a publish timeout
 /// longer than most outages of the tests.
 pub const FLAGS: [&str; 8] =
     ["--ping-interval", "2s", "--ping-timeout", "20s", "--ping-format", "both", "--publish-timeout", "10s"];

@@ -189,10 +189,10 @@ fn an_invalid_client_address_is_an_error() {
 proptest! {
     #[test]
     fn more_bytes_never_change_the_result(
-        begin in prop::sample::select(vec![V1.to_vec(), V2.to_vec(), b"PROXY TCP4 ".to_vec(), v2(0x21, 0x11, V4), vec![]]),
+        start in prop::sample::select(vec![V1.to_vec(), V2.to_vec(), b"PROXY TCP4 ".to_vec(), v2(0x21, 0x11, V4), vec![]]),
         rest: Vec<u8>,
     ) {
-        let bytes = [begin, rest].concat();
+        let bytes = [start, rest].concat();
         let whole = preamble(&bytes);
         for end in 0..bytes.len() {
             let part = preamble(&bytes[..end]);

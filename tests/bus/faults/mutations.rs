@@ -106,9 +106,9 @@ async fn read_frame(from: &mut BufReader<OwnedReadHalf>) -> std::io::Result<Vec<
         length if length < 126 => length as usize,
         _ => panic!("no event here is so long"),
     };
-    let begin = frame.len();
-    frame.resize(begin + length, 0);
-    from.read_exact(&mut frame[begin..]).await?;
+    let start = frame.len();
+    frame.resize(start + length, 0);
+    from.read_exact(&mut frame[start..]).await?;
     Ok(frame)
 }
 

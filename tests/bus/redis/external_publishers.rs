@@ -217,7 +217,7 @@ async fn pubsub_channel_works_both_ways() {
     }
     raw.command(&["PUBLISH", "ws_broadcast", &"x".repeat((64 << 10) + 1)]);
     listener.next_message();
-    raw.command(&["PUBLISH", "room", "{\"b\":1}"]); // no bare channel
+    raw.command(&["PUBLISH", "room", "{\"b\":1}"]); // not in --pubsub-channels
     reader.until_it(&mut node, |reader| reader.raw.len() == 6).await;
     assert_eq!(
         reader.raw,
@@ -265,7 +265,7 @@ async fn acl_errors_are_explained() {
     let rejection = node.try_follow("room", 0).await.unwrap_err();
     assert!(rejection.to_string().contains("SUBSCRIBE"), "{rejection}");
     raw.command(&["ACL", "SETUSER", "node", "&fanfare:*"]);
-    until("now the bare channel is missing", || {
+    until("now the plain channel is missing", || {
         node.readiness.trouble().is_some_and(|why| why.contains("SUBSCRIBE ws_broadcast"))
     })
     .await;

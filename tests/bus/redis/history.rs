@@ -55,9 +55,9 @@ async fn part_of_a_page_is_read_once_for_all() {
     }
     assert_eq!(last, target);
     let page = target.0 / PAGE - 1;
-    let (begin, end) = (page_after(page), page_after(page + 1));
+    let (start, end) = (page_after(page), page_after(page + 1));
     let before = node.metrics.reads.get();
-    let mut at = begin;
+    let mut at = start;
     while at < end {
         for _ in 0..10 {
             node.ask_page("room", at, 0);
