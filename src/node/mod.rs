@@ -168,17 +168,17 @@ fn log_start(settings: &Settings, listeners: &Listeners) -> io::Result<()> {
 type Ended = mpsc::UnboundedReceiver<io::Result<()>>;
 
 fn start_shards(
-    context: &HandshakeContext,
+    handshake: &HandshakeContext,
     requests: &Requests,
     metrics: &Arc<Metrics>,
 ) -> io::Result<(Mailboxes, Ended)> {
     let (end, ended) = mpsc::unbounded_channel();
-    let (shards, inboxes) = Mailboxes::new(context.settings.shards.get());
+    let (shards, inboxes) = Mailboxes::new(handshake.settings.shards.get());
     let unsent = Arc::new(NodeUnsent::default());
     for (id, inbox) in inboxes.into_iter().enumerate() {
         let context = ShardContext {
             id,
-            context: context.clone(),
+            handshake: handshake.clone(),
             requests: requests.clone(),
             shards: shards.clone(),
             metrics: metrics.clone(),

@@ -53,9 +53,9 @@ impl Shard {
             // The operator needs the address for --trusted-proxy.
             Some(peer) if rejection.reason == CloseReason::ProxyNotTrusted => {
                 let text = format!("{} (the peer is {peer})", rejection.text);
-                self.metrics.rejections.record(class, &text);
+                self.context.metrics.rejections.record(class, &text);
             }
-            _ => self.metrics.rejections.record(class, &rejection.text),
+            _ => self.context.metrics.rejections.record(class, &rejection.text),
         }
         self.respond(slot, &Response::from(rejection), rejection.reason);
     }
@@ -100,7 +100,7 @@ impl Shard {
     /// ends here, once.
     pub(super) fn free_discarded(&mut self) {
         while let Some(connection) = self.connections.free_discarded() {
-            self.context.limits.release(connection.connection_slot, &connection.session.user);
+            self.context.handshake.limits.release(connection.connection_slot, &connection.session.user);
             self.metrics().closed.add(1);
         }
     }

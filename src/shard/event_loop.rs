@@ -13,7 +13,7 @@ use tokio::io::unix::AsyncFd;
 use super::mailbox::Inbox;
 use super::runtime::{self, Ticker};
 use super::timers::TICK;
-use super::{Shard, ShardContext, assemble};
+use super::{Shard, ShardContext};
 
 /// Most messages handled before sockets get their turn.
 const MESSAGES_A_TURN: usize = 1024;
@@ -44,7 +44,7 @@ impl EventLoop {
         let poll = Poll::new()?;
         let ticker = Ticker::new(TICK)?;
         ticker.register(poll.registry(), TICKER)?;
-        let shard = assemble(context, poll.registry().try_clone()?);
+        let shard = Shard::new(context, poll.registry().try_clone()?);
         let events = Events::with_capacity(EVENTS);
         Ok(EventLoop { shard, inbox, sockets: runtime::watch(poll)?, events, ticker })
     }

@@ -18,7 +18,7 @@ impl Shard {
     /// `--buffer-memory`.
     pub(super) fn evict(&mut self) {
         let part = self.settings().buffer_memory() / self.settings().shards.get();
-        let limit = part >> self.context.readiness.memory_pressure();
+        let limit = part >> self.context.handshake.readiness.memory_pressure();
         self.channels.evict(limit, &mut self.connections, &mut self.tally);
     }
 
@@ -43,7 +43,7 @@ impl Shard {
     /// Records how long the fan-outs took that were completed in this turn. One reading of the
     /// clock is enough for a turn, and a reading for each would slow single events down.
     pub(super) fn record_latencies(&mut self, now: Instant) {
-        let metrics = &self.metrics.shards[self.id];
+        let metrics = &self.context.metrics.shards[self.context.id];
         for fanout in self.channels.completed_fanouts() {
             if let Some(started) = fanout.started {
                 metrics.fanout_times.observe(now.saturating_duration_since(started));

@@ -35,7 +35,7 @@ impl Shard {
     /// Makes a connection wait for a part of history of about this many bytes, or for the next tick
     /// if the limit on reads for its client is reached.
     pub(super) fn request_part(&mut self, slot: u32, position: EventId, bytes: usize) {
-        let limits = &self.context.limits;
+        let limits = &self.context.handshake.limits;
         let now = limits.allowances.now();
         let connection = &mut self.connections[slot];
         if connection.allowance(limits).is_some_and(|client| !client.take_history(bytes, now)) {
@@ -78,7 +78,7 @@ impl Shard {
             |id: &ConnectionId| connections.find(*id).is_some_and(|slot| connections[slot].awaits_part());
         while let Some(Read { channel, position, bytes }) = self.replay.parts.start(waits) {
             let channel = self.channels[channel.key].name.clone();
-            self.request_bus(Request::Read { channel, position, bytes, shard: self.id });
+            self.request_bus(Request::Read { channel, position, bytes, shard: self.context.id });
         }
     }
 

@@ -74,14 +74,14 @@ impl Shard {
     /// Whether the client of this connection may name one more channel that this shard does not
     /// follow.
     fn may_add_channel(&mut self, slot: u32) -> bool {
-        let limits = &self.context.limits;
+        let limits = &self.context.handshake.limits;
         let connection = &mut self.connections[slot];
         connection.allowance(limits).is_none_or(|client| limits.take_channel(client))
     }
 
     /// Adds a channel, which the bus is asked to follow. Returns its key.
     fn follow(&mut self, name: ChannelName) -> u32 {
-        self.request_bus(Request::Follow { channel: name.clone(), shard: self.id });
+        self.request_bus(Request::Follow { channel: name.clone(), shard: self.context.id });
         self.channels.insert(name, Instant::now())
     }
 
@@ -144,7 +144,7 @@ impl Shard {
         // A channel that was dropped here and added again is not at this position.
         let feed = feed.filter(|feed| feed.position() == position && feed.base() == base);
         let recent = feed.map_or_else(Vec::new, |feed| feed.recent().cloned().collect());
-        self.shards.send(with, BusMessage::Followed { channel, base, position, recent });
+        self.context.shards.send(with, BusMessage::Followed { channel, base, position, recent });
     }
 
     pub(super) fn on_not_followed(&mut self, name: &ChannelName, why: &BusError) {
@@ -162,7 +162,7 @@ impl Shard {
         let channel = &mut self.channels[key];
         if !channel.refresh.is_under_way() && channel.refresh.start() {
             let channel = channel.name.clone();
-            self.request_bus(Request::Refresh { channel, shard: self.id });
+            self.request_bus(Request::Refresh { channel, shard: self.context.id });
         }
     }
 

@@ -71,7 +71,7 @@ use unsent::Unsent;
 #[derive(Debug)]
 pub struct ShardContext {
     pub id: ShardId,
-    pub context: HandshakeContext,
+    pub handshake: HandshakeContext,
     pub requests: Requests,
     /// The mailboxes of all shards.
     pub shards: Mailboxes,
@@ -86,11 +86,7 @@ pub struct ShardContext {
 /// One shard.
 #[derive(Debug)]
 pub struct Shard {
-    id: ShardId,
-    context: HandshakeContext,
-    requests: Requests,
-    shards: Mailboxes,
-    metrics: Arc<Metrics>,
+    context: ShardContext,
     connections: ConnectionTable,
     channels: ChannelTable,
     replay: ReplayQueue,
@@ -109,41 +105,37 @@ pub struct Shard {
     tick: u32,
 }
 
-/// A shard without connections. `registry` is for their sockets.
-fn assemble(context: ShardContext, registry: Registry) -> Shard {
-    let ShardContext { id, context, requests, shards, metrics, unsent, takes_binary } = context;
-    let settings = &context.settings;
-    let limits = decoder::Limits { max_message_size: settings.max_message_size, binary: takes_binary };
-    Shard {
-        id,
-        requests,
-        shards,
-        metrics,
-        connections: ConnectionTable::new(id, registry),
-        channels: ChannelTable::new(),
-        replay: ReplayQueue::new(settings),
-        deferred: Deferred::default(),
-        deadlines: Deadlines::new(),
-        sweep: Sweep::default(),
-        unsent: Unsent::new(unsent),
-        partial_messages: PartialMessages::new(settings),
-        drain: None,
-        input: Input::new(limits),
-        tally: Tally::default(),
-        now: Instant::now(),
-        tick: 0,
-        context,
-    }
-}
-
 impl Shard {
+    /// `registry` is for the sockets of its connections.
+    fn new(context: ShardContext, registry: Registry) -> Shard {
+        let settings = &context.handshake.settings;
+        let limits =
+            decoder::Limits { max_message_size: settings.max_message_size, binary: context.takes_binary };
+        Shard {
+            connections: ConnectionTable::new(context.id, registry),
+            channels: ChannelTable::new(),
+            replay: ReplayQueue::new(settings),
+            deferred: Deferred::default(),
+            deadlines: Deadlines::new(),
+            sweep: Sweep::default(),
+            unsent: Unsent::new(context.unsent.clone()),
+            partial_messages: PartialMessages::new(settings),
+            drain: None,
+            input: Input::new(limits),
+            tally: Tally::default(),
+            now: Instant::now(),
+            tick: 0,
+            context,
+        }
+    }
+
     fn settings(&self) -> &Settings {
-        &self.context.settings
+        &self.context.handshake.settings
     }
 
     /// The metrics of this shard.
     fn metrics(&self) -> &ShardMetrics {
-        &self.metrics.shards[self.id]
+        &self.context.metrics.shards[self.context.id]
     }
 
     fn handle_message(&mut self, message: ShardMessage) {
@@ -200,7 +192,7 @@ impl Shard {
     }
 
     fn request_bus(&self, request: Request) {
-        let _ = self.requests.send(request); // fails only when the node has stopped
+        let _ = self.context.requests.send(request); // fails only when the node has stopped
     }
 
     /// Ends a turn: updates the metrics, and frees the slots of discarded connections.

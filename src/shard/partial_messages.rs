@@ -103,14 +103,14 @@ impl Shard {
         if is_first {
             self.partial_messages.messages.push_back((partial.since, id));
         }
-        if self.partial_messages.add(new, &self.metrics.partial_bytes) {
+        if self.partial_messages.add(new, &self.context.metrics.partial_bytes) {
             self.recount_partial_messages();
         }
     }
 
     /// Limits the incomplete messages. Called at every tick.
     pub(super) fn limit_partial_messages(&mut self) {
-        if self.partial_messages.may_be_over(&self.metrics.partial_bytes) {
+        if self.partial_messages.may_be_over(&self.context.metrics.partial_bytes) {
             self.recount_partial_messages();
         }
     }
@@ -123,7 +123,7 @@ impl Shard {
             held += bytes.unwrap_or(0);
             bytes.is_some()
         });
-        let all = self.partial_messages.correct(held, &self.metrics.partial_bytes);
+        let all = self.partial_messages.correct(held, &self.context.metrics.partial_bytes);
         let PartialMessages { limit, share, .. } = self.partial_messages;
         if all > limit && held > share {
             // The oldest first, since honest messages are completed soon. Down to three quarters,
@@ -134,7 +134,7 @@ impl Shard {
                 held -= self.held_since(since, id).unwrap_or(0);
                 self.close(id.slot, CloseReason::MessageTimeout);
             }
-            self.partial_messages.correct(held, &self.metrics.partial_bytes);
+            self.partial_messages.correct(held, &self.context.metrics.partial_bytes);
         }
         self.partial_messages.complete_recount(messages);
     }

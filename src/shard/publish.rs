@@ -25,7 +25,7 @@ impl Shard {
                 }
                 Err(bad) => {
                     let (code, reference) = (ErrorCode::Invalid, bad.reference.as_deref());
-                    self.metrics.reject_message(self.id, code, &bad.message);
+                    self.context.metrics.reject_message(self.context.id, code, &bad.message);
                     connection.enqueue(frame::error(code, &bad.message, reference));
                     return Ok(());
                 }
@@ -33,7 +33,7 @@ impl Shard {
         } else {
             (frame::chat_event(&connection.session.user, text), None, None)
         };
-        let may_address = self.context.settings.client_publish == ClientPublish::Any;
+        let may_address = self.context.handshake.settings.client_publish == ClientPublish::Any;
         let reason = if to.is_some() && !may_address {
             "clients may not address one user here"
         } else if !connection.session.may_publish {
@@ -55,7 +55,7 @@ impl Shard {
         reference: Option<&str>,
         reason: CloseReason,
     ) -> Result<(), CloseReason> {
-        self.metrics.reject_message(self.id, code, text);
+        self.context.metrics.reject_message(self.context.id, code, text);
         let connection = &mut self.connections[slot];
         if !connection.session.wants_recovery {
             return Err(reason);
@@ -103,7 +103,7 @@ impl Shard {
                     PublishError::Unknown => ErrorCode::Unknown,
                 };
                 let text = error.to_string();
-                self.metrics.reject_message(self.id, code, &text);
+                self.context.metrics.reject_message(self.context.id, code, &text);
                 if !connection.session.wants_recovery {
                     return self.close(slot, CloseReason::PublishFailed);
                 }

@@ -97,7 +97,7 @@ impl Shard {
     fn on_request_bytes(&mut self, slot: u32, length: usize) {
         let received = &self.input.buffer[..length];
         let connection = &mut self.connections[slot];
-        let loopback = self.context.is_loopback(connection.socket.stream());
+        let loopback = self.context.handshake.is_loopback(connection.socket.stream());
         let State::Request(kept) = &mut connection.state else { return };
         let request = match kept {
             None => received,
@@ -107,7 +107,7 @@ impl Shard {
             }
         };
         let (outcome, connection_slot) =
-            handshake::decide(request, &self.context, connection.connection_slot, loopback);
+            handshake::decide(request, &self.context.handshake, connection.connection_slot, loopback);
         connection.connection_slot = connection_slot;
         match outcome {
             HandshakeOutcome::Incomplete(read) => match kept {
@@ -123,7 +123,7 @@ impl Shard {
                 self.reject(slot, &rejections::stopping());
             }
             HandshakeOutcome::Join(join) => {
-                if !self.context.limits.acquire_user(&join.session.user) {
+                if !self.context.handshake.limits.acquire_user(&join.session.user) {
                     return self.reject(slot, LimitReached::User.rejection());
                 }
                 connection.start_joining(join);
@@ -175,20 +175,20 @@ impl Shard {
     }
 
     fn on_messages(&mut self, slot: u32, messages: impl Iterator<Item = Incoming>) -> Result<(), End> {
-        let now = self.context.limits.allowances.now();
+        let now = self.context.handshake.limits.allowances.now();
         for message in messages {
             let connection = &mut self.connections[slot];
             let answers_ping = message == Incoming::Pong && connection.liveness.take_pong();
             if !answers_ping && !matches!(message, Incoming::Close(_)) {
                 let (bytes, frames) = message.size();
-                match connection.check_rate(&self.context.limits, bytes, frames, now) {
+                match connection.check_rate(&self.context.handshake.limits, bytes, frames, now) {
                     Decision::Accept => {}
                     Decision::Reject(text) => {
                         self.reject_over_rate(slot, &message, &text)?;
                         continue;
                     }
                     Decision::Close(text) => {
-                        self.metrics.reject_message(self.id, ErrorCode::RateLimited, &text);
+                        self.context.metrics.reject_message(self.context.id, ErrorCode::RateLimited, &text);
                         return Err(CloseReason::RateLimited.into());
                     }
                 }

@@ -62,8 +62,8 @@ impl Shard {
         self.deferred.shrink();
         self.channels.shrink();
         self.connections.shrink();
-        if self.id == 0 {
-            self.metrics.rejections.write_overdue();
+        if self.context.id == 0 {
+            self.context.metrics.rejections.write_overdue();
         }
     }
 
@@ -102,8 +102,8 @@ impl Shard {
     /// is short.
     pub(super) fn excess_channels(&self) -> usize {
         let most = self.settings().max_channels.get();
-        let followed = self.metrics.bus.channels.get() as usize;
-        if self.context.readiness.is_memory_short() {
+        let followed = self.context.metrics.bus.channels.get() as usize;
+        if self.context.handshake.readiness.is_memory_short() {
             return followed;
         }
         (followed + 1).saturating_sub(most - most / CHANNEL_RESERVE_PART)
@@ -129,7 +129,7 @@ impl Shard {
             excess = excess.saturating_sub(1);
             let channel = channel.name.clone();
             self.drop_channel(id.key);
-            self.request_bus(Request::Unfollow { channel, shard: self.id });
+            self.request_bus(Request::Unfollow { channel, shard: self.context.id });
         }
     }
 }

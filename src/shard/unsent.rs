@@ -113,7 +113,7 @@ impl Shard {
         let (mut total, others) = self.count_for_node(own, &mut frames);
         let most = self.settings().unsent_memory();
         // What the other shards leave free, but at least this shard's part.
-        let allowed = most.saturating_sub(others).max(most / self.metrics.shards.len() as u64);
+        let allowed = most.saturating_sub(others).max(most / self.context.metrics.shards.len() as u64);
         if total > allowed {
             for holder in &mut holders {
                 let frame = holder.frame.map(|frame| &frames[&frame]);

@@ -51,7 +51,7 @@ impl SingleShard {
         let keys = Arc::new(KeyRing::load(&settings).map_err(|_| "there are no keys to load")?);
         let limits = Arc::new(ConnectionLimits::new(&settings));
         let readiness = metrics.readiness.clone();
-        let context = HandshakeContext {
+        let handshake = HandshakeContext {
             settings: Arc::new(settings),
             readiness,
             keys,
@@ -60,7 +60,7 @@ impl SingleShard {
         };
         let context = ShardContext {
             id: 0,
-            context,
+            handshake,
             requests,
             shards: shards.clone(),
             metrics: metrics.clone(),

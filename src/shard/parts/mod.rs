@@ -18,7 +18,8 @@ mod tests;
 /// take as much again.
 const LONGEST_EVENTS: usize = 4;
 
-/// Ticks that a part is kept after it was last read: readers of the same part are close together in time.
+/// Ticks that a part is kept after it was last read: readers of the same part are close together in
+/// time.
 const PART_TICKS: u32 = 20;
 
 /// A part in memory: its channel, and the position that it follows.

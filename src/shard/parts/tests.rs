@@ -163,8 +163,9 @@ impl Shard {
 }
 
 proptest! {
-    /// For any sizes of events, numbers and speeds of readers, and orders of turns: each reader gets
-    /// everything in order, the bus reads little more than that, and memory stays within its limit.
+    /// For any sizes of events, numbers and speeds of readers, and orders of turns: each reader
+    /// gets everything in order, the bus reads little more than that, and memory stays within its
+    /// limit.
     #[test]
     fn every_reader_makes_progress(
         longest_bits in 0u32..25,

@@ -82,7 +82,7 @@ impl Testbed {
         let (single, context, _inbox) = SingleShard::connect(&flags, false).expect("good settings");
         let poll = Poll::new().expect("a poll");
         let registry = poll.registry().try_clone().expect("a descriptor");
-        let shard = assemble(context, registry);
+        let shard = Shard::new(context, registry);
         let mut testbed = Testbed {
             shard,
             requests: single.asked,
