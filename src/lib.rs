@@ -42,14 +42,15 @@
 //! - [`bus::is_continuous`] is the one rule for joins, gaps and pages: continuity is never guessed.
 //! - Pub/Sub may lose messages. A lost message is a gap, and gaps are read from the stream.
 //! - A client's `lastEventId` is a claim. It never counts as an id that this node has seen.
-//! - A client joins its channel in the same turn of its shard in which its `welcome` reads the head.
+//! - A client joins its channel in the same turn of its shard in which its `welcome` reads the
+//!   head.
 //! - A publish is rejected only if it was certainly not stored; otherwise the answer is `unknown`.
 //!   Calls to Redis have numbers, and a number is never used for other events.
 //!
 //! **Ownership**
 //!
-//! - A shard owns its connections, channels and feeds: it takes no lock to write an event, and has no
-//!   task and no timer per connection. Its methods never wait, nor does sending to its mailbox.
+//! - A shard owns its connections, channels and feeds: it takes no lock to write an event, and has
+//!   no task and no timer per connection. Its methods never wait, nor does sending to its mailbox.
 //! - A connection is a cursor into its channel's feed. Live, slow and resuming clients share one
 //!   write path; pages of history are feeds too. Only frames for that client alone are queued.
 //! - An event is serialized and framed once per node. Shards share its bytes.
@@ -58,8 +59,9 @@
 //!   slot has a new owner.
 //! - Everything that grows has a limit: a constant or a setting, with its reason.
 //!
-//! **Dependencies**: only [`bus::redis`] uses fred, only [`ws`] uses tungstenite. Parsers, `feed` and
-//! [`bus::sequence`] know neither sockets nor a runtime: they take bytes, so each is tested alone.
+//! **Dependencies**: only [`bus::redis`] uses fred, only [`ws`] uses tungstenite. Parsers, `feed`
+//! and [`bus::sequence`] know neither sockets nor a runtime: they take bytes, so each is tested
+//! alone.
 
 #[cfg(test)]
 extern crate self as fanfare; // for the files that unit and integration tests share

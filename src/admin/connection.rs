@@ -1,4 +1,5 @@
-//! One connection to the admin listener. Requests are handled in order: the next is parsed after a response is written.
+//! One connection to the admin listener. Requests are handled in order: the next is parsed after a
+//! response is written.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -17,22 +18,24 @@ use crate::http::{self, BodyLength, Head, Rejection, Response};
 
 /// Longest wait for the next request. Longer than the usual 15 to 60 s of a scraper.
 pub(super) const IDLE_TIME: Duration = Duration::from_secs(75);
-/// Longest time for a request's head: from accept for the first request, from its first byte for others.
+/// Longest time for a request's head: from accept for the first request, from its first byte for
+/// others.
 pub(super) const HEAD_TIME: Duration = Duration::from_secs(5);
 /// Longest time for a body after its head.
 const BODY_TIME: Duration = Duration::from_secs(10);
 /// Longest time for a client to read a response.
 const WRITE_TIME: Duration = Duration::from_secs(10);
-/// Longest time for a new connection to start its request when the node stops: it may have connected just before.
+/// Longest time for a new connection to start its request when the node stops: it may have
+/// connected just before.
 const LAST_REQUEST_TIME: Duration = Duration::from_secs(1);
-/// Longest time to read on after the last response. Closing with unread bytes resets the connection, and the client
-/// could lose the response (RFC 9112 section 9.6).
+/// Longest time to read on after the last response. Closing with unread bytes resets the
+/// connection, and the client could lose the response (RFC 9112 section 9.6).
 const LINGER_TIME: Duration = Duration::from_secs(1);
 /// Bytes per read. Most requests fit.
 const READ: usize = 4096;
 
-/// Connections that wait for their clients, longest first. With too many connections the first one is closed, so that
-/// idle clients hold no slots.
+/// Connections that wait for their clients, longest first. With too many connections the first one
+/// is closed, so that idle clients hold no slots.
 #[derive(Debug, Default)]
 pub(super) struct Waits(Mutex<Waiting>);
 
@@ -107,7 +110,8 @@ impl Stage {
 enum Progress<'a> {
     /// An incomplete head.
     Head,
-    /// A head with an incomplete body. `wants_continue`: the client waits for `100 Continue` before it sends the body.
+    /// A head with an incomplete body. `wants_continue`: the client waits for `100 Continue` before
+    /// it sends the body.
     Body { wants_continue: bool },
     /// A request and its length in bytes.
     Request { head: Head<'a>, body: &'a [u8], length: usize },

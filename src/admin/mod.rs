@@ -1,5 +1,5 @@
-//! The admin API: publish, metrics, stats, health. HTTP/1.1 with keep-alive on a thread of its own, so that it delays
-//! no event.
+//! The admin API: publish, metrics, stats, health. HTTP/1.1 with keep-alive on a thread of its own,
+//! so that it delays no event.
 
 use std::future::ready;
 use std::io;
@@ -32,11 +32,14 @@ use connection::{Waits, serve_connection};
 use listener::{Accepting, SocketFile};
 pub use listener::{Listener, Open};
 
-/// Least number of connections: systemd may pass a socket although `--admin` is off, and then none are planned.
+/// Least number of connections: systemd may pass a socket although `--admin` is off, and then none
+/// are planned.
 const CONNECTIONS_MIN: usize = 4;
-/// One in this many connections is reserved for health and metrics while publishes wait for the bus on all others.
+/// One in this many connections is reserved for health and metrics while publishes wait for the bus
+/// on all others.
 const RESERVED_PART: usize = 16;
-/// Added to `--publish-timeout`: the bus answers within that time, plus the time to notice that it is over.
+/// Added to `--publish-timeout`: the bus answers within that time, plus the time to notice that it
+/// is over.
 const BUS_GRACE: Duration = Duration::from_secs(5);
 /// Longest `Idempotency-Key`, in bytes: part of a Redis key. function.lua has the same limit.
 const KEY_MAX: usize = 128;
@@ -88,7 +91,8 @@ pub fn start(listener: Listener, context: AdminContext) -> io::Result<Admin> {
         let _entered = runtime.enter();
         listener.into_accepting()?
     };
-    // One slot is for a client that connects when all others are in use, until one of those is closed.
+    // One slot is for a client that connects when all others are in use, until one of those is
+    // closed.
     let connections = (context.settings.admin_connections() as usize).max(CONNECTIONS_MIN) - 1;
     let publishes = connections - connections.div_ceil(RESERVED_PART);
     let (phase, seen) = watch::channel(Phase::Serving);
@@ -102,8 +106,8 @@ pub fn start(listener: Listener, context: AdminContext) -> io::Result<Admin> {
 }
 
 impl Admin {
-    /// Stops accepting, and returns once every open request is answered. Publishes wait for the bus no longer than
-    /// `publish_wait`; the caller runs the bus meanwhile.
+    /// Stops accepting, and returns once every open request is answered. Publishes wait for the bus
+    /// no longer than `publish_wait`; the caller runs the bus meanwhile.
     pub async fn finish(mut self, publish_wait: Duration) {
         self.phase.send_replace(Phase::Finishing);
         if timeout(publish_wait, &mut self.ended).await.is_err() {
@@ -129,8 +133,9 @@ impl Shared {
     }
 }
 
-/// Serves up to `most` connections and `publishes` publishes at once, until [`Phase::Finishing`] and all requests are
-/// answered. One connection more closes the one that has waited longest for its client. One publish more gets 503.
+/// Serves up to `most` connections and `publishes` publishes at once, until [`Phase::Finishing`]
+/// and all requests are answered. One connection more closes the one that has waited longest for
+/// its client. One publish more gets 503.
 async fn serve(
     [most, publishes]: [usize; 2],
     listener: Accepting,
@@ -214,8 +219,8 @@ fn authorize(head: &Head<'_>, shared: &Shared) -> Result<(), Rejection> {
         metrics.rejections.record(class, &rejection.text);
         Err(rejection)
     };
-    // DNS rebinding: a site can point its name to this machine, and its page could read the responses. All browsers send
-    // Host.
+    // DNS rebinding: a site can point its name to this machine, and its page could read the
+    // responses. All browsers send Host.
     let is_own = |host| origin::is_loopback_host(host) || origin::names_host(&settings.allow_origin, host);
     if shared.checks_host && head.count("host") > 0 && !head.header("host").is_some_and(is_own) {
         let text =
@@ -256,8 +261,8 @@ async fn respond(head: &Head<'_>, body: &[u8], shared: &Shared) -> Result<Respon
 
 async fn publish(head: &Head<'_>, body: &[u8], shared: &Shared) -> Result<Response, Rejection> {
     if head.count("origin") > 0 {
-        // Any page open in a browser on this machine could publish here, even without access to the response. Programs
-        // send no Origin.
+        // Any page open in a browser on this machine could publish here, even without access to the
+        // response. Programs send no Origin.
         return Err(Rejection::new(403, "requests from browser pages (with Origin) may not publish here"));
     }
     let (channel, to) = destination(head.query)?;
@@ -287,8 +292,8 @@ async fn publish(head: &Head<'_>, body: &[u8], shared: &Shared) -> Result<Respon
     Ok(Response::json(200, &format!(r#"{{"id":{id}}}"#)))
 }
 
-/// Parses `channel` and `to`. An unknown parameter is an error: a mistyped `channel` would publish to the default
-/// channel, a mistyped `to` to all users.
+/// Parses `channel` and `to`. An unknown parameter is an error: a mistyped `channel` would publish
+/// to the default channel, a mistyped `to` to all users.
 fn destination(query: &str) -> Result<(ChannelName, Option<Arc<str>>), Rejection> {
     let mut seen = Vec::new();
     for pair in query.split('&').filter(|pair| !pair.is_empty()) {

@@ -43,7 +43,8 @@ fn shared() -> (watch::Sender<Phase>, Shared) {
     (sender, Shared { context, checks_host: true, publishes, waits, phase })
 }
 
-/// An admin listener over a bus that answers the n-th publish with `outcome(n)`; `None` is no answer at all.
+/// An admin listener over a bus that answers the n-th publish with `outcome(n)`; `None` is no
+/// answer at all.
 fn server(outcome: fn(u64) -> Option<Result<EventId, PublishError>>) -> TestServer {
     server_with(&[], outcome)
 }

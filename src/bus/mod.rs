@@ -56,8 +56,8 @@ pub enum Request {
         shard: ShardId,
     },
     /// A client's id is ahead of the node: send all entries that the bus has, then answer with
-    /// [`BusMessage::Refreshed`]. The shard follows the channel. Requests that come meanwhile share
-    /// one read.
+    /// [`BusMessage::Refreshed`]. The shard follows the channel. Requests made meanwhile share one
+    /// read.
     Refresh { channel: ChannelName, shard: ShardId },
 }
 

@@ -1,4 +1,4 @@
-//! What settings must be to each other.
+//! Conflicts between settings.
 
 use std::net::SocketAddr;
 
@@ -6,7 +6,7 @@ use super::environment::Input;
 use super::{AdminAddr, BYTE_RATE_MIN, MESSAGE_PART, Settings, show_size};
 
 impl Settings {
-    /// Notes every conflict between settings.
+    /// Reports every conflict to `input`.
     pub(super) fn check(&self, input: &mut Input) {
         self.check_addresses(input);
         if self.admin == AdminAddr::Off && self.admin_key.is_some() {

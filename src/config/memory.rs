@@ -34,8 +34,8 @@ pub const CONNECTION_IN_KERNEL: u64 = 4096;
 /// with Redis.
 pub const CHANNEL: u64 = 5000;
 
-/// Bytes that a cgroup is charged for a node with this number of connections and channels, and empty
-/// buffers.
+/// Bytes that a cgroup is charged for a node with this number of connections and channels, and
+/// empty buffers.
 pub fn memory_held(connections: u64, channels: u64) -> u64 {
     START + connections * CONNECTION_IN_CGROUP + channels * CHANNEL
 }
@@ -77,9 +77,9 @@ impl Settings {
         self.buffer_memory.unwrap_or_else(|| self.memory.buffer().max(self.max_message_size as u64) as usize)
     }
 
-    /// Bytes that feeds may hold beyond that while fan-outs are under way. An event without id is in no
-    /// history, so it stays until all members of its channel have got it. Each shard may hold its
-    /// part, or one of the longest messages, once more.
+    /// Bytes that feeds may hold beyond that while fan-outs are under way. An event without id is
+    /// in no history, so it stays until all members of its channel have got it. Each shard may hold
+    /// its part, or one of the longest messages, once more.
     pub fn fanout_memory(&self) -> u64 {
         let shards = self.shards.get();
         let part = (self.buffer_memory() / shards).max(self.max_message_size);

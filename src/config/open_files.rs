@@ -7,12 +7,13 @@ use std::num::NonZeroU32;
 use super::{AdminAddr, Settings};
 
 /// Descriptors of a node without shards and connections. 23 are always open: standard streams,
-/// signals, three runtimes, accept loop, admin listener. The others are for two connections to Redis
-/// beside two that are closing, name lookups, key files, and the files of `/proc` that `/metrics`
-/// reads.
+/// signals, three runtimes, accept loop, admin listener. The others are for two connections to
+/// Redis beside two that are closing, name lookups, key files, and the files of `/proc` that
+/// `/metrics` reads.
 const NODE: u32 = 43;
-/// Descriptors of a shard: its epoll set, a second handle to register sockets with, and its ticker; the
-/// epoll set of its runtime, also twice, the runtime's waker, and the signals, which every runtime watches.
+/// Descriptors of a shard: its epoll set, a second handle to register sockets with, and its ticker;
+/// the epoll set of its runtime, also twice, the runtime's waker, and the signals, which every
+/// runtime watches.
 const SHARD: u32 = 7;
 /// Most connections to the admin listener. A backend keeps a few of them open, a scraper one.
 const ADMIN_MAX: u32 = 256;

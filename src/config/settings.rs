@@ -77,8 +77,8 @@ settings! {
         show: |settings| join(settings.admin_key.iter().map(|path| path.display())),
     }
 
-    /// What clients may publish: nothing, events for all of their own channel, or also events for one
-    /// user (`to`). A token can only narrow it.
+    /// What clients may publish: nothing, events for all subscribers of their own channel, or also
+    /// events for one user (`to`). A token can only narrow it.
     client_publish: ClientPublish {
         name: "client-publish",
         value: "off|channel|any",

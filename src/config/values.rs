@@ -1,4 +1,4 @@
-//! Types of settings that std does not have, each with its words.
+//! Types of settings that std does not have, and their texts.
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -32,7 +32,7 @@ pub enum PingFormat {
 pub enum ClientPublish {
     /// Nothing.
     Off,
-    /// Events for all of their own channel.
+    /// Events for all subscribers of their own channel.
     Channel,
     /// These, and events for one user.
     Any,
@@ -58,7 +58,7 @@ pub enum LogFormat {
     Json,
 }
 
-/// A setting with a fixed set of words.
+/// A setting with a fixed set of values.
 pub(super) trait Words: Copy + PartialEq + 'static {
     /// Every value with its word.
     const WORDS: &'static [(&'static str, Self)];

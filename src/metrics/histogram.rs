@@ -4,13 +4,15 @@ use std::time::Duration;
 
 use super::Counter;
 
-/// Upper bounds of the buckets, in microseconds: from a fan-out to a few sockets to a stall of ten seconds.
+/// Upper bounds of the buckets, in microseconds: from a fan-out to a few sockets to a stall of ten
+/// seconds.
 pub(super) const BOUNDS: [u64; 16] = [
     100, 250, 500, 1_000, 2_500, 5_000, 10_000, 25_000, 50_000, 100_000, 250_000, 500_000, 1_000_000,
     2_500_000, 5_000_000, 10_000_000,
 ];
 
-/// The last bucket counts durations above all bounds. An observation takes a few nanoseconds and no lock.
+/// The last bucket counts durations above all bounds. An observation takes a few nanoseconds and no
+/// lock.
 #[derive(Debug, Default)]
 pub struct Histogram {
     counts: [Counter; BOUNDS.len() + 1],

@@ -1,4 +1,5 @@
-//! Counters, gauges and readiness. Written by the bus, the shards and the accept loop; read by the admin listener.
+//! Counters, gauges and readiness. Written by the bus, the shards and the accept loop; read by the
+//! admin listener.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -77,7 +78,8 @@ pub struct BusMetrics {
     pub probe_interval_seconds: Gauge,
 }
 
-/// What one shard counts. Only that shard writes it; aligned so that no two shards write to one cache line.
+/// What one shard counts. Only that shard writes it; aligned so that no two shards write to one
+/// cache line.
 #[derive(Debug, Default)]
 #[repr(align(128))]
 pub struct ShardMetrics {
@@ -161,7 +163,8 @@ pub struct Metrics {
     pub shards: Box<[ShardMetrics]>,
     /// Turns of the accept loop, at least two a second. Read by the watchdog alone.
     pub accept_turns: Counter,
-    /// Turns of the admin thread, at least two a second; 0 with `--admin off`. Read by the watchdog alone.
+    /// Turns of the admin thread, at least two a second; 0 with `--admin off`. Read by the watchdog
+    /// alone.
     pub admin_turns: Counter,
     /// Failed accepts: out of file descriptors or memory.
     pub accept_failures: Counter,
@@ -171,7 +174,8 @@ pub struct Metrics {
     /// Bytes of incomplete messages, all shards together.
     pub partial_bytes: AtomicUsize,
     pub max_connections: Gauge,
-    /// Requests to the admin listener without the right key, or with a `Host` that is not this machine's.
+    /// Requests to the admin listener without the right key, or with a `Host` that is not this
+    /// machine's.
     pub admin_rejections: Counter,
     pub rejections: RejectionLog,
     pub bus: Arc<BusMetrics>,
@@ -227,8 +231,8 @@ impl Metrics {
         self.shards.iter().map(ShardMetrics::load).sum()
     }
 
-    /// Bytes in the buffers that [`Settings::total_buffer_memory`](crate::config::Settings::total_buffer_memory)
-    /// limits.
+    /// Bytes in the buffers that
+    /// [`Settings::total_buffer_memory`](crate::config::Settings::total_buffer_memory) limits.
     pub fn buffered(&self) -> u64 {
         let of_shard =
             |shard: &ShardMetrics| shard.feed_bytes.get() + shard.page_bytes.get() + shard.unsent_bytes.get();

@@ -1,4 +1,5 @@
-//! Memory, CPU time and descriptors of this process, from proc(5). A number that can't be read is left out.
+//! Memory, CPU time and descriptors of this process, from proc(5). A number that can't be read is
+//! left out.
 
 use std::fs;
 
@@ -18,8 +19,8 @@ pub(super) struct Process {
 }
 
 impl Process {
-    /// Before Linux 6.2 open descriptors are counted one by one, about 1 ms per thousand: not for threads that deliver
-    /// events.
+    /// Before Linux 6.2 open descriptors are counted one by one, about 1 ms per thousand: not for
+    /// threads that deliver events.
     pub fn read() -> Process {
         Process {
             resident_bytes: read("status", resident_bytes),

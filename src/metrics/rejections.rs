@@ -1,5 +1,5 @@
-//! The rejection log: one line at once for each class of rejections, then at most one in ten seconds with a count, so
-//! that no client can fill a disk with log lines.
+//! The rejection log: one line at once for each class of rejections, then at most one in ten
+//! seconds with a count, so that no client can fill a disk with log lines.
 
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
@@ -46,7 +46,8 @@ struct ClassState {
     suppressed: u64,
 }
 
-/// The rejections of all threads. The lock is held for a few comparisons, and taken by rejections alone.
+/// The rejections of all threads. The lock is held for a few comparisons, and taken by rejections
+/// alone.
 #[derive(Debug, Default)]
 pub struct RejectionLog(Mutex<Vec<ClassState>>);
 

@@ -87,7 +87,8 @@ impl Metrics {
         View { metrics: self, process: Process::read() }
     }
 
-    /// All metrics in Prometheus' text format. Reads `/proc`: see `Process::read` for where to call it.
+    /// All metrics in Prometheus' text format. Reads `/proc`: see `Process::read` for where to call
+    /// it.
     pub fn prometheus(&self) -> String {
         let view = self.view();
         let mut out = String::with_capacity(16 * 1024);

@@ -37,8 +37,8 @@ pub enum CloseReason {
     Unauthorized,
     /// The token expired while the client was connected.
     TokenExpired,
-    /// Over `--max-message-rate` or `--max-byte-rate` without error frames, or again after them; or too many new
-    /// channels.
+    /// Over `--max-message-rate` or `--max-byte-rate` without error frames, or again after them; or
+    /// too many new channels.
     RateLimited,
     /// `--max-connections` is reached.
     NodeLimit,
@@ -48,7 +48,8 @@ pub enum CloseReason {
     UserLimit,
     /// A PROXY header or `X-Forwarded-For` from an address that is not in `--trusted-proxy`.
     ProxyNotTrusted,
-    /// The socket is full, and the node keeps too many bytes for such clients. No close frame would get through.
+    /// The socket is full, and the node keeps too many bytes for such clients. No close frame would
+    /// get through.
     SlowReader,
 }
 
@@ -88,8 +89,8 @@ impl CloseReason {
         LABELS[self as usize]
     }
 
-    /// Close code (RFC 6455 section 7.4; 4000 and above are fanfare's) and reason text; `None` if no close frame is
-    /// sent.
+    /// Close code (RFC 6455 section 7.4; 4000 and above are fanfare's) and reason text; `None` if
+    /// no close frame is sent.
     pub fn close(self) -> Option<(u16, &'static str)> {
         match self {
             CloseReason::ClosedByPeer

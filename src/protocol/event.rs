@@ -11,12 +11,12 @@ pub const NAME_MAX: usize = 128;
 /// The channel of a connection that names none.
 pub const DEFAULT_CHANNEL: &str = "ws_broadcast";
 
-/// Memory of an entry in a feed or a history beside its bytes: the entry itself (72), its place in an index and in the
-/// eviction queue (24), and the heads of its allocations (32).
+/// Memory of an entry in a feed or a history beside its bytes: the entry itself (72), its place in
+/// an index and in the eviction queue (24), and the heads of its allocations (32).
 const ENTRY_OVERHEAD: usize = 128;
 
-/// Memory of a private entry beside its user's name: the head of the name's allocation (16 bytes) and 16 bytes in a B-tree
-/// whose leaves may be half empty.
+/// Memory of a private entry beside its user's name: the head of the name's allocation (16 bytes)
+/// and 16 bytes in a B-tree whose leaves may be half empty.
 const PRIVATE_OVERHEAD: usize = 64;
 
 /// A position in a channel's sequence. Below 2^53, so that JavaScript holds it exactly.
@@ -97,7 +97,8 @@ pub enum Kind {
     Reset,
 }
 
-/// Some consecutive events of one channel, serialized and framed: the same bytes go to every socket.
+/// Some consecutive events of one channel, serialized and framed: the same bytes go to every
+/// socket.
 #[derive(Clone, Debug)]
 pub struct Entry {
     pub kind: Kind,
@@ -110,8 +111,8 @@ pub struct Entry {
 }
 
 impl Entry {
-    /// Consecutive events for all subscribers, the first with the id `first`. Each text is JSON that already has its id.
-    /// There is at least one.
+    /// Consecutive events for all subscribers, the first with the id `first`. Each text is JSON
+    /// that already has its id. There is at least one.
     pub fn events<'a>(first: EventId, texts: impl Iterator<Item = &'a [u8]> + Clone) -> Entry {
         Entry::addressed(first, None, texts)
     }

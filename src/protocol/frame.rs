@@ -9,7 +9,8 @@ use serde_json::value::RawValue;
 use crate::protocol::event::{EventId, is_user_id, text_frame};
 use crate::protocol::json;
 
-/// Longest `ref` of a client's frame, as JSON text, in bytes: it is kept while the publish is under way.
+/// Longest `ref` of a client's frame, as JSON text, in bytes: it is kept while the publish is under
+/// way.
 const REFERENCE_MAX: usize = 128;
 
 /// A ping without payload (RFC 6455 section 5.5.2).
@@ -92,8 +93,8 @@ impl Event {
     }
 }
 
-/// Appends a JSON text with spaces for line breaks. Strings can't hold line breaks (RFC 8259 section 7), so the value
-/// stays the same.
+/// Appends a JSON text with spaces for line breaks. Strings can't hold line breaks (RFC 8259
+/// section 7), so the value stays the same.
 pub fn put_on_one_line(out: &mut Vec<u8>, json: &str) {
     out.extend(json.bytes().map(|byte| if matches!(byte, b'\n' | b'\r') { b' ' } else { byte }));
 }
@@ -146,16 +147,16 @@ struct Reference<'a> {
     reference: Option<&'a RawValue>,
 }
 
-/// Treats `null` as a value, which `Option` alone would treat as absent: a message with `"to":null` must not go to all
-/// subscribers.
+/// Treats `null` as a value, which `Option` alone would treat as absent: a message with `"to":null`
+/// must not go to all subscribers.
 pub fn given<'de, D: serde::Deserializer<'de>, T: Deserialize<'de>>(
     deserializer: D,
 ) -> Result<Option<T>, D::Error> {
     T::deserialize(deserializer).map(Some)
 }
 
-/// Parses a frame from a JSON mode client: `{"text":…}` or `{"data":…}`, optionally with `to` and `ref`, or
-/// `{"type":"ping"}`.
+/// Parses a frame from a JSON mode client: `{"text":…}` or `{"data":…}`, optionally with `to` and
+/// `ref`, or `{"type":"ping"}`.
 pub fn parse_client_frame(sender: &str, text: &str) -> Result<ClientFrame, BadFrame> {
     let bad = |message: &'static str, reference| Err(BadFrame { message: message.into(), reference });
     let invalid = |what, error: json::BadJson, reference| {

@@ -24,8 +24,8 @@ pub enum BadEvent {
     NoId,
 }
 
-/// The event for a JSON body: one line from `{` to `}`, without `id`. An object keeps its bytes except for line breaks;
-/// any other value becomes `{"data":…}`. `to` is the first member.
+/// The event for a JSON body: one line from `{` to `}`, without `id`. An object keeps its bytes
+/// except for line breaks; any other value becomes `{"data":…}`. `to` is the first member.
 pub fn published(body: &[u8], to: Option<&str>) -> Result<Bytes, BadEvent> {
     let (json, found) = json_in(body)?;
     let members = match json.strip_prefix('{').and_then(|rest| rest.strip_suffix('}')) {
@@ -73,8 +73,8 @@ fn control_type(members: Members<'_>) -> Option<&'static str> {
     CONTROL_TYPES.into_iter().find(|control| *control == text)
 }
 
-/// Checks an event from a stream, whose last member is its id. Publishing checks events too, but any program with write
-/// access to Redis can write to a stream.
+/// Checks an event from a stream, whose last member is its id. Publishing checks events too, but
+/// any program with write access to Redis can write to a stream.
 pub fn readable(event: &[u8]) -> Result<(), BadEvent> {
     let members = json::members(event, DEPTH_MAX)?;
     match control_type(members) {
@@ -92,9 +92,9 @@ pub struct PlainEvent {
     pub fault: Option<BadJson>,
 }
 
-/// Turns a plain `PUBLISH` into an event: an object without `id` and reserved `type` keeps its text, other JSON becomes
-/// `{"data":…}`, and text that is not valid JSON for events becomes a string there. `None` for the copies that nodes
-/// publish, which start with a TAB.
+/// Turns a plain `PUBLISH` into an event: an object without `id` and reserved `type` keeps its
+/// text, other JSON becomes `{"data":…}`, and text that is not valid JSON for events becomes a
+/// string there. `None` for the copies that nodes publish, which start with a TAB.
 pub fn plain(message: &[u8]) -> Option<PlainEvent> {
     if message.first() == Some(&b'\t') {
         return None;

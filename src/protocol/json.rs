@@ -1,17 +1,18 @@
 //! The JSON that events may hold: I-JSON (RFC 7493), so that every client can read every event.
 //!
-//! RFC 8259 leaves open how parsers treat repeated names, half a surrogate pair, numbers too large for a double, and deep
-//! nesting. Parsers differ, and some fail. [`check`] rejects all of these. The Lua function `fanfare_publish`
-//! has the same rule; `tests/json_cases.txt` lists cases for both.
+//! RFC 8259 leaves open how parsers treat repeated names, half a surrogate pair, numbers too large
+//! for a double, and deep nesting. Parsers differ, and some fail. [`check`] rejects all of these.
+//! The Lua function `fanfare_publish` has the same rule; `tests/json_cases.txt` lists cases for
+//! both.
 
 use std::ops::Range;
 
-/// Most levels of arrays and objects in an event, the event itself included. Parsers recurse and have a limit: .NET's is
-/// 64, Ruby's 100, serde_json's 127.
+/// Most levels of arrays and objects in an event, the event itself included. Parsers recurse and
+/// have a limit: .NET's is 64, Ruby's 100, serde_json's 127.
 pub const DEPTH_MAX: usize = 64;
 
-/// Longest number, in characters. A double takes 24, a 256-bit integer 78. Python rejects integers of more than 4,300
-/// digits, Java's Jackson numbers of more than 1,000.
+/// Longest number, in characters. A double takes 24, a 256-bit integer 78. Python rejects integers
+/// of more than 4,300 digits, Java's Jackson numbers of more than 1,000.
 pub const NUMBER_MAX: usize = 128;
 
 /// Why a text is not valid JSON for events.
@@ -41,7 +42,8 @@ pub enum Fault {
     TooDeep,
 }
 
-/// Members of the outermost object that have a meaning for the server, also if their names have escapes.
+/// Members of the outermost object that have a meaning for the server, also if their names have
+/// escapes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Members<'a> {
     pub id: bool,
@@ -50,7 +52,8 @@ pub struct Members<'a> {
     pub kind: Option<&'a str>,
 }
 
-/// Checks that `text` is one JSON value that every client can parse, with at most `depth_max` levels.
+/// Checks that `text` is one JSON value that every client can parse, with at most `depth_max`
+/// levels.
 pub fn check(text: &[u8], depth_max: usize) -> Result<(), BadJson> {
     members(text, depth_max).map(drop)
 }
@@ -89,8 +92,8 @@ struct Scanner<'a> {
     kind: Option<Range<usize>>,
 }
 
-/// The place of a name: in the text, or past its end in `unescaped`. It has eight bytes, since the shortest member has
-/// six.
+/// The place of a name: in the text, or past its end in `unescaped`. It has eight bytes, since the
+/// shortest member has six.
 #[derive(Clone, Copy)]
 struct Name {
     start: u32,
@@ -235,7 +238,7 @@ impl Scanner<'_> {
         Ok(Name { start: narrow(start)?, length: narrow(length)? })
     }
 
-    /// Notes a member of the outermost object whose value begins at byte `value`.
+    /// Notes a member of the outermost object whose value starts at byte `value`.
     fn note_member(&mut self, name: Name, value: usize) {
         match name.bytes(self.text, &self.unescaped) {
             b"id" => self.members.id = true,

@@ -1,4 +1,5 @@
-//! What goes over the wire, without sockets: ids, names, events, client frames, backend JSON, close codes.
+//! What goes over the wire, without sockets: ids, names, events, client frames, backend JSON, close
+//! codes.
 
 pub mod close;
 pub mod event;

@@ -258,8 +258,8 @@ impl LocalBus {
         }
     }
 
-    /// Drops half of the channels that are not followed: first those without history, of which
-    /// clients may have named any number, then those that were not used for longest.
+    /// Drops half of the channels that are not followed: first the ones without history, of which
+    /// clients may have named any number, then the ones unused for longest.
     fn drop_half(&mut self) {
         let unfollowed = self.channels.iter().filter(|(_, channel)| !channel.is_followed());
         let mut unfollowed: Vec<_> = unfollowed

@@ -6,7 +6,7 @@ use super::errors::{CallError, FAULT};
 
 const NOT_PERMITTED: &str = "the ACL of this node's Redis user lacks rights: docs/redis.md lists them";
 
-/// Beginnings of errors and their advice.
+/// Prefixes of errors, and the advice for each.
 const ADVICE: [(&str, &str); 17] = [
     (
         "ERR unknown command",

@@ -79,7 +79,7 @@ const TURN_MAX: usize = 256;
 /// Reads in flight. Redis executes one after the other anyway, so more would only fill its queue.
 const READS_MAX: usize = 64;
 
-/// How long a channel is remembered that is neither followed nor published to.
+/// How long a channel that is neither followed nor published to is remembered.
 const IDLE: Duration = Duration::from_secs(60);
 
 /// The result of a call to Redis. The first field is the generation of its session: see
@@ -128,7 +128,7 @@ impl Channel {
     }
 }
 
-/// What all parts of the bus use and none changes.
+/// What all parts of the bus share and none changes.
 struct Handles {
     settings: Arc<RedisSettings>,
     config: Config,

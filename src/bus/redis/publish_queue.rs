@@ -203,7 +203,7 @@ impl PublishQueue {
         answers.filter_map(|(at, (answer, _))| Some((answer?, result(at as u64)))).collect()
     }
 
-    /// Completes events whose deadline has passed. Those never sent are rejected, those sent are
+    /// Completes events whose deadline has passed. Events never sent are rejected, events sent are
     /// unknown.
     pub fn expire(&mut self, now: Instant) -> Vec<Completed> {
         let mut completed = Vec::new();

@@ -30,11 +30,12 @@ fn is_certain(error: &str) -> bool {
 pub(super) struct Publishing {
     /// Channels with events in their queue.
     busy: HashSet<ChannelName>,
-    /// Channels to look at in [`Bus::send_changed`].
+    /// Channels to check in [`Bus::send_changed`].
     changed: Vec<ChannelName>,
     /// Memory of all queues.
     queued_bytes: usize,
-    /// The last publish number of all channels. One that was forgotten must not start again at 1.
+    /// The last publish number of all channels. Numbers are not per channel, since those of a
+    /// forgotten channel would start again at 1.
     last_number: u64,
 }
 

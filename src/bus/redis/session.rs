@@ -1,7 +1,6 @@
-//! A session: one connection for commands and one for subscriptions. Both open and close together,
-//! and nothing of a session outlives it: fred neither reconnects nor resends nor resubscribes here.
-//! So one place decides what is sent again and under which number, and a connection that hangs in
-//! the middle of a write is simply dropped.
+//! A session: one connection for commands and one for subscriptions. Both open and close together.
+//! fred neither reconnects nor resends nor resubscribes: the bus decides what is sent again and under
+//! which number, and a connection that hangs in the middle of a write is dropped.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -205,9 +204,8 @@ async fn connect_to(
     Ok((Session { commands, peer, fcall_error, subscriptions, tasks, _open: open }, messages))
 }
 
-/// Executes subscription requests one after the other, those that wait in one SUBSCRIBE. Redis
-/// replies in order on this connection, so the PONG that follows confirms the subscriptions before
-/// it.
+/// Executes subscription requests one after the other. Waiting ones share a SUBSCRIBE. Redis replies
+/// in order on this connection, so the PONG that follows confirms the subscriptions before it.
 async fn drive_subscriptions(
     subscriber: SubscriberClient,
     mut requests: mpsc::UnboundedReceiver<SubscriptionRequest>,

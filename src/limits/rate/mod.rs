@@ -54,7 +54,8 @@ const _: () = assert!(PER_USER * USERS_PER_ADDRESS <= PER_ADDRESS);
 /// times as many there.
 const NAMING_TIME: u64 = 60 * SECOND;
 
-/// New channels that any client may name in a minute, such as one that goes from channel to channel.
+/// New channels that any client may name in a minute, such as one that goes from channel to
+/// channel.
 const CHANNELS_MIN: u32 = 100;
 
 /// Bytes of history that may be read for one client in a second. Without this limit one address
