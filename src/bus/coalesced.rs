@@ -1,11 +1,11 @@
-//! Requests shared by all that wait for the same answer.
+//! Requests shared by all that need the same answer.
 
-/// Waiters for an answer that must be as recent as their wait. A request that was under way when a
+/// Waiters for an answer that must be as recent as their wait. A request that was in flight when a
 /// waiter came may be too old for it, so the next request serves it, together with all others that
 /// came meanwhile.
 #[derive(Debug)]
 pub struct Coalesced<W> {
-    /// Served by the request under way.
+    /// Served by the request in flight.
     current: Vec<W>,
     /// Served by the next request.
     next: Vec<W>,
@@ -20,7 +20,7 @@ impl<W> Coalesced<W> {
         self.current.is_empty() && self.next.is_empty()
     }
 
-    pub fn is_under_way(&self) -> bool {
+    pub fn is_in_flight(&self) -> bool {
         !self.current.is_empty()
     }
 
@@ -35,7 +35,7 @@ impl<W> Coalesced<W> {
         !self.current.is_empty()
     }
 
-    /// Removes and returns the waiters that the answer to the request under way serves.
+    /// Removes and returns the waiters that the answer to the request in flight serves.
     pub fn complete(&mut self) -> Vec<W> {
         std::mem::take(&mut self.current)
     }
@@ -63,15 +63,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_request_serves_those_that_came_before_it() {
+    fn request_serves_earlier_waiters() {
         let mut waiters = Coalesced::new();
         assert!(!waiters.start() && waiters.is_empty());
         waiters.wait(1);
-        assert!(!waiters.is_under_way() && waiters.start() && waiters.is_under_way());
+        assert!(!waiters.is_in_flight() && waiters.start() && waiters.is_in_flight());
         waiters.wait(2);
         waiters.wait(3);
         assert_eq!(waiters.complete(), [1]);
-        assert!(!waiters.is_empty() && !waiters.is_under_way());
+        assert!(!waiters.is_empty() && !waiters.is_in_flight());
         waiters.retain(|waiter| *waiter != 3);
         assert!(waiters.start());
         waiters.wait(4);

@@ -160,7 +160,7 @@ impl Shard {
     /// Asks the bus for newer events of a channel, unless it was asked already.
     fn refresh_next(&mut self, key: u32) {
         let channel = &mut self.channels[key];
-        if !channel.refresh.is_under_way() && channel.refresh.start() {
+        if !channel.refresh.is_in_flight() && channel.refresh.start() {
             let channel = channel.name.clone();
             self.request_bus(Request::Refresh { channel, shard: self.context.id });
         }

@@ -1,8 +1,8 @@
 //! The bus across nodes: ids and history in Redis, Pub/Sub as the hint, one sequence for each
 //! followed channel.
 //!
-//! One task owns the [`Bus`]. Calls to Redis run in tasks of their own, which own nothing and send
-//! back an [`Outcome`].
+//! One task owns the `Bus`. Calls to Redis run in tasks of their own, which own nothing and send
+//! back an `Outcome`.
 //!
 //! | file | what it does |
 //! |---|---|

@@ -87,7 +87,7 @@ pub fn publish_args(
     args
 }
 
-/// The reply of [`PUBLISH`].
+/// The reply of `publish.lua`.
 #[derive(Clone, Copy, Debug)]
 pub struct PublishReply {
     /// The id of the first event; `None` if the events may or may not have been published.
@@ -143,7 +143,7 @@ pub fn read_args(settings: &RedisSettings, known: KnownPosition, range: ReadRang
     args
 }
 
-/// The reply of [`READ`].
+/// The reply of `read.lua`.
 pub fn parse_page(frame: &Resp3Frame) -> Option<Page> {
     let items = array(frame)?;
     let (position, events) = items.split_at_checked(3)?;
