@@ -319,7 +319,12 @@ async fn unusable_sockets_are_rejected_by_name() {
         ([datagram(), listener().0], "a:b", 1, "socket 1 (\"a\") from systemd is not a TCP socket"),
         ([listener().0, unix()], "a:b", 1, "socket 2 (\"b\") from systemd is not a TCP socket"),
         ([listener().0, silent()], "a:b", 1, "socket 2 (\"b\") from systemd does not listen"),
-        ([listener().0, listener().0], "admin:admin", 1, "socket 2 (\"admin\") from systemd is the second socket of this name"),
+        (
+            [listener().0, listener().0],
+            "admin:admin",
+            1,
+            "socket 2 (\"admin\") from systemd is the second socket of this name",
+        ),
         ([reachable(), listener().0], "a:b", 2, "is reachable from other hosts without authentication"),
         ([listener().0, reachable()], "a:admin", 2, "is reachable from other hosts without a key"),
     ] {

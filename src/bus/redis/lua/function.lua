@@ -4,7 +4,7 @@
 
 local CONTROL = {welcome = true, reset = true, ping = true, error = true, ack = true}
 
--- The JSON that an event may hold: I-JSON (RFC 7493), as in json.rs. cjson accepts more: numbers
+-- The JSON that an event may hold: I-JSON (RFC 7493), as in src/protocol/json. cjson accepts more: numbers
 -- like 1. and -.5, repeated names, control characters in strings. These are found in the text
 -- without its strings.
 local DEPTH_MAX, NUMBER_MAX = 64, 128
