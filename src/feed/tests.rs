@@ -20,7 +20,7 @@ fn reader(user: &str) -> Reader<'_> {
 }
 
 #[test]
-fn finds_the_event_after_a_position_inside_an_entry() {
+fn finds_events_after_positions_inside_entries() {
     let mut feed = Feed::new(EventId(100), EventId(100));
     feed.append(events(101, 3));
     feed.append(event(104));

@@ -88,7 +88,7 @@ pub struct ShardMetrics {
     /// Sockets closed.
     pub closed: Counter,
     /// Ticks, ten a second while the shard is alive. Read by the watchdog alone.
-    pub turns: Counter,
+    pub ticks: Counter,
     pub upgraded: Counter,
     /// Indexed by [`CloseReason`](crate::protocol::close::CloseReason).
     pub closed_by_reason: [Counter; REASONS],
@@ -210,9 +210,9 @@ impl Metrics {
         self.connections_rejected[at.expect("only two limits are checked before the request")].add(1);
     }
 
-    /// Turns of the accept loop, each shard and the admin thread. One that stays the same is stuck.
+    /// Turns of the accept loop and the admin thread, and ticks of each shard. One that stays the same is stuck.
     pub fn turns(&self) -> Vec<u64> {
-        let shards = self.shards.iter().map(|shard| shard.turns.get());
+        let shards = self.shards.iter().map(|shard| shard.ticks.get());
         let admin = Some(self.admin_turns.get()).filter(|turns| *turns > 0);
         std::iter::once(self.accept_turns.get()).chain(shards).chain(admin).collect()
     }

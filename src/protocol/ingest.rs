@@ -141,7 +141,7 @@ mod tests {
     }
 
     #[test]
-    fn an_object_keeps_its_bytes_and_anything_else_is_wrapped() {
+    fn objects_keep_their_bytes_others_are_wrapped() {
         for (body, expected) in [
             (r#"{"sender":"a","text":"hi"}"#, r#"{"sender":"a","text":"hi"}"#),
             (
@@ -167,7 +167,7 @@ mod tests {
     }
 
     #[test]
-    fn no_spelling_smuggles_an_id_a_user_or_a_control_type() {
+    fn reserved_members_are_found_in_any_spelling() {
         for body in [
             r#"{"id":1}"#,
             r#"{"id":null}"#,
@@ -202,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn refuses_invalid_events() {
+    fn rejects_invalid_events() {
         let whole: [&[u8]; 6] =
             [b"", b" ", b"{} {}", b"\"\n\"", b"\"\xff\"", b"{\"type\":\"chat\",\"type\":\"ping\"}"];
         for body in whole {
@@ -246,7 +246,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn every_event_is_one_line_of_json_with_the_value_posted(value in json(), pretty: bool, to in ".{1,5}") {
+        fn events_are_one_line_with_the_posted_value(value in json(), pretty: bool, to in ".{1,5}") {
             let body = if pretty { serde_json::to_string_pretty(&value) } else { serde_json::to_string(&value) };
             let Ok(event) = published(body.unwrap().as_bytes(), Some(&to)) else {
                 return Err(TestCaseError::reject("reserved"));
@@ -285,14 +285,14 @@ mod tests {
         assert!(shown(deepest.as_bytes()).starts_with(r#"{"data":"{\"id\""#));
         for case in json::cases::cases() {
             let event = case.event();
-            let bare = plain(&event).unwrap();
-            assert_eq!(json::check(bare.event.as_bytes(), DEPTH_MAX), Ok(()), "{}", case.name());
+            let from_publish = plain(&event).unwrap();
+            assert_eq!(json::check(from_publish.event.as_bytes(), DEPTH_MAX), Ok(()), "{}", case.name());
             match case.error() {
-                None => assert!(bare.fault.is_none(), "{}", case.name()),
+                None => assert!(from_publish.fault.is_none(), "{}", case.name()),
                 Some(words) => {
-                    let shown: serde_json::Value = serde_json::from_str(&bare.event).unwrap();
+                    let shown: serde_json::Value = serde_json::from_str(&from_publish.event).unwrap();
                     assert_eq!(shown["data"], *String::from_utf8_lossy(&event), "{}", case.name());
-                    assert!(bare.fault.unwrap().to_string().contains(words), "{}", case.name());
+                    assert!(from_publish.fault.unwrap().to_string().contains(words), "{}", case.name());
                 }
             }
         }

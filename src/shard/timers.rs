@@ -40,7 +40,7 @@ pub(super) fn ticks(time: Duration) -> u32 {
 impl Shard {
     pub(super) fn on_tick(&mut self) {
         self.tick = self.tick.wrapping_add(1);
-        self.metrics().turns.add(1);
+        self.metrics().ticks.add(1);
         self.limit_partial_messages();
         let now = Instant::now();
         self.check_deadlines(now);
