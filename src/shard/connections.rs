@@ -10,8 +10,6 @@ use super::deadlines::LISTED;
 use crate::bus::{ConnectionId, ShardId};
 use crate::ws::connection::{Connection, State};
 
-const _: () = assert!(size_of::<Connection>() <= 192, "most memory of idle connections is this");
-
 /// Connections by slot. Their sockets are registered with epoll.
 ///
 /// A discarded connection keeps its slot until [`ConnectionTable::free_discarded`] at the end of

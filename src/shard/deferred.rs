@@ -17,14 +17,14 @@ pub(super) const FANOUT_WRITES: u64 = 256;
 /// would wait behind all of them.
 const CONNECTIONS_PER_FANOUT: usize = 32;
 
-/// What the bus was asked for a connection before it goes on.
+/// What a connection waited for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Pending {
-    /// Nothing, or without an answer.
+    /// Time, or the channel to be followed.
     Nothing,
-    /// Newer events: it claims an id ahead of this node.
+    /// Newer events, since it claims an id ahead of this node.
     Refresh,
-    /// History: this part has arrived.
+    /// This part of history.
     Part(PartId),
 }
 

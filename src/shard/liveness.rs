@@ -79,8 +79,8 @@ impl Shard {
             return self.close(slot, CloseReason::PingTimeout);
         }
         if is_blocked {
-            // epoll reports it only when a third of the send buffer is free, but a slow reader
-            // lives.
+            // epoll reports it only when a third of the send buffer is free. A slow reader takes
+            // bytes before that.
             return self.retry_write(slot);
         }
         // A client that is not read from can't complete its message.
