@@ -97,7 +97,7 @@ impl Shard {
         if partial.held() == 0 {
             return; // only the head of a frame, or whole frames that wait for the next turn
         }
-        let is_first = !std::mem::replace(&mut partial.noted, true);
+        let is_first = !std::mem::replace(&mut partial.is_listed, true);
         // The first bytes of a message may have arrived in one read with the last of another.
         let new = if is_first { partial.held().max(new) } else { new };
         if is_first {

@@ -5,10 +5,12 @@
 //   const id = await news.send("hello");  // the id of the event
 // It reconnects by itself and resumes from the last id. fanfare.d.ts describes options and events.
 
-const FIRST = 1_000; // ms: the maximum of the first delay. It doubles with each attempt up to LONGEST, and
-const LONGEST = 30_000; // the delay is a random part of it (full jitter), so that clients spread out.
-const OPENING = 15_000; // ms from the start of an attempt to the welcome
-const STEADY = 10_000; // ms after which a connection counts as steady and the delays start again
+// Milliseconds. The maximum of the delay doubles with each attempt. The delay is a random part of it (full
+// jitter), so that clients spread out.
+const FIRST_DELAY = 1_000;
+const MAX_DELAY = 30_000;
+const CONNECT_TIMEOUT = 15_000; // ms from the start of an attempt to the welcome
+const STEADY_AFTER = 10_000; // ms after which a connection counts as steady and the delays start again
 
 // Answered with a ping that carries our position. (Scripts cannot see or send WebSocket pings.)
 const PING = '{"type":"ping"}';
@@ -31,11 +33,11 @@ export class Fanfare {
   #pending = new Map(); // unanswered messages: ref → the functions of the promise
   #ref = 0;
   #failures = 0; // losses since the last steady connection
-  #renewed = false; // whether a fresh token has been tried since then
+  #tokenRenewed = false; // whether a fresh token has been tried since then
   #busy = false; // the server is busy, so nothing shortens the delay
-  #since = Infinity; // when the connection became live
-  #heard = 0; // when the last frame arrived
-  #asked = -1; // when the last ping was sent
+  #liveSince = Infinity; // when the connection became live
+  #lastFrame = 0; // when the last frame arrived
+  #lastPing = -1; // when the last ping was sent
   #listening = new AbortController();
 
   constructor(url, { channel, lastEventId, ...options } = {}) {
@@ -47,7 +49,7 @@ export class Fanfare {
     // Events at which connections are often dead, or possible again.
     const { signal } = this.#listening;
     for (const name of ["online", "offline", "pageshow", "visibilitychange"])
-      globalThis.addEventListener?.(name, () => this.#wake(), { signal });
+      globalThis.addEventListener?.(name, () => this.#onWake(), { signal });
     queueMicrotask(() => this.#state === "connecting" && this.#open()); // handlers added meanwhile get all events
   }
 
@@ -70,10 +72,10 @@ export class Fanfare {
   close() { this.#end(1000, "closed by the page"); }
 
   async #open() {
-    this.#change("connecting");
+    this.#setState("connecting");
     if (this.#state !== "connecting") return; // a handler has closed it
     const attempt = (this.#socket = {}); // stands for the socket while the token is fetched
-    this.#after(OPENING, () => this.#lost(1006, "no welcome in time"));
+    this.#setTimer(CONNECT_TIMEOUT, () => this.#onLost(1006, "no welcome in time"));
     try {
       const url = new URL(this.#url);
       url.searchParams.set("lastEventId", this.#last ?? "");
@@ -82,20 +84,20 @@ export class Fanfare {
       if (this.#socket !== attempt) return; // closed or timed out meanwhile
       if (token) url.searchParams.set("token", token);
       const socket = (this.#socket = new WebSocket(url, "fanfare.v1"));
-      socket.onmessage = ({ data }) => socket === this.#socket && this.#receive(data);
-      socket.onclose = ({ code, reason }) => socket === this.#socket && this.#lost(code, reason);
+      socket.onmessage = ({ data }) => socket === this.#socket && this.#onData(data);
+      socket.onclose = ({ code, reason }) => socket === this.#socket && this.#onLost(code, reason);
     } catch (error) {
       if (this.#socket !== attempt) return;
-      this.#lost(1006, "the connection could not be opened");
+      this.#onLost(1006, "the connection could not be opened");
       this.#emit("error", error);
     }
   }
 
-  #receive(data) {
-    this.#heard = performance.now();
+  #onData(data) {
+    this.#lastFrame = performance.now();
     let frame = null;
     try { frame = JSON.parse(data); } catch {}
-    if (typeof frame === "object" && frame !== null && !Array.isArray(frame)) return this.#frame(frame);
+    if (typeof frame === "object" && frame !== null && !Array.isArray(frame)) return this.#onFrame(frame);
     // Not from a server of this version. An event ends with its id: skip it, or every resume would repeat it.
     const [, id = 0] = /"id":(\d{1,16})}$/.exec(String(data).slice(-22)) ?? [];
     const live = this.#state === "live";
@@ -104,78 +106,78 @@ export class Fanfare {
     if (live) this.#emit("gap", { lastEventId: this.#last, from: "unreadable" });
   }
 
-  #frame(frame) {
+  #onFrame(frame) {
     if (typeof frame.id === "number" && frame.type !== "ack") {
       if (frame.id <= this.#last) return; // a duplicate
       this.#last = frame.id;
       return this.#emit("message", frame, { recovered: frame.id <= this.#head });
     }
     switch (frame.type) {
-      case "welcome": return this.#welcome(frame);
-      case "ack": return this.#answered(frame)?.resolve(frame.id);
+      case "welcome": return this.#onWelcome(frame);
+      case "ack": return this.#takePending(frame)?.resolve(frame.id);
       case "ping": return (this.#last = Math.max(this.#last, frame.lastEventId ?? 0));
       case "reset":
         this.#last = frame.lastEventId;
         return this.#emit("gap", { lastEventId: this.#last, from: "reset" });
       case "error": {
         const error = failure(frame.code, frame.message);
-        const sent = this.#answered(frame);
+        const sent = this.#takePending(frame);
         return sent ? sent.reject(error) : this.#emit("error", error);
       }
       default: this.#emit("message", frame, { recovered: false }); // a plain PUBLISH has no id
     }
   }
 
-  #answered({ ref }) {
+  #takePending({ ref }) {
     const sent = this.#pending.get(ref);
     this.#pending.delete(ref);
     return sent;
   }
 
-  #welcome({ lastEventId, head, recovered }) {
+  #onWelcome({ lastEventId, head, recovered }) {
     const resumed = this.#last !== null;
     this.#last = recovered ? Math.max(this.#last, lastEventId) : lastEventId; // only moves back with a gap
     this.#head = head;
-    this.#since = performance.now();
-    this.#watch();
-    this.#change("live");
+    this.#liveSince = performance.now();
+    this.#schedulePing();
+    this.#setState("live");
     if (!recovered) this.#emit("gap", { lastEventId, from: "welcome" });
     else if (resumed) this.#emit("recovered", { lastEventId, head });
   }
 
   // Sends a ping after pingInterval without a frame. Without an answer the connection is dead, whatever its state.
-  #watch() {
-    const rest = this.#heard + this.#options.pingInterval - performance.now();
-    if (rest > 0) this.#after(rest, () => this.#watch());
+  #schedulePing() {
+    const delay = this.#lastFrame + this.#options.pingInterval - performance.now();
+    if (delay > 0) this.#setTimer(delay, () => this.#schedulePing());
     else this.#ping();
   }
 
   #ping() {
-    if (this.#asked > this.#heard) return; // one is unanswered
-    this.#asked = performance.now();
+    if (this.#lastPing > this.#lastFrame) return; // one is unanswered
+    this.#lastPing = performance.now();
     this.#socket.send(PING);
-    this.#after(this.#options.pongTimeout, () =>
-      this.#heard >= this.#asked ? this.#watch() : this.#lost(1006, "no answer to a ping"));
+    this.#setTimer(this.#options.pongTimeout, () =>
+      this.#lastFrame >= this.#lastPing ? this.#schedulePing() : this.#onLost(1006, "no answer to a ping"));
   }
 
-  #wake() {
+  #onWake() {
     if (this.#state === "live") this.#ping();
     else if (this.#state === "waiting" && !this.#busy) this.#open();
   }
 
-  #lost(code, reason) {
-    const steady = performance.now() - this.#since > STEADY;
-    const renewable = typeof this.#options.token === "function" && (steady || !this.#renewed);
+  #onLost(code, reason) {
+    const steady = performance.now() - this.#liveSince > STEADY_AFTER;
+    const renewable = typeof this.#options.token === "function" && (steady || !this.#tokenRenewed);
     if (FATAL.has(code) || (code === 4001 && !renewable)) return this.#end(code, reason);
     this.#drop();
-    this.#renewed = code === 4001 || (this.#renewed && !steady);
+    this.#tokenRenewed = code === 4001 || (this.#tokenRenewed && !steady);
     this.#busy = BUSY.has(code);
     this.#failures = steady ? 1 : this.#failures + 1;
-    let ceiling = Math.min(LONGEST, FIRST * 2 ** (this.#failures - 1));
-    if (code === 1012) ceiling = 2 * FIRST; // the node is stopping: reconnect soon, but not all at once
-    const delay = this.#busy ? 5_000 + Math.random() * (LONGEST - 5_000) : Math.random() * ceiling;
-    this.#after(delay, () => this.#open());
-    this.#change("waiting", { delay, code, reason });
+    let ceiling = Math.min(MAX_DELAY, FIRST_DELAY * 2 ** (this.#failures - 1));
+    if (code === 1012) ceiling = 2 * FIRST_DELAY; // the node is stopping: reconnect soon, but not all at once
+    const delay = this.#busy ? 5_000 + Math.random() * (MAX_DELAY - 5_000) : Math.random() * ceiling;
+    this.#setTimer(delay, () => this.#open());
+    this.#setState("waiting", { delay, code, reason });
     if (MESSAGE_ERRORS.has(code)) this.#emit("error", failure(code, reason || "a message was not accepted"));
   }
 
@@ -183,7 +185,7 @@ export class Fanfare {
     if (this.#state === "closed") return;
     this.#listening.abort();
     this.#drop();
-    this.#change("closed", { code, reason });
+    this.#setState("closed", { code, reason });
     if (code !== 1000) this.#emit("error", failure(code, reason || `closed with ${code}`));
   }
 
@@ -192,18 +194,18 @@ export class Fanfare {
     clearTimeout(this.#timer);
     this.#socket?.close?.(1000);
     this.#socket = null;
-    this.#since = Infinity;
+    this.#liveSince = Infinity;
     for (const { reject } of this.#pending.values())
       reject(failure("unknown", "the connection was lost: the message may or may not have been published"));
     this.#pending.clear();
   }
 
-  #after(delay, action) {
+  #setTimer(delay, action) {
     clearTimeout(this.#timer);
     this.#timer = setTimeout(action, delay);
   }
 
-  #change(state, detail) {
+  #setState(state, detail) {
     this.#state = state;
     this.#emit("state", { state, ...detail });
   }

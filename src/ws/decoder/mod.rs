@@ -1,9 +1,9 @@
-//! A client's bytes become its messages.
+//! The decoder: from the bytes of a client to its messages.
 //!
-//! Nearly every frame is whole, unfragmented text: it is unmasked where it lies, in the shard's scratch buffer. So are
-//! control frames, which are so short that a half one can wait for its end. For the rest (fragments, a text whose end
-//! is still on its way) the connection gets a tungstenite context for as long as it needs one, and that is fed frame
-//! by frame: so it is known when it holds nothing any more and can go.
+//! Nearly every frame is complete, unfragmented text. It is unmasked in place, in the buffer of the
+//! shard. So are control frames, which are so short that an incomplete one is kept until its end.
+//! For fragments and incomplete text frames the connection gets a tungstenite context, which is fed
+//! frame by frame, and dropped as soon as it holds nothing.
 
 use std::io::{self, Read, Write};
 use std::time::Instant;
@@ -17,32 +17,32 @@ use tokio_tungstenite::tungstenite::protocol::{Message, Role, WebSocketConfig, W
 use crate::limits::rate::{FRAGMENT_BYTES, FRAGMENTS_MAX};
 use crate::protocol::close::CloseReason;
 
-/// Most messages taken before the caller looks whether it wants more of them.
+/// Most messages decoded before the caller decides whether to go on.
 pub const MESSAGES_AT_ONCE: usize = 64;
 
-/// tungstenite would take 128 KiB a context; this one lives for a frame or two.
+/// Read buffer of a context, in bytes. The default of tungstenite is 128 KiB, but a context lives
+/// for a frame or two.
 const CONTEXT_BUFFER: usize = 1024;
 
-/// Longest payload of a control frame (RFC 6455 section 5.5).
+/// Longest payload of a control frame in bytes (RFC 6455 section 5.5).
 const CONTROL_MAX: u64 = 125;
 
-/// Something a client said.
+/// A message or control frame of a client.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Incoming {
-    /// A text message, and how many frames it came in.
+    /// A text message, and its number of frames.
     Text(String, u32),
-    /// A binary message, where [`Limits::binary`] lets it pass, and how many frames it came in.
+    /// A binary message if [`Limits::binary`] allows it, and its number of frames.
     Binary(Bytes, u32),
-    /// A ping with this payload, which the pong is to have.
+    /// A ping, and the payload for its pong.
     Ping(Box<[u8]>),
-    /// A pong.
     Pong,
-    /// It closes, with this code; nothing comes after.
+    /// A close frame, and its code. No message follows.
     Close(Option<u16>),
 }
 
 impl Incoming {
-    /// Its payload in bytes, as far as that is kept, and how many frames it came in.
+    /// Bytes of payload, as far as it is kept, and number of frames.
     pub fn size(&self) -> (usize, u32) {
         match self {
             Incoming::Text(text, frames) => (text.len(), *frames),
@@ -53,37 +53,37 @@ impl Incoming {
     }
 }
 
-/// What a client may send.
+/// What clients may send.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
-    /// Longest message, in bytes.
+    /// Bytes of the longest message.
     pub max_message_size: usize,
-    /// Binary messages are taken. fanfare takes none; the echo that Autobahn judges does.
+    /// Accept binary messages. Only the echo server for the Autobahn suite does.
     pub binary: bool,
 }
 
-/// What a connection keeps between two reads, when it has to keep something.
+/// What a connection keeps between two reads, if anything.
 #[derive(Debug)]
 pub struct Partial {
-    /// Since when.
+    /// When it was created.
     pub since: Instant,
-    /// Bytes that come before those of the next read: the begin of a frame, or frames that wait.
+    /// Bytes to decode before those of the next read: the start of a frame, or frames not decoded
+    /// yet.
     pub unread: Vec<u8>,
     context: Option<Box<WebSocketContext>>,
-    /// Bytes of the current frame that have yet to come.
+    /// Bytes of the current frame that have not arrived.
     remaining: usize,
-    /// Frames so far of a message whose last one has yet to come.
+    /// Frames so far of a message whose last frame has not arrived.
     fragments: usize,
     /// Frames of the current message.
     frames: u32,
-    /// Bytes of the message that the context has.
+    /// Bytes of the message in the context.
     held: usize,
-    /// The shard has it among the unfinished messages.
-    pub noted: bool,
+    /// The shard has it in its list of partial messages.
+    pub is_listed: bool,
 }
 
 impl Partial {
-    /// Nothing yet.
     pub fn new() -> Partial {
         Partial {
             since: Instant::now(),
@@ -93,11 +93,11 @@ impl Partial {
             fragments: 0,
             frames: 0,
             held: 0,
-            noted: false,
+            is_listed: false,
         }
     }
 
-    /// Bytes of the unfinished message that have come.
+    /// Bytes of the incomplete message that have arrived.
     pub fn held(&self) -> usize {
         self.held
     }
@@ -113,8 +113,9 @@ impl Default for Partial {
     }
 }
 
-/// Reads a client's bytes into `messages`; tells how many. The rest is the begin of a frame, at most 130 bytes of it,
-/// or comes after the last of [`MESSAGES_AT_ONCE`] messages. After an error, and after a close, it means nothing.
+/// Decodes bytes of a client into `messages`. Returns how many bytes. The rest is the start of a
+/// frame of at most 130 bytes, or follows the last of [`MESSAGES_AT_ONCE`] messages. After an error
+/// or a close frame the rest is ignored.
 pub fn read(
     partial: &mut Option<Box<Partial>>,
     data: &mut [u8],
@@ -123,14 +124,14 @@ pub fn read(
 ) -> Result<usize, CloseReason> {
     let mut at = 0;
     while at < data.len() && messages.len() < MESSAGES_AT_ONCE {
-        if let Some(begun) = partial.as_deref_mut().filter(|partial| partial.remaining > 0) {
-            let length = begun.remaining.min(data.len() - at);
-            begun.remaining -= length;
-            begun.held += length;
-            let context = begun.context.get_or_insert_with(|| new_context(limits));
-            feed(context, &data[at..at + length], begun.frames, messages)?;
+        if let Some(current) = partial.as_deref_mut().filter(|partial| partial.remaining > 0) {
+            let length = current.remaining.min(data.len() - at);
+            current.remaining -= length;
+            current.held += length;
+            let context = current.context.get_or_insert_with(|| new_context(limits));
+            feed_context(context, &data[at..at + length], current.frames, messages)?;
             at += length;
-            if begun.remaining == 0 && begun.fragments == 0 {
+            if current.remaining == 0 && current.fragments == 0 {
                 *partial = None;
             }
             continue;
@@ -154,7 +155,7 @@ pub fn read(
                     Control::Ping => messages.push(Incoming::Ping(payload.into())),
                     Control::Close => {
                         messages.push(Incoming::Close(close_code(payload)?));
-                        return Ok(at); // what follows a close frame means nothing (RFC 6455 section 5.5.1)
+                        return Ok(at); // the rest is ignored (RFC 6455 section 5.5.1)
                     }
                     _ => messages.push(Incoming::Pong),
                 }
@@ -166,11 +167,11 @@ pub fn read(
                 at += head + length;
             }
             OpCode::Data(_) => {
-                let begun = partial.get_or_insert_default();
-                begun.remaining = head + length;
-                begun.frames = begun.fragments as u32 + 1; // at most FRAGMENTS_MAX and what max_message_size adds
-                begun.fragments = if header.is_final { 0 } else { begun.fragments + 1 };
-                if begun.fragments > FRAGMENTS_MAX + limits.max_message_size / FRAGMENT_BYTES {
+                let current = partial.get_or_insert_default();
+                current.remaining = head + length;
+                current.frames = current.fragments as u32 + 1; // fits, by the check below
+                current.fragments = if header.is_final { 0 } else { current.fragments + 1 };
+                if current.fragments > FRAGMENTS_MAX + limits.max_message_size / FRAGMENT_BYTES {
                     return Err(CloseReason::MessageTimeout);
                 }
             }
@@ -182,7 +183,8 @@ pub fn read(
     Ok(at)
 }
 
-/// What a frame's head (of `head` bytes) alone forbids, before anything is kept for it. Gives the mask.
+/// Checks the header of a frame, of `head` bytes, before anything of the frame is kept. Returns the
+/// mask.
 fn check(header: &FrameHeader, head: usize, length: u64, limits: Limits) -> Result<[u8; 4], CloseReason> {
     let reserved = header.rsv1 || header.rsv2 || header.rsv3;
     let shortest = match length {
@@ -195,7 +197,8 @@ fn check(header: &FrameHeader, head: usize, length: u64, limits: Limits) -> Resu
     };
     match header.opcode {
         OpCode::Control(Control::Reserved(_)) => Err(CloseReason::Protocol),
-        OpCode::Control(_) if length > CONTROL_MAX || !header.is_final => Err(CloseReason::Protocol), // section 5.5
+        // RFC 6455 section 5.5.
+        OpCode::Control(_) if length > CONTROL_MAX || !header.is_final => Err(CloseReason::Protocol),
         OpCode::Control(_) => Ok(mask),
         OpCode::Data(Data::Reserved(_)) => Err(CloseReason::Protocol),
         OpCode::Data(Data::Binary) if !limits.binary => Err(CloseReason::Binary),
@@ -204,7 +207,7 @@ fn check(header: &FrameHeader, head: usize, length: u64, limits: Limits) -> Resu
     }
 }
 
-/// Undoes the mask (RFC 6455 section 5.3), eight bytes at a time.
+/// Removes the mask (RFC 6455 section 5.3), eight bytes at a time.
 fn unmasked(payload: &mut [u8], mask: [u8; 4]) -> &[u8] {
     let [a, b, c, d] = mask;
     let wide = u64::from_ne_bytes([a, b, c, d, a, b, c, d]);
@@ -217,7 +220,8 @@ fn unmasked(payload: &mut [u8], mask: [u8; 4]) -> &[u8] {
     payload
 }
 
-/// The code of a close frame's payload (RFC 6455 sections 5.5.1 and 7.4, and the IANA registry of close codes).
+/// The code in the payload of a close frame (RFC 6455 sections 5.5.1 and 7.4, and the IANA registry
+/// of close codes).
 fn close_code(payload: &[u8]) -> Result<Option<u16>, CloseReason> {
     let (code, text) = match payload {
         [] => return Ok(None),
@@ -239,8 +243,8 @@ fn new_context(limits: Limits) -> Box<WebSocketContext> {
     Box::new(WebSocketContext::new(Role::Server, Some(config)))
 }
 
-/// Gives the context what has come of data frames, and takes what it makes of it.
-fn feed(
+/// Feeds bytes of data frames to the context, and adds the messages that it completes.
+fn feed_context(
     context: &mut WebSocketContext,
     part: &[u8],
     frames: u32,
@@ -266,7 +270,8 @@ fn reason(error: &Error) -> CloseReason {
     }
 }
 
-/// tungstenite's side of a connection: reads from what has come. It has nothing to say about data frames.
+/// The stream of a context: the bytes that have arrived. A context writes nothing in response to
+/// data frames.
 struct Wire<'a>(&'a [u8]);
 
 impl Read for Wire<'_> {

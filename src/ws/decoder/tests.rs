@@ -20,7 +20,7 @@ fn frame(first: u8, payload: &[u8]) -> Vec<u8> {
     frame
 }
 
-/// Reads `bytes` in pieces that end at these places, as the shard does with its scratch.
+/// Decodes `bytes` in pieces that end at these places, as a shard does with its buffer.
 fn read_in_pieces(bytes: &[u8], cuts: &[usize]) -> (Result<(), CloseReason>, Vec<Incoming>, bool) {
     let limits = Limits { max_message_size: 1000, binary: false };
     let (mut partial, mut messages) = (None, Vec::new());
@@ -50,7 +50,7 @@ fn read_in_pieces(bytes: &[u8], cuts: &[usize]) -> (Result<(), CloseReason>, Vec
         }
         rest = piece;
     }
-    assert!(rest.is_empty(), "whole frames are read whole");
+    assert!(rest.is_empty(), "complete frames are decoded completely");
     (Ok(()), messages, partial.is_some())
 }
 
@@ -63,7 +63,7 @@ fn ping(payload: &[u8]) -> Incoming {
 }
 
 #[test]
-fn a_ping_may_come_between_fragments_and_the_message_is_whole() {
+fn a_ping_may_come_between_fragments() {
     let bytes =
         [frame(0x01, b"one "), frame(0x89, b"p"), frame(0x00, b"two "), frame(0x80, b"three")].concat();
     for cuts in [&[][..], &[12], &[18]] {
@@ -74,7 +74,7 @@ fn a_ping_may_come_between_fragments_and_the_message_is_whole() {
 }
 
 #[test]
-fn a_close_gives_its_code_and_what_follows_is_ignored() {
+fn nothing_is_decoded_after_a_close() {
     for (payload, code) in [(&[][..], None), (&[0x03, 0xE8], Some(1000)), (b"\x0F\xA1bye", Some(4001))] {
         let bytes = [frame(0x88, payload), frame(0x81, b"hi"), frame(0x89, b"")].concat();
         let (result, messages, _) = read_in_pieces(&bytes, &[]);
@@ -83,7 +83,7 @@ fn a_close_gives_its_code_and_what_follows_is_ignored() {
 }
 
 #[test]
-fn a_message_in_very_many_frames_is_not_waited_for() {
+fn the_number_of_fragments_is_limited() {
     let most = FRAGMENTS_MAX + 1000 / FRAGMENT_BYTES;
     let fragments = |many| [frame(0x01, b""), frame(0x00, b"").repeat(many - 2), frame(0x80, b"")].concat();
     assert_eq!(read_in_pieces(&fragments(most + 1), &[]).0, Ok(()));
@@ -91,7 +91,7 @@ fn a_message_in_very_many_frames_is_not_waited_for() {
 }
 
 #[test]
-fn what_the_protocol_forbids_ends_with_its_reason() {
+fn protocol_errors_have_their_reason() {
     let mut unmasked = frame(0x81, b"");
     unmasked[1] &= 0x7F;
     let huge = [0x81, 0xFF, 0x7F, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0, 0, 0, 0];
@@ -121,7 +121,7 @@ fn what_the_protocol_forbids_ends_with_its_reason() {
 }
 
 proptest! {
-    /// However the network cuts the bytes, the messages are the same.
+    /// The messages are the same however the network cuts the bytes.
     #[test]
     fn messages_do_not_depend_on_how_bytes_arrive(
         sent in prop::collection::vec(("\\PC{0,300}", 0usize..4), 1..80),
@@ -138,13 +138,13 @@ proptest! {
                 _ => bytes.extend([frame(0x89, b"ping"), frame(0x81, words), frame(0x8A, b"")].concat()),
             }
         }
-        let straight = read_in_pieces(&bytes, &[]);
+        let whole = read_in_pieces(&bytes, &[]);
         let cut = read_in_pieces(&bytes, &cuts);
-        prop_assert_eq!(&straight.0, &cut.0);
-        if straight.0.is_ok() {
-            let texts = straight.1.iter().filter(|message| matches!(message, Incoming::Text(..)));
+        prop_assert_eq!(&whole.0, &cut.0);
+        if whole.0.is_ok() {
+            let texts = whole.1.iter().filter(|message| matches!(message, Incoming::Text(..)));
             prop_assert_eq!(texts.count(), sent.len());
-            prop_assert_eq!(straight.1, cut.1);
+            prop_assert_eq!(whole.1, cut.1);
             prop_assert!(!cut.2, "nothing is kept between messages");
         }
     }
