@@ -270,7 +270,7 @@ async fn publish(head: &Head<'_>, body: &[u8], shared: &Shared) -> Result<Respon
     let key = idempotency_key(head)?;
     let Ok(_permit) = shared.publishes.try_acquire() else {
         let text = "too many publishes wait for the bus: try again, or another node";
-        return Err(Rejection::new(503, text).with("Retry-After", "1"));
+        return Err(Rejection::unavailable(text));
     };
     let id = match publish_event(channel, to, key, event, shared).await {
         Ok(id) => id,
@@ -285,8 +285,10 @@ async fn publish(head: &Head<'_>, body: &[u8], shared: &Shared) -> Result<Respon
                 .metrics
                 .rejections
                 .record(RejectionClass { what: "admin request", reason, status }, &text);
-            let rejection = Rejection::new(status, text);
-            return Err(if status == 503 { rejection.with("Retry-After", "1") } else { rejection });
+            return Err(match status {
+                503 => Rejection::unavailable(text),
+                _ => Rejection::new(status, text),
+            });
         }
     };
     Ok(Response::json(200, &format!(r#"{{"id":{id}}}"#)))

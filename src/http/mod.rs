@@ -7,8 +7,7 @@ pub mod proxy;
 mod request;
 mod response;
 
-pub use request::{BodyLength, HEAD_MAX, HEADER_COUNT_MAX, HEADERS_MAX, Head, REQUEST_LINE_MAX};
-pub use request::{parse, percent_decode, query_value};
+pub use request::{BodyLength, HEAD_MAX, Head, parse, percent_decode, query_value};
 pub use response::{Rejection, Response};
 
 #[cfg(test)]

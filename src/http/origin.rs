@@ -104,8 +104,7 @@ fn split_port(authority: &str) -> Option<(&str, Option<u16>)> {
         None => authority.find(':').unwrap_or(authority.len()),
     };
     let (host, rest) = authority.split_at(host_end);
-    let is_invalid = |b: u8| !b.is_ascii_graphic() || b"/?#@\\,".contains(&b);
-    if host.is_empty() || host.bytes().any(is_invalid) {
+    if host.is_empty() || !host.bytes().all(is_host_byte) {
         return None;
     }
     match rest.strip_prefix(':') {
@@ -115,6 +114,11 @@ fn split_port(authority: &str) -> Option<(&str, Option<u16>)> {
         }
         _ => None,
     }
+}
+
+/// Whether a host may have this byte. None of those that separate the parts of a URL or a list.
+pub(super) fn is_host_byte(byte: u8) -> bool {
+    byte.is_ascii_graphic() && !b"/?#@\\,".contains(&byte)
 }
 
 /// Whether a Host header can only mean this machine: `localhost`, a name below it (RFC 6761 section

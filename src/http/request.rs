@@ -5,13 +5,14 @@ use std::borrow::Cow;
 use percent_encoding::percent_decode_str;
 
 use super::Rejection;
+use super::origin::is_host_byte;
 
 /// Longest request line, in bytes. nginx and HAProxy forward at most 8 KiB by default.
-pub const REQUEST_LINE_MAX: usize = 8 * 1024;
+pub(super) const REQUEST_LINE_MAX: usize = 8 * 1024;
 /// Most bytes of header lines: the cookies of a whole site may be among them.
-pub const HEADERS_MAX: usize = 16 * 1024;
+pub(super) const HEADERS_MAX: usize = 16 * 1024;
 /// Most header lines. Browsers behind two proxies send about 25.
-pub const HEADER_COUNT_MAX: usize = 64;
+pub(super) const HEADER_COUNT_MAX: usize = 64;
 /// Longest head that [`parse`] accepts, with an empty line before it.
 pub const HEAD_MAX: usize = 2 + REQUEST_LINE_MAX + HEADERS_MAX;
 
@@ -237,8 +238,8 @@ impl<'a> Head<'a> {
             0 | 1 => {}
             _ => return Err(Rejection::new(400, "the Host header is given twice")),
         }
-        let strange = |byte: &u8| !byte.is_ascii_graphic() || b"/?#@\\,".contains(byte);
-        if self.values("host").any(|host| host.trim_ascii().iter().any(strange)) {
+        let is_valid = |host: &[u8]| host.trim_ascii().iter().copied().all(is_host_byte);
+        if !self.values("host").all(is_valid) {
             return Err(Rejection::new(400, "the Host header is invalid"));
         }
         Ok(())

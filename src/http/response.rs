@@ -34,6 +34,11 @@ impl Rejection {
         }
     }
 
+    /// A 503 after which the client may try again at once, possibly at another node.
+    pub fn unavailable(text: impl Into<Cow<'static, str>>) -> Rejection {
+        Rejection::new(503, text).with("Retry-After", "1")
+    }
+
     /// Adds a header.
     pub fn with(mut self, name: &'static str, value: impl Into<Cow<'static, str>>) -> Rejection {
         self.headers.push((name, value.into()));

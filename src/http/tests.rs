@@ -1,5 +1,6 @@
 use std::borrow::Cow;
 
+use super::request::{HEADER_COUNT_MAX, HEADERS_MAX, REQUEST_LINE_MAX};
 use super::*;
 
 const HOST: &str = "Host: a\r\n";

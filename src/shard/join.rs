@@ -1,5 +1,6 @@
 //! From an accepted request to a member of a channel.
 
+use std::borrow::Cow;
 use std::time::Instant;
 
 use bytes::{Bytes, BytesMut};
@@ -8,6 +9,7 @@ use super::Shard;
 use super::deferred::Pending;
 use crate::bus::{BusError, BusMessage, Request, ShardId};
 use crate::feed::{Cursor, Feed, Lookup};
+use crate::http::Rejection;
 use crate::protocol::event::{ChannelName, Entry, EventId};
 use crate::protocol::frame;
 use crate::ws::connection::State;
@@ -188,10 +190,10 @@ impl Shard {
             return;
         }
         let text = match why {
-            BusError::Unavailable(_) => "no client can join now: try again, or another node".to_owned(),
-            BusError::TooManyChannels => why.to_string(),
+            BusError::Unavailable(_) => "no client can join now: try again, or another node".into(),
+            BusError::TooManyChannels => Cow::from(why.to_string()),
         };
-        self.reject(slot, &rejections::unavailable(text));
+        self.reject(slot, &Rejection::unavailable(text));
     }
 
     /// Drops a channel without members.

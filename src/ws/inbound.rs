@@ -93,3 +93,23 @@ impl Inbound {
         self.partial.as_mut().map(|partial| std::mem::take(&mut partial.unread)).unwrap_or_default()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reading_pauses_at_a_limit_and_resumes_at_half_of_it() {
+        let mut inbound = Inbound::default();
+        assert!(!inbound.pause_if_due(QUEUE_MAX) && inbound.pause_if_due(QUEUE_MAX + 1));
+        assert!(!inbound.resume_if_due(QUEUE_MAX / 2 + 1) && inbound.is_paused());
+        assert!(inbound.resume_if_due(QUEUE_MAX / 2) && !inbound.is_paused());
+        assert!(!inbound.resume_if_due(0), "it is not paused any more");
+        (0..UNANSWERED_MAX).for_each(|_| inbound.count_publish());
+        assert!(inbound.pause_if_due(0));
+        (0..UNANSWERED_MAX / 2 - 1).for_each(|_| inbound.count_answer());
+        assert!(!inbound.resume_if_due(0));
+        inbound.count_answer();
+        assert!(inbound.resume_if_due(0));
+    }
+}

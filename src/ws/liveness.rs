@@ -98,3 +98,36 @@ impl Liveness {
         Duration::from_secs(1) * self.unconfirmed.min(IN_FLIGHT_MAX) / SLOWEST_READER
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pong_confirms_what_was_written_before_its_ping() {
+        let mut liveness = Liveness::new(0);
+        assert!(!liveness.take_pong(), "no ping was sent");
+        liveness.count_written(10 * SLOWEST_READER as usize);
+        liveness.await_pong();
+        liveness.count_written(SLOWEST_READER as usize);
+        liveness.await_pong();
+        assert_eq!(liveness.reading_time(), Duration::from_secs(11));
+        assert!(liveness.take_pong() && !liveness.take_pong());
+        assert_eq!(liveness.reading_time(), Duration::from_secs(1));
+    }
+
+    #[test]
+    fn silence_counts_only_while_the_client_could_be_seen() {
+        let mut liveness = Liveness::new(0);
+        liveness.observe(false, false, 10);
+        assert_eq!(liveness.silence(10), 10);
+        liveness.observe(false, true, 20);
+        assert_eq!(liveness.silence(20), 0, "it was not read from");
+        liveness.observe(true, true, 30);
+        assert_eq!(liveness.silence(30), 0, "its socket had room until now");
+        liveness.observe(true, true, 40);
+        assert_eq!(liveness.silence(40), 10);
+        liveness.record_activity(45);
+        assert_eq!(liveness.silence(46), 1);
+    }
+}

@@ -172,3 +172,69 @@ impl SharedTails {
         (frame.clone(), end - cursor.offset)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const SLICES: usize = 4;
+
+    fn slices_of(outbox: &Outbox) -> (Vec<u8>, usize) {
+        let mut slices = [IoSlice::new(&[]); SLICES];
+        let (frames, bytes) = outbox.fill(&mut slices);
+        let content: Vec<u8> = slices[..frames].iter().flat_map(|slice| slice.to_vec()).collect();
+        assert_eq!(content.len(), bytes);
+        (content, frames)
+    }
+
+    proptest! {
+        /// Frames are written in order, a tail before all others, whatever the sizes of the writes.
+        #[test]
+        fn every_byte_is_written_once_in_order(
+            steps in prop::collection::vec((0..3u8, 1..9usize), 1..60),
+        ) {
+            let (mut outbox, mut expected, mut written) = (Outbox::default(), Vec::new(), Vec::new());
+            let mut number = 0u8;
+            let mut frame = |size: usize| {
+                number = number.wrapping_add(1);
+                Bytes::from(vec![number; size])
+            };
+            let mut is_inside = false;
+            for (step, size) in steps {
+                match step {
+                    0 => {
+                        let frame = frame(size);
+                        expected.extend_from_slice(&frame);
+                        outbox.push(frame);
+                    }
+                    // A tail is pushed only while the socket has no part of another frame.
+                    1 if !is_inside => {
+                        let frame = frame(size + 1);
+                        expected.splice(written.len()..written.len(), frame[1..].iter().copied());
+                        outbox.push_tail(Arc::new(frame), size as u32);
+                    }
+                    _ => {
+                        let (content, frames) = slices_of(&outbox);
+                        let part = size.min(content.len());
+                        written.extend_from_slice(&content[..part]);
+                        prop_assert_eq!(outbox.consume(part, frames), 0);
+                        is_inside = part < content.len();
+                    }
+                }
+                prop_assert_eq!(outbox.bytes(), expected.len() - written.len());
+                prop_assert_eq!(outbox.is_empty(), expected.len() == written.len());
+                let (own, shared) = outbox.memory();
+                prop_assert_eq!(outbox.is_empty(), own == 0 && shared.is_none());
+            }
+            while !outbox.is_empty() {
+                let (content, frames) = slices_of(&outbox);
+                written.extend_from_slice(&content);
+                // Bytes of the feed may follow in the same write.
+                prop_assert_eq!(outbox.consume(content.len() + 7, frames), 7);
+            }
+            prop_assert_eq!(written, expected);
+        }
+    }
+}

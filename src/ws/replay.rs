@@ -80,3 +80,36 @@ impl Replay {
         taken.saturating_mul(2).clamp(PART_FIRST, BURST)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_connection_takes_40_mb_a_second() {
+        const TICKS_A_SECOND: u32 = 10;
+        let mut replay = Replay::default();
+        let (mut taken, mut most) = (0, 0);
+        for tick in 0..TICKS_A_SECOND {
+            while replay.may_take(tick) {
+                let part = replay.next_part_bytes();
+                replay.count(part as u64, tick);
+                taken += part;
+                most = most.max(part);
+            }
+        }
+        let limit = TICKS_A_SECOND as usize * HISTORY_IN_TICK as usize;
+        assert!((limit..limit + TICKS_A_SECOND as usize * BURST).contains(&taken), "{taken}");
+        assert_eq!(most, BURST);
+    }
+
+    #[test]
+    fn a_slow_reader_asks_for_small_parts() {
+        let mut replay = Replay::default();
+        assert_eq!(replay.next_part_bytes(), PART_FIRST);
+        replay.count(100_000, 0);
+        assert_eq!(replay.next_part_bytes(), 200_000);
+        replay.count(1_000, 0);
+        assert_eq!(replay.next_part_bytes(), PART_FIRST);
+    }
+}

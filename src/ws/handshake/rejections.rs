@@ -3,11 +3,6 @@
 use crate::http::Rejection;
 use crate::protocol::close::CloseReason;
 
-/// The channel can't be joined now.
-pub fn unavailable(text: String) -> Rejection {
-    Rejection::new(503, text).with("Retry-After", "1")
-}
-
 /// The client has named too many new channels.
 pub fn too_many_channels() -> Rejection {
     let text = "too many new channels in a minute: join a channel that has clients, or try later";
@@ -16,7 +11,7 @@ pub fn too_many_channels() -> Rejection {
 
 /// The node is stopping. A proxy asks another node at once.
 pub fn stopping() -> Rejection {
-    unavailable("this node is stopping".into()).because(CloseReason::Draining)
+    Rejection::unavailable("this node is stopping").because(CloseReason::Draining)
 }
 
 /// The client has sent bytes after its request, before it was answered.

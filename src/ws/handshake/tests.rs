@@ -91,7 +91,7 @@ fn trusted_proxies_report_the_client() {
     let upgrade = request("/ws/a", "");
     let forward = |value: &str| request("/ws/a", &format!("X-Forwarded-For: {value}\r\n"));
     let v2 = b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0C\xC0\0\x02\x07\xC0\0\x02\x01\0\x01\0\x02";
-    for (begin, request, client) in [
+    for (preamble, request, client) in [
         (&b""[..], &upgrade, None),
         (b"", &forward("192.0.2.7"), Some("192.0.2.7")),
         (b"", &forward("192.0.2.7, 10.0.0.2"), Some("192.0.2.7")),
@@ -110,7 +110,7 @@ fn trusted_proxies_report_the_client() {
         let client = client.map_or(ConnectionSlot::Proxy, |client| {
             ConnectionSlot::Client(client.parse::<IpAddr>().unwrap().into())
         });
-        let bytes = [begin, request.as_bytes()].concat();
+        let bytes = [preamble, request.as_bytes()].concat();
         let (outcome, connection_slot) = decide_from("10.0.0.1", &bytes, &context);
         assert!(matches!(outcome, HandshakeOutcome::Join(_)), "{outcome:?}");
         assert_eq!(connection_slot, client, "{}", String::from_utf8_lossy(&bytes));
