@@ -210,7 +210,8 @@ impl Metrics {
         self.connections_rejected[at.expect("only two limits are checked before the request")].add(1);
     }
 
-    /// Turns of the accept loop and the admin thread, and ticks of each shard. One that stays the same is stuck.
+    /// Turns of the accept loop and the admin thread, and ticks of each shard. One that stays the
+    /// same is stuck.
     pub fn turns(&self) -> Vec<u64> {
         let shards = self.shards.iter().map(|shard| shard.ticks.get());
         let admin = Some(self.admin_turns.get()).filter(|turns| *turns > 0);

@@ -1,4 +1,4 @@
-//! The end of a connection.
+//! Closing connections.
 
 use super::Shard;
 use crate::http::{Rejection, Response};
@@ -30,8 +30,8 @@ impl Shard {
         let connection = &mut self.connections[slot];
         let feed = key.and_then(|key| self.channels[key].feed.as_ref());
         let is_writable = reason != CloseReason::ConnectionLost && connection.finish(feed, &mut self.tally);
-        // Nothing can cut the response to a connection over a limit short: its request has been
-        // read.
+        // The response to a connection over a limit can't be cut short by a reset: its request has
+        // been read.
         let limit = connection.connection_slot.limit_reached();
         let is_answered =
             !connection.socket.is_blocked() && limit.is_some_and(|limit| limit.reason() == reason);
@@ -80,11 +80,11 @@ impl Shard {
         Some(key)
     }
 
-    /// Has epoll report when a full socket has room again.
+    /// Registers interest in the socket being writable again.
     pub(super) fn register_writable(&mut self, slot: u32) {
         let is_new = self.connections[slot].socket.register_write();
         if is_new && self.connections.register_writable(slot).is_err() {
-            self.abort(slot); // without an event it would wait for ever
+            self.abort(slot); // without an event it would wait forever
         }
     }
 

@@ -1,4 +1,4 @@
-//! The end of the node: all connections are closed, spread over some time.
+//! The drain: all connections are closed, spread over `--drain-timeout`.
 
 use std::time::{Duration, Instant};
 

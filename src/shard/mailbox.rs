@@ -10,10 +10,10 @@ use tokio::sync::mpsc;
 use crate::bus::{BusMessage, ShardId, ShardSender};
 use crate::limits::connections::ConnectionSlot;
 
-/// What is sent to a shard, which handles it in the order sent.
+/// A message to a shard. A shard handles its messages in the order sent.
 #[derive(Debug)]
 pub enum ShardMessage {
-    /// From the bus, or from another shard in its place.
+    /// From the bus, or from another shard on its behalf.
     Bus(BusMessage),
     /// New sockets.
     Sockets(Vec<NewSocket>),
@@ -30,7 +30,7 @@ impl From<BusMessage> for ShardMessage {
     }
 }
 
-/// What a shard reads its messages from.
+/// The receiving end of a mailbox.
 pub type Inbox = mpsc::UnboundedReceiver<ShardMessage>;
 
 /// The sending ends of all mailboxes. Sending never waits: a shard empties its mailbox every turn.

@@ -1,17 +1,16 @@
-//! A shard: one loop that owns its connections, the channels that they follow, and everything that
-//! it touches for them. Its methods never wait.
+//! A shard: one loop that owns its connections, their channels and feeds. Its methods never wait.
 //!
 //! | file | content |
 //! |---|---|
-//! | [`mailbox`], `event_loop`, `runtime` | messages to a shard; the loop that waits for messages, sockets and ticks |
-//! | `connections`, `channel_table`, `channels` | connections by slot, channels by key, one channel with its members |
+//! | [`mailbox`], `event_loop`, `runtime` | messages to a shard; the loop over messages, sockets, ticks |
+//! | `connections`, `channel_table`, `channels` | connections by slot, channels by key, one channel |
 //! | `read`, `publish` | from a socket: requests, frames, messages |
 //! | `join` | from a request to a member of a channel |
 //! | `fanout`, `private`, `write` | from the feed to the sockets |
 //! | `history`, `parts` | parts of history for connections that the feed has left behind |
-//! | `timers`, `deadlines`, `liveness`, `drain` | the tick: deadlines, pings, the end of the node |
-//! | `unsent`, `partial_messages` | limits for what is kept for full sockets and incomplete messages |
-//! | `close` | the end of a connection |
+//! | `timers`, `deadlines`, `liveness`, `drain` | the tick: deadlines, pings, the drain |
+//! | `unsent`, `partial_messages` | limits on unsent frames and incomplete messages |
+//! | `close` | closing connections |
 
 use std::sync::Arc;
 use std::time::Instant;

@@ -60,7 +60,7 @@ impl Shard {
                 return self.abort(slot);
             };
             if let Some(new) = new.filter(|new| *new > 0) {
-                // A client that sends but does not read is as good as silent.
+                // A client that sends but does not read counts as idle.
                 if !connection.socket.is_blocked() {
                     connection.liveness.record_activity(self.tick);
                 }
@@ -88,7 +88,7 @@ impl Shard {
 
     fn on_end(&mut self, slot: u32) {
         match self.connections[slot].state {
-            // Without a response a proxy would take the node for dead.
+            // Without a response a proxy would consider the node dead.
             State::Request(Some(_)) => self.reject(slot, &rejections::incomplete()),
             _ => self.abort(slot),
         }
@@ -118,7 +118,7 @@ impl Shard {
                 self.respond(slot, &response, CloseReason::HttpResponse);
             }
             HandshakeOutcome::Reject(rejection) => self.reject(slot, &rejection),
-            // It waited to be accepted when the drain started.
+            // It was in the accept queue when the drain started.
             HandshakeOutcome::Join(_) if self.drain.is_some() => {
                 self.reject(slot, &rejections::stopping());
             }
