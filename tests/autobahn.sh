@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Runs cases 1 to 10 of the Autobahn test suite against fanfare's connection code (tests/autobahn/echo.rs). None may
-# fail, in behaviour or in closing. (Cases 12 and 13 test compression, which is not negotiated.) The suite needs Python
-# 2.7; without it nothing is tested. Its environment is created once, in target/autobahn.
+# Runs cases 1 to 10 of the Autobahn test suite against fanfare's connection code
+# (tests/autobahn/echo.rs). None may fail, in behaviour or in closing. (Cases 12 and 13 test
+# compression, which is not negotiated.) The suite needs Python 2.7; without it nothing is tested.
+# Its environment is created once, in target/autobahn.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -50,8 +51,8 @@ running=($!)
 trap 'kill "${running[@]}" 2>/dev/null || true' EXIT
 read -r port <"$home/run/port"
 
-# Runs the cases of each argument ("1.* 2.*") in a separate process with its own channel, all at once. Their exit codes
-# are meaningless: the results are in the reports.
+# Runs the cases of each argument ("1.* 2.*") in a separate process with its own channel, all at
+# once. Their exit codes are meaningless: the results are in the reports.
 run() {
     local suites=() cases
     for cases; do
@@ -74,13 +75,14 @@ check_reports() {
     "$home/venv/bin/python" tests/autobahn/check_reports.py "$home"/run/*/index.json
 }
 
-# Most cases wait a second for bytes that must not arrive. Those of 9 use much CPU, which would delay the others.
+# Most cases wait a second for bytes that must not arrive. Those of 9 use much CPU, which would
+# delay the others.
 run '1.* 2.* 3.* 4.*' '5.* 7.* 10.*' '6.1.* 6.2.* 6.3.* 6.4.* 6.5.* 6.6.* 6.7.* 6.8.* 6.9.*' \
     '6.10.* 6.11.* 6.12.* 6.13.* 6.14.* 6.15.* 6.16.* 6.17.* 6.18.* 6.19.* 6.20.* 6.21.* 6.22.* 6.23.*'
 run '9.*'
 if ! check_reports >"$home/run/failures"; then
-    # Many cases depend on time, and the echo of a short one may arrive in the next: what failed beside the others runs
-    # once more, alone.
+    # Many cases depend on time, and the echo of a short one may arrive in the next: what failed
+    # beside the others runs once more, alone.
     cat "$home/run/failures"
     failed=$(sed -n 's/^\([0-9.]*\): .*/\1/p' "$home/run/failures" | tr '\n' ' ')
     if [[ -n $failed ]]; then

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Runs all tests, with a real Redis, nginx and browser. Installs missing programs, builds once, and leaves no
-# process behind. Arguments go to `cargo test`: a name, or `--test bus` for one binary instead of all. A first
-# `--soak SECONDS` sets how long random faults are injected (tests/load/soak.rs, two minutes by default). SOAK_SEED=N
-# in the environment repeats the faults of an earlier run.
+# Runs all tests, with a real Redis, nginx and browser. Installs missing programs, builds once, and
+# leaves no process behind. Arguments go to `cargo test`: a name, or `--test bus` for one binary
+# instead of all. A first `--soak SECONDS` sets how long random faults are injected
+# (tests/load/soak.rs, two minutes by default). SOAK_SEED=N in the environment repeats the faults of
+# an earlier run.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH=$PATH:/usr/sbin # for nginx on Debian
@@ -37,7 +38,8 @@ LIST
 say "Installing what the examples need"
 tests/examples.sh
 
-# The tests run in their own process group, which is killed when they have ended or this script is interrupted.
+# The tests run in their own process group, which is killed when they have ended or this script is
+# interrupted.
 set -m
 tests=
 finish() {

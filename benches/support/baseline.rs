@@ -1,6 +1,6 @@
-//! The baseline: the minimum that any fan-out server must do. A minimal epoll loop accepts, upgrades,
-//! and for each event builds one frame and calls `send()` once per connection. It keeps five bytes
-//! per connection.
+//! The baseline: the minimum that any fan-out server must do. A minimal epoll loop accepts,
+//! upgrades, and for each event builds one frame and calls `send()` once per connection. It keeps
+//! five bytes per connection.
 //!
 //! It runs as a separate process (the bench starts itself again) and implements as much of
 //! WebSocket as the load clients use, so that it is measured by the same code as the server.
