@@ -106,7 +106,10 @@ impl Response {
     pub fn to_bytes(&self, keep_alive: bool) -> Bytes {
         let mut out = BytesMut::with_capacity(256 + self.body.len());
         let status = StatusCode::from_u16(self.status).expect("statuses are constants");
-        let phrase = status.canonical_reason().unwrap_or_default();
+        let phrase = match self.status {
+            413 => "Content Too Large", // RFC 9110 section 15.5.14; the crate has the older phrase
+            _ => status.canonical_reason().unwrap_or_default(),
+        };
         out.put_slice(format!("HTTP/1.1 {} {phrase}\r\n", self.status).as_bytes());
         let has_content = !matches!(self.status, 204 | 304); // RFC 9110 sections 15.3.5 and 15.4.5
         if has_content {

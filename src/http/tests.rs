@@ -165,6 +165,8 @@ fn quoted_text_can_not_break_a_response() {
     assert!(text.contains("Connection: keep-alive\r\n"));
     let empty = Response::new(304, "text/html", "x").with("ETag", "\"a\"").to_bytes(false);
     assert_eq!(&empty[..], b"HTTP/1.1 304 Not Modified\r\nConnection: close\r\nETag: \"a\"\r\n\r\n");
+    let long = Response::line(413, "too long").to_bytes(false);
+    assert!(long.starts_with(b"HTTP/1.1 413 Content Too Large\r\n"), "as in RFC 9110 section 15.5.14");
     let rejection = Rejection::new(405, "no").with("Allow", "GET");
     let text = Response::from(rejection).to_bytes(false);
     assert!(text.windows(12).any(|window| window == b"Allow: GET\r\n"));
