@@ -13,6 +13,8 @@ use crate::bus::ConnectionId;
 use crate::bus::coalesced::Coalesced;
 use crate::feed::Feed;
 use crate::protocol::event::{ChannelName, Entry};
+#[cfg(test)]
+use crate::ws::connection::State;
 use crate::ws::connection::{Membership, NONE};
 use crate::ws::outbox::SharedTails;
 use crate::ws::writer::Tally;
@@ -235,6 +237,22 @@ impl Channel {
         {
             feed.start_delivery(user);
         }
+    }
+
+    /// Panics unless members know their place, and the partly written ones are exactly those that
+    /// are listed: eviction finds no others.
+    #[cfg(test)]
+    pub fn assert_consistent(&self, connections: &ConnectionTable) {
+        for (index, slot) in self.members.iter().enumerate() {
+            let connection = &connections[*slot];
+            assert!(connection.is_open() && connection.membership.index == index as u32, "{connection:?}");
+            let number = connection.cursor().entry;
+            let is_partly_written =
+                matches!(connection.state, State::Live) && connection.is_inside_frame(self.feed());
+            assert_eq!(self.partly_written.contains(&(number, *slot)), is_partly_written, "{connection:?}");
+        }
+        let of_member = |(_, slot): &&(u64, u32)| self.members.contains(slot);
+        assert!(self.partly_written.iter().all(|listed| of_member(&listed)), "{:?}", self.partly_written);
     }
 
     pub fn has_fanout(&self) -> bool {

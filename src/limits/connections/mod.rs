@@ -353,4 +353,4 @@ fn subtract<K: Hash + Eq>(counts: &Mutex<HashMap<K, u32>>, key: &K) {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

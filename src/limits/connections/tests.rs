@@ -15,7 +15,7 @@ fn ip(text: &str) -> IpAddr {
 }
 
 /// Counted connections, those waiting to be rejected, connections by address and by user.
-fn counts(limits: &ConnectionLimits) -> [u32; 4] {
+pub(crate) fn counts(limits: &ConnectionLimits) -> [u32; 4] {
     [
         limits.connections.load(Relaxed),
         limits.rejecting.load(Relaxed),

@@ -2,11 +2,14 @@
 //! writes.
 
 use std::io::Read;
+use std::time::Duration;
 
 use proptest::prelude::*;
 use serde_json::Value;
 
+use super::super::connections::token;
 use super::testbed::{CLIENTS, Client, Mode, Testbed, masked, take_frame};
+use crate::limits::connections::tests::counts;
 use crate::protocol::event::{Entry, EventId};
 
 /// What happens next.
@@ -133,6 +136,14 @@ impl Testbed {
             Step::Fanout { writes } => self.shard.run_fanout(*writes),
             Step::Tick => self.shard.on_tick(),
         }
+        let key = self.shard.channels.key(&self.channel);
+        let members = key.map_or(0, |key| {
+            self.shard.channels[key].assert_consistent(&self.shard.connections);
+            self.shard.channels[key].members.len()
+        });
+        let slots = self.shard.connections.slots();
+        let open = slots.filter(|slot| self.shard.connections[*slot].is_open()).count();
+        prop_assert_eq!(open, members, "every open connection is a member");
         for slot in self.shard.connections.slots() {
             let connection = &self.shard.connections[slot];
             let (own, frame) = connection.unsent();
@@ -244,6 +255,30 @@ impl Testbed {
         prop_assert!(false, "at {:?} of {}", at, self.head);
         Ok(())
     }
+
+    /// Ends all connections, which frees their slots and everything counted for them, once.
+    /// `drains`: the node stops, else the clients leave.
+    fn end(mut self, drains: bool) -> Result<(), TestCaseError> {
+        if drains {
+            self.shard.on_drain(Duration::ZERO);
+        }
+        let clients = std::mem::take(&mut self.clients);
+        let slots: Vec<u32> = self.shard.connections.slots().collect();
+        drop(clients);
+        for slot in slots {
+            self.shard.on_ready(token(self.shard.connections.id(slot)), true, true, true);
+        }
+        for _ in 0..20 {
+            self.answer();
+            self.turn();
+            self.shard.on_tick();
+        }
+        prop_assert_eq!(self.shard.connections.len(), 0);
+        prop_assert_eq!(counts(&self.limits), [0; 4], "connections, rejections, addresses, users");
+        prop_assert_eq!(self.shard.metrics().closed.get(), self.accepted);
+        prop_assert!(!self.shard.has_deferred() && self.requests.is_empty());
+        Ok(())
+    }
 }
 
 proptest! {
@@ -253,11 +288,15 @@ proptest! {
     /// the gap. A ping carries a position up to which the client has all of its events, and no
     /// later ping carries an earlier one.
     #[test]
-    fn positions_hold_at_their_place_on_the_wire(steps in prop::collection::vec(step(), 1..400)) {
+    fn positions_hold_at_their_place_on_the_wire(
+        steps in prop::collection::vec(step(), 1..400),
+        drains: bool,
+    ) {
         let mut testbed = Testbed::new();
         for step in &steps {
             testbed.run(step)?;
         }
         testbed.settle()?;
+        testbed.end(drains)?;
     }
 }

@@ -55,7 +55,9 @@ pub struct Client {
 pub struct Testbed {
     pub shard: Shard,
     pub requests: mpsc::UnboundedReceiver<Request>,
-    limits: Arc<ConnectionLimits>,
+    pub limits: Arc<ConnectionLimits>,
+    /// Sockets that the shard got.
+    pub accepted: u64,
     pub channel: ChannelName,
     pub clients: Vec<Client>,
     pub base: u64,
@@ -75,6 +77,7 @@ impl Testbed {
             "--max-message-size=4KiB",
             "--buffer-memory=8KiB",
             "--max-message-rate=0",
+            "--max-connections-per-user=1000",
             "--ping-interval=1s",
             "--ping-timeout=1h",
             "--ping-format=both",
@@ -87,6 +90,7 @@ impl Testbed {
             shard,
             requests: single.asked,
             limits: single.limits,
+            accepted: 0,
             channel: ChannelName::parse("c").expect("a name"),
             clients: Vec::new(),
             base: 1000,
@@ -112,6 +116,7 @@ impl Testbed {
         SockRef::from(&theirs).set_send_buffer_size(4 << 10).expect("a socket");
         let theirs = std::net::TcpStream::from(OwnedFd::from(theirs));
         let connection_slot = self.limits.acquire(Ipv4Addr::LOCALHOST.into()).expect("there is room");
+        self.accepted += 1;
         self.shard
             .handle_message(ShardMessage::Sockets(vec![(TcpStream::from_std(theirs), connection_slot)]));
         let (user, mode) = CLIENTS[number];
@@ -133,7 +138,7 @@ impl Testbed {
     pub fn turn(&mut self) {
         self.ready(0, usize::MAX);
         self.shard.run_deferred();
-        self.shard.free_discarded();
+        self.shard.end_turn();
     }
 
     /// Some of the sockets are ready.
