@@ -90,7 +90,7 @@ pub struct ShardMetrics {
     /// Ticks, ten a second while the shard is alive. Read by the watchdog alone.
     pub ticks: Counter,
     pub upgraded: Counter,
-    /// Indexed by [`CloseReason`](crate::protocol::close::CloseReason).
+    /// Indexed by [`CloseReason`].
     pub closed_by_reason: [Counter; REASONS],
     /// Events of which the last byte was written to a socket.
     pub events_delivered: Counter,
