@@ -244,7 +244,7 @@ async fn respond(head: &Head<'_>, body: &[u8], shared: &Shared) -> Result<Respon
         }
     };
     if !allowed.split(", ").any(|method| method == head.method) {
-        return Err(Rejection::new(405, format!("{} allows {allowed}", head.path)).with("Allow", allowed));
+        return Err(Rejection::new(405, format!("{} accepts {allowed}", head.path)).with("Allow", allowed));
     }
     let metrics = &shared.context.metrics;
     Ok(match head.path {

@@ -70,10 +70,13 @@ impl EventLoop {
                 }
             }
             self.events.clear();
-            if polls_sockets {
-                match self.sockets.get_mut().poll(&mut self.events, Some(Duration::ZERO)) {
-                    Err(error) if error.kind() != io::ErrorKind::Interrupted => return Err(error),
-                    _ => {}
+            let mut interrupted = false;
+            if polls_sockets
+                && let Err(error) = self.sockets.get_mut().poll(&mut self.events, Some(Duration::ZERO))
+            {
+                interrupted = error.kind() == io::ErrorKind::Interrupted;
+                if !interrupted {
+                    return Err(error);
                 }
             }
             let shard = &mut self.shard;
@@ -93,7 +96,7 @@ impl EventLoop {
                 shard.on_ready(event.token(), event.is_readable() || end, event.is_writable(), end);
                 shard.maybe_run_fanout(done);
             }
-            has_more_events = done == EVENTS;
+            has_more_events = interrupted || done >= EVENTS;
             shard.run_deferred();
             shard.record_latencies(Instant::now());
             if ticked {

@@ -41,7 +41,7 @@ impl Socket {
         self.is_blocked = false;
     }
 
-    /// Notes that epoll is told to report room. Returns whether it was not before.
+    /// Records the registration for writability. Returns whether it is new.
     pub fn register_write(&mut self) -> bool {
         !std::mem::replace(&mut self.is_write_registered, true)
     }
