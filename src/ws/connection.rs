@@ -80,11 +80,11 @@ pub struct Connection {
     pub(super) progress: Progress,
 }
 
-/// A node with 100,000 idle connections has 100,000 of them. In debug builds mio's sockets are
+/// The memory of a node with idle connections is mostly this. In debug builds sockets of mio are
 /// larger.
 const _: () = assert!(
     size_of::<Connection>() <= 176 + (size_of::<TcpStream>() - size_of::<i32>()).next_multiple_of(8),
-    "the memory of an idle connection is a headline number"
+    "no connection takes more than 176 bytes"
 );
 
 impl Connection {

@@ -41,8 +41,8 @@ pub struct HandshakeContext {
 }
 
 impl HandshakeContext {
-    /// Whether a connection to a loopback listener is from this machine's own clients. A trusted
-    /// proxy is not: it may forward requests for other hosts.
+    /// Whether a connection came to a loopback listener, and not from a trusted proxy, which may
+    /// forward requests for other hosts.
     pub fn is_loopback(&self, stream: &mio::net::TcpStream) -> bool {
         let to_loopback = || stream.local_addr().is_ok_and(|addr| self.loopback.contains(&addr));
         let from_proxy = || stream.peer_addr().is_ok_and(|peer| self.limits.trusts(peer.ip()));
