@@ -37,13 +37,11 @@
 //!
 //! **Order and continuity**
 //!
-//! - Only the bus assigns ids, each once. On this node only [`bus::sequence`] decides which event
-//!   comes next.
+//! - Only the bus assigns ids. On this node only [`bus::sequence`] decides which event is next.
 //! - [`bus::is_continuous`] is the one rule for joins, gaps and pages: continuity is never guessed.
 //! - Pub/Sub may lose messages. A lost message is a gap, and gaps are read from the stream.
 //! - A client's `lastEventId` is a claim. It never counts as an id that this node has seen.
-//! - A client joins its channel in the same turn of its shard in which its `welcome` reads the
-//!   head.
+//! - A client joins its channel in the turn of its shard in which its `welcome` reads the head.
 //! - A publish is rejected only if it was certainly not stored; otherwise the answer is `unknown`.
 //!   Calls to Redis have numbers, and a number is never used for other events.
 //!
@@ -67,27 +65,15 @@
 extern crate self as fanfare; // for the files that unit and integration tests share
 
 pub mod protocol;
-
 pub mod http;
-
 pub mod config;
-
 pub mod auth;
-
 pub mod metrics;
-
 pub mod limits;
-
 pub mod feed;
-
 pub mod ws;
-
 pub mod bus;
-
 pub mod shard;
-
 pub mod admin;
-
 pub mod node;
-
 pub mod cli;
