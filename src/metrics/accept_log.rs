@@ -1,15 +1,11 @@
 //! Failures to accept a connection, logged at most once a minute.
 
-use std::io::{Error, ErrorKind};
-use std::time::{Duration, Instant};
+use std::io::Error;
+use std::time::Instant;
 
-/// Least time between two log lines.
-const WARN_EVERY: Duration = Duration::from_secs(60);
+use rustix::io::Errno;
 
-/// Error numbers that std has no kind for (errno(3)).
-const ENFILE: i32 = 23;
-const EMFILE: i32 = 24;
-const ENOBUFS: i32 = 105;
+use crate::metrics::WarningLimit;
 
 /// Logs the failures of one kind of listener.
 #[derive(Debug)]
@@ -17,24 +13,21 @@ pub struct AcceptLog {
     listener: &'static str,
     /// Set while accepts fail: whether that was logged.
     failing: Option<bool>,
-    /// When a failure was last logged.
-    logged: Option<Instant>,
+    warnings: WarningLimit,
 }
 
 impl AcceptLog {
     /// `listener` is a field of each line: `public` or `admin`.
     pub fn new(listener: &'static str) -> AcceptLog {
-        AcceptLog { listener, failing: None, logged: None }
+        AcceptLog { listener, failing: None, warnings: WarningLimit::default() }
     }
 
     /// Logs a failed accept; `effect` says what happens to the clients.
     pub fn failed(&mut self, error: &Error, effect: &str) {
         if self.failing.is_none() {
-            let now = Instant::now();
-            let log = self.logged.is_none_or(|last| now - last >= WARN_EVERY);
+            let log = self.warnings.is_due(Instant::now());
             if log {
                 tracing::warn!(%error, listener = self.listener, "accept failed, {effect}: {}", remedy(error));
-                self.logged = Some(now);
             }
             self.failing = Some(log);
         }
@@ -50,11 +43,10 @@ impl AcceptLog {
 
 /// What to do about a failed accept (accept(2)).
 fn remedy(error: &Error) -> &'static str {
-    match error.raw_os_error() {
-        Some(EMFILE) => "raise the limit on open files (LimitNOFILE)",
-        Some(ENFILE) => "raise the host's limit on open files (fs.file-max)",
-        Some(ENOBUFS) => "the kernel is out of memory for sockets: lower --max-connections or add memory",
-        _ if error.kind() == ErrorKind::OutOfMemory => {
+    match Errno::from_io_error(error) {
+        Some(Errno::MFILE) => "raise the limit on open files (LimitNOFILE)",
+        Some(Errno::NFILE) => "raise the host's limit on open files (fs.file-max)",
+        Some(Errno::NOBUFS | Errno::NOMEM) => {
             "the kernel is out of memory for sockets: lower --max-connections or add memory"
         }
         _ => "see accept(2)",

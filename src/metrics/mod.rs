@@ -16,10 +16,12 @@ mod readiness;
 pub mod rejections;
 mod render;
 mod table;
+mod warning_limit;
 
 pub use accept_log::AcceptLog;
 pub use histogram::Histogram;
 pub use readiness::Readiness;
+pub use warning_limit::{WARN_INTERVAL, WarningLimit};
 
 /// A number that only rises. Relaxed: numbers are read one by one.
 #[derive(Debug, Default)]

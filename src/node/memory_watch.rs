@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use crate::config::cgroup::{self, Groups};
 use crate::config::{Settings, memory_held, show_size};
-use crate::metrics::Metrics;
+use crate::metrics::{Metrics, WarningLimit};
 
 /// Connections admitted between two measurements: idle, 64 of them take at most 256 KiB.
 const ADMITTED_MAX: u32 = 64;
@@ -20,9 +20,6 @@ const PRESSURE_MAX: u32 = 4;
 
 /// Measurements in a row with enough memory until buffers may grow again.
 const CALM_MIN: u32 = 50;
-
-/// Least time between two log lines.
-const WARN_EVERY: Duration = Duration::from_secs(60);
 
 /// The accept loop asks it before it admits a connection.
 #[derive(Debug)]
@@ -43,7 +40,7 @@ pub struct MemoryWatch {
     has_room: bool,
     /// Measurements with enough memory since the pressure changed.
     calm: u32,
-    warned: Option<Instant>,
+    warnings: WarningLimit,
 }
 
 impl MemoryWatch {
@@ -60,7 +57,7 @@ impl MemoryWatch {
             admitted: 0,
             has_room: true,
             calm: 0,
-            warned: None,
+            warnings: WarningLimit::default(),
         }
     }
 
@@ -97,8 +94,7 @@ impl MemoryWatch {
         self.metrics.readiness.set_memory_short(!self.has_room);
         self.adjust_pressure(in_groups < self.spare / 2 || in_machine < self.spare / 4);
         let pressure = self.metrics.readiness.memory_pressure();
-        if (!self.has_room || pressure > 0) && self.warned.is_none_or(|last| now - last >= WARN_EVERY) {
-            self.warned = Some(now);
+        if (!self.has_room || pressure > 0) && self.warnings.is_due(now) {
             tracing::warn!(
                 available = show_size(in_groups.min(in_machine)),
                 buffers_may_grow_by = show_size(growth),

@@ -2,14 +2,12 @@
 //! repetitions are not logged.
 
 use std::collections::HashMap;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use super::errors::FAULT;
+use crate::metrics::WARN_INTERVAL;
 
-/// Least time between two lines about one fault.
-const LOG_INTERVAL: Duration = Duration::from_secs(60);
-
-/// Most faults logged within [`LOG_INTERVAL`]. More than that have one cause, and would only fill
+/// Most faults logged within [`WARN_INTERVAL`]. More than that have one cause, and would only fill
 /// the log.
 const LOGGED_MAX: usize = 20;
 
@@ -27,7 +25,7 @@ impl FaultLog {
 
     fn due<'a>(&mut self, error: &'a str, now: Instant) -> Option<&'a str> {
         let text = error.strip_prefix(FAULT)?;
-        self.0.retain(|_, logged| now.saturating_duration_since(*logged) < LOG_INTERVAL);
+        self.0.retain(|_, logged| now.saturating_duration_since(*logged) < WARN_INTERVAL);
         if self.0.contains_key(text) || self.0.len() >= LOGGED_MAX {
             return None;
         }
@@ -46,10 +44,10 @@ mod tests {
         let start = Instant::now();
         let fault = |n: usize| format!("{FAULT}p:{{{n}}}:meta: x");
         assert_eq!(log.due(&fault(0), start), Some("p:{0}:meta: x"));
-        assert_eq!(log.due(&fault(0), start + LOG_INTERVAL / 2), None);
-        assert_eq!(log.due(&fault(0), start + LOG_INTERVAL), Some("p:{0}:meta: x"));
+        assert_eq!(log.due(&fault(0), start + WARN_INTERVAL / 2), None);
+        assert_eq!(log.due(&fault(0), start + WARN_INTERVAL), Some("p:{0}:meta: x"));
         assert_eq!(log.due("READONLY You can't write", start), None);
-        let logged = (1..1000).filter(|n| log.due(&fault(*n), start + LOG_INTERVAL).is_some()).count();
+        let logged = (1..1000).filter(|n| log.due(&fault(*n), start + WARN_INTERVAL).is_some()).count();
         assert_eq!(logged, LOGGED_MAX - 1);
     }
 }

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use fred::types::{Message, Value};
 use tokio::sync::broadcast::error::RecvError;
@@ -14,6 +14,7 @@ use super::scripts::ReadRange;
 use super::settings::Topic;
 use super::{Bus, Outcome, advice, decode, scripts};
 use crate::bus::{BusError, BusMessage, Page, ShardId, ShardSender};
+use crate::metrics::WarningLimit;
 use crate::protocol::event::{ChannelName, Entry, EventId, Kind};
 use crate::protocol::ingest;
 
@@ -22,9 +23,6 @@ const FILL_EVENTS: u64 = 1024;
 
 /// About how many bytes such a read returns: Redis executes nothing else meanwhile.
 const FILL_BYTES: usize = 1 << 20;
-
-/// Least time between two warnings of one kind.
-const WARN_INTERVAL: Duration = Duration::from_secs(60);
 
 /// Why a channel is read.
 #[derive(Clone, Copy, Debug)]
@@ -64,20 +62,6 @@ impl Subscriptions {
     fn next_confirmed(&mut self, ticket: u64) -> Option<(u64, ChannelName)> {
         let is_confirmed = self.starting.front().is_some_and(|(own, _)| *own <= ticket);
         is_confirmed.then(|| self.starting.pop_front()).flatten()
-    }
-}
-
-/// Limits the warnings of one kind to one per [`WARN_INTERVAL`].
-#[derive(Debug, Default)]
-struct WarningLimit(Option<Instant>);
-
-impl WarningLimit {
-    fn is_due(&mut self) -> bool {
-        let due = self.0.is_none_or(|last| last.elapsed() > WARN_INTERVAL);
-        if due {
-            self.0 = Some(Instant::now());
-        }
-        due
     }
 }
 
@@ -221,7 +205,7 @@ impl Bus {
         let Some(sequence) = &followed.sequence else { return };
         if text.len() > self.handles.settings.max_message_size {
             self.handles.metrics.oversized.add(1);
-            if self.subscriptions.oversized.is_due() {
+            if self.subscriptions.oversized.is_due(Instant::now()) {
                 tracing::warn!(
                     channel = %name, bytes = text.len(),
                     "dropped Pub/Sub message longer than --max-message-size"
@@ -231,7 +215,7 @@ impl Bus {
         }
         let Some(shown) = ingest::plain(text) else { return };
         if let Some(error) = shown.fault
-            && self.subscriptions.not_json.is_due()
+            && self.subscriptions.not_json.is_due(Instant::now())
         {
             tracing::warn!(channel = %name, "sent Pub/Sub message as text: {error}");
         }
