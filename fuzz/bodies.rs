@@ -126,20 +126,15 @@ pub fn request(mut data: &[u8]) {
                 assert!(check_response(&Response::from(rejection).to_bytes(false)) >= 400);
             }
             HandshakeOutcome::Join(join) => {
-                assert!(
-                    is_user_id(&join.session.user) && ChannelName::parse(join.channel.as_str()).is_some()
-                );
+                assert!(is_user_id(&join.client.user) && ChannelName::parse(join.channel.as_str()).is_some());
                 assert_eq!(check_response(&join.response), 101);
             }
         }
     }
     match (&whole, &split) {
         (HandshakeOutcome::Join(whole), HandshakeOutcome::Join(split)) => {
-            assert_eq!((&whole.session.user, &whole.channel), (&split.session.user, &split.channel));
-            assert_eq!(
-                (whole.last_seen, whole.session.json_mode),
-                (split.last_seen, split.session.json_mode)
-            );
+            assert_eq!((&whole.client.user, &whole.channel), (&split.client.user, &split.channel));
+            assert_eq!((whole.last_seen, whole.client.json_mode), (split.last_seen, split.client.json_mode));
         }
         (HandshakeOutcome::Join(_), other) => panic!("good whole, and in pieces {other:?}"),
         (HandshakeOutcome::Incomplete(_), other) => {
@@ -304,11 +299,11 @@ pub fn bus(mut data: &[u8]) {
             }
         }
         5 => {
-            if let Some(ingest::PlainEvent { event, .. }) = ingest::plain(data) {
+            if let Some(ingest::ExternalEvent { event, .. }) = ingest::external(data) {
                 assert!(!event.contains(['\n', '\r']), "{event}");
                 assert!(serde_json::from_str::<Value>(&event).is_ok(), "{event}");
                 assert!(event.starts_with('{') && event.ends_with('}'), "{event}");
-                check_entry_raw(&Entry::plain(EventId(1), event.as_bytes()));
+                check_entry_raw(&Entry::without_id(EventId(1), event.as_bytes()));
             }
         }
         6 => {

@@ -252,9 +252,9 @@ async fn respond(head: &Head<'_>, body: &[u8], shared: &Shared) -> Result<Respon
         "/metrics" => Response::new(200, "text/plain; version=0.0.4; charset=utf-8", metrics.prometheus()),
         "/stats" => Response::json(200, &metrics.stats_json()),
         "/healthz" => Response::line(200, "ok"),
-        _ => match metrics.readiness.trouble() {
+        _ => match metrics.readiness.not_ready_reason() {
             None => Response::line(200, "ready"),
-            Some(trouble) => Response::line(503, &trouble).with("Retry-After", "1"),
+            Some(reason) => Response::line(503, &reason).with("Retry-After", "1"),
         },
     })
 }

@@ -19,7 +19,7 @@ pub mod reads;
 pub mod redis;
 pub mod sequence;
 
-pub use self::page::{PAGE, Page, SHARED_BYTES, is_continuous, is_gone, page_start};
+pub use self::page::{BLOCK, Page, SHARED_BYTES, block_start, is_continuous, is_gone};
 
 /// Index of a shard of this node.
 pub type ShardId = usize;

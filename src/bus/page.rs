@@ -2,27 +2,27 @@
 
 use crate::protocol::event::{Entry, EventId};
 
-/// Ids in one page of history. Pages start at multiples of it.
-pub const PAGE: u64 = 256;
+/// Ids in one block of history. Blocks start at multiples of it. Readers in one block share reads.
+pub const BLOCK: u64 = 256;
 
-/// Most bytes of events before the position asked for. They are read from the start of the page, so
-/// that other readers of the page can use the same answer.
+/// Most bytes of events before the position asked for. They are read from the start of the block, so
+/// that other readers of the block can use the same page.
 pub const SHARED_BYTES: usize = 64 * 1024;
 
-/// The position before the page that holds the event after `position`.
-pub fn page_start(position: EventId) -> EventId {
+/// The position before the block that holds the event after `position`.
+pub fn block_start(position: EventId) -> EventId {
     let first = position.next().0;
-    EventId(first - first % PAGE).previous()
+    EventId(first - first % BLOCK).previous()
 }
 
-/// A page of history or a part of it, all from one moment.
+/// Events of one block of history, all read at one moment.
 ///
 /// `entries` holds the events after `after` that history has, in order and consecutive, private
-/// ones among them. The first of the page are missing if history was trimmed. The last are missing
-/// if the head is inside the page, or if the size asked for was reached, after at least one event.
+/// ones among them. The first of the block are missing if history was trimmed. The last are missing
+/// if the head is inside the block, or if the size asked for was reached, after at least one event.
 #[derive(Clone, Debug)]
 pub struct Page {
-    /// The position asked for, or an earlier one of the same page.
+    /// The position asked for, or an earlier one of the same block.
     pub after: EventId,
     /// The first position of the epoch: no position before it is continuous with what follows.
     pub base: EventId,

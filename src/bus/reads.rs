@@ -1,10 +1,10 @@
-//! Readers that wait for pages of history. Readers of one page share a read, reads start in the
+//! Readers that wait for pages of history. Readers of one block share a read, reads start in the
 //! order of their requests, and the bytes in flight are limited. Each shard has one of these, and
 //! the Redis bus.
 
 use std::collections::{BTreeMap, VecDeque};
 
-use super::page::page_start;
+use super::page::block_start;
 use crate::protocol::event::EventId;
 
 /// A read to start.
@@ -24,7 +24,7 @@ struct WaitingReader<R> {
     bytes: usize,
 }
 
-/// The readers of one page.
+/// The readers of one block.
 #[derive(Debug)]
 struct Readers<R> {
     /// In the order of their requests.
@@ -33,15 +33,15 @@ struct Readers<R> {
     in_flight: Option<(EventId, usize)>,
 }
 
-/// Waiting readers, by channel and page.
+/// Waiting readers, by channel and block.
 ///
-/// A read is always for the reader that has waited longest for its page, and its answer serves that
-/// reader. So a reader is served after at most as many reads as readers of its page came before it,
-/// however small the parts of a page are and however soon they are dropped.
+/// A read is always for the reader that has waited longest in its block, and its answer serves that
+/// reader. So a reader is served after at most as many reads as readers of its block came before it,
+/// however small the pages are and however soon they are dropped.
 #[derive(Debug)]
 pub struct Reads<C, R> {
-    pages: BTreeMap<(C, EventId), Readers<R>>,
-    /// Pages without a read in flight, in the order of their turns.
+    blocks: BTreeMap<(C, EventId), Readers<R>>,
+    /// Blocks without a read in flight, in the order of their turns.
     queue: VecDeque<(C, EventId)>,
     /// Number of reads in flight.
     started: usize,
@@ -54,13 +54,13 @@ pub struct Reads<C, R> {
 impl<C: Clone + Ord, R> Reads<C, R> {
     /// One event has at most `longest_event` bytes.
     pub fn new(longest_event: usize) -> Reads<C, R> {
-        Reads { pages: BTreeMap::new(), queue: VecDeque::new(), started: 0, reserved: 0, longest_event }
+        Reads { blocks: BTreeMap::new(), queue: VecDeque::new(), started: 0, reserved: 0, longest_event }
     }
 
     /// Adds a reader of about `bytes` bytes after its position.
     pub fn wait(&mut self, channel: C, position: EventId, bytes: usize, reader: R) {
-        let key = (channel, page_start(position));
-        let readers = self.pages.entry(key.clone()).or_insert_with(|| {
+        let key = (channel, block_start(position));
+        let readers = self.blocks.entry(key.clone()).or_insert_with(|| {
             self.queue.push_back(key);
             Readers { waiting: VecDeque::new(), in_flight: None }
         });
@@ -72,10 +72,10 @@ impl<C: Clone + Ord, R> Reads<C, R> {
     pub fn start(&mut self, limit: usize, stays: impl Fn(&R) -> bool) -> Option<Read<C>> {
         while self.started == 0 || self.reserved < limit {
             let key = self.queue.pop_front()?;
-            let readers = self.pages.get_mut(&key).expect("each queued page has readers");
+            let readers = self.blocks.get_mut(&key).expect("each queued block has readers");
             readers.waiting.retain(|waiting| stays(&waiting.reader));
             let Some(WaitingReader { position, bytes, .. }) = readers.waiting.front() else {
-                self.pages.remove(&key);
+                self.blocks.remove(&key);
                 continue;
             };
             let (position, bytes) = (*position, *bytes);
@@ -96,32 +96,32 @@ impl<C: Clone + Ord, R> Reads<C, R> {
         position: EventId,
         covers: impl Fn(EventId) -> bool,
     ) -> Vec<(R, EventId)> {
-        let key = (channel, page_start(position));
+        let key = (channel, block_start(position));
         let Some(waiting) = self.finish(&key, position) else { return Vec::new() };
         let (served, left): (VecDeque<_>, VecDeque<_>) =
             waiting.into_iter().partition(|waiting| waiting.position == position || covers(waiting.position));
         if !left.is_empty() {
             self.queue.push_back(key.clone());
-            self.pages.insert(key, Readers { waiting: left, in_flight: None });
+            self.blocks.insert(key, Readers { waiting: left, in_flight: None });
         }
         served.into_iter().map(|waiting| (waiting.reader, waiting.position)).collect()
     }
 
-    /// Removes and returns all readers of a page whose read failed.
+    /// Removes and returns all readers of a block whose read failed.
     pub fn fail(&mut self, channel: C, position: EventId) -> Vec<(R, EventId)> {
-        let waiting = self.finish(&(channel, page_start(position)), position).unwrap_or_default();
+        let waiting = self.finish(&(channel, block_start(position)), position).unwrap_or_default();
         waiting.into_iter().map(|waiting| (waiting.reader, waiting.position)).collect()
     }
 
     /// Ends the read in flight for this position. `None` if its channel was removed meanwhile.
     fn finish(&mut self, key: &(C, EventId), position: EventId) -> Option<VecDeque<WaitingReader<R>>> {
-        let (in_flight, reserved) = self.pages.get(key)?.in_flight?;
+        let (in_flight, reserved) = self.blocks.get(key)?.in_flight?;
         if in_flight != position {
             return None;
         }
         self.started -= 1;
         self.reserved -= reserved;
-        self.pages.remove(key).map(|readers| readers.waiting)
+        self.blocks.remove(key).map(|readers| readers.waiting)
     }
 
     /// Whether a channel has waiting readers.
@@ -132,7 +132,7 @@ impl<C: Clone + Ord, R> Reads<C, R> {
     /// Removes a channel and its readers.
     pub fn forget(&mut self, channel: &C) {
         for key in self.keys(channel).cloned().collect::<Vec<_>>() {
-            let readers = self.pages.remove(&key);
+            let readers = self.blocks.remove(&key);
             match readers.and_then(|readers| readers.in_flight) {
                 Some((_, reserved)) => {
                     self.started -= 1;
@@ -145,6 +145,6 @@ impl<C: Clone + Ord, R> Reads<C, R> {
 
     fn keys(&self, channel: &C) -> impl Iterator<Item = &(C, EventId)> {
         let first = (channel.clone(), EventId(0));
-        self.pages.range(first..).map(|(key, _)| key).take_while(move |key| key.0 == *channel)
+        self.blocks.range(first..).map(|(key, _)| key).take_while(move |key| key.0 == *channel)
     }
 }

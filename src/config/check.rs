@@ -40,8 +40,8 @@ impl Settings {
 
     fn check_channels(&self, input: &mut Input) {
         let own = format!("{}:", self.redis_prefix);
-        let mut plain = self.pubsub_channels.iter();
-        if let Some(channel) = plain.find(|channel| channel.as_str().starts_with(&own)) {
+        let mut pubsub = self.pubsub_channels.iter();
+        if let Some(channel) = pubsub.find(|channel| channel.as_str().starts_with(&own)) {
             let problem =
                 format!("{channel} is one of the node's own Redis channels, which start with {own}");
             input.conflict("pubsub-channels", problem);

@@ -58,12 +58,12 @@ pub struct Feed {
     /// The number after the last evicted entry for all subscribers; 0: none was evicted.
     evicted_public: u64,
     /// The number after the last evicted event without id.
-    evicted_plain: u64,
+    evicted_without_id: u64,
     entries: VecDeque<Entry>,
     /// Numbers of the entries for all subscribers that are replayed: events and reset marks.
     public: VecDeque<u64>,
     /// Numbers of the events without id.
-    plain: VecDeque<u64>,
+    without_id: VecDeque<u64>,
     /// Private entries by the hash of their user, then by number.
     private: BTreeSet<(u64, u64)>,
     hasher: RandomState,
@@ -82,10 +82,10 @@ impl Feed {
             position,
             start: 0,
             evicted_public: 0,
-            evicted_plain: 0,
+            evicted_without_id: 0,
             entries: VecDeque::new(),
             public: VecDeque::new(),
-            plain: VecDeque::new(),
+            without_id: VecDeque::new(),
             private: BTreeSet::new(),
             hasher: RandomState::new(),
             undelivered: HashMap::new(),
@@ -102,7 +102,7 @@ impl Feed {
     /// Entries after the last reset, oldest first, without the events that have no id.
     pub fn recent(&self) -> impl Iterator<Item = &Entry> {
         let first = self.entries.partition_point(|entry| entry.last <= self.base);
-        self.entries.range(first..).filter(|entry| entry.kind != Kind::Plain)
+        self.entries.range(first..).filter(|entry| entry.kind != Kind::WithoutId)
     }
 
     /// The first position of the epoch: none before it is continuous with what follows.
@@ -152,7 +152,7 @@ impl Feed {
         let number = self.end();
         match &entry.kind {
             Kind::Events | Kind::Reset => self.public.push_back(number),
-            Kind::Plain => self.plain.push_back(number),
+            Kind::WithoutId => self.without_id.push_back(number),
             Kind::Private(user) => {
                 self.private.insert((self.hasher.hash_one(&**user), number));
             }
@@ -175,10 +175,10 @@ impl Feed {
                 self.public.pop_front();
                 self.evicted_public = self.start;
             }
-            Kind::Plain => {
-                self.plain.pop_front();
+            Kind::WithoutId => {
+                self.without_id.pop_front();
                 self.evicted_public = self.start;
-                self.evicted_plain = self.start;
+                self.evicted_without_id = self.start;
             }
             Kind::Private(user) => {
                 self.private.remove(&(self.hasher.hash_one(&**user), number));
@@ -226,8 +226,8 @@ impl Feed {
     }
 
     /// Whether an event without id was evicted that came at `number` or later.
-    pub fn has_evicted_plain(&self, number: u64) -> bool {
-        number < self.evicted_plain
+    pub fn has_evicted_without_id(&self, number: u64) -> bool {
+        number < self.evicted_without_id
     }
 
     /// The number of the first entry from `number` on that is for this reader.
@@ -237,9 +237,9 @@ impl Feed {
             return Some(number);
         }
         let public = first_from(&self.public, number);
-        let plain = first_from(&self.plain, number.max(reader.live_from));
+        let without_id = first_from(&self.without_id, number.max(reader.live_from));
         let private = self.next_private(number, reader);
-        [public, plain, private].into_iter().flatten().min()
+        [public, without_id, private].into_iter().flatten().min()
     }
 
     fn next_private(&self, number: u64, reader: Reader<'_>) -> Option<u64> {
@@ -259,7 +259,7 @@ fn is_for(entry: &Entry, number: u64, reader: Reader<'_>) -> bool {
     match &entry.kind {
         Kind::Events | Kind::Reset => true,
         Kind::Private(user) => &**user == reader.user,
-        Kind::Plain => number >= reader.live_from,
+        Kind::WithoutId => number >= reader.live_from,
     }
 }
 

@@ -80,7 +80,7 @@ fn remembers_evictions_during_a_private_fan_out() {
 #[test]
 fn events_without_id_are_not_replayed() {
     let mut feed = Feed::new(EventId(1), EventId(1));
-    feed.append(Entry::plain(EventId(1), b"{}"));
+    feed.append(Entry::without_id(EventId(1), b"{}"));
     feed.append(event(2));
     assert_eq!(feed.next_for(0, Reader { live_from: 2, ..reader("alice") }), Some(1));
     assert_eq!(feed.next_for(0, reader("alice")), Some(0));
@@ -105,7 +105,7 @@ proptest! {
                     feed.append(private(next, "alice"));
                     mine.push(next);
                 }
-                2 => feed.append(Entry::plain(feed.position(), b"{}")),
+                2 => feed.append(Entry::without_id(feed.position(), b"{}")),
                 _ => {
                     feed.append(events(next, count));
                     mine.extend(next..next + count);
@@ -147,7 +147,7 @@ proptest! {
                 0 | 1 => feed.append(private(next, "alice")),
                 2 | 3 => feed.append(private(next, "bob")),
                 4 => feed.append(event(next)),
-                5 => feed.append(Entry::plain(feed.position(), b"{}")),
+                5 => feed.append(Entry::without_id(feed.position(), b"{}")),
                 6 => feed.append(Entry::reset(EventId(next))),
                 _ => drop(feed.evict()),
             }
@@ -163,6 +163,6 @@ proptest! {
             }
         }
         while feed.evict().is_some() {}
-        prop_assert!(feed.public.is_empty() && feed.plain.is_empty() && feed.private.is_empty());
+        prop_assert!(feed.public.is_empty() && feed.without_id.is_empty() && feed.private.is_empty());
     }
 }

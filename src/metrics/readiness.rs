@@ -8,7 +8,7 @@ pub struct Readiness {
     draining: AtomicBool,
     memory_pressure: AtomicU32,
     memory_short: AtomicBool,
-    bus_trouble: Mutex<Option<String>>,
+    bus_problem: Mutex<Option<String>>,
 }
 
 impl Readiness {
@@ -20,8 +20,8 @@ impl Readiness {
     }
 
     /// `None` when the bus works, else why it does not.
-    pub fn set_bus(&self, trouble: Option<String>) {
-        *self.bus_trouble.lock().expect("nothing panics while holding it") = trouble;
+    pub fn set_bus(&self, problem: Option<String>) {
+        *self.bus_problem.lock().expect("nothing panics while holding it") = problem;
     }
 
     /// Marks the node as stopping. Clients that still come are accepted until the drain starts.
@@ -54,10 +54,10 @@ impl Readiness {
     }
 
     /// `None` when ready, else the reason in a few words.
-    pub fn trouble(&self) -> Option<String> {
+    pub fn not_ready_reason(&self) -> Option<String> {
         if self.is_draining() {
             return Some("this node is stopping".into());
         }
-        self.bus_trouble.lock().expect("nothing panics while holding it").clone()
+        self.bus_problem.lock().expect("nothing panics while holding it").clone()
     }
 }

@@ -102,12 +102,12 @@ impl Metrics {
     /// [`Metrics::prometheus`] does.
     pub fn stats_json(&self) -> String {
         let view = self.view();
-        let trouble = self.readiness.trouble();
+        let reason = self.readiness.not_ready_reason();
         let mut stats = json!({
             "version": env!("CARGO_PKG_VERSION"),
             "uptime_seconds": self.started.elapsed().as_secs(),
-            "ready": trouble.is_none(),
-            "trouble": trouble,
+            "ready": reason.is_none(),
+            "not_ready_reason": reason,
         });
         // These two are above, in another form.
         for family in TABLE.iter().filter(|family| !matches!(family.key(), "build_info" | "ready")) {
@@ -216,7 +216,7 @@ mod tests {
         assert_eq!(stats["bus_round_trip_seconds"]["sum"], 0.0015);
         assert_eq!(stats["bus_round_trip_seconds"]["buckets"]["0.0025"], 1);
         assert_eq!(
-            (&stats["ready"], &stats["trouble"]),
+            (&stats["ready"], &stats["not_ready_reason"]),
             (&json!(false), &json!("the bus has not answered yet"))
         );
         for family in TABLE {
@@ -224,6 +224,6 @@ mod tests {
         }
         metrics.readiness.set_bus(None);
         let stats: Value = serde_json::from_str(&metrics.stats_json()).unwrap();
-        assert_eq!((&stats["ready"], &stats["trouble"]), (&json!(true), &Value::Null));
+        assert_eq!((&stats["ready"], &stats["not_ready_reason"]), (&json!(true), &Value::Null));
     }
 }

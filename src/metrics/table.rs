@@ -77,7 +77,7 @@ pub(super) static TABLE: &[Family] = &[
         "fanfare_ready",
         Gauge,
         "1 while this node accepts clients, as /readyz says.",
-        One(|view| u8::from(view.metrics.readiness.trouble().is_none()).into()),
+        One(|view| u8::from(view.metrics.readiness.not_ready_reason().is_none()).into()),
     ),
     // Clients.
     family(

@@ -21,7 +21,7 @@ use crate::limits::connections::{ConnectionLimits, ConnectionSlot, LimitReached}
 use crate::metrics::rejections::RejectionClass;
 use crate::metrics::{AcceptLog, Metrics};
 use crate::node::memory_watch::MemoryWatch;
-use crate::shard::mailbox::{Mailboxes, NewSocket, ShardMessage};
+use crate::shard::mailbox::{MailboxSenders, NewSocket, ShardMessage};
 use crate::shard::runtime::{self, Ticker};
 
 /// Connections that the kernel queues until they are accepted: the smaller of this and
@@ -106,7 +106,7 @@ pub fn start(
     settings: &Settings,
     listeners: Vec<TcpListener>,
     shared: bool,
-    shards: Mailboxes,
+    shards: MailboxSenders,
     limits: Arc<ConnectionLimits>,
     metrics: Arc<Metrics>,
 ) -> io::Result<AcceptLoop> {
@@ -151,7 +151,7 @@ async fn any_readable(listeners: &[AsyncFd<TcpListener>]) {
 
 #[derive(Debug)]
 struct Acceptor {
-    shards: Mailboxes,
+    shards: MailboxSenders,
     /// Sockets accepted in this turn, by shard.
     batches: Vec<Vec<NewSocket>>,
     limits: Arc<ConnectionLimits>,

@@ -20,7 +20,7 @@ use crate::config::{RedisUrl, Settings};
 use crate::limits::connections::ConnectionLimits;
 use crate::metrics::{BusMetrics, Metrics, Readiness};
 use crate::node::listeners::Listeners;
-use crate::shard::mailbox::{Mailboxes, ShardMessage};
+use crate::shard::mailbox::{MailboxSenders, ShardMessage};
 use crate::shard::{self, NodeUnsent, ShardContext};
 use crate::ws::handshake::HandshakeContext;
 
@@ -171,9 +171,9 @@ fn start_shards(
     handshake: &HandshakeContext,
     requests: &Requests,
     metrics: &Arc<Metrics>,
-) -> io::Result<(Mailboxes, Ended)> {
+) -> io::Result<(MailboxSenders, Ended)> {
     let (end, ended) = mpsc::unbounded_channel();
-    let (shards, inboxes) = Mailboxes::new(handshake.settings.shards.get());
+    let (shards, inboxes) = MailboxSenders::new(handshake.settings.shards.get());
     let unsent = Arc::new(NodeUnsent::default());
     for (id, inbox) in inboxes.into_iter().enumerate() {
         let context = ShardContext {

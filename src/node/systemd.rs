@@ -140,9 +140,9 @@ pub async fn keep_notified(manager: Arc<Manager>, metrics: Arc<Metrics>) {
 
 fn status_line(metrics: &Metrics) -> String {
     let connections = metrics.connections();
-    let trouble =
-        metrics.readiness.trouble().map_or("ready".into(), |trouble| format!("not ready: {trouble}"));
-    format!("connections: {connections}; {trouble}")
+    let readiness =
+        metrics.readiness.not_ready_reason().map_or("ready".into(), |reason| format!("not ready: {reason}"));
+    format!("connections: {connections}; {readiness}")
 }
 
 /// Turn counters of the threads, as they were when all had last made progress.

@@ -91,8 +91,8 @@ pub enum Kind {
     Events,
     /// Consecutive events for the connections of one user.
     Private(Arc<str>),
-    /// An event without id, from a plain `PUBLISH`: delivered live, never replayed.
-    Plain,
+    /// An event without id, from another program's `PUBLISH`: delivered live, never replayed.
+    WithoutId,
     /// No event: positions before this mark are not continuous with what follows.
     Reset,
 }
@@ -137,8 +137,8 @@ impl Entry {
     }
 
     /// An event without id that arrived when the channel's head was `position`.
-    pub fn plain(position: EventId, text: &[u8]) -> Entry {
-        Entry { kind: Kind::Plain, last: position, bytes: text_frame(text), ends: None }
+    pub fn without_id(position: EventId, text: &[u8]) -> Entry {
+        Entry { kind: Kind::WithoutId, last: position, bytes: text_frame(text), ends: None }
     }
 
     /// A `reset` frame: clients load their state again and continue from `position`.
@@ -165,7 +165,7 @@ impl Entry {
     pub fn ids(&self) -> u64 {
         match self.kind {
             Kind::Events | Kind::Private(_) => self.frames() as u64,
-            Kind::Plain | Kind::Reset => 0,
+            Kind::WithoutId | Kind::Reset => 0,
         }
     }
 

@@ -1,4 +1,4 @@
-//! JSON from backends becomes events: the body of `POST /publish`, and a plain Redis `PUBLISH`.
+//! JSON from backends becomes events: the body of `POST /publish`, and `PUBLISH` of another program.
 
 use std::borrow::Cow;
 
@@ -84,18 +84,18 @@ pub fn readable(event: &[u8]) -> Result<(), BadEvent> {
     }
 }
 
-/// The event of a plain Redis `PUBLISH`.
+/// The event of `PUBLISH` of another program.
 #[derive(Debug)]
-pub struct PlainEvent {
+pub struct ExternalEvent {
     pub event: String,
     /// Why an object or array became text.
     pub fault: Option<BadJson>,
 }
 
-/// Turns a plain `PUBLISH` into an event: an object without `id` and reserved `type` keeps its
+/// Turns another program's `PUBLISH` into an event: an object without `id` and reserved `type` keeps its
 /// text, other JSON becomes `{"data":…}`, and text that is not valid JSON for events becomes a
 /// string there. `None` for the copies that nodes publish, which start with a TAB.
-pub fn plain(message: &[u8]) -> Option<PlainEvent> {
+pub fn external(message: &[u8]) -> Option<ExternalEvent> {
     if message.first() == Some(&b'\t') {
         return None;
     }
@@ -104,16 +104,16 @@ pub fn plain(message: &[u8]) -> Option<PlainEvent> {
         && !members.id
         && control_type(members).is_none()
     {
-        return Some(PlainEvent { event: on_one_line(object), fault: None });
+        return Some(ExternalEvent { event: on_one_line(object), fault: None });
     }
     Some(match json::check(message, DEPTH_MAX - 1) {
         Ok(()) => {
             let data = on_one_line(String::from_utf8_lossy(message).trim_ascii());
-            PlainEvent { event: format!(r#"{{"data":{data}}}"#), fault: None }
+            ExternalEvent { event: format!(r#"{{"data":{data}}}"#), fault: None }
         }
         Err(bad) => {
             let looks_like_json = matches!(message.trim_ascii_start().first(), Some(b'{' | b'['));
-            PlainEvent { event: text_event(message, None), fault: looks_like_json.then_some(bad) }
+            ExternalEvent { event: text_event(message, None), fault: looks_like_json.then_some(bad) }
         }
     })
 }
@@ -270,8 +270,8 @@ mod tests {
     }
 
     #[test]
-    fn a_plain_publish_is_shown_or_wrapped() {
-        let shown = |message: &[u8]| plain(message).unwrap().event;
+    fn shows_or_wraps_external_messages() {
+        let shown = |message: &[u8]| external(message).unwrap().event;
         assert_eq!(shown(b" {\"a\":\n1} "), r#"{"a": 1}"#);
         assert_eq!(shown(br#"{"id":null}"#), r#"{"data":{"id":null}}"#);
         assert_eq!(shown(br#"{"type":"ping"}"#), r#"{"data":{"type":"ping"}}"#);
@@ -280,12 +280,12 @@ mod tests {
         assert_eq!(shown(b"[1,2]"), r#"{"data":[1,2]}"#);
         assert_eq!(shown(b"hello \"you\"\n"), r#"{"data":"hello \"you\"\n"}"#);
         assert_eq!(shown(b"\xff"), "{\"data\":\"\u{fffd}\"}");
-        assert!(plain(b"\t{}").is_none());
+        assert!(external(b"\t{}").is_none());
         let deepest = format!("{{\"id\":{}{}}}", "[".repeat(DEPTH_MAX - 1), "]".repeat(DEPTH_MAX - 1));
         assert!(shown(deepest.as_bytes()).starts_with(r#"{"data":"{\"id\""#));
         for case in json::cases::cases() {
             let event = case.event();
-            let from_publish = plain(&event).unwrap();
+            let from_publish = external(&event).unwrap();
             assert_eq!(json::check(from_publish.event.as_bytes(), DEPTH_MAX), Ok(()), "{}", case.name());
             match case.error() {
                 None => assert!(from_publish.fault.is_none(), "{}", case.name()),

@@ -118,12 +118,12 @@ impl Channel {
         let index = self.members.len() as u32;
         self.members.push(slot);
         self.empty_since = None;
-        let hash = hasher.hash_one(&connections[slot].session.user);
-        let same = |other: &u32| connections[*other].session.user == connections[slot].session.user;
+        let hash = hasher.hash_one(&connections[slot].client.user);
+        let same = |other: &u32| connections[*other].client.user == connections[slot].client.user;
         let next = match self.users.find_mut(hash, same) {
             Some(first) => std::mem::replace(first, slot),
             None => {
-                let rehash = |slot: &u32| hasher.hash_one(&connections[*slot].session.user);
+                let rehash = |slot: &u32| hasher.hash_one(&connections[*slot].client.user);
                 self.users.insert_unique(hash, slot, rehash);
                 NONE
             }
@@ -160,7 +160,7 @@ impl Channel {
 
     fn remove_user(&mut self, slot: u32, connections: &mut ConnectionTable, hasher: &RandomState) {
         let Membership { previous, next, .. } = connections[slot].membership;
-        self.private.skip(&connections[slot].session.user, slot, next);
+        self.private.skip(&connections[slot].client.user, slot, next);
         if next != NONE {
             connections[next].membership.previous = previous;
         }
@@ -168,7 +168,7 @@ impl Channel {
             connections[previous].membership.next = next;
             return;
         }
-        let hash = hasher.hash_one(&connections[slot].session.user);
+        let hash = hasher.hash_one(&connections[slot].client.user);
         match self.users.find_entry(hash, |other| *other == slot) {
             Ok(mut entry) if next != NONE => *entry.get_mut() = next,
             Ok(entry) => {
@@ -299,7 +299,7 @@ impl Channel {
 
 /// The slot of a user's first connection, to which the others are linked; `NONE` without one.
 fn first_of(users: &HashTable<u32>, user: &str, connections: &ConnectionTable, hasher: &RandomState) -> u32 {
-    let same = |slot: &u32| &*connections[*slot].session.user == user;
+    let same = |slot: &u32| &*connections[*slot].client.user == user;
     users.find(hasher.hash_one(user), same).copied().unwrap_or(NONE)
 }
 

@@ -18,8 +18,8 @@ impl Shard {
         let connection = &mut self.connections[slot];
         tracing::debug!(
             reason = reason.label(),
-            user = &*connection.session.user,
-            client = connection.client().map(tracing::field::display),
+            user = &*connection.client.user,
+            client = connection.client_address().map(tracing::field::display),
             channel = key.map(|key| self.channels[key].name.as_str()),
             "closed connection"
         );
@@ -49,7 +49,7 @@ impl Shard {
     /// Sends the response to a rejected client, logs the rejection, and closes the connection.
     pub(super) fn reject(&mut self, slot: u32, rejection: &Rejection) {
         let class = RejectionClass::of("request", rejection);
-        match self.connections[slot].client() {
+        match self.connections[slot].client_address() {
             // The operator needs the address for --trusted-proxy.
             Some(peer) if rejection.reason == CloseReason::ProxyNotTrusted => {
                 let text = format!("{} (the peer is {peer})", rejection.text);
@@ -100,7 +100,7 @@ impl Shard {
     /// ends here, once.
     pub(super) fn free_discarded(&mut self) {
         while let Some(connection) = self.connections.free_discarded() {
-            self.context.handshake.limits.release(connection.connection_slot, &connection.session.user);
+            self.context.handshake.limits.release(connection.connection_slot, &connection.client.user);
             self.metrics().closed.add(1);
         }
     }

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 
 use super::Shard;
 use super::deadlines::shrink;
-use super::parts::PartId;
+use super::pages::PageId;
 use crate::bus::ConnectionId;
 use crate::ws::connection::State;
 
@@ -24,8 +24,8 @@ pub(super) enum Pending {
     Nothing,
     /// Newer events, since it claims an id ahead of this node.
     Refresh,
-    /// This part of history.
-    Part(PartId),
+    /// This page of history.
+    Page(PageId),
 }
 
 /// Connections that have their turn later.
@@ -95,14 +95,14 @@ impl Shard {
                 match &mut self.connections[slot].state {
                     State::Joining(_) => self.join(slot, pending),
                     State::Replay(replay) => {
-                        replay.resume(matches!(pending, Pending::Part(_)));
+                        replay.resume(matches!(pending, Pending::Page(_)));
                         self.flush(slot);
                     }
                     _ => {}
                 }
             }
-            if let Pending::Part(part) = pending {
-                self.replay.parts.served(part);
+            if let Pending::Page(page) = pending {
+                self.replay.pages.served(page);
             }
         }
         self.start_reads();

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::Shard;
 use super::deferred::Pending;
-use super::parts::Parts;
+use super::pages::PageCache;
 use crate::bus::reads::Read;
 use crate::bus::{BusError, ConnectionId, Page, Request};
 use crate::config::Settings;
@@ -15,9 +15,9 @@ use crate::ws::connection::State;
 /// Connections that read history.
 #[derive(Debug)]
 pub(super) struct ReplayQueue {
-    /// The parts in memory, and the connections that wait for others.
-    pub parts: Parts,
-    /// Connections whose part could not be read, or did not help them. They try again every second.
+    /// The pages in memory, and the connections that wait for others.
+    pub pages: PageCache,
+    /// Connections whose page could not be read, or did not help them. They try again every second.
     failed: Vec<ConnectionId>,
     /// Connections that reached the limit on history in one tick, or the limit on reads for their
     /// client.
@@ -26,36 +26,36 @@ pub(super) struct ReplayQueue {
 
 impl ReplayQueue {
     pub fn new(settings: &Settings) -> ReplayQueue {
-        let parts = Parts::new(settings.page_memory(), settings.max_message_size);
-        ReplayQueue { parts, failed: Vec::new(), throttled: Vec::new() }
+        let pages = PageCache::new(settings.page_memory(), settings.max_message_size);
+        ReplayQueue { pages, failed: Vec::new(), throttled: Vec::new() }
     }
 }
 
 impl Shard {
-    /// Makes a connection wait for a part of history of about this many bytes, or for the next tick
+    /// Makes a connection wait for a page of history of about this many bytes, or for the next tick
     /// if the limit on reads for its client is reached.
-    pub(super) fn request_part(&mut self, slot: u32, position: EventId, bytes: usize) {
+    pub(super) fn request_page(&mut self, slot: u32, position: EventId, bytes: usize) {
         let limits = &self.context.handshake.limits;
         let now = limits.allowances.now();
         let connection = &mut self.connections[slot];
         if connection.allowance(limits).is_some_and(|client| !client.take_history(bytes, now)) {
             return self.throttle(slot);
         }
-        connection.wait_for_part();
+        connection.wait_for_page();
         let (channel, id) = (self.channels[connection.membership.channel].id, self.connections.id(slot));
-        self.replay.parts.wait(channel, position, bytes, id);
+        self.replay.pages.wait(channel, position, bytes, id);
         self.start_reads();
     }
 
     /// Makes a connection wait for the next tick.
     pub(super) fn throttle(&mut self, slot: u32) {
-        self.connections[slot].wait_for_part();
+        self.connections[slot].wait_for_page();
         self.replay.throttled.push(self.connections.id(slot));
     }
 
     /// Makes a connection wait for the next second, since the last answer did not help it.
     pub(super) fn retry_part_later(&mut self, slot: u32) {
-        self.connections[slot].wait_for_part();
+        self.connections[slot].wait_for_page();
         self.replay.failed.push(self.connections.id(slot));
     }
 
@@ -71,12 +71,12 @@ impl Shard {
         self.deferred.answered.extend(failed);
     }
 
-    /// Asks the bus for the parts that are next, as far as there is memory for them.
+    /// Asks the bus for the pages that are next, as far as there is memory for them.
     pub(super) fn start_reads(&mut self) {
         let connections = &self.connections;
         let waits =
-            |id: &ConnectionId| connections.find(*id).is_some_and(|slot| connections[slot].awaits_part());
-        while let Some(Read { channel, position, bytes }) = self.replay.parts.start(waits) {
+            |id: &ConnectionId| connections.find(*id).is_some_and(|slot| connections[slot].awaits_page());
+        while let Some(Read { channel, position, bytes }) = self.replay.pages.start(waits) {
             let channel = self.channels[channel.key].name.clone();
             self.request_bus(Request::Read { channel, position, bytes, shard: self.context.id });
         }
@@ -92,7 +92,7 @@ impl Shard {
         let channel = &self.channels[key];
         match result {
             Err(why) => {
-                for id in self.replay.parts.fail(channel.id, position) {
+                for id in self.replay.pages.fail(channel.id, position) {
                     let Some(slot) = self.connections.find(id) else { continue };
                     match self.connections[slot].state {
                         State::Joining(_) => self.reject_join(slot, &why),
@@ -102,8 +102,8 @@ impl Shard {
             }
             Ok(page) => {
                 let Some(feed) = &channel.feed else { return }; // a channel that was dropped and added again
-                let (part, served) = self.replay.parts.add(channel.id, position, &page, feed, self.tick);
-                self.deferred.answered.extend(served.into_iter().map(|id| (id, Pending::Part(part))));
+                let (page, served) = self.replay.pages.add(channel.id, position, &page, feed, self.tick);
+                self.deferred.answered.extend(served.into_iter().map(|id| (id, Pending::Page(page))));
             }
         }
         self.start_reads();

@@ -12,9 +12,9 @@ use crate::feed::{Cursor, Feed, Lookup};
 use crate::http::Rejection;
 use crate::protocol::event::{ChannelName, Entry, EventId};
 use crate::protocol::frame;
+use crate::ws::client::LastSeen;
 use crate::ws::connection::State;
 use crate::ws::handshake::rejections;
-use crate::ws::session::LastSeen;
 
 /// Where a connection joins the channel.
 #[derive(Clone, Copy, Debug)]
@@ -26,7 +26,7 @@ enum JoinPosition {
     /// At the head, without having missed anything.
     Head,
     /// At the head. It may have missed events.
-    Unproven,
+    NotContinuous,
 }
 
 impl Shard {
@@ -49,23 +49,23 @@ impl Shard {
         let Some(feed) = &channel.feed else { return channel.joining.push(id) };
         let position = match last_seen {
             LastSeen::Nothing => JoinPosition::Head,
-            LastSeen::Unknown => JoinPosition::Unproven,
+            LastSeen::Unknown => JoinPosition::NotContinuous,
             LastSeen::Event(seen) => match feed.find(seen) {
                 Lookup::Found(cursor) => JoinPosition::Feed(seen, cursor),
-                Lookup::Discontinuous => JoinPosition::Unproven,
-                Lookup::Ahead if pending == Pending::Refresh => JoinPosition::Unproven,
+                Lookup::Discontinuous => JoinPosition::NotContinuous,
+                Lookup::Ahead if pending == Pending::Refresh => JoinPosition::NotContinuous,
                 Lookup::Ahead => {
                     channel.refresh.wait(id);
                     return self.refresh_next(key);
                 }
-                Lookup::Evicted => match self.replay.parts.find(channel.id, seen, self.tick) {
-                    Some(part) if part.proves(seen) => JoinPosition::History(seen),
-                    Some(_) => JoinPosition::Unproven,
+                Lookup::Evicted => match self.replay.pages.find(channel.id, seen, self.tick) {
+                    Some(page) if page.proves(seen) => JoinPosition::History(seen),
+                    Some(_) => JoinPosition::NotContinuous,
                     // The answer says nothing about this position. Another would not either.
-                    None if matches!(pending, Pending::Part(_)) => JoinPosition::Unproven,
+                    None if matches!(pending, Pending::Page(_)) => JoinPosition::NotContinuous,
                     None => {
-                        let bytes = self.connections[slot].next_part_bytes();
-                        return self.request_part(slot, seen, bytes);
+                        let bytes = self.connections[slot].next_page_bytes();
+                        return self.request_page(slot, seen, bytes);
                     }
                 },
             },
@@ -97,15 +97,17 @@ impl Shard {
         let (last, recovered) = match position {
             JoinPosition::Feed(seen, _) | JoinPosition::History(seen) => (seen, true),
             JoinPosition::Head => (feed.position(), true),
-            JoinPosition::Unproven => (feed.position(), false),
+            JoinPosition::NotContinuous => (feed.position(), false),
         };
         match position {
             JoinPosition::Feed(seen, cursor) => connection.start_live(feed, cursor, seen),
             JoinPosition::History(seen) => connection.start_replay(feed, seen),
-            JoinPosition::Head | JoinPosition::Unproven => connection.start_live(feed, end, feed.position()),
+            JoinPosition::Head | JoinPosition::NotContinuous => {
+                connection.start_live(feed, end, feed.position())
+            }
         }
         let mut response = BytesMut::from(&join.response[..]);
-        if connection.session.wants_recovery {
+        if connection.client.wants_recovery {
             response.extend_from_slice(&frame::welcome(last, feed.position(), recovered));
         }
         connection.enqueue(Bytes::from(response));
@@ -199,6 +201,6 @@ impl Shard {
     /// Drops a channel without members.
     pub(super) fn drop_channel(&mut self, key: u32) {
         let channel = self.channels.remove(key);
-        self.replay.parts.forget(channel.id);
+        self.replay.pages.forget(channel.id);
     }
 }

@@ -41,7 +41,7 @@ impl Shard {
             else {
                 continue;
             };
-            if connection.session.expires <= seconds {
+            if connection.client.expires <= seconds {
                 self.close(slot, CloseReason::TokenExpired);
                 continue;
             }
@@ -100,9 +100,8 @@ impl Shard {
         }
         if format != PingFormat::WebSocket {
             let feed = self.channels[connection.membership.channel].feed.as_ref();
-            let position = feed
-                .filter(|_| connection.session.wants_recovery)
-                .map(|feed| connection.shown_position(feed));
+            let position =
+                feed.filter(|_| connection.client.wants_recovery).map(|feed| connection.shown_position(feed));
             connection.enqueue(frame::json_ping(position));
         }
         self.flush(slot);

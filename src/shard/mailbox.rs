@@ -35,13 +35,13 @@ pub type Inbox = mpsc::UnboundedReceiver<ShardMessage>;
 
 /// The sending ends of all mailboxes. Sending never waits: a shard empties its mailbox every turn.
 #[derive(Clone, Debug)]
-pub struct Mailboxes(Arc<[mpsc::UnboundedSender<ShardMessage>]>);
+pub struct MailboxSenders(Arc<[mpsc::UnboundedSender<ShardMessage>]>);
 
-impl Mailboxes {
+impl MailboxSenders {
     /// The sending ends and, by [`ShardId`], the inboxes.
-    pub fn new(shards: usize) -> (Mailboxes, Vec<Inbox>) {
+    pub fn new(shards: usize) -> (MailboxSenders, Vec<Inbox>) {
         let (senders, inboxes): (Vec<_>, Vec<_>) = (0..shards).map(|_| mpsc::unbounded_channel()).unzip();
-        (Mailboxes(senders.into()), inboxes)
+        (MailboxSenders(senders.into()), inboxes)
     }
 
     /// How many shards there are.
@@ -55,12 +55,12 @@ impl Mailboxes {
     }
 }
 
-impl ShardSender for Mailboxes {
+impl ShardSender for MailboxSenders {
     fn count(&self) -> usize {
-        Mailboxes::count(self)
+        MailboxSenders::count(self)
     }
 
     fn send(&self, shard: ShardId, message: BusMessage) {
-        Mailboxes::send(self, shard, message);
+        MailboxSenders::send(self, shard, message);
     }
 }

@@ -7,7 +7,7 @@
 //! | `read`, `publish` | from a socket: requests, frames, messages |
 //! | `join` | from a request to a member of a channel |
 //! | `fanout`, `private`, `write` | from the feed to the sockets |
-//! | `history`, `parts` | parts of history for connections that the feed has left behind |
+//! | `history`, `pages` | pages of history for connections that the feed has left behind |
 //! | `timers`, `deadlines`, `liveness`, `drain` | the tick: deadlines, pings, the drain |
 //! | `unsent`, `partial_messages` | limits on unsent frames and incomplete messages |
 //! | `close` | closing connections |
@@ -41,7 +41,7 @@ mod join;
 mod liveness;
 pub mod mailbox;
 mod partial_messages;
-mod parts;
+mod pages;
 mod private;
 mod publish;
 mod read;
@@ -60,7 +60,7 @@ use drain::Drain;
 pub use event_loop::run;
 use history::ReplayQueue;
 use liveness::Sweep;
-use mailbox::{Mailboxes, ShardMessage};
+use mailbox::{MailboxSenders, ShardMessage};
 use partial_messages::PartialMessages;
 use read::Input;
 pub use unsent::NodeUnsent;
@@ -73,7 +73,7 @@ pub struct ShardContext {
     pub handshake: HandshakeContext,
     pub requests: Requests,
     /// The mailboxes of all shards.
-    pub shards: Mailboxes,
+    pub shards: MailboxSenders,
     pub metrics: Arc<Metrics>,
     /// What all shards keep for full sockets.
     pub unsent: Arc<NodeUnsent>,
@@ -213,7 +213,7 @@ impl Shard {
             metrics.bytes_received.add(tally.received);
         }
         metrics.feed_bytes.set(self.channels.feed_bytes() as u64);
-        metrics.page_bytes.set(self.replay.parts.bytes() as u64);
+        metrics.page_bytes.set(self.replay.pages.bytes() as u64);
         self.free_discarded();
     }
 }

@@ -14,8 +14,8 @@ impl Shard {
     pub(super) fn on_text(&mut self, slot: u32, text: &str) -> Result<(), CloseReason> {
         self.metrics().messages_received.add(1);
         let connection = &mut self.connections[slot];
-        let (event, to, reference) = if connection.session.json_mode {
-            match frame::parse_client_frame(&connection.session.user, text) {
+        let (event, to, reference) = if connection.client.json_mode {
+            match frame::parse_client_frame(&connection.client.user, text) {
                 Ok(ClientFrame::Publish(publish)) => (publish.event, publish.to, publish.reference),
                 Ok(ClientFrame::Ping) => {
                     let feed = self.channels[connection.membership.channel].feed.as_ref();
@@ -31,12 +31,12 @@ impl Shard {
                 }
             }
         } else {
-            (frame::chat_event(&connection.session.user, text), None, None)
+            (frame::chat_event(&connection.client.user, text), None, None)
         };
         let may_address = self.context.handshake.settings.client_publish == ClientPublish::Any;
         let reason = if to.is_some() && !may_address {
             "clients may not address one user here"
-        } else if !connection.session.may_publish {
+        } else if !connection.client.may_publish {
             "you may not publish here"
         } else {
             self.publish(slot, event, to, reference);
@@ -57,7 +57,7 @@ impl Shard {
     ) -> Result<(), CloseReason> {
         self.context.metrics.reject_message(self.context.id, code, text);
         let connection = &mut self.connections[slot];
-        if !connection.session.wants_recovery {
+        if !connection.client.wants_recovery {
             return Err(reason);
         }
         connection.enqueue(frame::error(code, text, reference));
@@ -104,7 +104,7 @@ impl Shard {
                 };
                 let text = error.to_string();
                 self.context.metrics.reject_message(self.context.id, code, &text);
-                if !connection.session.wants_recovery {
+                if !connection.client.wants_recovery {
                     return self.close(slot, CloseReason::PublishFailed);
                 }
                 // What is wrong with the bus is for operators.

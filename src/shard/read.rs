@@ -123,7 +123,7 @@ impl Shard {
                 self.reject(slot, &rejections::stopping());
             }
             HandshakeOutcome::Join(join) => {
-                if !self.context.handshake.limits.acquire_user(&join.session.user) {
+                if !self.context.handshake.limits.acquire_user(&join.client.user) {
                     return self.reject(slot, LimitReached::User.rejection());
                 }
                 connection.start_joining(join);
@@ -213,7 +213,7 @@ impl Shard {
 
     fn reject_over_rate(&mut self, slot: u32, message: &Incoming, text: &str) -> Result<(), CloseReason> {
         let reference = match message {
-            Incoming::Text(text, _) if self.connections[slot].session.json_mode => frame::reference_in(text),
+            Incoming::Text(text, _) if self.connections[slot].client.json_mode => frame::reference_in(text),
             _ => None,
         };
         let code = ErrorCode::RateLimited;

@@ -57,7 +57,7 @@ impl Shard {
 
     fn on_second(&mut self) {
         self.resume_failed();
-        self.replay.parts.drop_idle(self.tick);
+        self.replay.pages.drop_idle(self.tick);
         self.deadlines.shrink();
         self.deferred.shrink();
         self.channels.shrink();
@@ -121,7 +121,7 @@ impl Shard {
                 return;
             }
             let channel = &self.channels[id.key];
-            let is_waited_for = self.replay.parts.has_waiting(id) || joining.contains(&id.key);
+            let is_waited_for = self.replay.pages.has_waiting(id) || joining.contains(&id.key);
             if channel.feed.is_none() || !channel.is_empty() || is_waited_for {
                 self.channels.keep_empty(id.key, now);
                 continue;

@@ -64,12 +64,12 @@ pub struct Unsent {
     /// Slots with bytes for full sockets, found so far by the sweep.
     pub listed: Vec<u32>,
     /// How many more bytes may be kept before they are counted again.
-    room: u64,
+    free_bytes: u64,
 }
 
 impl Unsent {
     pub fn new(node: Arc<NodeUnsent>) -> Unsent {
-        Unsent { node, counted: ShardBytes::default(), listed: Vec::new(), room: 0 }
+        Unsent { node, counted: ShardBytes::default(), listed: Vec::new(), free_bytes: 0 }
     }
 }
 
@@ -139,7 +139,7 @@ impl Shard {
             frames.retain(|_, frame| frame.holders > 0);
             self.count_for_node(own, &mut frames);
         }
-        self.unsent.room = allowed.saturating_sub(total).max(allowed / 8);
+        self.unsent.free_bytes = allowed.saturating_sub(total).max(allowed / 8);
         self.metrics().unsent_bytes.set(total);
     }
 
@@ -160,8 +160,8 @@ impl Shard {
 
     /// Counts bytes of frames that have left the feed and are kept.
     pub(super) fn count_kept(&mut self, bytes: u64) {
-        self.unsent.room = self.unsent.room.saturating_sub(bytes);
-        if self.unsent.room == 0 {
+        self.unsent.free_bytes = self.unsent.free_bytes.saturating_sub(bytes);
+        if self.unsent.free_bytes == 0 {
             let all: Vec<u32> = self.connections.slots().collect();
             self.limit_unsent(all.into_iter());
         }

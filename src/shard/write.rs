@@ -4,7 +4,7 @@ use super::Shard;
 use crate::feed::{Cursor, Lookup};
 use crate::protocol::event::Entry;
 use crate::ws::connection::State;
-use crate::ws::replay::PartState;
+use crate::ws::replay::PageState;
 use crate::ws::writer::{BURST, Flushed};
 
 /// What follows one step of writing.
@@ -88,23 +88,23 @@ impl Shard {
         }
     }
 
-    /// Writes one part of history to a connection that the feed has left behind. `start` is the
+    /// Writes one page of history to a connection that the feed has left behind. `start` is the
     /// number of bytes that the shard had written when this turn's writing to the connection
     /// started.
     fn write_history(&mut self, slot: u32, start: u64) -> Step {
         let connection = &mut self.connections[slot];
         let State::Replay(replay) = &mut connection.state else { return Step::Wait };
-        let part = replay.take_part();
+        let page = replay.take_page();
         if connection.socket.is_blocked() {
             return Step::Wait;
         }
         // Nothing is read for a socket that has yet to take the rest of a frame, or frames of its
         // own.
-        if part == PartState::Awaited || connection.queued() > 0 {
+        if page == PageState::Awaited || connection.queued() > 0 {
             let before = self.tally.bytes;
             let flushed = connection.flush_queue(&mut self.tally);
             connection.count_replayed(self.tally.bytes - before, self.tick);
-            if part == PartState::Awaited || flushed != Flushed::All {
+            if page == PageState::Awaited || flushed != Flushed::All {
                 return Step::Done(flushed);
             }
             self.resume_reading(slot);
@@ -120,7 +120,7 @@ impl Shard {
                 return Step::Next;
             }
             Lookup::Discontinuous => return self.send_reset(slot),
-            // Never, since parts are cut at the feed's position. A reconnect would set the position
+            // Never, since pages are cut at the feed's position. A reconnect would set the position
             // right.
             Lookup::Ahead => return self.mark_missed(slot),
             Lookup::Evicted => {}
@@ -129,12 +129,12 @@ impl Shard {
             self.throttle(slot);
             return Step::Wait;
         }
-        let Some(found) = self.replay.parts.find(channel.id, connection.position(), self.tick) else {
-            if part == PartState::Arrived {
+        let Some(found) = self.replay.pages.find(channel.id, connection.position(), self.tick) else {
+            if page == PageState::Arrived {
                 self.retry_part_later(slot);
             } else {
-                let (position, bytes) = (connection.position(), connection.next_part_bytes());
-                self.request_part(slot, position, bytes);
+                let (position, bytes) = (connection.position(), connection.next_page_bytes());
+                self.request_page(slot, position, bytes);
             }
             return Step::Wait;
         };
@@ -151,7 +151,7 @@ impl Shard {
     /// entry in memory.
     fn send_reset(&mut self, slot: u32) -> Step {
         let connection = &mut self.connections[slot];
-        if !connection.session.wants_recovery {
+        if !connection.client.wants_recovery {
             return self.mark_missed(slot);
         }
         let feed = self.channels[connection.membership.channel].feed();

@@ -15,12 +15,12 @@ use crate::limits::rate::{Allowance, Decision};
 use crate::protocol::close::CloseReason;
 use crate::protocol::event::EventId;
 use crate::protocol::frame;
+use crate::ws::client::{Client, Join};
 use crate::ws::inbound::Inbound;
 use crate::ws::liveness::Liveness;
 use crate::ws::outbox::{Outbox, SharedTails};
 use crate::ws::progress::Progress;
 use crate::ws::replay::Replay;
-use crate::ws::session::{Join, Session};
 use crate::ws::socket::Socket;
 use crate::ws::writer::{Flushed, Tally};
 
@@ -36,7 +36,7 @@ pub enum State {
     Joining(Box<Join>),
     /// It follows its channel in the feed.
     Live,
-    /// The feed has left it behind: it reads history, part by part.
+    /// The feed has left it behind: it reads history, page by page.
     Replay(Replay),
     /// It missed events and gets no recovery frames, so it is going to be closed.
     Missed,
@@ -72,7 +72,7 @@ pub struct Connection {
     pub socket: Socket,
     /// What it adds to the counts of the node.
     pub connection_slot: ConnectionSlot,
-    pub session: Session,
+    pub client: Client,
     pub membership: Membership,
     pub liveness: Liveness,
     pub inbound: Inbound,
@@ -95,7 +95,7 @@ impl Connection {
             state: State::Request(None),
             socket: Socket::new(stream),
             connection_slot,
-            session: Session::default(),
+            client: Client::default(),
             membership: Membership { channel: NONE, index: NONE, previous: NONE, next: NONE },
             liveness: Liveness::new(tick),
             inbound: Inbound::default(),
@@ -106,7 +106,7 @@ impl Connection {
 
     /// Client address for logs: the address it is counted under, else the peer address. `None` if a
     /// proxy reported an address that is over a limit, since that is not kept.
-    pub fn client(&self) -> Option<Address> {
+    pub fn client_address(&self) -> Option<Address> {
         match self.connection_slot {
             ConnectionSlot::Client(address) => Some(address),
             ConnectionSlot::Rejecting { reported: true, .. } => None,
@@ -144,7 +144,7 @@ impl Connection {
 
     /// Has it wait for the bus. Its user is counted.
     pub fn start_joining(&mut self, mut join: Box<Join>) {
-        self.session = std::mem::take(&mut join.session);
+        self.client = std::mem::take(&mut join.client);
         self.state = State::Joining(join);
     }
 
@@ -169,8 +169,8 @@ impl Connection {
 
     // ---- history ----
 
-    /// Whether it waits for a part of history.
-    pub fn awaits_part(&self) -> bool {
+    /// Whether it waits for a page of history.
+    pub fn awaits_page(&self) -> bool {
         match &self.state {
             State::Joining(_) => true,
             State::Replay(replay) => replay.is_waiting(),
@@ -178,8 +178,8 @@ impl Connection {
         }
     }
 
-    /// Has it wait for a part of history.
-    pub fn wait_for_part(&mut self) {
+    /// Has it wait for a page of history.
+    pub fn wait_for_page(&mut self) {
         if let State::Replay(replay) = &mut self.state {
             replay.wait();
         }
@@ -197,11 +197,11 @@ impl Connection {
         }
     }
 
-    /// The size of the part of history to ask for now, in bytes.
-    pub fn next_part_bytes(&mut self) -> usize {
+    /// The size of the page of history to ask for now, in bytes.
+    pub fn next_page_bytes(&mut self) -> usize {
         match &mut self.state {
-            State::Replay(replay) => replay.next_part_bytes(),
-            _ => Replay::default().next_part_bytes(),
+            State::Replay(replay) => replay.next_page_bytes(),
+            _ => Replay::default().next_page_bytes(),
         }
     }
 
@@ -234,7 +234,7 @@ impl Connection {
     pub fn allowance(&mut self, limits: &ConnectionLimits) -> Option<&Allowance> {
         let allowance = &mut self.inbound.allowance;
         if allowance.is_none() {
-            *allowance = limits.allowance(self.connection_slot, &self.session.user);
+            *allowance = limits.allowance(self.connection_slot, &self.client.user);
         }
         allowance.as_deref()
     }
@@ -266,7 +266,7 @@ impl Connection {
     /// The position to send in a frame that is queued now.
     pub fn shown_position(&mut self, feed: &Feed) -> EventId {
         match self.state {
-            State::Live => self.progress.shown_position(feed, &self.session.user),
+            State::Live => self.progress.shown_position(feed, &self.client.user),
             _ => self.progress.position(),
         }
     }

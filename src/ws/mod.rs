@@ -2,7 +2,7 @@
 //!
 //! | file | contents |
 //! |---|---|
-//! | [`handshake`], [`session`] | from the bytes of a request to a client that may join |
+//! | [`handshake`], [`client`] | from the bytes of a request to a client that may join |
 //! | [`connection`] | the struct: its state, and the parts in the other files |
 //! | [`decoder`], [`inbound`] | bytes of the client into messages, and their rate |
 //! | [`outbox`], [`progress`] | frames queued for one client, and its position in the channel |
@@ -18,6 +18,6 @@ pub mod liveness;
 pub mod outbox;
 pub mod progress;
 pub mod replay;
-pub mod session;
+pub mod client;
 pub mod socket;
 pub mod writer;

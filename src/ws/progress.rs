@@ -127,7 +127,7 @@ impl Progress {
     /// Counts, once, that events without id were evicted which the client has not got. They are in
     /// no history.
     pub fn count_pubsub_miss(&mut self, feed: &Feed, tally: &mut Tally) {
-        if feed.has_evicted_plain(self.entry.max(self.live_from)) {
+        if feed.has_evicted_without_id(self.entry.max(self.live_from)) {
             tally.pubsub_misses += 1;
             self.live_from = feed.start();
         }

@@ -7,54 +7,54 @@ use super::writer::BURST;
 const HISTORY_IN_TICK: u32 = 4 * 1024 * 1024;
 
 /// Bytes of history that a connection asks for at first.
-const PART_FIRST: usize = 64 * 1024;
+const PAGE_FIRST: usize = 64 * 1024;
 
-/// Whether a connection that reads history has its next part.
+/// Whether a connection that reads history has its next page.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum PartState {
+pub enum PageState {
     /// It has not asked for one.
     #[default]
     Needed,
     /// It waits for one, or for the time when it may ask.
     Awaited,
-    /// The part that it waited for has just arrived.
+    /// The page that it waited for has just arrived.
     Arrived,
 }
 
 /// How one connection reads history.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Replay {
-    /// Bytes written since it last asked for a part.
+    /// Bytes written since it last asked for a page.
     taken: u32,
     /// Bytes written in the latest tick.
     in_tick: u32,
     /// The low bits of that tick.
     tick: u16,
-    part: PartState,
+    page: PageState,
 }
 
 impl Replay {
-    /// Has the connection wait for its next part.
+    /// Has the connection wait for its next page.
     pub fn wait(&mut self) {
-        self.part = PartState::Awaited;
+        self.page = PageState::Awaited;
     }
 
     pub fn is_waiting(&self) -> bool {
-        self.part == PartState::Awaited
+        self.page == PageState::Awaited
     }
 
-    /// Ends the wait. `arrived`: the part is in memory.
+    /// Ends the wait. `arrived`: the page is in memory.
     pub fn resume(&mut self, arrived: bool) {
-        self.part = if arrived { PartState::Arrived } else { PartState::Needed };
+        self.page = if arrived { PageState::Arrived } else { PageState::Needed };
     }
 
-    /// The state of the next part. The arrival of a part is returned once.
-    pub fn take_part(&mut self) -> PartState {
-        let part = self.part;
-        if part == PartState::Arrived {
-            self.part = PartState::Needed;
+    /// The state of the next page. The arrival of a page is returned once.
+    pub fn take_page(&mut self) -> PageState {
+        let page = self.page;
+        if page == PageState::Arrived {
+            self.page = PageState::Needed;
         }
-        part
+        page
     }
 
     /// Counts bytes that were written.
@@ -72,12 +72,12 @@ impl Replay {
         self.tick != tick as u16 || self.in_tick < HISTORY_IN_TICK
     }
 
-    /// The size of the part to ask for now, in bytes: twice what was written of the last one, at
-    /// most [`BURST`]. A slow reader, whose parts may be dropped before it has read them, so causes
+    /// The size of the page to ask for now, in bytes: twice what was written of the last one, at
+    /// most [`BURST`]. A slow reader, whose pages may be dropped before it has read them, so causes
     /// few reads.
-    pub fn next_part_bytes(&mut self) -> usize {
+    pub fn next_page_bytes(&mut self) -> usize {
         let taken = std::mem::take(&mut self.taken) as usize;
-        taken.saturating_mul(2).clamp(PART_FIRST, BURST)
+        taken.saturating_mul(2).clamp(PAGE_FIRST, BURST)
     }
 }
 
@@ -92,10 +92,10 @@ mod tests {
         let (mut taken, mut most) = (0, 0);
         for tick in 0..TICKS_A_SECOND {
             while replay.may_take(tick) {
-                let part = replay.next_part_bytes();
-                replay.count(part as u64, tick);
-                taken += part;
-                most = most.max(part);
+                let page = replay.next_page_bytes();
+                replay.count(page as u64, tick);
+                taken += page;
+                most = most.max(page);
             }
         }
         let limit = TICKS_A_SECOND as usize * HISTORY_IN_TICK as usize;
@@ -106,10 +106,10 @@ mod tests {
     #[test]
     fn a_slow_reader_asks_for_small_parts() {
         let mut replay = Replay::default();
-        assert_eq!(replay.next_part_bytes(), PART_FIRST);
+        assert_eq!(replay.next_page_bytes(), PAGE_FIRST);
         replay.count(100_000, 0);
-        assert_eq!(replay.next_part_bytes(), 200_000);
+        assert_eq!(replay.next_page_bytes(), 200_000);
         replay.count(1_000, 0);
-        assert_eq!(replay.next_part_bytes(), PART_FIRST);
+        assert_eq!(replay.next_page_bytes(), PAGE_FIRST);
     }
 }

@@ -3,10 +3,10 @@
 
 use std::io::IoSlice;
 
+use super::client::Client;
 use super::connection::Connection;
 use super::outbox::{Outbox, SharedTails};
 use super::progress::Progress;
-use super::session::Session;
 use crate::feed::{Feed, Lookup};
 use crate::protocol::event::{Entry, Kind};
 
@@ -77,19 +77,19 @@ impl WriteBatch {
         outbox: &'a Outbox,
         feed: Option<&'a Feed>,
         progress: &Progress,
-        session: &Session,
+        client: &Client,
     ) {
         let is_inside = !outbox.is_empty() && feed.is_some_and(|feed| progress.is_inside_frame(feed));
         if !is_inside {
             (self.frames, self.bytes) = outbox.fill(slices);
         }
         let Some(feed) = feed else { return };
-        let reader = progress.reader(&session.user);
+        let reader = progress.reader(&client.user);
         let mut next = progress.cursor().entry;
         while self.len() < SLICES && self.bytes < BURST {
             let Some(number) = feed.next_for(next, reader) else { break };
             let entry = feed.get(number).expect("next_for returns entries that are held");
-            if entry.kind == Kind::Reset && !session.wants_recovery {
+            if entry.kind == Kind::Reset && !client.wants_recovery {
                 self.missed = true;
                 break;
             }
@@ -131,7 +131,7 @@ impl WriteBatch {
 impl Connection {
     /// Writes the outbox, and the feed of its channel from its cursor to the end.
     pub fn flush(&mut self, feed: &Feed, tally: &mut Tally) -> Flushed {
-        if !self.progress.enter_feed(feed, &self.session.user, tally) {
+        if !self.progress.enter_feed(feed, &self.client.user, tally) {
             return match self.flush_queue(tally) {
                 Flushed::All => Flushed::Behind,
                 other => other,
@@ -173,7 +173,7 @@ impl Connection {
         if !self.outbox.is_empty() || cursor.offset > 0 {
             return None;
         }
-        let reader = self.progress.reader(&self.session.user);
+        let reader = self.progress.reader(&self.client.user);
         let Some(number) = feed.next_for(cursor.entry, reader) else { return Some(Flushed::All) };
         if number + 1 != feed.end() {
             return None;
@@ -200,7 +200,7 @@ impl Connection {
         loop {
             let mut slices = [IoSlice::new(&[]); SLICES];
             let mut batch = WriteBatch::new();
-            batch.build(&mut slices, &self.outbox, feed, &self.progress, &self.session);
+            batch.build(&mut slices, &self.outbox, feed, &self.progress, &self.client);
             if batch.bytes == 0 {
                 return if batch.missed { Flushed::Missed } else { Flushed::All };
             }

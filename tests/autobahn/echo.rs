@@ -15,7 +15,7 @@ use std::time::Instant;
 
 use fanfare::bus::{BusMessage, Publish, Request, ShardSender};
 use fanfare::protocol::event::{Entry, EventId};
-use fanfare::shard::mailbox::{Mailboxes, ShardMessage};
+use fanfare::shard::mailbox::{MailboxSenders, ShardMessage};
 use single_shard::SingleShard;
 use tokio::sync::mpsc;
 
@@ -61,7 +61,7 @@ fn main() -> Result<(), Box<dyn Error>> {
 }
 
 /// Runs the bus.
-fn echo(mut asked: mpsc::UnboundedReceiver<Request>, shards: Mailboxes) {
+fn echo(mut asked: mpsc::UnboundedReceiver<Request>, shards: MailboxSenders) {
     let position = EventId(1); // events without id do not change it
     while let Some(request) = asked.blocking_recv() {
         match request {
@@ -75,8 +75,10 @@ fn echo(mut asked: mpsc::UnboundedReceiver<Request>, shards: Mailboxes) {
                 let chat: Option<Chat> = event
                     .starts_with(br#"{"sender":"autobahn","text":"#)
                     .then(|| serde_json::from_slice(&event).expect("fanfare writes JSON"));
-                let mut entry =
-                    Entry::plain(position, chat.as_ref().map_or(&event[..], |chat| chat.text.as_bytes()));
+                let mut entry = Entry::without_id(
+                    position,
+                    chat.as_ref().map_or(&event[..], |chat| chat.text.as_bytes()),
+                );
                 if chat.is_none() {
                     let mut frame = entry.bytes.to_vec();
                     frame[0] = BINARY;

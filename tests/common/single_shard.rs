@@ -10,7 +10,7 @@ use fanfare::bus::Request;
 use fanfare::config::{Action, Settings};
 use fanfare::limits::connections::ConnectionLimits;
 use fanfare::metrics::{BusMetrics, Metrics, Readiness};
-use fanfare::shard::mailbox::{Inbox, Mailboxes};
+use fanfare::shard::mailbox::{Inbox, MailboxSenders};
 use fanfare::shard::{self, ShardContext};
 use fanfare::ws::handshake::HandshakeContext;
 use tokio::sync::mpsc;
@@ -18,7 +18,7 @@ use tokio::sync::mpsc;
 /// The other ends of a shard's connections.
 pub struct SingleShard {
     /// Sends to the shard (number 0), and to a second one that does not exist.
-    pub shards: Mailboxes,
+    pub shards: MailboxSenders,
     /// Messages to the second shard.
     pub other: Inbox,
     /// Requests to the bus.
@@ -46,7 +46,7 @@ impl SingleShard {
         let (requests, asked) = mpsc::unbounded_channel();
         let numbers = Arc::new(BusMetrics::default());
         let metrics = Arc::new(Metrics::new(1, numbers, Arc::new(Readiness::default())));
-        let (shards, inboxes) = Mailboxes::new(2);
+        let (shards, inboxes) = MailboxSenders::new(2);
         let [inbox, other] = <[Inbox; 2]>::try_from(inboxes).map_err(|_| "two inboxes")?;
         let keys = Arc::new(KeyRing::load(&settings).map_err(|_| "there are no keys to load")?);
         let limits = Arc::new(ConnectionLimits::new(&settings));

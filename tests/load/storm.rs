@@ -24,7 +24,7 @@ const CUT: usize = 10_000;
 const STAY: usize = 1_000;
 
 /// Events per page of history. Pages start at multiples of it.
-const PAGE: u64 = 256;
+const BLOCK: u64 = 256;
 
 /// Time between two events while clients resume.
 const PACE: Duration = Duration::from_millis(250);
@@ -147,7 +147,7 @@ impl Storm {
         assert_eq!(clients.away(), 0);
         let after = Reads::of(node, &self.redis).await;
         let reads = Reads { node: after.node - before.node, ranges: after.ranges - before.ranges };
-        (reads, last / PAGE - (self.at + 1) / PAGE + 1)
+        (reads, last / BLOCK - (self.at + 1) / BLOCK + 1)
     }
 }
 

@@ -11,9 +11,9 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use fanfare::bus::{BusMessage, PAGE, Page, Request, page_start};
+use fanfare::bus::{BLOCK, BusMessage, Page, Request, block_start};
 use fanfare::protocol::event::{ChannelName, Entry, EventId};
-use fanfare::shard::mailbox::{Mailboxes, ShardMessage};
+use fanfare::shard::mailbox::{MailboxSenders, ShardMessage};
 use serde_json::json;
 use tokio::net::TcpSocket;
 use tokio::sync::mpsc;
@@ -34,7 +34,7 @@ const HISTORY: usize = 150;
 /// The bus: assigns ids, keeps history, and answers the shard.
 struct Bus {
     shared: Arc<Shared>,
-    shards: Mailboxes,
+    shards: MailboxSenders,
     asked: mpsc::UnboundedReceiver<Request>,
     /// Answers that are delayed.
     later: VecDeque<BusMessage>,
@@ -148,8 +148,8 @@ impl Bus {
                 Request::Read { channel, position, .. } => {
                     self.pages += 1;
                     // Some answers are too large, and end before their page does.
-                    let start = page_start(position);
-                    let end = start.0 + PAGE;
+                    let start = block_start(position);
+                    let end = start.0 + BLOCK;
                     let end = if self.rng.below(4) == 0 {
                         end.min(position.0 + 1 + self.rng.below(60))
                     } else {

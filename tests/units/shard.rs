@@ -166,7 +166,7 @@ impl Shard {
     /// meanwhile in one turn.
     fn pause(&self) -> mpsc::Sender<()> {
         let (resume, resumed) = mpsc::channel();
-        let mut entry = Entry::plain(EventId(0), b"");
+        let mut entry = Entry::without_id(EventId(0), b"");
         entry.bytes = Bytes::from_owner(WaitsInDrop(resumed));
         self.gets_in("a-channel-that-it-does-not-follow", entry);
         resume
@@ -340,7 +340,7 @@ async fn large_fanout_does_not_starve_other_channels() {
         clients.push(client);
     }
     let to_alice = |id| addressed(id..=id, Some("alice"));
-    let plain = |id| Entry::plain(EventId(id), b"{}");
+    let plain = |id| Entry::without_id(EventId(id), b"{}");
     let public = |id| events(id..=id);
     let (mut id, mut delivered, mut to_bob) = (1000, 0, 1000);
     let mut seen = mio::Events::with_capacity(2 * READERS);

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::time::Instant;
 
 use crate::bus::ShardId;
-use crate::bus::page::{PAGE, Page, SHARED_BYTES, page_start};
+use crate::bus::page::{BLOCK, Page, SHARED_BYTES, block_start};
 use crate::protocol::event::{Entry, EventId};
 
 #[derive(Debug)]
@@ -88,7 +88,7 @@ impl Channel {
     /// The events of a page after `position`, about this many bytes, and those before it if they
     /// have at most [`SHARED_BYTES`].
     pub(super) fn page(&self, position: EventId, mut bytes: usize) -> Page {
-        let (start, end) = (page_start(position), EventId(page_start(position).0 + PAGE));
+        let (start, end) = (block_start(position), EventId(block_start(position).0 + BLOCK));
         let at = self.history.partition_point(|entry| entry.last <= position);
         let first = self.history.partition_point(|entry| entry.last <= start);
         let shared: usize = self.history.range(first..at).map(Entry::memory).sum();

@@ -63,8 +63,8 @@ pub async fn provide(client: &Client, settings: &RedisSettings, mode: WriteMode)
 /// Fields and values of the hash, as `function.lua` reads them. Nodes of other versions read and
 /// write it, too: fields may be added, but existing ones keep their meaning.
 fn settings_fields(settings: &RedisSettings) -> Vec<Value> {
-    let mut plain: Vec<&str> = settings.pubsub_channels.iter().map(|channel| channel.as_str()).collect();
-    plain.sort_unstable();
+    let mut pubsub: Vec<&str> = settings.pubsub_channels.iter().map(|channel| channel.as_str()).collect();
+    pubsub.sort_unstable();
     vec![
         "max_message_size".into(),
         scripts::number(settings.max_message_size as u64),
@@ -77,7 +77,7 @@ fn settings_fields(settings: &RedisSettings) -> Vec<Value> {
         "durable".into(),
         scripts::number(u64::from(settings.durable)),
         "pubsub_channels".into(),
-        plain.join(" ").into(),
+        pubsub.join(" ").into(),
     ]
 }
 

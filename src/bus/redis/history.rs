@@ -1,4 +1,4 @@
-//! Pages of history. Redis is asked for each part once, however many connections and shards need
+//! Pages of history. Redis is asked for each page once, however many connections and shards need
 //! it.
 
 use std::collections::BTreeMap;
@@ -10,24 +10,24 @@ use super::scripts::{KnownPosition, ReadRange};
 use super::subscriptions::read_page;
 use super::{Bus, Outcome, advice, decode, scripts};
 use crate::bus::reads::{Read, Reads};
-use crate::bus::{BusError, BusMessage, PAGE, Page, SHARED_BYTES, ShardId, page_start};
+use crate::bus::{BLOCK, BusError, BusMessage, Page, SHARED_BYTES, ShardId, block_start};
 use crate::feed::eviction::EvictionQueue;
 use crate::protocol::event::{ChannelName, Entry, EventId};
 
-/// How long a part is kept for other shards, whose clients come back at the same time after a
-/// network failure. Each shard keeps a part for as long as it is in use.
+/// How long a page is kept for other shards, whose clients come back at the same time after a
+/// network failure. Each shard keeps a page for as long as it is in use.
 const KEEP: Duration = Duration::from_secs(5);
 
-/// Most bytes of parts kept. Shards that hold a part share its bytes.
+/// Most bytes of pages kept. Shards that hold a page share its bytes.
 const KEEP_BYTES: usize = 4 << 20;
 
-/// Most bytes of parts requested from Redis at a time.
+/// Most bytes of pages requested from Redis at a time.
 const IN_FLIGHT_BYTES: usize = 16 << 20;
 
-/// The channel and the position that a part follows.
+/// The channel and the position that a page follows.
 type Key = (ChannelName, EventId);
 
-/// Parts of pages that are being read, and those that were just read.
+/// Pages that are being read, and those that were just read.
 #[derive(Debug)]
 pub(super) struct History {
     /// The shards that wait.
@@ -46,11 +46,11 @@ impl History {
         }
     }
 
-    /// A part that covers this position, in the epoch that starts at `base`.
+    /// A page that covers this position, in the epoch that starts at `base`.
     fn find(&self, channel: &ChannelName, position: EventId, base: EventId) -> Option<&Arc<Page>> {
-        let page = (channel.clone(), page_start(position))..=(channel.clone(), position);
-        let mut parts = self.kept.range(page).rev().map(|(_, part)| part);
-        parts.find(|part| part.base == base && part.covers(position))
+        let keys = (channel.clone(), block_start(position))..=(channel.clone(), position);
+        let mut pages = self.kept.range(keys).rev().map(|(_, page)| page);
+        pages.find(|page| page.base == base && page.covers(position))
     }
 
     fn keep(&mut self, channel: ChannelName, page: Arc<Page>) {
@@ -72,7 +72,7 @@ impl History {
         }
     }
 
-    /// Drops parts kept for longer than [`KEEP`].
+    /// Drops pages kept for longer than [`KEEP`].
     pub(super) fn expire(&mut self, now: Instant) {
         while self.eviction_queue.oldest().is_some_and(|(read, _)| now.duration_since(*read) > KEEP) {
             self.evict();
@@ -110,11 +110,11 @@ impl Bus {
                 continue;
             };
             self.handles.metrics.reads.add(1);
-            let start = page_start(position);
+            let start = block_start(position);
             let range = ReadRange {
                 from: position.next(),
-                to: EventId(start.0 + PAGE),
-                events: PAGE,
+                to: EventId(start.0 + BLOCK),
+                events: BLOCK,
                 bytes,
                 shared_from: start.next(),
                 shared_bytes: SHARED_BYTES,
@@ -171,7 +171,7 @@ impl Bus {
             let (channel, result) = (name.clone(), Ok(page.clone()));
             self.handles.shards.send(shard, BusMessage::Page { channel, position, result });
         }
-        // A part that ends at the head of its moment is kept, too: readers that have all of it ask
+        // A page that ends at the head of its moment is kept, too: readers that have all of it ask
         // for what follows.
         if !all_served && !page.entries.is_empty() {
             self.history.keep(name, page);

@@ -51,9 +51,9 @@ pub async fn check_server(client: &Client) -> Result<String, ConnectError> {
 /// script is sent as text, since it is needed once.
 pub async fn check_permissions(client: &Client, settings: &RedisSettings) -> Result<(), ConnectError> {
     let channel = format!("{}:{{x}}", settings.prefix);
-    let plain = settings.pubsub_channels.iter().map(|channel| Value::from(channel.as_str())).collect();
+    let pubsub = settings.pubsub_channels.iter().map(|channel| Value::from(channel.as_str())).collect();
     let keys = [&*channel, &settings.probe_topic(), &settings.settings_key()];
-    let args = script_args(Value::from_static_str(scripts::CHECK), &keys, plain);
+    let args = script_args(Value::from_static_str(scripts::CHECK), &keys, pubsub);
     let [forbidden, unavailable] = match command(client, "EVAL", args).await {
         Ok(frame) => match reply::array(&frame) {
             Some([forbidden, unavailable]) => [reply::texts(forbidden), reply::texts(unavailable)],
@@ -70,11 +70,11 @@ pub async fn check_permissions(client: &Client, settings: &RedisSettings) -> Res
     if forbidden.is_empty() {
         return Ok(());
     }
-    let plain: String = settings.pubsub_channels.iter().map(|channel| format!(" &{channel}")).collect();
+    let pubsub: String = settings.pubsub_channels.iter().map(|channel| format!(" &{channel}")).collect();
     Err(ConnectError::NotPermitted(MissingRights {
         commands: forbidden.join(", "),
         grant: format!(
-            "~{prefix}:* &{prefix}:*{plain} +@read +@write +@pubsub +@scripting +@connection +info +time",
+            "~{prefix}:* &{prefix}:*{pubsub} +@read +@write +@pubsub +@scripting +@connection +info +time",
             prefix = settings.prefix,
         ),
     }))

@@ -72,11 +72,11 @@ pub fn publish_args(
     known: KnownPosition,
     batch: &Batch,
 ) -> Vec<Value> {
-    let plain = if settings.pubsub_channels.contains(channel) { channel.as_str() } else { "" };
+    let pubsub = if settings.pubsub_channels.contains(channel) { channel.as_str() } else { "" };
     let mut args = channel_args(settings, known);
     args.extend([
         number(settings.history),
-        Value::from(plain),
+        Value::from(pubsub),
         Value::from(settings.node.as_str()),
         number(batch.number),
         number(u64::from(batch.retry)),

@@ -19,7 +19,7 @@ pub struct RedisSettings {
     pub history_bytes: usize,
     /// How long history outlives the last event of its channel.
     pub history_ttl_ms: u64,
-    /// Channels that are plain Pub/Sub channels of Redis, too.
+    /// Channels that are also Pub/Sub channels of the same name.
     pub pubsub_channels: HashSet<ChannelName>,
     /// Longest event of another program, in bytes.
     pub max_message_size: usize,
@@ -51,8 +51,8 @@ pub enum Topic<'a> {
     Events(&'a str),
     /// Events for one user of this channel.
     Private(&'a str),
-    /// Messages that other programs publish to a plain Pub/Sub channel.
-    Plain(&'a str),
+    /// Messages that other programs publish to one of `--pubsub-channels`.
+    External(&'a str),
     /// Probes of this node.
     Probe,
 }
@@ -107,17 +107,17 @@ impl RedisSettings {
         topics
     }
 
-    /// What the Pub/Sub channel `name` carries. Names of plain channels have no braces, so the
+    /// What the Pub/Sub channel `name` carries. These names have no braces, so the
     /// kinds can't be confused.
     pub fn topic<'a>(&self, name: &'a str) -> Topic<'a> {
         let Some(own) = name.strip_prefix(&self.prefix).and_then(|rest| rest.strip_prefix(':')) else {
-            return Topic::Plain(name);
+            return Topic::External(name);
         };
         match own.strip_prefix('{').and_then(|rest| rest.split_once('}')) {
             Some((channel, "")) => Topic::Events(channel),
             Some((channel, ":to")) => Topic::Private(channel),
             _ if own.strip_prefix("node:") == Some(&self.node) => Topic::Probe,
-            _ => Topic::Plain(name),
+            _ => Topic::External(name),
         }
     }
 }

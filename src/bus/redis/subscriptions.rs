@@ -183,7 +183,7 @@ impl Bus {
             Topic::Events(channel) => (channel, decode::broadcast(text)),
             Topic::Private(channel) => (channel, decode::private(text)),
             Topic::Probe => return self.on_probe(text),
-            Topic::Plain(channel) => return self.on_plain_message(channel, text),
+            Topic::External(channel) => return self.on_external_message(channel, text),
         };
         let Some(entry) = entry else { return };
         let Some((name, channel)) = self.channels.get_key_value(channel) else { return };
@@ -198,8 +198,8 @@ impl Bus {
         self.deliver(&name, out);
     }
 
-    /// A plain PUBLISH of another program: clients get it at once, without an id.
-    fn on_plain_message(&mut self, channel: &str, text: &[u8]) {
+    /// `PUBLISH` of another program: clients get it at once, without an id.
+    fn on_external_message(&mut self, channel: &str, text: &[u8]) {
         let Some((name, channel)) = self.channels.get_key_value(channel) else { return };
         let Some(followed) = &channel.followed else { return };
         let Some(sequence) = &followed.sequence else { return };
@@ -213,13 +213,13 @@ impl Bus {
             }
             return;
         }
-        let Some(shown) = ingest::plain(text) else { return };
+        let Some(shown) = ingest::external(text) else { return };
         if let Some(error) = shown.fault
             && self.subscriptions.not_json.is_due(Instant::now())
         {
             tracing::warn!(channel = %name, "sent Pub/Sub message as text: {error}");
         }
-        let entry = Entry::plain(sequence.position(), shown.event.as_bytes());
+        let entry = Entry::without_id(sequence.position(), shown.event.as_bytes());
         send_entry(&*self.handles.shards, &followed.followers, name, entry, Instant::now());
     }
 

@@ -18,7 +18,7 @@ use ipnet::IpNet;
 use crate::config::{self, Cap, Settings};
 use crate::http::{Rejection, Response};
 use crate::limits::allowances::Allowances;
-use crate::limits::rate::{Allowance, Client};
+use crate::limits::rate::{Allowance, AllowanceOwner};
 use crate::protocol::close::CloseReason;
 
 /// Default of `--max-connections-per-ip`: more than a large office behind one address has. Loopback
@@ -184,7 +184,7 @@ pub struct ConnectionLimits {
     users: Mutex<HashMap<u64, u32>>,
     hasher: RandomState,
     /// Whose connections share an allowance.
-    client: Client,
+    owner: AllowanceOwner,
     pub allowances: Allowances,
 }
 
@@ -205,7 +205,7 @@ impl ConnectionLimits {
             addresses: Mutex::default(),
             users: Mutex::default(),
             hasher: RandomState::new(),
-            client: Client::of(settings),
+            owner: AllowanceOwner::of(settings),
             allowances: Allowances::new(settings),
         }
     }
@@ -299,21 +299,21 @@ impl ConnectionLimits {
     /// without tokens one from loopback, since a proxy on the same machine may not forward client
     /// addresses, and a proxy's own connection.
     pub fn allowance(&self, connection_slot: ConnectionSlot, user: &str) -> Option<Arc<Allowance>> {
-        match (self.client, connection_slot) {
-            (Client::User, _) => Some(self.allowances.get(user)),
-            (Client::Address, ConnectionSlot::Client(address)) if !address.is_loopback() => {
+        match (self.owner, connection_slot) {
+            (AllowanceOwner::User, _) => Some(self.allowances.get(user)),
+            (AllowanceOwner::Address, ConnectionSlot::Client(address)) if !address.is_loopback() => {
                 Some(self.allowances.get(address))
             }
-            (Client::Address, _) => None,
+            (AllowanceOwner::Address, _) => None,
         }
     }
 
     /// Counts a new channel of this client. `false` if it has named too many. Where its connections
     /// are not limited, new channels are not either.
     pub fn take_channel(&self, client: &Allowance) -> bool {
-        let connections = match self.client {
-            Client::User => self.per_user,
-            Client::Address => self.most_per_address(),
+        let connections = match self.owner {
+            AllowanceOwner::User => self.per_user,
+            AllowanceOwner::Address => self.most_per_address(),
         };
         connections.is_none_or(|most| client.take_channel(most, self.allowances.now()))
     }

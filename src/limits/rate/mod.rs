@@ -71,24 +71,24 @@ const SECOND: u64 = 1_000_000_000;
 
 /// Whose connections share an allowance.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Client {
+pub enum AllowanceOwner {
     /// The connections of a user, where tokens prove the user id.
     User,
     /// The connections of an address otherwise, since a client may use any user id.
     Address,
 }
 
-impl Client {
+impl AllowanceOwner {
     /// Whose connections share an allowance on a node with these settings.
-    pub fn of(settings: &Settings) -> Client {
-        if settings.jwt_key.is_empty() { Client::Address } else { Client::User }
+    pub fn of(settings: &Settings) -> AllowanceOwner {
+        if settings.jwt_key.is_empty() { AllowanceOwner::Address } else { AllowanceOwner::User }
     }
 
     /// The allowance of the client, as a multiple of that of one connection.
     fn share(self) -> u32 {
         match self {
-            Client::User => 1,
-            Client::Address => USERS_PER_ADDRESS,
+            AllowanceOwner::User => 1,
+            AllowanceOwner::Address => USERS_PER_ADDRESS,
         }
     }
 }
@@ -176,11 +176,11 @@ impl RateLimiter {
         }
         let each = SECOND.checked_div(rate).unwrap_or(0);
         let burst = BURST_SECONDS * SECOND;
-        let client = Client::of(settings);
-        let share = client.share();
-        let whose = match client {
-            Client::User => " for all connections of a user",
-            Client::Address => " for all connections of an address",
+        let owner = AllowanceOwner::of(settings);
+        let share = owner.share();
+        let whose = match owner {
+            AllowanceOwner::User => " for all connections of a user",
+            AllowanceOwner::Address => " for all connections of an address",
         };
         let text = |times: u64, whose: &str| {
             let count = rate * times;

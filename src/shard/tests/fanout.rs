@@ -30,11 +30,13 @@ fn a_burst_is_written_in_turns() {
         testbed.turn();
         testbed.answer();
     }
-    for name in ["public", "private", "plain", "mixed"] {
+    for name in ["public", "private", "without_id", "mixed"] {
         drain(&mut readers);
         for n in 0..30 {
             match (name, n % 3) {
-                ("plain", _) | ("mixed", 0) => testbed.deliver(Entry::plain(EventId(testbed.head), b"{}")),
+                ("without_id", _) | ("mixed", 0) => {
+                    testbed.deliver(Entry::without_id(EventId(testbed.head), b"{}"))
+                }
                 ("private", _) | ("mixed", 1) => {
                     testbed.publish(Some("alice".to_owned()), 0);
                     testbed.deliver_from(testbed.head);
@@ -63,7 +65,7 @@ fn a_burst_is_written_in_turns() {
 
 /// Delivers events without id of these sizes, all before the first turn or each before one. Returns
 /// how many of them each client received.
-fn deliver_plain_events(sizes: &[usize], with_turns: bool) -> (Testbed, Vec<usize>) {
+fn deliver_events_without_id(sizes: &[usize], with_turns: bool) -> (Testbed, Vec<usize>) {
     let mut testbed = Testbed::new();
     let follows = |testbed: &Testbed| {
         let key = testbed.shard.channels.key(&testbed.channel);
@@ -75,7 +77,7 @@ fn deliver_plain_events(sizes: &[usize], with_turns: bool) -> (Testbed, Vec<usiz
     }
     for size in sizes {
         let text = format!(r#"{{"plain":"{}"}}"#, "x".repeat(*size));
-        testbed.deliver(Entry::plain(EventId(testbed.head), text.as_bytes()));
+        testbed.deliver(Entry::without_id(EventId(testbed.head), text.as_bytes()));
         if with_turns {
             testbed.turn();
         }
@@ -105,8 +107,8 @@ fn deliver_plain_events(sizes: &[usize], with_turns: bool) -> (Testbed, Vec<usiz
 }
 
 #[test]
-fn plain_event_longer_than_the_feed_reaches_all() {
-    let (mut testbed, counts) = deliver_plain_events(&[100, 40 * 1024], false);
+fn event_without_id_longer_than_the_feed_reaches_all() {
+    let (mut testbed, counts) = deliver_events_without_id(&[100, 40 * 1024], false);
     assert_eq!(counts, [2; CLIENTS.len()]);
     testbed.shard.on_tick();
     assert!(testbed.shard.channels.feed_bytes() <= 8 * 1024, "its memory is freed after the delivery");
@@ -115,21 +117,21 @@ fn plain_event_longer_than_the_feed_reaches_all() {
 }
 
 #[test]
-fn plain_events_beyond_the_feed_reach_all() {
-    let (testbed, counts) = deliver_plain_events(&[1000; 13], false);
+fn events_without_id_beyond_the_feed_reach_all() {
+    let (testbed, counts) = deliver_events_without_id(&[1000; 13], false);
     assert_eq!(counts, [13; CLIENTS.len()]);
     assert!(testbed.shard.tally.pubsub_misses == 0 && testbed.shard.channels.feed_bytes() > 8 * 1024);
 }
 
 #[test]
-fn missed_plain_events_are_counted_per_client() {
+fn missed_events_without_id_are_counted_per_client() {
     // More than feeds may hold in one turn.
-    let (mut testbed, counts) = deliver_plain_events(&[1000; 40], false);
+    let (mut testbed, counts) = deliver_events_without_id(&[1000; 40], false);
     assert!(counts.iter().all(|count| (7..40).contains(count)), "{counts:?}");
     testbed.shard.end_turn();
     assert_eq!(testbed.shard.metrics().pubsub_misses.get(), CLIENTS.len() as u64);
     // Sockets that were full while events were evicted.
-    let (mut testbed, counts) = deliver_plain_events(&[1000; 60], true);
+    let (mut testbed, counts) = deliver_events_without_id(&[1000; 60], true);
     assert!(counts.iter().all(|count| *count < 60), "{counts:?}");
     testbed.shard.end_turn();
     assert!(testbed.shard.metrics().pubsub_misses.get() >= CLIENTS.len() as u64);

@@ -27,7 +27,7 @@ enum Step {
         size: usize,
     },
     /// An event without id arrives.
-    PublishPlain,
+    PublishExternal,
     /// A new epoch starts, further on.
     NewEpoch,
     /// A client sends this many pings.
@@ -71,7 +71,7 @@ fn step() -> impl Strategy<Value = Step> {
     prop_oneof![
         6 => (1..5_u64, size.clone()).prop_map(|(count, size)| Step::Publish { count, size }),
         2 => (0..3_usize, 1..3_u64, size).prop_map(|(user, count, size)| Step::PublishTo { user, count, size }),
-        1 => Just(Step::PublishPlain),
+        1 => Just(Step::PublishExternal),
         1 => Just(Step::NewEpoch),
         3 => (client.clone(), 1..120_usize).prop_map(|(client, count)| Step::Ping { client, count }),
         1 => (client.clone(), 1..40_usize).prop_map(|(client, count)| Step::Send { client, count }),
@@ -99,10 +99,10 @@ impl Testbed {
                 (0..*count).for_each(|_| self.publish(Some(user.to_owned()), *size));
                 self.deliver_from(first);
             }
-            Step::PublishPlain if self.is_followed => {
-                self.deliver(Entry::plain(EventId(self.head), br#"{"raw":1}"#))
+            Step::PublishExternal if self.is_followed => {
+                self.deliver(Entry::without_id(EventId(self.head), br#"{"raw":1}"#))
             }
-            Step::PublishPlain => {}
+            Step::PublishExternal => {}
             Step::NewEpoch => {
                 self.head += 1000;
                 self.base = self.head;

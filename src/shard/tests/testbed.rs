@@ -18,7 +18,7 @@ use tokio::sync::mpsc;
 use self::single_shard::SingleShard;
 use super::super::connections::token;
 use super::super::*;
-use crate::bus::{Answer, PAGE, Page, PublishError, page_start};
+use crate::bus::{Answer, BLOCK, Page, PublishError, block_start};
 use crate::limits::connections::ConnectionLimits;
 use crate::protocol::event::{ChannelName, Entry, EventId};
 
@@ -200,9 +200,9 @@ impl Testbed {
                 }
                 Request::Read { channel, position, .. } => {
                     // Some answers start before the position, and some end before their page.
-                    let before = page_start(position);
+                    let before = block_start(position);
                     let after = if position.0.is_multiple_of(5) { position } else { before };
-                    let end = before.0 + PAGE;
+                    let end = before.0 + BLOCK;
                     let oldest = self.history.front().map_or(self.head + 1, |(id, ..)| *id);
                     let end =
                         if position.0.is_multiple_of(3) { end.min(oldest.max(position.0) + 7) } else { end };

@@ -10,7 +10,7 @@ use crate::http::proxy::{self, InvalidAddress, Preamble};
 use crate::http::{self, Head, Rejection, Response, page};
 use crate::limits::connections::{ConnectionLimits, ConnectionSlot, LimitReached};
 use crate::metrics::Readiness;
-use crate::ws::session::Join;
+use crate::ws::client::Join;
 
 pub mod rejections;
 mod upgrade;
@@ -158,7 +158,7 @@ fn respond(head: &Head<'_>, readiness: &Readiness) -> Response {
         None if head.path == "/healthz" => Response::line(200, "ok"),
         None if head.path == "/ws" => Response::line(400, "the user id is missing: connect to /ws/{user_id}"),
         // The reason is for operators: on the admin listener and in the log.
-        None => match readiness.trouble() {
+        None => match readiness.not_ready_reason() {
             None => Response::line(200, "ready"),
             Some(_) => Response::line(503, "not ready").with("Retry-After", "1"),
         },

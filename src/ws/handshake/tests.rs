@@ -4,7 +4,7 @@ use super::*;
 use crate::config::Action;
 use crate::protocol::close::CloseReason;
 use crate::protocol::event::{DEFAULT_CHANNEL, EventId};
-use crate::ws::session::LastSeen;
+use crate::ws::client::LastSeen;
 
 fn request(target: &str, headers: &str) -> String {
     format!(
@@ -53,10 +53,8 @@ fn status(bytes: &[u8]) -> u16 {
 #[test]
 fn a_valid_request_joins() {
     let plain = join("/ws/al%20ice", "");
-    assert_eq!((&*plain.session.user, plain.channel.as_str()), ("al ice", DEFAULT_CHANNEL));
-    assert!(
-        !plain.session.wants_recovery && !plain.session.json_mode && plain.last_seen == LastSeen::Nothing
-    );
+    assert_eq!((&*plain.client.user, plain.channel.as_str()), ("al ice", DEFAULT_CHANNEL));
+    assert!(!plain.client.wants_recovery && !plain.client.json_mode && plain.last_seen == LastSeen::Nothing);
     let answer = String::from_utf8(plain.response.to_vec()).unwrap();
     assert!(
         answer.contains("Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n"),
@@ -66,9 +64,7 @@ fn a_valid_request_joins() {
 
     let json = join("/ws/a?channel=x.y:1&lastEventId=17", "Sec-WebSocket-Protocol: a, fanfare.v1\r\n");
     assert!(
-        json.session.wants_recovery
-            && json.session.json_mode
-            && json.last_seen == LastSeen::Event(EventId(17))
+        json.client.wants_recovery && json.client.json_mode && json.last_seen == LastSeen::Event(EventId(17))
     );
     assert!(
         String::from_utf8(json.response.to_vec()).unwrap().contains("Sec-WebSocket-Protocol: fanfare.v1\r\n")

@@ -12,7 +12,7 @@ use crate::auth::token::{self, Grant, InvalidToken, NEVER};
 use crate::config::{ClientPublish, Settings};
 use crate::http::{self, BodyLength, Head, Rejection, origin};
 use crate::protocol::event::{ChannelName, DEFAULT_CHANNEL, EventId, is_user_id};
-use crate::ws::session::{Join, LastSeen, Session};
+use crate::ws::client::{Client, Join, LastSeen};
 
 /// The subprotocol of JSON mode.
 const SUBPROTOCOL: &str = "fanfare.v1";
@@ -72,8 +72,8 @@ pub(super) fn check(
         && grant.as_ref().is_none_or(|grant| grant.may_publish(&channel));
     let expires = grant.map_or(NEVER, |grant| grant.expires);
     let response = switching_protocols(key, json_mode);
-    let session = Session { user: user.into(), expires, wants_recovery, json_mode, may_publish };
-    Ok(Join { session, channel, last_seen, response })
+    let client = Client { user: user.into(), expires, wants_recovery, json_mode, may_publish };
+    Ok(Join { client, channel, last_seen, response })
 }
 
 /// What the token allows its user. `None` if no tokens are required.

@@ -2,11 +2,11 @@
 
 use std::time::Duration;
 
-use fanfare::bus::{BusMessage, PAGE};
+use fanfare::bus::{BLOCK, BusMessage};
 use fanfare::protocol::event::EventId;
 use tokio::time::{sleep, timeout};
 
-use super::node::{Node, event, page_after, settings, until};
+use super::node::{Node, block_after, event, settings, until};
 use super::redis_server::{PATIENCE, Proxy, RedisServer, Reply};
 
 #[tokio::test]
@@ -41,10 +41,10 @@ async fn part_of_a_page_is_read_once_for_all() {
     let redis = RedisServer::start();
     let mut node = Node::ready(settings(&redis.url())).await;
     let reader = node.follow("room", 0).await;
-    // Fills up the first page, to test whole pages.
+    // Fills up the first block, to test whole blocks.
     let mut last = reader.position;
     let pad = "x".repeat(16 << 10);
-    let target = EventId((last.0 / PAGE + 2) * PAGE - 1 + 10);
+    let target = EventId((last.0 / BLOCK + 2) * BLOCK - 1 + 10);
     let mut results = Vec::new();
     for n in 0..(target.0 - last.0) as usize {
         let to = (n % 50 == 3).then_some("bob");
@@ -54,8 +54,8 @@ async fn part_of_a_page_is_read_once_for_all() {
         last = timeout(PATIENCE, result).await.unwrap().unwrap().unwrap();
     }
     assert_eq!(last, target);
-    let page = target.0 / PAGE - 1;
-    let (start, end) = (page_after(page), page_after(page + 1));
+    let block = target.0 / BLOCK - 1;
+    let (start, end) = (block_after(block), block_after(block + 1));
     let before = node.metrics.reads.get();
     let mut at = start;
     while at < end {
@@ -77,9 +77,9 @@ async fn part_of_a_page_is_read_once_for_all() {
     // 256 events of 16 KiB are 4 MiB and arrive in parts of a bit more than 1 MiB.
     let reads = node.metrics.reads.get() - before;
     assert!((3..=4).contains(&reads), "{reads} reads for one page");
-    let tail = node.page("room", page + 1, 0).await.unwrap();
+    let tail = node.page("room", block + 1, 0).await.unwrap();
     assert_eq!((tail.head, tail.entries.last().unwrap().last), (last, last));
-    let empty = node.page("room", page + 100, 0).await.unwrap();
+    let empty = node.page("room", block + 100, 0).await.unwrap();
     assert!(empty.entries.is_empty());
 }
 
@@ -141,7 +141,7 @@ async fn expired_history_keeps_the_sequence() {
     let gone = || redis.raw().command(&["EXISTS", "fanfare:{room}:events"]) == Reply::Number(0);
     until("the history is emptied", gone).await;
     sleep(Duration::from_secs(2)).await; // twice the time, but the channel is followed
-    let page = publisher.page("room", one.0 / PAGE, 0).await.unwrap();
+    let page = publisher.page("room", one.0 / BLOCK, 0).await.unwrap();
     assert_eq!((page.base, page.head, page.oldest), (stays.base, one, one.next()));
     proxy.close(false);
     misses.until_it(&mut node, |reader| !reader.resets.is_empty()).await;

@@ -167,8 +167,8 @@ impl Node {
     }
 
     pub async fn page(&mut self, name: &str, number: u64, shard: usize) -> Result<Arc<Page>, BusError> {
-        self.ask_page(name, page_after(number), shard);
-        self.page_answer(page_after(number), shard).await
+        self.ask_page(name, block_after(number), shard);
+        self.page_answer(block_after(number), shard).await
     }
 
     pub fn ask_page(&self, name: &str, after: EventId, shard: usize) {
@@ -206,9 +206,9 @@ fn share_nothing(
     inbox
 }
 
-/// The position before a page.
-pub fn page_after(number: u64) -> EventId {
-    EventId(number * bus::PAGE - 1)
+/// The position before a block.
+pub fn block_after(number: u64) -> EventId {
+    EventId(number * bus::BLOCK - 1)
 }
 
 /// What a shard has received of a channel. Every entry is checked against the promise.
@@ -241,7 +241,7 @@ fn text(entry: &Entry) -> String {
 impl Reader {
     pub fn take(&mut self, entry: &Entry) {
         match &entry.kind {
-            Kind::Plain => self.raw.push(text(entry)),
+            Kind::WithoutId => self.raw.push(text(entry)),
             Kind::Reset => {
                 assert!(entry.last >= self.position, "a reset goes back");
                 self.resets.push(entry.last.0);

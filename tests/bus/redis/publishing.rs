@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use fanfare::bus::{BusError, PAGE, PublishError};
+use fanfare::bus::{BLOCK, BusError, PublishError};
 use fanfare::config::Settings;
 use fanfare::protocol::event::EventId;
 use tokio::time::{sleep, timeout};
@@ -131,7 +131,7 @@ async fn out_of_memory_rejects_events_only() {
         other => panic!("{other:?}"),
     }
     let other = node.follow("other", 1).await;
-    node.page("other", other.position.0 / PAGE, 1).await.unwrap();
+    node.page("other", other.position.0 / BLOCK, 1).await.unwrap();
     redis.raw().command(&["CONFIG", "SET", "maxmemory", "0"]);
     let id = node.publish("room", &event(2)).await.unwrap();
     reader.until(&mut node, id).await;

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use fanfare::bus::{PAGE, PublishError};
+use fanfare::bus::{BLOCK, PublishError};
 use fanfare::protocol::event::EventId;
 use tokio::time::{sleep, timeout};
 
@@ -196,7 +196,7 @@ async fn restart_reuses_no_id_of_lost_events() {
     assert_eq!(reader.resets.len(), 1);
     reader.assert_has(EventId(next), &mark(3));
     // History does not reach back beyond the new base.
-    let page = node.page("room", next / PAGE, 0).await.unwrap();
+    let page = node.page("room", next / BLOCK, 0).await.unwrap();
     assert!(page.base > lost && page.oldest > page.base);
 }
 

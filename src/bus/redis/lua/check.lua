@@ -1,6 +1,6 @@
 -- Checks what a node needs. P is the prefix, C a channel.
 -- KEYS: 1 a channel P:{C}, 2 the Pub/Sub channel of the node's probes, 3 P:settings. ARGV: the
--- plain Pub/Sub channels.
+-- --pubsub-channels.
 -- Returns {commands that the user's ACL forbids, commands and INFO fields that this Redis lacks},
 -- as texts.
 local name, meta, events = KEYS[1], KEYS[1] .. ':meta', KEYS[1] .. ':events'
@@ -20,9 +20,9 @@ local needed = {
   {'GET', name .. ':key:x'}, {'SET', name .. ':key:x', 'x'},
   {'TYPE', KEYS[3]}, {'DEL', KEYS[3]}, {'HSET', KEYS[3], 'x', 'x'}, {'PEXPIRE', KEYS[3], '1'},
 }
-for _, plain in ipairs(ARGV) do
-  needed[#needed + 1] = {'SUBSCRIBE', plain}
-  needed[#needed + 1] = {'PUBLISH', plain, 'x'}
+for _, channel in ipairs(ARGV) do
+  needed[#needed + 1] = {'SUBSCRIBE', channel}
+  needed[#needed + 1] = {'PUBLISH', channel, 'x'}
 end
 local forbidden, unavailable = {}, {}
 for _, command in ipairs(needed) do

@@ -272,7 +272,7 @@ end
 
 -- Publishes messages in id order. A PUBLISH that fails must not look like a rejected event: nodes
 -- read it after a probe.
-local function publish_messages(name, messages, plain)
+local function publish_messages(name, messages, pubsub_channel)
   local pcall = redis.pcall
   for _, message in ipairs(messages) do
     local lines = table.concat(message, '\n')
@@ -280,9 +280,9 @@ local function publish_messages(name, messages, plain)
       pcall('PUBLISH', name .. ':to', message.user .. '\n' .. lines)
     else
       pcall('PUBLISH', name, lines)
-      if plain ~= '' then
+      if pubsub_channel ~= '' then
         for _, json in ipairs(message) do
-          pcall('PUBLISH', plain, '\t' .. json) -- the TAB marks a copy, which nodes ignore
+          pcall('PUBLISH', pubsub_channel, '\t' .. json) -- the TAB marks a copy, which nodes ignore
         end
       end
     end

@@ -194,8 +194,8 @@ local function publish(keys, args)
   if key then
     redis.call('SET', key, show(head), 'PX', KEY_TTL)
   end
-  local is_plain = string.find(settings.pubsub_channels, ' ' .. channel .. ' ', 1, true)
-  publish_messages(name, messages, is_plain and channel or '')
+  local is_pubsub = string.find(settings.pubsub_channels, ' ' .. channel .. ' ', 1, true)
+  publish_messages(name, messages, is_pubsub and channel or '')
   return head
 end
 

@@ -6,7 +6,7 @@
 --    3 the highest id seen
 --    4 the base known
 --    5 history in events
---    6 the plain Pub/Sub channel or ''
+--    6 the Pub/Sub channel of the same name or ''
 --    7 node
 --    8 number of the call
 --    9 retry (1 or 0)

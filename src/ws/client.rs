@@ -1,4 +1,4 @@
-//! Sessions: what a client is and may do, and its request to join.
+//! What a client is and may do, and its request to join a channel.
 
 use bytes::Bytes;
 
@@ -7,7 +7,7 @@ use crate::protocol::event::{ChannelName, EventId};
 
 /// What the handshake settled about a client.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Session {
+pub struct Client {
     /// Empty until the connection is counted for its user.
     pub user: Box<str>,
     /// When its token expires, in seconds since 1970.
@@ -19,9 +19,9 @@ pub struct Session {
     pub may_publish: bool,
 }
 
-impl Default for Session {
-    fn default() -> Session {
-        Session {
+impl Default for Client {
+    fn default() -> Client {
+        Client {
             user: Box::default(),
             expires: NEVER,
             wants_recovery: false,
@@ -44,7 +44,7 @@ pub enum LastSeen {
 /// A request to join a channel that passed all checks of the handshake.
 #[derive(Debug)]
 pub struct Join {
-    pub session: Session,
+    pub client: Client,
     pub channel: ChannelName,
     pub last_seen: LastSeen,
     /// The 101 response.

@@ -1,7 +1,7 @@
 use std::collections::VecDeque;
 
 use super::*;
-use crate::bus::{PAGE, SHARED_BYTES};
+use crate::bus::{BLOCK, SHARED_BYTES};
 use crate::ws::replay::Replay;
 use crate::ws::writer::BURST;
 use proptest::prelude::*;
@@ -30,8 +30,8 @@ impl Bus {
 
     /// Answers like `read.lua`, whose steps may exceed the size asked for.
     fn answer(&mut self, position: u64, bytes: usize, step: u64) -> Page {
-        let before = page_start(EventId(position)).0;
-        let end = (before + PAGE).min(self.head());
+        let before = block_start(EventId(position)).0;
+        let end = (before + BLOCK).min(self.head());
         let size = |from: u64, to: u64| (from..=to).map(|id| self.size(id)).sum::<usize>();
         let from = (before + 1).max(self.oldest);
         let shares = from <= position && size(from, position) < SHARED_BYTES;
@@ -73,11 +73,11 @@ struct Reader {
 }
 
 struct Shard {
-    parts: Parts,
+    pages: PageCache,
     feed: Feed,
     bus: Bus,
     readers: Vec<Reader>,
-    answered: VecDeque<(usize, PartId)>,
+    answered: VecDeque<(usize, PageId)>,
     tick: u32,
     most: usize,
 }
@@ -89,7 +89,7 @@ fn id(slot: usize) -> ConnectionId {
 impl Shard {
     fn start_reads(&mut self) {
         let readers = &self.readers;
-        while let Some(read) = self.parts.start(|id| !readers[id.slot as usize].closed) {
+        while let Some(read) = self.pages.start(|id| !readers[id.slot as usize].closed) {
             self.bus.requests.push_back(read);
         }
     }
@@ -108,10 +108,10 @@ impl Shard {
                 return;
             }
             let position = EventId(reader.position);
-            let Some(found) = self.parts.find(CHANNEL, position, self.tick) else {
+            let Some(found) = self.pages.find(CHANNEL, position, self.tick) else {
                 assert!(!answered, "a read serves the reader that it was started for");
                 reader.waits = true;
-                self.parts.wait(CHANNEL, position, reader.replay.next_part_bytes(), id(slot));
+                self.pages.wait(CHANNEL, position, reader.replay.next_page_bytes(), id(slot));
                 return self.start_reads();
             };
             answered = false;
@@ -143,17 +143,17 @@ impl Shard {
     fn answer_read(&mut self, step: u64) {
         let Some(Read { position, bytes, .. }) = self.bus.requests.pop_front() else { return };
         let page = self.bus.answer(position.0, bytes, step);
-        let (part, served) = self.parts.add(CHANNEL, position, &page, &self.feed, self.tick);
-        self.answered.extend(served.into_iter().map(|id| (id.slot as usize, part)));
+        let (page, served) = self.pages.add(CHANNEL, position, &page, &self.feed, self.tick);
+        self.answered.extend(served.into_iter().map(|id| (id.slot as usize, page)));
         self.start_reads();
-        self.most = self.most.max(self.parts.bytes());
+        self.most = self.most.max(self.pages.bytes());
     }
 
     fn serve(&mut self) {
-        let Some((slot, part)) = self.answered.pop_front() else { return };
+        let Some((slot, page)) = self.answered.pop_front() else { return };
         self.readers[slot].waits = false;
         self.turn(slot, true);
-        self.parts.served(part);
+        self.pages.served(page);
         self.start_reads();
     }
 
@@ -200,7 +200,7 @@ proptest! {
             .collect();
         let step = ((1 << 20) / longest).clamp(1, 32) as u64;
         let mut shard = Shard {
-            parts: Parts::new(4 << 20, longest),
+            pages: PageCache::new(4 << 20, longest),
             feed,
             bus,
             readers,
@@ -218,7 +218,7 @@ proptest! {
                     5 | 6 => shard.serve(),
                     _ => {
                         shard.tick += 1;
-                        shard.parts.drop_idle(shard.tick);
+                        shard.pages.drop_idle(shard.tick);
                     }
                 }
             }
@@ -233,9 +233,9 @@ proptest! {
         let received: usize = readers.clone().map(|reader| reader.received).sum();
         let slack = readers.count() * (2 * BURST + 2 * longest);
         // The aim is twice as much. It is a little more if seconds pass between two turns of a slow
-        // reader: a part that is not read for PART_TICKS is dropped, and read again for others.
+        // reader: a page that is not read for PAGE_TICKS is dropped, and read again for others.
         prop_assert!(shard.bus.bytes <= 3 * received + slack, "{} read for {received} of {total}", shard.bus.bytes);
-        let limit = shard.parts.limit;
+        let limit = shard.pages.limit;
         prop_assert!(shard.most <= 2 * limit + longest, "{} of {limit}", shard.most);
     }
 }

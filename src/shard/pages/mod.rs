@@ -1,11 +1,11 @@
-//! Parts of history in the memory of one shard, as the bus sent them, and the connections that wait
+//! Pages of history in the memory of one shard, as the bus sent them, and the connections that wait
 //! for others.
 
 use std::collections::BTreeMap;
 
 use super::channels::ChannelId;
 use crate::bus::reads::{Read, Reads};
-use crate::bus::{ConnectionId, Page, is_continuous, is_gone, page_start};
+use crate::bus::{ConnectionId, Page, block_start, is_continuous, is_gone};
 use crate::feed::Feed;
 use crate::feed::eviction::EvictionQueue;
 use crate::protocol::event::{Entry, EventId};
@@ -14,20 +14,20 @@ use crate::ws::outbox::SharedTails;
 #[cfg(test)]
 mod tests;
 
-/// A shard may always keep parts of this many events of the greatest length. Parts being read may
+/// A shard may always keep pages of this many events of the greatest length. Pages being read may
 /// take as much again.
 const LONGEST_EVENTS: usize = 4;
 
-/// Ticks that a part is kept after it was last read: readers of the same part are close together in
+/// Ticks that a page is kept after it was last read: readers of the same page are close together in
 /// time.
-const PART_TICKS: u32 = 20;
+const PAGE_TICKS: u32 = 20;
 
-/// A part in memory: its channel, and the position that it follows.
-pub type PartId = (ChannelId, EventId);
+/// A page in memory: its channel, and the position that it follows.
+pub type PageId = (ChannelId, EventId);
 
-/// A part of a page, which connections read like a feed.
+/// A page, which connections read like a feed.
 #[derive(Debug)]
-pub struct Part {
+pub struct CachedPage {
     after: EventId,
     base: EventId,
     head: EventId,
@@ -43,13 +43,13 @@ pub struct Part {
     unserved: usize,
 }
 
-impl Part {
-    /// A part from the bus. Events that the channel's feed does not have yet are left out, or
+impl CachedPage {
+    /// A page from the bus. Events that the channel's feed does not have yet are left out, or
     /// readers would get them twice.
-    fn new(page: &Page, feed: &Feed, tick: u32) -> Part {
+    fn new(page: &Page, feed: &Feed, tick: u32) -> CachedPage {
         let entries: Vec<_> =
             page.entries.iter().filter_map(|entry| entry.clone().until(feed.position())).collect();
-        Part {
+        CachedPage {
             after: page.after,
             base: page.base,
             head: page.head,
@@ -74,45 +74,45 @@ impl Part {
     }
 }
 
-/// All parts in the memory of one shard, and the connections that wait for others.
+/// All pages in the memory of one shard, and the connections that wait for others.
 #[derive(Debug)]
-pub struct Parts {
-    /// Most bytes of all parts.
+pub struct PageCache {
+    /// Most bytes of all pages.
     limit: usize,
     reads: Reads<ChannelId, ConnectionId>,
-    parts: BTreeMap<PartId, Part>,
-    eviction_queue: EvictionQueue<PartId>,
-    /// Bytes of the parts that have unserved readers.
+    pages: BTreeMap<PageId, CachedPage>,
+    eviction_queue: EvictionQueue<PageId>,
+    /// Bytes of the pages that have unserved readers.
     unserved: usize,
 }
 
-impl Parts {
-    /// `memory` is the memory for parts, and one event may have `longest_event` bytes.
-    pub fn new(memory: usize, longest_event: usize) -> Parts {
-        Parts {
+impl PageCache {
+    /// `memory` is the memory for pages, and one event may have `longest_event` bytes.
+    pub fn new(memory: usize, longest_event: usize) -> PageCache {
+        PageCache {
             limit: memory.max(LONGEST_EVENTS * longest_event),
             reads: Reads::new(longest_event),
-            parts: BTreeMap::new(),
+            pages: BTreeMap::new(),
             eviction_queue: EvictionQueue::new(),
             unserved: 0,
         }
     }
 
-    /// Bytes of all parts.
+    /// Bytes of all pages.
     pub fn bytes(&self) -> usize {
         self.eviction_queue.bytes()
     }
 
-    /// A part that covers this position.
-    pub fn find(&mut self, channel: ChannelId, position: EventId, tick: u32) -> Option<&mut Part> {
-        let ids = (channel, page_start(position))..=(channel, position);
-        let part =
-            self.parts.range_mut(ids).rev().map(|(_, part)| part).find(|part| part.covers(position))?;
-        part.used = tick;
-        Some(part)
+    /// A page that covers this position.
+    pub fn find(&mut self, channel: ChannelId, position: EventId, tick: u32) -> Option<&mut CachedPage> {
+        let ids = (channel, block_start(position))..=(channel, position);
+        let page =
+            self.pages.range_mut(ids).rev().map(|(_, page)| page).find(|page| page.covers(position))?;
+        page.used = tick;
+        Some(page)
     }
 
-    /// Queues a connection for a part of about this many bytes, since none in memory covers its
+    /// Queues a connection for a page of about this many bytes, since none in memory covers its
     /// position.
     pub fn wait(&mut self, channel: ChannelId, position: EventId, bytes: usize, id: ConnectionId) {
         self.reads.wait(channel, position, bytes, id);
@@ -131,7 +131,7 @@ impl Parts {
     }
 
     /// Adds the answer to a read. Returns the connections that it serves: each has its turn next,
-    /// and the caller then calls [`Parts::served`].
+    /// and the caller then calls [`PageCache::served`].
     pub fn add(
         &mut self,
         channel: ChannelId,
@@ -139,16 +139,16 @@ impl Parts {
         page: &Page,
         feed: &Feed,
         tick: u32,
-    ) -> (PartId, Vec<ConnectionId>) {
+    ) -> (PageId, Vec<ConnectionId>) {
         let id = (channel, page.after);
-        let mut part = Part::new(page, feed, tick);
-        let served = self.reads.answer(channel, position, |position| part.covers(position));
+        let mut cached = CachedPage::new(page, feed, tick);
+        let served = self.reads.answer(channel, position, |position| cached.covers(position));
         let served: Vec<_> = served.into_iter().map(|(id, _)| id).collect();
         if !served.is_empty() {
-            part.unserved = served.len() + self.remove(id);
-            self.unserved += part.memory;
-            self.eviction_queue.push(id, part.memory);
-            self.parts.insert(id, part);
+            cached.unserved = served.len() + self.remove(id);
+            self.unserved += cached.memory;
+            self.eviction_queue.push(id, cached.memory);
+            self.pages.insert(id, cached);
             self.evict();
         }
         (id, served)
@@ -159,54 +159,54 @@ impl Parts {
         self.reads.fail(channel, position).into_iter().map(|(id, _)| id).collect()
     }
 
-    /// Notes that one of the connections that waited for a part has had its turn, or is closed.
-    pub fn served(&mut self, id: PartId) {
-        let Some(part) = self.parts.get_mut(&id).filter(|part| part.unserved > 0) else { return };
-        part.unserved -= 1;
-        if part.unserved == 0 {
-            self.unserved -= part.memory;
+    /// Notes that one of the connections that waited for a page has had its turn, or is closed.
+    pub fn served(&mut self, id: PageId) {
+        let Some(page) = self.pages.get_mut(&id).filter(|page| page.unserved > 0) else { return };
+        page.unserved -= 1;
+        if page.unserved == 0 {
+            self.unserved -= page.memory;
             self.evict();
         }
     }
 
-    /// Drops the oldest parts while all together take too much.
+    /// Drops the oldest pages while all together take too much.
     fn evict(&mut self) {
-        let parts = &self.parts;
+        let pages = &self.pages;
         let mut evicted = Vec::new();
-        while let Some(id) = self.eviction_queue.evict(self.limit, |id| parts[id].unserved == 0) {
+        while let Some(id) = self.eviction_queue.evict(self.limit, |id| pages[id].unserved == 0) {
             evicted.push(id);
         }
         for id in evicted {
-            self.parts.remove(&id);
+            self.pages.remove(&id);
         }
     }
 
-    /// Drops parts that were not read from for a while.
+    /// Drops pages that were not read from for a while.
     pub fn drop_idle(&mut self, tick: u32) {
-        let is_idle = |part: &Part| part.unserved == 0 && tick.wrapping_sub(part.used) >= PART_TICKS;
-        let idle = self.parts.iter().filter(|(_, part)| is_idle(part)).map(|(id, _)| *id);
+        let is_idle = |page: &CachedPage| page.unserved == 0 && tick.wrapping_sub(page.used) >= PAGE_TICKS;
+        let idle = self.pages.iter().filter(|(_, page)| is_idle(page)).map(|(id, _)| *id);
         for id in idle.collect::<Vec<_>>() {
             self.remove(id);
         }
     }
 
-    /// Drops the parts and reads of a channel.
+    /// Drops the pages and reads of a channel.
     pub fn forget(&mut self, channel: ChannelId) {
         self.reads.forget(&channel);
         let ids = (channel, EventId(0))..=(channel, EventId(u64::MAX));
-        let ids = self.parts.range(ids).map(|(id, _)| *id);
+        let ids = self.pages.range(ids).map(|(id, _)| *id);
         for id in ids.collect::<Vec<_>>() {
             self.remove(id);
         }
     }
 
-    /// Drops a part. Returns how many unserved readers it had.
-    fn remove(&mut self, id: PartId) -> usize {
-        let Some(part) = self.parts.remove(&id) else { return 0 };
+    /// Drops a page. Returns how many unserved readers it had.
+    fn remove(&mut self, id: PageId) -> usize {
+        let Some(page) = self.pages.remove(&id) else { return 0 };
         self.eviction_queue.remove(&id);
-        if part.unserved > 0 {
-            self.unserved -= part.memory;
+        if page.unserved > 0 {
+            self.unserved -= page.memory;
         }
-        part.unserved
+        page.unserved
     }
 }
