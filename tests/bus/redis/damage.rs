@@ -29,7 +29,7 @@ async fn keys_of_a_wrong_type_affect_one_channel() {
         raw.command(&["DEL", &name]);
         raw.command(&["SET", &name, "x"]);
         two_probes(&node).await;
-        assert_eq!(node.readiness.trouble(), None);
+        assert_eq!(node.readiness.not_ready_reason(), None);
         node.follow(&format!("joined.{key}"), 0).await;
         let id = node.publish(&works, &event(1)).await.unwrap();
         other.until(&mut node, id).await;
@@ -66,7 +66,7 @@ async fn other_keys_of_a_wrong_type_stop_no_channel() {
     let two = node.publish("room", &event(2)).await.unwrap();
     reader.until(&mut node, two).await;
     two_probes(&node).await;
-    assert_eq!((node.readiness.trouble(), reader.resets.len()), (None, 0));
+    assert_eq!((node.readiness.not_ready_reason(), reader.resets.len()), (None, 0));
     // An idempotency key of a wrong type rejects the publish that uses it, with certainty.
     raw.command(&["LPUSH", "fanfare:{room}:key:k", "x"]);
     let fcall = raw.command(&["FCALL", "fanfare_publish", "1", "fanfare:{room}", "{}", "", "k"]);
@@ -113,7 +113,7 @@ async fn invalid_positions_count_as_lost() {
         assert!(one < two && two.0 < EventId::LIMIT, "{base}: {two} after {one}");
         reader.until(&mut node, two).await;
     }
-    assert_eq!(node.readiness.trouble(), None);
+    assert_eq!(node.readiness.not_ready_reason(), None);
 }
 
 #[tokio::test]
@@ -146,7 +146,7 @@ async fn ids_end_below_the_limit_with_a_clear_error() {
         let fcall = raw.command(&["FCALL", "fanfare_publish", "1", "fanfare:{room}", "{}"]);
         assert!(fcall.error().contains("fanfare:{room}:meta: no ids are left below 2^53"), "{fcall:?}");
         two_probes(&node).await;
-        assert_eq!(node.readiness.trouble(), None);
+        assert_eq!(node.readiness.not_ready_reason(), None);
         let id = node.publish("other", &event(1)).await.unwrap();
         other.until(&mut node, id).await;
         // The advice of the error, followed too early: a node still knows the last id.

@@ -259,14 +259,14 @@ async fn acl_errors_are_explained() {
     let url = format!("redis://node:secret@127.0.0.1:{}", redis.port);
     let mut node = Node::start(settings(&url));
     until("it says what is missing", || {
-        node.readiness.trouble().is_some_and(|why| why.contains("SUBSCRIBE") && why.contains("&fanfare:*"))
+        node.readiness.not_ready_reason().is_some_and(|why| why.contains("SUBSCRIBE") && why.contains("&fanfare:*"))
     })
     .await;
     let rejection = node.try_follow("room", 0).await.unwrap_err();
     assert!(rejection.to_string().contains("SUBSCRIBE"), "{rejection}");
     raw.command(&["ACL", "SETUSER", "node", "&fanfare:*"]);
     until("now the plain channel is missing", || {
-        node.readiness.trouble().is_some_and(|why| why.contains("SUBSCRIBE ws_broadcast"))
+        node.readiness.not_ready_reason().is_some_and(|why| why.contains("SUBSCRIBE ws_broadcast"))
     })
     .await;
     raw.command(&["ACL", "SETUSER", "node", "&ws_broadcast"]);
@@ -282,7 +282,7 @@ async fn acl_errors_are_explained() {
     reader.until(&mut least, id).await;
     // Rights removed at run time are reported.
     raw.command(&["ACL", "SETUSER", "node", "resetchannels"]);
-    until("the node notices", || node.readiness.trouble().is_some_and(|why| why.contains("SUBSCRIBE"))).await;
+    until("the node notices", || node.readiness.not_ready_reason().is_some_and(|why| why.contains("SUBSCRIBE"))).await;
 }
 
 #[tokio::test]
@@ -322,7 +322,7 @@ async fn unix_socket_and_other_prefix() {
 async fn node_starts_without_redis() {
     let mut redis = RedisServer::not_started();
     let mut node = Node::start(settings(&redis.url()));
-    until("it has tried", || node.readiness.trouble().is_some_and(|why| why.contains("can't be reached")))
+    until("it has tried", || node.readiness.not_ready_reason().is_some_and(|why| why.contains("can't be reached")))
         .await;
     assert!(matches!(node.try_follow("room", 0).await, Err(BusError::Unavailable(_))));
     let result = node.publish_later("room", None, &event(1));
@@ -379,7 +379,7 @@ async fn fcall_works_again_after_a_flush() {
         let fcall = ["FCALL", "fanfare_publish", "1", "fanfare:{room}", "{}"];
         assert!(matches!(raw.command(&fcall), Reply::Error(_)), "{flush:?}");
         until("FCALL works", || matches!(redis.raw().command(&fcall), Reply::Number(_))).await;
-        assert_eq!(node.readiness.trouble(), None);
+        assert_eq!(node.readiness.not_ready_reason(), None);
     }
 }
 
@@ -408,9 +408,9 @@ async fn renamed_command_is_named() {
     for command in ["XTRIM", "PEXPIRE", "INFO", "EVAL", "SUBSCRIBE"] {
         let redis = RedisServer::start_with(&["--save", "", "--rename-command", command, "hidden"]);
         let node = Node::start(settings(&redis.url()));
-        let says = || node.readiness.trouble().is_some_and(|why| why.contains("rename-command"));
+        let says = || node.readiness.not_ready_reason().is_some_and(|why| why.contains("rename-command"));
         until(&format!("it says that {command} is missing"), says).await;
-        let why = node.readiness.trouble().unwrap();
+        let why = node.readiness.not_ready_reason().unwrap();
         assert!(!why.contains("grant"), "{why}");
     }
 }

@@ -83,7 +83,7 @@ impl Node {
     }
 
     pub async fn until_ready(&self) {
-        until("the node is ready", || self.readiness.trouble().is_none()).await;
+        until("the node is ready", || self.readiness.not_ready_reason().is_none()).await;
     }
 
     fn ask(&self, request: Request) {

@@ -84,7 +84,7 @@ async fn frozen_redis_costs_readiness_but_no_event() {
     let mut reader = node.follow("room", 0).await;
     redis.signal("STOP");
     let results: Vec<_> = (0..100).map(|n| node.publish_later("room", None, &event(n))).collect();
-    until("the node notices", || node.readiness.trouble().is_some()).await;
+    until("the node notices", || node.readiness.not_ready_reason().is_some()).await;
     assert!(matches!(node.try_follow("other", 0).await, Err(BusError::Unavailable(_))));
     // A channel that is already followed can be followed by other shards.
     assert_eq!(node.follow("room", 1).await.position, reader.position);
@@ -115,7 +115,7 @@ async fn unsent_is_rejected_and_sent_is_unknown() {
     assert_eq!(node.publish("room", &event(1)).await, Err(PublishError::Unknown));
     redis.signal("CONT");
     redis.kill();
-    until("the node notices", || node.readiness.trouble().is_some()).await;
+    until("the node notices", || node.readiness.not_ready_reason().is_some()).await;
     assert!(matches!(node.publish("room", &event(2)).await, Err(PublishError::Rejected(_))));
 }
 
@@ -199,7 +199,7 @@ async fn retry_after_an_eviction_doubles_nothing() {
         // Another publisher is active meanwhile.
         redis.raw().command(&["FCALL", "fanfare_publish", "1", "fanfare:{room}", "{}"]);
         proxy.cut();
-        until("the answer is lost", || node.readiness.trouble().is_some()).await;
+        until("the answer is lost", || node.readiness.not_ready_reason().is_some()).await;
         proxy.swallow(false);
         match timeout(PATIENCE, result).await.unwrap().unwrap() {
             Ok(id) => assert_eq!(id.0, before + 1, "{key}"),

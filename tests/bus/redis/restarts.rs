@@ -245,7 +245,7 @@ async fn sentinel_failover_is_followed_and_announced() {
     reader.until(&mut node, one).await;
     until("the copy has it", || second.head("room") == one.0).await;
     first.kill();
-    until("the node notices", || node.readiness.trouble().is_some()).await;
+    until("the node notices", || node.readiness.not_ready_reason().is_some()).await;
     node.until_ready().await;
     let two = node.publish("room", &event(2)).await.unwrap();
     reader.until(&mut node, two).await;
@@ -262,7 +262,7 @@ async fn demoted_redis_is_left() {
     proxy.close(false);
     // Its connections stay open: only READONLY shows the demotion.
     old.raw().command(&["REPLICAOF", "127.0.0.1", &new.port.to_string()]);
-    until("the node notices", || node.readiness.trouble().is_some()).await;
+    until("the node notices", || node.readiness.not_ready_reason().is_some()).await;
     proxy.point_to(new.port);
     node.until_ready().await;
     let id = node.publish("room", &event(1)).await.unwrap();
