@@ -250,12 +250,13 @@ fn checks() -> Result<Vec<Vec<String>>> {
     let file = std::env::temp_dir().join(format!("fanfare-bench-{}.key", std::process::id()));
     std::fs::write(&file, SECRET)?;
     let words = ["--user", "alice", "--jwt-key"].map(Into::into);
-    let minted = fanfare::cli::token::run(words.into_iter().chain([file.clone().into()]), None);
+    let minted =
+        fanfare::cli::token::run(words.into_iter().chain([file.clone().into()]), None, std::io::empty());
     std::fs::remove_file(&file)?;
     let minted = minted.map_err(|errors| anyhow::anyhow!("{errors:?}"))?;
     let now = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs();
     let kinds = [
-        ("HS256", SECRET, minted.trim()),
+        ("HS256", SECRET, minted.text.trim()),
         ("RS256, 2048 bits", RSA_PEM, RS256),
         ("ES256", P256_PEM, ES256),
         ("EdDSA", ED25519_PEM, EDDSA),

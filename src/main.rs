@@ -6,8 +6,7 @@ use std::sync::Arc;
 
 use anyhow::Context;
 use fanfare::auth::keys::KeyRing;
-use fanfare::cli::doctor;
-use fanfare::cli::token;
+use fanfare::cli::{Report, doctor, token};
 use fanfare::config::{self, Action, AdminAddr, LogFormat, Settings};
 use fanfare::node;
 use fanfare::node::listeners::{Inherited, Listeners};
@@ -29,18 +28,14 @@ fn main() -> ExitCode {
     let _ = rlimit::increase_nofile_limit(u64::MAX);
     let mut args = std::env::args_os().skip(1).peekable();
     if args.next_if(|first| first == "token").is_some() {
-        return match token::run(args, std::env::var_os("FANFARE_JWT_KEY")) {
-            Ok(text) => print(&text),
+        return match token::run(args, std::env::var_os("FANFARE_JWT_KEY"), std::io::stdin()) {
+            Ok(report) => show(&report),
             Err(errors) => reject(errors.iter().map(|error| format!("fanfare token: {error}\n")).collect()),
         };
     }
     if args.next_if(|first| first == "doctor").is_some() {
         return match doctor::run(args, std::env::vars_os()) {
-            Ok(report) if report.has_problems => {
-                print(&report.text);
-                ExitCode::FAILURE
-            }
-            Ok(report) => print(&report.text),
+            Ok(report) => show(&report),
             Err(errors) => reject(config::error_report(&errors)),
         };
     }
@@ -95,6 +90,11 @@ fn print(text: &str) -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(_) => ExitCode::FAILURE,
     }
+}
+
+fn show(report: &Report) -> ExitCode {
+    let printed = print(&report.text);
+    if report.has_problems { ExitCode::FAILURE } else { printed }
 }
 
 /// Logs go to standard error, which systemd keeps.

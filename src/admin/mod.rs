@@ -215,7 +215,7 @@ fn authorize(head: &Head<'_>, shared: &Shared) -> Result<(), Rejection> {
     let AdminContext { keys, metrics, settings, .. } = &shared.context;
     let reject = |reason, rejection: Rejection| {
         metrics.admin_rejections.add(1);
-        let class = RejectionClass { what: "admin request", reason, status: rejection.status };
+        let class = RejectionClass::new("admin request", reason, rejection.status);
         metrics.rejections.record(class, &rejection.text);
         Err(rejection)
     };
@@ -280,11 +280,8 @@ async fn publish(head: &Head<'_>, body: &[u8], shared: &Shared) -> Result<Respon
                 PublishError::Rejected(_) => (503, "unavailable"),
                 PublishError::Unknown => (504, "unknown"),
             };
-            shared
-                .context
-                .metrics
-                .rejections
-                .record(RejectionClass { what: "admin request", reason, status }, &text);
+            let class = RejectionClass::new("admin request", reason, status);
+            shared.context.metrics.rejections.record(class, &text);
             return Err(match status {
                 503 => Rejection::unavailable(text),
                 _ => Rejection::new(status, text),

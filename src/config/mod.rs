@@ -27,7 +27,7 @@ pub use open_files::{open_file_limit, parse_open_file_limit, rejection_slots};
 pub use redis_url::RedisUrl;
 pub use rows::flags;
 pub use settings::Settings;
-pub use units::{parse_duration, show_duration, show_size};
+pub use units::{parse_duration, show_duration, show_rounded, show_size};
 pub use values::{AdminAddr, Cap, ClientPublish, LogFormat, PingFormat};
 
 /// Longest `--max-message-size`. A frame is copied a few times; larger data belongs in a store.

@@ -40,6 +40,16 @@ pub fn show_duration(duration: Duration) -> String {
     format!("{}{unit}", millis / size)
 }
 
+/// Formats a number of seconds for people, in one unit up to days.
+pub fn show_rounded(seconds: f64) -> String {
+    match seconds {
+        ..120.0 => format!("{seconds:.0} s"),
+        120.0..7200.0 => format!("{:.0} min", seconds / 60.0),
+        7200.0..172_800.0 => format!("{:.0} h", seconds / 3600.0),
+        _ => format!("{:.0} days", seconds / 86_400.0),
+    }
+}
+
 /// Parses a number of bytes: `65536`, `64KiB`, `64MiB`, and decimal `64KB`. Case is ignored.
 pub fn parse_size(text: &str) -> Result<u64, String> {
     let wrong = || format!("{text:?} is not a size: a whole number and B, KiB, MiB, GiB, KB, MB or GB");

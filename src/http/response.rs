@@ -18,8 +18,18 @@ pub struct Rejection {
     pub headers: Vec<(&'static str, Cow<'static, str>)>,
     /// The reason under which the closed connection is counted and logged.
     pub reason: CloseReason,
+    /// What the log has in place of the text.
+    pub log_detail: Option<LogDetail>,
     /// The request was HEAD.
     omit_body: bool,
+}
+
+/// Why a request is rejected, if only operators may learn it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LogDetail {
+    /// A value of a closed set, under which log lines are counted.
+    pub cause: &'static str,
+    pub text: String,
 }
 
 impl Rejection {
@@ -30,6 +40,7 @@ impl Rejection {
             text: text.into(),
             headers: Vec::new(),
             reason: CloseReason::HttpResponse,
+            log_detail: None,
             omit_body: false,
         }
     }
@@ -49,6 +60,17 @@ impl Rejection {
     pub fn because(mut self, reason: CloseReason) -> Rejection {
         self.reason = reason;
         self
+    }
+
+    /// Sets what the log has in place of the text.
+    pub fn logged(mut self, cause: &'static str, text: String) -> Rejection {
+        self.log_detail = Some(LogDetail { cause, text });
+        self
+    }
+
+    /// The text for the log.
+    pub fn log_text(&self) -> &str {
+        self.log_detail.as_ref().map_or(&self.text, |detail| &detail.text)
     }
 
     /// Makes it the response to this request.

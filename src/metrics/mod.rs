@@ -251,6 +251,6 @@ impl Metrics {
     /// Counts and logs a client's message that was not published.
     pub fn reject_message(&self, shard: usize, code: ErrorCode, text: &str) {
         self.shards[shard].publish_errors[code as usize].add(1);
-        self.rejections.record(RejectionClass { what: "message", reason: code.text(), status: 0 }, text);
+        self.rejections.record(RejectionClass::new("message", code.text(), 0), text);
     }
 }

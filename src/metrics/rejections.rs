@@ -18,11 +18,18 @@ pub struct RejectionClass {
     pub reason: &'static str,
     /// The HTTP status; 0 where there is none.
     pub status: u16,
+    /// What the reason does not say; empty where it says all.
+    cause: &'static str,
 }
 
 impl RejectionClass {
+    pub const fn new(what: &'static str, reason: &'static str, status: u16) -> RejectionClass {
+        RejectionClass { what, reason, status, cause: "" }
+    }
+
     pub fn of(what: &'static str, rejection: &Rejection) -> RejectionClass {
-        RejectionClass { what, reason: rejection.reason.label(), status: rejection.status }
+        let cause = rejection.log_detail.as_ref().map_or("", |detail| detail.cause);
+        RejectionClass { cause, ..RejectionClass::new(what, rejection.reason.label(), rejection.status) }
     }
 }
 
@@ -98,17 +105,30 @@ impl ClassState {
 
 impl Line {
     fn write(&self) {
-        let Line { class: RejectionClass { what, reason, status }, text, count } = self;
+        let Line { class: RejectionClass { what, reason, status, cause }, text, count } = self;
         let status = Some(status).filter(|status| **status > 0);
-        tracing::info!(reason, status, count, "{what} rejected: {}", text.trim_end().escape_debug());
+        let cause = Some(cause).filter(|cause| !cause.is_empty());
+        tracing::info!(reason, status, cause, count, "{what} rejected: {}", printable(text.trim_end()));
     }
+}
+
+/// Escapes what a terminal or a reader of lines may misinterpret. Quotes stay as they are.
+pub fn printable(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        match c {
+            '\'' | '"' => out.push(c),
+            _ => out.extend(c.escape_debug()),
+        }
+    }
+    out
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    const A: RejectionClass = RejectionClass { what: "request", reason: "http_response", status: 400 };
+    const A: RejectionClass = RejectionClass::new("request", "http_response", 400);
     const B: RejectionClass = RejectionClass { status: 503, ..A };
 
     #[test]
@@ -129,5 +149,17 @@ mod tests {
         assert_eq!(count(rejections.count(A, "a", at(30.0))), Some(1), "the next is logged at once");
         assert_eq!(rejections.count(A, "a", at(31.0)), None);
         assert_eq!(count(rejections.count(A, "a", at(41.0))), Some(2));
+    }
+
+    #[test]
+    fn text_of_clients_stays_on_its_line() {
+        for (text, shown) in [
+            ("can't be \"a\"", "can't be \"a\""),
+            ("a\nWARN b\r\u{1b}[31m", "a\\nWARN b\\r\\u{1b}[31m"),
+            ("\u{202e}\u{9b}", "\\u{202e}\\u{9b}"),
+            ("žluťoučký", "žluťoučký"),
+        ] {
+            assert_eq!(printable(text), shown);
+        }
     }
 }

@@ -55,7 +55,7 @@ impl Shard {
                 let text = format!("{} (the peer is {peer})", rejection.text);
                 self.context.metrics.rejections.record(class, &text);
             }
-            _ => self.context.metrics.rejections.record(class, &rejection.text),
+            _ => self.context.metrics.rejections.record(class, rejection.log_text()),
         }
         self.respond(slot, &Response::from(rejection), rejection.reason);
     }

@@ -1,8 +1,13 @@
 //! Tokens: which are accepted, what they allow and for how long. Tokens never appear in responses,
 //! logs or metrics.
 
+use std::io::Write;
 use std::path::PathBuf;
-use std::process::Command;
+use std::process::{Command, Stdio};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use data_encoding::BASE64URL_NOPAD;
+use serde_json::{Value, json};
 
 use crate::common;
 use crate::common::process::Directory;
@@ -48,6 +53,59 @@ impl Keys {
         let key = self.path("key");
         Node::start(&[&["--jwt-key", key.to_str().expect("UTF-8")], flags].concat()).await
     }
+}
+
+/// A token with this header and these claims.
+fn sign(secret: &str, header: &Value, claims: &Value) -> String {
+    let [header, claims] = [header, claims].map(|part| BASE64URL_NOPAD.encode(part.to_string().as_bytes()));
+    let signed = format!("{header}.{claims}");
+    let key = ring::hmac::Key::new(ring::hmac::HMAC_SHA256, secret.as_bytes());
+    let tag = ring::hmac::sign(&key, signed.as_bytes());
+    format!("{signed}.{}", BASE64URL_NOPAD.encode(tag.as_ref()))
+}
+
+/// Tokens that are not valid for alice, the cause in the log, and a part of the reason.
+fn invalid_tokens() -> Vec<(String, &'static str, &'static str)> {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("after 1970").as_secs();
+    let (hs256, later) = (json!({"alg": "HS256"}), now + 3600);
+    let claims = |claims: Value| sign(SECRET, &json!({"alg": "HS256"}), &claims);
+    let good = claims(json!({"sub": "alice", "exp": later}));
+    let shape = |name: &str, value: Value| claims(json!({"sub": "alice", "exp": later, name: value}));
+    vec![
+        (good[..good.len() - 50].into(), "malformed", "it has not three parts"),
+        (format!("{good}="), "malformed", "its signature is not in base64url"),
+        (
+            sign(SECRET, &json!({"alg": "HS512"}), &json!({})),
+            "algorithm",
+            "alg in its header is HS512, and --jwt-key has keys for HS256 only",
+        ),
+        (
+            sign(OTHER, &hs256, &json!({"sub": "alice", "exp": later})),
+            "signature",
+            "no secret in --jwt-key verifies its signature (HS256)",
+        ),
+        (claims(json!({"sub": "alice"})), "claim", "exp is missing"),
+        (
+            claims(json!({"sub": "alice", "exp": later * 1000})),
+            "claim",
+            "exp is after the year 30000, probably in milliseconds",
+        ),
+        (claims(json!({"sub": "alice", "exp": 3600})), "claim", "exp is before 2001, probably a lifetime"),
+        (claims(json!({"sub": 7, "exp": later})), "claim", "sub is a number"),
+        (shape("channels", json!("news")), "claim", "channels must be a list of strings"),
+        (shape("publish", json!("yes")), "claim", "publish must be true, false, a list of strings"),
+        (
+            claims(json!({"sub": "bob", "exp": later})),
+            "other_user",
+            "sub is another user than the one in the path",
+        ),
+        (claims(json!({"sub": "alice", "exp": now - 7200})), "expired", "it expired 2 h ago (exp)"),
+        (
+            claims(json!({"sub": "alice", "exp": later, "nbf": now + 3000})),
+            "not_yet_valid",
+            "it becomes valid in 50 min (nbf)",
+        ),
+    ]
 }
 
 async fn status(node: &Node, path: &str, headers: &[(&str, &str)]) -> u16 {
@@ -126,6 +184,77 @@ async fn invalid_tokens_are_rejected_and_never_shown() {
         }
     }
     assert!(shown.iter().all(|text| !text.contains(SECRET)));
+}
+
+#[tokio::test]
+async fn log_says_why_a_token_is_rejected() {
+    let keys = Keys::new();
+    let mut answers = Vec::new();
+    // One node for each cause: a cause has at most one line in ten seconds.
+    for (token, cause, reason) in invalid_tokens() {
+        let node = keys.node(&[]).await;
+        let response =
+            Raw::connect(node.public).await.upgrade(&format!("/ws/alice?token={token}"), &[]).await;
+        response.expect_rejection(401);
+        answers.push(response.body);
+        let line = until("the rejection in the log", || async {
+            node.log().lines().find(|line| line.contains("request rejected")).map(str::to_owned)
+        })
+        .await;
+        let text = format!("the token for user \"alice\" is not valid: {reason}");
+        assert!(line.contains(&text) && line.contains(&format!("cause=\"{cause}\"")), "{line}");
+        assert!(token.split('.').filter(|part| part.len() > 8).all(|part| !line.contains(part)), "{line}");
+    }
+    assert!(answers.windows(2).all(|pair| pair[0] == pair[1]), "clients learn no reason: {answers:?}");
+}
+
+#[tokio::test]
+async fn each_cause_has_its_own_log_line() {
+    let keys = Keys::new();
+    let node = keys.node(&[]).await;
+    for (token, ..) in invalid_tokens() {
+        assert_eq!(status(&node, &format!("/ws/alice?token={token}"), &[]).await, 401);
+    }
+    assert_eq!(status(&node, "/ws/alice", &[]).await, 401);
+    let lines = || node.log().matches("request rejected").count();
+    // Seven causes and the missing token, whatever the number of requests.
+    until("a line for each cause", || async { (lines() == 8).then_some(()) }).await;
+}
+
+#[test]
+fn check_says_why_a_token_is_not_valid() {
+    let keys = Keys::new();
+    let key = keys.path("key");
+    let check = |token: &str, args: &[&str], input: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_fanfare"));
+        command.args(["token", "--check", token]).arg("--jwt-key").arg(&key).args(args);
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("it runs");
+        child.stdin.take().expect("it is piped").write_all(input.as_bytes()).expect("it reads");
+        let output = child.wait_with_output().expect("it ends");
+        (output.status.code(), String::from_utf8(output.stdout).expect("text"))
+    };
+    for (token, _, reason) in invalid_tokens() {
+        let (code, text) = check(&token, &["--user", "alice"], "");
+        assert!(code == Some(1) && text.contains(&format!("not valid: {reason}")), "{token}: {text}");
+    }
+    let good = keys.token("key", &["--user", "alice", "--channel", "news"]);
+    for (token, args, input) in
+        [(good.as_str(), &[][..], ""), (&good, &["--user", "alice"], ""), ("-", &[], &format!(" {good}\n"))]
+    {
+        let (code, text) = check(token, args, input);
+        assert_eq!(code, Some(0), "{text}");
+        assert!(text.starts_with(r#"claims: {"channels":["news"],"exp":"#), "{text}");
+        assert!(text.ends_with("valid for user \"alice\", expires in 60 min\n"), "{text}");
+    }
+    let (code, text) = check(&good, &["--user", "bob"], "");
+    assert!(code == Some(1) && text.contains("not valid: sub is another user"), "{text}");
+    // The signature comes first: claims that nobody vouches for are marked.
+    let forged = sign(OTHER, &json!({"alg": "HS256"}), &json!({"sub": "a\u{9b}b", "exp": 1}));
+    let (code, text) = check(&forged, &[], "");
+    assert!(code == Some(1) && text.starts_with("claims (not verified): {"), "{text}");
+    assert!(text.contains("not valid: no secret in --jwt-key") && !text.contains('\u{9b}'), "{text}");
+    let (code, text) = check("", &[], "");
+    assert!(code == Some(1) && text.starts_with("not valid: it has not three parts"), "{text}");
 }
 
 #[tokio::test]
@@ -238,6 +367,10 @@ fn wrong_arguments_make_no_token() {
         (&["--user", "a", "--jwt-key", key, "--ttl", "1"], "--ttl"),
         (&["--user", "a", "--jwt-key", key, "--nope"], "--nope"),
         (&["--user", "a", "--jwt-key"], "needs a value"),
+        (&["--check", "a.b.c"], "--jwt-key: is required"),
+        (&["--check", "a.b.c", "--jwt-key", &format!("{key},{short}")], "too short"),
+        (&["--check", "a.b.c", "--jwt-key", key, "--ttl", "1h"], "--ttl: has no effect with --check"),
+        (&["--check", "--jwt-key", key], "--check: needs a value"),
     ] {
         let mut command = Command::new(env!("CARGO_BIN_EXE_fanfare"));
         let output = command.env_remove("FANFARE_JWT_KEY").arg("token").args(args).output().expect("it runs");

@@ -1,19 +1,22 @@
 //! Tokens: a client's user id and rights, signed by the operator's backend (JWT, RFC 7519, in the
-//! compact form of RFC 7515). No error shows a token or what is wrong with it.
+//! compact form of RFC 7515). No error holds text of a token.
+
+use std::borrow::Cow;
 
 use data_encoding::BASE64URL_NOPAD;
 use serde::{Deserialize, Deserializer};
 
+use self::claims::Claims;
 use crate::protocol::event::ChannelName;
 
+mod claims;
 #[cfg(test)]
 mod fixtures;
+mod invalid;
 mod key;
 
+pub use invalid::InvalidToken;
 pub use key::{Key, secret};
-
-/// How far the clock of a token's issuer may be ahead, in seconds. Expiry has no leeway.
-const CLOCK_LEEWAY: f64 = 60.0;
 
 /// What a valid token allows.
 #[derive(Debug, PartialEq, Eq)]
@@ -24,41 +27,30 @@ pub struct Grant {
     publish: Option<Publish>,
 }
 
-/// Latest expiry (in 2106), also of connections without a token.
-pub const NEVER: u32 = u32::MAX;
-
-/// The token is invalid, expired or for another user. Clients don't learn which.
 #[derive(Debug, PartialEq, Eq)]
-pub struct InvalidToken;
-
-#[derive(Deserialize)]
-struct Header<'a> {
-    #[serde(borrow)]
-    alg: std::borrow::Cow<'a, str>,
-    #[serde(default, deserialize_with = "present")]
-    crit: Option<serde::de::IgnoredAny>,
-}
-
-#[derive(Deserialize)]
-struct Claims {
-    sub: String,
-    exp: f64,
-    #[serde(default, deserialize_with = "present")]
-    nbf: Option<f64>,
-    #[serde(default, deserialize_with = "present")]
-    channels: Option<Vec<String>>,
-    #[serde(default, deserialize_with = "present")]
-    publish: Option<Publish>,
-}
-
-#[derive(Debug, PartialEq, Eq, Deserialize)]
-#[serde(untagged)]
 enum Publish {
     Everywhere(bool),
     To(Vec<String>),
 }
 
-/// Rejects `null`: a claim that narrows rights must not be ignored because its value is missing.
+/// Latest expiry (in 2106), also of connections without a token.
+pub const NEVER: u32 = u32::MAX;
+
+/// Algorithms of JWTs (RFC 7518 section 3.1, RFC 8037 section 3.1), of which a [`Key`] has four.
+const ALGORITHMS: [&str; 14] = [
+    "none", "HS256", "HS384", "HS512", "RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256",
+    "ES384", "ES512", "EdDSA",
+];
+
+#[derive(Deserialize)]
+struct Header<'a> {
+    #[serde(borrow, default)]
+    alg: Cow<'a, str>,
+    #[serde(default, deserialize_with = "present")]
+    crit: Option<serde::de::IgnoredAny>,
+}
+
+/// Keeps `null`: a claim that narrows rights must not be ignored because its value is missing.
 fn present<'de, D: Deserializer<'de>, T: Deserialize<'de>>(deserializer: D) -> Result<Option<T>, D::Error> {
     T::deserialize(deserializer).map(Some)
 }
@@ -70,41 +62,59 @@ fn present<'de, D: Deserializer<'de>, T: Deserialize<'de>>(deserializer: D) -> R
 /// are parsed only after the signature is verified.
 ///
 /// # Errors
-/// The token is invalid, expired or for another user.
+/// Why the token is not accepted.
 pub fn verify(keys: &[Key], token: &str, user: &str, now: u64) -> Result<Grant, InvalidToken> {
-    let (signed, signature) = token.rsplit_once('.').ok_or(InvalidToken)?;
-    let (header, claims) = signed.split_once('.').ok_or(InvalidToken)?;
-    let header = decode(header)?;
-    let header: Header<'_> = object(&header)?;
+    use InvalidToken::Malformed;
+    let [header, claims, signature] = parts(token)
+        .ok_or(Malformed("it has not three parts with dots between them: it may be cut off, or no JWT"))?;
+    let header = decode(header).ok_or(Malformed("its header is not in base64url"))?;
+    let header: Header<'_> = object(&header).ok_or(Malformed("its header is not a JSON object with alg"))?;
     if header.crit.is_some() {
-        return Err(InvalidToken); // an extension that must be understood (RFC 7515 section 4.1.11)
+        // RFC 7515 section 4.1.11
+        return Err(Malformed("its header has crit, for extensions that must be understood: leave it out"));
     }
-    let signature = decode(signature)?;
-    let mut candidates = keys.iter().filter(|key| key.algorithm() == header.alg);
-    if !candidates.any(|key| key.verifies(signed.as_bytes(), &signature)) {
-        return Err(InvalidToken);
+    let signature = decode(signature).ok_or(Malformed("its signature is not in base64url"))?;
+    let candidates: Vec<&Key> = keys.iter().filter(|key| key.algorithm() == header.alg).collect();
+    let Some(algorithm) = candidates.first().map(|key| key.algorithm()) else {
+        let mut accepted: Vec<_> = keys.iter().map(Key::algorithm).collect();
+        accepted.sort_unstable();
+        accepted.dedup();
+        let named = ALGORITHMS.into_iter().find(|name| *name == header.alg);
+        return Err(InvalidToken::Algorithm { named, accepted });
+    };
+    let signed = &token.as_bytes()[..token.rfind('.').expect("it has three parts")];
+    if !candidates.iter().any(|key| key.verifies(signed, &signature)) {
+        return Err(InvalidToken::Signature(algorithm));
     }
-    let claims = decode(claims)?;
-    let claims: Claims = object(&claims)?;
-    let now = now as f64;
-    if claims.sub != user || claims.exp <= now || claims.nbf.is_some_and(|start| start > now + CLOCK_LEEWAY) {
-        return Err(InvalidToken);
-    }
-    // `as` stops at the ends of u32.
-    Ok(Grant { expires: claims.exp as u32, channels: claims.channels, publish: claims.publish })
+    let claims = decode(claims).ok_or(Malformed("its claims are not in base64url"))?;
+    let claims: Claims = object(&claims)
+        .ok_or(Malformed("its claims are not a JSON object in which each claim is given once"))?;
+    claims.grant(user, now)
 }
 
-fn decode(part: &str) -> Result<Vec<u8>, InvalidToken> {
-    BASE64URL_NOPAD.decode(part.as_bytes()).map_err(|_| InvalidToken)
+/// The claims of a token as text, for its holder. Nothing is verified.
+pub fn unverified_claims(token: &str) -> Option<String> {
+    let [_, claims, _] = parts(token)?;
+    String::from_utf8(decode(claims)?).ok()
+}
+
+/// Header, claims and signature, in base64url.
+fn parts(token: &str) -> Option<[&str; 3]> {
+    let parts: Vec<&str> = token.splitn(4, '.').collect();
+    parts.try_into().ok()
+}
+
+fn decode(part: &str) -> Option<Vec<u8>> {
+    BASE64URL_NOPAD.decode(part.as_bytes()).ok()
 }
 
 /// Parses an object. serde alone would also accept an array of the members.
-fn object<'a, T: Deserialize<'a>>(json: &'a [u8]) -> Result<T, InvalidToken> {
+fn object<'a, T: Deserialize<'a>>(json: &'a [u8]) -> Option<T> {
     let json = json.trim_ascii_start();
     if json.first() != Some(&b'{') {
-        return Err(InvalidToken);
+        return None;
     }
-    serde_json::from_slice(json).map_err(|_| InvalidToken)
+    serde_json::from_slice(json).ok()
 }
 
 impl Grant {

@@ -8,6 +8,7 @@ use std::path::Path;
 use self::finding::{Finding, Level, section, summary};
 use self::host::Host;
 use self::host_checks::Load;
+use super::Report;
 use crate::auth::keys::KeyRing;
 use crate::bus::redis::inspect;
 use crate::config::args::{Args, Flag};
@@ -35,15 +36,6 @@ Exit code: 0 without problems (there may be warnings), 1 with problems, 2 for wr
 
 const CONNECTIONS: Flag = Flag::new("connections", "N");
 
-/// The result of all checks.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Report {
-    /// For people.
-    pub text: String,
-    /// Whether there is any problem.
-    pub has_problems: bool,
-}
-
 /// Checks what `args` (those after `doctor`) and the environment ask for, or returns the help text.
 ///
 /// # Errors
@@ -56,8 +48,8 @@ pub fn run(
     let mut args = Args::read(args, &flags);
     let connections = args.value(CONNECTIONS.name, parse_connections);
     let settings = match Settings::from_args(args, env)? {
-        Action::Help(_) => return Ok(Report { text: HELP.into(), has_problems: false }),
-        Action::Version(text) => return Ok(Report { text, has_problems: false }),
+        Action::Help(_) => return Ok(Report::ok(HELP)),
+        Action::Version(text) => return Ok(Report::ok(text)),
         Action::Run(settings) | Action::Check(settings) => settings,
     };
     KeyRing::load(&settings)?;

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::finding::Finding;
 use crate::bus::redis::inspect::{BATCH_BYTES, Facts, History, SAMPLE};
-use crate::config::{HISTORY_MIN, Settings, show_duration, show_size};
+use crate::config::{HISTORY_MIN, Settings, show_duration, show_rounded, show_size};
 
 /// With a smaller soft limit Redis disconnects a node that lags for a moment, which must then read
 /// history.
@@ -287,24 +287,16 @@ fn history(facts: &Facts, settings: &Settings) -> Finding {
             format!("--history lasts as long as --history-ttl ({}): {derived}", show_duration(ttl)),
         );
     }
-    let text = format!("the last {} can be replayed: {derived}", span(lasts));
+    let text = format!("the last {} can be replayed: {derived}", show_rounded(lasts));
     if lasts >= away.as_secs_f64() {
         return Finding::ok(SUBJECT, text);
     }
     let wanted = (fastest * away.as_secs_f64() * 4.0).ceil() as u64;
     let text = format!(
         "{text}. A client without network needs up to {} to notice and come back, and would get a gap",
-        span(away.as_secs_f64())
+        show_rounded(away.as_secs_f64())
     );
     Finding::warning(SUBJECT, text).remedy(format!("--history {wanted}"))
-}
-
-fn span(seconds: f64) -> String {
-    match seconds {
-        ..120.0 => format!("{seconds:.0} s"),
-        120.0..7200.0 => format!("{:.0} min", seconds / 60.0),
-        _ => format!("{:.0} h", seconds / 3600.0),
-    }
 }
 
 fn history_memory(facts: &Facts, settings: &Settings) -> Finding {

@@ -1,5 +1,6 @@
 //! Rejections of connections before they have joined.
 
+use crate::auth::token::InvalidToken;
 use crate::http::Rejection;
 use crate::protocol::close::CloseReason;
 
@@ -58,6 +59,12 @@ pub(super) fn host_not_allowed() -> Rejection {
 
 pub(super) fn unauthorized(text: &'static str) -> Rejection {
     Rejection::new(401, text).with("WWW-Authenticate", "Bearer").because(CloseReason::Unauthorized)
+}
+
+/// The client gets the same text for each reason, since a reason would help to guess.
+pub(super) fn invalid_token(user: &str, reason: &InvalidToken) -> Rejection {
+    unauthorized("token invalid or expired for this user")
+        .logged(reason.label(), format!("the token for user \"{user}\" is not valid: {reason}"))
 }
 
 pub(super) fn forbidden_channel() -> Rejection {

@@ -8,7 +8,7 @@ use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 
 use super::{HandshakeContext, rejections};
 use crate::auth::keys;
-use crate::auth::token::{self, Grant, InvalidToken, NEVER};
+use crate::auth::token::{self, Grant, NEVER};
 use crate::config::{ClientPublish, Settings};
 use crate::http::{self, BodyLength, Head, Rejection, origin};
 use crate::protocol::event::{ChannelName, DEFAULT_CHANNEL, EventId, is_user_id};
@@ -87,10 +87,8 @@ fn check_token(head: &Head<'_>, user: &str, context: &HandshakeContext) -> Resul
         ));
     };
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(u64::MAX, |since| since.as_secs());
-    match token::verify(&context.keys.current().tokens, &token, user, now) {
-        Ok(grant) => Ok(Some(grant)),
-        Err(InvalidToken) => Err(rejections::unauthorized("token invalid or expired for this user")),
-    }
+    let grant = token::verify(&context.keys.current().tokens, &token, user, now);
+    grant.map(Some).map_err(|reason| rejections::invalid_token(user, &reason))
 }
 
 /// The token from the `Authorization` header, a subprotocol or the query. Scripts in browsers can
