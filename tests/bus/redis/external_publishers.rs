@@ -259,7 +259,9 @@ async fn acl_errors_are_explained() {
     let url = format!("redis://node:secret@127.0.0.1:{}", redis.port);
     let mut node = Node::start(settings(&url));
     until("it says what is missing", || {
-        node.readiness.not_ready_reason().is_some_and(|why| why.contains("SUBSCRIBE") && why.contains("&fanfare:*"))
+        node.readiness
+            .not_ready_reason()
+            .is_some_and(|why| why.contains("SUBSCRIBE") && why.contains("&fanfare:*"))
     })
     .await;
     let rejection = node.try_follow("room", 0).await.unwrap_err();
@@ -282,7 +284,10 @@ async fn acl_errors_are_explained() {
     reader.until(&mut least, id).await;
     // Rights removed at run time are reported.
     raw.command(&["ACL", "SETUSER", "node", "resetchannels"]);
-    until("the node notices", || node.readiness.not_ready_reason().is_some_and(|why| why.contains("SUBSCRIBE"))).await;
+    until("the node notices", || {
+        node.readiness.not_ready_reason().is_some_and(|why| why.contains("SUBSCRIBE"))
+    })
+    .await;
 }
 
 #[tokio::test]
@@ -322,8 +327,10 @@ async fn unix_socket_and_other_prefix() {
 async fn node_starts_without_redis() {
     let mut redis = RedisServer::not_started();
     let mut node = Node::start(settings(&redis.url()));
-    until("it has tried", || node.readiness.not_ready_reason().is_some_and(|why| why.contains("can't be reached")))
-        .await;
+    until("it has tried", || {
+        node.readiness.not_ready_reason().is_some_and(|why| why.contains("can't be reached"))
+    })
+    .await;
     assert!(matches!(node.try_follow("room", 0).await, Err(BusError::Unavailable(_))));
     let result = node.publish_later("room", None, &event(1));
     redis.restart();
