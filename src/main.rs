@@ -1,12 +1,13 @@
 //! The life of the process: settings, logging, listeners, runtime, signals, exit code.
 
+use std::ffi::OsString;
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::Context;
 use fanfare::auth::keys::KeyRing;
-use fanfare::cli::{Report, doctor, token};
+use fanfare::cli::{self, Command, Report, doctor, token};
 use fanfare::config::{self, Action, AdminAddr, LogFormat, Settings};
 use fanfare::node;
 use fanfare::node::listeners::{Inherited, Listeners};
@@ -26,19 +27,25 @@ fn main() -> ExitCode {
     // Each connection is a descriptor, and shells start with a soft limit of 1024. If it stays,
     // --check shows it and --max-connections is lowered.
     let _ = rlimit::increase_nofile_limit(u64::MAX);
-    let mut args = std::env::args_os().skip(1).peekable();
-    if args.next_if(|first| first == "token").is_some() {
-        return match token::run(args, std::env::var_os("FANFARE_JWT_KEY"), std::io::stdin()) {
+    let (command, args) = match cli::command(std::env::args_os().skip(1)) {
+        Ok(command) => command,
+        Err(text) => return reject(text),
+    };
+    match command {
+        Command::Serve => run(args),
+        Command::Token => match token::run(args, std::env::var_os("FANFARE_JWT_KEY"), std::io::stdin()) {
             Ok(report) => show(&report),
             Err(errors) => reject(errors.iter().map(|error| format!("fanfare token: {error}\n")).collect()),
-        };
-    }
-    if args.next_if(|first| first == "doctor").is_some() {
-        return match doctor::run(args, std::env::vars_os()) {
+        },
+        Command::Doctor => match doctor::run(args, std::env::vars_os()) {
             Ok(report) => show(&report),
             Err(errors) => reject(config::error_report(&errors)),
-        };
+        },
     }
+}
+
+/// `fanfare` without a command.
+fn run(args: Vec<OsString>) -> ExitCode {
     let action = match Settings::from(args, std::env::vars_os()) {
         Ok(action) => action,
         Err(errors) => return reject(config::error_report(&errors)),

@@ -19,8 +19,8 @@ use crate::metrics::rejections::printable;
 use crate::protocol::event::{ChannelName, is_user_id};
 
 const HELP: &str = "\
-Usage: fanfare token --user NAME --jwt-key FILE,... [--ttl TIME] [--channel NAME,...]
-                     [--publish true|false|NAME,...]
+Usage: fanfare token --user NAME --jwt-key FILE,... [--ttl TIME]
+                     [--channel NAME,...] [--publish true|false|NAME,...]
        fanfare token --check TOKEN|- --jwt-key FILE,... [--user NAME]
 
 Prints a token signed with HS256 for /ws/NAME, or checks one.

@@ -4,7 +4,7 @@
 const DISTANCE_MAX: usize = 2;
 
 /// The known name that is nearest to a mistyped one, if any is near.
-pub(super) fn closest(given: &str, known: impl IntoIterator<Item = String>) -> Option<String> {
+pub(crate) fn closest(given: &str, known: impl IntoIterator<Item = String>) -> Option<String> {
     let length = given.chars().count();
     let known = known.into_iter().filter(|name| name.chars().count().abs_diff(length) <= DISTANCE_MAX);
     let near = known.map(|name| (distance(given, &name), name));

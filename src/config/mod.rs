@@ -18,9 +18,10 @@ mod rows;
 mod settings;
 mod units;
 mod values;
+mod wrap;
 
 use args::Args;
-use closest::closest;
+pub(crate) use closest::closest;
 use environment::Input;
 pub use memory::{CHANNEL, CONNECTION_IN_KERNEL, CONNECTION_IN_PROCESS, Memory, memory_held};
 pub use open_files::{open_file_limit, parse_open_file_limit, rejection_slots};
@@ -29,6 +30,7 @@ pub use rows::flags;
 pub use settings::Settings;
 pub use units::{parse_duration, show_duration, show_rounded, show_size};
 pub use values::{AdminAddr, Cap, ClientPublish, LogFormat, PingFormat};
+pub use wrap::wrap;
 
 /// Longest `--max-message-size`. A frame is copied a few times; larger data belongs in a store.
 pub const MESSAGE_SIZE_MAX: u64 = 16 << 20;

@@ -5,6 +5,7 @@ use std::fmt::Write;
 
 use super::args::Flag;
 use super::settings::Settings;
+use super::wrap;
 
 pub(super) use super::settings::ROWS;
 
@@ -100,8 +101,19 @@ impl Row {
         if self.default.is_empty() { "none" } else { self.default }
     }
 
-    fn help_lines(&self) -> impl Iterator<Item = &'static str> {
-        self.help.iter().map(|line| line.trim()).filter(|line| !line.is_empty())
+    /// The description: its text, and each item of a list (`- `) alone.
+    fn paragraphs(&self) -> Vec<String> {
+        let mut paragraphs: Vec<String> = Vec::new();
+        let mut continues = false;
+        for line in self.help.iter().map(|line| line.trim()).filter(|line| !line.is_empty()) {
+            let is_item = line.starts_with("- ");
+            match paragraphs.last_mut() {
+                Some(text) if continues && !is_item => *text += &format!(" {line}"),
+                _ => paragraphs.push(line.to_owned()),
+            }
+            continues = !is_item;
+        }
+        paragraphs
     }
 }
 
@@ -119,16 +131,22 @@ pub fn flags() -> Vec<Flag> {
     ROWS.iter().map(|row| row.flag).chain(others).collect()
 }
 
-/// The text of `--help`, at most 100 columns wide.
+/// Columns of `--help`: those of a terminal.
+const WIDTH: usize = 80;
+/// Columns before a description in `--help`.
+const INDENT: usize = 6;
+
+/// The text of `--help`.
 pub(super) fn help() -> String {
     let mut text = format!(
         "fanfare {}: WebSocket fan-out server\n\n\
          Usage: fanfare [--NAME VALUE | --NAME=VALUE]...\n       \
-         fanfare doctor ...  checks this host and its Redis (fanfare doctor --help)\n       \
-         fanfare token ...   makes a token for tests (fanfare token --help)\n\n\
+         fanfare doctor ...    checks this host and its Redis\n       \
+         fanfare token ...     makes a token for tests\n       \
+         fanfare help COMMAND  explains a command\n\n\
          Each setting is a flag or an environment variable; the flag wins.\n\
-         TIME is a whole number and ms, s, m, h or d. SIZE is a whole number of bytes, or with KiB, MiB,\n\
-         GiB, KB, MB or GB.\n",
+         TIME is a whole number and ms, s, m, h or d. SIZE is a whole number of bytes,\n\
+         or with KiB, MiB, GiB, KB, MB or GB.\n",
         env!("CARGO_PKG_VERSION")
     );
     let mut group = "";
@@ -137,10 +155,14 @@ pub(super) fn help() -> String {
             group = row.group;
             let _ = write!(text, "\n{group}\n");
         }
-        let (usage, variable, default) = (row.usage(), row.variable(), row.shown_default());
-        let _ = writeln!(text, "  {usage:<39}{variable:<33}default {default}");
-        for line in row.help_lines() {
-            let _ = writeln!(text, "      {}", line.replace('`', ""));
+        let _ = writeln!(text, "  {:<39}{}", row.usage(), row.variable());
+        let mut paragraphs = row.paragraphs();
+        let last = paragraphs.last_mut().expect("every setting is described");
+        *last += &format!(" Default: {}.", row.shown_default());
+        for paragraph in paragraphs {
+            for line in wrap(&paragraph.replace('`', ""), WIDTH - INDENT) {
+                let _ = writeln!(text, "{:INDENT$}{line}", "");
+            }
         }
     }
     text.push_str(
@@ -158,18 +180,9 @@ pub(super) fn help() -> String {
 pub(super) fn markdown() -> String {
     let mut table = "| flag | variable | default | meaning |\n|---|---|---|---|\n".to_owned();
     for row in ROWS {
-        let mut meaning = String::new();
-        let mut after_item = false;
-        for line in row.help_lines() {
-            let item = line.strip_prefix("- ");
-            let separator = match item {
-                _ if meaning.is_empty() => "",
-                None if !after_item => " ",
-                _ => "<br>",
-            };
-            after_item = item.is_some();
-            meaning = meaning + separator + item.unwrap_or(line);
-        }
+        let paragraphs = row.paragraphs();
+        let paragraphs = paragraphs.iter().map(|text| text.strip_prefix("- ").unwrap_or(text));
+        let mut meaning = paragraphs.collect::<Vec<_>>().join("<br>");
         if !row.see.is_empty() {
             let _ = write!(meaning, " See {}.", row.see);
         }

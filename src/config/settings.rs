@@ -57,7 +57,7 @@ settings! {
 
     /// Files with the keys of clients' tokens, one key in each: an HS256 secret of at least 32
     /// bytes, or the public key of RS256, ES256 or EdDSA in PEM. A token must be signed by one of
-    /// them. Reread at SIGHUP. `fanfare token --help` explains how to make a token for tests.
+    /// them. Reread at SIGHUP. `fanfare help token` explains how to make a token for tests.
     jwt_key: Vec<PathBuf> {
         name: "jwt-key",
         value: "FILE,...",
@@ -115,10 +115,11 @@ settings! {
 
     /// The Redis that joins nodes. Without it the node stands alone. One of:
     /// - `redis://[[USER:]PASSWORD@]HOST[:PORT][/DATABASE]`, or `rediss://...` for TLS
-    /// - `redis-sentinel://[...@]HOST[:26379][/DATABASE]?sentinelServiceName=NAME[&node=HOST:PORT]...`
+    /// - `redis-sentinel://[...@]HOST[:26379][/DATABASE]?sentinelServiceName=NAME`
     /// - `redis+unix:///PATH` or `unix:PATH`
     ///
-    /// Give a password in the variable: every user of the machine can see a flag.
+    /// Add `&node=HOST:PORT` for each further Sentinel. Give a password in the variable: every user
+    /// of the machine can see a flag.
     redis: Option<RedisUrl> {
         name: "redis",
         value: "URL",

@@ -15,7 +15,6 @@ use crate::common::sources::has_test;
 
 const README: &str = include_str!("../../README.md");
 const PROTOCOL: &str = include_str!("../../docs/protocol.md");
-const CONFIGURATION: &str = include_str!("../../docs/configuration.md");
 const GUARANTEES: &str = include_str!("../../docs/guarantees.md");
 const CHANGELOG: &str = include_str!("../../CHANGELOG.md");
 
@@ -104,21 +103,6 @@ fn json_lines(text: &str) -> Vec<&str> {
 fn text_of(frame: &[u8]) -> &str {
     let head = if frame[1] == 126 { 4 } else { 2 };
     std::str::from_utf8(&frame[head..]).expect("frames are UTF-8")
-}
-
-#[test]
-fn settings_table_matches_help() {
-    let help = help();
-    let mut expected = Vec::new();
-    for line in help.lines().filter(|line| line.starts_with("  --") && line.contains("FANFARE_")) {
-        let (setting, default) = line.split_once(" default ").unwrap();
-        let (flag, variable) = setting.split_at(setting.find("FANFARE_").unwrap());
-        expected.push([flag, variable, default].map(|part| format!("`{}`", part.trim())));
-    }
-    assert!(expected.len() >= 18, "--help was not understood: {help}");
-    let shown: Vec<_> =
-        rows(section(CONFIGURATION, "## Settings")).into_iter().map(|row| row[..3].to_vec()).collect();
-    assert_eq!(shown, expected);
 }
 
 #[test]

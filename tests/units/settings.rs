@@ -77,15 +77,45 @@ async fn help_and_version_go_to_stdout() {
         "log",
         "log-format",
     ] {
-        let variable = format!(" FANFARE_{} ", name.to_uppercase().replace('-', "_"));
-        let is_its = |line: &&&str| line.starts_with(&format!("  --{name} ")) && line.contains(&variable);
+        let variable = format!(" FANFARE_{}", name.to_uppercase().replace('-', "_"));
+        let is_its = |line: &&&str| line.starts_with(&format!("  --{name} ")) && line.ends_with(&variable);
         let lines: Vec<_> = flags.iter().filter(is_its).collect();
         assert_eq!(lines.len(), 1, "--{name} and {variable} in:\n{}", text(&help.stdout));
-        assert!(lines[0].contains("default "), "{}", lines[0]);
     }
-    let version = run(&["--version"], &[]).await;
-    assert!(version.status.success());
-    assert_eq!(text(&version.stdout), concat!("fanfare ", env!("CARGO_PKG_VERSION"), "\n"));
+    for flag in ["--version", "-V", "version"] {
+        let version = run(&[flag], &[]).await;
+        assert!(version.status.success());
+        assert_eq!(text(&version.stdout), concat!("fanfare ", env!("CARGO_PKG_VERSION"), "\n"));
+    }
+    assert_eq!(run(&["help"], &[]).await.stdout, help.stdout);
+}
+
+#[tokio::test]
+async fn help_fits_80_columns() {
+    let help = run(&["help"], &[]).await;
+    let usage = text(&help.stdout).lines().skip_while(|line| !line.starts_with("Usage: "));
+    let usage: Vec<_> = usage.take_while(|line| !line.is_empty()).collect();
+    let named = |line: &&str| line.split_once(" fanfare ")?.1.split(' ').next().map(str::to_owned);
+    let commands: Vec<_> = usage.iter().filter_map(named).filter(|name| name != "help").collect();
+    assert!(commands.contains(&"token".to_owned()) && commands.contains(&"doctor".to_owned()), "{usage:?}");
+    let mut texts = vec![text(&help.stdout).to_owned()];
+    for command in commands.iter().filter(|name| !name.starts_with('[')) {
+        let help = run(&["help", command], &[]).await;
+        assert!(help.status.success() && help.stderr.is_empty(), "{help:?}");
+        assert!(text(&help.stdout).contains(&format!("fanfare {command}")), "{help:?}");
+        assert_eq!(run(&[command, "--help"], &[]).await.stdout, help.stdout);
+        texts.push(text(&help.stdout).to_owned());
+    }
+    for line in texts.iter().flat_map(|text| text.lines()) {
+        assert!(line.chars().count() <= 80, "{} columns: {line}", line.chars().count());
+    }
+}
+
+#[tokio::test]
+async fn unknown_commands_exit_with_2() {
+    let output = run(&["docter"], &[]).await;
+    assert_eq!(output.status.code(), Some(2), "{output:?}");
+    assert!(text(&output.stderr).contains("did you mean doctor?"), "{output:?}");
 }
 
 #[tokio::test]

@@ -2,6 +2,8 @@
 
 use std::fmt::Write;
 
+use crate::config::wrap;
+
 /// The result in a word.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Level {
@@ -55,7 +57,7 @@ impl Finding {
 }
 
 /// Columns of the report.
-const WIDTH: usize = 110;
+const WIDTH: usize = 80;
 /// Columns before a finding's text.
 const INDENT: usize = 32;
 
@@ -87,23 +89,6 @@ pub fn summary(findings: &[Finding]) -> String {
     let plural = |count, word| if count == 1 { format!("1 {word}") } else { format!("{count} {word}s") };
     let (problems, warnings) = (count(Level::Problem), count(Level::Warning));
     format!("\n{}, {}, {} ok\n", plural(problems, "problem"), plural(warnings, "warning"), count(Level::Ok))
-}
-
-/// Breaks text between words.
-fn wrap(text: &str, width: usize) -> Vec<String> {
-    let mut lines = vec![String::new()];
-    for word in text.split(' ') {
-        let line = lines.last_mut().expect("there is at least one line");
-        if !line.is_empty() && line.chars().count() + 1 + word.chars().count() > width {
-            lines.push(word.to_owned());
-        } else {
-            if !line.is_empty() {
-                line.push(' ');
-            }
-            line.push_str(word);
-        }
-    }
-    lines
 }
 
 #[cfg(test)]
