@@ -75,8 +75,11 @@ fn units_protect_secrets() {
 
 #[test]
 fn flags_and_variables_in_units_exist() {
-    let help = Command::new(env!("CARGO_BIN_EXE_fanfare")).arg("--help").output().expect("it runs");
-    let help = String::from_utf8(help.stdout).expect("UTF-8");
+    let help = |args: &[&str]| {
+        let output = Command::new(env!("CARGO_BIN_EXE_fanfare")).args(args).output().expect("it runs");
+        String::from_utf8(output.stdout).expect("UTF-8")
+    };
+    let help = help(&["help"]) + &help(&["help", "doctor"]);
     let known: BTreeSet<&str> = help.split_whitespace().collect();
     let mut found = 0;
     for name in [&SERVICES[..], &["fanfare.socket", "fanfare.env", "99-fanfare.conf"]].concat() {
@@ -88,6 +91,15 @@ fn flags_and_variables_in_units_exist() {
         }
     }
     assert!(found > 15, "only {found} were found: the files were not understood");
+}
+
+#[test]
+fn sysctl_file_fits_every_amount_of_memory() {
+    let text = text("99-fanfare.conf");
+    let names = text.lines().filter_map(|line| line.split_once('=').filter(|_| !line.starts_with('#')));
+    let names: Vec<_> = names.map(|(name, _)| name.trim()).collect();
+    // Neither reserves memory. doctor computes those that do.
+    assert_eq!(names, ["net.core.somaxconn", "net.ipv4.ip_local_port_range"]);
 }
 
 #[test]

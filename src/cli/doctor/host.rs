@@ -10,7 +10,9 @@ use crate::config::parse_open_file_limit;
 /// Facts about the host. Sizes in bytes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Host {
-    /// Open files that this process may have, after it raised its limit as far as allowed.
+    /// Whether `files` and `cgroup` are the limits of the installed unit, not of this process.
+    pub has_unit: bool,
+    /// Open files that the process may have, after it raised its limit as far as allowed.
     pub files: Option<u64>,
     /// Most open files of any process (`fs.nr_open`).
     pub files_per_process: Option<u64>,
@@ -32,7 +34,7 @@ pub struct Host {
     pub page: Option<u64>,
     /// Memory available without swapping (`MemAvailable`).
     pub memory: Option<u64>,
-    /// Memory left by the limit of this process's cgroup; `None` also without a limit.
+    /// Memory left by the limit of the process's cgroup; `None` also without a limit.
     pub cgroup: Option<u64>,
     /// Connections tracked, and the limit (`nf_conntrack`); `None` if the module is not loaded.
     pub tracked: Option<(u64, u64)>,
@@ -48,6 +50,7 @@ impl Host {
         let page = text("proc/self/smaps").and_then(|text| kibibytes(&text, "KernelPageSize:"));
         let conntrack = |name: &str| number(&format!("net.netfilter.nf_conntrack_{name}"));
         Host {
+            has_unit: false,
             files: text("proc/self/limits").and_then(|text| parse_open_file_limit(&text)),
             files_per_process: number("fs.nr_open"),
             files_of_host: numbers("fs.file-nr").and_then(|found| Some((*found.first()?, *found.get(2)?))),
@@ -62,6 +65,29 @@ impl Host {
             memory: text("proc/meminfo").and_then(|text| kibibytes(&text, "MemAvailable:")),
             cgroup: Groups::read(root).available(u64::MAX),
             tracked: conntrack("count").and_then(|count| Some((count, conntrack("max")?))),
+        }
+    }
+}
+
+#[cfg(test)]
+impl Host {
+    /// Enough for anything.
+    pub fn good() -> Host {
+        Host {
+            has_unit: false,
+            files: Some(2_000_000),
+            files_per_process: Some(2_000_000),
+            files_of_host: Some((1000, u64::MAX)),
+            watches: Some(10_000_000),
+            somaxconn: Some(65_535),
+            syn_backlog: Some(512),
+            syn_cookies: Some(true),
+            ports: Some((10_240, 65_535)),
+            tcp_memory: Some(30 << 30),
+            page: Some(4096),
+            memory: Some(60 << 30),
+            cgroup: None,
+            tracked: None,
         }
     }
 }

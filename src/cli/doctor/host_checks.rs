@@ -52,13 +52,16 @@ fn open_files(host: &Host, load: &Load) -> Finding {
     const SUBJECT: &str = "open files";
     let needed = load.connections + load.reserved_files;
     let Some(most) = host.files else { return Finding::unreadable(SUBJECT, "ulimit -n") };
-    let scope = "of this shell; a service has its own, LimitNOFILE";
+    let scope = match host.has_unit {
+        true => "LimitNOFILE of fanfare.service",
+        false => "the limit of this shell; a service has its own, LimitNOFILE",
+    };
     if most >= needed {
-        return Finding::ok(SUBJECT, format!("{needed} needed, {} allowed (the limit {scope})", limit(most)));
+        return Finding::ok(SUBJECT, format!("{needed} needed, {} allowed ({scope})", limit(most)));
     }
     let needed = load.connections + load.reserved_files_unlimited;
     let text = format!(
-        "{needed} needed, one for each connection and {} for the node itself, but {most} allowed (the limit {scope}): \
+        "{needed} needed, one for each connection and {} for the node itself, but {most} allowed ({scope}): \
          {} connections will be rejected",
         load.reserved_files_unlimited,
         needed - most,
@@ -67,9 +70,11 @@ fn open_files(host: &Host, load: &Load) -> Finding {
     if host.files_per_process.is_some_and(|most| most < needed) {
         finding = finding.remedy(sysctl("fs.nr_open", needed.next_power_of_two()));
     }
-    finding
-        .remedy(format!("fanfare.service: LimitNOFILE={needed}"))
-        .remedy(format!("or as root, before fanfare starts: ulimit -n {needed}"))
+    finding = finding.remedy(format!("fanfare.service: LimitNOFILE={needed}"));
+    if host.has_unit {
+        return finding;
+    }
+    finding.remedy(format!("or as root, before fanfare starts: ulimit -n {needed}"))
 }
 
 fn limit(limit: u64) -> String {
@@ -109,6 +114,7 @@ fn memory(host: &Host, load: &Load) -> Finding {
         return Finding::unreadable(SUBJECT, "MemAvailable in /proc/meminfo");
     };
     let (have, source) = match host.cgroup {
+        Some(limit) if limit < free && host.has_unit => (limit, "allowed by MemoryMax of fanfare.service"),
         Some(left) if left < free => (left, "left by the limit of this cgroup"),
         _ => (free, "available on this host"),
     };
@@ -274,24 +280,6 @@ mod tests {
         }
     }
 
-    fn good() -> Host {
-        Host {
-            files: Some(2_000_000),
-            files_per_process: Some(2_000_000),
-            files_of_host: Some((1000, u64::MAX)),
-            watches: Some(10_000_000),
-            somaxconn: Some(65_535),
-            syn_backlog: Some(512),
-            syn_cookies: Some(true),
-            ports: Some((10_240, 65_535)),
-            tcp_memory: Some(30 << 30),
-            page: Some(4096),
-            memory: Some(60 << 30),
-            cgroup: None,
-            tracked: None,
-        }
-    }
-
     fn levels(host: &Host, connections: u64) -> Vec<(&'static str, Level)> {
         let findings = check(host, &load(connections));
         let bad = findings.iter().filter(|finding| finding.level != Level::Ok);
@@ -301,23 +289,26 @@ mod tests {
 
     #[test]
     fn finds_each_shortage_alone() {
-        assert_eq!(levels(&good(), 50_000), []);
+        assert_eq!(levels(&Host::good(), 50_000), []);
         for (host, found) in [
-            (Host { files: Some(50_099), ..good() }, ("open files", Level::Problem)),
-            (Host { files_of_host: Some((1000, 51_000)), ..good() }, ("files of the host", Level::Problem)),
-            (Host { watches: Some(49_999), ..good() }, ("epoll watches", Level::Problem)),
-            (Host { somaxconn: Some(4096), ..good() }, ("accept queue", Level::Warning)),
-            (Host { syn_cookies: Some(false), ..good() }, ("TCP handshakes", Level::Warning)),
-            (Host { ports: Some((32_768, 60_999)), ..good() }, ("ports of a proxy", Level::Warning)),
-            (Host { tcp_memory: Some(300 << 20), ..good() }, ("TCP memory", Level::Warning)),
+            (Host { files: Some(50_099), ..Host::good() }, ("open files", Level::Problem)),
             (
-                Host { memory: Some(300 << 20), tcp_memory: Some(2 << 30), ..good() },
+                Host { files_of_host: Some((1000, 51_000)), ..Host::good() },
+                ("files of the host", Level::Problem),
+            ),
+            (Host { watches: Some(49_999), ..Host::good() }, ("epoll watches", Level::Problem)),
+            (Host { somaxconn: Some(4096), ..Host::good() }, ("accept queue", Level::Warning)),
+            (Host { syn_cookies: Some(false), ..Host::good() }, ("TCP handshakes", Level::Warning)),
+            (Host { ports: Some((32_768, 60_999)), ..Host::good() }, ("ports of a proxy", Level::Warning)),
+            (Host { tcp_memory: Some(300 << 20), ..Host::good() }, ("TCP memory", Level::Warning)),
+            (
+                Host { memory: Some(300 << 20), tcp_memory: Some(2 << 30), ..Host::good() },
                 ("memory", Level::Problem),
             ),
-            (Host { cgroup: Some(300 << 20), ..good() }, ("memory", Level::Problem)),
-            (Host { cgroup: Some(330 << 20), ..good() }, ("memory", Level::Warning)),
-            (Host { tracked: Some((100, 50_000)), ..good() }, ("conntrack", Level::Problem)),
-            (Host { tracked: Some((100, 60_000)), ..good() }, ("conntrack", Level::Warning)),
+            (Host { cgroup: Some(300 << 20), ..Host::good() }, ("memory", Level::Problem)),
+            (Host { cgroup: Some(330 << 20), ..Host::good() }, ("memory", Level::Warning)),
+            (Host { tracked: Some((100, 50_000)), ..Host::good() }, ("conntrack", Level::Problem)),
+            (Host { tracked: Some((100, 60_000)), ..Host::good() }, ("conntrack", Level::Warning)),
         ] {
             assert_eq!(levels(&host, 50_000), [found], "{host:?}");
         }
@@ -325,7 +316,7 @@ mod tests {
 
     #[test]
     fn warns_if_channels_do_not_fit() {
-        let host = Host { memory: Some(330 << 20), ..good() };
+        let host = Host { memory: Some(330 << 20), ..Host::good() };
         let finding = memory(&host, &Load { channels: 10_000, ..load(50_000) });
         assert_eq!(finding.level, Level::Warning);
         assert!(finding.text.contains("47MiB for 10000 channels"), "{finding:?}");
@@ -343,7 +334,7 @@ mod tests {
 
     #[test]
     fn raises_the_limit_of_all_processes_first() {
-        let host = Host { files: Some(1024), files_per_process: Some(10_000), ..good() };
+        let host = Host { files: Some(1024), files_per_process: Some(10_000), ..Host::good() };
         let finding = open_files(&host, &load(20_000));
         assert_eq!(finding.remedies[0], "/etc/sysctl.d/99-fanfare.conf: fs.nr_open = 32768");
         assert_eq!(finding.remedies[1], "fanfare.service: LimitNOFILE=20100");
@@ -352,15 +343,15 @@ mod tests {
 
     #[test]
     fn a_million_behind_a_proxy_needs_addresses() {
-        let finding = ports(&good(), &load(1_000_000));
+        let finding = ports(&Host::good(), &load(1_000_000));
         assert_eq!(finding.remedies, ["19 addresses of this node in --listen, each in the proxy's upstream"]);
-        let small = ports(&Host { ports: Some((32_768, 60_999)), ..good() }, &load(28_232));
+        let small = ports(&Host { ports: Some((32_768, 60_999)), ..Host::good() }, &load(28_232));
         assert_eq!(small.level, Level::Ok);
     }
 
     #[test]
     fn never_advises_tcp_memory_of_half_the_host() {
-        let host = Host { tcp_memory: Some(1 << 20), memory: Some(1 << 30), ..good() };
+        let host = Host { tcp_memory: Some(1 << 20), memory: Some(1 << 30), ..Host::good() };
         assert_eq!(
             tcp_memory(&host, &load(200_000)).remedies,
             ["more memory, or fewer connections on more nodes"]

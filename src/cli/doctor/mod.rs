@@ -8,6 +8,7 @@ use std::path::Path;
 use self::finding::{Finding, Level, section, summary};
 use self::host::Host;
 use self::host_checks::Load;
+use self::unit::Unit;
 use super::Report;
 use crate::auth::keys::KeyRing;
 use crate::bus::redis::inspect;
@@ -18,20 +19,25 @@ mod finding;
 mod host;
 mod host_checks;
 mod redis_checks;
+mod unit;
 
 const HELP: &str = "\
 Usage: fanfare doctor [--connections N] [any setting of fanfare]...
 
-Checks whether this host and its Redis have what the settings need, and says what to change and why. Reads the same
-flags and variables as fanfare itself (fanfare --help), opens no listener and changes nothing. Run it with the
-environment and the limits of the service:
+Checks whether this host and its Redis have what the settings need, and says
+what to change and why. Opens no listener and changes nothing. Limits on open
+files and memory are those of fanfare.service where it is installed, else those
+of this shell. The settings are flags and variables, as for fanfare itself. To
+check those of the service:
 
-  systemd-run --pty --property=EnvironmentFile=/etc/fanfare/fanfare.env --property=LimitNOFILE=100000 \\
+  sudo systemd-run --pty --property=EnvironmentFile=/etc/fanfare/fanfare.env \\
       fanfare doctor --connections 90000
 
-  --connections N   Connections to check for. Without it: as many as --max-connections allows.
+  --connections N   Connections to check for. Without it: as many as
+                    --max-connections allows.
 
-Exit code: 0 without problems (there may be warnings), 1 with problems, 2 for wrong arguments.
+Exit code: 0 without problems (there may be warnings), 1 with problems, 2 for
+wrong arguments.
 ";
 
 const CONNECTIONS: Flag = Flag::new("connections", "N");
@@ -53,7 +59,12 @@ pub fn run(
         Action::Run(settings) | Action::Check(settings) => settings,
     };
     KeyRing::load(&settings)?;
-    Ok(examine(&settings, connections))
+    let mut host = Host::read(Path::new("/"));
+    let settings = match Unit::read() {
+        Some(unit) => under(unit, &mut host, settings),
+        None => settings,
+    };
+    Ok(examine(&settings, &host, connections))
 }
 
 fn parse_connections(text: &str) -> Result<NonZeroU32, String> {
@@ -76,10 +87,18 @@ fn load(settings: &Settings, connections: Option<NonZeroU32>) -> Load {
     }
 }
 
-fn examine(settings: &Settings, connections: Option<NonZeroU32>) -> Report {
+/// Settings and host as the service finds them.
+fn under(unit: Unit, host: &mut Host, mut settings: Settings) -> Settings {
+    settings.open_files = unit.files.and_then(|limit| u32::try_from(limit).ok());
+    settings.memory.cgroup = unit.memory;
+    (host.files, host.cgroup, host.has_unit) = (unit.files, unit.memory, true);
+    settings
+}
+
+fn examine(settings: &Settings, host: &Host, connections: Option<NonZeroU32>) -> Report {
     let load = load(settings, connections);
     let mut text = format!("fanfare {} for {} connections\n", env!("CARGO_PKG_VERSION"), load.connections);
-    let mut findings = host_checks::check(&Host::read(Path::new("/")), &load);
+    let mut findings = host_checks::check(host, &load);
     text += &section("This host", &findings);
     match &settings.redis {
         None => {
@@ -101,5 +120,24 @@ fn examine_redis(settings: &Settings, url: &RedisUrl) -> Vec<Finding> {
     match runtime.block_on(inspect::inspect(settings, url)) {
         Ok(facts) => redis_checks::check(&facts, settings),
         Err(text) => vec![Finding::problem("connection", text)],
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn docs_show_a_current_report() {
+        let Ok(Action::Run(settings)) = Settings::from(["--shards", "4"].map(Into::into), []) else {
+            panic!("good settings")
+        };
+        let mut host = Host { somaxconn: Some(4096), ..Host::good() };
+        let settings = under(Unit { files: Some(16_384), memory: None }, &mut host, settings);
+        let findings = host_checks::check(&host, &load(&settings, NonZeroU32::new(50_000)));
+        let findings: Vec<_> = findings.into_iter().filter(|finding| finding.level != Level::Ok).collect();
+        let shown = format!("```text\n{}```\n", section("", &findings).trim_start_matches('\n'));
+        let docs = include_str!("../../../docs/deployment.md");
+        assert!(docs.contains(&shown), "docs/deployment.md should show:\n{shown}");
     }
 }
