@@ -31,6 +31,8 @@ python3-pip pip3
 nodejs node
 npm npm
 nginx nginx
+haproxy haproxy
+curl curl
 systemd systemd-analyze
 strace strace
 LIST

@@ -102,7 +102,7 @@ fn documented(nodes: &[SocketAddr], rule: &str, limit_buffers: bool, addr: Socke
 }
 
 /// A complete configuration around it. Nothing is written outside the test's directory.
-fn whole(documented: &str, directory: &Directory) -> String {
+pub fn whole(documented: &str, directory: &Directory) -> String {
     // As root, nginx would run its workers as a user that may not enter the directory.
     let user = if rustix::process::geteuid().is_root() { "user root;" } else { "" };
     let path = directory.path().display();
