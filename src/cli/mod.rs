@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 
-use crate::config::closest;
+use crate::protocol::closest::closest;
 
 pub mod doctor;
 pub mod token;
@@ -67,7 +67,7 @@ pub fn command(args: impl IntoIterator<Item = OsString>) -> Result<(Command, Vec
 }
 
 fn unknown(name: &str) -> String {
-    let hint = closest(name, COMMANDS.map(|(name, _)| name.to_owned()));
+    let hint = closest(name, COMMANDS.map(|(name, _)| name));
     let hint = hint.map_or(String::new(), |name| format!("; did you mean {name}?"));
     format!(
         "fanfare: there is no command {name:?}{hint}\n\

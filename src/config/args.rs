@@ -2,7 +2,8 @@
 
 use std::ffi::OsString;
 
-use super::{SettingError, closest, parse};
+use super::{SettingError, parse};
+use crate::protocol::closest::closest;
 
 /// A flag that a command takes.
 #[derive(Clone, Copy, Debug)]

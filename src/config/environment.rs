@@ -5,9 +5,10 @@ use std::cmp::Reverse;
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
 
+use super::SettingError;
 use super::args::Args;
 use super::rows::{PREFIX, ROWS, Row, variable};
-use super::{SettingError, closest};
+use crate::protocol::closest::closest;
 
 /// The texts given for each setting, and every error so far.
 pub(super) struct Input {

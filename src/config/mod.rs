@@ -8,7 +8,6 @@ use tracing_subscriber::filter::Targets;
 pub mod args;
 pub mod cgroup;
 mod check;
-mod closest;
 mod environment;
 mod memory;
 mod open_files;
@@ -21,7 +20,6 @@ mod values;
 mod wrap;
 
 use args::Args;
-pub(crate) use closest::closest;
 use environment::Input;
 pub use memory::{CHANNEL, CONNECTION_IN_KERNEL, CONNECTION_IN_PROCESS, Memory, memory_held};
 pub use open_files::{open_file_limit, parse_open_file_limit, rejection_slots};

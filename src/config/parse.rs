@@ -8,9 +8,9 @@ use std::time::Duration;
 use ipnet::IpNet;
 use tracing_subscriber::filter::{LevelFilter, Targets};
 
-use super::closest;
 use super::units::{parse_duration, parse_size, show_duration};
 use super::values::{AdminAddr, Cap, Words};
+use crate::protocol::closest::closest;
 use crate::protocol::event::ChannelName;
 
 /// Longest `--redis-prefix`, in bytes: it is part of every key.
@@ -174,7 +174,7 @@ pub fn log(text: &str) -> Result<String, String> {
     for directive in text.split(',') {
         let level = directive.rsplit('=').next().unwrap_or_default();
         if level.is_empty() || level.parse::<LevelFilter>().is_err() {
-            let near = closest(level, levels.split(", ").map(String::from));
+            let near = closest(level, levels.split(", "));
             let hint = near.map_or(format!("one of {levels}"), |near| format!("did you mean {near}?"));
             return Err(format!("{level:?} is not a level: {hint}"));
         }

@@ -304,7 +304,7 @@ fn a_wrong_variable_is_named_as_a_variable() {
     );
     assert_eq!(
         errors(&[], &[("FANFARE_JWT_KEY_FILE", "/k")]),
-        ["FANFARE_JWT_KEY_FILE: there is no such setting; the nearest is FANFARE_JWT_KEY"]
+        ["FANFARE_JWT_KEY_FILE: there is no such setting; did you mean FANFARE_JWT_KEY?"]
     );
     for name in ["FANFARE_VERSION", "FANFARE_", "FANFARE_PORT", "FANFARE_PORT_80", "FANFARE_PORT_80_TCP_X"] {
         assert!(errors(&[], &[(name, "1")])[0].starts_with(&format!("{name}: there is no such setting")));

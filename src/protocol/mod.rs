@@ -2,6 +2,7 @@
 //! codes.
 
 pub mod close;
+pub mod closest;
 pub mod event;
 pub mod frame;
 pub mod ingest;
