@@ -8,6 +8,7 @@ use serde_json::value::RawValue;
 
 use crate::protocol::event::{EventId, is_user_id, text_frame};
 use crate::protocol::json;
+use crate::protocol::json::explain::{self, Known};
 
 /// Longest `ref` of a client's frame, as JSON text, in bytes: it is kept while the publish is under
 /// way.
@@ -15,6 +16,9 @@ const REFERENCE_MAX: usize = 128;
 
 /// A ping without payload (RFC 6455 section 5.5.2).
 pub const PING: Bytes = Bytes::from_static(&[0x89, 0]);
+
+/// Longest reason of a close frame, in bytes: a control frame has at most 125, two of them the code.
+pub const CLOSE_TEXT_MAX: usize = 123;
 
 const CLOSE: u8 = 0x88;
 const PONG: u8 = 0x8A;
@@ -33,7 +37,7 @@ pub fn close_answer(code: Option<u16>) -> Bytes {
 
 /// A close frame (RFC 6455 section 5.5.1).
 pub fn close(code: u16, reason: &str) -> Bytes {
-    debug_assert!(reason.len() <= 123, "a control frame has at most 125 bytes");
+    debug_assert!(reason.len() <= CLOSE_TEXT_MAX);
     let mut frame = BytesMut::with_capacity(4 + reason.len());
     frame.put_u8(CLOSE);
     frame.put_u8(2 + reason.len() as u8);
@@ -140,6 +144,15 @@ struct Members<'a> {
     reference: Option<&'a RawValue>,
 }
 
+/// The same members, to explain what is wrong with a frame.
+const KNOWN: [Known; 5] = [
+    Known { key: "text", is_string: true },
+    Known { key: "data", is_string: false },
+    Known { key: "to", is_string: true },
+    Known { key: "ref", is_string: false },
+    Known { key: "type", is_string: true },
+];
+
 /// The `ref` of an invalid frame.
 #[derive(Deserialize)]
 struct Reference<'a> {
@@ -162,18 +175,16 @@ pub fn parse_client_frame(sender: &str, text: &str) -> Result<ClientFrame, BadFr
     let invalid = |what, error: json::BadJson, reference| {
         Err(BadFrame { message: format!("invalid {what}: {error}").into(), reference })
     };
-    let members: Members<'_> = match serde_json::from_str(text) {
-        Ok(members) => members,
-        Err(_) => {
-            let reference = reference_in(text);
-            if let Err(error) = json::check(text.as_bytes(), json::DEPTH_MAX) {
-                return invalid("frame", error, reference);
-            }
-            return bad(
-                r#"send a JSON object with "text" or "data", and with "to" and "ref" if needed"#,
-                reference,
-            );
+    // serde takes an array, too, with the members in their order.
+    let members = serde_json::from_str(text).ok().filter(|_| explain::is_object(text));
+    let Some(members): Option<Members<'_>> = members else {
+        let reference = reference_in(text);
+        if let Err(error) = json::check(text.as_bytes(), json::DEPTH_MAX) {
+            return invalid("frame", error, reference);
         }
+        let message =
+            explain::fault(text, &KNOWN).map_or(r#"give either "text" or "data""#.into(), Cow::from);
+        return Err(BadFrame { message, reference });
     };
     let reference = match members.reference {
         None => None,
@@ -206,7 +217,7 @@ pub fn parse_client_frame(sender: &str, text: &str) -> Result<ClientFrame, BadFr
 
 /// The `ref` of a frame that is rejected, valid or not.
 pub fn reference_in(text: &str) -> Option<Box<str>> {
-    let found: Reference<'_> = serde_json::from_str(text).ok()?;
+    let found: Reference<'_> = serde_json::from_str(text).ok().filter(|_| explain::is_object(text))?;
     valid_reference(found.reference?.get())
 }
 
@@ -335,6 +346,17 @@ mod tests {
         }
         let long = format!(r#"{{"text":"a","ref":"{}"}}"#, "x".repeat(REFERENCE_MAX));
         assert!(parse_client_frame("alice", &long).is_err());
+        for (text, message) in [
+            (r#"{"ref":7,"txt":"hi"}"#, r#"unknown key "txt": did you mean "text"?"#),
+            (r#"{"text":"hi","chan":"a"}"#, r#"unknown key "chan": the keys are text, data, to, ref, type"#),
+            (r#"{"text":"a","to":null}"#, r#""to" must be a string"#),
+            (r#"{"type":5}"#, r#""type" must be a string"#),
+            (r#"[null,"hi"]"#, "send a JSON object: this is an array"),
+            (r#"["ping"]"#, "send a JSON object: this is an array"),
+        ] {
+            assert_eq!(rejected(text).message, message, "{text}");
+        }
+        assert_eq!(reference_in("[7]"), None);
     }
 
     #[test]

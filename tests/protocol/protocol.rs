@@ -298,6 +298,31 @@ async fn json_mode_reports_invalid_frames() {
         client.send(bad.to_string()).await;
         client.expect_error(Some(bad["ref"].clone())).await;
     }
+    for (bad, reference, message) in [
+        (r#"{"txt":"hi","ref":11}"#, json!(11), r#"unknown key "txt": did you mean "text"?"#),
+        (r#"{"text":"a","ref":12,"TO":"b"}"#, json!(12), r#"unknown key "TO": did you mean "to"?"#),
+        (
+            r#"{"text":"a","room":"b"}"#,
+            json!(null),
+            r#"unknown key "room": the keys are text, data, to, ref, type"#,
+        ),
+        (r#"{"text":1,"ref":13}"#, json!(13), r#""text" must be a string"#),
+        // The members in their order, which serde would take for an object.
+        (r#"[null,"hi"]"#, json!(null), "send a JSON object: this is an array"),
+        (r#"["ping"]"#, json!(null), "send a JSON object: this is an array"),
+        ("5", json!(null), "send a JSON object: this is a number"),
+    ] {
+        client.send(bad).await;
+        let error = client.next_control("error").await;
+        assert_eq!(
+            (&error["ref"], &error["code"], &error["message"]),
+            (&reference, &json!("invalid"), &json!(message))
+        );
+    }
+    let long = format!(r#"{{"{}":1}}"#, "x".repeat(50_000));
+    client.send(long).await;
+    let error = client.next_control("error").await.to_string();
+    assert!(error.len() < 300 && error.contains("xxx…"), "{error}");
     client.send(r#"{"text":"good"}"#).await;
     let expected = json!({"sender": "a", "text": "good"});
     client.expect_event(position(&welcome["head"]) + 1, &expected).await;

@@ -7,6 +7,8 @@
 
 use std::ops::Range;
 
+pub mod explain;
+
 /// Most levels of arrays and objects in an event, the event itself included. Parsers recurse and
 /// have a limit: .NET's is 64, Ruby's 100, serde_json's 127.
 pub const DEPTH_MAX: usize = 64;
