@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 
 use super::environment::Input;
 use super::{AdminAddr, BYTE_RATE_MIN, MESSAGE_PART, Settings, show_size};
+use crate::http::origin::OriginRule;
 
 impl Settings {
     /// Reports every conflict to `input`.
@@ -14,6 +15,13 @@ impl Settings {
         }
         if self.redis_durable && self.redis.is_none() {
             input.conflict("redis-durable", "has no effect without --redis: leave it out");
+        }
+        // Any site can open a page with this origin, in a sandboxed frame.
+        if self.allow_origin.contains(&OriginRule::Null) && self.jwt_key.is_empty() {
+            input.conflict(
+                "allow-origin",
+                "null needs --jwt-key FILE: pages of every site can have this origin",
+            );
         }
         self.check_channels(input);
         self.check_sizes(input);

@@ -87,10 +87,11 @@ settings! {
         show: |settings| settings.client_publish.word(),
     }
 
-    /// Sites whose pages may connect: `https://example.com`, `https://*.example.com`. Without it,
-    /// pages of the same host and port; on loopback hosts of any port, and on loopback addresses of
-    /// no other host unless a trusted proxy forwards it. Programs, which send no `Origin`, may
-    /// always connect. Without `--admin-key`, requests to `--admin` may use these hosts, too.
+    /// Sites whose pages may connect: `https://example.com`, `https://*.example.com`; of apps
+    /// `capacitor://localhost`, or with `--jwt-key` also `null`. Without it, pages of the same host
+    /// and port; on loopback hosts of any port, and on loopback addresses of no other host unless a
+    /// trusted proxy forwards it. Programs, which send no `Origin`, may always connect. Without
+    /// `--admin-key`, requests to `--admin` may use these hosts, too.
     allow_origin: Vec<OriginRule> {
         name: "allow-origin",
         value: "ORIGIN,...",

@@ -14,9 +14,20 @@ struct Site<'a> {
     port: Option<u16>,
 }
 
-/// An entry of `--allow-origin`: one site, or every site below a domain.
+/// What sandboxed pages and files send as their origin, on every site alike.
+const NULL: &str = "null";
+
+/// An entry of `--allow-origin`.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct OriginRule {
+pub enum OriginRule {
+    /// Pages whose origin is `null`.
+    Null,
+    Sites(Sites),
+}
+
+/// One site, or every site below a domain. Apps have sites with schemes of their own.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sites {
     scheme: String,
     host: String,
     port: Option<u16>,
@@ -25,24 +36,41 @@ pub struct OriginRule {
 }
 
 impl OriginRule {
-    /// Parses `https://example.com`, `http://10.0.0.1:8080` or `https://*.example.com`.
+    /// Parses `https://example.com`, `http://10.0.0.1:8080`, `https://*.example.com`,
+    /// `capacitor://localhost` or `null`.
     pub fn parse(text: &str) -> Result<OriginRule, String> {
-        let wrong =
-            || format!("{text:?} is not an origin, such as https://example.com or https://*.example.com");
+        if text == NULL {
+            return Ok(OriginRule::Null);
+        }
+        let wrong = || {
+            format!(
+                "{text:?} is not an origin, such as https://example.com, https://*.example.com or \
+                 capacitor://localhost"
+            )
+        };
         let site = Site::parse(text).ok_or_else(wrong)?;
         let below = site.host.strip_prefix("*.");
         let host = below.unwrap_or(site.host);
         if host.contains('*') {
             return Err(wrong());
         }
-        Ok(OriginRule {
+        Ok(OriginRule::Sites(Sites {
             scheme: site.scheme.to_ascii_lowercase(),
             host: host.to_ascii_lowercase(),
             port: site.port,
             subdomains: below.is_some(),
-        })
+        }))
     }
 
+    fn sites(&self) -> Option<&Sites> {
+        match self {
+            OriginRule::Null => None,
+            OriginRule::Sites(sites) => Some(sites),
+        }
+    }
+}
+
+impl Sites {
     fn allows(&self, site: &Site<'_>) -> bool {
         self.has_host(site.host) && site.scheme.eq_ignore_ascii_case(&self.scheme) && site.port == self.port
     }
@@ -58,9 +86,10 @@ impl OriginRule {
 
 impl fmt::Display for OriginRule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}://{}{}", self.scheme, if self.subdomains { "*." } else { "" }, self.host)?;
-        match self.port {
-            Some(port) if default_port(&self.scheme) != Some(port) => write!(f, ":{port}"),
+        let Some(sites) = self.sites() else { return f.write_str(NULL) };
+        write!(f, "{}://{}{}", sites.scheme, if sites.subdomains { "*." } else { "" }, sites.host)?;
+        match sites.port {
+            Some(port) if default_port(&sites.scheme) != Some(port) => write!(f, ":{port}"),
             _ => Ok(()),
         }
     }
@@ -73,9 +102,12 @@ impl fmt::Display for OriginRule {
 /// program that serves pages there can connect anyway. With rules only the rules count, so that
 /// another site's name that points here (DNS rebinding) is not accepted as the same host.
 pub fn is_allowed(rules: &[OriginRule], origin: &str, host: &str) -> bool {
+    if origin == NULL {
+        return rules.contains(&OriginRule::Null);
+    }
     let Some(site) = Site::parse(origin) else { return false };
     if !rules.is_empty() {
-        return rules.iter().any(|rule| rule.allows(&site));
+        return rules.iter().filter_map(OriginRule::sites).any(|sites| sites.allows(&site));
     }
     let Some((host, port)) = split_port(host) else { return false };
     let port = port.or(default_port(site.scheme));
@@ -84,7 +116,6 @@ pub fn is_allowed(rules: &[OriginRule], origin: &str, host: &str) -> bool {
 }
 
 impl Site<'_> {
-    /// `None` also for `null`, which sandboxed pages and files send.
     fn parse(text: &str) -> Option<Site<'_>> {
         let (scheme, authority) = text.split_once("://")?;
         let is_scheme = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'+' | b'-' | b'.');
@@ -129,7 +160,8 @@ pub fn is_loopback_host(host: &str) -> bool {
 
 /// Whether a rule has the host of a Host header. Ports are ignored.
 pub fn names_host(rules: &[OriginRule], host: &str) -> bool {
-    split_port(host).is_some_and(|(host, _)| rules.iter().any(|rule| rule.has_host(host)))
+    let mut sites = rules.iter().filter_map(OriginRule::sites);
+    split_port(host).is_some_and(|(host, _)| sites.any(|sites| sites.has_host(host)))
 }
 
 fn default_port(scheme: &str) -> Option<u16> {
@@ -225,8 +257,18 @@ mod tests {
             "http://10.0.0.1",
             "https://same.example",
             "null",
+            "capacitor://example.com",
+            "ionic://localhost",
         ] {
             assert!(!allowed(&rules, origin, "same.example"), "{origin}");
+        }
+        let rules = ["null", "ionic://localhost", "app://-", "app://obsidian.md"];
+        for origin in rules {
+            assert!(allowed(&rules, origin, "a.example"), "{origin}");
+            assert_eq!(OriginRule::parse(origin).unwrap().to_string(), origin);
+        }
+        for origin in ["", "Null", "null://a", "http://null", "app://x", "https://a.example"] {
+            assert!(!allowed(&rules, origin, "a.example"), "{origin}");
         }
     }
 
@@ -263,6 +305,7 @@ mod tests {
             ("https://example.com:443", "https://example.com"),
             ("http://*.example.com:81", "http://*.example.com:81"),
             ("http://[::1]:80", "http://[::1]"),
+            ("null", "null"),
         ] {
             let rule = OriginRule::parse(text).unwrap();
             assert_eq!(rule.to_string(), shown);
@@ -271,7 +314,6 @@ mod tests {
         for wrong in [
             "",
             "*",
-            "null",
             "example.com",
             "https://",
             "https://*",

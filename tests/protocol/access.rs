@@ -3,6 +3,7 @@
 use std::fs::Permissions;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+use std::process::Command;
 
 use serde_json::json;
 
@@ -61,6 +62,38 @@ async fn only_allowed_origins_may_connect() {
         assert_eq!(raw.upgrade("/ws/a", &[("Origin", origin)]).await.status, status, "{origin}");
     }
     Raw::upgraded(node.public, "/ws/program").await;
+}
+
+#[tokio::test]
+async fn origins_of_apps_can_be_allowed() {
+    let node = Node::start(&["--allow-origin", "capacitor://localhost,ionic://localhost,app://-"]).await;
+    let status = async |node: &Node, origin: &str, path: &str| {
+        Raw::connect(node.public).await.upgrade(path, &[("Origin", origin)]).await.status
+    };
+    for (origin, expected) in [
+        ("capacitor://localhost", 101),
+        ("ionic://localhost", 101),
+        ("app://-", 101),
+        ("capacitor://example.com", 403),
+        ("app://other", 403),
+        ("http://localhost", 403),
+        ("null", 403),
+    ] {
+        assert_eq!(status(&node, origin, "/ws/a").await, expected, "{origin}");
+    }
+
+    // Pages of every site can have the origin `null`, so it needs a token.
+    let directory = Directory::new();
+    let key = directory.path().join("key");
+    std::fs::write(&key, "a secret that is long enough for HS256").expect("a file");
+    let key = key.to_str().expect("UTF-8");
+    let node = Node::start(&["--allow-origin", "null", "--jwt-key", key]).await;
+    let mut command = Command::new(env!("CARGO_BIN_EXE_fanfare"));
+    let output = command.args(["token", "--user", "a", "--jwt-key", key]).output().expect("it runs");
+    let path = format!("/ws/a?token={}", String::from_utf8(output.stdout).expect("text").trim_end());
+    assert_eq!(status(&node, "null", &path).await, 101);
+    assert_eq!(status(&node, "null", "/ws/a").await, 401);
+    assert_eq!(status(&node, "https://example.com", &path).await, 403);
 }
 
 async fn admin(
