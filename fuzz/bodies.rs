@@ -9,7 +9,7 @@ use fanfare::bus::redis::{decode, parse_page, parse_publish};
 use fanfare::config::{Action, Settings};
 use fanfare::http::{self, Response};
 use fanfare::limits::connections::ConnectionLimits;
-use fanfare::protocol::close::CloseReason;
+use fanfare::protocol::close::{CloseReason, rejection_code};
 use fanfare::protocol::event::{ChannelName, Entry, EventId, is_user_id};
 use fanfare::protocol::frame::{self, ClientFrame};
 use fanfare::protocol::ingest;
@@ -124,6 +124,14 @@ pub fn request(mut data: &[u8]) {
             HandshakeOutcome::Respond(response) => drop(check_response(&response.to_bytes(false))),
             HandshakeOutcome::Reject(rejection) => {
                 assert!(check_response(&Response::from(rejection).to_bytes(false)) >= 400);
+            }
+            HandshakeOutcome::RejectUpgraded(rejection, bytes) => {
+                assert_eq!(check_response(bytes), 101);
+                let head = bytes.windows(4).position(|end| end == b"\r\n\r\n").expect("a head") + 4;
+                let [0x88, length, code @ ..] = &bytes[head..] else { panic!("no close frame") };
+                assert!(usize::from(*length) == code.len() && (2..=125).contains(&code.len()));
+                let text = std::str::from_utf8(&code[2..]).expect("a reason in UTF-8");
+                assert!(rejection_code(rejection.status).is_some() && rejection.text.starts_with(text));
             }
             HandshakeOutcome::Join(join) => {
                 assert!(is_user_id(&join.client.user) && ChannelName::parse(join.channel.as_str()).is_some());

@@ -20,6 +20,7 @@ use crate::http::origin;
 use crate::http::{self, Head, Rejection, Response};
 use crate::metrics::rejections::RejectionClass;
 use crate::metrics::{AcceptLog, Metrics};
+use crate::protocol::closest::closest;
 use crate::protocol::event::{ChannelName, DEFAULT_CHANNEL, EventId, is_user_id};
 use crate::protocol::ingest;
 
@@ -298,7 +299,9 @@ fn destination(query: &str) -> Result<(ChannelName, Option<Arc<str>>), Rejection
     for pair in query.split('&').filter(|pair| !pair.is_empty()) {
         let name = pair.split_once('=').map_or(pair, |(name, _)| name);
         if !matches!(name, "channel" | "to") {
-            return Err(Rejection::new(400, format!("unknown parameter {name}: use channel and to")));
+            let advice = closest(name, ["channel", "to"])
+                .map_or_else(|| "use channel and to".into(), |meant| format!("did you mean {meant}?"));
+            return Err(Rejection::new(400, format!("unknown parameter {name:.64}: {advice}")));
         }
         if seen.contains(&name) {
             return Err(Rejection::new(400, format!("parameter {name} is given twice")));

@@ -4,10 +4,12 @@
 pub mod origin;
 pub mod page;
 pub mod proxy;
+mod query;
 mod request;
 mod response;
 
-pub use request::{BodyLength, HEAD_MAX, Head, parse, percent_decode, query_value};
+pub use query::{Mistyped, mistyped, percent_decode, query_value};
+pub use request::{BodyLength, HEAD_MAX, Head, parse};
 pub use response::{Rejection, Response};
 
 #[cfg(test)]

@@ -150,6 +150,40 @@ fn decodes_paths_and_queries() {
 }
 
 #[test]
+fn finds_mistyped_query_parameters() {
+    let known = ["channel", "lastEventId", "token"];
+    let text = |query| mistyped(query, &known).map(|mistyped| mistyped.rejection().text.into_owned());
+    for (query, given, meant) in [
+        ("chanel=a", "chanel", "channel"),
+        ("channel=a&Channel=b", "Channel", "channel"),
+        ("lastEventID=5", "lastEventID", "lastEventId"),
+        ("last_event_id=5", "last_event_id", "lastEventId"),
+        ("lasteventid", "lasteventid", "lastEventId"),
+        ("last-event-id=", "last-event-id", "lastEventId"),
+        ("utm_source=a&t%6Fkn=b", "tokn", "token"),
+        ("chann%0Ael=a", "chann\\nel", "channel"),
+    ] {
+        let expected = format!("unknown query parameter \"{given}\": did you mean {meant}?");
+        assert_eq!(text(query), Some(expected), "{query}");
+    }
+    let far = "x&".repeat(32) + "chanel=a";
+    for query in [
+        "",
+        "&&",
+        "=channel",
+        "channel=chanel&lastEventId=&token",
+        "ch%61nnel=a",
+        "%ff=a&%=b&%e4channel",
+        "utm_source=a&utm_medium=b&utm_campaign=c&utm_term=d&utm_content=e&gclid=1&fbclid=2",
+        "_=1764000000&t=1&ts=2&v=3&cb=4&nocache&rnd=5&cachebust=6",
+        "EIO=4&transport=websocket&sid=a&ref=b&lang=en&theme=dark&open=1&user=c&client=d&session=e",
+        &far,
+    ] {
+        assert_eq!(text(query), None, "{query}");
+    }
+}
+
+#[test]
 fn quoted_text_can_not_break_a_response() {
     let request = format!("HEAD / HTTP/1.1\r\n{HOST}\r\n");
     let response = Response::line(404, "no a\r\nSet-Cookie: b here").with("X", "a\r\nb");

@@ -95,7 +95,7 @@ pub(super) static TABLE: &[Family] = &[
     family(
         "fanfare_connections_upgraded_total",
         Counter,
-        "Connections upgraded to WebSocket.",
+        "Connections upgraded to WebSocket, without rejected ones.",
         Shards(Sum, |shard| shard.upgraded.get()),
     ),
     family(
@@ -110,7 +110,7 @@ pub(super) static TABLE: &[Family] = &[
     family(
         "fanfare_http_rejections_total",
         Counter,
-        "Requests to the public listener answered with an error, by status.",
+        "Rejected requests to the public listener, by status. Close codes 44xx count as status 4xx.",
         Labels("status", |view| {
             let count = |at: usize| view.sum(|shard| shard.http_rejections[at].get());
             STATUSES.iter().enumerate().map(|(at, (_, label))| (*label, count(at))).collect()

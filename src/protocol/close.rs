@@ -119,3 +119,14 @@ impl CloseReason {
         }
     }
 }
+
+/// Close code of a connection that is rejected with this HTTP status, if its client gets a close
+/// frame in place of the response. Trying again is useless after these; `None` for all others.
+pub fn rejection_code(status: u16) -> Option<u16> {
+    match status {
+        400 => Some(4400),
+        401 => Some(4401),
+        403 => Some(4403),
+        _ => None,
+    }
+}

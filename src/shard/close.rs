@@ -1,5 +1,7 @@
 //! Closing connections.
 
+use bytes::Bytes;
+
 use super::Shard;
 use crate::http::{Rejection, Response};
 use crate::metrics::rejections::RejectionClass;
@@ -48,6 +50,12 @@ impl Shard {
 
     /// Sends the response to a rejected client, logs the rejection, and closes the connection.
     pub(super) fn reject(&mut self, slot: u32, rejection: &Rejection) {
+        self.reject_with(slot, rejection, Response::from(rejection).to_bytes(false));
+    }
+
+    /// As [`Shard::reject`], with these bytes in place of the response. They count as one, so that
+    /// rejections are counted alike for all clients.
+    pub(super) fn reject_with(&mut self, slot: u32, rejection: &Rejection, bytes: Bytes) {
         let class = RejectionClass::of("request", rejection);
         match self.connections[slot].client_address() {
             // The operator needs the address for --trusted-proxy.
@@ -57,15 +65,19 @@ impl Shard {
             }
             _ => self.context.metrics.rejections.record(class, rejection.log_text()),
         }
-        self.respond(slot, &Response::from(rejection), rejection.reason);
+        self.answer(slot, rejection.status, bytes, rejection.reason);
     }
 
     /// Sends an HTTP response and closes the connection.
     pub(super) fn respond(&mut self, slot: u32, response: &Response, reason: CloseReason) {
-        if response.status() >= 400 {
-            self.metrics().count_rejection(response.status());
+        self.answer(slot, response.status(), response.to_bytes(false), reason);
+    }
+
+    fn answer(&mut self, slot: u32, status: u16, bytes: Bytes, reason: CloseReason) {
+        if status >= 400 {
+            self.metrics().count_rejection(status);
         }
-        self.connections[slot].enqueue(response.to_bytes(false));
+        self.connections[slot].enqueue(bytes);
         self.close(slot, reason);
     }
 

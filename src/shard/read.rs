@@ -118,6 +118,7 @@ impl Shard {
                 self.respond(slot, &response, CloseReason::HttpResponse);
             }
             HandshakeOutcome::Reject(rejection) => self.reject(slot, &rejection),
+            HandshakeOutcome::RejectUpgraded(rejection, bytes) => self.reject_with(slot, &rejection, bytes),
             // It was in the accept queue when the drain started.
             HandshakeOutcome::Join(_) if self.drain.is_some() => {
                 self.reject(slot, &rejections::stopping());

@@ -3,6 +3,7 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod rejections;
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};

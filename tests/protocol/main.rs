@@ -9,6 +9,7 @@ mod frames;
 mod limits;
 mod protocol;
 mod rates;
+mod rejections;
 mod slow_readers;
 mod tokens;
 mod untrusted_input;

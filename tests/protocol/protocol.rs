@@ -390,18 +390,6 @@ async fn json_mode_resumes_like_plain_mode() {
 }
 
 #[tokio::test]
-async fn unknown_subprotocol_is_not_selected() {
-    let node = Node::start(&[]).await;
-    let mut raw = Raw::connect(node.public).await;
-    let response = raw.upgrade("/ws/a", &[("Sec-WebSocket-Protocol", "chat, superchat")]).await;
-    assert_eq!(response.header("sec-websocket-protocol"), None, "{response:?}");
-    let mut raw = Raw::connect(node.public).await;
-    let response = raw.upgrade("/ws/a", &[("Sec-WebSocket-Protocol", "chat, fanfare.v1")]).await;
-    assert_eq!((response.status, response.header("sec-websocket-protocol")), (101, Some(JSON_MODE)));
-    assert!(raw.next_text().await.contains("welcome"));
-}
-
-#[tokio::test]
 async fn private_event_reaches_its_user_only() {
     let node = Node::start(&[]).await;
     let (mut alice, welcome) = Client::json(&node, "alice", "room").await;

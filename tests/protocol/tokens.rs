@@ -1,5 +1,5 @@
-//! Tokens: which are accepted, what they allow and for how long. Tokens never appear in responses,
-//! logs or metrics.
+//! Tokens: which are accepted, what they allow and for how long. Tokens never appear in logs, metrics
+//! or responses, except as the subprotocol that is answered.
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 use crate::common;
 use crate::common::process::Directory;
 use crate::common::{Client, Node, Options, Raw, until};
+use crate::rejections::closed;
 
 const SECRET: &str = "a secret that is long enough for HS256";
 const OTHER: &str = "another one that is long enough as well";
@@ -123,15 +124,52 @@ async fn token_is_accepted_in_three_places() {
         assert_eq!(status(&node, path, &[("Authorization", &format!("{scheme} {token}"))]).await, 101);
     }
     for (offered, chosen) in [
-        (format!("bearer.{token}"), None),
-        (format!("fanfare.v1, bearer.{token}"), Some("fanfare.v1")),
-        (format!("bearer.{token}, fanfare.v1"), Some("fanfare.v1")),
+        (format!("bearer.{token}"), format!("bearer.{token}")),
+        (format!("fanfare.v1, bearer.{token}"), "fanfare.v1".into()),
+        (format!("bearer.{token}, fanfare.v1"), "fanfare.v1".into()),
     ] {
         let mut raw = Raw::connect(node.public).await;
         let response = raw.upgrade(path, &[("Sec-WebSocket-Protocol", &offered)]).await;
         assert_eq!(response.status, 101);
-        assert_eq!(response.header("sec-websocket-protocol"), chosen);
+        assert_eq!(response.header("sec-websocket-protocol"), Some(&*chosen));
     }
+}
+
+#[tokio::test]
+async fn clients_of_fanfare_get_4401_and_4403() {
+    let keys = Keys::new();
+    let node = keys.node(&[]).await;
+    let token = keys.token("key", &["--user", "a", "--channel", "news"]);
+    let ended = keys.token("key", &["--user", "a", "--ttl", "0s"]);
+    let required = "token required: as ?token=, Authorization: Bearer or the subprotocol bearer.TOKEN";
+    let invalid = "token invalid or expired for this user";
+    let forbidden = "the token does not allow this channel";
+    for (query, offered, code, text) in [
+        ("channel=news", "fanfare.v1", 4401, required),
+        ("lastEventId=", "", 4401, required),
+        (&format!("token={ended}"), "fanfare.v1", 4401, invalid),
+        ("channel=news", &format!("fanfare.v1, bearer.{ended}"), 4401, invalid),
+        ("channel=news", &format!("bearer.{ended}"), 4401, invalid),
+        ("lastEventId=&channel=news", "bearer.", 4401, invalid),
+        ("channel=other", &format!("bearer.{token}, fanfare.v1"), 4403, forbidden),
+        (&format!("lastEventId=7&token={token}"), "", 4403, forbidden),
+        // Not an unspecific 4401.
+        (
+            &format!("tokn={token}"),
+            "fanfare.v1",
+            4400,
+            "unknown query parameter \"tokn\": did you mean token?",
+        ),
+    ] {
+        let headers = [("Sec-WebSocket-Protocol", offered)];
+        let (response, closed, reason) = closed(&node, &format!("/ws/a?{query}"), &headers).await;
+        assert_eq!((closed, reason.as_str()), (code, text), "{query} {offered}");
+        assert!(response.header("www-authenticate").is_none(), "a 101 asks for nothing: {response:?}");
+    }
+    assert_eq!(node.metric_of("fanfare_connections_closed_total", r#"reason="unauthorized""#).await, 6.0);
+    assert_eq!(node.metric_of("fanfare_connections_closed_total", r#"reason="forbidden""#).await, 2.0);
+    assert_eq!(node.metric_of("fanfare_http_rejections_total", r#"status="401""#).await, 6.0);
+    assert_eq!(node.metric_of("fanfare_http_rejections_total", r#"status="403""#).await, 2.0);
 }
 
 #[tokio::test]

@@ -6,7 +6,7 @@ use std::process::Command;
 use std::sync::Arc;
 
 use fanfare::metrics::{Metrics, Readiness};
-use fanfare::protocol::close::{CloseReason, REASONS};
+use fanfare::protocol::close::{CloseReason, REASONS, rejection_code};
 use fanfare::protocol::event::{Entry, EventId};
 use fanfare::protocol::frame::{self, ClientFrame, ErrorCode};
 use serde_json::Value;
@@ -210,7 +210,10 @@ fn close_codes_match_the_code() {
         .into_iter()
         .map(|row| (row[0].parse().unwrap(), row[1].trim_matches('`').to_owned()))
         .collect();
-    let sent: BTreeMap<u16, String> = sent.into_iter().map(|(code, text)| (code, text.to_owned())).collect();
+    let mut sent: BTreeMap<u16, String> =
+        sent.into_iter().map(|(code, text)| (code, text.to_owned())).collect();
+    let rejection = |status| Some((rejection_code(status)?, format!("the text of status {status}")));
+    sent.extend((400..600).filter_map(rejection));
     assert_eq!(shown, sent);
 }
 

@@ -5,7 +5,7 @@ use std::process::Command;
 use std::sync::Arc;
 
 use fanfare::metrics::{Metrics, Readiness};
-use fanfare::protocol::close::CloseReason;
+use fanfare::protocol::close::{CloseReason, rejection_code};
 use fanfare::protocol::frame::ErrorCode;
 
 const SETTINGS: [(&str, &str); 32] = [
@@ -245,6 +245,9 @@ fn close_codes_and_reasons() {
     for reason in NO_CLOSE_FRAME {
         assert_eq!(reason.close(), None, "{reason:?}");
     }
+    let rejections: Vec<_> =
+        (100..600).filter_map(|status| Some((status, rejection_code(status)?))).collect();
+    assert_eq!(rejections, [(400, 4400), (401, 4401), (403, 4403)]);
     let all = CLOSE_CODES.iter().map(|(reason, ..)| *reason).chain(NO_CLOSE_FRAME);
     let labels: BTreeSet<_> = all.map(CloseReason::label).collect();
     assert_eq!(labels, LABELS[0].2.iter().copied().collect(), "every reason is listed");

@@ -4,6 +4,8 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
+use bytes::Bytes;
+
 use crate::auth::keys::KeyRing;
 use crate::config::Settings;
 use crate::http::proxy::{self, InvalidAddress, Preamble};
@@ -13,6 +15,7 @@ use crate::metrics::Readiness;
 use crate::ws::client::Join;
 
 pub mod rejections;
+mod subprotocol;
 mod upgrade;
 
 /// What a request leads to.
@@ -26,6 +29,9 @@ pub enum HandshakeOutcome {
     Respond(Response),
     /// The connection is rejected, and closed after the response.
     Reject(Rejection),
+    /// The connection is rejected in the same way, but with these bytes in place of the response: an
+    /// upgrade and a close frame.
+    RejectUpgraded(Rejection, Bytes),
 }
 
 /// What a handshake needs of its node.
@@ -80,10 +86,8 @@ fn read(
         return Ok(HandshakeOutcome::Respond(response.answering(&head)));
     };
     let has_more = request.len() > length;
-    let join = set_client(&head, context, connection_slot)
-        .and_then(|()| upgrade::check(&head, user, has_more, context, loopback))
-        .map_err(|rejection| rejection.answering(&head))?;
-    Ok(HandshakeOutcome::Join(Box::new(join)))
+    set_client(&head, context, connection_slot).map_err(|rejection| rejection.answering(&head))?;
+    Ok(upgrade::decide(&head, user, has_more, context, loopback))
 }
 
 /// Skips the PROXY headers of trusted proxies, one from each that the connection has passed.

@@ -52,8 +52,8 @@ pub(super) fn origin_not_allowed() -> Rejection {
 
 /// A page uses a name for this machine that is not `localhost`.
 pub(super) fn host_not_allowed() -> Rejection {
-    let text = "host not allowed on a loopback address, use localhost or 127.0.0.1: \
-        add the site to --allow-origin, or the proxy to --trusted-proxy";
+    let text = "host not allowed on loopback: use localhost, or add the site to --allow-origin or the proxy to \
+        --trusted-proxy";
     Rejection::new(403, text).because(CloseReason::OriginNotAllowed)
 }
 

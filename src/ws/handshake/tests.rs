@@ -261,3 +261,71 @@ fn bad_requests_get_their_status() {
         assert_eq!(status(bytes.as_bytes()), expected, "{bytes}");
     }
 }
+
+#[test]
+fn an_offered_subprotocol_is_answered() {
+    let protocol = |offered: &str| {
+        let join = join("/ws/a", &format!("Sec-WebSocket-Protocol: {offered}\r\n"));
+        let response = String::from_utf8(join.response.to_vec()).unwrap();
+        let answer = response.split("Sec-WebSocket-Protocol: ").nth(1);
+        (join.client.json_mode, answer.map(|answer| answer.trim_end().to_owned()))
+    };
+    assert_eq!(protocol(""), (false, None));
+    assert_eq!(protocol("chat, fanfare.v1"), (true, Some("fanfare.v1".into())));
+    assert_eq!(protocol("bearer.a.b-c_d"), (false, Some("bearer.a.b-c_d".into())));
+    assert_eq!(protocol("chat, bearer.a, bearer.b"), (false, Some("bearer.a".into())));
+    let longest = format!("bearer.{}", "x".repeat(4096 - 7));
+    assert_eq!(protocol(&longest), (false, Some(longest.clone())));
+    let longer = longest + "x";
+    assert_eq!(protocol(&format!("{longer}, fanfare.v1")), (true, Some("fanfare.v1".into())));
+    for offered in [&longer, "bearer.a b", "cha t", "\u{e9}"] {
+        let bytes = request("/ws/a", &format!("Sec-WebSocket-Protocol: {offered}\r\n"));
+        assert_eq!(status(bytes.as_bytes()), 400, "{offered}");
+    }
+}
+
+#[test]
+fn clients_of_fanfare_get_a_close_code() {
+    let rejected = |target: &str, headers: &str| {
+        let (rejection, bytes) = match outcome(request(target, headers).as_bytes()) {
+            HandshakeOutcome::RejectUpgraded(rejection, bytes) => (rejection, bytes),
+            other => panic!("{target} {headers}: {other:?}"),
+        };
+        let head = bytes.windows(4).position(|end| end == b"\r\n\r\n").unwrap() + 4;
+        let (head, close) = (std::str::from_utf8(&bytes[..head]).unwrap(), &bytes[head..]);
+        assert!(
+            head.starts_with("HTTP/1.1 101 ") && head.contains("\r\nSec-WebSocket-Accept: s3pP"),
+            "{head}"
+        );
+        assert_eq!((close[0], usize::from(close[1])), (0x88, close.len() - 2));
+        assert_eq!(&close[4..], &rejection.text.as_bytes()[..close.len() - 4]);
+        let protocol = head.split("Sec-WebSocket-Protocol: ").nth(1).map(|rest| rest.trim_end().to_owned());
+        (u16::from_be_bytes([close[2], close[3]]), rejection.reason, protocol)
+    };
+    let json = "Sec-WebSocket-Protocol: chat, fanfare.v1\r\n";
+    let answer = Some("fanfare.v1".to_owned());
+    for target in ["/ws/%0a", "/ws/a?channel=", "/ws/a?channel=%ff", "/ws/a?chanel=a"] {
+        assert_eq!(rejected(target, json), (4400, CloseReason::HttpResponse, answer.clone()));
+    }
+    for target in ["/ws/a?channel=&lastEventId", "/ws/%0a?lastEventId=7", "/ws/a?last_event_id=7"] {
+        assert_eq!(rejected(target, ""), (4400, CloseReason::HttpResponse, None));
+    }
+    let foreign = format!("{json}Origin: https://b.example\r\n");
+    assert_eq!(rejected("/ws/a", &foreign), (4403, CloseReason::OriginNotAllowed, answer.clone()));
+    let other = "Sec-WebSocket-Protocol: graphql-ws, mqtt\r\n";
+    assert_eq!(rejected("/ws/a", other), (4400, CloseReason::HttpResponse, Some("graphql-ws".into())));
+    let long = format!("/ws/a?channel{}{}=a", "_".repeat(45), "%01".repeat(6));
+    assert_eq!(rejected(&long, json).0, 4400, "cut to 123 bytes");
+
+    // What is no upgrade, and a limit that is reached, stays HTTP.
+    let bytes = |target: &str| request(target, json);
+    for (bytes, expected) in [
+        (bytes("/ws/a").replace("13\r\n", "8\r\n"), 426),
+        (bytes("/ws/a").replace("dGhl", "dG="), 400),
+        (bytes("/ws/a") + "x", 400),
+        (request("/ws/a", &format!("{json}Content-Length: 1\r\n")), 400),
+        (request("/ws/a", &format!("{json}X-Forwarded-For: 192.0.2.7\r\n")), 400),
+    ] {
+        assert_eq!(status(bytes.as_bytes()), expected, "{bytes}");
+    }
+}

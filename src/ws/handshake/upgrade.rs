@@ -1,79 +1,156 @@
 //! The checks of an upgrade request (RFC 6455 section 4.2.1, and ours), and the 101 response.
+//!
+//! A script in a browser can't read the HTTP response that rejects its WebSocket: it gets 1006, as
+//! after a broken network, and tries again. Clients that may be such scripts are therefore upgraded
+//! and closed at once, with a close code and a reason.
 
 use std::borrow::Cow;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use bytes::{BufMut, Bytes, BytesMut};
+use bytes::{BufMut, BytesMut};
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 
-use super::{HandshakeContext, rejections};
+use super::subprotocol::{self, Offer};
+use super::{HandshakeContext, HandshakeOutcome, rejections};
 use crate::auth::keys;
 use crate::auth::token::{self, Grant, NEVER};
 use crate::config::{ClientPublish, Settings};
-use crate::http::{self, BodyLength, Head, Rejection, origin};
+use crate::http::{self, BodyLength, Head, Mistyped, Rejection, origin};
+use crate::protocol::close;
 use crate::protocol::event::{ChannelName, DEFAULT_CHANNEL, EventId, is_user_id};
+use crate::protocol::frame;
 use crate::ws::client::{Client, Join, LastSeen};
 
-/// The subprotocol of JSON mode.
-const SUBPROTOCOL: &str = "fanfare.v1";
+const LAST_EVENT_ID: &str = "lastEventId";
+const PARAMETERS: [&str; 3] = ["channel", LAST_EVENT_ID, "token"];
+
+/// An upgrade request without a fault in its HTTP.
+struct Upgrade<'h, 'a> {
+    head: &'h Head<'a>,
+    key: &'a str,
+    offer: Offer<'a>,
+    mistyped: Option<Mistyped<'a>>,
+}
 
 /// Checks a request for `/ws/{user}`. `has_more`: bytes follow it.
-pub(super) fn check(
+pub(super) fn decide(
     head: &Head<'_>,
     user: &str,
     has_more: bool,
     context: &HandshakeContext,
     loopback: bool,
-) -> Result<Join, Rejection> {
-    if head.method != "GET" {
-        return Err(Rejection::new(405, "a WebSocket starts with GET").with("Allow", "GET"));
+) -> HandshakeOutcome {
+    let upgrade = match Upgrade::check(head, has_more) {
+        Ok(upgrade) => upgrade,
+        Err(rejection) => return HandshakeOutcome::Reject(rejection.answering(head)),
+    };
+    match upgrade.join(user, context, loopback) {
+        Ok(join) => HandshakeOutcome::Join(Box::new(join)),
+        Err(rejection) => upgrade.reject(rejection),
     }
-    let version = head.header("sec-websocket-version");
-    let upgrades = head.has_token("upgrade", "websocket") && head.has_token("connection", "upgrade");
-    if !head.is_http_1_1 || !upgrades || version != Some("13") {
-        let rejection = Rejection::new(426, "this is a WebSocket: upgrade with version 13");
-        return Err(rejection.with("Upgrade", "websocket").with("Sec-WebSocket-Version", "13"));
+}
+
+impl<'h, 'a> Upgrade<'h, 'a> {
+    fn check(head: &'h Head<'a>, has_more: bool) -> Result<Upgrade<'h, 'a>, Rejection> {
+        if head.method != "GET" {
+            return Err(Rejection::new(405, "a WebSocket starts with GET").with("Allow", "GET"));
+        }
+        let version = head.header("sec-websocket-version");
+        let upgrades = head.has_token("upgrade", "websocket") && head.has_token("connection", "upgrade");
+        if !head.is_http_1_1 || !upgrades || version != Some("13") {
+            let rejection = Rejection::new(426, "this is a WebSocket: upgrade with version 13");
+            return Err(rejection.with("Upgrade", "websocket").with("Sec-WebSocket-Version", "13"));
+        }
+        let has_body = head.count("transfer-encoding") > 0 || head.body_length()? != BodyLength::Empty;
+        if has_body || has_more {
+            return Err(rejections::early_data());
+        }
+        let key = head.header("sec-websocket-key").filter(|key| is_key(key));
+        let Some(key) = key.filter(|_| head.count("sec-websocket-key") == 1) else {
+            return Err(Rejection::new(400, "Sec-WebSocket-Key must be given once, 16 bytes in base64"));
+        };
+        let mistyped = http::mistyped(head.query, &PARAMETERS);
+        Ok(Upgrade { head, key, offer: Offer::of(head), mistyped })
     }
-    let has_body = head.count("transfer-encoding") > 0 || head.body_length()? != BodyLength::Empty;
-    if has_body || has_more {
-        return Err(rejections::early_data());
+
+    fn join(&self, user: &str, context: &HandshakeContext, loopback: bool) -> Result<Join, Rejection> {
+        let head = self.head;
+        check_origin(head, &context.settings, loopback)?;
+        let user = Some(user).filter(|user| !user.contains('/')).and_then(http::percent_decode);
+        let Some(user) = user.filter(|user| is_user_id(user)) else {
+            let text =
+                "the user id in /ws/{user_id} must be 1 to 128 bytes of UTF-8 without control characters";
+            return Err(Rejection::new(400, text));
+        };
+        self.offer.check()?;
+        if let Some(mistyped) = &self.mistyped {
+            return Err(mistyped.rejection());
+        }
+        let grant = check_token(head, &user, context)?;
+        let channel = match http::query_value(head.query, "channel")? {
+            Some(name) => ChannelName::parse(&name),
+            None => ChannelName::parse(DEFAULT_CHANNEL),
+        };
+        let Some(channel) = channel else {
+            return Err(Rejection::new(400, "channel must be 1 to 128 of A-Z a-z 0-9 _ . : -"));
+        };
+        if grant.as_ref().is_some_and(|grant| !grant.may_join(&channel)) {
+            return Err(rejections::forbidden_channel());
+        }
+        let given = http::query_value(head.query, LAST_EVENT_ID);
+        let json_mode = self.offer == Offer::JsonMode;
+        let wants_recovery = json_mode || !matches!(given, Ok(None));
+        let last_seen = match given {
+            Ok(None) => LastSeen::Nothing,
+            Ok(Some(text)) if text.is_empty() => LastSeen::Nothing,
+            Ok(Some(text)) => EventId::parse(text.as_bytes()).map_or(LastSeen::Unknown, LastSeen::Event),
+            Err(_) => LastSeen::Unknown,
+        };
+        let may_publish = context.settings.client_publish != ClientPublish::Off
+            && grant.as_ref().is_none_or(|grant| grant.may_publish(&channel));
+        let expires = grant.map_or(NEVER, |grant| grant.expires);
+        let response = self.switching_protocols().freeze();
+        let client = Client { user: user.into(), expires, wants_recovery, json_mode, may_publish };
+        Ok(Join { client, channel, last_seen, response })
     }
-    let key = head.header("sec-websocket-key").filter(|key| is_key(key));
-    let Some(key) = key.filter(|_| head.count("sec-websocket-key") == 1) else {
-        return Err(Rejection::new(400, "Sec-WebSocket-Key must be given once, 16 bytes in base64"));
-    };
-    check_origin(head, &context.settings, loopback)?;
-    let user = Some(user).filter(|user| !user.contains('/')).and_then(http::percent_decode);
-    let Some(user) = user.filter(|user| is_user_id(user)) else {
-        let text = "the user id in /ws/{user_id} must be 1 to 128 bytes of UTF-8 without control characters";
-        return Err(Rejection::new(400, text));
-    };
-    let grant = check_token(head, &user, context)?;
-    let channel = match http::query_value(head.query, "channel")? {
-        Some(name) => ChannelName::parse(&name),
-        None => ChannelName::parse(DEFAULT_CHANNEL),
-    };
-    let Some(channel) = channel else {
-        return Err(Rejection::new(400, "channel must be 1 to 128 of A-Z a-z 0-9 _ . : -"));
-    };
-    if grant.as_ref().is_some_and(|grant| !grant.may_join(&channel)) {
-        return Err(rejections::forbidden_channel());
+
+    fn reject(&self, rejection: Rejection) -> HandshakeOutcome {
+        match close::rejection_code(rejection.status).filter(|_| self.reads_close_codes()) {
+            None => HandshakeOutcome::Reject(rejection),
+            Some(code) => {
+                let text = &rejection.text[..rejection.text.floor_char_boundary(frame::CLOSE_TEXT_MAX)];
+                let mut bytes = self.switching_protocols();
+                bytes.put_slice(&frame::close(code, text));
+                HandshakeOutcome::RejectUpgraded(rejection, bytes.freeze())
+            }
+        }
     }
-    let given = http::query_value(head.query, "lastEventId");
-    let json_mode = head.tokens("sec-websocket-protocol").any(|offered| offered == SUBPROTOCOL);
-    let wants_recovery = json_mode || !matches!(given, Ok(None));
-    let last_seen = match given {
-        Ok(None) => LastSeen::Nothing,
-        Ok(Some(text)) if text.is_empty() => LastSeen::Nothing,
-        Ok(Some(text)) => EventId::parse(text.as_bytes()).map_or(LastSeen::Unknown, LastSeen::Event),
-        Err(_) => LastSeen::Unknown,
-    };
-    let may_publish = context.settings.client_publish != ClientPublish::Off
-        && grant.as_ref().is_none_or(|grant| grant.may_publish(&channel));
-    let expires = grant.map_or(NEVER, |grant| grant.expires);
-    let response = switching_protocols(key, json_mode);
-    let client = Client { user: user.into(), expires, wants_recovery, json_mode, may_publish };
-    Ok(Join { client, channel, last_seen, response })
+
+    /// Whether the client was written for fanfare, or offers subprotocols, as few but scripts do.
+    fn reads_close_codes(&self) -> bool {
+        let meant = self.mistyped.as_ref().map(|mistyped| mistyped.meant);
+        match self.offer {
+            Offer::Nothing => {
+                meant == Some(LAST_EVENT_ID)
+                    || !matches!(http::query_value(self.head.query, LAST_EVENT_ID), Ok(None))
+            }
+            offer => offer.answer().is_some(),
+        }
+    }
+
+    fn switching_protocols(&self) -> BytesMut {
+        let answer = self.offer.answer();
+        let mut out = BytesMut::with_capacity(192 + answer.map_or(0, str::len));
+        out.put_slice(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n");
+        out.put_slice(b"Sec-WebSocket-Accept: ");
+        out.put_slice(derive_accept_key(self.key.as_bytes()).as_bytes());
+        if let Some(answer) = answer {
+            out.put_slice(b"\r\nSec-WebSocket-Protocol: ");
+            out.put_slice(answer.as_bytes());
+        }
+        out.put_slice(b"\r\n\r\n");
+        out
+    }
 }
 
 /// What the token allows its user. `None` if no tokens are required.
@@ -97,8 +174,7 @@ fn find_token<'a>(head: &Head<'a>) -> Result<Option<Cow<'a, str>>, Rejection> {
     if let Some(token) = keys::bearer(head) {
         return Ok(Some(token.into()));
     }
-    let offered = head.tokens("sec-websocket-protocol").find_map(|offered| offered.strip_prefix("bearer."));
-    match offered {
+    match subprotocol::token(head) {
         Some(token) => Ok(Some(token.into())),
         None => http::query_value(head.query, "token"),
     }
@@ -124,17 +200,4 @@ fn check_origin(head: &Head<'_>, settings: &Settings, loopback: bool) -> Result<
 fn is_key(key: &str) -> bool {
     let is_digit = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'+' | b'/');
     key.len() == 24 && key.ends_with("==") && key.bytes().take(22).all(is_digit)
-}
-
-fn switching_protocols(key: &str, json_mode: bool) -> Bytes {
-    let mut out = BytesMut::with_capacity(192);
-    out.put_slice(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n");
-    out.put_slice(b"Sec-WebSocket-Accept: ");
-    out.put_slice(derive_accept_key(key.as_bytes()).as_bytes());
-    if json_mode {
-        out.put_slice(b"\r\nSec-WebSocket-Protocol: ");
-        out.put_slice(SUBPROTOCOL.as_bytes());
-    }
-    out.put_slice(b"\r\n\r\n");
-    out.freeze()
 }
