@@ -3,10 +3,8 @@
 import WebSocket from "ws";
 import { Fanfare } from "./fanfare.mjs"; // curl -o fanfare.mjs http://127.0.0.1:8080/fanfare.js
 
-globalThis.WebSocket ??= WebSocket; // Node has its own from version 22 on
-
 const [url = "ws://127.0.0.1:8080/ws/reporter", channel = "orders"] = process.argv.slice(2);
-const client = new Fanfare(url, { channel });
+const client = new Fanfare(url, { channel, WebSocket }); // Node has its own only from version 22 on
 
 client.on("message", (event) => console.log(JSON.stringify(event)));
 // Events may be missing: load the state again from where it is stored.

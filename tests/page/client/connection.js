@@ -63,7 +63,7 @@ return run({
       const count = sockets.length;
       await pass(60_000);
       equal(sockets.length > count, word === "waiting");
-      return [word, delay ?? heard("error").map(({ code }) => code)];
+      return [word, delay ?? heard("error").flatMap(({ code, message }) => [code, message])];
     };
     for (const blame of [1008, 1009]) {
       const blamed = client();
@@ -77,36 +77,102 @@ return run({
     for (const code of [1000, 1001, 1005, 1006, 1008, 1009, 1011, 4008, 4009]) {
       equal(await after(code), ["waiting", 500]);
     }
-    for (const code of [1002, 1003, 1007, 4003]) equal(await after(code), ["closed", [code]]);
-    equal(await after(4001), ["closed", [4001]]);
-    equal(await after(4001, { token: "fixed" }), ["closed", [4001]]);
-    equal(await after(4001, { token: () => "fresh" }), ["waiting", 500]);
+    for (const code of [1002, 1003, 1007, 4003, 4400, 4403]) equal(await after(code), ["closed", [code, "why"]]);
+    for (const code of [4001, 4401]) {
+      equal(await after(code), ["closed", [code, "why"]]);
+      equal(await after(code, { token: "fixed" }), ["closed", [code, "why"]]);
+      equal(await after(code, { token: () => "fresh" }), ["waiting", 500]);
+    }
+    const refused = client();
+    await settle();
+    refused.last().ends(4400, "no such parameter");
+    equal(refused.heard("error").map(({ code, message }) => [code, message]), [[4400, "no such parameter"]]);
+    equal(refused.state(), { state: "closed", code: 4400, reason: "no such parameter" });
   },
 
-  async a_token_is_renewed_once() {
+  async rejected_tokens_are_renewed_twice() {
     let count = 0;
-    const { last, live, state } = client({ token: async () => `t${++count}` });
+    const { last, live, state, heard } = client({ token: async () => `t${++count}` });
     await live();
     equal(last().url.searchParams.get("token"), "t1");
     await pass(11_000);
     last().ends(4001);
-    await pass(1_000);
+    await pass(500);
     equal(last().url.searchParams.get("token"), "t2");
-    last().ends(1006); // t2 still counts as fresh
+    last().ends(4401, "expired");
+    equal(state().delay, 1_000);
+    await pass(1_000);
+    last().ends(1006); // between them
     await pass(2_000);
-    await live();
-    last().ends(4001);
-    equal([state().state, count], ["closed", 3]);
+    equal([last().url.searchParams.get("token"), heard("error")], ["t4", []]);
+    last().ends(4401, "expired");
+    equal([state().state, count, heard("error").map(({ code }) => code)], ["closed", 4, [4401]]);
   },
 
-  async a_token_that_can_t_be_had_is_tried_again() {
+  async failed_attempts_are_reported() {
+    const { last, live, heard, state } = client();
+    const fail = async (reason) => {
+      await settle();
+      last().ends(1006, reason);
+      await pass(state().delay);
+    };
+    await fail();
+    await fail();
+    equal(heard("error"), []);
+    for (let attempt = 3; attempt < 9; attempt++) await fail("refused");
+    equal(heard("error").map(({ code, message }) => [code, message]), [["unreachable", "no connection after 3 attempts " +
+      "(1006, refused): check the URL, that the server runs and allows this origin, and the token"]]);
+    await live();
+    for (let loss = 0; loss < 3; loss++) await fail(); // the first was a connection
+    equal(heard("error").length, 1);
+    await fail();
+    equal(heard("error").length, 2);
+  },
+
+  async an_error_before_the_connection_ends_an_attempt() {
+    const { last, live, state } = client();
+    await settle();
+    const first = last();
+    first.close = () => first.fails("closed before it was open"); // as Node 22 does
+    first.fails("refused");
+    equal([state().state, state().code, state().reason, state().delay], ["waiting", 1006, "refused", 500]);
+    first.ends(1006);
+    await pass(500);
+    equal([state().state, sockets.length], ["connecting", 2]);
+    await live();
+    last().fails("then it closes");
+    equal(state().state, "live");
+    last().ends(4008, "why");
+    equal([state().state, state().code], ["waiting", 4008]);
+  },
+
+  async its_web_socket_is_an_option() {
+    class Other extends FakeSocket {}
+    const a = client({ WebSocket: Other });
+    await settle();
+    equal(a.last() instanceof Other, true);
+    globalThis.WebSocket = undefined;
+    let thrown;
+    try { client(); } catch (error) { thrown = error; }
+    globalThis.WebSocket = FakeSocket;
+    equal([thrown instanceof TypeError, thrown.message.includes("option WebSocket")], [true, true]);
+  },
+
+  async a_failed_token_function_is_called_again() {
     let works = false;
     const token = async () => { if (works) return "t"; throw new Error("no login"); };
     const { last, live, heard, state } = client({ token });
     await settle();
     equal([heard("error")[0].message, state().state, sockets.length], ["no login", "waiting", 0]);
+    await pass(10_000); // which is no reason to check the URL
+    equal(new Set(heard("error").map(({ message }) => message)).size, 1);
     works = true;
-    await pass(500);
+    for (let attempt = 0; attempt < 3; attempt++) {
+      await pass(state().delay);
+      last().ends(1006);
+    }
+    equal(heard("error").at(-1).code, "unreachable");
+    await pass(state().delay);
     await live();
     equal([state().state, last().url.searchParams.get("token")], ["live", "t"]);
   },

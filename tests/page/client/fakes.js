@@ -17,6 +17,7 @@ class FakeSocket {
   says(frame) { this.sends(JSON.stringify(frame)); }
   sends(data) { this.onmessage({ data }); }
   ends(code, reason = "") { this.onclose({ code, reason }); }
+  fails(message) { this.onerror({ message }); }
 }
 
 /** Lets promises settle. */
@@ -46,13 +47,15 @@ function equal(found, expected) {
   if (a !== b) throw new Error(`${a} instead of ${b}`);
 }
 
+const outcome = (promise) => promise.then((id) => id, ({ name, code }) => `${name} ${code}`);
+
 /** A client with everything it says written down. The one before it ends. */
-function client(options) {
+function client(options, names = ["message", "state", "recovered", "gap", "error"]) {
   newest?.close();
   sockets = [];
   const fanfare = newest = new Fanfare("ws://node/ws/alice", options);
   const said = [];
-  for (const name of ["message", "state", "recovered", "gap", "error"]) {
+  for (const name of names) {
     fanfare.on(name, (...values) => said.push([name, ...values]));
   }
   const last = () => sockets[sockets.length - 1];

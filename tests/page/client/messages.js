@@ -30,7 +30,7 @@ return run({
   },
 
   async gaps_are_emitted() {
-    const { fanfare, last, live, heard } = client({ lastEventId: 500 });
+    const { fanfare, last, live, heard } = client({ lastEventId: 500, gapDelay: 0 });
     await live(200, 200, false); // ids may only be lower after a gap
     equal(heard("gap"), [{ lastEventId: 200, from: "welcome" }]);
     last().says({ text: "a", id: 201 });
@@ -41,7 +41,7 @@ return run({
   },
 
   async its_id_goes_back_only_with_a_gap() {
-    const { fanfare, last, live, heard } = client();
+    const { fanfare, last, live, heard } = client({ gapDelay: 0 });
     await live(100);
     last().says({ text: "a", id: 105 });
     last().says({ type: "ping", lastEventId: 103 });
@@ -56,8 +56,43 @@ return run({
     equal([fanfare.lastEventId, heard("gap")], [90, [{ lastEventId: 90, from: "reset" }]]);
   },
 
-  async unreadable_frames_are_skipped() {
+  async gaps_are_spread_over_a_delay() {
     const { fanfare, last, live, heard } = client();
+    await live(100);
+    last().says({ type: "reset", lastEventId: 200 });
+    last().says({ text: "a", id: 201 });
+    equal([heard("message").length, heard("gap"), fanfare.lastEventId], [1, [], 100]); // stored now, it repeats the gap
+    await pass(1_000);
+    last().sends("unreadable");
+    last().ends(1006);
+    await pass(499);
+    equal(heard("gap"), []);
+    await pass(1); // half of the maximum: random is 0.5
+    equal([heard("gap"), fanfare.lastEventId], [[{ lastEventId: 201, from: "unreadable" }], 201]);
+    equal(last().url.searchParams.get("lastEventId"), "201"); // the attempt continues without the gap
+    await live(50, 50, false);
+    equal(fanfare.lastEventId, 201);
+    Math.random = () => 0; // the next gap comes at once, and this one with it
+    last().says({ type: "reset", lastEventId: 60 });
+    await pass(10_000);
+    equal(heard("gap").slice(1), [{ lastEventId: 60, from: "reset" }]);
+    Math.random = () => 0.5;
+    last().says({ type: "reset", lastEventId: 300 });
+    fanfare.close();
+    await pass(10_000);
+    equal([heard("gap").length, fanfare.lastEventId], [2, 60]);
+  },
+
+  async no_gap_follows_a_close_by_a_handler() {
+    const { fanfare, live, heard } = client({ lastEventId: 500 });
+    fanfare.on("state", ({ state }) => state === "live" && fanfare.close());
+    await live(200, 200, false);
+    await pass(10_000);
+    equal([heard("gap"), fanfare.lastEventId, clock.timers.size], [[], 500, 0]);
+  },
+
+  async unreadable_frames_are_skipped() {
+    const { fanfare, last, live, heard } = client({ gapDelay: 0 });
     await settle();
     last().sends("a proxy's words");
     equal([fanfare.lastEventId, heard("error").length, heard("gap")], [null, 1, []]);
@@ -90,8 +125,6 @@ return run({
 
   async sending_settles_as_the_server_says() {
     const { fanfare, last, live } = client();
-    const outcome = (promise) => promise.then((id) => id, ({ name, code }) => `${name} ${code}`);
-    equal(await outcome(fanfare.send("early")), "FanfareError offline");
     await live();
     const outcomes = ["text", { data: [1], to: "bob" }, "too fast", "lost", { text: "t", to: "x", ref: "mine" }]
       .map((message) => outcome(fanfare.send(message)));
@@ -106,6 +139,64 @@ return run({
     equal(await Promise.all(outcomes),
       [101, 102, "FanfareError rate_limited", "FanfareError unknown", "FanfareError unknown"]);
     equal([fanfare.lastEventId, d.ref], [100, 4]); // acks do not move it
+    equal(await outcome(fanfare.send("late")), "FanfareError offline");
+    await pass(1_000);
+    await live();
+    last().readyState = 2; // closing: a WebSocket drops what is sent now
+    equal(await outcome(fanfare.send("late")), "FanfareError offline");
+    equal(last().sent, []);
+  },
+
+  async sending_waits_for_the_first_connection() {
+    const { fanfare, last, live } = client();
+    const sent = [fanfare.send("a"), fanfare.send({ data: 1 })].map(outcome);
+    await settle();
+    last().ends(1006);
+    await pass(1_000);
+    fanfare.on("state", ({ state }) => state === "live" && fanfare.send("c").catch(() => {}));
+    await live();
+    equal(last().sent, [{ text: "a", ref: 1 }, { data: 1, ref: 2 }, { text: "c", ref: 3 }]);
+    last().says({ type: "ack", ref: 2, id: 102 });
+    last().says({ type: "ack", ref: 1, id: 101 });
+    equal(await Promise.all(sent), [101, 102]);
+    last().ends(1006);
+    equal(await outcome(fanfare.send("d")), "FanfareError offline");
+    await pass(1_000);
+    await live();
+    equal(last().sent.map(({ text }) => text), ["c"]); // nothing is sent again
+  },
+
+  async few_messages_wait() {
+    const many = client();
+    const sent = Array.from({ length: 65 }, (_, number) => outcome(many.fanfare.send(`${number}`)));
+    equal(await sent[64], "FanfareError offline");
+    many.fanfare.close();
+    equal(await Promise.all(sent.slice(0, 64)), Array(64).fill("FanfareError offline"));
+    equal(await outcome(many.fanfare.send("closed")), "FanfareError offline");
+    const long = client();
+    const half = long.fanfare.send("x".repeat(128 * 1024)).catch(({ message }) => message);
+    equal(await outcome(long.fanfare.send("x".repeat(128 * 1024))), "FanfareError offline");
+    await settle();
+    long.last().ends(4403, "no such channel for you");
+    equal(await half, "not published: no such channel for you");
+  },
+
+  async messages_too_big_are_certainly_not_published() {
+    const { fanfare, last, live, heard } = client();
+    await live();
+    // The largest in bytes of UTF-8, not in characters. What was sent before it may be published.
+    const texts = ["acked".repeat(9), "a", "bbb".repeat(5), "€".repeat(9), "c".repeat(9), "€".repeat(9)];
+    const sent = texts.map((text) => outcome(fanfare.send(text)));
+    last().says({ type: "ack", ref: 1, id: 101 });
+    last().ends(1009, "message too big");
+    const [unknown, offline] = ["FanfareError unknown", "FanfareError offline"];
+    equal(await Promise.all(sent), [101, unknown, unknown, "FanfareError too_big", offline, offline]);
+    equal(heard("error").map(({ code, message }) => [code, message]), [[1009, "message too big"]]);
+    await pass(1_000);
+    await live();
+    const later = outcome(fanfare.send("d"));
+    last().ends(1006);
+    equal(await later, unknown);
   },
 
   async errors_without_a_sender_are_emitted() {
@@ -114,6 +205,30 @@ return run({
     last().says({ type: "error", code: "invalid", message: "no JSON" });
     last().says({ type: "ping", lastEventId: 0 });
     equal(heard("error").map(({ code, message }) => [code, message]), [["invalid", "no JSON"]]);
+  },
+
+  async errors_without_a_handler_are_logged_once() {
+    const { warn } = console;
+    const warnings = [];
+    console.warn = (text) => warnings.push(text);
+    try {
+      const { fanfare, last, live } = client({}, ["message"]);
+      await live();
+      for (let time = 0; time < 2; time++) last().sends("unreadable");
+      last().says({ type: "error", code: "invalid", message: "no JSON" });
+      fanfare.on("error", () => {})();
+      last().ends(4403, "not this channel");
+      const heard = client();
+      await heard.live();
+      heard.last().ends(4403, "not this channel");
+    } finally {
+      console.warn = warn;
+    }
+    equal(warnings, [
+      "fanfare: the server sent a frame that is not a JSON object (unreadable)",
+      "fanfare: no JSON (invalid)",
+      "fanfare: not this channel (4403)",
+    ]);
   },
 
   async handlers_can_be_taken_away_and_may_throw() {
