@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Installs what the programs in examples/ need, as their README says, into target/examples. Does
-# nothing if it is there.
+# Installs what the programs in examples/ need, as their README says, and the tests of the browser
+# client in Node, into target/examples. Does nothing if it is there.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 home=${CARGO_TARGET_DIR:-target}/examples
-mkdir -p "$home/node"
+mkdir -p "$home"
 
 # The lists are copied last: they stand for a complete installation.
 if ! cmp -s examples/fastapi/requirements.txt "$home/requirements.txt"; then
@@ -14,8 +14,12 @@ if ! cmp -s examples/fastapi/requirements.txt "$home/requirements.txt"; then
         install --quiet -r examples/fastapi/requirements.txt
     cp examples/fastapi/requirements.txt "$home/"
 fi
-if ! cmp -s examples/node/package-lock.json "$home/package-lock.json"; then
-    cp examples/node/package.json examples/node/package-lock.json "$home/node/"
-    npm ci --silent --prefix "$home/node"
-    cp examples/node/package-lock.json "$home/"
-fi
+for packages in examples/node tests/page/client; do
+    into=$home/${packages##*/}
+    if ! cmp -s $packages/package-lock.json "$into/installed.json"; then
+        mkdir -p "$into"
+        cp $packages/package.json $packages/package-lock.json "$into/"
+        npm ci --silent --prefix "$into"
+        cp $packages/package-lock.json "$into/installed.json"
+    fi
+done

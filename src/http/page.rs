@@ -16,7 +16,9 @@ const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; c
 
 const JAVASCRIPT: &str = "text/javascript; charset=utf-8";
 
-const FILES: [File; 5] = [
+const TYPES: &str = include_str!("page/fanfare.d.ts");
+
+const FILES: [File; 6] = [
     File { path: "/", content_type: "text/html; charset=utf-8", content: include_str!("page/index.html") },
     File {
         path: "/page.css",
@@ -25,11 +27,9 @@ const FILES: [File; 5] = [
     },
     File { path: "/page.js", content_type: JAVASCRIPT, content: include_str!("page/page.js") },
     File { path: "/fanfare.js", content_type: JAVASCRIPT, content: include_str!("page/fanfare.js") },
-    File {
-        path: "/fanfare.d.ts",
-        content_type: "text/plain; charset=utf-8",
-        content: include_str!("page/fanfare.d.ts"),
-    },
+    File { path: "/fanfare.d.ts", content_type: "text/plain; charset=utf-8", content: TYPES },
+    // TypeScript looks for the types of a copy named fanfare.mjs here.
+    File { path: "/fanfare.d.mts", content_type: "text/plain; charset=utf-8", content: TYPES },
 ];
 
 /// The file at a path.

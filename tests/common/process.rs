@@ -9,6 +9,13 @@ use std::time::{Duration, Instant};
 
 use super::until;
 
+/// Where tests/examples.sh installs what programs need that are not in Rust.
+pub fn installed(path: &str) -> PathBuf {
+    let path = Path::new(env!("CARGO_TARGET_TMPDIR")).with_file_name("examples").join(path);
+    assert!(path.exists(), "{} is missing: run tests/examples.sh", path.display());
+    path
+}
+
 /// A running program. Dropping it kills it; in a failing test its output is printed.
 pub struct Process {
     name: String,

@@ -6,18 +6,11 @@ use std::process::Command;
 
 use serde_json::{Value, json};
 
-use crate::common::process::Process;
+use crate::common::process::{Process, installed};
 use crate::common::{Client, Node, http};
 
 fn example(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("examples").join(path)
-}
-
-/// Where tests/examples.sh installs what they need.
-fn installed(path: &str) -> PathBuf {
-    let path = Path::new(env!("CARGO_TARGET_TMPDIR")).with_file_name("examples").join(path);
-    assert!(path.exists(), "{} is missing: run tests/examples.sh", path.display());
-    path
 }
 
 /// Starts the backend on a free port, publishing to this node.

@@ -1,10 +1,14 @@
 //! The browser client against fakes and real nodes.
 
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
 use serde_json::{Value, json};
 
 use crate::Browser;
 use crate::common::cases::cases;
-use crate::common::{Node, until};
+use crate::common::process::{Directory, Process, installed};
+use crate::common::{Node, free_port, until};
 
 const FAKES: &str = include_str!("client/fakes.js");
 const CONNECTION: &str = include_str!("client/connection.js");
@@ -64,4 +68,70 @@ async fn client_detects_a_silent_node() {
     becomes("fanfare.state === 'live'").await;
     let sent = "return await fanfare.send('hello again') > 0;";
     assert_eq!(browser.run_client(&format!("const fanfare = window.fanfare; {sent}")).await, json!(true));
+}
+
+/// A new directory with this file of tests/page/client, the client and its types as a node serves
+/// them, and npm packages.
+async fn node_project(node: &Node, file: &str) -> Directory {
+    let directory = Directory::new();
+    let write = |name: &str, content: &[u8]| {
+        std::fs::write(directory.path().join(name), content).expect("the directory is writable");
+    };
+    write("fanfare.mjs", node.get("/fanfare.js").await.body.as_bytes());
+    write("fanfare.d.mts", node.get("/fanfare.d.mts").await.body.as_bytes());
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/page/client").join(file);
+    write(file, &std::fs::read(source).expect("it is there"));
+    let packages: PathBuf = installed("client/node_modules");
+    std::os::unix::fs::symlink(packages, directory.path().join("node_modules")).expect("it is new");
+    directory
+}
+
+/// With the WebSocket of a package: sends at once, sends too much, and survives a restart of the node.
+async fn run_in_node(package: &str) {
+    let node = Node::start(&[]).await;
+    let project = node_project(&node, "node.mjs").await;
+    let nothing = format!("ws://127.0.0.1:{}/ws/alice", free_port());
+    let url = format!("ws://{}/ws/alice", node.public);
+    let mut command = Command::new("node");
+    command.current_dir(project.path()).args(["node.mjs", package, &nothing, &url]);
+    let client = Process::start("node", &mut command);
+    let prints = async |wanted: &str| {
+        let found = client.line(wanted, |line| line.contains(wanted).then(|| line.to_owned())).await;
+        found.unwrap_or_else(|ended| panic!("{ended}"))
+    };
+    prints("sent").await;
+    prints("message hello").await;
+    let error = prints("error unreachable").await;
+    assert!(!error.contains("no welcome in time"), "attempts stalled: {error}");
+
+    prints("codes too_big offline").await;
+    prints("connection 2").await;
+
+    node.kill();
+    let address = node.public.to_string();
+    let _node = Node::start(&["--listen", &address]).await; // one address more, where the old one was
+    prints("connection 3").await;
+    prints("gap").await; // the history was in the old process
+    assert!(client.ended().await.success(), "nothing is left to do: {:?}", client.output());
+}
+
+#[tokio::test]
+async fn client_runs_in_node_with_ws() {
+    run_in_node("ws").await;
+}
+
+#[tokio::test]
+async fn client_runs_with_the_websocket_of_node_22() {
+    run_in_node("undici").await;
+}
+
+#[tokio::test]
+async fn types_fit_the_client() {
+    let node = Node::start(&[]).await;
+    let project = node_project(&node, "types.mts").await;
+    let mut command = Command::new("node");
+    command.args(["node_modules/typescript/bin/tsc", "--noEmit", "--strict", "--target", "es2022"]);
+    command.args(["--module", "nodenext", "--moduleResolution", "nodenext", "types.mts"]);
+    let checked = command.current_dir(project.path()).output().expect("node is installed");
+    assert!(checked.status.success(), "{}", String::from_utf8_lossy(&checked.stdout));
 }

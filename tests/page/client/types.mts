@@ -1,0 +1,38 @@
+// What must type-check, and what must not. Never run.
+
+import WebSocket from "ws";
+import { Fanfare, type FanfareError, type FanfareEvent } from "./fanfare.mjs";
+
+const client = new Fanfare("ws://127.0.0.1:8080/ws/alice", {
+  channel: "news",
+  lastEventId: localStorage.getItem("last"),
+  token: async () => "a token",
+  gapDelay: 1_000,
+  WebSocket,
+});
+new Fanfare(new URL("wss://host/ws/alice"), { WebSocket: globalThis.WebSocket });
+
+const off: () => void = client.on("message", (event: FanfareEvent, { recovered }) => recovered && event.text);
+client.on("state", (change) => change.state === "waiting" && change.delay.toFixed());
+client.on("error", (error: FanfareError | Error) => error.message);
+client.on("gap", ({ lastEventId, from }) => [lastEventId.toFixed(), from === "reset"]);
+const id: number = await client.send("text");
+for (const message of [{ text: "to all" }, { text: "to one", to: "bob" }, { data: [1], to: "bob" }]) client.send(message);
+
+type Order = { order: number };
+new Fanfare<Order>("/ws/alice").on("message", ({ order }) => order.toFixed());
+
+// @ts-expect-error either text or data
+client.send({ text: "a", data: 1 });
+// @ts-expect-error neither
+client.send({ to: "bob" });
+// @ts-expect-error no text
+client.send({ text: 1 });
+// @ts-expect-error no such option
+new Fanfare("/ws/alice", { lastEventID: 1 });
+// @ts-expect-error no such event
+client.on("open", () => {});
+// @ts-expect-error not a WebSocket
+new Fanfare("/ws/alice", { WebSocket: URL });
+
+export { id, off };
