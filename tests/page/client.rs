@@ -27,6 +27,21 @@ async fn client_reacts_to_every_server_answer() {
 }
 
 #[tokio::test]
+async fn example_of_the_docs_runs() {
+    let node = Node::start(&[]).await;
+    let browser = Browser::start().await;
+    browser.open(&format!("http://{}/healthz", node.public)).await;
+    let block = include_str!("../../docs/client.md").split("```").nth(1).expect("an example");
+    let (import, example) = block.trim_start_matches("js\n").split_once('\n').expect("lines");
+    assert!(import.contains("/fanfare.js"), "run_client imports it instead: {import}");
+    let example = example.replace("127.0.0.1:8080", &node.public.to_string());
+    let script =
+        format!("const show = () => {{}}, reload = show, badge = show; {example} return [id, chat.state];");
+    let result = browser.run_client(&script).await;
+    assert!(result[0].as_u64().is_some_and(|id| id > 0) && result[1] == json!("closed"), "{result}");
+}
+
+#[tokio::test]
 async fn browser_reads_every_accepted_event() {
     let node = Node::start(&[]).await;
     let browser = Browser::start().await;
