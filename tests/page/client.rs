@@ -53,6 +53,48 @@ async fn browser_reads_every_accepted_event() {
 }
 
 #[tokio::test]
+async fn client_ends_with_the_reason_of_a_rejection() {
+    let directory = Directory::new();
+    let key = directory.path().join("key");
+    std::fs::write(&key, "a secret that is long enough for HS256").expect("a file");
+    let key = key.to_str().expect("UTF-8");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_fanfare"));
+    let token = command.args(["token", "--user", "a", "--channel", "news", "--jwt-key", key]).output();
+    let token = String::from_utf8(token.expect("it runs").stdout).expect("text");
+    let node = Node::start(&["--jwt-key", key]).await;
+    let browser = Browser::start().await;
+    browser.open(&format!("http://{}/healthz", node.public)).await;
+    let script = format!(
+        "const token = {}, channel = 'news';
+        const outcome = (url, options) => new Promise((resolve) => {{
+            const client = new Fanfare(url, options);
+            const sent = client.send('hello').catch(({{ code }}) => code);
+            client.on('error', async ({{ code }}) => resolve([code, client.state, await sent]));
+            client.on('state', async ({{ state }}) => state === 'live' && resolve([await sent > 0]));
+        }});
+        const tokens = ['bad', 'expired', token];
+        return Promise.all([
+            outcome('/ws/a', {{ channel }}),
+            outcome('/ws/a', {{ channel, token: () => 'bad' }}),
+            outcome('/ws/a', {{ channel, token: () => tokens.shift() }}),
+            outcome('/ws/a', {{ channel: 'other', token }}),
+            outcome('/ws/a?chanel=news', {{ token }}),
+        ]);",
+        json!(token.trim_end())
+    );
+    assert_eq!(
+        browser.run_client(&script).await,
+        json!([
+            [4401, "closed", "offline"],
+            [4401, "closed", "offline"],
+            [true],
+            [4403, "closed", "offline"],
+            [4400, "closed", "offline"],
+        ])
+    );
+}
+
+#[tokio::test]
 async fn client_detects_a_silent_node() {
     let node = Node::start(&[]).await;
     let browser = Browser::start().await;
