@@ -46,14 +46,14 @@ pub enum Request {
     /// Publish an event.
     Publish(Publish),
     /// Read the events after a position, at most up to the end of the page that holds the first of
-    /// them. Answered once with [`BusMessage::Page`]. The shard follows the channel.
+    /// them. Answered once.
     Read {
         channel: ChannelName,
         position: EventId,
         /// About how many bytes of events; at least one event. Events of the page before the
         /// position may come, too, up to [`SHARED_BYTES`].
         bytes: usize,
-        shard: ShardId,
+        reader: PageReader,
     },
     /// A client's id is ahead of the node: send all entries that the bus has, then answer with
     /// [`BusMessage::Refreshed`]. The shard follows the channel. Requests made meanwhile share one
@@ -82,6 +82,22 @@ pub enum Answer {
     Connection(ConnectionId, Option<Box<str>>),
     /// To a task that waits, as in the admin listener.
     Waiter(oneshot::Sender<Result<EventId, PublishError>>),
+}
+
+/// Where a page of history goes.
+#[derive(Debug)]
+pub enum PageReader {
+    /// To a shard that follows the channel, by [`BusMessage::Page`].
+    Shard(ShardId),
+    /// To a task that waits, as in the admin listener.
+    Waiter(oneshot::Sender<Result<Arc<Page>, BusError>>),
+}
+
+impl PageReader {
+    /// Whether it still wants the page.
+    pub fn waits(&self) -> bool {
+        !matches!(self, PageReader::Waiter(waiter) if waiter.is_closed())
+    }
 }
 
 /// Why an event was not published.
@@ -135,7 +151,7 @@ pub enum BusMessage {
         /// When it arrived at this node.
         arrived: Instant,
     },
-    /// Answers [`Request::Read`].
+    /// Answers [`Request::Read`] of a shard.
     Page {
         channel: ChannelName,
         /// The position in the request.
@@ -175,6 +191,22 @@ pub trait ShardSender: fmt::Debug + Send + Sync {
         match from {
             Some(from) => self.send(*from, BusMessage::Share { channel, base, position, with }),
             None => self.send(with, BusMessage::Followed { channel, base, position, recent: Vec::new() }),
+        }
+    }
+
+    /// Sends a page of history.
+    fn send_page(
+        &self,
+        reader: PageReader,
+        channel: ChannelName,
+        position: EventId,
+        result: Result<Arc<Page>, BusError>,
+    ) {
+        match reader {
+            PageReader::Shard(shard) => self.send(shard, BusMessage::Page { channel, position, result }),
+            PageReader::Waiter(waiter) => {
+                let _ = waiter.send(result); // fails if the task no longer waits
+            }
         }
     }
 

@@ -177,6 +177,22 @@ impl Entry {
         }
     }
 
+    /// The texts of its frames, in order.
+    pub fn texts(&self) -> impl Iterator<Item = &[u8]> {
+        let mut start = 0;
+        (0..self.frames()).map(move |number| {
+            let end = self.ends.as_ref().map_or(self.bytes.len(), |ends| ends[number] as usize);
+            let frame = &self.bytes[start..end];
+            start = end;
+            let head = match frame[1] {
+                126 => 4,
+                127 => FRAME_HEAD_MAX,
+                _ => 2,
+            };
+            &frame[head..]
+        })
+    }
+
     /// Start of the frame that holds byte `offset`.
     pub fn frame_start(&self, offset: u32) -> u32 {
         let ends = self.ends.as_deref().unwrap_or_default();
@@ -281,10 +297,12 @@ mod tests {
 
     #[test]
     fn frames_are_adjacent() {
-        let texts: [&[u8]; 3] = [b"{\"id\":7}", b"{\"n\":1,\"id\":8}", b"{\"id\":9}"];
+        let (long, longest) = (vec![b' '; 126], vec![b' '; 1 << 16]);
+        let texts: [&[u8]; 4] = [b"{\"n\":1,\"id\":7}", &long, &longest, b"{\"id\":10}"];
         let several = Entry::events(EventId(7), texts.into_iter());
         let one = Entry::events(EventId(7), texts.into_iter().take(1));
         for entry in [&several, &one] {
+            assert!(entry.texts().eq(texts.into_iter().take(entry.frames())));
             for offset in 0..entry.bytes.len() as u32 {
                 let (start, end) = (entry.frame_start(offset), entry.frame_end(offset));
                 assert!(

@@ -7,7 +7,7 @@ use super::Shard;
 use super::deferred::Pending;
 use super::pages::PageCache;
 use crate::bus::reads::Read;
-use crate::bus::{BusError, ConnectionId, Page, Request};
+use crate::bus::{BusError, ConnectionId, Page, PageReader, Request};
 use crate::config::Settings;
 use crate::protocol::event::{ChannelName, EventId};
 use crate::ws::connection::State;
@@ -78,7 +78,8 @@ impl Shard {
             |id: &ConnectionId| connections.find(*id).is_some_and(|slot| connections[slot].awaits_page());
         while let Some(Read { channel, position, bytes }) = self.replay.pages.start(waits) {
             let channel = self.channels[channel.key].name.clone();
-            self.request_bus(Request::Read { channel, position, bytes, shard: self.context.id });
+            let reader = PageReader::Shard(self.context.id);
+            self.request_bus(Request::Read { channel, position, bytes, reader });
         }
     }
 

@@ -208,10 +208,10 @@ impl LocalBus {
         match request {
             Request::Follow { channel, shard } => self.follow(channel, shard),
             Request::Unfollow { channel, shard } => self.unfollow(&channel, shard),
-            Request::Read { channel, position, bytes, shard } => {
+            Request::Read { channel, position, bytes, reader } => {
                 self.metrics.reads.add(1);
                 let result = Ok(Arc::new(self.channel(&channel).page(position, bytes)));
-                self.shards.send(shard, BusMessage::Page { channel, position, result });
+                self.shards.send_page(reader, channel, position, result);
             }
             // No other node publishes, so there is nothing to read.
             Request::Refresh { channel, shard } => {

@@ -10,7 +10,7 @@ use super::scripts::{KnownPosition, ReadRange};
 use super::subscriptions::read_page;
 use super::{Bus, Outcome, advice, decode, scripts};
 use crate::bus::reads::{Read, Reads};
-use crate::bus::{BLOCK, BusError, BusMessage, Page, SHARED_BYTES, ShardId, block_start};
+use crate::bus::{BLOCK, BusError, Page, PageReader, SHARED_BYTES, block_start};
 use crate::feed::eviction::EvictionQueue;
 use crate::protocol::event::{ChannelName, Entry, EventId};
 
@@ -30,8 +30,8 @@ type Key = (ChannelName, EventId);
 /// Pages that are being read, and those that were just read.
 #[derive(Debug)]
 pub(super) struct History {
-    /// The shards that wait.
-    reads: Reads<ChannelName, ShardId>,
+    /// The shards and tasks that wait.
+    reads: Reads<ChannelName, PageReader>,
     kept: BTreeMap<Key, Arc<Page>>,
     /// What is in `kept`, and when it was read.
     eviction_queue: EvictionQueue<(Instant, Key)>,
@@ -90,19 +90,19 @@ impl Bus {
         channel: ChannelName,
         position: EventId,
         bytes: usize,
-        shard: ShardId,
+        reader: PageReader,
     ) {
         if let Some(page) = self.history.find(&channel, position, self.known(&channel).base) {
             let result = Ok(page.clone());
-            return self.handles.shards.send(shard, BusMessage::Page { channel, position, result });
+            return self.handles.shards.send_page(reader, channel, position, result);
         }
-        self.history.reads.wait(channel, position, bytes, shard);
+        self.history.reads.wait(channel, position, bytes, reader);
         self.start_page_reads();
     }
 
     fn start_page_reads(&mut self) {
         while let Some(Read { channel, position, bytes }) =
-            self.history.reads.start(IN_FLIGHT_BYTES, |_| true)
+            self.history.reads.start(IN_FLIGHT_BYTES, PageReader::waits)
         {
             let Some(session) = self.link.session() else {
                 let why = self.unavailable().unwrap_or_else(|| BusError::Unavailable("reconnecting".into()));
@@ -166,22 +166,20 @@ impl Bus {
         }
         let page = Arc::new(page);
         let served = self.history.reads.answer(name.clone(), position, |position| page.covers(position));
-        let all_served = served.len() >= self.handles.shards.count();
-        for (shard, position) in served {
-            let (channel, result) = (name.clone(), Ok(page.clone()));
-            self.handles.shards.send(shard, BusMessage::Page { channel, position, result });
+        let shards = served.iter().filter(|(reader, _)| matches!(reader, PageReader::Shard(_))).count();
+        for (reader, position) in served {
+            self.handles.shards.send_page(reader, name.clone(), position, Ok(page.clone()));
         }
         // A page that ends at the head of its moment is kept, too: readers that have all of it ask
         // for what follows.
-        if !all_served && !page.entries.is_empty() {
+        if (1..self.handles.shards.count()).contains(&shards) && !page.entries.is_empty() {
             self.history.keep(name, page);
         }
     }
 
     fn fail_page(&mut self, name: &ChannelName, position: EventId, why: &BusError) {
-        for (shard, position) in self.history.reads.fail(name.clone(), position) {
-            let (channel, result) = (name.clone(), Err(why.clone()));
-            self.handles.shards.send(shard, BusMessage::Page { channel, position, result });
+        for (reader, position) in self.history.reads.fail(name.clone(), position) {
+            self.handles.shards.send_page(reader, name.clone(), position, Err(why.clone()));
         }
     }
 }

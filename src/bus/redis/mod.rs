@@ -234,8 +234,8 @@ impl Bus {
             Request::Publish(publish) => self.publish(publish),
             Request::Follow { channel, shard } => self.follow(channel, shard),
             Request::Unfollow { channel, shard } => self.unfollow(&channel, shard),
-            Request::Read { channel, position, bytes, shard } => {
-                self.read_page(channel, position, bytes, shard);
+            Request::Read { channel, position, bytes, reader } => {
+                self.read_page(channel, position, bytes, reader);
             }
             Request::Refresh { channel, shard } => self.refresh(channel, shard),
         }

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use fanfare::bus::{
-    self, Answer, BusContext, BusError, BusMessage, Page, Publish, PublishError, Request, Requests, ShardId,
-    ShardSender, Unusable,
+    self, Answer, BusContext, BusError, BusMessage, Page, PageReader, Publish, PublishError, Request,
+    Requests, ShardId, ShardSender, Unusable,
 };
 use fanfare::config::{Action, RedisUrl, Settings};
 use fanfare::metrics::{BusMetrics, Readiness};
@@ -172,7 +172,8 @@ impl Node {
     }
 
     pub fn ask_page(&self, name: &str, after: EventId, shard: usize) {
-        self.ask(Request::Read { channel: channel(name), position: after, bytes: 1 << 20, shard });
+        let reader = PageReader::Shard(shard);
+        self.ask(Request::Read { channel: channel(name), position: after, bytes: 1 << 20, reader });
     }
 
     pub async fn page_answer(&mut self, asked: EventId, shard: usize) -> Result<Arc<Page>, BusError> {
