@@ -19,12 +19,10 @@ use crate::ws::handshake::rejections;
 /// Where a connection joins the channel.
 #[derive(Clone, Copy, Debug)]
 enum JoinPosition {
-    /// At its last event, in the feed.
+    /// After this event, in the feed.
     Feed(EventId, Cursor),
-    /// At its last event, which history continues.
+    /// After this event, which history continues.
     History(EventId),
-    /// At the head, without having missed anything.
-    Head,
     /// At the head. It may have missed events.
     NotContinuous,
 }
@@ -48,7 +46,11 @@ impl Shard {
         let channel = &mut self.channels[key];
         let Some(feed) = &channel.feed else { return channel.joining.push(id) };
         let position = match last_seen {
-            LastSeen::Nothing => JoinPosition::Head,
+            LastSeen::Nothing { history } => {
+                let from = EventId(feed.position().0.saturating_sub(history.into()));
+                return self.join_newcomer(slot, key, from, pending);
+            }
+            LastSeen::NothingUntil(from) => return self.join_newcomer(slot, key, from, pending),
             LastSeen::Unknown => JoinPosition::NotContinuous,
             LastSeen::Event(seen) => match feed.find(seen) {
                 Lookup::Found(cursor) => JoinPosition::Feed(seen, cursor),
@@ -69,6 +71,35 @@ impl Shard {
                     }
                 },
             },
+        };
+        self.admit(slot, key, position);
+    }
+
+    /// Makes a newcomer a member, with the events after `from` or as many of them as history holds.
+    fn join_newcomer(&mut self, slot: u32, key: u32, from: EventId, pending: Pending) {
+        let (channel, feed) = (self.channels[key].id, self.channels[key].feed());
+        // An answer says nothing about another position.
+        let mut was_read = matches!(pending, Pending::Page(_)) && from >= feed.base();
+        let mut from = from.max(feed.base());
+        let position = loop {
+            if let Lookup::Found(cursor) = feed.find(from) {
+                break JoinPosition::Feed(from, cursor);
+            }
+            match self.replay.pages.find(channel, from, self.tick) {
+                Some(page) if page.proves(from) => break JoinPosition::History(from),
+                // History starts later. If that is in another page, it is read, too.
+                Some(page) => (from, was_read) = (page.start().min(feed.position()), false),
+                // The answer says nothing about its position. Another would not either.
+                None if was_read => from = feed.before(),
+                None => {
+                    let connection = &mut self.connections[slot];
+                    if let State::Joining(join) = &mut connection.state {
+                        join.last_seen = LastSeen::NothingUntil(from);
+                    }
+                    let bytes = connection.next_page_bytes();
+                    return self.request_page(slot, from, bytes);
+                }
+            }
         };
         self.admit(slot, key, position);
     }
@@ -96,15 +127,12 @@ impl Shard {
         let end = Cursor { entry: feed.end(), offset: 0 };
         let (last, recovered) = match position {
             JoinPosition::Feed(seen, _) | JoinPosition::History(seen) => (seen, true),
-            JoinPosition::Head => (feed.position(), true),
             JoinPosition::NotContinuous => (feed.position(), false),
         };
         match position {
             JoinPosition::Feed(seen, cursor) => connection.start_live(feed, cursor, seen),
             JoinPosition::History(seen) => connection.start_replay(feed, seen),
-            JoinPosition::Head | JoinPosition::NotContinuous => {
-                connection.start_live(feed, end, feed.position())
-            }
+            JoinPosition::NotContinuous => connection.start_live(feed, end, feed.position()),
         }
         let mut response = BytesMut::from(&join.response[..]);
         if connection.client.wants_recovery {

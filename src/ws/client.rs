@@ -31,11 +31,19 @@ impl Default for Client {
     }
 }
 
+/// Most events before the head that a newcomer may ask for.
+pub const HISTORY_MAX: u8 = 100;
+
 /// The last event that a client says it has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LastSeen {
-    /// None: the client wants events from now on.
-    Nothing,
+    /// None: the client is a newcomer. It wants this many of the channel's events before the head,
+    /// at most [`HISTORY_MAX`], and all events from now on.
+    Nothing {
+        history: u8,
+    },
+    /// None, and the events that the newcomer wants follow this position. History may start later.
+    NothingUntil(EventId),
     Event(EventId),
     /// A value that is not an id.
     Unknown,

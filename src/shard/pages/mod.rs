@@ -67,6 +67,11 @@ impl CachedPage {
         is_continuous(position, self.base, self.head, self.oldest)
     }
 
+    /// The position before the oldest event that history had when the page was read.
+    pub fn start(&self) -> EventId {
+        self.oldest.previous().max(self.base)
+    }
+
     /// Whether it shows what follows `position`: the next event, or that it is gone for good.
     fn covers(&self, position: EventId) -> bool {
         let gone = is_gone(position, self.base, self.head, self.oldest);

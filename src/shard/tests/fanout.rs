@@ -15,7 +15,7 @@ fn a_burst_is_written_in_turns() {
     const READERS: usize = 600;
     let _ = rlimit::increase_nofile_limit(u64::MAX);
     let mut testbed = Testbed::new();
-    let mut readers: Vec<_> = (0..READERS).map(|_| testbed.connect(2, Some(1000))).collect();
+    let mut readers: Vec<_> = (0..READERS).map(|_| testbed.connect(2, Some(1000), None)).collect();
     let mut buffer = [0; 64 * 1024];
     let mut drain = |readers: &mut Vec<Client>| {
         for reader in readers {

@@ -1,5 +1,6 @@
 //! A shard alone, without its event loop.
 
 mod fanout;
+mod newcomers;
 mod positions;
 mod testbed;

@@ -49,6 +49,11 @@ enum Step {
     Reconnect {
         client: usize,
     },
+    /// A newcomer replaces a client. It asks for this many events from before.
+    Join {
+        client: usize,
+        history: u64,
+    },
     /// The bus answers its requests.
     Answer,
     /// A turn of the shard's loop.
@@ -76,7 +81,8 @@ fn step() -> impl Strategy<Value = Step> {
         3 => (client.clone(), 1..120_usize).prop_map(|(client, count)| Step::Ping { client, count }),
         1 => (client.clone(), 1..40_usize).prop_map(|(client, count)| Step::Send { client, count }),
         5 => (client.clone(), 1..8000_usize).prop_map(|(client, bytes)| Step::Read { client, bytes }),
-        2 => client.prop_map(|client| Step::Reconnect { client }),
+        2 => client.clone().prop_map(|client| Step::Reconnect { client }),
+        2 => (client, 1..101_u64).prop_map(|(client, history)| Step::Join { client, history }),
         4 => Just(Step::Answer),
         6 => Just(Step::Turn),
         6 => (0..8_usize, 1..8_usize).prop_map(|(from, count)| Step::Ready { from, count }),
@@ -128,7 +134,10 @@ impl Testbed {
             Step::Read { client, bytes } => self.read(*client, *bytes)?,
             Step::Reconnect { client } => {
                 let position = self.clients[*client].position.filter(|_| CLIENTS[*client].1 != Mode::Plain);
-                self.clients[*client] = self.connect(*client, position);
+                self.clients[*client] = self.connect(*client, position, None);
+            }
+            Step::Join { client, history } => {
+                self.clients[*client] = self.connect(*client, None, Some(*history));
             }
             Step::Answer => self.answer(),
             Step::Turn => self.turn(),
@@ -199,6 +208,21 @@ impl Testbed {
         let now = match frame["type"].as_str() {
             Some("welcome") if frame["recovered"] == true && at.is_some() => {
                 prop_assert_eq!(position, at, "client {} resumes where it was", number);
+                position
+            }
+            Some("welcome") if at.is_none() => {
+                prop_assert_eq!(&frame["recovered"], true, "a newcomer misses nothing: {}", frame);
+                let head = frame["head"].as_u64().expect("a position");
+                let count = self.clients[number].history.unwrap_or(0);
+                // History may have been trimmed since the client joined, but never grows back.
+                let latest = head.saturating_sub(count).max(self.oldest() - 1).max(self.base);
+                prop_assert!(
+                    position.is_some_and(|position| position <= latest.min(head)),
+                    "client {} asked for {} events: {}",
+                    number,
+                    count,
+                    frame
+                );
                 position
             }
             Some("welcome") => position,

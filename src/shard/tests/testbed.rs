@@ -50,6 +50,8 @@ pub struct Client {
     pub upgraded: bool,
     /// The position at which it would resume.
     pub position: Option<u64>,
+    /// How many events it asked for as a newcomer.
+    pub history: Option<u64>,
 }
 
 pub struct Testbed {
@@ -101,14 +103,15 @@ impl Testbed {
             _poll: poll,
         };
         for number in 0..CLIENTS.len() {
-            let client = testbed.connect(number, None);
+            let client = testbed.connect(number, None, None);
             testbed.clients.push(client);
         }
         testbed
     }
 
-    /// Connects a client that was at this position.
-    pub fn connect(&mut self, number: usize, position: Option<u64>) -> Client {
+    /// Connects a client that was at this position, or is a newcomer that asks for events from
+    /// before.
+    pub fn connect(&mut self, number: usize, position: Option<u64>, history: Option<u64>) -> Client {
         let (ours, theirs) = UnixStream::pair().expect("two sockets");
         for socket in [&ours, &theirs] {
             socket.set_nonblocking(true).expect("a socket");
@@ -120,11 +123,14 @@ impl Testbed {
         self.shard
             .handle_message(ShardMessage::Sockets(vec![(TcpStream::from_std(theirs), connection_slot)]));
         let (user, mode) = CLIENTS[number];
-        let query = match (mode, position) {
+        let mut query = match (mode, position) {
             (Mode::Plain, _) => String::new(),
             (_, None) => "&lastEventId=".to_owned(),
             (_, Some(position)) => format!("&lastEventId={position}"),
         };
+        if let Some(count) = history {
+            query += &format!("&history={count}");
+        }
         let protocol = if mode == Mode::Json { "Sec-WebSocket-Protocol: fanfare.v1\r\n" } else { "" };
         let request = format!(
             "GET /ws/{user}?channel=c{query} HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
@@ -132,7 +138,7 @@ impl Testbed {
         );
         (&ours).write_all(request.as_bytes()).expect("there is room");
         let (unsent, unparsed) = (Vec::new(), Vec::new());
-        Client { socket: ours, unsent, unparsed, upgraded: false, position }
+        Client { socket: ours, unsent, unparsed, upgraded: false, position, history }
     }
 
     pub fn turn(&mut self) {
@@ -176,6 +182,11 @@ impl Testbed {
         });
     }
 
+    /// The oldest id in history, or the next one.
+    pub fn oldest(&self) -> u64 {
+        self.history.front().map_or(self.head + 1, |(id, ..)| *id)
+    }
+
     fn entries(&self, first: u64, last: u64) -> Vec<Entry> {
         let held: Vec<_> = self.history.iter().filter(|(id, ..)| (first..=last).contains(id)).collect();
         let entry = |some: &[&(u64, Option<String>, String)]| {
@@ -203,7 +214,7 @@ impl Testbed {
                     let before = block_start(position);
                     let after = if position.0.is_multiple_of(5) { position } else { before };
                     let end = before.0 + BLOCK;
-                    let oldest = self.history.front().map_or(self.head + 1, |(id, ..)| *id);
+                    let oldest = self.oldest();
                     let end =
                         if position.0.is_multiple_of(3) { end.min(oldest.max(position.0) + 7) } else { end };
                     let entries = self.entries(after.0 + 1, end);

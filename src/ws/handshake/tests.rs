@@ -13,6 +13,8 @@ fn request(target: &str, headers: &str) -> String {
     )
 }
 
+const NEWCOMER: LastSeen = LastSeen::Nothing { history: 0 };
+
 /// A PROXY header of version 2 for a connection of the proxy itself.
 const LOCAL_V2: &str = "\r\n\r\n\0\r\nQUIT\n\x20\0\0\0";
 
@@ -54,7 +56,7 @@ fn status(bytes: &[u8]) -> u16 {
 fn a_valid_request_joins() {
     let plain = join("/ws/al%20ice", "");
     assert_eq!((&*plain.client.user, plain.channel.as_str()), ("al ice", DEFAULT_CHANNEL));
-    assert!(!plain.client.wants_recovery && !plain.client.json_mode && plain.last_seen == LastSeen::Nothing);
+    assert!(!plain.client.wants_recovery && !plain.client.json_mode && plain.last_seen == NEWCOMER);
     let answer = String::from_utf8(plain.response.to_vec()).unwrap();
     assert!(
         answer.contains("Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n"),
@@ -74,10 +76,30 @@ fn a_valid_request_joins() {
 #[test]
 fn invalid_ids_are_unknown_ids() {
     let seen = |value: &str| join(&format!("/ws/a?lastEventId{value}"), "").last_seen;
-    assert_eq!((seen(""), seen("=")), (LastSeen::Nothing, LastSeen::Nothing));
+    assert_eq!((seen(""), seen("=")), (NEWCOMER, NEWCOMER));
     assert_eq!(seen("=0"), LastSeen::Event(EventId(0)));
     for value in ["=-1", "=x", "=9007199254740992", "=99999999999999999999", "=1.5", "=%ff", "=+1"] {
         assert_eq!(seen(value), LastSeen::Unknown, "{value}");
+    }
+}
+
+#[test]
+fn history_is_for_newcomers() {
+    let seen = |query: &str| join(&format!("/ws/a?{query}"), "").last_seen;
+    for (query, history) in
+        [("history=1", 1), ("history=100&lastEventId=", 100), ("lastEventId&history=7", 7)]
+    {
+        assert_eq!(seen(query), LastSeen::Nothing { history }, "{query}");
+    }
+    assert_eq!(seen("history=5&lastEventId=17"), LastSeen::Event(EventId(17)));
+    assert_eq!(seen("history=5&lastEventId=x"), LastSeen::Unknown);
+    assert!(!join("/ws/a?history=5", "").client.wants_recovery);
+    for value in ["", "=", "=0", "=101", "=256", "=-1", "=+5", "=5.0", "=x", "=%ff", "=99999999999999999999"]
+    {
+        assert_eq!(status(request(&format!("/ws/a?history{value}"), "").as_bytes()), 400, "{value}");
+        let request = request(&format!("/ws/a?history{value}&lastEventId=17"), "");
+        let outcome = outcome(request.as_bytes());
+        assert!(matches!(outcome, HandshakeOutcome::RejectUpgraded(..)), "{value}: {outcome:?}");
     }
 }
 

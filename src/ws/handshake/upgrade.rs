@@ -19,10 +19,10 @@ use crate::http::{self, BodyLength, Head, Mistyped, Rejection, origin};
 use crate::protocol::close;
 use crate::protocol::event::{ChannelName, DEFAULT_CHANNEL, EventId, is_user_id};
 use crate::protocol::frame;
-use crate::ws::client::{Client, Join, LastSeen};
+use crate::ws::client::{Client, HISTORY_MAX, Join, LastSeen};
 
 const LAST_EVENT_ID: &str = "lastEventId";
-const PARAMETERS: [&str; 3] = ["channel", LAST_EVENT_ID, "token"];
+const PARAMETERS: [&str; 4] = ["channel", LAST_EVENT_ID, "history", "token"];
 
 /// An upgrade request without a fault in its HTTP.
 struct Upgrade<'h, 'a> {
@@ -97,12 +97,13 @@ impl<'h, 'a> Upgrade<'h, 'a> {
         if grant.as_ref().is_some_and(|grant| !grant.may_join(&channel)) {
             return Err(rejections::forbidden_channel());
         }
+        let history = history(head)?;
         let given = http::query_value(head.query, LAST_EVENT_ID);
         let json_mode = self.offer == Offer::JsonMode;
         let wants_recovery = json_mode || !matches!(given, Ok(None));
         let last_seen = match given {
-            Ok(None) => LastSeen::Nothing,
-            Ok(Some(text)) if text.is_empty() => LastSeen::Nothing,
+            Ok(None) => LastSeen::Nothing { history },
+            Ok(Some(text)) if text.is_empty() => LastSeen::Nothing { history },
             Ok(Some(text)) => EventId::parse(text.as_bytes()).map_or(LastSeen::Unknown, LastSeen::Event),
             Err(_) => LastSeen::Unknown,
         };
@@ -151,6 +152,17 @@ impl<'h, 'a> Upgrade<'h, 'a> {
         out.put_slice(b"\r\n\r\n");
         out
     }
+}
+
+/// How many events before the head a newcomer wants. A page that reconnects keeps the parameter in
+/// its URL, so `lastEventId` takes precedence.
+fn history(head: &Head<'_>) -> Result<u8, Rejection> {
+    let Some(given) = http::query_value(head.query, "history")? else { return Ok(0) };
+    let is_number = !given.is_empty() && given.bytes().all(|byte| byte.is_ascii_digit());
+    let count = is_number.then(|| given.parse().ok()).flatten();
+    count
+        .filter(|count| (1..=HISTORY_MAX).contains(count))
+        .ok_or_else(|| Rejection::new(400, format!("history must be a number from 1 to {HISTORY_MAX}")))
 }
 
 /// What the token allows its user. `None` if no tokens are required.

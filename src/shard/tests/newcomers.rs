@@ -1,0 +1,128 @@
+//! Newcomers that ask for events from before, when the feed no longer holds them.
+
+use std::io::Read;
+use std::sync::Arc;
+
+use serde_json::Value;
+
+use super::super::*;
+use super::testbed::{Testbed, take_frame};
+use crate::bus::Page;
+use crate::protocol::event::EventId;
+
+/// Larger than the part of the feed that a few of them leave.
+const SIZE: usize = 300;
+
+/// A shard that follows its channel and has evicted the first of 90 events, of which history holds
+/// 60. Client 2 joins and asks for 100: from a block before theirs.
+fn joining() -> Testbed {
+    let mut testbed = Testbed::new();
+    while !testbed.is_followed {
+        testbed.turn();
+        testbed.answer();
+    }
+    for _ in 0..90 {
+        testbed.publish(None, SIZE);
+        testbed.deliver_from(testbed.head);
+        testbed.turn();
+    }
+    testbed.answer();
+    testbed.clients[2] = testbed.connect(2, None, Some(100));
+    testbed.turn();
+    testbed
+}
+
+/// The first frame that client 2 gets, and the ids of the events after it.
+fn received(testbed: &mut Testbed) -> (Value, Vec<u64>) {
+    let (mut frames, mut buffer) = (Vec::new(), [0; 8192]);
+    while frames.last().is_none_or(|last: &Value| last["id"] != testbed.head) {
+        testbed.answer();
+        testbed.turn();
+        testbed.shard.on_tick();
+        let client = &mut testbed.clients[2];
+        let Ok(read) = client.socket.read(&mut buffer) else { continue };
+        client.unparsed.extend(&buffer[..read]);
+        if !client.upgraded {
+            let end = client.unparsed.windows(4).position(|four| four == b"\r\n\r\n").expect("an upgrade");
+            client.unparsed.drain(..end + 4);
+            client.upgraded = true;
+        }
+        while let Some((opcode, text)) = take_frame(&mut client.unparsed) {
+            if opcode == 1 {
+                frames.push(serde_json::from_slice(&text).expect("JSON"));
+            }
+        }
+    }
+    let ids = frames.iter().filter_map(|frame| frame["id"].as_u64()).collect();
+    (frames.swap_remove(0), ids)
+}
+
+fn assert_starts_after(testbed: &mut Testbed, start: u64) {
+    let head = testbed.head;
+    let (welcome, ids) = received(testbed);
+    let found = ["lastEventId", "head"].map(|name| welcome[name].as_u64());
+    assert_eq!((found, &welcome["recovered"]), ([Some(start), Some(head)], &Value::Bool(true)));
+    assert_eq!(ids, Vec::from_iter(start + 1..=head));
+}
+
+#[test]
+fn newcomers_get_all_that_history_holds() {
+    let mut testbed = joining();
+    let start = testbed.oldest() - 1;
+    assert!(start > 1023 && testbed.head - 100 < 1023, "in two blocks");
+    assert_starts_after(&mut testbed, start);
+}
+
+#[test]
+fn newcomers_share_a_read() {
+    let mut testbed = joining();
+    testbed.clients[4] = testbed.connect(4, None, Some(95));
+    testbed.turn();
+    assert!(matches!(testbed.requests.try_recv(), Ok(Request::Read { .. })));
+    assert!(testbed.requests.try_recv().is_err(), "one read is for both");
+}
+
+#[test]
+fn newcomers_start_later_if_history_is_trimmed() {
+    let mut testbed = joining();
+    let Ok(Request::Read { channel, position, .. }) = testbed.requests.try_recv() else {
+        panic!("it asks for history")
+    };
+    let empty = |testbed: &Testbed, position| Page {
+        after: position,
+        base: EventId(testbed.base),
+        head: EventId(testbed.head),
+        oldest: EventId(testbed.oldest()),
+        entries: Vec::new(),
+    };
+    let result = Ok(Arc::new(empty(&testbed, position)));
+    testbed.shard.on_bus_message(BusMessage::Page { channel, position, result });
+    testbed.turn();
+    // The second read comes after more events, which trim what the first has reported.
+    for _ in 0..20 {
+        testbed.publish(None, SIZE);
+        testbed.deliver_from(testbed.head);
+    }
+    let start = testbed.oldest() - 1;
+    assert_starts_after(&mut testbed, start);
+}
+
+/// History that says nothing about the position must not be guessed at.
+#[test]
+fn newcomers_start_at_the_feed_without_a_proof() {
+    let mut testbed = joining();
+    let Ok(Request::Read { channel, position, .. }) = testbed.requests.try_recv() else {
+        panic!("it asks for history")
+    };
+    let page = Page {
+        after: position,
+        base: EventId(testbed.base),
+        head: EventId(testbed.head),
+        oldest: position.next(),
+        entries: Vec::new(),
+    };
+    let start = testbed.shard.channels[0].feed().before().0;
+    assert!(start > testbed.oldest());
+    testbed.shard.on_bus_message(BusMessage::Page { channel, position, result: Ok(Arc::new(page)) });
+    assert_starts_after(&mut testbed, start);
+}
