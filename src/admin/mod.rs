@@ -1,7 +1,7 @@
-//! The admin API: publish, metrics, stats, health. HTTP/1.1 with keep-alive on a thread of its own,
+//! The admin API: publish, history, channels, metrics, stats, health. HTTP/1.1 with keep-alive on a thread of its own,
 //! so that it delays no event.
 
-use std::future::ready;
+use std::future::{Future, ready};
 use std::io;
 use std::sync::Arc;
 use std::thread;
@@ -9,36 +9,44 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::runtime;
-use tokio::sync::{Semaphore, oneshot, watch};
+use tokio::sync::{Semaphore, SemaphorePermit, oneshot, watch};
 use tokio::task::{JoinSet, yield_now};
 use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
 
 use crate::auth::keys::KeyRing;
-use crate::bus::{Answer, Publish, PublishError, Request, Requests};
+use crate::bus::{Answer, BusError, Publish, PublishError, Request, Requests};
 use crate::config::Settings;
 use crate::http::origin;
 use crate::http::{self, Head, Rejection, Response};
 use crate::metrics::rejections::RejectionClass;
 use crate::metrics::{AcceptLog, Metrics};
-use crate::protocol::closest::closest;
-use crate::protocol::event::{ChannelName, DEFAULT_CHANNEL, EventId, is_user_id};
+use crate::protocol::event::{ChannelName, EventId, is_user_id};
 use crate::protocol::ingest;
+use crate::shard::mailbox::MailboxSenders;
 
+mod channels;
 mod connection;
+mod history;
 mod listener;
+mod query;
 #[cfg(test)]
 mod tests;
 
+use channels::ChannelsQuery;
 use connection::{Waits, serve_connection};
+use history::HistoryQuery;
 use listener::{Accepting, SocketFile};
 pub use listener::{Listener, Open};
 
 /// Least number of connections: systemd may pass a socket although `--admin` is off, and then none
 /// are planned.
 const CONNECTIONS_MIN: usize = 4;
-/// One in this many connections is reserved for health and metrics while publishes wait for the bus
-/// on all others.
+/// One in this many connections is reserved for health and metrics while requests wait for the bus
+/// or the shards on all others.
 const RESERVED_PART: usize = 16;
+/// Requests for history or channels that are answered at a time. Others wait, so that the bus and
+/// the shards keep their time for clients.
+const LOOKUPS: usize = 2;
 /// Added to `--publish-timeout`: the bus answers within that time, plus the time to notice that it
 /// is over.
 const BUS_GRACE: Duration = Duration::from_secs(5);
@@ -54,6 +62,7 @@ const LAST_ANSWERS: Duration = Duration::from_secs(1);
 #[derive(Clone, Debug)]
 pub struct AdminContext {
     pub requests: Requests,
+    pub shards: MailboxSenders,
     pub metrics: Arc<Metrics>,
     pub keys: Arc<KeyRing>,
     pub settings: Arc<Settings>,
@@ -64,7 +73,7 @@ enum Phase {
     Serving,
     /// New connections are not accepted; open requests are answered.
     Finishing,
-    /// Publishes that still wait for the bus are answered `unknown`.
+    /// Publishes that still wait for the bus are answered `unknown`, other requests 503.
     Ending,
 }
 
@@ -95,11 +104,11 @@ pub fn start(listener: Listener, context: AdminContext) -> io::Result<Admin> {
     // One slot is for a client that connects when all others are in use, until one of those is
     // closed.
     let connections = (context.settings.admin_connections() as usize).max(CONNECTIONS_MIN) - 1;
-    let publishes = connections - connections.div_ceil(RESERVED_PART);
+    let waiting = connections - connections.div_ceil(RESERVED_PART);
     let (phase, seen) = watch::channel(Phase::Serving);
     let (end, ended) = oneshot::channel();
     let body = move || {
-        runtime.block_on(serve([connections, publishes], accepting, context, seen));
+        runtime.block_on(serve([connections, waiting], accepting, context, seen));
         let _ = end.send(()); // fails only when nobody waits for it
     };
     thread::Builder::new().name("admin".into()).spawn(body)?;
@@ -123,7 +132,9 @@ struct Shared {
     context: AdminContext,
     /// Whether browsers can reach the listener without a key.
     checks_host: bool,
-    publishes: Semaphore,
+    /// Requests that may wait for the bus or the shards.
+    waiting: Semaphore,
+    lookups: Semaphore,
     waits: Waits,
     phase: watch::Receiver<Phase>,
 }
@@ -134,11 +145,11 @@ impl Shared {
     }
 }
 
-/// Serves up to `most` connections and `publishes` publishes at once, until [`Phase::Finishing`]
-/// and all requests are answered. One connection more closes the one that has waited longest for
-/// its client. One publish more gets 503.
+/// Serves up to `most` connections, until [`Phase::Finishing`] and all requests are answered. One
+/// connection more closes the one that has waited longest for its client. Up to `waiting` requests
+/// wait for the bus or the shards. One more gets 503.
 async fn serve(
-    [most, publishes]: [usize; 2],
+    [most, waiting]: [usize; 2],
     listener: Accepting,
     context: AdminContext,
     phase: watch::Receiver<Phase>,
@@ -146,7 +157,8 @@ async fn serve(
     let metrics = context.metrics.clone();
     let shared = Arc::new(Shared {
         checks_host: listener.is_tcp() && !context.keys.current().requires_admin_key(),
-        publishes: Semaphore::new(publishes),
+        waiting: Semaphore::new(waiting),
+        lookups: Semaphore::new(LOOKUPS),
         waits: Waits::default(),
         phase: phase.clone(),
         context,
@@ -238,9 +250,9 @@ fn authorize(head: &Head<'_>, shared: &Shared) -> Result<(), Rejection> {
 async fn respond(head: &Head<'_>, body: &[u8], shared: &Shared) -> Result<Response, Rejection> {
     let allowed = match head.path {
         "/publish" => "POST",
-        "/metrics" | "/stats" | "/healthz" | "/readyz" => "GET, HEAD",
+        "/history" | "/channels" | "/metrics" | "/stats" | "/healthz" | "/readyz" => "GET, HEAD",
         _ => {
-            let known = "POST /publish, GET /metrics, /stats, /healthz and /readyz";
+            let known = "POST /publish, GET /history, /channels, /metrics, /stats, /healthz and /readyz";
             return Err(Rejection::new(404, format!("no such path: use {known}")));
         }
     };
@@ -250,6 +262,8 @@ async fn respond(head: &Head<'_>, body: &[u8], shared: &Shared) -> Result<Respon
     let metrics = &shared.context.metrics;
     Ok(match head.path {
         "/publish" => publish(head, body, shared).await?,
+        "/history" => look_up(HistoryQuery::parse(head.query)?.answer(shared), shared).await?,
+        "/channels" => look_up(ChannelsQuery::parse(head.query)?.answer(shared), shared).await?,
         "/metrics" => Response::new(200, "text/plain; version=0.0.4; charset=utf-8", metrics.prometheus()),
         "/stats" => Response::json(200, &metrics.stats_json()),
         "/healthz" => Response::line(200, "ok"),
@@ -269,10 +283,7 @@ async fn publish(head: &Head<'_>, body: &[u8], shared: &Shared) -> Result<Respon
     let (channel, to) = destination(head.query)?;
     let event = ingest::published(body, to.as_deref()).map_err(|bad| Rejection::new(400, bad.to_string()))?;
     let key = idempotency_key(head)?;
-    let Ok(_permit) = shared.publishes.try_acquire() else {
-        let text = "too many publishes wait for the bus: try again, or another node";
-        return Err(Rejection::unavailable(text));
-    };
+    let _permit = may_wait(shared)?;
     let id = match publish_event(channel, to, key, event, shared).await {
         Ok(id) => id,
         Err(error) => {
@@ -292,25 +303,38 @@ async fn publish(head: &Head<'_>, body: &[u8], shared: &Shared) -> Result<Respon
     Ok(Response::json(200, &format!(r#"{{"id":{id}}}"#)))
 }
 
-/// Parses `channel` and `to`. An unknown parameter is an error: a mistyped `channel` would publish
-/// to the default channel, a mistyped `to` to all users.
-fn destination(query: &str) -> Result<(ChannelName, Option<Arc<str>>), Rejection> {
-    let mut seen = Vec::new();
-    for pair in query.split('&').filter(|pair| !pair.is_empty()) {
-        let name = pair.split_once('=').map_or(pair, |(name, _)| name);
-        if !matches!(name, "channel" | "to") {
-            let advice = closest(name, ["channel", "to"])
-                .map_or_else(|| "use channel and to".into(), |meant| format!("did you mean {meant}?"));
-            return Err(Rejection::new(400, format!("unknown parameter {name:.64}: {advice}")));
-        }
-        if seen.contains(&name) {
-            return Err(Rejection::new(400, format!("parameter {name} is given twice")));
-        }
-        seen.push(name);
+/// Takes one of the slots for requests that wait for the bus or the shards.
+fn may_wait(shared: &Shared) -> Result<SemaphorePermit<'_>, Rejection> {
+    let text = "too many requests wait for the bus: try again, or another node";
+    shared.waiting.try_acquire().map_err(|_| Rejection::unavailable(text))
+}
+
+/// Waits for an answer of the bus or the shards, which is JSON.
+async fn look_up(
+    answer: impl Future<Output = Result<String, BusError>>,
+    shared: &Shared,
+) -> Result<Response, Rejection> {
+    let _permit = may_wait(shared)?;
+    let answer = async {
+        let _turn = shared.lookups.acquire().await;
+        answer.await
+    };
+    let time = shared.context.settings.publish_timeout + BUS_GRACE;
+    tokio::select! {
+        biased;
+        answer = timeout(time, answer) => match answer {
+            Ok(Ok(json)) => Ok(Response::json(200, &json)),
+            Ok(Err(why)) => Err(Rejection::unavailable(why.to_string())),
+            Err(_) => Err(Rejection::unavailable("the bus did not reply in time")),
+        },
+        () = shared.reached(Phase::Ending) => Err(Rejection::unavailable("this node is stopping")),
     }
-    let channel = http::query_value(query, "channel")?;
-    let channel = ChannelName::parse(channel.as_deref().unwrap_or(DEFAULT_CHANNEL))
-        .ok_or_else(|| Rejection::new(400, "channel must be 1 to 128 letters, digits, _ . : and -"))?;
+}
+
+/// Parses `channel` and `to`.
+fn destination(query: &str) -> Result<(ChannelName, Option<Arc<str>>), Rejection> {
+    query::check_names(query, &["channel", "to"])?;
+    let channel = query::channel(query)?;
     let to = http::query_value(query, "to")?;
     if to.as_deref().is_some_and(|user| !is_user_id(user)) {
         return Err(Rejection::new(400, "to must be a user id: 1 to 128 bytes, no control characters"));

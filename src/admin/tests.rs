@@ -23,7 +23,7 @@ struct TestServer {
 
 const MAX: usize = 1000;
 const CONNECTIONS: usize = 8;
-const PUBLISHES: usize = 6;
+const WAITING: usize = 6;
 
 fn context(requests: Requests, flags: &[&str]) -> AdminContext {
     let metrics = Arc::new(Metrics::new(1, Arc::default(), Arc::new(Readiness::default())));
@@ -32,15 +32,17 @@ fn context(requests: Requests, flags: &[&str]) -> AdminContext {
         panic!("{flags:?}")
     };
     let keys = Arc::new(KeyRing::load(&settings).unwrap());
-    AdminContext { requests, metrics, keys, settings: Arc::new(settings) }
+    let (shards, _) = MailboxSenders::new(1);
+    AdminContext { requests, shards, metrics, keys, settings: Arc::new(settings) }
 }
 
 /// What one connection works with, and the sender of the phase.
 fn shared() -> (watch::Sender<Phase>, Shared) {
     let (sender, phase) = watch::channel(Phase::Serving);
     let context = context(mpsc::unbounded_channel().0, &[]);
-    let (publishes, waits) = (Semaphore::new(PUBLISHES), Waits::default());
-    (sender, Shared { context, checks_host: true, publishes, waits, phase })
+    let (waiting, lookups) = (Semaphore::new(WAITING), Semaphore::new(LOOKUPS));
+    let waits = Waits::default();
+    (sender, Shared { context, checks_host: true, waiting, lookups, waits, phase })
 }
 
 /// An admin listener over a bus that answers the n-th publish with `outcome(n)`; `None` is no
@@ -76,7 +78,7 @@ fn server_with(flags: &[&str], outcome: fn(u64) -> Option<Result<EventId, Publis
     });
     let (phase, seen) = watch::channel(Phase::Serving);
     let (listener, _) = listener.into_accepting().unwrap();
-    tasks.spawn(serve([CONNECTIONS, PUBLISHES], listener, context, seen));
+    tasks.spawn(serve([CONNECTIONS, WAITING], listener, context, seen));
     TestServer { addr, metrics, taken, phase, tasks }
 }
 
@@ -335,14 +337,14 @@ async fn silent_connections_hold_no_slot() {
 async fn health_and_metrics_have_reserved_slots() {
     let mut server = server(|_| None);
     let mut waiting = Vec::new();
-    for _ in 0..PUBLISHES {
+    for _ in 0..WAITING {
         let mut stream = server.connect().await;
         stream.write_all(post("/publish", "1").as_bytes()).await.unwrap();
         server.taken.recv().await.unwrap();
         waiting.push(stream);
     }
     let (status, head, text) = server.ask(post("/publish", "1")).await;
-    assert_eq!((status, text.contains("too many publishes")), (503, true), "{text}");
+    assert_eq!((status, text.contains("too many requests")), (503, true), "{text}");
     assert!(head.contains("Retry-After: 1\r\n"), "{head}");
     let mut silent = Vec::new();
     for _ in 0..2 * CONNECTIONS {

@@ -78,7 +78,13 @@ pub async fn run(
     )?;
     manager.ready();
     tokio::spawn(systemd::keep_notified(manager.clone(), metrics.clone()));
-    let context = AdminContext { requests, metrics: metrics.clone(), keys, settings: settings.clone() };
+    let context = AdminContext {
+        requests,
+        shards: shards.clone(),
+        metrics: metrics.clone(),
+        keys,
+        settings: settings.clone(),
+    };
     let admin = listeners.admin.map(|listener| admin::start(listener, context)).transpose()?;
 
     let context = bus::BusContext {

@@ -10,9 +10,13 @@ use slab::Slab;
 use super::channels::{Channel, ChannelId, CompletedFanout};
 use super::connections::ConnectionTable;
 use super::deadlines::shrink;
+use super::mailbox::{ChannelList, ListChannels};
 use crate::feed::eviction::EvictionQueue;
 use crate::protocol::event::{ChannelName, Entry, Kind};
 use crate::ws::writer::Tally;
+
+/// Keys that one answer to [`ListChannels`] covers: some 10 µs of the shard's time.
+const KEYS_LISTED: usize = 512;
 
 /// Channels by key.
 #[derive(Debug)]
@@ -131,6 +135,23 @@ impl ChannelTable {
     /// Frees memory that the list of channels without members took while thousands were in it.
     pub fn shrink(&mut self) {
         shrink(&mut self.empty);
+    }
+
+    /// Lists the channels with these keys and names.
+    pub fn list(&self, request: &ListChannels) -> ChannelList {
+        let first = request.from as usize;
+        let end = self.channels.capacity().min(first + KEYS_LISTED);
+        let is_listed = |name: &ChannelName| {
+            request.after.as_ref().is_none_or(|after| name > after)
+                && request.up_to.as_ref().is_none_or(|up_to| name <= up_to)
+        };
+        let channels = (first..end).filter_map(|key| {
+            let channel = self.channels.get(key).filter(|channel| is_listed(&channel.name))?;
+            let position = channel.feed.as_ref()?.position();
+            Some((channel.name.clone(), channel.members.len(), position))
+        });
+        let next = (end < self.channels.capacity()).then_some(end as u32);
+        ChannelList { channels: channels.collect(), next }
     }
 
     /// Bytes of all feeds.

@@ -5,10 +5,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use mio::net::TcpStream;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 
 use crate::bus::{BusMessage, ShardId, ShardSender};
 use crate::limits::connections::ConnectionSlot;
+use crate::protocol::event::{ChannelName, EventId};
 
 /// A message to a shard. A shard handles its messages in the order sent.
 #[derive(Debug)]
@@ -17,8 +18,32 @@ pub enum ShardMessage {
     Bus(BusMessage),
     /// New sockets.
     Sockets(Vec<NewSocket>),
+    /// List some of the channels.
+    ListChannels(ListChannels),
     /// The node is stopping: close every connection, spread over this time.
     Drain(Duration),
+}
+
+/// A request for the channels of a shard. Each answer covers a part of them, so that it takes little
+/// time of the shard.
+#[derive(Debug)]
+pub struct ListChannels {
+    /// The key to start from: 0, or the last answer's `next`.
+    pub from: u32,
+    /// Only names after this one are listed.
+    pub after: Option<ChannelName>,
+    /// Only this name and those before it are listed.
+    pub up_to: Option<ChannelName>,
+    pub answer: oneshot::Sender<ChannelList>,
+}
+
+/// Some channels of a shard.
+#[derive(Debug, Default)]
+pub struct ChannelList {
+    /// Name, number of connections, and position.
+    pub channels: Vec<(ChannelName, usize, EventId)>,
+    /// The key to continue from; `None` at the end.
+    pub next: Option<u32>,
 }
 
 /// An accepted socket, and its slot in the connection limits.

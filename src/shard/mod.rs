@@ -145,6 +145,10 @@ impl Shard {
                     self.on_socket(stream, connection_slot);
                 }
             }
+            ShardMessage::ListChannels(request) => {
+                let list = self.channels.list(&request);
+                let _ = request.answer.send(list); // fails if the task no longer waits
+            }
             ShardMessage::Drain(time) => self.on_drain(time),
         }
     }

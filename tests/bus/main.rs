@@ -12,6 +12,7 @@ mod external_publishers;
 mod faults;
 mod limits;
 mod model;
+mod recent_events;
 mod recovery;
 mod redis;
 mod slow_readers;

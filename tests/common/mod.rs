@@ -13,6 +13,7 @@ pub mod node;
 pub mod process;
 pub mod proxy;
 pub mod raw;
+pub mod recent_events;
 pub mod redis;
 pub mod rng;
 pub mod single_shard;

@@ -9,6 +9,7 @@ mod frames;
 mod limits;
 mod protocol;
 mod rates;
+mod recent_events;
 mod rejections;
 mod slow_readers;
 mod tokens;

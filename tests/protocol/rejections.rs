@@ -179,7 +179,7 @@ async fn mistyped_query_parameters_are_rejected() {
         ("chanel=room", "did you mean channel?"),
         ("Channel=room", "did you mean channel?"),
         ("To=a", "did you mean to?"),
-        ("user=a", "use channel and to"),
+        ("user=a", "use channel, to"),
     ] {
         let response = node.admin("POST", &format!("/publish?{query}"), b"{}").await;
         response.expect_rejection(400);
