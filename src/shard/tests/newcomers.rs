@@ -8,7 +8,7 @@ use serde_json::Value;
 use super::super::*;
 use super::testbed::{Testbed, take_frame};
 use crate::bus::Page;
-use crate::protocol::event::EventId;
+use crate::protocol::event::{Entry, EventId};
 
 /// Larger than the part of the feed that a few of them leave.
 const SIZE: usize = 300;
@@ -105,6 +105,30 @@ fn newcomers_start_later_if_history_is_trimmed() {
     }
     let start = testbed.oldest() - 1;
     assert_starts_after(&mut testbed, start);
+}
+
+/// History has already dropped events that the feed is about to get.
+#[test]
+fn newcomers_start_at_the_head_if_history_is_ahead() {
+    let mut testbed = joining();
+    let head = testbed.head;
+    let mut late = Vec::new();
+    for _ in 0..62 {
+        testbed.publish(None, 0);
+        let (id, _, text) = testbed.history.back().expect("it was published");
+        late.push(Entry::events(EventId(*id), [text.as_bytes()].into_iter()));
+    }
+    for _ in 0..3 {
+        testbed.answer();
+        testbed.turn();
+    }
+    for entry in late {
+        testbed.deliver(entry);
+        testbed.turn();
+    }
+    let (welcome, ids) = received(&mut testbed);
+    assert_eq!((&welcome["lastEventId"], &welcome["head"]), (&head.into(), &head.into()));
+    assert_eq!((ids, &welcome["recovered"]), (Vec::from_iter(head + 1..=head + 62), &true.into()));
 }
 
 /// History that says nothing about the position must not be guessed at.
