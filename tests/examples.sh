@@ -8,11 +8,12 @@ home=${CARGO_TARGET_DIR:-target}/examples
 mkdir -p "$home"
 
 # The lists are copied last: they stand for a complete installation.
-if ! cmp -s examples/fastapi/requirements.txt "$home/requirements.txt"; then
+lists=(examples/fastapi/requirements.txt examples/python/requirements.txt)
+if ! cat "${lists[@]}" | cmp -s - "$home/requirements.txt"; then
     python3 -m venv --clear --without-pip "$home/python"
     python3 -m pip --disable-pip-version-check --python "$home/python/bin/python" \
-        install --quiet -r examples/fastapi/requirements.txt
-    cp examples/fastapi/requirements.txt "$home/"
+        install --quiet "${lists[@]/#/--requirement=}"
+    cat "${lists[@]}" >"$home/requirements.txt"
 fi
 for packages in examples/node tests/page/client; do
     into=$home/${packages##*/}

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use crate::common::process::{Process, installed};
 use crate::common::{Client, Node, http};
 
-fn example(path: &str) -> PathBuf {
+pub fn example(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("examples").join(path)
 }
 

@@ -9,6 +9,7 @@ mod common;
 mod workload;
 
 mod behind_nginx;
+mod client_libraries;
 mod code_blocks;
 mod doctor;
 mod drain;
