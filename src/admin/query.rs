@@ -15,8 +15,10 @@ pub(super) fn check_names(query: &str, known: &[&str]) -> Result<(), Rejection> 
     for pair in query.split('&').filter(|pair| !pair.is_empty()) {
         let name = pair.split_once('=').map_or(pair, |(name, _)| name);
         if !known.contains(&name) {
-            let advice = closest(name, known.iter().copied())
-                .map_or_else(|| format!("use {}", known.join(", ")), |meant| format!("did you mean {meant}?"));
+            let advice = closest(name, known.iter().copied()).map_or_else(
+                || format!("use {}", known.join(", ")),
+                |meant| format!("did you mean {meant}?"),
+            );
             return Err(Rejection::new(400, format!("unknown parameter {name:.64}: {advice}")));
         }
         if seen.contains(&name) {
