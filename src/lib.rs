@@ -27,7 +27,7 @@
 //! | [`shard`] | event loop, mailbox, channels, joins, fan-out, replay, timers |
 //! | [`admin`] | the admin API: publish, history, channels, metrics, stats, health |
 //! | [`node`] | wiring, accept loop, listeners, systemd |
-//! | [`cli`] | `fanfare token`, `fanfare doctor` |
+//! | [`cli`] | `fanfare bench`, `fanfare token`, `fanfare doctor` |
 //!
 //! # Invariants
 //!

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use anyhow::Context;
 use fanfare::auth::keys::KeyRing;
-use fanfare::cli::{self, Command, Report, doctor, token};
+use fanfare::cli::{self, Command, Report, bench, doctor, token};
 use fanfare::config::{self, Action, AdminAddr, LogFormat, Settings};
 use fanfare::node;
 use fanfare::node::listeners::{Inherited, Listeners};
@@ -33,6 +33,7 @@ fn main() -> ExitCode {
     };
     match command {
         Command::Serve => run(args),
+        Command::Bench => bench::run(args),
         Command::Token => match token::run(args, std::env::var_os("FANFARE_JWT_KEY"), std::io::stdin()) {
             Ok(report) => show(&report),
             Err(errors) => reject(errors.iter().map(|error| format!("fanfare token: {error}\n")).collect()),

@@ -1,9 +1,10 @@
-//! Subcommands: `token`, `doctor`.
+//! Subcommands: `bench`, `token`, `doctor`.
 
 use std::ffi::OsString;
 
 use crate::protocol::closest::closest;
 
+pub mod bench;
 pub mod doctor;
 pub mod token;
 
@@ -27,13 +28,16 @@ impl Report {
 pub enum Command {
     /// Serves, checks settings, or prints help or version.
     Serve,
+    /// See [`bench`].
+    Bench,
     /// See [`token`].
     Token,
     /// See [`doctor`].
     Doctor,
 }
 
-const COMMANDS: [(&str, Command); 4] = [
+const COMMANDS: [(&str, Command); 5] = [
+    ("bench", Command::Bench),
     ("token", Command::Token),
     ("doctor", Command::Doctor),
     ("help", Command::Serve),

@@ -10,8 +10,8 @@ use crate::protocol::closest::closest;
 pub struct Flag {
     /// The name without dashes.
     pub name: &'static str,
-    /// Placeholder of the value in help texts. It is empty for a switch, and ends in [`REPEATED`]
-    /// for a list.
+    /// Placeholder of the value in help texts. It is empty for a switch, ends in [`LIST`] for a list
+    /// and in [`REPEATED`] for values that may have commas.
     pub value: &'static str,
     /// The name before 0.1.0; empty if it is the same.
     pub old_name: &'static str,
@@ -19,7 +19,10 @@ pub struct Flag {
 
 /// End of the placeholder of a flag that takes several values, separated by commas or by repeating
 /// the flag.
-const REPEATED: &str = ",...";
+const LIST: &str = ",...";
+
+/// End of the placeholder of a flag that may be repeated.
+const REPEATED: &str = "...";
 
 impl Flag {
     /// A flag with this placeholder.
@@ -39,7 +42,11 @@ impl Flag {
 
     /// Whether it takes several values.
     pub fn is_list(&self) -> bool {
-        self.value.ends_with(REPEATED)
+        self.value.ends_with(LIST)
+    }
+
+    fn is_repeated(&self) -> bool {
+        self.value.ends_with(REPEATED) && !self.is_list()
     }
 }
 
@@ -99,6 +106,7 @@ impl Args {
 
     fn add(&mut self, flag: &Flag, value: String) {
         match self.given.iter_mut().find(|(name, _)| *name == flag.name) {
+            Some(_) if flag.is_repeated() => self.given.push((flag.name, value)),
             None => self.given.push((flag.name, value)),
             Some((_, values)) if flag.is_list() => {
                 values.push(',');
@@ -127,6 +135,11 @@ impl Args {
     pub fn take(&mut self, name: &str) -> Option<String> {
         let at = self.given.iter().position(|(given, _)| *given == name)?;
         Some(self.given.remove(at).1)
+    }
+
+    /// Takes the texts of a flag that may be repeated.
+    pub fn take_all(&mut self, name: &str) -> Vec<String> {
+        std::iter::from_fn(|| self.take(name)).collect()
     }
 
     /// Takes the value of a flag; `None` also if it is wrong, which is noted.
@@ -164,8 +177,12 @@ impl Args {
 mod tests {
     use super::*;
 
-    const FLAGS: [Flag; 3] =
-        [Flag::new("user", "NAME"), Flag::new("channel", "NAME,..."), Flag::new("help", "")];
+    const FLAGS: [Flag; 4] = [
+        Flag::new("user", "NAME"),
+        Flag::new("channel", "NAME,..."),
+        Flag::new("hello", "TEXT..."),
+        Flag::new("help", ""),
+    ];
 
     fn read(args: &[&str]) -> Args {
         Args::read(args.iter().map(OsString::from), &FLAGS)
@@ -178,6 +195,7 @@ mod tests {
         assert_eq!(args.take("user").as_deref(), Some("a=b"));
         assert_eq!(args.take("channel").as_deref(), Some("x,y,z"));
         assert_eq!(args.take("channel"), None);
+        assert_eq!(read(&["--hello", "a,b", "--hello=c"]).take_all("hello"), ["a,b", "c"]);
     }
 
     #[test]

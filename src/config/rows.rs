@@ -141,6 +141,7 @@ pub(super) fn help() -> String {
     let mut text = format!(
         "fanfare {}: WebSocket fan-out server\n\n\
          Usage: fanfare [--NAME VALUE | --NAME=VALUE]...\n       \
+         fanfare bench URL     loads and checks a WebSocket server\n       \
          fanfare doctor ...    checks this host and its Redis\n       \
          fanfare token ...     makes a token for tests\n       \
          fanfare help COMMAND  explains a command\n\n\

@@ -1,0 +1,280 @@
+//! The command line of `fanfare bench`.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, ToSocketAddrs};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use url::Url;
+
+use super::mark::MARK;
+use super::phase::{self, Phase};
+use super::plan::{CONNECTIONS_PER_PROCESS, Greeting, Plan, Publish, Target};
+use crate::config::SettingError;
+use crate::config::args::{Args, Flag};
+
+pub const HELP: &str = "\
+Usage: fanfare bench URL [flags]
+
+Loads a WebSocket server that broadcasts, and checks what it delivers: order,
+duplicates, gaps, and that every client gets every event. URL is that of the
+WebSocket, with {i} for the number of a client:
+
+  fanfare bench ws://127.0.0.1:8080/ws/{i}
+
+Load
+  --connections N       Clients that receive [1000]
+  --phases LIST         What happens, in order, separated by commas:
+                        connect, idle TIME, rate N/s TIME, saturate N TIME
+                        (N events in flight), storm N% (reconnect at once),
+                        stall N% TIME (read nothing), churn N/s TIME, leave
+                        [connect, idle 3s, rate 10/s 10s, rate 50/s 5s,
+                        storm 50%, churn 50/s 5s, leave]
+  --rate N/s            Events while clients storm, stall or churn [10/s]
+  --size BYTES          Text of an event, at least 16 [128]
+  --connect-rate N/s    New connections [as fast as handshakes complete]
+  --bind IP,...         Source addresses [127.0.0.x for a loopback address]
+  --processes N         Processes for the clients [one per 16,000]
+
+Protocol of the server
+  --subprotocol NAME    Sec-WebSocket-Protocol
+  --header LINE...      A header of the upgrade and of HTTP requests
+  --hello TEXT...       A message after the upgrade, with {i}
+  --ready TEXT          The client is ready at a message with this text
+  --answer TEXT=TEXT... Messages that start with one text get the other
+  --resume NAME         Query parameter with the last event id, as in fanfare
+                        [lastEventId if the server has it]
+
+Publishing, with {event} for the text of an event
+  --message TEXT        The message that a client sends [{event}]
+  --publish URL         Publish by HTTP POST (http://) or Redis (redis://)
+  --body TEXT           Body of the POST [{\"text\":\"{event}\"}]
+  --command TEXT        Command of Redis, its words separated by spaces
+                        [PUBLISH ws_broadcast {event}]
+
+Result
+  --pid N,...           Processes of the server [those that listen on its port]
+  --json                Print JSON instead of a table
+  --svg FILE            Draw latency, deliveries and percentiles
+
+Exit code: 0; 1 if an event was lost, doubled or reordered, or a client was
+refused or closed; 2 for wrong arguments; 3 if only the measurement is void,
+since this program had too little CPU.
+";
+
+const FLAGS: [Flag; 20] = [
+    Flag::new("connections", "N"),
+    Flag::new("phases", "LIST"),
+    Flag::new("rate", "N/s"),
+    Flag::new("size", "BYTES"),
+    Flag::new("connect-rate", "N/s"),
+    Flag::new("bind", "IP,..."),
+    Flag::new("processes", "N"),
+    Flag::new("subprotocol", "NAME"),
+    Flag::new("header", "LINE..."),
+    Flag::new("hello", "TEXT..."),
+    Flag::new("ready", "TEXT"),
+    Flag::new("answer", "TEXT=TEXT..."),
+    Flag::new("resume", "NAME"),
+    Flag::new("message", "TEXT"),
+    Flag::new("publish", "URL"),
+    Flag::new("body", "TEXT"),
+    Flag::new("command", "TEXT"),
+    Flag::new("pid", "N,..."),
+    Flag::new("json", ""),
+    Flag::new("svg", "FILE"),
+];
+
+/// What the command line asks for.
+#[derive(Debug)]
+pub struct Asked {
+    pub plan: Plan,
+    /// `--resume` was not given: the server is asked.
+    pub detects_resume: bool,
+    pub pids: Vec<u32>,
+    pub json: bool,
+    pub svg: Option<PathBuf>,
+}
+
+/// Reads the flags after the URL. `None`: help is asked for.
+pub fn read(
+    url: &str,
+    args: impl Iterator<Item = std::ffi::OsString>,
+) -> Result<Option<Asked>, Vec<SettingError>> {
+    let flags = [&FLAGS[..], &[Flag::new("help", "")]].concat();
+    let mut args = Args::read(args, &flags);
+    if args.switch("help") {
+        return Ok(None);
+    }
+    let headers = args.take_all("header");
+    let target = parse_target(url).map_err(|problem| args.error(url, problem)).ok();
+    let connections = args.value("connections", |text| whole(text, 1, 10_000_000)).unwrap_or(1000);
+    let least = connections.div_ceil(CONNECTIONS_PER_PROCESS);
+    let processes = args.value("processes", |text| whole(text, least, 1000)).unwrap_or(least);
+    let size = args.value("size", |text| whole(text, MARK as u32, 1 << 20)).unwrap_or(128) as usize;
+    let bind = args.value("bind", |text| text.split(',').map(parse_ip).collect());
+    let bind = bind.unwrap_or_else(|| {
+        target.as_ref().map(|target| sources(target.addr, connections)).unwrap_or_default()
+    });
+    let phases = args.value("phases", phase::parse_list).unwrap_or_else(default_phases);
+    let publish = publish(&mut args, &headers);
+    let answers = args.take_all("answer");
+    let answers: Vec<_> = answers.iter().filter_map(|text| Some(owned(text.split_once('=')?))).collect();
+    let resume = args.take("resume");
+    let greeting = Greeting { hello: args.take_all("hello"), ready: args.take("ready"), answers };
+    let detects_resume = resume.is_none() && greeting.ready.is_none();
+    let connect_rate = args.value("connect-rate", phase::per_second);
+    let rate = args.value("rate", phase::per_second).unwrap_or(10.0);
+    let subprotocol = args.take("subprotocol");
+    let pids = args.value("pid", |text| text.split(',').map(|pid| whole(pid.trim(), 1, u32::MAX)).collect());
+    let (json, svg) = (args.switch("json"), args.take("svg").map(PathBuf::from));
+    let (Some(target), true) = (target, args.errors.is_empty()) else { return Err(args.errors) };
+    let target = Target { subprotocol, headers, ..target };
+    let plan = Plan {
+        target,
+        connections,
+        processes,
+        bind,
+        connect_rate,
+        greeting,
+        publish,
+        size,
+        rate,
+        resume,
+        phases,
+    };
+    Ok(Some(Asked { plan, detects_resume, pids: pids.unwrap_or_default(), json, svg }))
+}
+
+fn default_phases() -> Vec<Phase> {
+    let seconds = Duration::from_secs;
+    vec![
+        Phase::Connect,
+        Phase::Idle(seconds(3)),
+        Phase::Rate(10.0, seconds(10)),
+        Phase::Rate(50.0, seconds(5)),
+        Phase::Storm(0.5),
+        Phase::Churn(50.0, seconds(5)),
+        Phase::Leave,
+    ]
+}
+
+fn owned((left, right): (&str, &str)) -> (String, String) {
+    (left.to_owned(), right.to_owned())
+}
+
+fn whole(text: &str, least: u32, most: u32) -> Result<u32, String> {
+    match text.parse() {
+        Ok(number) if (least..=most).contains(&number) => Ok(number),
+        _ => Err(format!("{text:?} is not a whole number from {least} to {most}")),
+    }
+}
+
+fn parse_ip(text: &str) -> Result<IpAddr, String> {
+    text.trim().parse().map_err(|_| format!("{text:?} is not an IP address"))
+}
+
+/// Sources for connections to a loopback address: each has some 28,000 free ports for one target.
+fn sources(addr: SocketAddr, connections: u32) -> Vec<IpAddr> {
+    match addr.ip() {
+        IpAddr::V4(ip) if ip.is_loopback() => (0..connections.div_ceil(CONNECTIONS_PER_PROCESS))
+            .map(|number| IpAddr::V4(Ipv4Addr::from(0x7F00_0001 + number)))
+            .collect(),
+        _ => Vec::new(),
+    }
+}
+
+fn parse_url(text: &str, schemes: &[&str]) -> Result<Url, String> {
+    let url = Url::parse(text).map_err(|error| format!("is not a URL: {error}"))?;
+    if !schemes.contains(&url.scheme()) {
+        let secure = matches!(url.scheme(), "wss" | "https" | "rediss");
+        let advice = if secure { ": TLS is not supported, load the server behind the proxy" } else { "" };
+        return Err(format!("must start with {}://{advice}", schemes.join(":// or ")));
+    }
+    Ok(url)
+}
+
+/// The address and the `Host` header of a URL.
+fn resolve(url: &Url, default_port: u16) -> Result<(SocketAddr, String), String> {
+    let host = url.host_str().ok_or("has no host")?;
+    let port = url.port().unwrap_or(default_port);
+    let mut found =
+        (host.trim_matches(['[', ']']), port).to_socket_addrs().map_err(|error| error.to_string())?;
+    let addr = found.next().ok_or("has no address")?;
+    Ok((addr, if port == default_port { host.to_owned() } else { format!("{host}:{port}") }))
+}
+
+fn parse_target(text: &str) -> Result<Target, String> {
+    // Braces would be percent-encoded.
+    const NUMBER: &str = "fanfare-client-number";
+    let url = parse_url(&text.replace("{i}", NUMBER), &["ws"])?;
+    let (addr, host) = resolve(&url, 80)?;
+    let path = url[url::Position::BeforePath..url::Position::AfterQuery].replace(NUMBER, "{i}");
+    Ok(Target { addr, host, path, subprotocol: None, headers: Vec::new() })
+}
+
+fn publish(args: &mut Args, headers: &[String]) -> Publish {
+    let message = args.take("message").unwrap_or_else(|| "{event}".into());
+    let body = args.take("body").unwrap_or_else(|| r#"{"text":"{event}"}"#.into());
+    let command = args.take("command").unwrap_or_else(|| "PUBLISH ws_broadcast {event}".into());
+    let by_url = args.value("publish", |text| {
+        let url = parse_url(text, &["http", "redis"])?;
+        if url.scheme() == "redis" {
+            let (addr, _) = resolve(&url, 6379)?;
+            let command = command.split_whitespace().map(str::to_owned).collect();
+            return Ok(Publish::Redis { addr, command });
+        }
+        let (addr, host) = resolve(&url, 80)?;
+        let path = url[url::Position::BeforePath..url::Position::AfterQuery].to_owned();
+        Ok(Publish::Http { addr, host, path, headers: headers.to_vec(), body: body.clone() })
+    });
+    by_url.unwrap_or(Publish::Socket { message })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read_words(words: &[&str]) -> Result<Option<Asked>, Vec<SettingError>> {
+        read(words[0], words[1..].iter().map(std::ffi::OsString::from))
+    }
+
+    #[test]
+    fn url_alone_is_enough() {
+        let asked = read_words(&["ws://127.0.0.1:8080/ws/{i}?channel=a"]).unwrap().unwrap();
+        let plan = asked.plan;
+        assert_eq!((plan.connections, plan.processes, plan.phases.len()), (1000, 1, 7));
+        assert_eq!((&*plan.target.path, &*plan.target.host), ("/ws/{i}?channel=a", "127.0.0.1:8080"));
+        assert!(asked.detects_resume && plan.bind == [IpAddr::from([127, 0, 0, 1])]);
+    }
+
+    #[test]
+    fn many_connections_take_processes_and_addresses() {
+        let plan = read_words(&["ws://127.0.0.1/", "--connections", "200000"]).unwrap().unwrap().plan;
+        assert_eq!((plan.processes, plan.bind.len()), (13, 13));
+    }
+
+    #[test]
+    fn every_wrong_argument_is_an_error() {
+        for (words, problem) in [
+            (&["http://127.0.0.1/"][..], "must start with ws://"),
+            (&["wss://127.0.0.1/"], "TLS is not supported"),
+            (&["ws://127.0.0.1/", "--size", "15"], "from 16"),
+            (&["ws://127.0.0.1/", "--connections", "0"], "from 1"),
+            (&["ws://127.0.0.1/", "--connections", "20000", "--processes", "1"], "from 2"),
+            (&["ws://127.0.0.1/", "--phases", "idle 1s"], "start with connect"),
+            (&["ws://127.0.0.1/", "--publish", "amqp://x"], "http:// or redis://"),
+            (&["ws://127.0.0.1/", "--bind", "x"], "not an IP"),
+        ] {
+            let errors = read_words(words).unwrap_err();
+            assert!(errors.iter().any(|error| error.to_string().contains(problem)), "{words:?}: {errors:?}");
+        }
+    }
+
+    #[test]
+    fn help_names_every_flag() {
+        for flag in FLAGS {
+            assert!(HELP.contains(&format!("  {} {}", flag.with_dashes(), flag.value)), "{flag:?}");
+        }
+        assert!(HELP.lines().all(|line| line.len() <= 80));
+    }
+}

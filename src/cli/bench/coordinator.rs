@@ -1,0 +1,360 @@
+//! The process that the user started: starts the workers, gives them the phases one by one, and
+//! collects their reports.
+
+use std::io::{self, BufRead, BufReader, IsTerminal, Write};
+use std::process::{Child, ChildStdin, Command as Program, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use hdrhistogram::Histogram;
+
+use super::client::Tally;
+use super::phase::Phase;
+use super::plan::{Command, Load, PATIENCE, Plan};
+use super::result::{self, PhaseResult, Second, grouped, rate, shown_latency};
+use super::server::Server;
+use super::worker::{Report, histogram, monotonic};
+
+/// Load before clients reconnect in a storm, so that there is something to resume.
+const BEFORE_STORM: Duration = Duration::from_secs(1);
+
+/// What a run showed.
+pub struct Outcome {
+    pub phases: Vec<PhaseResult>,
+    pub seconds: Vec<Second>,
+    /// Names of the phases, and the seconds at which they started.
+    pub starts: Vec<(String, f64)>,
+    /// Of all phases.
+    pub latencies: Histogram<u64>,
+    /// The server's name for itself.
+    pub server: Option<String>,
+}
+
+struct Worker {
+    child: Child,
+    input: ChildStdin,
+    /// Commands sent, apart from the setup.
+    sent: u32,
+    report: Report,
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        let _ = self.child.kill(); // it may have ended
+        let _ = self.child.wait();
+    }
+}
+
+/// The worker processes, and what they have reported.
+pub struct Coordinator<'p> {
+    plan: &'p Plan,
+    server: Server,
+    workers: Vec<Worker>,
+    reports: Receiver<(usize, Option<Report>)>,
+    started: Instant,
+    /// Latencies since the last phase, and since the last second.
+    of_phase: Histogram<u64>,
+    of_second: Histogram<u64>,
+    outcome: Outcome,
+    /// When the last second was recorded, and deliveries until then.
+    last_second: (Instant, u64),
+    progress: Progress,
+}
+
+impl<'p> Coordinator<'p> {
+    /// Starts the workers.
+    ///
+    /// # Errors
+    /// A process that can't be started.
+    pub fn start(plan: &'p Plan, server: Server) -> Result<Coordinator<'p>> {
+        let (sender, reports) = channel();
+        let started = monotonic();
+        let workers: Result<_> =
+            (0..plan.processes).map(|process| start_worker(plan, process, started, sender.clone())).collect();
+        let now = Instant::now();
+        Ok(Coordinator {
+            plan,
+            server,
+            workers: workers?,
+            reports,
+            started: now,
+            of_phase: histogram(),
+            of_second: histogram(),
+            outcome: Outcome {
+                phases: Vec::new(),
+                seconds: Vec::new(),
+                starts: Vec::new(),
+                latencies: histogram(),
+                server: None,
+            },
+            last_second: (now, 0),
+            progress: Progress::new(),
+        })
+    }
+
+    /// Runs all phases.
+    ///
+    /// # Errors
+    /// A worker that ended, or a server that no client reaches.
+    pub fn run(mut self) -> Result<Outcome> {
+        for phase in &self.plan.phases {
+            self.run_phase(*phase)?;
+        }
+        self.progress.clear();
+        self.outcome.server = self.total().server;
+        Ok(self.outcome)
+    }
+
+    fn run_phase(&mut self, phase: Phase) -> Result<()> {
+        let start = Instant::now();
+        let name = phase.to_string();
+        self.outcome.starts.push((name.clone(), (start - self.started).as_secs_f64()));
+        self.progress.phase = name.clone();
+        let tally = self.total();
+        let published = self.workers[0].report.published;
+        let busy = self.busy();
+        let cpu = self.server.usage().cpu;
+        self.of_phase.reset();
+
+        let mut reconnected = None;
+        match phase {
+            Phase::Connect => {
+                self.send_all(&Command::Connect)?;
+                self.wait_until_ready()?;
+            }
+            Phase::Idle(time) => self.watch(time)?,
+            Phase::Rate(rate, time) => {
+                self.publish(Load::Rate(rate))?;
+                self.watch(time)?;
+            }
+            Phase::Saturate(events, time) => {
+                self.publish(Load::InFlight(events))?;
+                self.watch(time)?;
+            }
+            Phase::Storm(share) => {
+                self.publish(Load::Rate(self.plan.rate))?;
+                self.watch(BEFORE_STORM)?;
+                let cut = Instant::now();
+                self.send_all(&Command::Storm(share))?;
+                self.wait_until_ready()?;
+                reconnected = Some(cut.elapsed());
+            }
+            Phase::Stall(share, time) => {
+                self.publish(Load::Rate(self.plan.rate))?;
+                self.send_all(&Command::Stall(share))?;
+                self.watch(time)?;
+                self.send_all(&Command::Stall(0.0))?;
+            }
+            Phase::Churn(rate, time) => {
+                self.publish(Load::Rate(self.plan.rate))?;
+                self.send_all(&Command::Churn(rate))?;
+                self.watch(time)?;
+                self.send_all(&Command::Churn(0.0))?;
+                self.wait_until_ready()?;
+            }
+            Phase::Leave => {
+                self.send_all(&Command::Leave)?;
+                self.wait(|workers| workers.iter().all(|worker| worker.report.ready == 0))?;
+            }
+        }
+        let time = start.elapsed();
+        let deliveries = self.total().deliveries - tally.deliveries;
+        let now_busy = self.busy();
+        let generator = now_busy.iter().zip(&busy).map(|(now, before)| now - before);
+        let generator = generator.max().unwrap_or_default() as f64 / time.as_nanos() as f64;
+        let clients = self.ready();
+        let missing = self.drain()?;
+        let usage = self.server.usage();
+        let published = self.workers[0].report.published - published;
+        self.outcome.phases.push(PhaseResult {
+            name,
+            time,
+            reconnected,
+            clients,
+            published,
+            tally: result::since(&self.total(), &tally),
+            deliveries,
+            missing,
+            latencies: self.of_phase.clone(),
+            server_cpu: Duration::from_nanos(usage.cpu.saturating_sub(cpu)),
+            usage,
+            generator,
+        });
+        if phase == Phase::Connect && self.ready() == 0 {
+            self.progress.clear();
+            let refused = self.total().refused;
+            let reason = refused.keys().next().map_or("no answer", String::as_str);
+            bail!("no client could connect to {}: {reason}", self.plan.target.host);
+        }
+        Ok(())
+    }
+
+    /// Starts publishing. Nothing is under way: events that a client lacks were counted before.
+    fn publish(&mut self, load: Load) -> Result<()> {
+        self.send_all(&Command::ExpectAfter(self.workers[0].report.published))?;
+        self.wait(|workers| workers.iter().all(is_current))?;
+        self.send(0, &Command::Publish(load))
+    }
+
+    /// Ends publishing, and waits until every client has every event. Returns how many deliveries
+    /// are missing when nothing has arrived for [`PATIENCE`].
+    fn drain(&mut self) -> Result<u64> {
+        self.send(0, &Command::Publish(Load::Nothing))?;
+        self.wait(|workers| is_current(&workers[0]))?;
+        let published = self.workers[0].report.published;
+        self.send_all(&Command::Expect(published))?;
+        self.wait(|workers| workers.iter().all(is_current))?;
+        self.wait(|workers| workers.iter().all(|worker| worker.report.missing == 0))?;
+        Ok(self.workers.iter().map(|worker| worker.report.missing).sum())
+    }
+
+    fn wait_until_ready(&mut self) -> Result<()> {
+        self.wait(|workers| workers.iter().all(|worker| is_current(worker) && worker.report.pending == 0))
+    }
+
+    /// Waits until the reports are so, or nothing has changed for [`PATIENCE`].
+    fn wait(&mut self, until: impl Fn(&[Worker]) -> bool) -> Result<()> {
+        let mut changed = Instant::now();
+        let mut before = (0, 0, 0);
+        while !until(&self.workers) {
+            self.receive(Instant::now() + Duration::from_millis(50))?;
+            let tally = self.total();
+            let now = (tally.deliveries, self.ready(), tally.refused.values().sum::<u64>());
+            if now != before {
+                (before, changed) = (now, Instant::now());
+            } else if changed.elapsed() > PATIENCE {
+                return Ok(());
+            }
+        }
+        Ok(())
+    }
+
+    /// Collects reports for this time.
+    fn watch(&mut self, time: Duration) -> Result<()> {
+        let end = Instant::now() + time;
+        while Instant::now() < end {
+            self.receive(end)?;
+        }
+        Ok(())
+    }
+
+    /// Waits for the next report, at most until `end`.
+    fn receive(&mut self, end: Instant) -> Result<()> {
+        match self.reports.recv_timeout(end.saturating_duration_since(Instant::now())) {
+            Ok((_, None)) | Err(RecvTimeoutError::Disconnected) => bail!("a worker process ended"),
+            Err(RecvTimeoutError::Timeout) => {}
+            Ok((process, Some(report))) => {
+                for (latency, count) in &report.latencies {
+                    self.of_phase.saturating_record_n(*latency, *count);
+                    self.of_second.saturating_record_n(*latency, *count);
+                    self.outcome.latencies.saturating_record_n(*latency, *count);
+                }
+                self.workers[process].report = report;
+            }
+        }
+        let (last, deliveries) = self.last_second;
+        let passed = last.elapsed().as_secs_f64();
+        if passed >= 1.0 {
+            let now = self.total().deliveries;
+            let second = Second {
+                at: self.started.elapsed().as_secs_f64(),
+                clients: self.ready(),
+                deliveries: ((now - deliveries) as f64 / passed) as u64,
+                p50: self.of_second.value_at_quantile(0.5),
+                p99: self.of_second.value_at_quantile(0.99),
+            };
+            self.of_second.reset();
+            self.last_second = (Instant::now(), now);
+            self.outcome.seconds.push(second);
+            self.progress.show(second);
+        }
+        Ok(())
+    }
+
+    fn total(&self) -> Tally {
+        result::total(self.workers.iter().map(|worker| &worker.report.tally))
+    }
+
+    fn ready(&self) -> u32 {
+        self.workers.iter().map(|worker| worker.report.ready).sum()
+    }
+
+    /// Nanoseconds for which each worker ran or waited for a core.
+    fn busy(&self) -> Vec<u64> {
+        self.workers.iter().map(|worker| worker.report.cpu + worker.report.waited).collect()
+    }
+
+    fn send(&mut self, process: usize, command: &Command) -> Result<()> {
+        let worker = &mut self.workers[process];
+        worker.sent += 1;
+        write_line(&mut worker.input, command)
+    }
+
+    fn send_all(&mut self, command: &Command) -> Result<()> {
+        (0..self.workers.len()).try_for_each(|process| self.send(process, command))
+    }
+}
+
+/// Whether the last report was written after the last command.
+fn is_current(worker: &Worker) -> bool {
+    worker.report.commands == worker.sent
+}
+
+fn write_line(input: &mut ChildStdin, command: &Command) -> Result<()> {
+    let mut line = serde_json::to_vec(command)?;
+    line.push(b'\n');
+    input.write_all(&line).context("a worker process ended")
+}
+
+fn start_worker(
+    plan: &Plan,
+    process: u32,
+    started: u64,
+    reports: Sender<(usize, Option<Report>)>,
+) -> Result<Worker> {
+    let program = std::env::current_exe().context("can't find this program")?;
+    let mut command = Program::new(program);
+    command.args(["bench", super::WORKER]).stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut child = command.spawn().context("can't start a worker process")?;
+    let mut input = child.stdin.take().expect("it is piped");
+    let output = child.stdout.take().expect("it is piped");
+    write_line(&mut input, &Command::Setup { plan: Box::new(plan.clone()), process, started })?;
+    std::thread::spawn(move || {
+        for line in BufReader::new(output).lines().map_while(Result::ok) {
+            let Ok(report) = serde_json::from_str(&line) else { break };
+            if reports.send((process as usize, Some(report))).is_err() {
+                return;
+            }
+        }
+        let _ = reports.send((process as usize, None));
+    });
+    Ok(Worker { child, input, sent: 0, report: Report::default() })
+}
+
+/// The line on standard error that shows how a run goes, if that is a terminal.
+struct Progress {
+    phase: String,
+    is_terminal: bool,
+}
+
+impl Progress {
+    fn new() -> Progress {
+        Progress { phase: String::new(), is_terminal: io::stderr().is_terminal() }
+    }
+
+    fn show(&self, second: Second) {
+        if self.is_terminal {
+            let clients = grouped(second.clients.into());
+            let (deliveries, p99) = (rate(second.deliveries as f64), shown_latency(second.p99));
+            let line = format!("{}: {clients} clients, {deliveries} deliveries/s, p99 {p99}", self.phase);
+            let _ = write!(io::stderr(), "\r\x1b[K{line}");
+        }
+    }
+
+    fn clear(&self) {
+        if self.is_terminal {
+            let _ = write!(io::stderr(), "\r\x1b[K");
+        }
+    }
+}

@@ -1,0 +1,173 @@
+//! `fanfare bench`: loads a WebSocket server that broadcasts, and judges what it delivers.
+//!
+//! | file | contents |
+//! |---|---|
+//! | `arguments`, `phase`, `plan` | the command line, and the plan that all processes follow |
+//! | `coordinator` | starts the worker processes, runs the phases, collects reports |
+//! | `worker` | a process with a part of the clients |
+//! | `client`, `publisher` | one client and its judgement; publishing by HTTP or Redis |
+//! | `mark`, `wire` | the mark in each event; frames and response heads |
+//! | `server` | CPU and memory of the measured server |
+//! | `result`, `plot` | table, JSON and SVG |
+
+use std::ffi::OsString;
+use std::fs;
+use std::io::{self, Read, Write};
+use std::net::TcpStream;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use self::arguments::{Asked, HELP};
+use self::coordinator::{Coordinator, Outcome};
+use self::plan::Plan;
+use self::server::Server;
+use crate::config;
+
+mod arguments;
+mod client;
+mod coordinator;
+mod mark;
+mod phase;
+mod plan;
+mod plot;
+mod publisher;
+mod result;
+mod server;
+mod wire;
+mod worker;
+
+/// First argument of a worker process.
+const WORKER: &str = "--worker";
+
+/// The query parameter by which fanfare resumes.
+const RESUME: &str = "lastEventId";
+
+/// How long a server may take to send its `welcome` before it counts as one that can't resume.
+const WELCOME: Duration = Duration::from_secs(1);
+
+const WRONG_ARGUMENTS: u8 = 2;
+const VOID: u8 = 3;
+
+/// Runs the bench with `args` (those after `bench`), or a worker process of it.
+pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let mut args = args.into_iter().peekable();
+    if args.next_if(|first| first == WORKER).is_some() {
+        return worker::run();
+    }
+    let Some(url) = args.next_if(|first| !first.to_string_lossy().starts_with('-')) else {
+        let wants_help = args.peek().is_some_and(|first| first == "--help" || first == "-h");
+        return match wants_help {
+            true => print(HELP, ExitCode::SUCCESS),
+            false => complain(
+                "fanfare bench: the URL comes first, as in: fanfare bench ws://127.0.0.1:8080/ws/{i}\n",
+            ),
+        };
+    };
+    match arguments::read(&url.to_string_lossy(), args) {
+        Ok(None) => print(HELP, ExitCode::SUCCESS),
+        Ok(Some(asked)) => measure(asked),
+        Err(errors) => complain(&config::error_report(&errors)),
+    }
+}
+
+fn print(text: &str, code: ExitCode) -> ExitCode {
+    match io::stdout().write_all(text.as_bytes()) {
+        Ok(()) => code,
+        Err(_) => ExitCode::FAILURE,
+    }
+}
+
+fn complain(text: &str) -> ExitCode {
+    let _ = io::stderr().write_all(text.as_bytes());
+    WRONG_ARGUMENTS.into()
+}
+
+fn measure(asked: Asked) -> ExitCode {
+    let Asked { mut plan, detects_resume, pids, json, svg } = asked;
+    if detects_resume && greets(&plan) {
+        plan.resume = Some(RESUME.into());
+    }
+    let server = Server::find(&pids, plan.target.addr);
+    let names = server.names();
+    let outcome = Coordinator::start(&plan, server).and_then(Coordinator::run);
+    let outcome = match outcome {
+        Ok(outcome) => outcome,
+        Err(error) => {
+            let _ = writeln!(io::stderr(), "fanfare bench: {error:#}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let found = describe(&plan, &names, &outcome);
+    if let Some(file) = svg {
+        let drawing = plot::draw(&found, &outcome.seconds, &outcome.starts, &outcome.latencies);
+        if let Err(error) = fs::write(&file, drawing) {
+            let _ = writeln!(io::stderr(), "fanfare bench: can't write {}: {error}", file.display());
+            return ExitCode::FAILURE;
+        }
+    }
+    let problems = result::problems(&outcome.phases);
+    let is_void = outcome.phases.iter().any(result::PhaseResult::is_void);
+    let code = match (problems.is_empty(), is_void) {
+        (false, _) => ExitCode::FAILURE,
+        (true, true) => VOID.into(),
+        (true, false) => ExitCode::SUCCESS,
+    };
+    if json {
+        let mut text = result::to_json(&found, plan.connections, &outcome.phases).to_string();
+        text.push('\n');
+        return print(&text, code);
+    }
+    let mut text = format!("{found}\n\n{}\n", result::table(&outcome.phases));
+    for remark in result::remarks(&outcome.phases) {
+        text += &format!("{remark}\n");
+    }
+    for problem in &problems {
+        text += &format!("FAILED {problem}\n");
+    }
+    if problems.is_empty() {
+        text += "Every client received every event once and in order, or was notified.\n";
+    }
+    print(&text, code)
+}
+
+/// One line on what was measured, and with which load.
+fn describe(plan: &Plan, names: &str, outcome: &Outcome) -> String {
+    let header = outcome.server.as_ref().map(|server| format!(", Server: {server}")).unwrap_or_default();
+    let resume = match &plan.resume {
+        Some(name) => format!("clients resume by {name}"),
+        None => "clients can't resume".into(),
+    };
+    format!(
+        "{names}{header}, {resume}; {} clients in {} process{}, events of {} bytes",
+        result::grouped(plan.connections.into()),
+        plan.processes,
+        if plan.processes == 1 { "" } else { "es" },
+        plan.size
+    )
+}
+
+/// Whether the server sends a `welcome` to a client that can resume, as fanfare does.
+fn greets(plan: &Plan) -> bool {
+    let asking = Plan { resume: Some(RESUME.into()), ..plan.clone() };
+    let Ok(mut stream) = TcpStream::connect_timeout(&plan.target.addr, WELCOME) else { return false };
+    if stream.write_all(asking.request(0, 0).as_bytes()).is_err() {
+        return false;
+    }
+    let deadline = Instant::now() + WELCOME;
+    let mut bytes = Vec::new();
+    let mut buffer = [0; 1024];
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() || stream.set_read_timeout(Some(left)).is_err() {
+            return false;
+        }
+        let Ok(len @ 1..) = stream.read(&mut buffer) else { return false };
+        bytes.extend_from_slice(&buffer[..len]);
+        if let Ok(Some(answer)) = wire::answer(&bytes)
+            && let Ok(Some(head)) = wire::head(&bytes[answer.len..])
+            && let Some(payload) = bytes[answer.len..].get(head.len..head.len + head.payload)
+        {
+            return payload.starts_with(br#"{"type":"welcome""#);
+        }
+    }
+}

@@ -1,0 +1,248 @@
+//! Publishing by HTTP POST or a Redis command. Events by a socket are sent by a client.
+
+use std::collections::VecDeque;
+use std::io::{self, ErrorKind, Read, Write};
+use std::net::SocketAddr;
+
+use mio::net::TcpStream;
+use mio::{Interest, Registry, Token};
+
+use super::client::describe;
+use super::plan::Publish;
+use super::wire::{self, Body};
+
+/// Most responses of a publisher that are kept to be read, in bytes.
+const REPLY_MAX: usize = 64 << 10;
+
+/// A connection to a backend's interface, and the events that wait for it. A single connection, with
+/// one HTTP request at a time, so that events arrive in the order of their numbers.
+pub struct Publisher {
+    way: Publish,
+    addr: SocketAddr,
+    token: Token,
+    connection: Connection,
+    waiting: VecDeque<String>,
+}
+
+struct Connection {
+    stream: TcpStream,
+    out: Vec<u8>,
+    replies: Vec<u8>,
+    /// Requests without a reply.
+    unanswered: u64,
+}
+
+impl Publisher {
+    /// Connects. `None` for events that a client sends.
+    ///
+    /// # Errors
+    /// No connection could be started.
+    pub fn connect(way: &Publish, registry: &Registry, token: Token) -> io::Result<Option<Publisher>> {
+        let addr = match way {
+            Publish::Socket { .. } => return Ok(None),
+            Publish::Http { addr, .. } | Publish::Redis { addr, .. } => *addr,
+        };
+        let connection = Connection::open(addr, registry, token)?;
+        Ok(Some(Publisher { way: way.clone(), addr, token, connection, waiting: VecDeque::new() }))
+    }
+
+    /// Publishes an event as soon as the connection is free.
+    pub fn publish(&mut self, text: String) {
+        self.waiting.push_back(text);
+    }
+
+    /// Events that have no reply yet.
+    pub fn unanswered(&self) -> u64 {
+        self.waiting.len() as u64 + self.connection.unanswered
+    }
+
+    /// Sends what waits. To be called after every [`Publisher::publish`] of a turn. Returns why
+    /// events were not published.
+    pub fn send(&mut self, registry: &Registry) -> Vec<String> {
+        self.fill();
+        match self.connection.flush() {
+            Ok(()) => Vec::new(),
+            Err(error) => self.reopen(&describe(&error), registry),
+        }
+    }
+
+    fn fill(&mut self) {
+        let connection = &mut self.connection;
+        match &self.way {
+            Publish::Socket { .. } => {}
+            Publish::Http { host, path, headers, body, .. } => {
+                if connection.unanswered > 0 {
+                    return;
+                }
+                let Some(text) = self.waiting.pop_front() else { return };
+                let body = body.replace("{event}", &text);
+                let headers: String = headers.iter().map(|line| format!("{line}\r\n")).collect();
+                let length = body.len();
+                let head = format!(
+                    "POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Length: {length}\r\n{headers}\r\n"
+                );
+                connection.out.extend_from_slice(head.as_bytes());
+                connection.out.extend_from_slice(body.as_bytes());
+                connection.unanswered = 1;
+            }
+            Publish::Redis { command, .. } => {
+                for text in self.waiting.drain(..) {
+                    let parts = command.iter().map(|part| part.replace("{event}", &text));
+                    put_command(&mut connection.out, command.len(), parts);
+                    connection.unanswered += 1;
+                }
+            }
+        }
+    }
+
+    /// Goes on after its socket became ready. Returns why events were not published.
+    pub fn advance(&mut self, registry: &Registry) -> Vec<String> {
+        let is_http = matches!(self.way, Publish::Http { .. });
+        match self.connection.read(is_http) {
+            Ok(mut problems) => {
+                problems.extend(self.send(registry));
+                problems
+            }
+            Err(why) => self.reopen(&why, registry),
+        }
+    }
+
+    fn reopen(&mut self, why: &str, registry: &Registry) -> Vec<String> {
+        let unanswered = self.connection.unanswered as usize;
+        match Connection::open(self.addr, registry, self.token) {
+            Ok(connection) => self.connection = connection,
+            Err(_) => self.connection.unanswered = 0, // the next event tries again
+        }
+        vec![why.to_owned(); unanswered]
+    }
+}
+
+impl Connection {
+    fn open(addr: SocketAddr, registry: &Registry, token: Token) -> io::Result<Connection> {
+        let mut stream = TcpStream::connect(addr)?;
+        registry.register(&mut stream, token, Interest::READABLE | Interest::WRITABLE)?;
+        let _ = stream.set_nodelay(true);
+        Ok(Connection { stream, out: Vec::new(), replies: Vec::new(), unanswered: 0 })
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        while !self.out.is_empty() {
+            match self.stream.write(&self.out) {
+                Ok(written) => drop(self.out.drain(..written)),
+                Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::NotConnected) => {
+                    break;
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads all replies. Returns what rejected events got instead of success.
+    fn read(&mut self, is_http: bool) -> Result<Vec<String>, String> {
+        let mut buffer = [0; 16 << 10];
+        let mut ended = false;
+        loop {
+            match self.stream.read(&mut buffer) {
+                Ok(0) => {
+                    ended = true;
+                    break;
+                }
+                Ok(len) => self.replies.extend_from_slice(&buffer[..len]),
+                Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::NotConnected) => {
+                    break;
+                }
+                Err(error) => return Err(describe(&error)),
+            }
+            if self.replies.len() > REPLY_MAX {
+                return Err("a reply that is too long".into());
+            }
+        }
+        let mut problems = Vec::new();
+        let mut start = 0;
+        loop {
+            let rest = &self.replies[start..];
+            let reply = if is_http { http_reply(rest, ended)? } else { redis_reply(rest)? };
+            let Some((len, problem)) = reply else { break };
+            start += len;
+            self.unanswered = self.unanswered.saturating_sub(1);
+            problems.extend(problem);
+        }
+        self.replies.drain(..start);
+        if ended { Err("the server closed the connection".into()) } else { Ok(problems) }
+    }
+}
+
+/// A reply: its length in bytes, and what it says if it is no success.
+type Reply = Option<(usize, Option<String>)>;
+
+fn http_reply(bytes: &[u8], ended: bool) -> Result<Reply, String> {
+    let Some(answer) = wire::answer(bytes)? else { return Ok(None) };
+    let rest = &bytes[answer.len..];
+    let body = match answer.body {
+        Body::Length(length) if rest.len() >= length => length,
+        Body::Chunked => match rest.windows(5).position(|window| window == b"0\r\n\r\n") {
+            Some(at) => at + 5,
+            None => return Ok(None),
+        },
+        Body::Close if ended => rest.len(),
+        Body::Length(_) | Body::Close => return Ok(None),
+    };
+    let text = String::from_utf8_lossy(&rest[..body.min(200)]).trim().to_owned();
+    let problem = (!(200..300).contains(&answer.status)).then(|| format!("HTTP {}: {text}", answer.status));
+    Ok(Some((answer.len + body, problem)))
+}
+
+/// Reads one reply of the Redis protocol (RESP2): no commands with nested replies are expected.
+fn redis_reply(bytes: &[u8]) -> Result<Reply, String> {
+    let Some(end) = bytes.windows(2).position(|window| window == b"\r\n") else { return Ok(None) };
+    let line = String::from_utf8_lossy(&bytes[1..end]).into_owned();
+    let reply = match bytes[0] {
+        b'+' | b':' => (end + 2, None),
+        b'-' => (end + 2, Some(line)),
+        b'$' => match line.parse::<i64>() {
+            Ok(length @ 0..) => (end + 2 + length as usize + 2, None),
+            _ => (end + 2, None),
+        },
+        _ => return Err(format!("a reply of Redis that is no single value: {line}")),
+    };
+    Ok(Some(reply).filter(|(len, _)| *len <= bytes.len()))
+}
+
+/// Appends a command in the Redis protocol.
+fn put_command(out: &mut Vec<u8>, count: usize, parts: impl Iterator<Item = String>) {
+    out.extend_from_slice(format!("*{count}\r\n").as_bytes());
+    for part in parts {
+        out.extend_from_slice(format!("${}\r\n{part}\r\n", part.len()).as_bytes());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_replies_of_redis() {
+        assert_eq!(redis_reply(b":12\r\n:").unwrap(), Some((5, None)));
+        assert_eq!(redis_reply(b"$3\r\nabc\r\n").unwrap(), Some((9, None)));
+        assert_eq!(redis_reply(b"$3\r\nab").unwrap(), None);
+        assert_eq!(redis_reply(b"-ERR no\r\n").unwrap(), Some((9, Some("ERR no".into()))));
+        assert_eq!(redis_reply(b":1").unwrap(), None);
+        assert!(redis_reply(b"*1\r\n:1\r\n").is_err());
+        let mut out = Vec::new();
+        put_command(&mut out, 2, ["PUBLISH", "ä"].map(str::to_owned).into_iter());
+        assert_eq!(out, "*2\r\n$7\r\nPUBLISH\r\n$2\r\nä\r\n".as_bytes());
+    }
+
+    #[test]
+    fn reads_replies_of_http() {
+        let reply = |text: &str, ended| http_reply(text.as_bytes(), ended).unwrap();
+        assert_eq!(reply("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nokHTTP", false), Some((40, None)));
+        assert_eq!(reply("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\no", false), None);
+        let chunked = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n";
+        assert_eq!(reply(chunked, false), Some((chunked.len(), None)));
+        let refused = "HTTP/1.1 401 No\r\n\r\nkey\n";
+        assert_eq!(reply(refused, false), None);
+        assert_eq!(reply(refused, true), Some((refused.len(), Some("HTTP 401: key".into()))));
+    }
+}

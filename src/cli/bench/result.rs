@@ -1,0 +1,317 @@
+//! The results of a run, as a table and as JSON.
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::time::Duration;
+
+use hdrhistogram::Histogram;
+use serde_json::{Value, json};
+
+use super::client::Tally;
+use super::server::Usage;
+
+/// From this share of its time on that a generator process was busy or waited for a core, its
+/// figures are void: the generator may have been what limited them.
+pub const SATURATED: f64 = 0.9;
+
+/// One second of a run.
+#[derive(Clone, Copy, Debug)]
+pub struct Second {
+    /// Seconds since the run started.
+    pub at: f64,
+    pub clients: u32,
+    /// Deliveries in this second.
+    pub deliveries: u64,
+    /// Latencies in microseconds; 0 without deliveries.
+    pub p50: u64,
+    pub p99: u64,
+}
+
+/// What a phase showed.
+#[derive(Clone, Debug)]
+pub struct PhaseResult {
+    pub name: String,
+    /// The part with load, without waiting for the last events.
+    pub time: Duration,
+    /// How long it took until all clients were ready again.
+    pub reconnected: Option<Duration>,
+    /// Clients at its end.
+    pub clients: u32,
+    pub published: u32,
+    /// Counts of this phase.
+    pub tally: Tally,
+    /// Deliveries in `time`.
+    pub deliveries: u64,
+    /// Events that had not arrived when nothing had for ten seconds.
+    pub missing: u64,
+    /// In microseconds.
+    pub latencies: Histogram<u64>,
+    /// CPU time of the server in this phase.
+    pub server_cpu: Duration,
+    /// Memory of the server at its end.
+    pub usage: Usage,
+    /// The busiest generator process: share of the time that it ran or waited for a core.
+    pub generator: f64,
+}
+
+impl PhaseResult {
+    pub fn is_void(&self) -> bool {
+        self.generator >= SATURATED
+    }
+
+    fn per_delivery(&self) -> Option<f64> {
+        let is_known = self.server_cpu > Duration::ZERO && self.tally.deliveries > 0;
+        is_known.then(|| self.server_cpu.as_secs_f64() * 1e6 / self.tally.deliveries as f64)
+    }
+
+    fn percentile(&self, share: f64) -> Option<u64> {
+        (!self.latencies.is_empty()).then(|| self.latencies.value_at_quantile(share))
+    }
+}
+
+/// What was wrong in a run, a line each; empty if nothing was.
+pub fn problems(phases: &[PhaseResult]) -> Vec<String> {
+    let mut found = Vec::new();
+    for phase in phases {
+        let mut add = |count: u64, what: &str| {
+            if count > 0 {
+                found.push(format!("{}: {} {what}", phase.name, grouped(count)));
+            }
+        };
+        for (reason, count) in &phase.tally.rejected {
+            add(*count, &format!("events not published, and counted as lost or missing: {reason}"));
+        }
+        add(phase.tally.lost, "events lost without a notice");
+        add(phase.missing, "deliveries missing 10 s after the last one");
+        add(phase.tally.repeated, "events doubled or out of order");
+        for (reason, count) in &phase.tally.refused {
+            add(*count, &format!("clients refused: {reason}"));
+        }
+        for (reason, count) in &phase.tally.closed {
+            add(*count, &format!("connections closed by the server: {reason}"));
+        }
+    }
+    found
+}
+
+/// The phases as a table.
+pub fn table(phases: &[PhaseResult]) -> String {
+    const HEAD: [&str; 12] = [
+        "phase",
+        "s",
+        "clients",
+        "events",
+        "deliveries/s",
+        "p50",
+        "p99",
+        "p99.9",
+        "server CPU",
+        "µs/delivery",
+        "memory",
+        "generator",
+    ];
+    let mut rows = vec![HEAD.map(str::to_owned)];
+    for phase in phases {
+        let seconds = phase.time.as_secs_f64().max(1e-3);
+        let latency = |share| phase.percentile(share).map_or("".into(), shown_latency);
+        let cpu = phase.server_cpu.as_secs_f64();
+        rows.push([
+            phase.name.clone(),
+            format!("{seconds:.1}"),
+            grouped(phase.clients.into()),
+            if phase.published > 0 { grouped(phase.published.into()) } else { String::new() },
+            if phase.deliveries > 0 { rate(phase.deliveries as f64 / seconds) } else { String::new() },
+            latency(0.5),
+            latency(0.99),
+            latency(0.999),
+            if cpu > 0.0 { format!("{cpu:.2} s") } else { String::new() },
+            phase.per_delivery().map_or(String::new(), |micros| format!("{micros:.2}")),
+            if phase.usage.anonymous > 0 { mebibytes(phase.usage.anonymous) } else { String::new() },
+            format!("{:.0} %{}", phase.generator * 100.0, if phase.is_void() { " VOID" } else { "" }),
+        ]);
+    }
+    let widths: Vec<usize> = (0..HEAD.len())
+        .map(|column| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0))
+        .collect();
+    let mut text = String::new();
+    for row in rows {
+        for (column, (cell, width)) in row.iter().zip(&widths).enumerate() {
+            let _ = match column {
+                0 => write!(text, "{cell:width$}"),
+                _ => write!(text, "  {cell:>width$}"),
+            };
+        }
+        text.truncate(text.trim_end().len());
+        text.push('\n');
+    }
+    text
+}
+
+/// Sentences for what the table can't hold.
+pub fn remarks(phases: &[PhaseResult]) -> Vec<String> {
+    let mut remarks = Vec::new();
+    for phase in phases {
+        if let Some(time) = phase.reconnected {
+            let Tally { resumed, notices, .. } = phase.tally;
+            remarks.push(format!(
+                "{}: all clients back after {:.2} s, {} resumed, {} were notified of missing events",
+                phase.name,
+                time.as_secs_f64(),
+                grouped(resumed),
+                grouped(notices)
+            ));
+        }
+        if phase.is_void() {
+            remarks.push(format!(
+                "{}: VOID, since a process of this program had too little CPU ({:.0} % of its time busy or waiting): \
+                 the server may do better. Use more --processes, more cores, or fewer connections",
+                phase.name,
+                phase.generator * 100.0
+            ));
+        }
+    }
+    remarks
+}
+
+/// The results as one JSON object; times in seconds, memory in bytes, latencies in microseconds.
+pub fn to_json(server: &str, clients: u32, phases: &[PhaseResult]) -> Value {
+    let phase = |phase: &PhaseResult| {
+        let micros = |share| phase.percentile(share);
+        json!({
+            "phase": phase.name,
+            "seconds": phase.time.as_secs_f64(),
+            "reconnected_seconds": phase.reconnected.map(|time| time.as_secs_f64()),
+            "clients": phase.clients,
+            "published": phase.published,
+            "deliveries": phase.tally.deliveries,
+            "deliveries_per_second": phase.deliveries as f64 / phase.time.as_secs_f64().max(1e-3),
+            "latency_us": {"p50": micros(0.5), "p90": micros(0.9), "p99": micros(0.99), "p999": micros(0.999),
+                "max": micros(1.0)},
+            "lost": phase.tally.lost + phase.missing,
+            "repeated": phase.tally.repeated,
+            "notices": phase.tally.notices,
+            "resumed": phase.tally.resumed,
+            "not_published": phase.tally.rejected,
+            "refused": phase.tally.refused,
+            "closed": phase.tally.closed,
+            "server_cpu_seconds": phase.server_cpu.as_secs_f64(),
+            "server_cpu_us_per_delivery": phase.per_delivery(),
+            "server_resident_bytes": phase.usage.resident,
+            "server_anonymous_bytes": phase.usage.anonymous,
+            "kernel_socket_bytes": phase.usage.sockets,
+            "generator_busy": phase.generator,
+            "void": phase.is_void(),
+        })
+    };
+    let problems = problems(phases);
+    json!({
+        "server": server,
+        "connections": clients,
+        "phases": phases.iter().map(phase).collect::<Vec<_>>(),
+        "problems": problems,
+    })
+}
+
+/// The counts of `now` that were not in `before`.
+pub fn since(now: &Tally, before: &Tally) -> Tally {
+    let new = |now: &BTreeMap<String, u64>, before: &BTreeMap<String, u64>| {
+        let counts =
+            now.iter().map(|(key, count)| (key.clone(), count - before.get(key).copied().unwrap_or(0)));
+        counts.filter(|(_, count)| *count > 0).collect()
+    };
+    Tally {
+        deliveries: now.deliveries - before.deliveries,
+        bytes: now.bytes - before.bytes,
+        lost: now.lost - before.lost,
+        repeated: now.repeated - before.repeated,
+        notices: now.notices - before.notices,
+        resumed: now.resumed - before.resumed,
+        rejected: new(&now.rejected, &before.rejected),
+        refused: new(&now.refused, &before.refused),
+        closed: new(&now.closed, &before.closed),
+        server: now.server.clone(),
+    }
+}
+
+/// The counts of several processes together.
+pub fn total<'t>(tallies: impl Iterator<Item = &'t Tally>) -> Tally {
+    let mut sum = Tally::default();
+    for tally in tallies {
+        sum.deliveries += tally.deliveries;
+        sum.bytes += tally.bytes;
+        sum.lost += tally.lost;
+        sum.repeated += tally.repeated;
+        sum.notices += tally.notices;
+        sum.resumed += tally.resumed;
+        add_all(&mut sum.rejected, &tally.rejected);
+        add_all(&mut sum.refused, &tally.refused);
+        add_all(&mut sum.closed, &tally.closed);
+        sum.server = sum.server.or(tally.server.clone());
+    }
+    sum
+}
+
+fn add_all(sum: &mut BTreeMap<String, u64>, counts: &BTreeMap<String, u64>) {
+    for (reason, count) in counts {
+        *sum.entry(reason.clone()).or_default() += count;
+    }
+}
+
+/// A latency with its unit.
+pub fn shown_latency(micros: u64) -> String {
+    match micros {
+        0..1000 => format!("{micros} µs"),
+        1000..10_000 => format!("{:.1} ms", micros as f64 / 1e3),
+        10_000..1_000_000 => format!("{} ms", micros / 1000),
+        _ => format!("{:.1} s", micros as f64 / 1e6),
+    }
+}
+
+/// A rate with at most four digits before its unit.
+pub fn rate(per_second: f64) -> String {
+    match per_second {
+        rate if rate >= 1e6 => format!("{:.2} M", rate / 1e6),
+        rate if rate >= 1e4 => format!("{:.1} k", rate / 1e3),
+        rate => format!("{rate:.0}"),
+    }
+}
+
+fn mebibytes(bytes: u64) -> String {
+    format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20))
+}
+
+/// A count with a comma after every three digits.
+pub fn grouped(count: u64) -> String {
+    let digits = count.to_string();
+    let mut text = String::new();
+    for (at, digit) in digits.chars().enumerate() {
+        if at > 0 && (digits.len() - at).is_multiple_of(3) {
+            text.push(',');
+        }
+        text.push(digit);
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counts_of_processes_are_added() {
+        let one = Tally { deliveries: 2, closed: [("4008".into(), 1)].into(), ..Tally::default() };
+        let two = Tally { deliveries: 3, closed: [("4008".into(), 2)].into(), ..Tally::default() };
+        let sum = total([&one, &two].into_iter());
+        assert_eq!((sum.deliveries, sum.closed["4008"]), (5, 3));
+        let new = since(&sum, &one);
+        assert_eq!((new.deliveries, new.closed["4008"]), (3, 2));
+        assert!(since(&sum, &sum).closed.is_empty());
+    }
+
+    #[test]
+    fn shows_figures_with_units() {
+        assert_eq!([7, 1234, 12_345, 2_000_000].map(shown_latency), ["7 µs", "1.2 ms", "12 ms", "2.0 s"]);
+        assert_eq!([3.0, 12_345.0, 2.5e6].map(rate), ["3", "12.3 k", "2.50 M"]);
+        assert_eq!([0, 999, 1000, 1_234_567].map(grouped), ["0", "999", "1,000", "1,234,567"]);
+    }
+}
