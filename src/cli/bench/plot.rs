@@ -46,14 +46,15 @@ pub fn draw(title: &str, seconds: &[Second], phases: &[(String, f64)], latencies
     let micros = |value: f64| shown_latency(value as u64);
     plot(&mut svg, 0, "Latency by second of the run", &latency, end, micros, |at| format!("{at:.0} s"));
     plot(&mut svg, 1, "Deliveries by second of the run", &deliveries, end, rate, |at| format!("{at:.0} s"));
-    for (name, at) in phases {
+    for (number, (name, at)) in phases.iter().enumerate() {
         let x = LEFT + at / end * WIDTH;
         let bottom = TOP + 2.0 * HEIGHT + GAP;
         let _ = writeln!(
             svg,
             "<path d=\"M{x:.1} {TOP}V{bottom}\" stroke=\"#bbb\" stroke-dasharray=\"3 3\"/>\
-             <text x=\"{x:.1}\" y=\"{:.1}\" fill=\"#555\" font-size=\"10\">{}</text>",
-            TOP + HEIGHT + 40.0,
+             <text x=\"{:.1}\" y=\"{:.1}\" fill=\"#555\" font-size=\"10\">{}</text>",
+            x.min(LEFT + WIDTH),
+            TOP + HEIGHT + 32.0 + 10.0 * (number % 3) as f64,
             escaped(name)
         );
     }

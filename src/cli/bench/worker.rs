@@ -152,7 +152,8 @@ impl<'p> Worker<'p> {
             seen: Seen::Unknown,
             last_id: 0,
         }));
-        joining.reverse();
+        // Taken from the end: without the observer there are no events.
+
         let shared = Shared {
             plan,
             tally: Tally::default(),
