@@ -17,14 +17,14 @@ async fn bench(args: &[&str]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_fanfare"));
     command.arg("bench").args(args);
     let ended = tokio::task::spawn_blocking(move || command.output());
-    within("the bench to end", ended).await.unwrap().expect("the binary can be run")
+    within("the bench to end", ended).await.expect("a thread").expect("the binary can be run")
 }
 
 /// The JSON of a run, which has ended with success unless it was void.
 async fn measure(args: &[&str]) -> Value {
     let output = bench(&[args, &["--json"]].concat()).await;
     let results: Value = serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{output:?}"));
-    let is_void = results["phases"].as_array().unwrap().iter().any(|phase| phase["void"] == true);
+    let is_void = results["phases"].as_array().expect("phases").iter().any(|phase| phase["void"] == true);
     // Beside other tests the generator may get too little CPU for its figures, not for its judgement.
     assert_eq!(output.status.code(), Some(if is_void { 3 } else { 0 }), "{output:?}");
     assert_eq!(results["problems"].as_array().map(Vec::len), Some(0), "{results:#}");
@@ -115,8 +115,8 @@ enum Fault {
 /// A server that sends each message to all clients. The client that publishes gets every event,
 /// the other one does not: the fault is at the fifth event.
 async fn faulty_server(fault: Fault) -> SocketAddr {
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let addr = listener.local_addr().unwrap();
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let addr = listener.local_addr().expect("it is bound");
     let (everyone, _) = broadcast::channel::<(usize, String)>(1000);
     tokio::spawn(async move {
         let mut number = 0;
@@ -149,7 +149,7 @@ async fn serve(
     tokio::spawn(async move {
         let mut kept = None;
         while let Ok((from, text)) = events.recv().await {
-            let event: usize = usize::from_str_radix(&text[1..7], 36).unwrap();
+            let event: usize = usize::from_str_radix(&text[1..7], 36).expect("a mark");
             let times = match (from == number, fault, event) {
                 (true, ..) => 1,
                 (_, Fault::Drop, 5) => 0,

@@ -5,7 +5,8 @@
 //! | `arguments`, `phase`, `plan` | the command line, and the plan that all processes follow |
 //! | `coordinator` | starts the worker processes, runs the phases, collects reports |
 //! | `worker` | a process with a part of the clients |
-//! | `client`, `publisher` | one client and its judgement; publishing by HTTP or Redis |
+//! | `clients`, `client` | the clients of a process; one client and its judgement |
+//! | `publisher` | publishing by HTTP or Redis |
 //! | `mark`, `wire` | the mark in each event; frames and response heads |
 //! | `server` | CPU and memory of the measured server |
 //! | `result`, `plot` | table, JSON and SVG |
@@ -25,6 +26,7 @@ use crate::config;
 
 mod arguments;
 mod client;
+mod clients;
 mod coordinator;
 mod mark;
 mod phase;

@@ -27,11 +27,11 @@ pub fn draw(title: &str, seconds: &[Second], phases: &[(String, f64)], latencies
     let mut svg = String::new();
     let height = TOP + 3.0 * (HEIGHT + GAP);
     let width = LEFT + WIDTH + 40.0;
-    let _ = write!(
+    let _ = writeln!(
         svg,
         "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {width} {height}\" font-family=\"sans-serif\" \
          font-size=\"12\"><rect width=\"100%\" height=\"100%\" fill=\"#fff\"/><text x=\"{LEFT}\" y=\"22\" \
-         font-size=\"15\">{}</text>\n",
+         font-size=\"15\">{}</text>",
         escaped(title)
     );
     let end = seconds.last().map_or(1.0, |second| second.at).max(1.0);
