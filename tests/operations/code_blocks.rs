@@ -50,8 +50,8 @@ const NOT_RUN: &[(&str, &str)] = &[
     ("UPDATE_DOCS=1 cargo test --lib docs_have_every_setting", "that test fails where it is needed"),
     ("cargo bench", ".ci/run builds the benchmarks"),
     ("cargo +nightly fuzz", "units::fuzz_corpus runs the corpus"),
-    ("cargo install", "it needs a registry"),
-    ("docker ", "it needs a daemon; systemd_units checks the files of the image"),
+    ("cargo install", "tests/packages.sh installs fanfare; cargo-fuzz is for people"),
+    ("docker ", "tests/packages.sh builds and starts the image where Docker runs"),
 ];
 
 /// What runs before the first block of a page.
