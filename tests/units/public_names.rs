@@ -178,8 +178,8 @@ const NO_CLOSE_FRAME: [CloseReason; 11] = [
     CloseReason::SlowReader,
 ];
 
-const JS_OPTIONS: [&str; 7] =
-    ["channel", "lastEventId", "token", "pingInterval", "pongTimeout", "gapDelay", "WebSocket"];
+const JS_OPTIONS: [&str; 8] =
+    ["channel", "lastEventId", "history", "token", "pingInterval", "pongTimeout", "gapDelay", "WebSocket"];
 
 fn metrics() -> String {
     Metrics::new(1, Arc::default(), Arc::new(Readiness::default())).prometheus()

@@ -25,9 +25,14 @@ export interface FanfareOptions {
   channel?: string;
   /**
    * Resumes after this id, for example a stored `fanfare.lastEventId`. Without it (or if it is empty) the
-   * first event is the next one published.
+   * first event is the next one published, unless `history` is given.
    */
   lastEventId?: number | string | null;
+  /**
+   * Without `lastEventId` the last events of the channel come first, as messages with `recovered`: up to this
+   * many (1 to 100), fewer if some of them are for other users.
+   */
+  history?: number;
   /**
    * A JWT, if the server requires one. A function is called before each attempt. While it fails, attempts
    * continue with growing delays, each with an `error`. After three rejected tokens in a row they end.

@@ -56,13 +56,14 @@ export class Fanfare {
   #listening = new AbortController();
   #warnings = new Set();
 
-  constructor(url, { channel, lastEventId, WebSocket = globalThis.WebSocket, ...options } = {}) {
+  constructor(url, { channel, history, lastEventId, WebSocket = globalThis.WebSocket, ...options } = {}) {
     if (typeof WebSocket !== "function") throw new TypeError(
       "no global WebSocket: set the option WebSocket, for example to that of the package ws, or use Node 22");
     this.#WebSocket = WebSocket;
     this.#url = new URL(url, globalThis.location?.href);
     this.#url.protocol = this.#url.protocol.replace("http", "ws");
     if (channel) this.#url.searchParams.set("channel", channel);
+    if (history) this.#url.searchParams.set("history", history); // without an effect where lastEventId has a value
     if ((lastEventId ?? "") !== "") this.#last = Number(lastEventId);
     this.#options = { pingInterval: 30_000, pongTimeout: 10_000, gapDelay: 3_000, ...options };
     // Events at which connections are often dead, or possible again.

@@ -14,6 +14,12 @@ return run({
     relative.close();
     equal([b.last().url.host, b.last().url.pathname, b.last().url.search],
       [location.host, "/ws/a", "?x=1&lastEventId="]);
+    const newcomer = client({ history: 20 });
+    await newcomer.live(7);
+    equal(newcomer.last().url.search, "?history=20&lastEventId=");
+    newcomer.last().ends(1006);
+    await pass(500);
+    equal(newcomer.last().url.search, "?history=20&lastEventId=7");
     equal(client({ lastEventId: 0 }).fanfare.lastEventId, 0);
   },
 

@@ -5,6 +5,7 @@ import { Fanfare, type FanfareError, type FanfareEvent } from "./fanfare.mjs";
 
 const client = new Fanfare("ws://127.0.0.1:8080/ws/alice", {
   channel: "news",
+  history: 10,
   lastEventId: localStorage.getItem("last"),
   token: async () => "a token",
   gapDelay: 1_000,
