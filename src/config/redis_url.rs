@@ -22,13 +22,23 @@ impl RedisUrl {
             Some(path) => format!("redis+unix://{}", path.strip_prefix("//").unwrap_or(path)),
             None => text.to_owned(),
         };
-        let url = Url::parse(&text)
-            .map_err(|error| format!("is not a URL such as redis://127.0.0.1:6379: {error}"))?;
+        let Some((scheme, rest)) = text.split_once("://") else {
+            return Err(
+                "must start with redis://, or rediss:// for TLS, such as redis://127.0.0.1:6379".into()
+            );
+        };
+        if has_misplaced_delimiter(scheme, rest) {
+            return Err(format!("has a / ? or # where none belongs: {ESCAPES}"));
+        }
+        let url = Url::parse(&text).map_err(|error| {
+            let hint = if rest.contains('@') { format!("; {ESCAPES}") } else { String::new() };
+            format!("is not a URL such as redis://127.0.0.1:6379: {error}{hint}")
+        })?;
         let database = url.path().trim_start_matches('/');
         match url.scheme() {
             "redis" | "rediss" => {
-                if let Some(name) = parameters(&url).next().map(|(name, _)| name) {
-                    return Err(format!("a {}:// URL has no parameter {name}", url.scheme()));
+                if url.query().is_some() {
+                    return Err(format!("a {}:// URL has no parameters after ?", url.scheme()));
                 }
             }
             "redis-sentinel" | "rediss-sentinel" => check_sentinel(&url)?,
@@ -48,6 +58,37 @@ impl RedisUrl {
         }
         Ok(RedisUrl(text))
     }
+
+    /// What a node connects to first, without user and password.
+    pub fn target(&self) -> String {
+        let url = Url::parse(&self.0).expect("it was parsed when the settings were read");
+        let at = |port| format!("{}:{}", url.host_str().unwrap_or_default(), url.port().unwrap_or(port));
+        if url.scheme().ends_with("+unix") {
+            return format!("Redis at {}", url.path());
+        }
+        if !url.scheme().ends_with("-sentinel") {
+            return format!("Redis at {}", at(6379));
+        }
+        let others = parameters(&url).filter(|(name, _)| *name == "node").map(|(_, addr)| addr.to_owned());
+        let all: Vec<String> = std::iter::once(at(26379)).chain(others).collect();
+        format!("the Sentinels at {}", all.join(", "))
+    }
+}
+
+/// How to write a password in a URL.
+const ESCAPES: &str = "in a password write / as %2F, ? as %3F, # as %23 and % as %25";
+
+/// Whether the URL has a delimiter that can only be part of a password. What follows it would be
+/// read as something else, or ignored.
+fn has_misplaced_delimiter(scheme: &str, rest: &str) -> bool {
+    let (before_fragment, has_fragment) = match rest.split_once('#') {
+        Some((before, _)) => (before, true),
+        None => (rest, false),
+    };
+    let (before_query, query) = before_fragment.split_once('?').unwrap_or((before_fragment, ""));
+    let path = before_query.split_once('/').map_or("", |(_, path)| path);
+    let in_query = query.contains('@') && !scheme.ends_with("-sentinel");
+    has_fragment || in_query || (path.contains('@') && !scheme.ends_with("+unix"))
 }
 
 /// The parameters of the query as written.
@@ -64,7 +105,8 @@ fn check_sentinel(url: &Url) -> Result<(), String> {
     }
     for (name, value) in parameters(url) {
         if !SENTINEL_PARAMETERS.contains(&name) {
-            return Err(format!("a Sentinel URL has no parameter {name}"));
+            let known = SENTINEL_PARAMETERS.join(", ");
+            return Err(format!("has an unknown parameter: use {known}; in a password write & as %26"));
         }
         let is_address = value
             .split_once(':')
@@ -129,30 +171,73 @@ mod tests {
     }
 
     #[test]
+    fn target_has_address_but_no_password() {
+        for (text, target) in [
+            ("redis://127.0.0.1", "Redis at 127.0.0.1:6379"),
+            ("rediss://ann:secret@[::1]:7000/3", "Redis at [::1]:7000"),
+            ("unix:/run/redis.sock", "Redis at /run/redis.sock"),
+            ("redis-sentinel://a/1?sentinelServiceName=m&node=b:7000", "the Sentinels at a:26379, b:7000"),
+        ] {
+            assert_eq!(RedisUrl::parse(text).unwrap().target(), target);
+        }
+    }
+
+    #[test]
     fn rejects_wrong_urls_without_quoting_them() {
+        const MISPLACED: &str = "where none belongs: in a password write / as %2F, ? as %3F, # as %23";
         for (text, part) in [
+            ("", "must start with redis://"),
             ("127.0.0.1:6379", "such as redis://127.0.0.1:6379"),
-            ("localhost:6379", "use redis"),
+            ("localhost:6379", "must start with redis://"),
+            ("secret:secret@host:6379", "must start with redis://"),
+            ("redis:secret@a", "must start with redis://"),
             ("http://:secret@a", "use redis"),
+            ("http://127.0.0.1", "rediss-sentinel or unix:PATH"),
             ("redis-cluster://:secret@a:1", "not supported yet"),
             ("redis://:secret@", "is not a URL"),
             ("redis:///3", "no host"),
             ("redis://:secret@a:99999", "is not a URL"),
             ("redis://:secret@a/x", "database number"),
             ("redis://:secret@a/1/2", "database number"),
-            ("redis://:secret@a?db=1", "no parameter db"),
+            ("redis://:secret@a?secret=1", "has no parameters after ?"),
+            ("redis://:secr/et@a:6379", MISPLACED),
+            ("redis://:12/secret@a:6379", MISPLACED),
+            ("redis://u:12/secret@a:6379", MISPLACED),
+            ("redis://u:@1/secret@a:6379", MISPLACED),
+            ("redis://:secr?et@a:6379", MISPLACED),
+            ("redis://:secr#et@a:6379", MISPLACED),
+            ("redis://:@a:6379#secret", MISPLACED),
+            ("redis-sentinel://:a/secret@a?sentinelServiceName=m", MISPLACED),
+            ("redis-sentinel://:a?secret@a?sentinelServiceName=m", "is not a URL"),
+            ("redis-sentinel://:a?secret@a?sentinelServiceName=m", "in a password write / as %2F"),
+            ("redis-sentinel://a?sentinelServiceName=m&sentinelPassword=a#secret", MISPLACED),
+            ("redis-sentinel://a?sentinelServiceName=m&sentinelPassword=a&secret", "write & as %26"),
             ("redis-sentinel://:secret@a", "sentinelServiceName"),
             ("redis-sentinel://:secret@a?sentinelServiceName=", "sentinelServiceName"),
             ("redis-sentinel://a?sentinelServiceName=m&node=b", "HOST:PORT"),
-            ("redis-sentinel://a?sentinelServiceName=m&password=secret", "no parameter password"),
+            (
+                "redis-sentinel://a?sentinelServiceName=m&password=secret",
+                "has an unknown parameter: use node",
+            ),
             ("unix:", "no path"),
-            ("", "is not a URL"),
-            ("http://127.0.0.1", "rediss-sentinel or unix:PATH"),
         ] {
             let problem = RedisUrl::parse(text).expect_err(text);
             assert!(problem.contains(part), "{text}: {problem}");
-            assert!(!problem.contains("secret"), "{problem}");
+            assert!(!problem.contains("secret") && !problem.contains("secr"), "{problem}");
         }
         assert_eq!(RedisUrl("no url".into()).to_string(), "***");
+    }
+
+    #[test]
+    fn passwords_may_have_escapes_and_at_signs() {
+        for (text, password) in [
+            ("redis://:a%2Fb%23c%3Fd%40e%25@127.0.0.1", "a/b#c?d@e%"),
+            ("redis://:a@b@127.0.0.1:6379/1", "a@b"),
+            ("rediss-sentinel://:a@a?sentinelServiceName=m&sentinelPassword=b@c", "a"),
+        ] {
+            let url = RedisUrl::parse(text).unwrap_or_else(|problem| panic!("{text}: {problem}"));
+            let config = fred::types::config::Config::from_url(&url.0).unwrap();
+            assert_eq!(config.password.as_deref(), Some(password), "{text}");
+        }
     }
 }
