@@ -60,6 +60,10 @@ fn run(args: Vec<OsString>) -> ExitCode {
         Ok(keys) => Arc::new(keys),
         Err(errors) => return reject(config::error_report(&errors)),
     };
+    let unmet = node::unmet_requirements(&settings);
+    if !unmet.is_empty() {
+        return reject(config::error_report(&unmet));
+    }
     if check {
         return print(&format!("{settings}{}", settings.budget()));
     }

@@ -240,6 +240,14 @@ pub struct BusContext {
 #[error("{0}")]
 pub struct Unusable(pub String);
 
+/// Why the bus is not ready before its first answer.
+pub fn starting(settings: &Settings) -> String {
+    match &settings.redis {
+        None => "starting".into(),
+        Some(url) => format!("connecting to {}", url.target()),
+    }
+}
+
 /// Runs the bus of these settings until all senders of requests are dropped.
 pub async fn run(settings: &Settings, context: BusContext) -> Result<(), Unusable> {
     match &settings.redis {

@@ -4,7 +4,7 @@
 use std::fs;
 use std::num::NonZeroU32;
 
-use super::{AdminAddr, Settings};
+use super::{AdminAddr, SettingError, Settings};
 
 /// Descriptors of a node without shards and connections. 23 are always open: standard streams,
 /// signals, three runtimes, accept loop, admin listener. The others are for two connections to
@@ -27,6 +27,10 @@ const REJECTION_PART: u32 = 8;
 const REJECTION_MIN: u32 = 8;
 const REJECTION_MAX: u32 = 256;
 
+/// Fewer connections than this are worth a warning if only the limit on open files is the reason.
+/// Most systems allow a service 500,000 descriptors.
+const FEW_CONNECTIONS: u32 = 10_000;
+
 impl Settings {
     /// Most connections of this node: `--max-connections`, or as many as fit into open files and
     /// memory. Never more than fit into open files, or clients could take the descriptors that a
@@ -42,6 +46,28 @@ impl Settings {
         self.open_files.map_or(u32::MAX, |limit| connections_in(limit.saturating_sub(self.reserved_files())))
     }
 
+    /// What is wrong with the limit on open files, if the node can't start with it. It could start
+    /// with a few less, and would then fail without warning.
+    pub fn open_files_problem(&self) -> Option<SettingError> {
+        let limit = self.open_files?;
+        let others = self.reserved_files() - self.admin_connections() + 1 + REJECTION_MIN;
+        let needed = (others..).find(|files| *files >= others + self.admin_connections_in(*files))?;
+        (limit < needed).then(|| SettingError {
+            setting: "limit on open files".into(),
+            problem: format!(
+                "is {limit}, and a node with --shards {} needs at least {needed}: raise it \
+                 (LimitNOFILE= in a unit, ulimit -n in a shell)",
+                self.shards
+            ),
+        })
+    }
+
+    /// Whether the limit on open files, and not memory or a setting, allows only few connections.
+    pub fn has_few_open_files(&self) -> bool {
+        let by_files = self.connections_by_open_files();
+        self.max_connections.is_none() && by_files < FEW_CONNECTIONS.min(self.connections_by_memory())
+    }
+
     /// Descriptors for everything but clients' connections.
     pub fn reserved_files(&self) -> u32 {
         NODE + SHARD * self.shards.get() as u32 + self.listen.len() as u32 + self.admin_connections()
@@ -49,10 +75,13 @@ impl Settings {
 
     /// Most connections to the admin listener.
     pub fn admin_connections(&self) -> u32 {
-        match (&self.admin, self.open_files) {
-            (AdminAddr::Off, _) => 0,
-            (_, None) => ADMIN_MAX,
-            (_, Some(limit)) => (limit / ADMIN_PART).clamp(ADMIN_MIN, ADMIN_MAX),
+        self.admin_connections_in(self.open_files.unwrap_or(u32::MAX))
+    }
+
+    fn admin_connections_in(&self, files: u32) -> u32 {
+        match self.admin {
+            AdminAddr::Off => 0,
+            _ => (files / ADMIN_PART).clamp(ADMIN_MIN, ADMIN_MAX),
         }
     }
 }

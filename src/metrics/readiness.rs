@@ -13,9 +13,9 @@ pub struct Readiness {
 
 impl Readiness {
     /// Not ready until [`Readiness::set_bus`] says so.
-    pub fn waiting_for_bus() -> Readiness {
+    pub fn waiting_for_bus(reason: String) -> Readiness {
         let readiness = Readiness::default();
-        readiness.set_bus(Some("the bus has not answered yet".into()));
+        readiness.set_bus(Some(reason));
         readiness
     }
 

@@ -134,7 +134,8 @@ mod tests {
     use crate::metrics::Readiness;
 
     fn metrics() -> Metrics {
-        let metrics = Metrics::new(2, Arc::default(), Arc::new(Readiness::waiting_for_bus()));
+        let metrics =
+            Metrics::new(2, Arc::default(), Arc::new(Readiness::waiting_for_bus("starting".into())));
         metrics.shards[0].accepted.add(3);
         metrics.shards[1].accepted.add(4);
         metrics.shards[0].feed_bytes.set(30);
@@ -215,10 +216,7 @@ mod tests {
         assert_eq!(stats["http_rejections"]["431"], 1);
         assert_eq!(stats["bus_round_trip_seconds"]["sum"], 0.0015);
         assert_eq!(stats["bus_round_trip_seconds"]["buckets"]["0.0025"], 1);
-        assert_eq!(
-            (&stats["ready"], &stats["not_ready_reason"]),
-            (&json!(false), &json!("the bus has not answered yet"))
-        );
+        assert_eq!((&stats["ready"], &stats["not_ready_reason"]), (&json!(false), &json!("starting")));
         for family in TABLE {
             assert!(stats.get(family.key()).is_some() || family.key() == "build_info", "{}", family.name);
         }

@@ -16,7 +16,7 @@ use self::systemd::Manager;
 use crate::admin::{self, AdminContext};
 use crate::auth::keys::KeyRing;
 use crate::bus::{self, Requests};
-use crate::config::{RedisUrl, Settings};
+use crate::config::{RedisUrl, SettingError, Settings};
 use crate::limits::connections::ConnectionLimits;
 use crate::metrics::{BusMetrics, Metrics, Readiness};
 use crate::node::listeners::Listeners;
@@ -36,6 +36,12 @@ const GRACE: Duration = Duration::from_secs(2);
 /// Longest wait after the drain for publishes of backends.
 const PUBLISH_WAIT_MAX: Duration = Duration::from_secs(60);
 
+/// What this host lacks to run a node with these settings: descriptors, authorities for TLS.
+pub fn unmet_requirements(settings: &Settings) -> Vec<SettingError> {
+    let authorities = settings.redis.as_ref().map(bus::redis::url::check_authorities);
+    settings.open_files_problem().into_iter().chain(authorities.and_then(Result::err)).collect()
+}
+
 /// Serves until `shutdown` returns a reason to stop, then closes every connection.
 ///
 /// # Errors
@@ -49,7 +55,7 @@ pub async fn run(
 ) -> anyhow::Result<()> {
     let settings = Arc::new(settings);
     let bus_metrics = Arc::new(BusMetrics::default());
-    let readiness = Arc::new(Readiness::waiting_for_bus());
+    let readiness = Arc::new(Readiness::waiting_for_bus(bus::starting(&settings)));
     let metrics = Arc::new(Metrics::new(settings.shards.get(), bus_metrics.clone(), readiness.clone()));
     let (requests, asked) = mpsc::unbounded_channel();
     let limits = Arc::new(ConnectionLimits::new(&settings));
@@ -160,6 +166,13 @@ fn log_start(settings: &Settings, listeners: &Listeners) -> io::Result<()> {
             excess,
             limit = settings.memory.limit(),
             "the settings need more memory than available: lower --max-connections or --buffer-memory"
+        );
+    }
+    if settings.has_few_open_files() {
+        tracing::warn!(
+            max_connections = settings.connection_limit(),
+            open_files = settings.open_files,
+            "the limit on open files allows few connections: raise it (LimitNOFILE)"
         );
     }
     if let Some(asked) = settings.max_connections.filter(|asked| asked.get() > settings.connection_limit()) {

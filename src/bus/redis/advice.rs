@@ -7,10 +7,18 @@ use super::errors::{CallError, FAULT};
 const NOT_PERMITTED: &str = "the ACL of this node's Redis user lacks rights: docs/redis.md lists them";
 
 /// Prefixes of errors, and the advice for each.
-const ADVICE: [(&str, &str); 17] = [
+const ADVICE: [(&str, &str); 19] = [
+    (
+        "ERR unknown command 'SENTINEL'",
+        "the server at --redis is no Sentinel: name the Sentinels (port 26379), or use redis:// for a Redis",
+    ),
     (
         "ERR unknown command",
         "this Redis lacks a command that a node needs (see the log): remove its rename-command",
+    ),
+    (
+        "ERR DB index is out of range",
+        "this Redis has no database of the number in --redis: correct it, or raise `databases` in redis.conf",
     ),
     (
         "ERR Protocol error: invalid bulk length",
@@ -45,6 +53,77 @@ const ADVICE: [(&str, &str); 17] = [
     ("NOSCRIPT", "Redis has lost the scripts: they are sent again"),
 ];
 
+/// Parts of errors of connections, in lower case, and the advice for them.
+const CONNECTION_ADVICE: [(&[&str], &str); 17] = [
+    (
+        &[NO_TLS_ANSWER],
+        "Redis does not answer over TLS: use redis:// if its port has no TLS, else it hangs, or a firewall \
+         drops the traffic",
+    ),
+    (
+        &[CLOSED_AT_ONCE],
+        "the server at --redis closes the connection at once: check its port, and rediss:// for TLS",
+    ),
+    (
+        &["decode error", "frame type"],
+        "the server at --redis does not speak the Redis protocol: check host and port, and rediss:// for TLS",
+    ),
+    (
+        &["unknown issuer"],
+        "the certificate of Redis is from an unknown authority: name the authority's PEM file in SSL_CERT_FILE",
+    ),
+    (
+        &["ca used as end entity"],
+        "the certificate of Redis is that of an authority (CA:TRUE): use one with CA:FALSE, signed by it",
+    ),
+    (
+        &["not valid for name"],
+        "the certificate of Redis does not name the host in --redis: use a name that it has (subjectAltName)",
+    ),
+    (
+        &["certificate: expired", "not valid yet"],
+        "the certificate of Redis has expired or is not valid yet: renew it, and check this host's clock",
+    ),
+    (
+        &["certificate required"],
+        "Redis asks for a certificate of its clients, and fanfare has none: set tls-auth-clients no",
+    ),
+    (
+        &["invalid content type"],
+        "the server at --redis does not speak TLS: use redis://, or the TLS port of Redis",
+    ),
+    (
+        &["certificate", "tls handshake", "alert received"],
+        "the TLS connection to Redis fails (see the log): check its certificate, protocols and ciphers",
+    ),
+    (&["no such file"], "there is no unix socket at the path in --redis: check `unixsocket` in redis.conf"),
+    (
+        &["permission denied"],
+        "this user may not open the unix socket in --redis: check `unixsocketperm` in redis.conf",
+    ),
+    (
+        &["missing primary address"],
+        "the Sentinels in --redis don't know that primary: correct sentinelServiceName",
+    ),
+    (
+        &["all sentinel nodes"],
+        "no Sentinel in --redis can be used: check hosts, ports, sentinelPassword, and rediss-sentinel:// for TLS",
+    ),
+    (
+        &["failed to lookup", "name resolution", "nodename", "no addresses"],
+        "the host name in --redis can't be resolved: correct it, or check DNS",
+    ),
+    (&["no longer resolves to"], "the host name in --redis has a new address: connecting to that"),
+    (
+        &["no reply", "timeout", "timed out", "in time", "unresponsive"],
+        "Redis does not reply: it hangs or is overloaded, or a firewall drops the traffic",
+    ),
+];
+
+/// What [`session`](super::session) adds to an error of a connection that was never usable.
+pub const NO_TLS_ANSWER: &str = "no answer over tls";
+pub const CLOSED_AT_ONCE: &str = "before the first reply";
+
 /// For any other error that Redis replies with.
 const REJECTED: &str = "Redis rejects what a node needs: the log has its error";
 /// For any other error of a connection.
@@ -64,6 +143,17 @@ pub fn for_error_reply(text: &str) -> &'static str {
     find(text).unwrap_or(REJECTED)
 }
 
+/// What an eviction policy does, with `maxmemory` in bytes (0: no limit). An evicted key is a lost sequence. Keys of channels have an expiry,
+/// so the policies for volatile keys evict them, too.
+pub fn for_eviction(policy: &str, maxmemory: u64) -> String {
+    match maxmemory {
+        0 => format!("maxmemory-policy is {policy}, which evicts keys once a maxmemory is set"),
+        _ => format!(
+            "maxmemory-policy is {policy}: when memory is full, channels lose their history and sequence"
+        ),
+    }
+}
+
 /// Commands or INFO fields are unavailable, so ACL rights don't help.
 pub fn for_unavailable(what: &str) -> String {
     format!("this Redis lacks {what}: remove its rename-command from redis.conf, or use another Redis")
@@ -75,20 +165,8 @@ pub fn for_connection(text: &str) -> &'static str {
         return advice;
     }
     let lower = text.to_ascii_lowercase();
-    let has = |parts: &[&str]| parts.iter().any(|part| lower.contains(part));
-    if has(&["decode error", "frame type"]) {
-        "the server at --redis does not speak the Redis protocol: check host and port, and rediss:// for TLS"
-    } else if has(&["certificate", "tls", "unknownissuer"]) {
-        "the TLS connection to Redis fails: check its certificate, which must hold the host name in --redis"
-    } else if has(&["failed to lookup", "name resolution", "nodename", "no addresses"]) {
-        "the host name in --redis can't be resolved: correct it, or check DNS"
-    } else if has(&["no longer resolves to"]) {
-        "the host name in --redis has a new address: connecting to that"
-    } else if has(&["no reply", "timeout", "timed out", "in time", "unresponsive"]) {
-        "Redis does not reply: it hangs or is overloaded, or a firewall drops the traffic"
-    } else {
-        UNREACHABLE
-    }
+    let known = CONNECTION_ADVICE.iter().find(|(parts, _)| parts.iter().any(|part| lower.contains(part)));
+    known.map_or(UNREACHABLE, |(_, advice)| advice)
 }
 
 /// Errors of scripts also start with the error of the command that failed.
@@ -117,7 +195,10 @@ mod tests {
             ("Connection refused (os error 111)", "check that it runs"),
             ("LOADING Redis is loading the dataset in memory", "wait"),
             ("no reply to EVALSHA within 4s", "does not reply"),
-            ("invalid peer certificate: UnknownIssuer", "certificate"),
+            ("invalid certificate: unknown issuer", "SSL_CERT_FILE"),
+            ("invalid certificate: expired context", "renew it"),
+            ("invalid certificate: bad signature", "TLS connection to Redis fails"),
+            ("Connection reset by peer (os error 104)", "check that it runs"),
             ("failed to lookup address information: Name or service not known", "can't be resolved"),
             ("the connection was closed", "check that it runs"),
         ] {
@@ -128,6 +209,7 @@ mod tests {
     #[test]
     fn advice_fits_on_one_line() {
         let texts = ADVICE.map(|(_, text)| text).into_iter().chain([REJECTED, UNREACHABLE, SILENT]);
+        let texts = texts.chain(CONNECTION_ADVICE.map(|(_, text)| text));
         assert!(texts.into_iter().all(|text| !text.contains('\n') && text.len() < 120));
     }
 }

@@ -9,7 +9,7 @@ use fred::types::{ClusterHash, CustomCommand, Resp3Frame, Value};
 use tokio::sync::watch;
 use tokio::time::timeout;
 
-use super::errors::CallError;
+use super::errors::{CallError, readable};
 use super::scripts;
 
 /// Longest wait for a reply. After that the connection counts as lost.
@@ -93,7 +93,7 @@ pub async fn command(client: &Client, name: &'static str, args: Vec<Value>) -> R
     let command = CustomCommand::new_static(name, ClusterHash::FirstKey, false);
     match timeout(CALL_TIMEOUT, client.custom_raw(command, args)).await {
         Err(_) => Err(CallError::NoReply(format!("no reply to {name} within {CALL_TIMEOUT:?}").into())),
-        Ok(Err(error)) => Err(CallError::NoReply(error.to_string().into())),
+        Ok(Err(error)) => Err(CallError::NoReply(readable(error.details()).into())),
         Ok(Ok(Resp3Frame::SimpleError { data, .. })) => Err(CallError::ErrorReply((*data).into())),
         Ok(Ok(Resp3Frame::BlobError { data, .. })) => {
             Err(CallError::ErrorReply(String::from_utf8_lossy(&data).into()))

@@ -2,6 +2,48 @@
 
 use std::sync::Arc;
 
+/// The text of an error of fred. For errors of the system and of TLS it has the debug form:
+/// `Os { code: 111, kind: ConnectionRefused, message: "Connection refused" }`, or
+/// `Custom { kind: InvalidData, error: InvalidCertificate(UnknownIssuer) }`.
+pub fn readable(details: &str) -> String {
+    let after = |start: &str| details.split_once(start).map(|(_, rest)| rest);
+    if details.starts_with("Os {") {
+        let code = after("code: ").and_then(|rest| rest.split_once(',')).map_or("?", |(code, _)| code);
+        let message = after("message: \"").and_then(|rest| rest.rsplit_once('"'));
+        return format!("{} (os error {code})", message.map_or("unknown", |(message, _)| message));
+    }
+    let inner = after(", error: ").filter(|_| details.starts_with("Custom {"));
+    let text = inner.map_or(details, |inner| inner.trim_end_matches(" }"));
+    if let Some(quoted) = text.strip_prefix('"').and_then(|text| text.strip_suffix('"')) {
+        return quoted.to_owned();
+    }
+    if is_debug(text) { words(text) } else { text.to_owned() }
+}
+
+/// Whether a text is the debug form of an enum: a name, alone or before its fields.
+fn is_debug(text: &str) -> bool {
+    let end = text.find(|c: char| !c.is_ascii_alphanumeric()).unwrap_or(text.len());
+    let (name, rest) = text.split_at(end);
+    let is_name = name.starts_with(|c: char| c.is_ascii_uppercase()) && name.contains(char::is_lowercase);
+    is_name && (rest.is_empty() || rest.starts_with('(') || rest.starts_with(" {"))
+}
+
+/// `InvalidCertificate(UnknownIssuer)` as `invalid certificate: unknown issuer`.
+fn words(names: &str) -> String {
+    let mut words = String::new();
+    for c in names.split(" {").next().unwrap_or_default().chars() {
+        match c {
+            '(' => words.push_str(": "),
+            ')' => {}
+            c if c.is_ascii_uppercase() && words.chars().last().is_some_and(char::is_alphanumeric) => {
+                words.extend([' ', c.to_ascii_lowercase()]);
+            }
+            c => words.push(c.to_ascii_lowercase()),
+        }
+    }
+    words
+}
+
 /// Why there is no session.
 #[derive(Debug)]
 pub enum ConnectError {
@@ -61,4 +103,50 @@ pub const FAULT: &str = "FAULT ";
 /// Whether Redis will soon accept what it rejects now.
 pub fn is_temporary(error: &str) -> bool {
     ["LOADING", "BUSY", "MASTERDOWN", "TRYAGAIN"].iter().any(|prefix| error.starts_with(prefix))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn debug_forms_become_readable() {
+        for (details, text) in [
+            (
+                r#"Os { code: 111, kind: ConnectionRefused, message: "Connection refused" }"#,
+                "Connection refused (os error 111)",
+            ),
+            (
+                "Custom { kind: InvalidData, error: InvalidCertificate(UnknownIssuer) }",
+                "invalid certificate: unknown issuer",
+            ),
+            (
+                "Custom { kind: InvalidData, error: InvalidCertificate(NotValidForNameContext { expected: \
+                 DnsName(\"a\"), presented: [\"DnsName(\\\"b\\\")\"] }) }",
+                "invalid certificate: not valid for name context",
+            ),
+            (
+                "Custom { kind: InvalidData, error: InvalidCertificate(Other(OtherError(CaUsedAsEndEntity))) }",
+                "invalid certificate: other: other error: ca used as end entity",
+            ),
+            (r#"Custom { kind: UnexpectedEof, error: "tls handshake eof" }"#, "tls handshake eof"),
+            ("Kind(UnexpectedEof)", "kind: unexpected eof"),
+            ("ERR DB index is out of range", "ERR DB index is out of range"),
+            ("NOAUTH Authentication required.", "NOAUTH Authentication required."),
+            ("Request timed out.", "Request timed out."),
+            ("Decode Error: Invalid frame type prefix.", "Decode Error: Invalid frame type prefix."),
+            ("", ""),
+        ] {
+            assert_eq!(readable(details), text);
+        }
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn nothing_panics(details: String) {
+            readable(&details);
+            readable(&format!("Os {{ {details}"));
+            readable(&format!("Custom {{ kind: A, error: {details} }}"));
+        }
+    }
 }

@@ -15,7 +15,7 @@ use fred::types::{Resp3Frame, Value};
 use super::commands::{command, script_args};
 use super::errors::CallError;
 use super::settings::RedisSettings;
-use super::{Bus, Outcome, reply, scripts};
+use super::{Bus, Outcome, advice, reply, scripts};
 
 /// Time between two checks that the function and the settings are present.
 const CHECK_INTERVAL: Duration = Duration::from_secs(2);
@@ -23,6 +23,9 @@ const CHECK_INTERVAL: Duration = Duration::from_secs(2);
 const NAME: &str = "fanfare1";
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
+
+/// Errors with which Redis rejects every write.
+const REJECT_ALL: [&str; 4] = ["OOM", "MISCONF", "NOREPLICAS", "READONLY"];
 
 /// The library. Its name must stay the same, since Redis rejects a second library with the same
 /// function.
@@ -147,10 +150,12 @@ impl FunctionLoader {
         match &error {
             None => tracing::info!("FCALL fanfare_publish available"),
             Some(error) => {
-                tracing::warn!(
-                    error = &**error,
-                    "FCALL fanfare_publish unavailable, clients are not affected"
-                );
+                let effect = match REJECT_ALL.iter().any(|prefix| error.starts_with(prefix)) {
+                    true => "all events are rejected",
+                    false => "clients are not affected",
+                };
+                let (error, advice) = (&**error, advice::for_error_reply(error));
+                tracing::warn!(error, advice, "FCALL fanfare_publish unavailable, {effect}");
             }
         }
         self.error = error;

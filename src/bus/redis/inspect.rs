@@ -6,16 +6,15 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use fred::clients::Client;
 use fred::interfaces::ClientLike;
-use fred::types::config::Config;
 use fred::types::{Resp3Frame, Value};
 use tokio::time::{sleep, timeout};
 
 use super::commands::command;
 use super::errors::{CallError, ConnectError, MissingRights};
 pub use super::publish_queue::BATCH_BYTES;
-use super::requirements::{check_permissions, check_server};
+use super::requirements::check_permissions;
 use super::settings::RedisSettings;
-use super::{advice, reply, session};
+use super::{advice, reply, session, url};
 use crate::config::{RedisUrl, Settings};
 
 /// Longest time for everything but the sample.
@@ -60,6 +59,13 @@ pub struct Facts {
     pub more: bool,
 }
 
+impl Facts {
+    /// What the eviction policy does.
+    pub fn eviction(&self) -> String {
+        advice::for_eviction(&self.policy, self.maxmemory)
+    }
+}
+
 /// A channel's history.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct History {
@@ -76,7 +82,8 @@ pub struct History {
 /// # Errors
 /// What is wrong and what to do.
 pub async fn inspect(settings: &Settings, url: &RedisUrl) -> Result<Facts, String> {
-    let config = Config::from_url(&url.0).map_err(|error| error.details().to_owned())?;
+    url::check_authorities(url).map_err(|error| error.to_string())?;
+    let config = url::config(url).map_err(|error| error.problem)?;
     let client = Client::new(config, None, Some(session::connection_config(Vec::new())), None);
     let result = timeout(INSPECT_TIMEOUT + SAMPLE, collect(&client, &RedisSettings::new(settings))).await;
     // Whatever comes of it, this process exits soon.
@@ -100,8 +107,7 @@ pub async fn inspect(settings: &Settings, url: &RedisUrl) -> Result<Facts, Strin
 }
 
 async fn collect(client: &Client, settings: &RedisSettings) -> Result<Facts, ConnectError> {
-    client.init().await.map_err(session::connect_error)?;
-    let info = check_server(client).await?;
+    let (_, info) = session::open(client).await?;
     let field = |name: &str| reply::info_field(&info, name).unwrap_or_default();
     let number = |name: &str| field(name).parse().unwrap_or(0);
     let mut facts = Facts {

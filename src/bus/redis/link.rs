@@ -26,6 +26,8 @@ pub(super) struct Link {
     /// Attempts since a probe last came back.
     failures: u32,
     status: Status,
+    /// As last logged.
+    eviction_warning: Option<String>,
     next_lookup: Instant,
     /// Lookups in a row without the connected address.
     lookups_elsewhere: u32,
@@ -34,13 +36,15 @@ pub(super) struct Link {
 }
 
 impl Link {
-    pub(super) fn new() -> Link {
+    /// `starting` is what [`Status::Starting`] shows.
+    pub(super) fn new(starting: String) -> Link {
         Link {
             session: None,
             generation: 0,
             next_attempt: Some(Instant::now()),
             failures: 0,
-            status: Status::Starting,
+            status: Status::Starting(starting),
+            eviction_warning: None,
             next_lookup: Instant::now(),
             lookups_elsewhere: 0,
             subscribing: None,
@@ -115,6 +119,16 @@ impl Link {
         self.next_attempt = Some(Instant::now() + wait / 2 + wait / 2 * jitter / 1000);
     }
 
+    /// Logs that Redis may evict keys, unless that was so in the last session.
+    fn warn_of_eviction(&mut self, warning: Option<String>) {
+        if self.eviction_warning != warning {
+            if let Some(advice) = &warning {
+                tracing::warn!(advice, "redis may evict channels");
+            }
+            self.eviction_warning = warning;
+        }
+    }
+
     /// The host name to look up now, if the session is connected by name.
     fn due_lookup(&mut self, now: Instant) -> Option<HostName> {
         if now < self.next_lookup {
@@ -184,6 +198,7 @@ impl Bus {
             self.set_status(Status::unreachable(error), Some(error));
             return self.link.back_off();
         }
+        self.link.warn_of_eviction(session.eviction_warning.clone());
         self.functions.on_loaded(session.fcall_error.clone());
         let settings = &self.handles.settings;
         let mut topics = vec![settings.probe_topic()];

@@ -8,6 +8,7 @@
 //! |---|---|
 //! | `session`, `commands` | the two connections to one Redis, and commands over them |
 //! | `link`, `dns`, `status` | connecting, reconnecting, and what `/readyz` and the log say about it |
+//! | `url` | from `--redis` to the configuration of fred |
 //! | `requirements`, `advice`, `errors` | what a node needs of Redis; errors and what to do about them |
 //! | `scripts`, `functions`, `settings` | the Lua in Redis, its arguments, and the names of keys |
 //! | `reply`, `decode` | replies and messages into entries |
@@ -66,6 +67,7 @@ mod session;
 mod settings;
 mod status;
 mod subscriptions;
+pub mod url;
 
 pub use self::errors::MissingRights;
 pub use self::scripts::{PublishReply, parse_page, parse_publish}; // for the fuzz targets, as decode is
@@ -155,8 +157,7 @@ struct Bus {
 
 /// Runs until all senders of requests are dropped.
 pub async fn run(settings: &Settings, url: &RedisUrl, context: BusContext) -> Result<(), Unusable> {
-    let config =
-        Config::from_url(&url.0).map_err(|error| Unusable(format!("--redis {url}: {}", error.details())))?;
+    let config = url::config(url).map_err(|error| Unusable(error.to_string()))?;
     if config.server.is_clustered() {
         return Err(Unusable(format!(
             "--redis {url}: cluster mode is not supported yet: name a stand-alone Redis or Sentinels"
@@ -175,7 +176,7 @@ pub async fn run(settings: &Settings, url: &RedisUrl, context: BusContext) -> Re
     };
     let mut bus = Bus {
         handles,
-        link: Link::new(),
+        link: Link::new(super::starting(settings)),
         channels: HashMap::new(),
         subscriptions: Subscriptions::default(),
         publishing: Publishing::default(),

@@ -13,6 +13,7 @@ use super::scripts::KnownPosition;
 use super::subscriptions::ReadPurpose;
 use super::{Bus, Outcome, advice, scripts};
 use crate::bus::{Publish, PublishError};
+use crate::metrics::WarningLimit;
 use crate::protocol::event::{ChannelName, EventId};
 
 /// Errors that Redis replies with before it runs a script, or a script before its first event:
@@ -37,9 +38,18 @@ pub(super) struct Publishing {
     /// The last publish number of all channels. Numbers are not per channel, since those of a
     /// forgotten channel would start again at 1.
     last_number: u64,
+    /// Warnings that Redis rejects events.
+    warnings: WarningLimit,
 }
 
 impl Publishing {
+    /// Logs why Redis rejects events. Damaged channels have a log of their own.
+    fn warn_of_rejection(&mut self, error: &str) {
+        if !error.starts_with(FAULT) && self.warnings.is_due(Instant::now()) {
+            tracing::warn!(error, advice = advice::for_error_reply(error), "events rejected by redis");
+        }
+    }
+
     /// Changes a queue and updates the sum of all.
     fn update<T>(&mut self, queue: &mut PublishQueue, change: impl FnOnce(&mut PublishQueue) -> T) -> T {
         let before = queue.bytes();
@@ -128,6 +138,7 @@ impl Bus {
     ) {
         let channel = self.channels.get_mut(name).expect("a channel with a call in flight is kept");
         let known = &mut channel.known;
+        let mut rejection = None;
         let completed = self.publishing.update(&mut channel.queue, |queue| match &result {
             Ok(frame) => match scripts::parse_publish(frame) {
                 Some(reply) => {
@@ -146,6 +157,7 @@ impl Bus {
                 queue.withdraw(advice::for_error_reply(text).into())
             }
             Err(CallError::ErrorReply(text)) if is_certain(text) => {
+                rejection = Some(text.clone());
                 queue.on_rejected(advice::for_error_reply(text).into())
             }
             Err(CallError::ErrorReply(text)) => {
@@ -158,6 +170,9 @@ impl Bus {
             }
         });
         self.complete(completed);
+        if let Some(error) = rejection {
+            self.publishing.warn_of_rejection(&error);
+        }
         match result {
             Ok(_) => self.publishing.mark_changed(name.clone()),
             Err(error) => {

@@ -6,7 +6,7 @@ use fred::types::{Resp3Frame, Value};
 use super::commands::{command, script_args};
 use super::errors::{CallError, ConnectError, MissingRights, is_temporary};
 use super::settings::RedisSettings;
-use super::{reply, scripts};
+use super::{advice, reply, scripts};
 
 /// The oldest major version with functions, script flags and ACL checks in scripts.
 const OLDEST_REDIS: u32 = 7;
@@ -39,12 +39,25 @@ pub async fn check_server(client: &Client) -> Result<String, ConnectError> {
             "Redis {version} is too old: use {OLDEST_REDIS}.0 or newer"
         )));
     }
+    if reply::info_field(&info, "redis_mode") == Some("sentinel") {
+        return Err(ConnectError::Unsupported(
+            "the server at --redis is a Sentinel: use redis-sentinel://HOST:PORT?sentinelServiceName=NAME"
+                .into(),
+        ));
+    }
     if reply::info_field(&info, "cluster_enabled") == Some("1") {
         return Err(ConnectError::Unsupported(
             "cluster mode is not supported yet: name a stand-alone Redis or Sentinels in --redis".into(),
         ));
     }
     Ok(info)
+}
+
+/// What the eviction policy in a reply of INFO does, if Redis may evict keys.
+pub fn eviction_warning(info: &str) -> Option<String> {
+    let policy = reply::info_field(info, "maxmemory_policy").filter(|policy| *policy != "noeviction")?;
+    let maxmemory = reply::info_field(info, "maxmemory").and_then(|bytes| bytes.parse().ok()).unwrap_or(0);
+    Some(advice::for_eviction(policy, maxmemory) + ": set maxmemory-policy noeviction")
 }
 
 /// Checks that Redis has all commands that a node needs, and that the user's ACL permits them. The

@@ -11,16 +11,17 @@ use fred::interfaces::{ClientLike, EventInterface, PubsubInterface};
 use fred::types::config::{
     Config, ConnectionConfig, PerformanceConfig, ReconnectError, TcpConfig, UnresponsiveConfig,
 };
-use fred::types::{Message, Value};
+use fred::types::{ConnectHandle, Message, Value};
 use tokio::sync::{broadcast, mpsc, watch};
 use tokio::task::AbortHandle;
 
+use super::advice::{CLOSED_AT_ONCE, NO_TLS_ANSWER};
 use super::commands::{Commands, SCRIPTS, command};
 use super::dns::{HostName, Peer};
-use super::errors::ConnectError;
+use super::errors::{ConnectError, readable};
 use super::functions::{self, WriteMode};
 use super::reply;
-use super::requirements::{check_permissions, check_server, required};
+use super::requirements::{check_permissions, check_server, eviction_warning, required};
 use super::settings::RedisSettings;
 
 /// Longest wait for one connection, TLS and login included.
@@ -58,6 +59,8 @@ pub struct Session {
     commands: Commands,
     /// The peer, if it is connected by name.
     pub peer: Option<Peer>,
+    /// What the eviction policy of Redis does, if it may evict keys.
+    pub eviction_warning: Option<String>,
     /// Why FCALL is unavailable to other programs, if it is: the error of Redis.
     pub fcall_error: Option<Arc<str>>,
     subscriptions: mpsc::UnboundedSender<SubscriptionRequest>,
@@ -118,10 +121,36 @@ pub fn connection_config(reconnect_errors: Vec<ReconnectError>) -> ConnectionCon
     }
 }
 
-pub fn connect_error(error: Error) -> ConnectError {
+/// Connects, logs in and checks the server. Returns the reply of INFO, too.
+pub async fn open(client: &Client) -> Result<(ConnectHandle, String), ConnectError> {
+    let over_tls = client.client_config().tls.is_some();
+    let opened = async {
+        let closed = client.init().await.map_err(connect_error)?;
+        Ok((closed, check_server(client).await?))
+    };
+    opened.await.map_err(|error| match error {
+        ConnectError::Unreachable(text) => ConnectError::Unreachable(before_first_reply(text, over_tls)),
+        error => error,
+    })
+}
+
+fn connect_error(error: Error) -> ConnectError {
     match error.kind() {
-        ErrorKind::Auth => ConnectError::Rejected(error.details().to_owned()),
-        _ => ConnectError::Unreachable(error.details().to_owned()),
+        ErrorKind::Auth => ConnectError::Rejected(readable(error.details())),
+        _ => ConnectError::Unreachable(readable(error.details())),
+    }
+}
+
+/// Marks errors that mean something else on a connection that was never usable. With "Expected
+/// string" fred reports the end of the connection.
+fn before_first_reply(error: String, over_tls: bool) -> String {
+    let is_any = |parts: &[&str]| parts.iter().any(|part| error.contains(part));
+    if is_any(&["reset by peer", "handshake eof", "unexpected eof", "Broken pipe", "Expected string"]) {
+        format!("{error} {CLOSED_AT_ONCE}")
+    } else if over_tls && is_any(&["timed out"]) {
+        format!("{NO_TLS_ANSWER}: {error}")
+    } else {
+        error
     }
 }
 
@@ -157,9 +186,9 @@ async fn connect_to(
 ) -> Result<(Session, broadcast::Receiver<Message>), ConnectError> {
     let mut tasks = AbortOnDrop(Vec::new());
     let client = Client::new(config.clone(), None, Some(connection_config(Vec::new())), None);
-    let commands_closed = client.init().await.map_err(connect_error)?;
+    let (commands_closed, info) = open(&client).await?;
     tasks.0.push(commands_closed.abort_handle());
-    check_server(&client).await?;
+    let eviction_warning = eviction_warning(&info);
 
     let performance =
         PerformanceConfig { broadcast_channel_capacity: MESSAGES, ..PerformanceConfig::default() };
@@ -195,13 +224,15 @@ async fn connect_to(
         let result =
             tokio::select! { result = commands_closed => result, result = subscriber_closed => result };
         let why = match result {
-            Ok(Err(error)) => error.details().to_owned(),
+            Ok(Err(error)) => readable(error.details()),
             _ => "the connection was closed".to_owned(),
         };
         report(Report::Closed(why));
     });
     tasks.0.push(watcher.abort_handle());
-    Ok((Session { commands, peer, fcall_error, subscriptions, tasks, _open: open }, messages))
+    let session =
+        Session { commands, peer, eviction_warning, fcall_error, subscriptions, tasks, _open: open };
+    Ok((session, messages))
 }
 
 /// Executes subscription requests one after the other. Waiting ones share a SUBSCRIBE. Redis replies
@@ -230,13 +261,13 @@ async fn drive_subscriptions(
                     }
                 }
                 let topics: Vec<fred::types::Key> = topics.into_iter().map(Into::into).collect();
-                subscriber.subscribe(topics).await.map_err(|error| error.details().to_owned())?;
+                subscriber.subscribe(topics).await.map_err(|error| readable(error.details()))?;
                 command(&client, "PING", Vec::new()).await.map_err(|error| error.text().to_string())?;
                 report(Report::Subscribed(ticket));
             }
             SubscriptionRequest::Unsubscribe(topics) => {
                 let topics: Vec<fred::types::Key> = topics.into_iter().map(Into::into).collect();
-                subscriber.unsubscribe(topics).await.map_err(|error| error.details().to_owned())?;
+                subscriber.unsubscribe(topics).await.map_err(|error| readable(error.details()))?;
             }
         }
         if next.is_none() {

@@ -9,7 +9,7 @@ use crate::bus::BusError;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Status {
     /// No attempt to connect has finished yet.
-    Starting,
+    Starting(String),
     Working,
     /// There is no connection, or no reply. It may come back by itself.
     Unreachable(&'static str),
@@ -30,7 +30,7 @@ impl Status {
     pub(super) fn advice(&self) -> Option<&str> {
         match self {
             Status::Working => None,
-            Status::Starting => Some("connecting to Redis"),
+            Status::Starting(target) => Some(target),
             Status::Unreachable(advice) => Some(advice),
             Status::Rejecting(advice) => Some(advice),
         }

@@ -58,24 +58,14 @@ fn rights(facts: &Facts) -> Finding {
     }
 }
 
-/// An evicted key is a lost sequence. Keys of channels have an expiry, so the policies for volatile
-/// keys evict them, too.
 fn eviction(facts: &Facts) -> Finding {
     const SUBJECT: &str = "eviction";
     let remedy = "redis.conf: maxmemory-policy noeviction";
     match facts.policy.as_str() {
         "" => Finding::unreadable(SUBJECT, "maxmemory-policy, which must be noeviction").remedy(remedy),
         "noeviction" => Finding::ok(SUBJECT, "maxmemory-policy is noeviction"),
-        policy if facts.maxmemory > 0 => {
-            let text = format!(
-                "maxmemory-policy is {policy}: when memory is full, channels lose their history and sequence"
-            );
-            Finding::problem(SUBJECT, text).remedy(remedy)
-        }
-        policy => {
-            let text = format!("maxmemory-policy is {policy}, which evicts keys once a maxmemory is set");
-            Finding::warning(SUBJECT, text).remedy(remedy)
-        }
+        _ if facts.maxmemory > 0 => Finding::problem(SUBJECT, facts.eviction()).remedy(remedy),
+        _ => Finding::warning(SUBJECT, facts.eviction()).remedy(remedy),
     }
 }
 

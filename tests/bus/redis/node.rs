@@ -63,7 +63,7 @@ impl Node {
         let shards = Inboxes(senders.into());
         let inboxes = inboxes.into_iter().map(|inbox| share_nothing(inbox, shards.clone())).collect();
         let metrics = Arc::new(BusMetrics::default());
-        let readiness = Arc::new(Readiness::waiting_for_bus());
+        let readiness = Arc::new(Readiness::waiting_for_bus(bus::starting(&settings)));
         let context = BusContext {
             requests: requests_rx,
             shards: Arc::new(shards),

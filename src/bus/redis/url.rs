@@ -1,0 +1,46 @@
+//! From `--redis` to fred's configuration.
+
+use std::env;
+
+use fred::rustls_native_certs::load_native_certs;
+use fred::types::config::Config;
+
+use super::errors::readable;
+use crate::config::{RedisUrl, SettingError};
+
+/// Variables that name other authorities than those of the system (openssl(1)).
+const AUTHORITIES: [&str; 2] = ["SSL_CERT_FILE", "SSL_CERT_DIR"];
+
+/// fred's configuration for this URL. For TLS it reads the certificates of the authorities.
+pub fn config(url: &RedisUrl) -> Result<Config, SettingError> {
+    Config::from_url(&url.0).map_err(|error| SettingError {
+        setting: format!("--redis {url}"),
+        problem: readable(error.details()),
+    })
+}
+
+/// Checks that there are authorities to trust, if the URL needs any.
+///
+/// # Errors
+/// The variable that names other authorities than those of the system, or `--redis`.
+pub fn check_authorities(url: &RedisUrl) -> Result<(), SettingError> {
+    if !url.0.starts_with("rediss") {
+        return Ok(());
+    }
+    let found = load_native_certs();
+    let problem = match found.errors.first() {
+        Some(error) => error.to_string(),
+        None if found.certs.is_empty() => {
+            "there is no certificate of an authority, so that none of Redis can \
+             be trusted: name a PEM file in SSL_CERT_FILE, or install ca-certificates"
+                .into()
+        }
+        None => return Ok(()),
+    };
+    let named = AUTHORITIES.into_iter().find(|name| {
+        env::var(name)
+            .is_ok_and(|path| !path.is_empty() && (found.errors.is_empty() || problem.contains(&path)))
+    });
+    let setting = named.map_or_else(|| format!("--redis {url}"), str::to_owned);
+    Err(SettingError { setting, problem })
+}
