@@ -3,12 +3,13 @@
 //! systemd keeps its sockets open during a restart, so that the kernel queues new connections
 //! instead of refusing them.
 
-use std::io;
 use std::net::SocketAddr;
+use std::{fmt, io};
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, anyhow, ensure};
 use listenfd::ListenFd;
 use mio::net::TcpListener;
+use rustix::io::Errno;
 use socket2::SockRef;
 
 use crate::admin;
@@ -74,6 +75,31 @@ impl Inherited {
     }
 }
 
+/// Why no listener can be bound to this address, and what to do (bind(2)).
+fn unusable(setting: &str, addr: &impl fmt::Display, error: &io::Error) -> anyhow::Error {
+    let addr = addr.to_string();
+    let port = addr.rsplit_once(':').map_or("", |(_, port)| port);
+    let remedy = match (Errno::from_io_error(error), addr.strip_prefix("unix:")) {
+        (Some(Errno::ADDRINUSE), Some(_)) => {
+            "a process listens there, or it is no socket: use another path".into()
+        }
+        (Some(Errno::ADDRINUSE), None) => {
+            format!("use another port, or stop the process that `ss -ltnp 'sport = :{port}'` shows")
+        }
+        (Some(Errno::ACCESS | Errno::PERM), None) => {
+            "ports below 1024 need CAP_NET_BIND_SERVICE: use a port above, a proxy, or fanfare.socket of systemd".into()
+        }
+        (Some(Errno::ADDRNOTAVAIL), None) => {
+            "no interface of this host has the address: `ip addr` shows those that it has".into()
+        }
+        (Some(Errno::AFNOSUPPORT), None) => "this host has no IPv6: use an IPv4 address".into(),
+        (Some(Errno::NOENT), Some(_)) => "its directory must exist".into(),
+        (Some(Errno::ACCESS), Some(_)) => "this process must be able to write to its directory".into(),
+        _ => "see bind(2)".into(),
+    };
+    anyhow!("{setting} {addr} can't be used: {error}: {remedy}")
+}
+
 /// The open listeners of a node.
 #[derive(Debug)]
 pub struct Listeners {
@@ -94,14 +120,14 @@ impl Listeners {
             inherited.public.into_iter().map(adopt).collect()
         } else {
             let bind = |addr: &SocketAddr| {
-                accept::bind(*addr, settings).with_context(|| format!("can't bind --listen {addr}"))
+                accept::bind(*addr, settings).map_err(|error| unusable("--listen", addr, &error))
             };
             settings.listen.iter().map(bind).collect()
         };
         let admin = match inherited.admin {
             Some(open) => Some(admin::Listener::adopt(open)),
             None => admin::Listener::bind(&settings.admin)
-                .with_context(|| format!("can't bind --admin {}", settings.admin))?,
+                .map_err(|error| unusable("--admin", &settings.admin, &error))?,
         };
         Ok(Listeners { public: public?, shared, admin })
     }
@@ -114,5 +140,29 @@ impl Listeners {
     /// The admin address, with the real port.
     pub fn admin(&self) -> io::Result<AdminAddr> {
         self.admin.as_ref().map_or(Ok(AdminAddr::Off), admin::Listener::addr)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn remedy_follows_the_error_number() {
+        for (addr, errno, part) in [
+            ("127.0.0.1:80", Errno::ADDRINUSE, "stop the process that `ss -ltnp 'sport = :80'` shows"),
+            ("[::1]:8080", Errno::ADDRINUSE, "'sport = :8080'"),
+            ("127.0.0.1:80", Errno::ACCESS, "CAP_NET_BIND_SERVICE"),
+            ("10.0.0.9:80", Errno::ADDRNOTAVAIL, "`ip addr` shows"),
+            ("[::1]:80", Errno::AFNOSUPPORT, "IPv4"),
+            ("unix:/a/b", Errno::ADDRINUSE, "use another path"),
+            ("unix:/a/b", Errno::NOENT, "directory must exist"),
+            ("unix:/a/b", Errno::ACCESS, "write to its directory"),
+            ("127.0.0.1:80", Errno::MFILE, "see bind(2)"),
+        ] {
+            let text = unusable("--listen", &addr, &errno.into()).to_string();
+            assert!(text.starts_with(&format!("--listen {addr} can't be used: ")), "{text}");
+            assert!(text.contains(part), "{part}: {text}");
+        }
     }
 }

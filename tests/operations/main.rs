@@ -16,6 +16,7 @@ mod drain;
 mod examples;
 mod observability;
 mod rolling;
+mod start_texts;
 mod systemd;
 mod systemd_units;
 mod tls;

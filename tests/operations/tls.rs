@@ -3,20 +3,24 @@
 use std::path::Path;
 use std::process::Command;
 
+use futures_util::future::join_all;
 use serde_json::json;
 
-use crate::common;
 use crate::common::{Client, Node, Redis, free_port};
+use crate::start_texts::assert_unready;
 
 /// The variable that names a file with additional authorities.
 const AUTHORITIES: &str = "SSL_CERT_FILE";
 
-/// Creates `authority.pem` and, signed by it for localhost, `redis.pem` with `redis.key`.
+/// Creates `authority.pem` and, signed by it for localhost, `redis.pem` with `redis.key`; and
+/// `other.pem`, which signs itself for localhost.
 fn make_certificates(directory: &Path) {
     let script = "
         key='ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes'
         openssl req -x509 -newkey $key -keyout authority.key -out authority.pem -days 2 -subj /CN=authority \
             -addext basicConstraints=critical,CA:TRUE
+        openssl req -x509 -newkey $key -keyout other.key -out other.pem -days 2 -subj /CN=localhost \
+            -addext subjectAltName=DNS:localhost
         openssl req -newkey $key -keyout redis.key -out redis.csr -subj /CN=localhost
         echo subjectAltName=DNS:localhost > names
         openssl x509 -req -in redis.csr -CA authority.pem -CAkey authority.key -CAcreateserial -days 2 \
@@ -51,17 +55,49 @@ async fn events_travel_over_tls() {
 }
 
 #[tokio::test]
-async fn untrusted_certificate_keeps_the_node_unready() {
+async fn tls_problems_are_explained() {
     let (redis, port) = start().await;
-    let authority = redis.directory().join("authority.pem");
-    // The certificate does not contain the address. The second node does not know the authority.
-    let strange = format!("rediss://127.0.0.1:{port}");
-    let node = Node::start_unready_with(AUTHORITIES, &authority, &["--redis", &strange]).await;
-    let other = Node::start_unready(&["--redis", &format!("rediss://localhost:{port}")]).await;
-    for node in [node, other] {
-        let said =
-            common::until("a warning", || async { node.log().contains("WARN").then(|| node.log()) }).await;
-        assert!(said.to_lowercase().contains("certificate"), "{said}");
-        node.unready().await;
+    let files = redis.directory();
+    let (authority, other) = (files.join("authority.pem"), files.join("other.pem"));
+    let mut authority_as_server = Redis::away(&[]);
+    let own_port = free_port();
+    authority_as_server.add_flags(&["--tls-port", &own_port.to_string(), "--tls-auth-clients", "no"]);
+    for (flag, name) in [
+        ("--tls-cert-file", "other.pem"),
+        ("--tls-key-file", "other.key"),
+        ("--tls-ca-cert-file", "other.pem"),
+    ] {
+        authority_as_server.add_flags(&[flag, files.join(name).to_str().expect("UTF-8")]);
     }
+    authority_as_server.up().await;
+    let cases = [
+        (format!("rediss://127.0.0.1:{port}"), &authority, "does not name the host in --redis"),
+        (
+            format!("rediss://localhost:{port}"),
+            &other,
+            "from an unknown authority: name the authority's PEM file in SSL_CERT_FILE",
+        ),
+        (format!("rediss://localhost:{own_port}"), &other, "is that of an authority (CA:TRUE)"),
+        (
+            format!("redis://localhost:{port}"),
+            &authority,
+            "closes the connection at once: check its port, and rediss://",
+        ),
+        (format!("rediss://localhost:{}", redis.port()), &authority, "use redis:// if its port has no TLS"),
+    ];
+    join_all(cases.iter().map(|(url, authority, part)| async move {
+        let node = Node::start_unready_with(AUTHORITIES, authority, &["--redis", url]).await;
+        assert_unready(&node, part).await;
+    }))
+    .await;
+}
+
+#[tokio::test]
+async fn required_client_certificate_is_explained() {
+    let (redis, port) = start().await;
+    let mut client = redis.client().await;
+    client.call(&["CONFIG", "SET", "tls-auth-clients", "yes"]).await;
+    let (authority, url) = (redis.directory().join("authority.pem"), format!("rediss://localhost:{port}"));
+    let node = Node::start_unready_with(AUTHORITIES, &authority, &["--redis", &url]).await;
+    assert_unready(&node, "fanfare has none: set tls-auth-clients no").await;
 }
