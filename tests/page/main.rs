@@ -3,9 +3,10 @@
 
 #[path = "../common/mod.rs"]
 mod common;
-mod rejections;
 
 mod client;
+mod demo;
+mod rejections;
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
