@@ -105,7 +105,8 @@ impl Metrics {
         let reason = self.readiness.not_ready_reason();
         let mut stats = json!({
             "version": env!("CARGO_PKG_VERSION"),
-            "uptime_seconds": self.started.elapsed().as_secs(),
+            // In milliseconds, so that rates between two answers are exact.
+            "uptime_seconds": self.started.elapsed().as_millis() as f64 / 1e3,
             "ready": reason.is_none(),
             "not_ready_reason": reason,
         });
