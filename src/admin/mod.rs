@@ -1,5 +1,5 @@
-//! The admin API: publish, history, channels, metrics, stats, health. HTTP/1.1 with keep-alive on a thread of its own,
-//! so that it delays no event.
+//! The admin API: publish, history, channels, live view, metrics, stats, health. HTTP/1.1 with
+//! keep-alive on a thread of its own, so that it delays no event.
 
 use std::future::{Future, ready};
 use std::io;
@@ -28,6 +28,7 @@ mod channels;
 mod connection;
 mod history;
 mod listener;
+mod live_view;
 mod query;
 #[cfg(test)]
 mod tests;
@@ -223,7 +224,8 @@ async fn serve(
     }
 }
 
-/// Rejects a request without the right key or host. Health checks need no key.
+/// Rejects a request without the right key or host. Health checks need no key, nor does the live
+/// view, which asks for it.
 fn authorize(head: &Head<'_>, shared: &Shared) -> Result<(), Rejection> {
     let AdminContext { keys, metrics, settings, .. } = &shared.context;
     let reject = |reason, rejection: Rejection| {
@@ -240,7 +242,7 @@ fn authorize(head: &Head<'_>, shared: &Shared) -> Result<(), Rejection> {
             "the Host must be localhost, 127.0.0.1 or a host in --allow-origin, unless an --admin-key is set";
         return reject("host", Rejection::new(403, text));
     }
-    if matches!(head.path, "/healthz" | "/readyz") || keys.current().allows_admin(head) {
+    if matches!(head.path, "/" | "/healthz" | "/readyz") || keys.current().allows_admin(head) {
         return Ok(());
     }
     let text = "the admin key is missing or wrong: send Authorization: Bearer KEY (--admin-key)";
@@ -250,9 +252,9 @@ fn authorize(head: &Head<'_>, shared: &Shared) -> Result<(), Rejection> {
 async fn respond(head: &Head<'_>, body: &[u8], shared: &Shared) -> Result<Response, Rejection> {
     let allowed = match head.path {
         "/publish" => "POST",
-        "/history" | "/channels" | "/metrics" | "/stats" | "/healthz" | "/readyz" => "GET, HEAD",
+        "/" | "/history" | "/channels" | "/metrics" | "/stats" | "/healthz" | "/readyz" => "GET, HEAD",
         _ => {
-            let known = "POST /publish, GET /history, /channels, /metrics, /stats, /healthz and /readyz";
+            let known = "POST /publish, GET /, /history, /channels, /metrics, /stats, /healthz and /readyz";
             return Err(Rejection::new(404, format!("no such path: use {known}")));
         }
     };
@@ -261,6 +263,7 @@ async fn respond(head: &Head<'_>, body: &[u8], shared: &Shared) -> Result<Respon
     }
     let metrics = &shared.context.metrics;
     Ok(match head.path {
+        "/" => live_view::response(shared.context.keys.current().requires_admin_key()),
         "/publish" => publish(head, body, shared).await?,
         "/history" => look_up(HistoryQuery::parse(head.query)?.answer(shared), shared).await?,
         "/channels" => look_up(ChannelsQuery::parse(head.query)?.answer(shared), shared).await?,

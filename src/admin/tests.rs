@@ -399,7 +399,7 @@ async fn checks_host_without_a_key() {
     let named = |request: String, host: &str| request.replace("Host: localhost", &format!("Host: {host}"));
     for host in ["evil.example", "evil.example:9080", "127.0.0.1.evil.example", "10.0.0.1", ""] {
         for request in
-            [get("/metrics"), get("/stats"), get("/readyz"), get("/healthz"), post("/publish", "1")]
+            [get("/"), get("/metrics"), get("/stats"), get("/readyz"), get("/healthz"), post("/publish", "1")]
         {
             let (status, _, text) = server.ask(named(request, host)).await;
             assert!(status == 403 && text.contains("--admin-key"), "{host}: {status} {text}");
@@ -429,4 +429,61 @@ async fn serves_a_unix_socket() {
     admin.finish(Duration::from_secs(20)).await;
     assert!(!path.exists(), "the file went with the listener");
     assert_eq!(stream.read(&mut [0]).await.unwrap(), 0, "and so did the connections");
+}
+
+/// The text between two marks.
+fn between<'a>(text: &'a str, start: &str, end: &str) -> &'a str {
+    text.split_once(start).expect(start).1.split_once(end).expect(end).0
+}
+
+#[tokio::test]
+async fn live_view_runs_only_its_own_script() {
+    let server = accepting_server();
+    let (status, head, html) = server.ask(get("/")).await;
+    assert!(status == 200 && head.contains("Content-Type: text/html; charset=utf-8\r\n"), "{head}");
+    assert!(head.contains("Cache-Control: no-store\r\n") && head.contains("X-Content-Type-Options: nosniff"));
+    let policy = between(&head, "Content-Security-Policy: ", "\r\n");
+    let rules: Vec<_> = policy.split("; ").collect();
+    let hash = |text: &str| {
+        let hash = ring::digest::digest(&ring::digest::SHA256, text.as_bytes());
+        data_encoding::BASE64.encode(hash.as_ref())
+    };
+    let script = between(&html, "<script type=\"module\">", "</script>");
+    let style = between(&html, "<style>", "</style>");
+    assert!(script.contains("fetch(\"stats\"") && style.contains("--ground"), "{html}");
+    let [script, style] = [("script", script), ("style", style)]
+        .map(|(kind, text)| format!("{kind}-src 'sha256-{}'", hash(text)));
+    for rule in [
+        "default-src 'none'",
+        &script,
+        &style,
+        "connect-src 'self'",
+        "base-uri 'none'",
+        "frame-ancestors 'none'",
+    ] {
+        assert!(rules.contains(&rule), "{rule} is missing in {policy}");
+    }
+    assert!(!html.contains("https://") && !html.contains("data-needs-key "), "{html}");
+
+    let (status, of_head, body) = server.ask("HEAD / HTTP/1.1\r\nHost: localhost\r\n\r\n").await;
+    assert_eq!((status, body.as_str(), of_head), (200, "", head));
+    let (status, head, _) = server.ask(post("/", "1")).await;
+    assert!(status == 405 && head.contains("Allow: GET, HEAD\r\n"), "{head}");
+}
+
+#[tokio::test]
+async fn live_view_is_served_without_the_key() {
+    let path = std::env::temp_dir().join(format!("fanfare-{}-admin.key", std::process::id()));
+    std::fs::write(&path, "0123456789abcdef").unwrap();
+    let server = server_with(&["--admin-key", path.to_str().unwrap()], |_| None);
+    std::fs::remove_file(&path).unwrap();
+    let (status, _, html) = server.ask(get("/")).await;
+    assert!(status == 200 && html.contains("<body data-needs-key "), "{html}");
+    assert_eq!(server.metrics.admin_rejections.get(), 0);
+    for path in ["/stats", "//", "/?", "/page.js"] {
+        let expected = if path == "/?" { 200 } else { 401 };
+        assert_eq!(server.ask(get(path)).await.0, expected, "{path}");
+    }
+    let with_key = get("/stats").replace("\r\n\r\n", "\r\nAuthorization: Bearer 0123456789abcdef\r\n\r\n");
+    assert_eq!(server.ask(with_key).await.0, 200);
 }

@@ -6,6 +6,7 @@ mod common;
 
 mod client;
 mod demo;
+mod live_view;
 mod rejections;
 
 use std::io::{Read, Write};

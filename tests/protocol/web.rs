@@ -213,10 +213,10 @@ async fn metrics_and_stats_are_well_formed() {
         }
     }
     assert!(node.admin("GET", "/stats", b"").await.json().is_object());
-    for path in ["/", "/nothing", "/ws/a"] {
+    for path in ["/nothing", "/ws/a", "/page.js"] {
         node.admin("GET", path, b"").await.expect_rejection(404);
     }
-    for path in ["/metrics", "/stats"] {
+    for path in ["/", "/metrics", "/stats"] {
         node.admin("POST", path, b"{}").await.expect_rejection(405);
     }
 }
