@@ -8,6 +8,7 @@ mod common;
 #[path = "../workload/mod.rs"]
 mod workload;
 
+mod alerts;
 mod behind_nginx;
 mod client_libraries;
 mod code_blocks;

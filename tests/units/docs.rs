@@ -17,6 +17,7 @@ const README: &str = include_str!("../../README.md");
 const PROTOCOL: &str = include_str!("../../docs/protocol.md");
 const GUARANTEES: &str = include_str!("../../docs/guarantees.md");
 const CHANGELOG: &str = include_str!("../../CHANGELOG.md");
+const ALERTS: &str = include_str!("../../grafana/alerts.yml");
 
 fn help() -> String {
     let output = Command::new(env!("CARGO_BIN_EXE_fanfare")).arg("--help").output();
@@ -126,6 +127,35 @@ fn named_flags_and_metrics_exist() {
         }
     }
     assert!(flags > 18 && series > 10, "{flags} flags, {series} metrics: the text was not understood");
+}
+
+#[test]
+fn alerts_are_explained_and_name_what_exists() {
+    let help = help();
+    let metrics = Metrics::new(1, Arc::default(), Arc::new(Readiness::default())).prometheus();
+    let alerts: Vec<_> = ALERTS.split("- alert: ").skip(1).collect();
+    assert!(alerts.len() > 20, "only {} alerts", alerts.len());
+    for alert in alerts {
+        for part in ["expr: ", "for: ", "severity: ", "summary: ", "description: "] {
+            assert!(alert.contains(part), "no {part:?} in {alert}");
+        }
+        let words = alert.split(|c: char| !c.is_ascii_alphanumeric() && !"_-".contains(c));
+        for word in words.filter(|word| !word.is_empty()) {
+            if word.starts_with("--") {
+                let is_known = word == "--connections" || help.contains(&format!("  {word} "));
+                assert!(is_known, "{word} is no flag, in {alert}");
+            }
+            if word.starts_with("process_") || word.starts_with("fanfare_") && word != "fanfare_publish" {
+                let is_there =
+                    |kind: &str, name: &str| metrics.contains(&format!("\n# TYPE {name} {kind}\n"));
+                let is_part = ["_bucket", "_count"]
+                    .iter()
+                    .any(|suffix| word.strip_suffix(suffix).is_some_and(|name| is_there("histogram", name)));
+                let is_single = is_there("counter", word) || is_there("gauge", word);
+                assert!(is_part || is_single, "{word} is no metric, in {alert}");
+            }
+        }
+    }
 }
 
 #[test]
