@@ -141,12 +141,13 @@ fn connect_error(error: Error) -> ConnectError {
     }
 }
 
-/// Marks errors that mean something else on a connection that was never usable. With "Expected
-/// string" fred reports the end of the connection.
+/// Marks errors that mean something else on a connection that was never usable.
 fn before_first_reply(error: String, over_tls: bool) -> String {
     let is_any = |parts: &[&str]| parts.iter().any(|part| error.contains(part));
-    if is_any(&["reset by peer", "handshake eof", "unexpected eof", "Broken pipe", "Expected string"]) {
+    if is_any(&["reset by peer", "handshake eof", "unexpected eof", "Broken pipe"]) {
         format!("{error} {CLOSED_AT_ONCE}")
+    } else if is_any(&["Expected string"]) {
+        format!("connection closed {CLOSED_AT_ONCE}") // fred's error is about its own reading of the end
     } else if over_tls && is_any(&["timed out"]) {
         format!("{NO_TLS_ANSWER}: {error}")
     } else {
