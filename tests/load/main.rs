@@ -10,6 +10,7 @@ mod workload;
 
 mod churn;
 mod memory;
+mod rates;
 mod soak;
 mod storm;
 
