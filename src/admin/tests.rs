@@ -360,6 +360,36 @@ async fn health_and_metrics_have_reserved_slots() {
     }
 }
 
+#[tokio::test(start_paused = true)]
+async fn few_requests_for_history_reach_the_bus_at_once() {
+    let (requests, mut asked) = mpsc::unbounded_channel();
+    let (_phase, mut shared) = shared();
+    shared.context.requests = requests;
+    let ask = async || {
+        let (mut client, server) = tokio::io::duplex(4096);
+        client.write_all(get("/history").as_bytes()).await.unwrap();
+        let served = async { serve_connection(server, &shared).await.unwrap() };
+        let answer = async {
+            let answer = response(&mut client, false).await;
+            drop(client);
+            answer
+        };
+        tokio::join!(served, answer).1
+    };
+    let answers = tokio::join!(ask(), ask(), ask(), ask(), ask(), ask(), ask());
+    let (status, _, text) = answers.6;
+    assert!(status == 503 && text.contains("too many requests"), "{text}");
+    // The bus answers none of the others. Two were sent to it; the time of the rest ended before
+    // their turn.
+    for (status, _, text) in [answers.0, answers.1, answers.2, answers.3, answers.4, answers.5] {
+        assert!(status == 503 && text.contains("in time"), "{text}");
+    }
+    for _ in 0..LOOKUPS {
+        assert!(matches!(asked.try_recv(), Ok(Request::Read { .. })));
+    }
+    assert!(asked.try_recv().is_err());
+}
+
 #[tokio::test]
 async fn answers_open_requests_at_stop() {
     let mut server = server(|count| (count == 1).then_some(Ok(EventId(1))));

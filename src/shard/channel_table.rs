@@ -254,3 +254,41 @@ impl IndexMut<u32> for ChannelTable {
         &mut self.channels[key as usize]
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use tokio::sync::oneshot;
+
+    use super::*;
+    use crate::feed::Feed;
+    use crate::protocol::event::EventId;
+
+    #[test]
+    fn every_channel_is_listed_once() {
+        let name = |number: usize| ChannelName::parse(&format!("room.{number:04}")).expect("a name");
+        let mut table = ChannelTable::new();
+        for number in 0..3 * KEYS_LISTED {
+            let key = table.insert(name(number), Instant::now());
+            // The bus has not answered for some of them.
+            table[key].feed = (number % 7 > 0).then(|| Feed::new(EventId(1), EventId(number as u64 + 1)));
+        }
+        (0..3 * KEYS_LISTED as u32).step_by(5).for_each(|key| drop(table.remove(key)));
+        let (after, up_to) = (name(100), name(1400));
+        let (mut from, mut listed) = (Some(0), BTreeSet::new());
+        while let Some(key) = from {
+            let (answer, _) = oneshot::channel();
+            let (after, up_to) = (Some(after.clone()), Some(up_to.clone()));
+            let list = table.list(&ListChannels { from: key, after, up_to, answer });
+            assert!(list.channels.len() <= KEYS_LISTED);
+            for (name, connections, position) in list.channels {
+                assert_eq!(connections, 0);
+                assert!(listed.insert((name, position)), "twice");
+            }
+            from = list.next;
+        }
+        let numbers = (101..=1400).filter(|number| number % 7 > 0 && number % 5 > 0);
+        assert!(listed.into_iter().eq(numbers.map(|number| (name(number), EventId(number as u64 + 1)))));
+    }
+}
