@@ -239,7 +239,7 @@ async fn states_move_nothing_at_any_width() {
         "const boxes = [...document.querySelectorAll('.top *, .pane > header *, .events, .pane form')];
         const fixed = boxes.filter((box) => !box.closest('.badge'));
         return fixed.map((box) => JSON.stringify(box.getBoundingClientRect())).join('\\n');";
-    for width in [1280, 800, 360] {
+    for width in [1280, 1024, 800, 360] {
         page.0.resize(width, 800).await;
         page.reaches("left", "live").await;
         page.0.becomes("document.querySelector('#ready').textContent", json!("ready")).await;
@@ -252,6 +252,11 @@ async fn states_move_nothing_at_any_width() {
         let fits = "[...document.querySelectorAll('body, .pane, .pane > header, .badge')]
             .filter((box) => box.scrollWidth > box.clientWidth).map((box) => box.className)";
         assert_eq!(page.0.run(&format!("return {fits}")).await, json!([]), "wider than {width} pixels");
+        let covered = "[...document.querySelectorAll('.pane')].filter((pane) => {
+            const [badge, token] = ['.badge', '.token'].map((part) => pane.querySelector(part).getBoundingClientRect());
+            return badge.left < token.right && badge.top < token.bottom && badge.bottom > token.top;
+        }).length";
+        assert_eq!(page.0.run(&format!("return {covered}")).await, json!(0), "covered at {width} pixels");
         page.0.command("/refresh", json!({})).await;
     }
     page.expect_no_complaints().await;
