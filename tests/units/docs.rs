@@ -15,12 +15,14 @@ use crate::common::sources::has_test;
 
 const README: &str = include_str!("../../README.md");
 const PROTOCOL: &str = include_str!("../../docs/protocol.md");
+const BENCHMARKS: &str = include_str!("../../docs/benchmarks.md");
 const GUARANTEES: &str = include_str!("../../docs/guarantees.md");
 const CHANGELOG: &str = include_str!("../../CHANGELOG.md");
 const ALERTS: &str = include_str!("../../grafana/alerts.yml");
 
-fn help() -> String {
-    let output = Command::new(env!("CARGO_BIN_EXE_fanfare")).arg("--help").output();
+/// What `fanfare … --help` prints.
+fn help(subcommand: &[&str]) -> String {
+    let output = Command::new(env!("CARGO_BIN_EXE_fanfare")).args(subcommand).arg("--help").output();
     let output = output.expect("fanfare is built");
     assert!(output.status.success());
     String::from_utf8(output.stdout).expect("--help is UTF-8")
@@ -107,8 +109,25 @@ fn text_of(frame: &[u8]) -> &str {
 }
 
 #[test]
+fn bench_table_matches_help() {
+    let help = help(&["bench"]);
+    let lines = help.lines().filter_map(|line| line.strip_prefix("  --"));
+    let expected: Vec<_> = lines
+        .map(|line| {
+            let usage = line.split("  ").next().unwrap().trim_end();
+            // Only one space separates a long flag and its text.
+            format!("`--{}`", usage.split(' ').take(2).collect::<Vec<_>>().join(" "))
+        })
+        .collect();
+    assert!(expected.len() >= 18, "--help was not understood: {help}");
+    let shown: Vec<_> =
+        rows(section(BENCHMARKS, "### Arguments")).into_iter().map(|row| row[0].clone()).collect();
+    assert_eq!(shown, expected);
+}
+
+#[test]
 fn named_flags_and_metrics_exist() {
-    let help = help();
+    let help = help(&[]) + &help(&["bench"]);
     let metrics = Metrics::new(1, Arc::default(), Arc::new(Readiness::default())).prometheus();
     let (mut flags, mut series) = (0, 0);
     let pages = pages();
@@ -131,7 +150,7 @@ fn named_flags_and_metrics_exist() {
 
 #[test]
 fn alerts_are_explained_and_name_what_exists() {
-    let help = help();
+    let help = help(&[]);
     let metrics = Metrics::new(1, Arc::default(), Arc::new(Readiness::default())).prometheus();
     let alerts: Vec<_> = ALERTS.split("- alert: ").skip(1).collect();
     assert!(alerts.len() > 20, "only {} alerts", alerts.len());
