@@ -117,8 +117,13 @@ pub fn read(
     });
     let phases = args.value("phases", phase::parse_list).unwrap_or_else(default_phases);
     let publish = publish(&mut args, &headers);
-    let answers = args.take_all("answer");
-    let answers: Vec<_> = answers.iter().filter_map(|text| Some(owned(text.split_once('=')?))).collect();
+    let mut answers = Vec::new();
+    for text in args.take_all("answer") {
+        match text.split_once('=') {
+            Some((received, reply)) => answers.push((received.to_owned(), reply.to_owned())),
+            None => args.error("--answer", format!("{text:?} has no = between message and answer")),
+        }
+    }
     let resume = args.take("resume");
     let greeting = Greeting { hello: args.take_all("hello"), ready: args.take("ready"), answers };
     let detects_resume = resume.is_none() && greeting.ready.is_none();
@@ -156,10 +161,6 @@ fn default_phases() -> Vec<Phase> {
         Phase::Churn(50.0, seconds(5)),
         Phase::Leave,
     ]
-}
-
-fn owned((left, right): (&str, &str)) -> (String, String) {
-    (left.to_owned(), right.to_owned())
 }
 
 fn whole(text: &str, least: u32, most: u32) -> Result<u32, String> {
@@ -264,6 +265,7 @@ mod tests {
             (&["ws://127.0.0.1/", "--phases", "idle 1s"], "start with connect"),
             (&["ws://127.0.0.1/", "--publish", "amqp://x"], "http:// or redis://"),
             (&["ws://127.0.0.1/", "--bind", "x"], "not an IP"),
+            (&["ws://127.0.0.1/", "--answer", "ping"], "no = between"),
         ] {
             let errors = read_words(words).unwrap_err();
             assert!(errors.iter().any(|error| error.to_string().contains(problem)), "{words:?}: {errors:?}");
