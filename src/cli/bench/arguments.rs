@@ -272,6 +272,33 @@ mod tests {
         }
     }
 
+    /// The words of a shell command, without variables.
+    fn split_words(command: &str) -> Vec<String> {
+        let (mut words, mut quoted) = (vec![String::new()], false);
+        for character in command.chars() {
+            match character {
+                '\'' => quoted = !quoted,
+                ' ' if !quoted => words.push(String::new()),
+                character => words.last_mut().unwrap().push(character),
+            }
+        }
+        words.retain(|word| !word.is_empty());
+        words
+    }
+
+    #[test]
+    fn commands_of_docs_are_valid() {
+        let page = include_str!("../../../docs/benchmarks.md").replace("\\\n", " ");
+        let commands: Vec<_> = page.lines().filter_map(|line| line.strip_prefix("fanfare bench ")).collect();
+        assert!(commands.len() >= 10, "only {commands:?} was found");
+        for command in commands {
+            let words = split_words(command);
+            let words: Vec<&str> = words.iter().map(String::as_str).collect();
+            let read = read_words(&words);
+            assert!(read.is_ok(), "{command}: {read:?}");
+        }
+    }
+
     #[test]
     fn help_names_every_flag() {
         for flag in FLAGS {
