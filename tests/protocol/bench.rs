@@ -92,7 +92,7 @@ async fn every_fault_of_a_server_is_noticed() {
             Fault::Drop => (1, 0),
             Fault::Double => (0, 1),
             Fault::Swap => (1, 1), // a gap, and then an event that comes too late
-            Fault::Stop => (phase["published"].as_u64().unwrap() - 4, 0),
+            Fault::Stop | Fault::ForgetNewcomers => (phase["published"].as_u64().unwrap() - 4, 0),
         };
         assert_eq!(
             (&phase["lost"], &phase["repeated"]),
@@ -103,6 +103,35 @@ async fn every_fault_of_a_server_is_noticed() {
     }
 }
 
+#[tokio::test]
+async fn newcomers_without_events_are_noticed() {
+    for fault in [Fault::None, Fault::ForgetNewcomers] {
+        let addr = faulty_server(fault).await;
+        let url = format!("ws://{addr}/");
+        let output =
+            bench(&[&url, "--connections", "1", "--phases", "connect, churn 10/s 300ms", "--json"]).await;
+        let results: Value = serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{output:?}"));
+        let lost = u64::from(fault == Fault::ForgetNewcomers);
+        assert_eq!(results["phases"][1]["lost"], lost, "{fault:?}: {results:#}");
+    }
+}
+
+#[tokio::test]
+async fn clients_that_never_become_ready_are_noticed() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let url = format!("ws://{}/", listener.local_addr().expect("it is bound"));
+    let silent = tokio::spawn(async move {
+        let mut streams = Vec::new();
+        while let Ok((stream, _)) = listener.accept().await {
+            streams.push(stream);
+        }
+    });
+    let output = bench(&[&url, "--connections", "2", "--resume", "none", "--phases", "connect"]).await;
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.code() == Some(1) && text.contains("not ready after 8 s"), "{output:?}");
+    silent.abort();
+}
+
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Fault {
     None,
@@ -110,6 +139,8 @@ enum Fault {
     Double,
     Swap,
     Stop,
+    /// Clients that join later get nothing.
+    ForgetNewcomers,
 }
 
 /// A server that sends each message to all clients. The client that publishes gets every event,
@@ -149,11 +180,13 @@ async fn serve(
     tokio::spawn(async move {
         let mut kept = None;
         while let Ok((from, text)) = events.recv().await {
-            let event: usize = usize::from_str_radix(&text[1..7], 36).expect("a mark");
+            let event: usize = usize::from_str_radix(&text[3..9], 36).expect("a mark");
             let times = match (from == number, fault, event) {
                 (true, ..) => 1,
                 (_, Fault::Drop, 5) => 0,
                 (_, Fault::Stop, 5..) => 0,
+                // The first three: one asks whether clients can resume, one publishes, one receives.
+                (_, Fault::ForgetNewcomers, _) if number > 2 => 0,
                 (_, Fault::Double, 5) => 2,
                 (_, Fault::Swap, 5) => {
                     kept = Some(text);

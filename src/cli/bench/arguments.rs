@@ -30,7 +30,7 @@ Load
                         [connect, idle 3s, rate 10/s 10s, rate 50/s 5s,
                         storm 50%, churn 50/s 5s, leave]
   --rate N/s            Events while clients storm, stall or churn [10/s]
-  --size BYTES          Text of an event, at least 16 [128]
+  --size BYTES          Text of an event, at least 18 [128]
   --connect-rate N/s    New connections [as fast as handshakes complete]
   --bind IP,...         Source addresses [127.0.0.x for a loopback address]
   --processes N         Processes for the clients [one per 16,000]
@@ -84,11 +84,11 @@ const FLAGS: [Flag; 20] = [
     Flag::new("svg", "FILE"),
 ];
 
-/// What the command line asks for.
+/// Parsed command line.
 #[derive(Debug)]
-pub struct Asked {
+pub struct Options {
     pub plan: Plan,
-    /// `--resume` was not given: the server is asked.
+    /// Probe the server for a `welcome`, since `--resume` is absent.
     pub detects_resume: bool,
     pub pids: Vec<u32>,
     pub json: bool,
@@ -99,7 +99,7 @@ pub struct Asked {
 pub fn read(
     url: &str,
     args: impl Iterator<Item = std::ffi::OsString>,
-) -> Result<Option<Asked>, Vec<SettingError>> {
+) -> Result<Option<Options>, Vec<SettingError>> {
     let flags = [&FLAGS[..], &[Flag::new("help", "")]].concat();
     let mut args = Args::read(args, &flags);
     if args.switch("help") {
@@ -109,7 +109,8 @@ pub fn read(
     let target = parse_target(url).map_err(|problem| args.error(url, problem)).ok();
     let connections = args.value("connections", |text| whole(text, 1, 10_000_000)).unwrap_or(1000);
     let least = connections.div_ceil(CONNECTIONS_PER_PROCESS);
-    let processes = args.value("processes", |text| whole(text, least, 1000)).unwrap_or(least);
+    let processes =
+        args.value("processes", |text| whole(text, least, connections.min(1000))).unwrap_or(least);
     let size = args.value("size", |text| whole(text, MARK as u32, 1 << 20)).unwrap_or(128) as usize;
     let bind = args.value("bind", |text| text.split(',').map(parse_ip).collect());
     let bind = bind.unwrap_or_else(|| {
@@ -147,7 +148,7 @@ pub fn read(
         resume,
         phases,
     };
-    Ok(Some(Asked { plan, detects_resume, pids: pids.unwrap_or_default(), json, svg }))
+    Ok(Some(Options { plan, detects_resume, pids: pids.unwrap_or_default(), json, svg }))
 }
 
 fn default_phases() -> Vec<Phase> {
@@ -235,7 +236,7 @@ fn publish(args: &mut Args, headers: &[String]) -> Publish {
 mod tests {
     use super::*;
 
-    fn read_words(words: &[&str]) -> Result<Option<Asked>, Vec<SettingError>> {
+    fn read_words(words: &[&str]) -> Result<Option<Options>, Vec<SettingError>> {
         read(words[0], words[1..].iter().map(std::ffi::OsString::from))
     }
 
@@ -259,7 +260,7 @@ mod tests {
         for (words, problem) in [
             (&["http://127.0.0.1/"][..], "must start with ws://"),
             (&["wss://127.0.0.1/"], "TLS is not supported"),
-            (&["ws://127.0.0.1/", "--size", "15"], "from 16"),
+            (&["ws://127.0.0.1/", "--size", "17"], "from 18"),
             (&["ws://127.0.0.1/", "--connections", "0"], "from 1"),
             (&["ws://127.0.0.1/", "--connections", "20000", "--processes", "1"], "from 2"),
             (&["ws://127.0.0.1/", "--phases", "idle 1s"], "start with connect"),

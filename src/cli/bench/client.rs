@@ -10,8 +10,9 @@ use serde::{Deserialize, Serialize};
 use super::mark::{Finder, MARK, Mark};
 use super::plan::Plan;
 use super::wire::{self, CLOSE, PING, PONG, TEXT};
+use super::worker::monotonic;
 
-/// How far a client is.
+/// Handshake state of a client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stage {
     Connecting,
@@ -22,7 +23,7 @@ pub enum Stage {
     Ready,
 }
 
-/// What a client has of the run's events.
+/// Position of a client in the run's events.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Seen {
     /// Nothing is known: any event may be its first.
@@ -33,7 +34,7 @@ pub enum Seen {
     Notified(u32),
 }
 
-/// What the clients of a process have received together. Counts of the whole run.
+/// Counts of one process since the run started.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Tally {
     pub deliveries: u64,
@@ -65,9 +66,11 @@ impl Tally {
 
 /// Adds 1 for this reason, of which a server may make up many.
 pub fn count(counts: &mut BTreeMap<String, u64>, reason: String) {
-    if counts.len() < REASONS_MAX || counts.contains_key(&reason) {
-        *counts.entry(reason).or_default() += 1;
+    let mut reason: String = reason.chars().take(REASON_CHARS_MAX).collect();
+    if counts.len() >= REASONS_MAX && !counts.contains_key(&reason) {
+        reason = "other".into();
     }
+    *counts.entry(reason).or_default() += 1;
 }
 
 /// What all clients of a process share.
@@ -77,9 +80,19 @@ pub struct Shared<'p> {
     /// Latencies in microseconds, since the last report.
     pub latencies: Histogram<u64>,
     pub scratch: Vec<u8>,
+    /// The tag of the run's marks.
+    pub tag: u32,
     pub finder: Finder,
-    /// Microseconds since the run started, as of the last read.
+    /// The start of the run on the monotonic clock, in nanoseconds.
+    pub started: u64,
+    /// Microseconds since then, as of the last read.
     pub now: u64,
+}
+
+impl Shared<'_> {
+    pub fn read_clock(&mut self) {
+        self.now = (monotonic() - self.started) / 1000;
+    }
 }
 
 pub struct Client {
@@ -92,10 +105,17 @@ pub struct Client {
     /// Whether it asked to resume.
     pub resuming: bool,
     pub stalled: bool,
+    /// Events up to this number are late, not repeated: they were counted as missing.
+    pub skipped_to: u32,
+    /// When its handshake started, in microseconds since the run started.
+    pub joined: u64,
+    is_timed: bool,
     /// Events due from this time on are timed, in microseconds since the run started.
-    pub timed_from: u64,
+    timed_from: u64,
     /// The start of a frame or response head.
-    rest: Vec<u8>,
+    partial: Vec<u8>,
+    /// The start of a fragmented message.
+    fragments: Vec<u8>,
     /// Bytes to send.
     out: Vec<u8>,
 }
@@ -103,16 +123,31 @@ pub struct Client {
 /// Most different reasons that are counted.
 const REASONS_MAX: usize = 100;
 
-/// Time of a client that is not timed.
+/// Most characters of a reason.
+const REASON_CHARS_MAX: usize = 200;
+
+/// Most bytes that wait for the socket of a client that does not publish.
+const ANSWERS_MAX: usize = 64 << 10;
+
+/// Start of the timing of a client that is not ready, or not timed.
 const NEVER: u64 = u64::MAX;
 
-/// Why a client is gone.
+/// What one read of a socket got.
+enum Received {
+    Nothing,
+    Part,
+    /// As much as fits.
+    Full,
+}
+
+/// Why a connection closed.
 #[derive(Debug)]
-pub struct Gone(pub String);
+pub struct Closed(pub String);
 
 impl Client {
     /// A client whose socket is connecting. With `last_id` above 0 it resumes.
-    pub fn new(stream: TcpStream, number: u64, seen: Seen, last_id: u64, plan: &Plan) -> Client {
+    pub fn new(stream: TcpStream, number: u64, seen: Seen, last_id: u64, shared: &Shared<'_>) -> Client {
+        let plan = shared.plan;
         Client {
             stream,
             number,
@@ -121,23 +156,32 @@ impl Client {
             last_id,
             resuming: last_id > 0,
             stalled: false,
-            timed_from: if plan.is_timed(number) { 0 } else { NEVER },
-            rest: Vec::new(),
+            skipped_to: 0,
+            joined: shared.now,
+            is_timed: plan.is_timed(number),
+            timed_from: NEVER,
+            partial: Vec::new(),
+            fragments: Vec::new(),
             out: plan.request(number, last_id).into_bytes(),
         }
     }
 
     /// Sends a message as soon as the socket takes it.
-    pub fn send(&mut self, text: &[u8]) -> Result<(), Gone> {
+    pub fn send(&mut self, text: &[u8]) -> Result<(), Closed> {
         wire::put_masked(&mut self.out, TEXT, text);
         self.flush()
     }
 
-    /// Times only events that are due from now on: those that it missed so far are late for a reason.
+    /// Times only events due from now on: events replayed after an outage would count the outage.
     pub fn time_from(&mut self, now: u64) {
-        if self.timed_from != NEVER {
+        if self.is_timed {
             self.timed_from = now;
         }
+    }
+
+    fn become_ready(&mut self, now: u64) {
+        self.stage = Stage::Ready;
+        self.time_from(now);
     }
 
     /// Bytes that wait for the socket.
@@ -145,23 +189,24 @@ impl Client {
         self.out.len()
     }
 
-    fn flush(&mut self) -> Result<(), Gone> {
+    fn flush(&mut self) -> Result<(), Closed> {
         while !self.out.is_empty() {
             match self.stream.write(&self.out) {
                 Ok(written) => drop(self.out.drain(..written)),
                 Err(error) if error.kind() == ErrorKind::WouldBlock => break,
                 Err(error) if error.kind() == ErrorKind::NotConnected => break,
-                Err(error) => return Err(Gone(describe(&error))),
+                Err(error) => return Err(Closed(describe(&error))),
             }
         }
         Ok(())
     }
 
-    /// Goes on after the socket became ready: writes what waits, and reads everything.
-    pub fn advance(&mut self, shared: &mut Shared<'_>) -> Result<(), Gone> {
+    /// Handles readiness of the socket: writes what waits, and reads everything. `is_closed`: the
+    /// server will send no more, which is not announced again.
+    pub fn advance(&mut self, shared: &mut Shared<'_>, is_closed: bool) -> Result<(), Closed> {
         if self.stage == Stage::Connecting {
             if let Ok(Some(error)) | Err(error) = self.stream.take_error() {
-                return Err(Gone(describe(&error)));
+                return Err(Closed(describe(&error)));
             }
             if self.stream.peer_addr().is_err() {
                 return Ok(()); // not connected yet
@@ -169,84 +214,111 @@ impl Client {
             self.stage = Stage::Upgrading;
         }
         self.flush()?;
-        while !self.stalled && self.read(shared)? {}
+        while !self.stalled {
+            match self.read(shared)? {
+                Received::Nothing => break,
+                Received::Part if !is_closed => break, // a short read empties the socket
+                Received::Part | Received::Full => {}
+            }
+        }
         Ok(())
     }
 
-    /// Reads once; true if there may be more to read.
-    fn read(&mut self, shared: &mut Shared<'_>) -> Result<bool, Gone> {
+    fn read(&mut self, shared: &mut Shared<'_>) -> Result<Received, Closed> {
         let mut scratch = std::mem::take(&mut shared.scratch);
-        let held = self.rest.len();
+        let held = self.partial.len();
         if scratch.len() < 2 * held {
             scratch.resize(2 * held, 0);
         }
-        scratch[..held].copy_from_slice(&self.rest);
+        scratch[..held].copy_from_slice(&self.partial);
         let outcome = match self.stream.read(&mut scratch[held..]) {
-            Ok(0) => Err(Gone("closed without a close frame".into())),
+            Ok(0) => Err(Closed("closed without a close frame".into())),
             Ok(len) => {
-                self.rest.clear();
-                let more = held + len == scratch.len();
-                self.take(&scratch[..held + len], shared).map(|()| more)
+                self.partial.clear();
+                shared.read_clock();
+                let read = if held + len == scratch.len() { Received::Full } else { Received::Part };
+                self.take(&scratch[..held + len], shared).map(|()| read)
             }
-            Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(false),
-            Err(error) => Err(Gone(describe(&error))),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(Received::Nothing),
+            Err(error) => Err(Closed(describe(&error))),
         };
         shared.scratch = scratch;
         outcome
     }
 
-    fn take(&mut self, mut bytes: &[u8], shared: &mut Shared<'_>) -> Result<(), Gone> {
+    fn take(&mut self, mut bytes: &[u8], shared: &mut Shared<'_>) -> Result<(), Closed> {
         if self.stage == Stage::Upgrading {
-            let Some(answer) = wire::answer(bytes).map_err(Gone)? else {
-                self.rest.extend_from_slice(bytes);
+            let Some(answer) = wire::answer(bytes).map_err(Closed)? else {
+                self.partial.extend_from_slice(bytes);
                 return Ok(());
             };
             if answer.status != 101 || !answer.accepted {
-                return Err(Gone(format!("HTTP {}", answer.status)));
+                return Err(Closed(format!("HTTP {}", answer.status)));
             }
             shared.tally.server = answer.server.or(shared.tally.server.take());
             bytes = &bytes[answer.len..];
-            self.greet(shared.plan)?;
+            self.greet(shared)?;
         }
-        while let Some(head) = wire::head(bytes).map_err(Gone)? {
+        while let Some(head) = wire::head(bytes).map_err(Closed)? {
             let Some(payload) = bytes.get(head.len..head.len + head.payload) else { break };
             self.on_frame(head.first, payload, shared)?;
             bytes = &bytes[head.len + head.payload..];
         }
-        self.rest.extend_from_slice(bytes);
+        self.partial.extend_from_slice(bytes);
         Ok(())
     }
 
-    fn greet(&mut self, plan: &Plan) -> Result<(), Gone> {
+    fn greet(&mut self, shared: &Shared<'_>) -> Result<(), Closed> {
+        let plan = shared.plan;
         let number = self.number.to_string();
         for hello in &plan.greeting.hello {
             wire::put_masked(&mut self.out, TEXT, hello.replace("{i}", &number).as_bytes());
         }
         // A server that resumes says so first.
         let waits = plan.greeting.ready.is_some() || plan.resume.is_some();
-        self.stage = if waits { Stage::Greeting } else { Stage::Ready };
+        match waits {
+            true => self.stage = Stage::Greeting,
+            false => self.become_ready(shared.now),
+        }
         self.flush()
     }
 
-    fn on_frame(&mut self, first: u8, payload: &[u8], shared: &mut Shared<'_>) -> Result<(), Gone> {
+    fn on_frame(&mut self, first: u8, payload: &[u8], shared: &mut Shared<'_>) -> Result<(), Closed> {
         match first {
+            PING if self.out.len() > ANSWERS_MAX => Ok(()), // it reads nothing, so it gets no pong
             PING => {
                 wire::put_masked(&mut self.out, PONG, payload);
                 self.flush()
             }
             PONG => Ok(()),
-            CLOSE => Err(Gone(match payload {
+            CLOSE => Err(Closed(match payload {
                 [a, b, reason @ ..] => {
                     let code = u16::from_be_bytes([*a, *b]);
                     format!("{code} {}", String::from_utf8_lossy(reason)).trim_end().to_owned()
                 }
                 _ => "1005".into(),
             })),
+            // A message in fragments (RFC 6455 section 5.4): its first one, and those after it.
+            0x01 | 0x02 => {
+                self.fragments = payload.to_vec();
+                Ok(())
+            }
+            0x00 | 0x80 => {
+                self.fragments.extend_from_slice(payload);
+                if self.fragments.len() > wire::FRAME_MAX {
+                    return Err(Closed("a message that is too long".into()));
+                }
+                if first == 0x00 {
+                    return Ok(());
+                }
+                let message = std::mem::take(&mut self.fragments);
+                self.on_message(&message, shared)
+            }
             _ => self.on_message(payload, shared),
         }
     }
 
-    fn on_message(&mut self, payload: &[u8], shared: &mut Shared<'_>) -> Result<(), Gone> {
+    fn on_message(&mut self, payload: &[u8], shared: &mut Shared<'_>) -> Result<(), Closed> {
         shared.tally.bytes += payload.len() as u64;
         let mut found = shared.finder.find(payload);
         if found.is_none() {
@@ -257,7 +329,7 @@ impl Client {
             // What follows is the padding of this event, and perhaps further events.
             let padding = shared.plan.size.saturating_sub(MARK);
             found = rest.get(padding..).filter(|rest| rest.len() > MARK).and_then(|rest| {
-                let mut finder = Finder::default();
+                let mut finder = Finder::new(shared.tag);
                 finder.find(rest)
             });
         }
@@ -275,7 +347,7 @@ impl Client {
         }
         match self.seen {
             Seen::UpTo(last) | Seen::Notified(last) if mark.number <= last => {
-                shared.tally.repeated += 1;
+                shared.tally.repeated += u64::from(mark.number > self.skipped_to);
                 return;
             }
             Seen::UpTo(last) => shared.tally.lost += u64::from(mark.number - last - 1),
@@ -284,8 +356,8 @@ impl Client {
         self.seen = Seen::UpTo(mark.number);
     }
 
-    /// A message that is no event: of the greeting, or one that wants an answer.
-    fn on_other(&mut self, payload: &[u8], shared: &mut Shared<'_>) -> Result<(), Gone> {
+    /// Handles a message without a mark: recovery frames, the ready text, requests to answer.
+    fn on_other(&mut self, payload: &[u8], shared: &mut Shared<'_>) -> Result<(), Closed> {
         let plan = shared.plan;
         let greeting = &plan.greeting;
         if plan.resume.is_some() {
@@ -295,15 +367,18 @@ impl Client {
                     let recovered = contains(r#""recovered":true"#);
                     match self.resuming {
                         true if recovered => shared.tally.resumed += 1,
-                        true => self.notice(shared),
+                        true => self.mark_notified(shared),
                         false => {}
                     }
                     self.resuming = false;
+                    if self.last_id == 0 {
+                        self.last_id = number_after(payload, br#""lastEventId":"#).unwrap_or_default();
+                    }
                     if greeting.ready.is_none() && self.stage == Stage::Greeting {
-                        self.stage = Stage::Ready;
+                        self.become_ready(shared.now);
                     }
                 }
-                [b'{', ..] if contains(r#""type":"reset""#) => self.notice(shared),
+                [b'{', ..] if contains(r#""type":"reset""#) => self.mark_notified(shared),
                 [b'{', ..] if contains(r#""type":"error""#) => {
                     shared.tally.not_published(vec![String::from_utf8_lossy(payload).into_owned()]);
                 }
@@ -314,29 +389,49 @@ impl Client {
             && self.stage == Stage::Greeting
             && contains(payload, ready.as_bytes())
         {
-            self.stage = Stage::Ready;
+            self.become_ready(shared.now);
         }
         for (received, reply) in &greeting.answers {
             if payload.starts_with(received.as_bytes()) {
+                if self.out.len() > ANSWERS_MAX {
+                    return Err(Closed("it sends, and does not read".into()));
+                }
                 return self.send(reply.as_bytes());
             }
         }
         Ok(())
     }
 
-    fn notice(&mut self, shared: &mut Shared<'_>) {
+    fn mark_notified(&mut self, shared: &mut Shared<'_>) {
         shared.tally.notices += 1;
         if let Seen::UpTo(last) = self.seen {
             self.seen = Seen::Notified(last);
         }
     }
 
-    /// How many events up to this number it lacks.
+    /// How many events up to this number it lacks; at least one if it has received nothing.
     pub fn missing(&self, number: u32) -> u32 {
         match self.seen {
             Seen::UpTo(last) => number.saturating_sub(last),
-            Seen::Unknown | Seen::Notified(_) => 0,
+            Seen::Unknown => number.min(1),
+            Seen::Notified(_) => 0,
         }
+    }
+
+    /// The last event that it has, if it has any.
+    pub fn last(&self) -> Option<u32> {
+        match self.seen {
+            Seen::UpTo(last) | Seen::Notified(last) => Some(last),
+            Seen::Unknown => None,
+        }
+    }
+
+    /// The next event is the one after this number. What it lacks was counted as missing.
+    pub fn expect_after(&mut self, number: u32) {
+        if self.seen != Seen::UpTo(number) {
+            self.skipped_to = number;
+        }
+        self.seen = Seen::UpTo(number);
     }
 }
 
@@ -352,6 +447,13 @@ fn trailing_id(payload: &[u8]) -> Option<u64> {
         return None;
     }
     std::str::from_utf8(&digits[start..]).ok()?.parse().ok()
+}
+
+/// The number that follows this text.
+fn number_after(payload: &[u8], text: &[u8]) -> Option<u64> {
+    let start = payload.windows(text.len()).position(|window| window == text)? + text.len();
+    let digits = payload[start..].iter().take_while(|byte| byte.is_ascii_digit()).count();
+    std::str::from_utf8(&payload[start..start + digits]).ok()?.parse().ok()
 }
 
 /// What a socket error means, in a few words.

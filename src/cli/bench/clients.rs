@@ -9,8 +9,8 @@ use mio::{Interest, Registry, Token};
 use rustix::io::Errno;
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
-use super::client::{Client, Gone, Seen, Shared, Stage, count, describe};
-use super::plan::{HANDSHAKES, Plan};
+use super::client::{Client, Closed, Seen, Shared, Stage, count, describe};
+use super::plan::{HANDSHAKE_TIMEOUT, HANDSHAKES, Plan};
 
 /// Numbers of new clients that each process has for itself.
 const NUMBERS: u64 = 1_000_000_000;
@@ -95,7 +95,7 @@ impl Clients {
             match open(shared.plan, slot, number, &self.registry) {
                 Ok(stream) => {
                     self.handshakes += 1;
-                    self.slots[slot] = Some(Client::new(stream, number, seen, last_id, shared.plan));
+                    self.slots[slot] = Some(Client::new(stream, number, seen, last_id, shared));
                 }
                 Err(error) => count(&mut shared.tally.refused, describe(&error)),
             }
@@ -104,8 +104,9 @@ impl Clients {
 
     fn next_connect(&self, plan: &Plan) -> Option<Instant> {
         let (start, done) = self.connects;
-        let after =
-            plan.connect_rate.map_or(Duration::ZERO, |rate| Duration::from_secs_f64(done as f64 / rate));
+        let after = plan.connect_rate.map_or(Duration::ZERO, |rate| {
+            Duration::from_secs_f64(done as f64 * f64::from(plan.processes) / rate)
+        });
         (!self.joining.is_empty()).then_some(start + after)
     }
 
@@ -117,36 +118,35 @@ impl Clients {
         connect.into_iter().chain(replace).min()
     }
 
-    /// Goes on with a client whose socket became ready.
-    pub fn advance(&mut self, slot: usize, shared: &mut Shared<'_>) {
+    /// Handles readiness of a client's socket.
+    pub fn advance(&mut self, slot: usize, is_closed: bool, shared: &mut Shared<'_>) {
         let Some(client) = self.slots.get_mut(slot).and_then(Option::as_mut) else { return };
         let before = client.stage;
-        match client.advance(shared) {
+        match client.advance(shared, is_closed) {
             Ok(()) if before != Stage::Ready && client.stage == Stage::Ready => {
-                client.time_from(shared.now);
                 self.handshakes -= 1;
                 self.ready += 1;
             }
             Ok(()) => {}
-            Err(gone) => self.lose(slot, gone, shared),
+            Err(closed) => self.on_closed(slot, closed, shared),
         }
     }
 
     /// Sends a message of the observer.
     pub fn publish(&mut self, message: &str, shared: &mut Shared<'_>) {
-        if let Some(Err(gone)) = self.observer().map(|observer| observer.send(message.as_bytes())) {
-            self.lose(self.count, gone, shared);
+        if let Some(Err(closed)) = self.observer().map(|observer| observer.send(message.as_bytes())) {
+            self.on_closed(self.count, closed, shared);
         }
     }
 
-    fn lose(&mut self, slot: usize, Gone(why): Gone, shared: &mut Shared<'_>) {
+    fn on_closed(&mut self, slot: usize, Closed(why): Closed, shared: &mut Shared<'_>) {
         let tally = &mut shared.tally;
-        let was_ready = self.leave(slot).is_some_and(|client| client.stage == Stage::Ready);
+        let was_ready = self.remove(slot).is_some_and(|client| client.stage == Stage::Ready);
         count(if was_ready { &mut tally.closed } else { &mut tally.refused }, why);
     }
 
     /// Removes a client. Its socket is closed when it is dropped.
-    fn leave(&mut self, slot: usize) -> Option<Client> {
+    fn remove(&mut self, slot: usize) -> Option<Client> {
         let client = self.slots[slot].take()?;
         match client.stage {
             Stage::Ready => self.ready -= 1,
@@ -156,17 +156,30 @@ impl Clients {
     }
 
     /// Removes all.
-    pub fn leave_all(&mut self) {
+    pub fn remove_all(&mut self) {
         self.joining.clear();
         for slot in 0..self.slots.len() {
-            self.leave(slot);
+            self.abort(slot);
+        }
+    }
+
+    /// Closes clients whose handshake takes too long.
+    pub fn time_out(&mut self, shared: &mut Shared<'_>) {
+        shared.read_clock();
+        let oldest = shared.now.saturating_sub(HANDSHAKE_TIMEOUT.as_micros() as u64);
+        for slot in 0..self.slots.len() {
+            let is_late = |client: &Client| client.stage != Stage::Ready && client.joined < oldest;
+            if self.slots[slot].as_ref().is_some_and(is_late) {
+                let why = Closed(format!("not ready after {} s", HANDSHAKE_TIMEOUT.as_secs()));
+                self.on_closed(slot, why, shared);
+            }
         }
     }
 
     /// Cuts the connections of this share of the clients, which are then to reconnect.
     pub fn storm(&mut self, share: f64, plan: &Plan) {
-        for slot in self.some(share) {
-            let Some(client) = self.cut(slot) else { continue };
+        for slot in self.evenly_spread(share) {
+            let Some(client) = self.abort(slot) else { continue };
             let resumes = plan.resume.is_some() && client.last_id > 0;
             let (seen, last_id) = if resumes { (client.seen, client.last_id) } else { (Seen::Unknown, 0) };
             self.joining.push(Joining { slot, number: client.number, seen, last_id });
@@ -174,15 +187,15 @@ impl Clients {
     }
 
     /// Removes a client with a reset (RST), so that its port is free again at once.
-    fn cut(&mut self, slot: usize) -> Option<Client> {
-        let client = self.leave(slot)?;
+    fn abort(&mut self, slot: usize) -> Option<Client> {
+        let client = self.remove(slot)?;
         let _ = SockRef::from(&client.stream).set_linger(Some(Duration::ZERO));
         Some(client)
     }
 
     /// This share of the clients reads nothing from now on.
     pub fn stall(&mut self, share: f64) {
-        for slot in self.some(share) {
+        for slot in self.evenly_spread(share) {
             if let Some(client) = &mut self.slots[slot] {
                 client.stalled = true;
             }
@@ -194,23 +207,24 @@ impl Clients {
         for slot in 0..self.count {
             let Some(client) = &mut self.slots[slot] else { continue };
             if std::mem::take(&mut client.stalled) {
+                shared.read_clock();
                 client.time_from(shared.now);
-                self.advance(slot, shared);
+                self.advance(slot, true, shared);
             }
         }
     }
 
-    /// Replaces so many clients a second from now on; 0: none.
+    /// Replaces this many clients per second; 0 stops.
     pub fn churn(&mut self, rate: f64, now: Instant) {
-        self.churn = (rate > 0.0).then_some((now, rate, 0));
+        self.churn = (rate > 0.0 && self.count > 0).then_some((now, rate, 0));
     }
 
     /// Replaces the clients that are due.
     pub fn replace(&mut self, now: Instant) {
         let Some((start, rate, mut done)) = self.churn else { return };
-        while self.count > 0 && done as f64 <= (now - start).as_secs_f64() * rate {
+        while done as f64 <= (now - start).as_secs_f64() * rate {
             let (number, slot) = (self.next_number, (self.next_number % self.count as u64) as usize);
-            if self.cut(slot).is_some() {
+            if self.abort(slot).is_some() {
                 self.joining.push(Joining { slot, number, seen: Seen::Unknown, last_id: 0 });
             }
             self.next_number += 1;
@@ -220,7 +234,7 @@ impl Clients {
     }
 
     /// Slots of this share of the clients, evenly spread, without the observer.
-    fn some(&self, share: f64) -> Vec<usize> {
+    fn evenly_spread(&self, share: f64) -> Vec<usize> {
         let part = |slot: usize| (slot as f64 * share) as usize;
         (0..self.count).filter(|slot| part(*slot) < part(slot + 1)).collect()
     }

@@ -10,14 +10,18 @@ use anyhow::{Context, Result, bail};
 use hdrhistogram::Histogram;
 
 use super::client::Tally;
+use super::mark::TAGS;
 use super::phase::Phase;
-use super::plan::{Command, Load, PATIENCE, Plan};
+use super::plan::{Command, Load, Plan, STALL_TIMEOUT};
 use super::result::{self, PhaseResult, Second, grouped, rate, shown_latency};
 use super::server::Server;
 use super::worker::{Report, histogram, monotonic};
 
 /// Load before clients reconnect in a storm, so that there is something to resume.
 const BEFORE_STORM: Duration = Duration::from_secs(1);
+
+/// Load after clients joined: each must receive something.
+const SETTLE: Duration = Duration::from_secs(1);
 
 /// What a run showed.
 pub struct Outcome {
@@ -70,8 +74,10 @@ impl<'p> Coordinator<'p> {
     pub fn start(plan: &'p Plan, server: Server) -> Result<Coordinator<'p>> {
         let (sender, reports) = channel();
         let started = monotonic();
-        let workers: Result<_> =
-            (0..plan.processes).map(|process| start_worker(plan, process, started, sender.clone())).collect();
+        let tag = (started / 1_000_000) as u32 % TAGS;
+        let workers: Result<_> = (0..plan.processes)
+            .map(|process| start_worker(plan, process, (started, tag), sender.clone()))
+            .collect();
         let now = Instant::now();
         Ok(Coordinator {
             plan,
@@ -138,7 +144,8 @@ impl<'p> Coordinator<'p> {
                 let cut = Instant::now();
                 self.send_all(&Command::Storm(share))?;
                 self.wait_until_ready()?;
-                reconnected = Some(cut.elapsed());
+                reconnected = (self.pending() == 0).then(|| cut.elapsed());
+                self.watch(self.settle_time())?;
             }
             Phase::Stall(share, time) => {
                 self.publish(Load::Rate(self.plan.rate))?;
@@ -152,18 +159,25 @@ impl<'p> Coordinator<'p> {
                 self.watch(time)?;
                 self.send_all(&Command::Churn(0.0))?;
                 self.wait_until_ready()?;
+                self.watch(self.settle_time())?;
             }
             Phase::Leave => {
                 self.send_all(&Command::Leave)?;
-                self.wait(|workers| workers.iter().all(|worker| worker.report.ready == 0))?;
+                self.wait(
+                    |workers| workers.iter().all(|worker| worker.report.ready == 0),
+                    Coordinator::ready,
+                )?;
             }
         }
+        self.send(0, &Command::Publish(Load::Nothing))?;
+        self.wait_until_current()?;
         let time = start.elapsed();
         let deliveries = self.total().deliveries - tally.deliveries;
         let now_busy = self.busy();
-        let generator = now_busy.iter().zip(&busy).map(|(now, before)| now - before);
+        let generator = now_busy.iter().zip(&busy).map(|(now, before)| now.saturating_sub(*before));
         let generator = generator.max().unwrap_or_default() as f64 / time.as_nanos() as f64;
-        let clients = self.ready();
+        let (clients, pending) = (self.ready(), self.pending());
+        let publishes = !matches!(phase, Phase::Connect | Phase::Idle(_) | Phase::Leave);
         let missing = self.drain()?;
         let usage = self.server.usage();
         let published = self.workers[0].report.published - published;
@@ -176,6 +190,8 @@ impl<'p> Coordinator<'p> {
             tally: result::since(&self.total(), &tally),
             deliveries,
             missing,
+            pending,
+            publishes,
             latencies: self.of_phase.clone(),
             server_cpu: Duration::from_nanos(usage.cpu.saturating_sub(cpu)),
             usage,
@@ -190,40 +206,58 @@ impl<'p> Coordinator<'p> {
         Ok(())
     }
 
-    /// Starts publishing. Nothing is under way: events that a client lacks were counted before.
     fn publish(&mut self, load: Load) -> Result<()> {
-        self.send_all(&Command::ExpectAfter(self.workers[0].report.published))?;
-        self.wait(|workers| workers.iter().all(is_current))?;
         self.send(0, &Command::Publish(load))
     }
 
-    /// Ends publishing, and waits until every client has every event. Returns how many deliveries
-    /// are missing when nothing has arrived for [`PATIENCE`].
+    /// Long enough that an event is published.
+    fn settle_time(&self) -> Duration {
+        SETTLE.max(Duration::from_secs_f64(2.0 / self.plan.rate))
+    }
+
+    /// Waits until every client has every event. Returns how many deliveries are missing when none of
+    /// them has arrived for [`STALL_TIMEOUT`]. What comes after that is late, and counts no more.
     fn drain(&mut self) -> Result<u64> {
-        self.send(0, &Command::Publish(Load::Nothing))?;
-        self.wait(|workers| is_current(&workers[0]))?;
         let published = self.workers[0].report.published;
         self.send_all(&Command::Expect(published))?;
-        self.wait(|workers| workers.iter().all(is_current))?;
-        self.wait(|workers| workers.iter().all(|worker| worker.report.missing == 0))?;
-        Ok(self.workers.iter().map(|worker| worker.report.missing).sum())
+        self.wait_until_current()?;
+        self.wait(|workers| workers.iter().all(|worker| worker.report.missing == 0), Coordinator::missing)?;
+        let missing = self.missing();
+        self.send_all(&Command::ExpectAfter(published))?;
+        self.wait_until_current()?;
+        Ok(missing)
     }
 
     fn wait_until_ready(&mut self) -> Result<()> {
-        self.wait(|workers| workers.iter().all(|worker| is_current(worker) && worker.report.pending == 0))
+        let progress =
+            |all: &Coordinator<'_>| (all.ready(), all.pending(), all.total().refused.values().sum::<u64>());
+        self.wait(
+            |workers| workers.iter().all(|worker| is_current(worker) && worker.report.pending == 0),
+            progress,
+        )
     }
 
-    /// Waits until the reports are so, or nothing has changed for [`PATIENCE`].
-    fn wait(&mut self, until: impl Fn(&[Worker]) -> bool) -> Result<()> {
-        let mut changed = Instant::now();
-        let mut before = (0, 0, 0);
+    /// Waits until all commands are carried out.
+    fn wait_until_current(&mut self) -> Result<()> {
+        self.wait(
+            |workers| workers.iter().all(is_current),
+            |all| all.workers.iter().map(|worker| worker.report.commands).sum::<u32>(),
+        )
+    }
+
+    /// Waits until the condition holds, or for [`STALL_TIMEOUT`] without progress.
+    fn wait<P: PartialEq>(
+        &mut self,
+        until: impl Fn(&[Worker]) -> bool,
+        progress: impl Fn(&Coordinator<'p>) -> P,
+    ) -> Result<()> {
+        let (mut changed, mut before) = (Instant::now(), progress(self));
         while !until(&self.workers) {
             self.receive(Instant::now() + Duration::from_millis(50))?;
-            let tally = self.total();
-            let now = (tally.deliveries, self.ready(), tally.refused.values().sum::<u64>());
+            let now = progress(self);
             if now != before {
                 (before, changed) = (now, Instant::now());
-            } else if changed.elapsed() > PATIENCE {
+            } else if changed.elapsed() > STALL_TIMEOUT {
                 return Ok(());
             }
         }
@@ -276,6 +310,14 @@ impl<'p> Coordinator<'p> {
         result::total(self.workers.iter().map(|worker| &worker.report.tally))
     }
 
+    fn pending(&self) -> u32 {
+        self.workers.iter().map(|worker| worker.report.pending).sum()
+    }
+
+    fn missing(&self) -> u64 {
+        self.workers.iter().map(|worker| worker.report.missing).sum()
+    }
+
     fn ready(&self) -> u32 {
         self.workers.iter().map(|worker| worker.report.ready).sum()
     }
@@ -310,7 +352,7 @@ fn write_line(input: &mut ChildStdin, command: &Command) -> Result<()> {
 fn start_worker(
     plan: &Plan,
     process: u32,
-    started: u64,
+    (started, tag): (u64, u32),
     reports: Sender<(usize, Option<Report>)>,
 ) -> Result<Worker> {
     let program = std::env::current_exe().context("can't find this program")?;
@@ -319,7 +361,7 @@ fn start_worker(
     let mut child = command.spawn().context("can't start a worker process")?;
     let mut input = child.stdin.take().expect("it is piped");
     let output = child.stdout.take().expect("it is piped");
-    write_line(&mut input, &Command::Setup { plan: Box::new(plan.clone()), process, started })?;
+    write_line(&mut input, &Command::Setup { plan: Box::new(plan.clone()), process, started, tag })?;
     std::thread::spawn(move || {
         for line in BufReader::new(output).lines().map_while(Result::ok) {
             let Ok(report) = serde_json::from_str(&line) else { break };

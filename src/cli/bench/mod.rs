@@ -18,7 +18,7 @@ use std::net::TcpStream;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use self::arguments::{Asked, HELP};
+use self::arguments::{HELP, Options};
 use self::coordinator::{Coordinator, Outcome};
 use self::plan::Plan;
 use self::server::Server;
@@ -45,7 +45,7 @@ const WORKER: &str = "--worker";
 const RESUME: &str = "lastEventId";
 
 /// How long a server may take to send its `welcome` before it counts as one that can't resume.
-const WELCOME: Duration = Duration::from_secs(1);
+const WELCOME_TIMEOUT: Duration = Duration::from_secs(1);
 
 const WRONG_ARGUMENTS: u8 = 2;
 const VOID: u8 = 3;
@@ -60,15 +60,15 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         let wants_help = args.peek().is_some_and(|first| first == "--help" || first == "-h");
         return match wants_help {
             true => print(HELP, ExitCode::SUCCESS),
-            false => complain(
+            false => print_usage_error(
                 "fanfare bench: the URL comes first, as in: fanfare bench ws://127.0.0.1:8080/ws/{i}\n",
             ),
         };
     };
     match arguments::read(&url.to_string_lossy(), args) {
         Ok(None) => print(HELP, ExitCode::SUCCESS),
-        Ok(Some(asked)) => measure(asked),
-        Err(errors) => complain(&config::error_report(&errors)),
+        Ok(Some(options)) => measure(options),
+        Err(errors) => print_usage_error(&config::error_report(&errors)),
     }
 }
 
@@ -79,14 +79,14 @@ fn print(text: &str, code: ExitCode) -> ExitCode {
     }
 }
 
-fn complain(text: &str) -> ExitCode {
+fn print_usage_error(text: &str) -> ExitCode {
     let _ = io::stderr().write_all(text.as_bytes());
     WRONG_ARGUMENTS.into()
 }
 
-fn measure(asked: Asked) -> ExitCode {
-    let Asked { mut plan, detects_resume, pids, json, svg } = asked;
-    if detects_resume && greets(&plan) {
+fn measure(options: Options) -> ExitCode {
+    let Options { mut plan, detects_resume, pids, json, svg } = options;
+    if detects_resume && supports_resume(&plan) {
         plan.resume = Some(RESUME.into());
     }
     let server = Server::find(&pids, plan.target.addr);
@@ -149,13 +149,13 @@ fn describe(plan: &Plan, names: &str, outcome: &Outcome) -> String {
 }
 
 /// Whether the server sends a `welcome` to a client that can resume, as fanfare does.
-fn greets(plan: &Plan) -> bool {
+fn supports_resume(plan: &Plan) -> bool {
     let asking = Plan { resume: Some(RESUME.into()), ..plan.clone() };
-    let Ok(mut stream) = TcpStream::connect_timeout(&plan.target.addr, WELCOME) else { return false };
+    let Ok(mut stream) = TcpStream::connect_timeout(&plan.target.addr, WELCOME_TIMEOUT) else { return false };
     if stream.write_all(asking.request(0, 0).as_bytes()).is_err() {
         return false;
     }
-    let deadline = Instant::now() + WELCOME;
+    let deadline = Instant::now() + WELCOME_TIMEOUT;
     let mut bytes = Vec::new();
     let mut buffer = [0; 1024];
     loop {

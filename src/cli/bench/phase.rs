@@ -14,7 +14,7 @@ pub enum Phase {
     Connect,
     /// No events.
     Idle(Duration),
-    /// So many events a second, at fixed times.
+    /// Events per second, each due at a fixed time.
     Rate(f64, Duration),
     /// This many events are always in flight.
     Saturate(u32, Duration),
@@ -22,7 +22,7 @@ pub enum Phase {
     Storm(f64),
     /// This share of the clients reads nothing for a time.
     Stall(f64, Duration),
-    /// So many clients a second leave, and as many new ones join.
+    /// Clients replaced per second.
     Churn(f64, Duration),
     /// All clients leave.
     Leave,
@@ -34,12 +34,17 @@ const FORMS: &str =
 /// Reads a list such as `connect, idle 10s, rate 10/s 20s`.
 ///
 /// # Errors
-/// A list that does not start with `connect`, or has an unknown phase.
+/// An unknown phase, `connect` elsewhere than at the start, `leave` elsewhere than at the end.
 pub fn parse_list(text: &str) -> Result<Vec<Phase>, String> {
     let phases: Vec<Phase> = text.split(',').map(|item| parse(item.trim())).collect::<Result<_, _>>()?;
-    match phases.first() {
-        Some(Phase::Connect) => Ok(phases),
-        _ => Err("must start with connect".into()),
+    let is_connect = |phase: &Phase| *phase == Phase::Connect;
+    let is_leave = |phase: &Phase| *phase == Phase::Leave;
+    if phases.iter().position(is_connect) != Some(0) || phases[1..].iter().any(is_connect) {
+        return Err("must start with connect, and have it once".into());
+    }
+    match phases.iter().position(is_leave) {
+        Some(at) if at + 1 < phases.len() => Err("must end after leave".into()),
+        _ => Ok(phases),
     }
 }
 
@@ -57,7 +62,7 @@ fn parse(text: &str) -> Result<Phase, String> {
         ["stall", part, time] => Phase::Stall(share(part)?, parse_duration(time)?),
         ["churn", rate, time] => Phase::Churn(per_second(rate)?, parse_duration(time)?),
         ["leave"] => Phase::Leave,
-        _ => return Err(format!("{text:?} is no phase: use {FORMS}")),
+        _ => return Err(format!("{text:?} is not a phase: use {FORMS}")),
     };
     Ok(phase)
 }
@@ -107,12 +112,14 @@ mod tests {
         assert_eq!(shown.join(", "), text);
         for (bad, problem) in [
             ("idle 1s", "start with connect"),
-            ("connect, idle", "is no phase"),
+            ("connect, idle", "is not a phase"),
+            ("connect, leave, idle 1s", "end after leave"),
+            ("connect, connect", "have it once"),
             ("connect, rate x 1s", "per second"),
             ("connect, storm 50", "share"),
             ("connect, storm 101%", "share"),
             ("connect, saturate 0 1s", "number of events"),
-            ("", "is no phase"),
+            ("", "is not a phase"),
         ] {
             let error = parse_list(bad).unwrap_err();
             assert!(error.contains(problem), "{bad}: {error}");

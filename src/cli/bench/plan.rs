@@ -13,8 +13,11 @@ pub const CONNECTIONS_PER_PROCESS: u32 = 16_000;
 /// Handshakes under way at once in one process.
 pub const HANDSHAKES: usize = 512;
 
-/// How long nothing may arrive while something is due.
-pub const PATIENCE: Duration = Duration::from_secs(10);
+/// Longest wait without progress, before what is missing is counted.
+pub const STALL_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long a handshake may take, until the client is ready.
+pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(8);
 
 /// Connections whose latencies are recorded, at least: of more connections only each nth is timed.
 pub const TIMED: u32 = 500;
@@ -115,11 +118,13 @@ impl Plan {
 /// A command to a worker process, one line of JSON on its standard input.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum Command {
-    /// The first one. `started`: the start of the run on the monotonic clock, in nanoseconds.
+    /// The first one. `started`: the start of the run on the monotonic clock, in nanoseconds; `tag`:
+    /// of the run's marks.
     Setup {
         plan: Box<Plan>,
         process: u32,
         started: u64,
+        tag: u32,
     },
     Connect,
     /// The next event of every client is the one after this number.
@@ -130,7 +135,7 @@ pub enum Command {
     Storm(f64),
     /// This share of the clients reads nothing; 0 ends it.
     Stall(f64),
-    /// So many clients a second are replaced; 0 ends it.
+    /// Replaces this many clients per second, of all processes together; 0 stops.
     Churn(f64),
     /// Reports from now on say how many clients lack events up to this number.
     Expect(u32),

@@ -11,16 +11,17 @@ use super::client::describe;
 use super::plan::Publish;
 use super::wire::{self, Body};
 
-/// Most responses of a publisher that are kept to be read, in bytes.
+/// Longest reply, in bytes.
 const REPLY_MAX: usize = 64 << 10;
 
 /// A connection to a backend's interface, and the events that wait for it. A single connection, with
 /// one HTTP request at a time, so that events arrive in the order of their numbers.
 pub struct Publisher {
-    way: Publish,
+    method: Publish,
     addr: SocketAddr,
     token: Token,
-    connection: Connection,
+    /// `None` after an error, until the next event.
+    connection: Option<Connection>,
     waiting: VecDeque<String>,
 }
 
@@ -29,7 +30,7 @@ struct Connection {
     out: Vec<u8>,
     replies: Vec<u8>,
     /// Requests without a reply.
-    unanswered: u64,
+    unanswered: usize,
 }
 
 impl Publisher {
@@ -37,13 +38,13 @@ impl Publisher {
     ///
     /// # Errors
     /// No connection could be started.
-    pub fn connect(way: &Publish, registry: &Registry, token: Token) -> io::Result<Option<Publisher>> {
-        let addr = match way {
+    pub fn connect(method: &Publish, registry: &Registry, token: Token) -> io::Result<Option<Publisher>> {
+        let addr = match method {
             Publish::Socket { .. } => return Ok(None),
             Publish::Http { addr, .. } | Publish::Redis { addr, .. } => *addr,
         };
-        let connection = Connection::open(addr, registry, token)?;
-        Ok(Some(Publisher { way: way.clone(), addr, token, connection, waiting: VecDeque::new() }))
+        let connection = Some(Connection::open(addr, registry, token)?);
+        Ok(Some(Publisher { method: method.clone(), addr, token, connection, waiting: VecDeque::new() }))
     }
 
     /// Publishes an event as soon as the connection is free.
@@ -52,67 +53,42 @@ impl Publisher {
     }
 
     /// Events that have no reply yet.
-    pub fn unanswered(&self) -> u64 {
-        self.waiting.len() as u64 + self.connection.unanswered
+    pub fn unanswered(&self) -> usize {
+        self.waiting.len() + self.connection.as_ref().map_or(0, |connection| connection.unanswered)
     }
 
     /// Sends what waits. To be called after every [`Publisher::publish`] of a turn. Returns why
     /// events were not published.
     pub fn send(&mut self, registry: &Registry) -> Vec<String> {
-        self.fill();
-        match self.connection.flush() {
+        if self.connection.is_none() && !self.waiting.is_empty() {
+            match Connection::open(self.addr, registry, self.token) {
+                Ok(connection) => self.connection = Some(connection),
+                Err(error) => return self.waiting.drain(..).map(|_| describe(&error)).collect(),
+            }
+        }
+        let Some(connection) = &mut self.connection else { return Vec::new() };
+        connection.fill(&self.method, &mut self.waiting);
+        match connection.flush() {
             Ok(()) => Vec::new(),
-            Err(error) => self.reopen(&describe(&error), registry),
+            Err(error) => self.disconnect(&describe(&error)),
         }
     }
 
-    fn fill(&mut self) {
-        let connection = &mut self.connection;
-        match &self.way {
-            Publish::Socket { .. } => {}
-            Publish::Http { host, path, headers, body, .. } => {
-                if connection.unanswered > 0 {
-                    return;
-                }
-                let Some(text) = self.waiting.pop_front() else { return };
-                let body = body.replace("{event}", &text);
-                let headers: String = headers.iter().map(|line| format!("{line}\r\n")).collect();
-                let length = body.len();
-                let head = format!(
-                    "POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Length: {length}\r\n{headers}\r\n"
-                );
-                connection.out.extend_from_slice(head.as_bytes());
-                connection.out.extend_from_slice(body.as_bytes());
-                connection.unanswered = 1;
-            }
-            Publish::Redis { command, .. } => {
-                for text in self.waiting.drain(..) {
-                    let parts = command.iter().map(|part| part.replace("{event}", &text));
-                    put_command(&mut connection.out, command.len(), parts);
-                    connection.unanswered += 1;
-                }
-            }
-        }
-    }
-
-    /// Goes on after its socket became ready. Returns why events were not published.
+    /// Handles readiness of its socket: reads replies, and sends what waits. Returns why events were
+    /// not published.
     pub fn advance(&mut self, registry: &Registry) -> Vec<String> {
-        let is_http = matches!(self.way, Publish::Http { .. });
-        match self.connection.read(is_http) {
-            Ok(mut problems) => {
-                problems.extend(self.send(registry));
-                problems
-            }
-            Err(why) => self.reopen(&why, registry),
+        let Some(connection) = &mut self.connection else { return Vec::new() };
+        let (mut problems, end) = connection.read(matches!(self.method, Publish::Http { .. }));
+        if let Some(why) = end {
+            problems.extend(self.disconnect(&why));
         }
+        problems.extend(self.send(registry));
+        problems
     }
 
-    fn reopen(&mut self, why: &str, registry: &Registry) -> Vec<String> {
-        let unanswered = self.connection.unanswered as usize;
-        match Connection::open(self.addr, registry, self.token) {
-            Ok(connection) => self.connection = connection,
-            Err(_) => self.connection.unanswered = 0, // the next event tries again
-        }
+    /// Closes the connection. Returns the reason for each event without a reply.
+    fn disconnect(&mut self, why: &str) -> Vec<String> {
+        let unanswered = self.connection.take().map_or(0, |connection| connection.unanswered);
         vec![why.to_owned(); unanswered]
     }
 }
@@ -123,6 +99,35 @@ impl Connection {
         registry.register(&mut stream, token, Interest::READABLE | Interest::WRITABLE)?;
         let _ = stream.set_nodelay(true);
         Ok(Connection { stream, out: Vec::new(), replies: Vec::new(), unanswered: 0 })
+    }
+
+    /// Takes as many events as may be sent now.
+    fn fill(&mut self, method: &Publish, waiting: &mut VecDeque<String>) {
+        match method {
+            Publish::Socket { .. } => {}
+            Publish::Http { host, path, headers, body, .. } => {
+                if self.unanswered > 0 {
+                    return;
+                }
+                let Some(text) = waiting.pop_front() else { return };
+                let body = body.replace("{event}", &text);
+                let headers: String = headers.iter().map(|line| format!("{line}\r\n")).collect();
+                let length = body.len();
+                let head = format!(
+                    "POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Length: {length}\r\n{headers}\r\n"
+                );
+                self.out.extend_from_slice(head.as_bytes());
+                self.out.extend_from_slice(body.as_bytes());
+                self.unanswered = 1;
+            }
+            Publish::Redis { command, .. } => {
+                for text in waiting.drain(..) {
+                    let parts = command.iter().map(|part| part.replace("{event}", &text));
+                    put_command(&mut self.out, command.len(), parts);
+                    self.unanswered += 1;
+                }
+            }
+        }
     }
 
     fn flush(&mut self) -> io::Result<()> {
@@ -138,27 +143,31 @@ impl Connection {
         Ok(())
     }
 
-    /// Reads all replies. Returns what rejected events got instead of success.
-    fn read(&mut self, is_http: bool) -> Result<Vec<String>, String> {
+    /// Reads all replies. Returns what rejected events got instead of success, and why the
+    /// connection ended if it has.
+    fn read(&mut self, is_http: bool) -> (Vec<String>, Option<String>) {
         let mut buffer = [0; 16 << 10];
-        let mut ended = false;
+        let mut problems = Vec::new();
         loop {
-            match self.stream.read(&mut buffer) {
-                Ok(0) => {
-                    ended = true;
-                    break;
-                }
-                Ok(len) => self.replies.extend_from_slice(&buffer[..len]),
+            let len = match self.stream.read(&mut buffer) {
+                Ok(len) => len,
                 Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::NotConnected) => {
-                    break;
+                    return (problems, None);
                 }
-                Err(error) => return Err(describe(&error)),
+                Err(error) => return (problems, Some(describe(&error))),
+            };
+            self.replies.extend_from_slice(&buffer[..len]);
+            if let Err(why) = self.parse(is_http, len == 0, &mut problems) {
+                return (problems, Some(why));
             }
-            if self.replies.len() > REPLY_MAX {
-                return Err("a reply that is too long".into());
+            if len == 0 {
+                return (problems, Some("the server closed the connection".into()));
             }
         }
-        let mut problems = Vec::new();
+    }
+
+    /// Takes the complete replies.
+    fn parse(&mut self, is_http: bool, ended: bool, problems: &mut Vec<String>) -> Result<(), String> {
         let mut start = 0;
         loop {
             let rest = &self.replies[start..];
@@ -169,7 +178,7 @@ impl Connection {
             problems.extend(problem);
         }
         self.replies.drain(..start);
-        if ended { Err("the server closed the connection".into()) } else { Ok(problems) }
+        if self.replies.len() > REPLY_MAX { Err("a reply that is too long".into()) } else { Ok(()) }
     }
 }
 
@@ -196,7 +205,8 @@ fn http_reply(bytes: &[u8], ended: bool) -> Result<Reply, String> {
 /// Reads one reply of the Redis protocol (RESP2): no commands with nested replies are expected.
 fn redis_reply(bytes: &[u8]) -> Result<Reply, String> {
     let Some(end) = bytes.windows(2).position(|window| window == b"\r\n") else { return Ok(None) };
-    let line = String::from_utf8_lossy(&bytes[1..end]).into_owned();
+    let Some(line) = bytes.get(1..end) else { return Err("a reply that is not of Redis".into()) };
+    let line = String::from_utf8_lossy(line).into_owned();
     let reply = match bytes[0] {
         b'+' | b':' => (end + 2, None),
         b'-' => (end + 2, Some(line)),
@@ -228,6 +238,7 @@ mod tests {
         assert_eq!(redis_reply(b"$3\r\nab").unwrap(), None);
         assert_eq!(redis_reply(b"-ERR no\r\n").unwrap(), Some((9, Some("ERR no".into()))));
         assert_eq!(redis_reply(b":1").unwrap(), None);
+        assert!(redis_reply(b"\r\n").is_err());
         assert!(redis_reply(b"*1\r\n:1\r\n").is_err());
         let mut out = Vec::new();
         put_command(&mut out, 2, ["PUBLISH", "ä"].map(str::to_owned).into_iter());

@@ -44,6 +44,10 @@ pub struct PhaseResult {
     pub deliveries: u64,
     /// Events that had not arrived when nothing had for ten seconds.
     pub missing: u64,
+    /// Clients that were still to connect when nothing had changed for ten seconds.
+    pub pending: u32,
+    /// Whether events were to be published.
+    pub publishes: bool,
     /// In microseconds.
     pub latencies: Histogram<u64>,
     /// CPU time of the server in this phase.
@@ -69,7 +73,7 @@ impl PhaseResult {
     }
 }
 
-/// What was wrong in a run, a line each; empty if nothing was.
+/// Problems found, one line each.
 pub fn problems(phases: &[PhaseResult]) -> Vec<String> {
     let mut found = Vec::new();
     for phase in phases {
@@ -81,6 +85,11 @@ pub fn problems(phases: &[PhaseResult]) -> Vec<String> {
         for (reason, count) in &phase.tally.rejected {
             add(*count, &format!("events not published, and counted as lost or missing: {reason}"));
         }
+        add(phase.pending.into(), "clients not ready");
+        add(
+            u64::from(phase.publishes && phase.published == 0),
+            "time nothing was published: the client that publishes is not connected",
+        );
         add(phase.tally.lost, "events lost without a notice");
         add(phase.missing, "deliveries missing 10 s after the last one");
         add(phase.tally.repeated, "events doubled or out of order");
@@ -163,7 +172,7 @@ pub fn remarks(phases: &[PhaseResult]) -> Vec<String> {
         }
         if phase.is_void() {
             remarks.push(format!(
-                "{}: VOID, since a process of this program had too little CPU ({:.0} % of its time busy or waiting): \
+                "{}: VOID, since a generator process was busy or waiting for a core {:.0} % of the time: \
                  the server may do better. Use more --processes, more cores, or fewer connections",
                 phase.name,
                 phase.generator * 100.0

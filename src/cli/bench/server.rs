@@ -30,8 +30,10 @@ impl Server {
             return Server { pids: pids.to_vec() };
         }
         let inodes = listening(addr);
-        let own = std::process::id();
-        let mut pids: Vec<u32> = processes().filter(|pid| *pid != own && holds(*pid, &inodes)).collect();
+        // systemd holds the sockets of its units, too.
+        let excluded = [1, std::process::id()];
+        let mut pids: Vec<u32> =
+            processes().filter(|pid| !excluded.contains(pid) && holds(*pid, &inodes)).collect();
         pids.sort_unstable();
         Server { pids }
     }

@@ -2,6 +2,7 @@
 //! lines of JSON on standard input, reports go to standard output.
 
 use std::io::{self, BufRead, Write};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, TryRecvError, channel};
@@ -9,31 +10,37 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use hdrhistogram::Histogram;
-use mio::{Events, Poll, Token, Waker};
-use rustix::time::{ClockId, clock_gettime};
+use mio::unix::SourceFd;
+use mio::{Events, Interest, Poll, Registry, Token, Waker};
+use rustix::time::{
+    ClockId, Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, clock_gettime,
+    timerfd_create, timerfd_settime,
+};
 use serde::{Deserialize, Serialize};
 
-use super::client::{Seen, Shared, Tally};
+use super::client::{Shared, Tally};
 use super::clients::Clients;
 use super::mark::{Finder, Mark};
-use super::plan::{Command, Load, Plan, Publish};
+use super::plan::{Command, Load, Publish};
 use super::publisher::Publisher;
 
 /// How often a worker reports.
-const REPORT: Duration = Duration::from_millis(100);
+const REPORT_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Bytes that one read takes, at least.
-const READ: usize = 256 << 10;
+const READ_BUFFER: usize = 256 << 10;
 
-/// Most bytes of events that wait for the observer's socket: a server that takes no more must not
-/// fill the memory of this process.
-const UNSENT_MAX: usize = 64 << 20;
+/// Most bytes of events that wait for the observer's socket or the publisher: a server that takes no
+/// more must not fill the memory of this process. Their times stay those at which they are due.
+const UNSENT_MAX: usize = 4 << 20;
 
-/// Most events that wait for the publisher, for the same reason.
-const UNANSWERED_MAX: u64 = 100_000;
+/// Events in flight that the observer has not received after this time are written off: the loop
+/// goes on with others.
+const WRITE_OFF: Duration = Duration::from_secs(1);
 
 const WAKER: Token = Token(usize::MAX);
 const PUBLISHER: Token = Token(usize::MAX - 1);
+const TIMER: Token = Token(usize::MAX - 2);
 
 /// Latencies are recorded in microseconds up to a minute, with two significant digits.
 pub fn histogram() -> Histogram<u64> {
@@ -69,7 +76,7 @@ pub struct Report {
 
 /// Runs a worker until its standard input ends.
 pub fn run() -> ExitCode {
-    match work() {
+    match run_worker() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             let _ = writeln!(io::stderr(), "fanfare bench: {error:#}");
@@ -78,10 +85,12 @@ pub fn run() -> ExitCode {
     }
 }
 
-fn work() -> Result<()> {
+fn run_worker() -> Result<()> {
     let mut lines = io::stdin().lock().lines();
     let first = lines.next().context("no plan")??;
-    let Command::Setup { plan, process, started } = serde_json::from_str(&first)? else { bail!("no plan") };
+    let Command::Setup { plan, process, started, tag } = serde_json::from_str(&first)? else {
+        bail!("no plan")
+    };
     drop(lines);
     let poll = Poll::new()?;
     let waker = Arc::new(Waker::new(poll.registry(), WAKER)?);
@@ -97,12 +106,22 @@ fn work() -> Result<()> {
         drop(commands);
         let _ = waker.wake();
     });
-    Worker::new(&plan, process, started, poll)?.run(&received)
+    let shared = Shared {
+        plan: &plan,
+        tally: Tally::default(),
+        latencies: histogram(),
+        scratch: vec![0; READ_BUFFER],
+        tag,
+        finder: Finder::new(tag),
+        started,
+        now: 0,
+    };
+    Worker::new(shared, process, poll)?.run(&received)
 }
 
 struct Worker<'p> {
     poll: Poll,
-    started: u64,
+    timer: Timer,
     shared: Shared<'p>,
     clients: Clients,
     publisher: Option<Publisher>,
@@ -110,34 +129,33 @@ struct Worker<'p> {
     /// When the load was set, and events published since.
     load_start: (Instant, u32),
     published: u32,
+    /// Events in flight do not count up to this number.
+    written_off: u32,
+    /// What the observer had at last, and since when.
+    observed: (u32, Instant),
     expected: Option<u32>,
     report: Report,
 }
 
 impl<'p> Worker<'p> {
-    fn new(plan: &'p Plan, process: u32, started: u64, poll: Poll) -> Result<Worker<'p>> {
+    fn new(shared: Shared<'p>, process: u32, poll: Poll) -> Result<Worker<'p>> {
+        let plan = shared.plan;
         let publisher = match process {
             0 => Publisher::connect(&plan.publish, poll.registry(), PUBLISHER)?,
             _ => None,
         };
-        let shared = Shared {
-            plan,
-            tally: Tally::default(),
-            latencies: histogram(),
-            scratch: vec![0; READ],
-            finder: Finder::default(),
-            now: 0,
-        };
         let now = Instant::now();
         Ok(Worker {
             clients: Clients::new(plan, process, poll.registry().try_clone()?, now),
+            timer: Timer::new(poll.registry())?,
             poll,
-            started,
             shared,
             publisher,
             load: Load::Nothing,
             load_start: (now, 0),
             published: 0,
+            written_off: 0,
+            observed: (0, now),
             expected: None,
             report: Report::default(),
         })
@@ -163,8 +181,9 @@ impl<'p> Worker<'p> {
             }
             // The coordinator measures how long a storm takes: it must not wait for the next report.
             if now >= next_report || connected || self.report.commands > carried_out {
+                self.clients.time_out(&mut self.shared);
                 self.send_report()?;
-                next_report = now + REPORT;
+                next_report = now + REPORT_INTERVAL;
             }
             let mut wake = next_report;
             if connects {
@@ -173,22 +192,28 @@ impl<'p> Worker<'p> {
                 wake = wake.min(self.clients.next_due(self.shared.plan).unwrap_or(wake));
             }
             self.publish(now);
-            if let Load::Rate(rate) = self.load {
+            if let Load::Rate(rate) = self.load
+                && self.can_publish()
+            {
                 wake = wake.min(self.due(rate));
             }
-            match self.poll.poll(&mut events, Some(wake.saturating_duration_since(Instant::now()))) {
+            self.timer.set(wake)?;
+            match self.poll.poll(&mut events, None) {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 other => other?,
             }
-            self.shared.now = (monotonic() - self.started) / 1000;
+            self.shared.read_clock();
             for event in &events {
                 match (event.token(), &mut self.publisher) {
-                    (WAKER, _) => {}
+                    (WAKER | TIMER, _) => {}
                     (PUBLISHER, Some(publisher)) => {
                         let problems = publisher.advance(self.poll.registry());
                         self.shared.tally.not_published(problems);
                     }
-                    (Token(slot), _) => self.clients.advance(slot, &mut self.shared),
+                    (Token(slot), _) => {
+                        let is_closed = event.is_read_closed() || event.is_error();
+                        self.clients.advance(slot, is_closed, &mut self.shared);
+                    }
                 }
             }
         }
@@ -200,7 +225,7 @@ impl<'p> Worker<'p> {
             Command::Setup { .. } => {}
             Command::Connect => self.clients.start_connecting(now),
             Command::ExpectAfter(number) => {
-                self.clients.ready().for_each(|client| client.seen = Seen::UpTo(number));
+                self.clients.ready().for_each(|client| client.expect_after(number));
             }
             Command::Publish(load) => {
                 self.load = load;
@@ -214,10 +239,10 @@ impl<'p> Worker<'p> {
             Command::Stall(_) => self.clients.end_stall(&mut self.shared),
             Command::Churn(rate) => {
                 self.clients.start_connecting(now);
-                self.clients.churn(rate, now);
+                self.clients.churn(rate / f64::from(self.shared.plan.processes), now);
             }
             Command::Expect(number) => self.expected = Some(number),
-            Command::Leave => self.clients.leave_all(),
+            Command::Leave => self.clients.remove_all(),
         }
     }
 
@@ -233,8 +258,8 @@ impl<'p> Worker<'p> {
             self.load_start.1 += 1;
             self.published += 1;
             let late = due.elapsed().as_nanos() as u64;
-            let due = (monotonic() - late).saturating_sub(self.started) / 1000;
-            let text = Mark { number: self.published, due }.text(self.shared.plan.size);
+            let due = (monotonic() - late).saturating_sub(self.shared.started) / 1000;
+            let text = Mark { number: self.published, due }.text(self.shared.tag, self.shared.plan.size);
             match (&mut self.publisher, &self.shared.plan.publish) {
                 (Some(publisher), _) => publisher.publish(text),
                 (None, Publish::Socket { message }) => {
@@ -249,21 +274,32 @@ impl<'p> Worker<'p> {
         }
     }
 
-    /// When the next event is due, if that is now and the server takes it.
+    /// Whether there is a client that publishes, and the server takes events.
+    fn can_publish(&mut self) -> bool {
+        let most = (UNSENT_MAX / self.shared.plan.size).max(1);
+        let is_free = self.publisher.as_ref().is_none_or(|publisher| publisher.unanswered() < most);
+        is_free && self.clients.observer().is_some_and(|observer| observer.unsent() < UNSENT_MAX)
+    }
+
+    /// When the next event is due, if that is now and it can be published.
     fn next_event(&mut self, now: Instant) -> Option<Instant> {
-        let published = self.published;
-        let observer = self.clients.observer()?;
-        if observer.unsent() > UNSENT_MAX {
-            return None;
-        }
-        let missing = observer.missing(published);
-        if self.publisher.as_ref().is_some_and(|publisher| publisher.unanswered() > UNANSWERED_MAX) {
+        if self.load == Load::Nothing || !self.can_publish() {
             return None;
         }
         match self.load {
             Load::Nothing => None,
             Load::Rate(rate) => Some(self.due(rate)).filter(|due| *due <= now),
-            Load::InFlight(events) => (missing < events).then_some(now),
+            Load::InFlight(events) => {
+                let last = self.clients.observer()?.last().unwrap_or(self.published);
+                if last != self.observed.0 {
+                    self.observed = (last, now);
+                } else if now - self.observed.1 > WRITE_OFF {
+                    self.written_off = self.published;
+                    self.observed.1 = now;
+                }
+                let in_flight = self.published - last.max(self.written_off).min(self.published);
+                (in_flight < events).then_some(now)
+            }
         }
     }
 
@@ -284,6 +320,35 @@ impl<'p> Worker<'p> {
         let mut line = serde_json::to_vec(report)?;
         line.push(b'\n');
         io::stdout().lock().write_all(&line).context("the coordinator has ended")
+    }
+}
+
+/// Wakes the worker at a time. The timeouts of epoll are whole milliseconds, and an event that is
+/// published late looks like a slow server.
+struct Timer {
+    file: OwnedFd,
+    at: Option<Instant>,
+}
+
+impl Timer {
+    fn new(registry: &Registry) -> io::Result<Timer> {
+        let flags = TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC;
+        let file = timerfd_create(TimerfdClockId::Monotonic, flags)?;
+        registry.register(&mut SourceFd(&file.as_raw_fd()), TIMER, Interest::READABLE)?;
+        Ok(Timer { file, at: None })
+    }
+
+    fn set(&mut self, at: Instant) -> io::Result<()> {
+        if self.at == Some(at) && at > Instant::now() {
+            return Ok(());
+        }
+        self.at = Some(at);
+        // Zero would disarm it.
+        let after = at.saturating_duration_since(Instant::now()).max(Duration::from_nanos(1));
+        let it_value = Timespec::try_from(after).map_err(io::Error::other)?;
+        let it_interval = Timespec { tv_sec: 0, tv_nsec: 0 };
+        timerfd_settime(&self.file, TimerfdTimerFlags::empty(), &Itimerspec { it_interval, it_value })?;
+        Ok(())
     }
 }
 
