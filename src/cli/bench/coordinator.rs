@@ -119,7 +119,7 @@ impl<'p> Coordinator<'p> {
         self.progress.phase = name.clone();
         let tally = self.total();
         let published = self.workers[0].report.published;
-        let busy = self.busy();
+        let (busy, own_cpu) = (self.busy(), self.own_cpu());
         let cpu = self.server.usage().cpu;
         self.of_phase.reset();
 
@@ -195,6 +195,7 @@ impl<'p> Coordinator<'p> {
             latencies: self.of_phase.clone(),
             server_cpu: Duration::from_nanos(usage.cpu.saturating_sub(cpu)),
             usage,
+            generator_cpu: Duration::from_nanos(self.own_cpu().saturating_sub(own_cpu)),
             generator,
         });
         if phase == Phase::Connect && self.ready() == 0 {
@@ -320,6 +321,11 @@ impl<'p> Coordinator<'p> {
 
     fn ready(&self) -> u32 {
         self.workers.iter().map(|worker| worker.report.ready).sum()
+    }
+
+    /// CPU time of all workers, in nanoseconds.
+    fn own_cpu(&self) -> u64 {
+        self.workers.iter().map(|worker| worker.report.cpu).sum()
     }
 
     /// Nanoseconds for which each worker ran or waited for a core.

@@ -54,18 +54,21 @@ pub struct PhaseResult {
     pub server_cpu: Duration,
     /// Memory of the server at its end.
     pub usage: Usage,
+    /// CPU time of all generator processes in this phase.
+    pub generator_cpu: Duration,
     /// The busiest generator process: share of the time that it ran or waited for a core.
     pub generator: f64,
 }
 
 impl PhaseResult {
     pub fn is_void(&self) -> bool {
-        self.generator >= SATURATED
+        self.publishes && self.generator >= SATURATED
     }
 
-    fn per_delivery(&self) -> Option<f64> {
-        let is_known = self.server_cpu > Duration::ZERO && self.tally.deliveries > 0;
-        is_known.then(|| self.server_cpu.as_secs_f64() * 1e6 / self.tally.deliveries as f64)
+    /// Microseconds of this CPU time per delivery.
+    fn per_delivery(&self, cpu: Duration) -> Option<f64> {
+        let is_known = cpu > Duration::ZERO && self.tally.deliveries > 0;
+        is_known.then(|| cpu.as_secs_f64() * 1e6 / self.tally.deliveries as f64)
     }
 
     fn percentile(&self, share: f64) -> Option<u64> {
@@ -105,7 +108,7 @@ pub fn problems(phases: &[PhaseResult]) -> Vec<String> {
 
 /// The phases as a table.
 pub fn table(phases: &[PhaseResult]) -> String {
-    const HEAD: [&str; 12] = [
+    const HEAD: [&str; 14] = [
         "phase",
         "s",
         "clients",
@@ -117,7 +120,9 @@ pub fn table(phases: &[PhaseResult]) -> String {
         "server CPU",
         "µs/delivery",
         "memory",
+        "sockets",
         "generator",
+        "µs/delivery",
     ];
     let mut rows = vec![HEAD.map(str::to_owned)];
     for phase in phases {
@@ -134,9 +139,11 @@ pub fn table(phases: &[PhaseResult]) -> String {
             latency(0.99),
             latency(0.999),
             if cpu > 0.0 { format!("{cpu:.2} s") } else { String::new() },
-            phase.per_delivery().map_or(String::new(), |micros| format!("{micros:.2}")),
+            phase.per_delivery(phase.server_cpu).map_or(String::new(), |micros| format!("{micros:.2}")),
             if phase.usage.anonymous > 0 { mebibytes(phase.usage.anonymous) } else { String::new() },
+            mebibytes(phase.usage.sockets),
             format!("{:.0} %{}", phase.generator * 100.0, if phase.is_void() { " VOID" } else { "" }),
+            phase.per_delivery(phase.generator_cpu).map_or(String::new(), |micros| format!("{micros:.2}")),
         ]);
     }
     let widths: Vec<usize> = (0..HEAD.len())
@@ -204,7 +211,8 @@ pub fn to_json(server: &str, clients: u32, phases: &[PhaseResult]) -> Value {
             "refused": phase.tally.refused,
             "closed": phase.tally.closed,
             "server_cpu_seconds": phase.server_cpu.as_secs_f64(),
-            "server_cpu_us_per_delivery": phase.per_delivery(),
+            "server_cpu_us_per_delivery": phase.per_delivery(phase.server_cpu),
+            "generator_cpu_us_per_delivery": phase.per_delivery(phase.generator_cpu),
             "server_resident_bytes": phase.usage.resident,
             "server_anonymous_bytes": phase.usage.anonymous,
             "kernel_socket_bytes": phase.usage.sockets,
