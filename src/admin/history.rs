@@ -10,7 +10,7 @@ use crate::bus::{BusError, Page, PageReader, Request, is_continuous};
 use crate::http::{self, Rejection};
 use crate::protocol::event::{ChannelName, EventId};
 
-/// About how many bytes of events a response has; at least one event.
+/// Soft limit of the events in a response, in bytes.
 const BYTES_MAX: usize = 256 * 1024;
 
 /// Most reads for one response: 1,000 events are in at most five pages, and one or two more reads
@@ -52,7 +52,10 @@ impl HistoryQuery {
             let Page { base, head, oldest, .. } = *page;
             if events.count == 0 {
                 recovered = self.after.is_none_or(|after| is_continuous(after, base, head, oldest));
-                events.position = events.position.max(oldest.previous()).max(base).min(head);
+                let start = oldest.previous().max(base);
+                // A position that is not continuous says nothing about the events from here on.
+                let position = if recovered { events.position.max(start) } else { start };
+                events.position = position.min(head);
             } else if !is_continuous(events.position, base, head, oldest) {
                 break; // trimmed meanwhile, or lost: the answer to the next request says so
             }
