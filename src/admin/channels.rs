@@ -34,7 +34,7 @@ impl ChannelsQuery {
 
     /// Asks all shards, one after the other. The response is JSON.
     pub async fn answer(&self, shared: &Shared) -> Result<String, BusError> {
-        // The first names so far, and one more to know whether that is all.
+        // The first `limit` names so far, plus one that shows whether there is a next page.
         let mut totals: BTreeMap<ChannelName, Total> = BTreeMap::new();
         for shard in 0..shared.context.shards.count() {
             let mut from = Some(0);

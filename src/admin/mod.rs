@@ -45,9 +45,9 @@ const CONNECTIONS_MIN: usize = 4;
 /// One in this many connections is reserved for health and metrics while requests wait for the bus
 /// or the shards on all others.
 const RESERVED_PART: usize = 16;
-/// Requests for history or channels that are answered at a time. Others wait, so that the bus and
-/// the shards keep their time for clients.
-const LOOKUPS: usize = 2;
+/// Requests for history or channels that are answered at a time. More wait their turn, so that
+/// lookups do not delay deliveries.
+const CONCURRENT_LOOKUPS: usize = 2;
 /// Added to `--publish-timeout`: the bus answers within that time, plus the time to notice that it
 /// is over.
 const BUS_GRACE: Duration = Duration::from_secs(5);
@@ -159,7 +159,7 @@ async fn serve(
     let shared = Arc::new(Shared {
         checks_host: listener.is_tcp() && !context.keys.current().requires_admin_key(),
         waiting: Semaphore::new(waiting),
-        lookups: Semaphore::new(LOOKUPS),
+        lookups: Semaphore::new(CONCURRENT_LOOKUPS),
         waits: Waits::default(),
         phase: phase.clone(),
         context,
@@ -286,7 +286,7 @@ async fn publish(head: &Head<'_>, body: &[u8], shared: &Shared) -> Result<Respon
     let (channel, to) = destination(head.query)?;
     let event = ingest::published(body, to.as_deref()).map_err(|bad| Rejection::new(400, bad.to_string()))?;
     let key = idempotency_key(head)?;
-    let _permit = may_wait(shared)?;
+    let _permit = acquire_wait_slot(shared)?;
     let id = match publish_event(channel, to, key, event, shared).await {
         Ok(id) => id,
         Err(error) => {
@@ -307,8 +307,8 @@ async fn publish(head: &Head<'_>, body: &[u8], shared: &Shared) -> Result<Respon
 }
 
 /// Takes one of the slots for requests that wait for the bus or the shards.
-fn may_wait(shared: &Shared) -> Result<SemaphorePermit<'_>, Rejection> {
-    let text = "too many requests wait for the bus: try again, or another node";
+fn acquire_wait_slot(shared: &Shared) -> Result<SemaphorePermit<'_>, Rejection> {
+    let text = "too many requests in progress: try again, or use another node";
     shared.waiting.try_acquire().map_err(|_| Rejection::unavailable(text))
 }
 
@@ -317,7 +317,7 @@ async fn look_up(
     answer: impl Future<Output = Result<String, BusError>>,
     shared: &Shared,
 ) -> Result<Response, Rejection> {
-    let _permit = may_wait(shared)?;
+    let _permit = acquire_wait_slot(shared)?;
     let answer = async {
         let _turn = shared.lookups.acquire().await;
         answer.await
@@ -328,7 +328,7 @@ async fn look_up(
         answer = timeout(time, answer) => match answer {
             Ok(Ok(json)) => Ok(Response::json(200, &json)),
             Ok(Err(why)) => Err(Rejection::unavailable(why.to_string())),
-            Err(_) => Err(Rejection::unavailable("the bus did not reply in time")),
+            Err(_) => Err(Rejection::unavailable("no reply in time: try again")),
         },
         () = shared.reached(Phase::Ending) => Err(Rejection::unavailable("this node is stopping")),
     }

@@ -40,7 +40,7 @@ fn context(requests: Requests, flags: &[&str]) -> AdminContext {
 fn shared() -> (watch::Sender<Phase>, Shared) {
     let (sender, phase) = watch::channel(Phase::Serving);
     let context = context(mpsc::unbounded_channel().0, &[]);
-    let (waiting, lookups) = (Semaphore::new(WAITING), Semaphore::new(LOOKUPS));
+    let (waiting, lookups) = (Semaphore::new(WAITING), Semaphore::new(CONCURRENT_LOOKUPS));
     let waits = Waits::default();
     (sender, Shared { context, checks_host: true, waiting, lookups, waits, phase })
 }
@@ -384,7 +384,7 @@ async fn few_requests_for_history_reach_the_bus_at_once() {
     for (status, _, text) in [answers.0, answers.1, answers.2, answers.3, answers.4, answers.5] {
         assert!(status == 503 && text.contains("in time"), "{text}");
     }
-    for _ in 0..LOOKUPS {
+    for _ in 0..CONCURRENT_LOOKUPS {
         assert!(matches!(asked.try_recv(), Ok(Request::Read { .. })));
     }
     assert!(asked.try_recv().is_err());

@@ -94,8 +94,8 @@ pub enum PageReader {
 }
 
 impl PageReader {
-    /// Whether it still wants the page.
-    pub fn waits(&self) -> bool {
+    /// Whether the reader is still there.
+    pub fn is_waiting(&self) -> bool {
         !matches!(self, PageReader::Waiter(waiter) if waiter.is_closed())
     }
 }

@@ -102,7 +102,7 @@ impl Bus {
 
     fn start_page_reads(&mut self) {
         while let Some(Read { channel, position, bytes }) =
-            self.history.reads.start(IN_FLIGHT_BYTES, PageReader::waits)
+            self.history.reads.start(IN_FLIGHT_BYTES, PageReader::is_waiting)
         {
             let Some(session) = self.link.session() else {
                 let why = self.unavailable().unwrap_or_else(|| BusError::Unavailable("reconnecting".into()));
