@@ -5,7 +5,7 @@ use std::borrow::Cow;
 use percent_encoding::percent_decode_str;
 
 use super::Rejection;
-use crate::protocol::closest::closest;
+use crate::protocol::closest::{is_variant, typing_error};
 
 /// Most parameters that are compared with the known names. Pages and proxies add a few.
 const COMPARED_MAX: usize = 32;
@@ -50,11 +50,21 @@ pub struct Mistyped<'a> {
 
 /// The first parameter that seems to be a mistyped one of these. A mistyped channel would join the
 /// default channel. Others are ignored, since pages and proxies add their own.
-pub fn mistyped<'a>(query: &'a str, known: &[&'static str]) -> Option<Mistyped<'a>> {
+///
+/// `aliases` are other words for known names, each with the known one.
+pub fn mistyped<'a>(
+    query: &'a str,
+    known: &[&'static str],
+    aliases: &[(&str, &'static str)],
+) -> Option<Mistyped<'a>> {
     query.split('&').take(COMPARED_MAX).find_map(|pair| {
         let given = decode_form(pair.split_once('=').map_or(pair, |(name, _)| name))?;
-        let meant = closest(&given, known.iter().copied())?;
-        (meant != given).then_some(Mistyped { given, meant })
+        if known.contains(&&*given) {
+            return None;
+        }
+        let alias = aliases.iter().find(|(alias, _)| is_variant(&given, alias)).map(|(_, meant)| *meant);
+        let meant = alias.or_else(|| typing_error(&given, known.iter().copied()))?;
+        Some(Mistyped { given, meant })
     })
 }
 

@@ -151,8 +151,10 @@ fn decodes_paths_and_queries() {
 
 #[test]
 fn finds_mistyped_query_parameters() {
-    let known = ["channel", "lastEventId", "token"];
-    let text = |query| mistyped(query, &known).map(|mistyped| mistyped.rejection().text.into_owned());
+    let known = ["channel", "lastEventId", "history", "token"];
+    let aliases = [("eventId", "lastEventId")];
+    let text =
+        |query| mistyped(query, &known, &aliases).map(|mistyped| mistyped.rejection().text.into_owned());
     for (query, given, meant) in [
         ("chanel=a", "chanel", "channel"),
         ("channel=a&Channel=b", "Channel", "channel"),
@@ -160,6 +162,8 @@ fn finds_mistyped_query_parameters() {
         ("last_event_id=5", "last_event_id", "lastEventId"),
         ("lasteventid", "lasteventid", "lastEventId"),
         ("last-event-id=", "last-event-id", "lastEventId"),
+        ("event_id=5", "event_id", "lastEventId"),
+        ("token_id=1&tokens=a", "tokens", "token"),
         ("utm_source=a&t%6Fkn=b", "tokn", "token"),
         ("chann%0Ael=a", "chann\\nel", "channel"),
     ] {
@@ -176,6 +180,8 @@ fn finds_mistyped_query_parameters() {
         "%ff=a&%=b&%e4channel",
         "utm_source=a&utm_medium=b&utm_campaign=c&utm_term=d&utm_content=e&gclid=1&fbclid=2",
         "_=1764000000&t=1&ts=2&v=3&cb=4&nocache&rnd=5&cachebust=6",
+        "story=1&victory=2&change=3&chance=4&taken=5&events=6&eventIds=7&last=8",
+        "token_type=a&tokenType=b&channel_id=c&channel_name=d&history_id=e",
         "EIO=4&transport=websocket&sid=a&ref=b&lang=en&theme=dark&open=1&user=c&client=d&session=e",
         &far,
     ] {

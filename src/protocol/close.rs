@@ -121,7 +121,8 @@ impl CloseReason {
 }
 
 /// Close code of a connection that is rejected with this HTTP status, if its client gets a close
-/// frame in place of the response. Trying again is useless after these; `None` for all others.
+/// frame in place of the response. These codes are final: clients do not retry. `None` for other
+/// statuses, which stay HTTP responses.
 pub fn rejection_code(status: u16) -> Option<u16> {
     match status {
         400 => Some(4400),

@@ -46,11 +46,11 @@ impl Shard {
         let channel = &mut self.channels[key];
         let Some(feed) = &channel.feed else { return channel.joining.push(id) };
         let position = match last_seen {
-            LastSeen::Nothing { history } => {
+            LastSeen::Newcomer { history } => {
                 let from = EventId(feed.position().0.saturating_sub(history.into()));
                 return self.join_newcomer(slot, key, from, pending);
             }
-            LastSeen::NothingUntil(from) => return self.join_newcomer(slot, key, from, pending),
+            LastSeen::NewcomerAfter(from) => return self.join_newcomer(slot, key, from, pending),
             LastSeen::Unknown => JoinPosition::NotContinuous,
             LastSeen::Event(seen) => match feed.find(seen) {
                 Lookup::Found(cursor) => JoinPosition::Feed(seen, cursor),
@@ -63,7 +63,7 @@ impl Shard {
                 Lookup::Evicted => match self.replay.pages.find(channel.id, seen, self.tick) {
                     Some(page) if page.proves(seen) => JoinPosition::History(seen),
                     Some(_) => JoinPosition::NotContinuous,
-                    // The answer says nothing about this position. Another would not either.
+                    // The page read does not cover `seen`, and rereading would not help.
                     None if matches!(pending, Pending::Page(_)) => JoinPosition::NotContinuous,
                     None => {
                         let bytes = self.connections[slot].next_page_bytes();
@@ -78,7 +78,7 @@ impl Shard {
     /// Makes a newcomer a member, with the events after `from` or as many of them as history holds.
     fn join_newcomer(&mut self, slot: u32, key: u32, from: EventId, pending: Pending) {
         let (channel, feed) = (self.channels[key].id, self.channels[key].feed());
-        // An answer says nothing about another position.
+        // The page read was for `from`; it proves nothing after `from` moves.
         let mut was_read = matches!(pending, Pending::Page(_)) && from >= feed.base();
         let mut from = from.max(feed.base());
         let position = loop {
@@ -89,12 +89,13 @@ impl Shard {
                 Some(page) if page.proves(from) => break JoinPosition::History(from),
                 // History starts later. If that is in another page, it is read, too.
                 Some(page) => (from, was_read) = (page.start().min(feed.position()), false),
-                // The answer says nothing about its position. Another would not either.
+                // The page read does not cover `from`, and rereading would not help: start at the
+                // feed's oldest event.
                 None if was_read => from = feed.before(),
                 None => {
                     let connection = &mut self.connections[slot];
                     if let State::Joining(join) = &mut connection.state {
-                        join.last_seen = LastSeen::NothingUntil(from);
+                        join.last_seen = LastSeen::NewcomerAfter(from);
                     }
                     let bytes = connection.next_page_bytes();
                     return self.request_page(slot, from, bytes);

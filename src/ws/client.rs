@@ -37,13 +37,13 @@ pub const HISTORY_MAX: u8 = 100;
 /// The last event that a client says it has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LastSeen {
-    /// None: the client is a newcomer. It wants this many of the channel's events before the head,
-    /// at most [`HISTORY_MAX`], and all events from now on.
-    Nothing {
+    /// None. The newcomer gets this many of the channel's events before the head, at most
+    /// [`HISTORY_MAX`], and all events from now on.
+    Newcomer {
         history: u8,
     },
-    /// None, and the events that the newcomer wants follow this position. History may start later.
-    NothingUntil(EventId),
+    /// None. The newcomer gets the events after this id, or as many as history holds.
+    NewcomerAfter(EventId),
     Event(EventId),
     /// A value that is not an id.
     Unknown,

@@ -118,6 +118,10 @@ async fn token_is_accepted_in_three_places() {
     let keys = Keys::new();
     let node = keys.node(&[]).await;
     let token = keys.token("key", &["--user", "al ice"]);
+    let later = SystemTime::now().duration_since(UNIX_EPOCH).expect("after 1970").as_secs() + 3600;
+    let claims = json!({"sub": "al ice", "exp": later, "channels": vec!["ws_broadcast"; 100]});
+    let long = sign(SECRET, &json!({"alg": "HS256"}), &claims);
+    assert!((1500..4000).contains(&long.len()), "longer than without --jwt-key: {}", long.len());
     let path = "/ws/al%20ice";
     assert_eq!(status(&node, &format!("{path}?token={token}"), &[]).await, 101);
     for scheme in ["Bearer", "bearer"] {
@@ -127,6 +131,7 @@ async fn token_is_accepted_in_three_places() {
         (format!("bearer.{token}"), format!("bearer.{token}")),
         (format!("fanfare.v1, bearer.{token}"), "fanfare.v1".into()),
         (format!("bearer.{token}, fanfare.v1"), "fanfare.v1".into()),
+        (format!("bearer.{long}"), format!("bearer.{long}")),
     ] {
         let mut raw = Raw::connect(node.public).await;
         let response = raw.upgrade(path, &[("Sec-WebSocket-Protocol", &offered)]).await;

@@ -9,9 +9,12 @@ const JSON_MODE: &str = "fanfare.v1";
 /// Before a token. Scripts in browsers can set subprotocols but no headers.
 const BEARER: &str = "bearer.";
 
-/// Longest subprotocol that is answered, in bytes: the answer is kept while a client waits for the
-/// bus. Tokens with dozens of channels fit.
+/// Longest subprotocol that is answered if a token is required, in bytes: the answer is kept while a
+/// client waits for the bus. Tokens with dozens of channels fit.
 const ANSWER_MAX: usize = 4096;
+
+/// The same if none is required: then any client has one kept.
+const ANSWER_MAX_WITHOUT_TOKENS: usize = 1024;
 
 /// What a client offers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,9 +28,10 @@ pub(super) enum Offer<'a> {
 }
 
 impl<'a> Offer<'a> {
-    pub fn of(head: &Head<'a>) -> Offer<'a> {
+    pub fn of(head: &Head<'a>, requires_token: bool) -> Offer<'a> {
+        let max = if requires_token { ANSWER_MAX } else { ANSWER_MAX_WITHOUT_TOKENS };
         let offered = || head.tokens("sec-websocket-protocol");
-        let answerable = |start| offered().find(|name| name.starts_with(start) && is_answerable(name));
+        let answerable = |start| offered().find(|name| name.starts_with(start) && is_answerable(name, max));
         if offered().any(|name| name == JSON_MODE) {
             Offer::JsonMode
         } else if let Some(token) = answerable(BEARER) {
@@ -55,7 +59,7 @@ impl<'a> Offer<'a> {
         }
         let text = format!(
             "subprotocol not supported: offer {JSON_MODE} or none, and a token as {BEARER}TOKEN of at most \
-             {ANSWER_MAX} bytes"
+             {ANSWER_MAX} bytes ({ANSWER_MAX_WITHOUT_TOKENS} if none is required)"
         );
         Err(Rejection::new(400, text))
     }
@@ -66,8 +70,8 @@ pub(super) fn token<'a>(head: &Head<'a>) -> Option<&'a str> {
     head.tokens("sec-websocket-protocol").find_map(|offered| offered.strip_prefix(BEARER))
 }
 
-/// Whether it is a valid name (RFC 6455 section 4.1: a token of RFC 2616), and not too long.
-fn is_answerable(name: &str) -> bool {
+/// Whether it is a valid name (RFC 6455 section 4.1: a token of RFC 2616) of at most `max` bytes.
+fn is_answerable(name: &str, max: usize) -> bool {
     let is_token = |byte: u8| byte.is_ascii_graphic() && !b"()<>@,;:\\\"/[]?={}".contains(&byte);
-    name.len() <= ANSWER_MAX && name.bytes().all(is_token)
+    name.len() <= max && name.bytes().all(is_token)
 }

@@ -22,7 +22,10 @@ use crate::protocol::frame;
 use crate::ws::client::{Client, HISTORY_MAX, Join, LastSeen};
 
 const LAST_EVENT_ID: &str = "lastEventId";
-const PARAMETERS: [&str; 4] = ["channel", LAST_EVENT_ID, "history", "token"];
+const HISTORY: &str = "history";
+const PARAMETERS: [&str; 4] = ["channel", LAST_EVENT_ID, HISTORY, "token"];
+/// Other words for a parameter. Without the advice a client would silently not recover.
+const ALIASES: [(&str, &str); 2] = [("eventId", LAST_EVENT_ID), ("lastId", LAST_EVENT_ID)];
 
 /// An upgrade request without a fault in its HTTP.
 struct Upgrade<'h, 'a> {
@@ -40,7 +43,7 @@ pub(super) fn decide(
     context: &HandshakeContext,
     loopback: bool,
 ) -> HandshakeOutcome {
-    let upgrade = match Upgrade::check(head, has_more) {
+    let upgrade = match Upgrade::check(head, has_more, context) {
         Ok(upgrade) => upgrade,
         Err(rejection) => return HandshakeOutcome::Reject(rejection.answering(head)),
     };
@@ -51,7 +54,11 @@ pub(super) fn decide(
 }
 
 impl<'h, 'a> Upgrade<'h, 'a> {
-    fn check(head: &'h Head<'a>, has_more: bool) -> Result<Upgrade<'h, 'a>, Rejection> {
+    fn check(
+        head: &'h Head<'a>,
+        has_more: bool,
+        context: &HandshakeContext,
+    ) -> Result<Upgrade<'h, 'a>, Rejection> {
         if head.method != "GET" {
             return Err(Rejection::new(405, "a WebSocket starts with GET").with("Allow", "GET"));
         }
@@ -69,8 +76,8 @@ impl<'h, 'a> Upgrade<'h, 'a> {
         let Some(key) = key.filter(|_| head.count("sec-websocket-key") == 1) else {
             return Err(Rejection::new(400, "Sec-WebSocket-Key must be given once, 16 bytes in base64"));
         };
-        let mistyped = http::mistyped(head.query, &PARAMETERS);
-        Ok(Upgrade { head, key, offer: Offer::of(head), mistyped })
+        let mistyped = http::mistyped(head.query, &PARAMETERS, &ALIASES);
+        Ok(Upgrade { head, key, offer: Offer::of(head, context.keys.requires_token()), mistyped })
     }
 
     fn join(&self, user: &str, context: &HandshakeContext, loopback: bool) -> Result<Join, Rejection> {
@@ -102,8 +109,8 @@ impl<'h, 'a> Upgrade<'h, 'a> {
         let json_mode = self.offer == Offer::JsonMode;
         let wants_recovery = json_mode || !matches!(given, Ok(None));
         let last_seen = match given {
-            Ok(None) => LastSeen::Nothing { history },
-            Ok(Some(text)) if text.is_empty() => LastSeen::Nothing { history },
+            Ok(None) => LastSeen::Newcomer { history },
+            Ok(Some(text)) if text.is_empty() => LastSeen::Newcomer { history },
             Ok(Some(text)) => EventId::parse(text.as_bytes()).map_or(LastSeen::Unknown, LastSeen::Event),
             Err(_) => LastSeen::Unknown,
         };
@@ -127,14 +134,14 @@ impl<'h, 'a> Upgrade<'h, 'a> {
         }
     }
 
-    /// Whether the client was written for fanfare, or offers subprotocols, as few but scripts do.
+    /// Whether the client reads close codes: it uses a parameter that only fanfare has, or offers a
+    /// subprotocol, which mostly scripts in browsers do.
     fn reads_close_codes(&self) -> bool {
         let meant = self.mistyped.as_ref().map(|mistyped| mistyped.meant);
+        let is_used =
+            |name| meant == Some(name) || !matches!(http::query_value(self.head.query, name), Ok(None));
         match self.offer {
-            Offer::Nothing => {
-                meant == Some(LAST_EVENT_ID)
-                    || !matches!(http::query_value(self.head.query, LAST_EVENT_ID), Ok(None))
-            }
+            Offer::Nothing => [LAST_EVENT_ID, HISTORY].into_iter().any(is_used),
             offer => offer.answer().is_some(),
         }
     }
@@ -157,7 +164,7 @@ impl<'h, 'a> Upgrade<'h, 'a> {
 /// How many events before the head a newcomer wants. A page that reconnects keeps the parameter in
 /// its URL, so `lastEventId` takes precedence.
 fn history(head: &Head<'_>) -> Result<u8, Rejection> {
-    let Some(given) = http::query_value(head.query, "history")? else { return Ok(0) };
+    let Some(given) = http::query_value(head.query, HISTORY)? else { return Ok(0) };
     let is_number = !given.is_empty() && given.bytes().all(|byte| byte.is_ascii_digit());
     let count = is_number.then(|| given.parse().ok()).flatten();
     count
