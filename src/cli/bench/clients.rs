@@ -9,8 +9,9 @@ use mio::{Interest, Registry, Token};
 use rustix::io::Errno;
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
-use super::client::{Client, Closed, Seen, Shared, Stage, count, describe};
+use super::client::{Client, Closed, Seen, Stage, describe};
 use super::plan::{HANDSHAKE_TIMEOUT, HANDSHAKES, Plan};
+use super::shared::{Shared, count};
 
 /// Numbers of new clients that each process has for itself.
 const NUMBERS: u64 = 1_000_000_000;

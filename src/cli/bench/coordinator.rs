@@ -1,20 +1,20 @@
 //! The process that the user started: starts the workers, gives them the phases one by one, and
 //! collects their reports.
 
-use std::io::{self, BufRead, BufReader, IsTerminal, Write};
-use std::process::{Child, ChildStdin, Command as Program, Stdio};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::io::{self, IsTerminal, Write};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use hdrhistogram::Histogram;
 
-use super::client::Tally;
 use super::mark::TAGS;
 use super::phase::Phase;
 use super::plan::{Command, Load, Plan, STALL_TIMEOUT};
+use super::process::{Worker, is_current, start_worker, write_line};
 use super::result::{self, PhaseResult, Second, grouped, rate, shown_latency};
 use super::server::Server;
+use super::shared::Tally;
 use super::worker::{Report, histogram, monotonic};
 
 /// Load before clients reconnect in a storm, so that there is something to resume.
@@ -33,21 +33,6 @@ pub struct Outcome {
     pub latencies: Histogram<u64>,
     /// The server's name for itself.
     pub server: Option<String>,
-}
-
-struct Worker {
-    child: Child,
-    input: ChildStdin,
-    /// Commands sent, apart from the setup.
-    sent: u32,
-    report: Report,
-}
-
-impl Drop for Worker {
-    fn drop(&mut self) {
-        let _ = self.child.kill(); // it may have ended
-        let _ = self.child.wait();
-    }
 }
 
 /// The worker processes, and what they have reported.
@@ -342,42 +327,6 @@ impl<'p> Coordinator<'p> {
     fn send_all(&mut self, command: &Command) -> Result<()> {
         (0..self.workers.len()).try_for_each(|process| self.send(process, command))
     }
-}
-
-/// Whether the last report was written after the last command.
-fn is_current(worker: &Worker) -> bool {
-    worker.report.commands == worker.sent
-}
-
-fn write_line(input: &mut ChildStdin, command: &Command) -> Result<()> {
-    let mut line = serde_json::to_vec(command)?;
-    line.push(b'\n');
-    input.write_all(&line).context("a worker process ended")
-}
-
-fn start_worker(
-    plan: &Plan,
-    process: u32,
-    (started, tag): (u64, u32),
-    reports: Sender<(usize, Option<Report>)>,
-) -> Result<Worker> {
-    let program = std::env::current_exe().context("can't find this program")?;
-    let mut command = Program::new(program);
-    command.args(["bench", super::WORKER]).stdin(Stdio::piped()).stdout(Stdio::piped());
-    let mut child = command.spawn().context("can't start a worker process")?;
-    let mut input = child.stdin.take().expect("it is piped");
-    let output = child.stdout.take().expect("it is piped");
-    write_line(&mut input, &Command::Setup { plan: Box::new(plan.clone()), process, started, tag })?;
-    std::thread::spawn(move || {
-        for line in BufReader::new(output).lines().map_while(Result::ok) {
-            let Ok(report) = serde_json::from_str(&line) else { break };
-            if reports.send((process as usize, Some(report))).is_err() {
-                return;
-            }
-        }
-        let _ = reports.send((process as usize, None));
-    });
-    Ok(Worker { child, input, sent: 0, report: Report::default() })
 }
 
 /// The line on standard error that shows how a run goes, if that is a terminal.

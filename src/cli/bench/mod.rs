@@ -3,9 +3,9 @@
 //! | file | contents |
 //! |---|---|
 //! | `arguments`, `phase`, `plan` | the command line, and the plan that all processes follow |
-//! | `coordinator` | starts the worker processes, runs the phases, collects reports |
+//! | `coordinator`, `process` | starts the worker processes, runs the phases, collects reports |
 //! | `worker` | a process with a part of the clients |
-//! | `clients`, `client` | the clients of a process; one client and its judgement |
+//! | `clients`, `client`, `shared` | the clients of a process; one client and its judgement; their counts |
 //! | `publisher` | publishing by HTTP or Redis |
 //! | `mark`, `wire` | the mark in each event; frames and response heads |
 //! | `server` | CPU and memory of the measured server |
@@ -32,9 +32,11 @@ mod mark;
 mod phase;
 mod plan;
 mod plot;
+mod process;
 mod publisher;
 mod result;
 mod server;
+mod shared;
 mod wire;
 mod worker;
 

@@ -7,8 +7,8 @@ use std::time::Duration;
 use hdrhistogram::Histogram;
 use serde_json::{Value, json};
 
-use super::client::Tally;
 use super::server::Usage;
+use super::shared::Tally;
 
 /// From this share of its time on that a generator process was busy or waited for a core, its
 /// figures are void: the generator may have been what limited them.

@@ -18,11 +18,11 @@ use rustix::time::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::client::{Shared, Tally};
 use super::clients::Clients;
 use super::mark::{Finder, Mark};
 use super::plan::{Command, Load, Publish};
 use super::publisher::Publisher;
+use super::shared::{Shared, Tally};
 
 /// How often a worker reports.
 const REPORT_INTERVAL: Duration = Duration::from_millis(100);
