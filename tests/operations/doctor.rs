@@ -2,6 +2,7 @@
 //! without Redis.
 
 use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 use std::process::{Command, Output};
 
 use serde_json::json;
@@ -10,13 +11,13 @@ use crate::common::process::Directory;
 use crate::common::{Client, Node, Redis, within};
 
 /// Its output and exit code.
-struct Said {
+struct DoctorOutput {
     text: String,
     errors: String,
     code: Option<i32>,
 }
 
-impl Said {
+impl DoctorOutput {
     /// The finding on this subject, with all its lines.
     fn on(&self, what: &str) -> String {
         let mut lines =
@@ -27,21 +28,21 @@ impl Said {
     }
 }
 
-async fn run(mut command: Command) -> Said {
+async fn run(mut command: Command) -> DoctorOutput {
     let output = tokio::task::spawn_blocking(move || command.output().expect("the binary can be run"));
     let output: Output = within("the doctor's end", async { output.await.expect("no panic") }).await;
     let text = |bytes: Vec<u8>| String::from_utf8(bytes).expect("UTF-8");
-    Said { text: text(output.stdout), errors: text(output.stderr), code: output.status.code() }
+    DoctorOutput { text: text(output.stdout), errors: text(output.stderr), code: output.status.code() }
 }
 
-async fn doctor(args: &[&str], env: &[(&str, &str)]) -> Said {
+async fn doctor(args: &[&str], env: &[(&str, &str)]) -> DoctorOutput {
     let mut command = Command::new(env!("CARGO_BIN_EXE_fanfare"));
     command.env_clear().env("PATH", "").envs(env.iter().copied()).arg("doctor").args(args);
     run(command).await
 }
 
 /// The same in a shell with this limit on open files.
-async fn doctor_with_files(files: u32, args: &[&str]) -> Said {
+async fn doctor_with_files(files: u32, args: &[&str]) -> DoctorOutput {
     let mut command = Command::new("/bin/sh");
     command
         .env_clear()
@@ -51,63 +52,77 @@ async fn doctor_with_files(files: u32, args: &[&str]) -> Said {
     run(command).await
 }
 
+fn write_program(path: &Path, script: &str) {
+    std::fs::write(path, script).expect("the directory is ours");
+    std::fs::set_permissions(path, PermissionsExt::from_mode(0o755)).expect("the file is ours");
+}
+
 #[tokio::test]
 async fn low_file_limit_is_a_problem_with_advice() {
-    let said = doctor_with_files(500, &["--connections", "1000"]).await;
-    assert_eq!(said.code, Some(1), "{}", said.text);
-    let finding = said.on("open files");
+    let output = doctor_with_files(500, &["--connections", "1000"]).await;
+    assert_eq!(output.code, Some(1), "{}", output.text);
+    let finding = output.on("open files");
     assert!(finding.starts_with("PROBLEM") && finding.contains("but 500 allowed"), "{finding}");
     assert!(finding.contains("-> fanfare.service: LimitNOFILE="), "{finding}");
-    assert!(said.text.contains("No Redis"), "{}", said.text);
+    assert!(output.text.contains("No Redis"), "{}", output.text);
     // Sufficient for a few connections. Without --connections it is what the limit allows.
     for args in [&["--connections=10"][..], &[]] {
-        let said = doctor_with_files(500, args).await;
-        assert!(said.on("open files").starts_with("ok"), "{}", said.text);
-        assert_eq!(said.code, Some(0), "{}", said.text);
+        let output = doctor_with_files(500, args).await;
+        assert!(output.on("open files").starts_with("ok"), "{}", output.text);
+        assert_eq!(output.code, Some(0), "{}", output.text);
     }
 }
 
 #[tokio::test]
 async fn limits_are_those_of_the_installed_unit() {
     let directory = Directory::new();
-    let systemctl = directory.path().join("systemctl");
     let script = "#!/bin/sh\n[ \"$*\" = \"show fanfare.service --property=LoadState,LimitNOFILE,MemoryMax\" ] \
                   && printf 'LoadState=loaded\\nLimitNOFILE=5000\\nMemoryMax=67108864\\n'\n";
-    std::fs::write(&systemctl, script).expect("the directory is ours");
-    std::fs::set_permissions(&systemctl, PermissionsExt::from_mode(0o755)).expect("the file is ours");
+    write_program(&directory.path().join("systemctl"), script);
     let path = directory.path().to_str().expect("UTF-8");
-    let said = doctor(&["--connections", "1000"], &[("PATH", path)]).await;
-    let finding = said.on("open files");
+    let output = doctor(&["--connections", "1000"], &[("PATH", path)]).await;
+    let finding = output.on("open files");
     assert!(finding.contains("5000 allowed (LimitNOFILE of fanfare.service)"), "{finding}");
-    assert_eq!(said.code, Some(0), "{}", said.text);
-    let said = doctor(&["--connections", "50000"], &[("PATH", path)]).await;
-    let finding = said.on("open files");
+    assert_eq!(output.code, Some(0), "{}", output.text);
+    let output = doctor(&["--connections", "50000"], &[("PATH", path)]).await;
+    let finding = output.on("open files");
     assert!(finding.starts_with("PROBLEM") && !finding.contains("ulimit"), "{finding}");
-    let finding = said.on("memory");
+    let finding = output.on("memory");
     assert!(finding.contains("64MiB allowed by MemoryMax of fanfare.service"), "{finding}");
 }
 
 #[tokio::test]
+async fn systemctl_that_hangs_is_killed() {
+    let directory = Directory::new();
+    let script = "#!/bin/sh\necho LoadState=loaded && exec /bin/sleep 60\n";
+    write_program(&directory.path().join("systemctl"), script);
+    let path = directory.path().to_str().expect("UTF-8");
+    let output = doctor(&["--connections", "10"], &[("PATH", path)]).await;
+    assert_eq!(output.code, Some(0), "{}", output.text);
+    assert!(!output.text.contains("fanfare.service"), "the limits of this shell count: {}", output.text);
+}
+
+#[tokio::test]
 async fn more_clients_than_memory_is_a_problem() {
-    let said = doctor(&["--connections", "4000000000"], &[]).await;
-    assert_eq!(said.code, Some(1));
-    assert!(said.on("memory").starts_with("PROBLEM"), "{}", said.text);
-    assert!(said.on("TCP memory").starts_with("warning"), "{}", said.text);
-    assert!(said.on("ports of a proxy").contains("--listen"), "{}", said.text);
+    let output = doctor(&["--connections", "4000000000"], &[]).await;
+    assert_eq!(output.code, Some(1));
+    assert!(output.on("memory").starts_with("PROBLEM"), "{}", output.text);
+    assert!(output.on("TCP memory").starts_with("warning"), "{}", output.text);
+    assert!(output.on("ports of a proxy").contains("--listen"), "{}", output.text);
 }
 
 #[tokio::test]
 async fn unreachable_redis_is_a_problem_in_bounded_time() {
     let mut redis = Redis::away(&[]);
-    let said = doctor(&["--connections", "10"], &[("FANFARE_REDIS", &redis.url())]).await;
-    assert_eq!(said.code, Some(1), "{}", said.text);
-    assert!(said.on("connection").contains("check that it runs"), "{}", said.text);
+    let output = doctor(&["--connections", "10"], &[("FANFARE_REDIS", &redis.url())]).await;
+    assert_eq!(output.code, Some(1), "{}", output.text);
+    assert!(output.on("connection").contains("check that it runs"), "{}", output.text);
     redis.up().await;
     redis.freeze();
-    let said = doctor(&["--connections", "10", "--redis", &redis.url()], &[]).await;
+    let output = doctor(&["--connections", "10", "--redis", &redis.url()], &[]).await;
     redis.thaw();
-    assert_eq!(said.code, Some(1), "{}", said.text);
-    assert!(said.on("connection").contains("does not reply"), "{}", said.text);
+    assert_eq!(output.code, Some(1), "{}", output.text);
+    assert!(output.on("connection").contains("does not reply"), "{}", output.text);
 }
 
 #[tokio::test]
@@ -115,8 +130,8 @@ async fn bad_redis_settings_are_named_with_advice() {
     let flags = ["--maxmemory", "100mb", "--maxmemory-policy", "allkeys-lru", "--requirepass", "hunter2"];
     let redis = Redis::start(&flags).await;
     let url = redis.url().replace("//", "//:hunter2@");
-    let said = doctor(&["--connections", "10", "--redis-durable"], &[("FANFARE_REDIS", &url)]).await;
-    assert_eq!(said.code, Some(1), "{}", said.text);
+    let output = doctor(&["--connections", "10", "--redis-durable"], &[("FANFARE_REDIS", &url)]).await;
+    assert_eq!(output.code, Some(1), "{}", output.text);
     for (what, level, line) in [
         ("connection", "ok", "Redis "),
         ("role", "ok", "primary"),
@@ -129,10 +144,10 @@ async fn bad_redis_settings_are_named_with_advice() {
         ("clock", "ok", "agree"),
         ("history", "ok", "no channel has any yet"),
     ] {
-        let finding = said.on(what);
+        let finding = output.on(what);
         assert!(finding.starts_with(level) && finding.contains(line), "{what}: {finding}");
     }
-    assert!(!said.text.contains("hunter2") && said.text.contains(":***@"), "{}", said.text);
+    assert!(!output.text.contains("hunter2") && output.text.contains(":***@"), "{}", output.text);
     // It has changed nothing: only nodes load the function.
     let mut client = redis.client().await;
     client.call(&["AUTH", "hunter2"]).await;
@@ -160,11 +175,11 @@ async fn documented_redis_settings_pass() {
     node.publish("room", &json!({"text": "hi"})).await;
     client.next_event().await;
     let args = ["--connections", "10", "--redis", &redis.url(), "--redis-durable"];
-    let said = doctor(&args, &[]).await;
-    assert_eq!(said.code, Some(0), "{}", said.text);
-    let (_, of_redis) = said.text.split_once("\nRedis, ").expect("a part on Redis");
+    let output = doctor(&args, &[]).await;
+    assert_eq!(output.code, Some(0), "{}", output.text);
+    let (_, of_redis) = output.text.split_once("\nRedis, ").expect("a part on Redis");
     assert!(!of_redis.contains("warning  ") && !of_redis.contains("PROBLEM"), "{of_redis}");
-    let history = said.on("history");
+    let history = output.on("history");
     assert!(history.contains("channel room") && history.contains("holds 1 of 10000"), "{history}");
 }
 
@@ -172,11 +187,11 @@ async fn documented_redis_settings_pass() {
 async fn replicas_and_missing_rights_are_found() {
     let primary = Redis::start(&[]).await;
     let replica = Redis::replica_of(&primary).await;
-    let said = doctor(&["--connections", "10", "--redis", &replica.url()], &[]).await;
-    assert_eq!(said.code, Some(1));
-    assert!(said.on("role").starts_with("PROBLEM"), "{}", said.text);
-    let said = doctor(&["--connections", "10", "--redis", &primary.url()], &[]).await;
-    assert!(said.on("replicas").contains("-> redis.conf: min-replicas-to-write 1"), "{}", said.text);
+    let output = doctor(&["--connections", "10", "--redis", &replica.url()], &[]).await;
+    assert_eq!(output.code, Some(1));
+    assert!(output.on("role").starts_with("PROBLEM"), "{}", output.text);
+    let output = doctor(&["--connections", "10", "--redis", &primary.url()], &[]).await;
+    assert!(output.on("replicas").contains("-> redis.conf: min-replicas-to-write 1"), "{}", output.text);
 
     // Information that a managed service hides, and rights that an administrator forgot.
     let mut client = primary.client().await;
@@ -191,16 +206,16 @@ async fn replicas_and_missing_rights_are_found() {
             .collect();
         client.call(&set).await;
         let url = primary.url().replace("//", "//fanfare:secret@");
-        let said = doctor(&["--connections", "10", "--redis", &url], &[]).await;
+        let output = doctor(&["--connections", "10", "--redis", &url], &[]).await;
         assert!(
-            said.on("Pub/Sub buffer").contains("check by hand: client-output-buffer-limit"),
+            output.on("Pub/Sub buffer").contains("check by hand: client-output-buffer-limit"),
             "{}",
-            said.text
+            output.text
         );
-        assert!(said.on("persistence").contains("check by hand: appendonly"), "{}", said.text);
-        assert_eq!(said.code, Some(i32::from(rejected.is_some())), "{}", said.text);
+        assert!(output.on("persistence").contains("check by hand: appendonly"), "{}", output.text);
+        assert_eq!(output.code, Some(i32::from(rejected.is_some())), "{}", output.text);
         if let Some(rejected) = rejected {
-            let finding = said.on("rights");
+            let finding = output.on("rights");
             assert!(finding.contains(rejected) && finding.contains("-> redis-cli ACL SETUSER"), "{finding}");
         }
     }
@@ -208,15 +223,15 @@ async fn replicas_and_missing_rights_are_found() {
 
 #[tokio::test]
 async fn all_wrong_arguments_are_reported_with_code_2() {
-    let said = doctor(&["--connections", "none", "--histroy", "5"], &[("FANFARE_SHARDS", "lots")]).await;
-    assert_eq!((said.code, said.text.as_str()), (Some(2), ""));
+    let output = doctor(&["--connections", "none", "--histroy", "5"], &[("FANFARE_SHARDS", "lots")]).await;
+    assert_eq!((output.code, output.text.as_str()), (Some(2), ""));
     for part in
         ["3 settings are wrong", "--connections: \"none\"", "did you mean --history?", "FANFARE_SHARDS"]
     {
-        assert!(said.errors.contains(part), "{part} is not in {}", said.errors);
+        assert!(output.errors.contains(part), "{part} is not in {}", output.errors);
     }
     let directory = Directory::new();
     let key = directory.path().join("missing");
-    let said = doctor(&["--jwt-key", key.to_str().expect("UTF-8")], &[]).await;
-    assert_eq!(said.code, Some(2), "{}", said.text);
+    let output = doctor(&["--jwt-key", key.to_str().expect("UTF-8")], &[]).await;
+    assert_eq!(output.code, Some(2), "{}", output.text);
 }

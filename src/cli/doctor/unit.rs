@@ -1,6 +1,14 @@
 //! The limits of the installed service.
 
+use std::io;
 use std::process::{Command, Stdio};
+use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
+
+/// Longest wait for `systemctl`, which answers in milliseconds. It waits longer for a systemd that
+/// hangs.
+const SYSTEMCTL_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Limits that systemd sets for `fanfare.service`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -12,12 +20,19 @@ pub struct Unit {
 }
 
 impl Unit {
-    /// Asks systemd. `None` if the unit is not installed, or systemd does not run.
+    /// Asks systemd. `None` if the unit is not installed, or systemd does not run or answer.
     pub fn read() -> Option<Unit> {
         let mut command = Command::new("systemctl");
         command.args(["show", "fanfare.service", "--property=LoadState,LimitNOFILE,MemoryMax"]);
-        let output = command.stdin(Stdio::null()).stderr(Stdio::null()).output().ok()?;
-        Unit::parse(&String::from_utf8_lossy(&output.stdout))
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
+        let mut systemctl = command.spawn().ok()?;
+        let stdout = systemctl.stdout.take()?;
+        let (send, shown) = mpsc::channel();
+        thread::spawn(move || send.send(io::read_to_string(stdout)));
+        let shown = shown.recv_timeout(SYSTEMCTL_TIMEOUT);
+        let _ = systemctl.kill(); // fails only if it has exited
+        let _ = systemctl.wait();
+        Unit::parse(&shown.ok()?.ok()?)
     }
 
     fn parse(shown: &str) -> Option<Unit> {
