@@ -85,8 +85,8 @@ impl KeyRing {
     /// Logs a warning for each file with a secret that every user of the machine can read.
     pub fn warn_of_exposed_files(&self) {
         for path in &self.current().exposed {
-            let path = path.display();
-            tracing::warn!("every user of this machine can read the secret in {path}: chmod o-r {path}");
+            let advice = format!("chmod o-r {}", path.display());
+            tracing::warn!(path = %path.display(), advice, "every user of this machine can read a secret");
         }
     }
 

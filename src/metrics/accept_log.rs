@@ -27,7 +27,8 @@ impl AcceptLog {
         if self.failing.is_none() {
             let log = self.warnings.is_due(Instant::now());
             if log {
-                tracing::warn!(%error, listener = self.listener, "accept failed, {effect}: {}", remedy(error));
+                let advice = remedy(error);
+                tracing::warn!(%error, listener = self.listener, advice, "accept failed, {effect}");
             }
             self.failing = Some(log);
         }

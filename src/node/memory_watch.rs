@@ -99,7 +99,8 @@ impl MemoryWatch {
                 available = show_size(in_groups.min(in_machine)),
                 buffers_may_grow_by = show_size(growth),
                 buffers_halved = pressure,
-                "memory is short: new connections get 503 (MemoryMax= of the unit, --max-connections)"
+                advice = "add memory (MemoryMax= of the unit), or lower --max-connections",
+                "memory is short, new connections get 503"
             );
         }
     }

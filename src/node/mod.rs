@@ -36,6 +36,8 @@ const GRACE: Duration = Duration::from_secs(2);
 /// Longest wait after the drain for publishes of backends.
 const PUBLISH_WAIT_MAX: Duration = Duration::from_secs(60);
 
+const RAISE_OPEN_FILES: &str = "raise LimitNOFILE= in the unit, or ulimit -n in a shell";
+
 /// What this host lacks to run a node with these settings: descriptors, authorities for TLS.
 pub fn unmet_requirements(settings: &Settings) -> Vec<SettingError> {
     let authorities = settings.redis.as_ref().map(bus::redis::url::check_authorities);
@@ -165,20 +167,23 @@ fn log_start(settings: &Settings, listeners: &Listeners) -> io::Result<()> {
         tracing::warn!(
             excess,
             limit = settings.memory.limit(),
-            "the settings need more memory than available: lower --max-connections or --buffer-memory"
+            advice = "lower --max-connections or --buffer-memory",
+            "the settings need more memory than available"
         );
     }
     if settings.has_few_open_files() {
         tracing::warn!(
             max_connections = settings.connection_limit(),
             open_files = settings.open_files,
-            "the limit on open files allows few connections: raise it (LimitNOFILE)"
+            advice = RAISE_OPEN_FILES,
+            "the limit on open files allows few connections"
         );
     }
     if let Some(asked) = settings.max_connections.filter(|asked| asked.get() > settings.connection_limit()) {
         tracing::warn!(
             max_connections = settings.connection_limit(),
-            "--max-connections {asked} is more than the limit on open files allows: raise the limit (LimitNOFILE)"
+            advice = RAISE_OPEN_FILES,
+            "--max-connections {asked} is more than the limit on open files allows"
         );
     }
     Ok(())
