@@ -20,7 +20,7 @@ RUN --mount=type=cache,target=/usr/local/cargo/registry \
 
 FROM busybox:1.37-musl AS busybox
 
-# glibc, certificate authorities for rediss://, and a user without rights; no shell.
+# glibc, CA certificates for rediss://, and a user without rights; no shell.
 FROM gcr.io/distroless/cc-debian12:nonroot
 COPY --from=build /usr/local/bin/fanfare /usr/bin/fanfare
 # busybox is static and runs as the applet it is named after.

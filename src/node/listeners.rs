@@ -81,7 +81,7 @@ fn unusable(setting: &str, addr: &impl fmt::Display, error: &io::Error) -> anyho
     let port = addr.rsplit_once(':').map_or("", |(_, port)| port);
     let remedy = match (Errno::from_io_error(error), addr.strip_prefix("unix:")) {
         (Some(Errno::ADDRINUSE), Some(_)) => {
-            "a process listens there, or it is no socket: use another path".into()
+            "another process listens there, or the file is not a socket: use another path".into()
         }
         (Some(Errno::ADDRINUSE), None) => {
             format!("use another port, or stop the process that `ss -ltnp 'sport = :{port}'` shows")

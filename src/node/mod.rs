@@ -38,10 +38,10 @@ const PUBLISH_WAIT_MAX: Duration = Duration::from_secs(60);
 
 const RAISE_OPEN_FILES: &str = "raise LimitNOFILE= in the unit, or ulimit -n in a shell";
 
-/// What this host lacks to run a node with these settings: descriptors, authorities for TLS.
+/// What this host lacks to run a node with these settings: descriptors, CA certificates for TLS.
 pub fn unmet_requirements(settings: &Settings) -> Vec<SettingError> {
-    let authorities = settings.redis.as_ref().map(bus::redis::url::check_authorities);
-    settings.open_files_problem().into_iter().chain(authorities.and_then(Result::err)).collect()
+    let certificates = settings.redis.as_ref().map(bus::redis::url::check_ca_certificates);
+    settings.open_files_problem().into_iter().chain(certificates.and_then(Result::err)).collect()
 }
 
 /// Serves until `shutdown` returns a reason to stop, then closes every connection.

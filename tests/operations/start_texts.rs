@@ -91,7 +91,7 @@ fn failed_start_names_cause_and_remedy() {
             &tls,
             &[("SSL_CERT_FILE", no_pem), ("SSL_CERT_DIR", "")],
             2,
-            ["SSL_CERT_FILE: there is no certificate", "PEM"],
+            ["SSL_CERT_FILE: no CA certificates found", "PEM"],
         ),
         (
             &["--redis", "127.0.0.1:6379"],
@@ -167,7 +167,7 @@ async fn unusable_redis_is_explained() {
         ),
         (
             format!("redis-sentinel://127.0.0.1:{port}?sentinelServiceName=main"),
-            "the server at --redis is no Sentinel",
+            "the server at --redis is not a Sentinel",
         ),
         (format!("redis://127.0.0.1:{}", free_port()), "Redis can't be reached"),
         ("unix:/nowhere/redis.sock".into(), "there is no unix socket at the path in --redis"),
@@ -181,7 +181,7 @@ async fn unusable_redis_is_explained() {
 }
 
 #[tokio::test]
-async fn servers_that_are_no_redis_are_recognized() {
+async fn recognizes_non_redis_servers() {
     /// A server that reads a request, sends this answer, and closes.
     async fn server(answer: &'static [u8]) -> u16 {
         use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -212,7 +212,7 @@ async fn servers_that_are_no_redis_are_recognized() {
 }
 
 #[tokio::test]
-async fn memory_of_redis_is_warned_of() {
+async fn warns_of_full_or_evicting_redis() {
     let evicting = Redis::start(&["--maxmemory", "100mb", "--maxmemory-policy", "allkeys-lru"]).await;
     let node = Node::on(&evicting, &[]).await;
     let warning =

@@ -1,4 +1,4 @@
-//! Redis over TLS, with a certificate of an authority that only these tests know.
+//! Redis over TLS, with a certificate of a CA that only these tests know.
 
 use std::path::Path;
 use std::process::Command;
@@ -9,21 +9,21 @@ use serde_json::json;
 use crate::common::{Client, Node, Redis, free_port};
 use crate::start_texts::assert_unready;
 
-/// The variable that names a file with additional authorities.
-const AUTHORITIES: &str = "SSL_CERT_FILE";
+/// The variable that names a file with additional CA certificates.
+const CA_VARIABLE: &str = "SSL_CERT_FILE";
 
-/// Creates `authority.pem` and, signed by it for localhost, `redis.pem` with `redis.key`; and
+/// Creates `ca.pem` and, signed by it for localhost, `redis.pem` with `redis.key`; and
 /// `other.pem`, which signs itself for localhost.
 fn make_certificates(directory: &Path) {
     let script = "
         key='ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes'
-        openssl req -x509 -newkey $key -keyout authority.key -out authority.pem -days 2 -subj /CN=authority \
+        openssl req -x509 -newkey $key -keyout ca.key -out ca.pem -days 2 -subj /CN=ca \
             -addext basicConstraints=critical,CA:TRUE
         openssl req -x509 -newkey $key -keyout other.key -out other.pem -days 2 -subj /CN=localhost \
             -addext subjectAltName=DNS:localhost
         openssl req -newkey $key -keyout redis.key -out redis.csr -subj /CN=localhost
         echo subjectAltName=DNS:localhost > names
-        openssl x509 -req -in redis.csr -CA authority.pem -CAkey authority.key -CAcreateserial -days 2 \
+        openssl x509 -req -in redis.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days 2 \
             -extfile names -out redis.pem";
     let output = Command::new("sh").args(["-ec", script]).current_dir(directory).output();
     let output = output.expect("sh is there");
@@ -37,7 +37,7 @@ async fn start() -> (Redis, u16) {
     let port = free_port();
     redis.add_flags(&["--tls-port", &port.to_string(), "--tls-auth-clients", "no"]);
     redis.add_flags(&["--tls-cert-file", "redis.pem", "--tls-key-file", "redis.key"]);
-    redis.add_flags(&["--tls-ca-cert-file", "authority.pem"]);
+    redis.add_flags(&["--tls-ca-cert-file", "ca.pem"]);
     redis.up().await;
     (redis, port)
 }
@@ -45,8 +45,8 @@ async fn start() -> (Redis, u16) {
 #[tokio::test]
 async fn events_travel_over_tls() {
     let (redis, port) = start().await;
-    let (authority, url) = (redis.directory().join("authority.pem"), format!("rediss://localhost:{port}"));
-    let node = Node::start_unready_with(AUTHORITIES, &authority, &["--redis", &url]).await;
+    let (ca, url) = (redis.directory().join("ca.pem"), format!("rediss://localhost:{port}"));
+    let node = Node::start_unready_with(CA_VARIABLE, &ca, &["--redis", &url]).await;
     node.ready().await;
     let (mut client, _) = Client::resume(&node, "a", "room", "").await;
     let id = node.publish("room", &json!({"n": 1})).await;
@@ -58,35 +58,35 @@ async fn events_travel_over_tls() {
 async fn tls_problems_are_explained() {
     let (redis, port) = start().await;
     let files = redis.directory();
-    let (authority, other) = (files.join("authority.pem"), files.join("other.pem"));
-    let mut authority_as_server = Redis::away(&[]);
+    let (ca, other) = (files.join("ca.pem"), files.join("other.pem"));
+    let mut ca_as_server = Redis::away(&[]);
     let own_port = free_port();
-    authority_as_server.add_flags(&["--tls-port", &own_port.to_string(), "--tls-auth-clients", "no"]);
+    ca_as_server.add_flags(&["--tls-port", &own_port.to_string(), "--tls-auth-clients", "no"]);
     for (flag, name) in [
         ("--tls-cert-file", "other.pem"),
         ("--tls-key-file", "other.key"),
         ("--tls-ca-cert-file", "other.pem"),
     ] {
-        authority_as_server.add_flags(&[flag, files.join(name).to_str().expect("UTF-8")]);
+        ca_as_server.add_flags(&[flag, files.join(name).to_str().expect("UTF-8")]);
     }
-    authority_as_server.up().await;
+    ca_as_server.up().await;
     let cases = [
-        (format!("rediss://127.0.0.1:{port}"), &authority, "does not name the host in --redis"),
+        (format!("rediss://127.0.0.1:{port}"), &ca, "does not name the host in --redis"),
         (
             format!("rediss://localhost:{port}"),
             &other,
-            "from an unknown authority: name the authority's PEM file in SSL_CERT_FILE",
+            "from an unknown CA: name the CA's PEM file in SSL_CERT_FILE",
         ),
-        (format!("rediss://localhost:{own_port}"), &other, "is that of an authority (CA:TRUE)"),
+        (format!("rediss://localhost:{own_port}"), &other, "is that of a CA (CA:TRUE)"),
         (
             format!("redis://localhost:{port}"),
-            &authority,
+            &ca,
             "closes the connection at once: check its port, and rediss://",
         ),
-        (format!("rediss://localhost:{}", redis.port()), &authority, "use redis:// if its port has no TLS"),
+        (format!("rediss://localhost:{}", redis.port()), &ca, "use redis:// if its port has no TLS"),
     ];
-    join_all(cases.iter().map(|(url, authority, part)| async move {
-        let node = Node::start_unready_with(AUTHORITIES, authority, &["--redis", url]).await;
+    join_all(cases.iter().map(|(url, ca, part)| async move {
+        let node = Node::start_unready_with(CA_VARIABLE, ca, &["--redis", url]).await;
         assert_unready(&node, part).await;
     }))
     .await;
@@ -97,7 +97,7 @@ async fn required_client_certificate_is_explained() {
     let (redis, port) = start().await;
     let mut client = redis.client().await;
     client.call(&["CONFIG", "SET", "tls-auth-clients", "yes"]).await;
-    let (authority, url) = (redis.directory().join("authority.pem"), format!("rediss://localhost:{port}"));
-    let node = Node::start_unready_with(AUTHORITIES, &authority, &["--redis", &url]).await;
+    let (ca, url) = (redis.directory().join("ca.pem"), format!("rediss://localhost:{port}"));
+    let node = Node::start_unready_with(CA_VARIABLE, &ca, &["--redis", &url]).await;
     assert_unready(&node, "fanfare has none: set tls-auth-clients no").await;
 }

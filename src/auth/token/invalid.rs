@@ -8,7 +8,7 @@ use crate::config::show_rounded;
 /// It holds no text of the token.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum InvalidToken {
-    /// It is no JWT, in this part.
+    /// It is not a JWT, in this part.
     Malformed(&'static str),
     /// No key has its algorithm.
     Algorithm {

@@ -10,7 +10,7 @@ const NOT_PERMITTED: &str = "the ACL of this node's Redis user lacks rights: doc
 const ADVICE: [(&str, &str); 19] = [
     (
         "ERR unknown command 'SENTINEL'",
-        "the server at --redis is no Sentinel: name the Sentinels (port 26379), or use redis:// for a Redis",
+        "the server at --redis is not a Sentinel: name the Sentinels (port 26379), or use redis:// for a Redis",
     ),
     (
         "ERR unknown command",
@@ -70,11 +70,11 @@ const CONNECTION_ADVICE: [(&[&str], &str); 17] = [
     ),
     (
         &["unknown issuer"],
-        "the certificate of Redis is from an unknown authority: name the authority's PEM file in SSL_CERT_FILE",
+        "the certificate of Redis is from an unknown CA: name the CA's PEM file in SSL_CERT_FILE",
     ),
     (
         &["ca used as end entity"],
-        "the certificate of Redis is that of an authority (CA:TRUE): use one with CA:FALSE, signed by it",
+        "the certificate of Redis is that of a CA (CA:TRUE): use one with CA:FALSE, signed by it",
     ),
     (
         &["not valid for name"],
@@ -143,8 +143,8 @@ pub fn for_error_reply(text: &str) -> &'static str {
     find(text).unwrap_or(REJECTED)
 }
 
-/// What an eviction policy does, with `maxmemory` in bytes (0: no limit). An evicted key is a lost sequence. Keys of channels have an expiry,
-/// so the policies for volatile keys evict them, too.
+/// Effect of an eviction policy. `maxmemory` is in bytes; 0 means no limit. Keys of channels expire, so
+/// `volatile-*` policies evict them, too. An evicted key loses the channel's sequence.
 pub fn for_eviction(policy: &str, maxmemory: u64) -> String {
     match maxmemory {
         0 => format!("maxmemory-policy is {policy}, which evicts keys once a maxmemory is set"),

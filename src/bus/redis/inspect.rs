@@ -82,7 +82,7 @@ pub struct History {
 /// # Errors
 /// What is wrong and what to do.
 pub async fn inspect(settings: &Settings, url: &RedisUrl) -> Result<Facts, String> {
-    url::check_authorities(url).map_err(|error| error.to_string())?;
+    url::check_ca_certificates(url).map_err(|error| error.to_string())?;
     let config = url::config(url).map_err(|error| error.problem)?;
     let client = Client::new(config, None, Some(session::connection_config(Vec::new())), None);
     let result = timeout(INSPECT_TIMEOUT + SAMPLE, collect(&client, &RedisSettings::new(settings))).await;
@@ -109,7 +109,7 @@ pub async fn inspect(settings: &Settings, url: &RedisUrl) -> Result<Facts, Strin
 async fn collect(client: &Client, settings: &RedisSettings) -> Result<Facts, ConnectError> {
     let (_, info) = session::open(client).await?;
     let field = |name: &str| reply::info_field(&info, name).unwrap_or_default();
-    let number = |name: &str| field(name).parse().unwrap_or(0);
+    let number = |name: &str| reply::info_number(&info, name);
     let mut facts = Facts {
         version: field("redis_version").into(),
         role: field("role").into(),

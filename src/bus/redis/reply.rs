@@ -56,3 +56,8 @@ pub fn scan(frame: &Resp3Frame) -> Option<(String, Vec<String>)> {
 pub fn info_field<'a>(info: &'a str, name: &str) -> Option<&'a str> {
     info.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).map(str::trim)
 }
+
+/// A number in INFO; 0 without one.
+pub fn info_number(info: &str, name: &str) -> u64 {
+    info_field(info, name).and_then(|number| number.parse().ok()).unwrap_or(0)
+}

@@ -56,7 +56,7 @@ pub async fn check_server(client: &Client) -> Result<String, ConnectError> {
 /// What the eviction policy in a reply of INFO does, if Redis may evict keys.
 pub fn eviction_warning(info: &str) -> Option<String> {
     let policy = reply::info_field(info, "maxmemory_policy").filter(|policy| *policy != "noeviction")?;
-    let maxmemory = reply::info_field(info, "maxmemory").and_then(|bytes| bytes.parse().ok()).unwrap_or(0);
+    let maxmemory = reply::info_number(info, "maxmemory");
     Some(advice::for_eviction(policy, maxmemory) + ": set maxmemory-policy noeviction")
 }
 

@@ -8,10 +8,10 @@ use fred::types::config::Config;
 use super::errors::readable;
 use crate::config::{RedisUrl, SettingError};
 
-/// Variables that name other authorities than those of the system (openssl(1)).
-const AUTHORITIES: [&str; 2] = ["SSL_CERT_FILE", "SSL_CERT_DIR"];
+/// Variables that name other CA certificates than those of the system (openssl(1)).
+const CA_VARIABLES: [&str; 2] = ["SSL_CERT_FILE", "SSL_CERT_DIR"];
 
-/// fred's configuration for this URL. For TLS it reads the certificates of the authorities.
+/// fred's configuration for this URL. For TLS it reads the CA certificates.
 pub fn config(url: &RedisUrl) -> Result<Config, SettingError> {
     Config::from_url(&url.0).map_err(|error| SettingError {
         setting: format!("--redis {url}"),
@@ -19,11 +19,11 @@ pub fn config(url: &RedisUrl) -> Result<Config, SettingError> {
     })
 }
 
-/// Checks that there are authorities to trust, if the URL needs any.
+/// Checks that CA certificates are installed, if the URL needs any.
 ///
 /// # Errors
-/// The variable that names other authorities than those of the system, or `--redis`.
-pub fn check_authorities(url: &RedisUrl) -> Result<(), SettingError> {
+/// The variable that names other CA certificates than those of the system, or `--redis`.
+pub fn check_ca_certificates(url: &RedisUrl) -> Result<(), SettingError> {
     if !url.0.starts_with("rediss") {
         return Ok(());
     }
@@ -31,13 +31,13 @@ pub fn check_authorities(url: &RedisUrl) -> Result<(), SettingError> {
     let problem = match found.errors.first() {
         Some(error) => error.to_string(),
         None if found.certs.is_empty() => {
-            "there is no certificate of an authority, so that none of Redis can \
-             be trusted: name a PEM file in SSL_CERT_FILE, or install ca-certificates"
+            "no CA certificates found, so the certificate of Redis can't be verified: set \
+             SSL_CERT_FILE to a PEM file, or install ca-certificates"
                 .into()
         }
         None => return Ok(()),
     };
-    let named = AUTHORITIES.into_iter().find(|name| {
+    let named = CA_VARIABLES.into_iter().find(|name| {
         env::var(name)
             .is_ok_and(|path| !path.is_empty() && (found.errors.is_empty() || problem.contains(&path)))
     });
