@@ -25,7 +25,7 @@
 //! | [`ws`] | one connection: handshake, decoder, outbox, progress, replay, writer |
 //! | [`bus`] | ids, history and order of events: [`bus::local`] for one node, [`bus::redis`] for many |
 //! | [`shard`] | event loop, mailbox, channels, joins, fan-out, replay, timers |
-//! | [`admin`] | the admin API: publish, history, channels, metrics, stats, health |
+//! | [`admin`] | the admin API: publish, history, channels, metrics, stats, health, live view |
 //! | [`node`] | wiring, accept loop, listeners, systemd |
 //! | [`cli`] | `fanfare bench`, `fanfare token`, `fanfare doctor` |
 //!

@@ -27,8 +27,8 @@ const REJECTION_PART: u32 = 8;
 const REJECTION_MIN: u32 = 8;
 const REJECTION_MAX: u32 = 256;
 
-/// Fewer connections than this are worth a warning if only the limit on open files is the reason.
-/// Most systems allow a service 500,000 descriptors.
+/// Below this many connections a node warns if open files are the limit. Most systems allow a
+/// service 500,000 descriptors.
 const FEW_CONNECTIONS: u32 = 10_000;
 
 impl Settings {
@@ -46,8 +46,8 @@ impl Settings {
         self.open_files.map_or(u32::MAX, |limit| connections_in(limit.saturating_sub(self.reserved_files())))
     }
 
-    /// What is wrong with the limit on open files, if the node can't start with it. It could start
-    /// with a few less, and would then fail without warning.
+    /// What is wrong with the limit on open files, if the node can't start with it. With a few
+    /// less it starts, then runs out of descriptors while it serves.
     pub fn open_files_problem(&self) -> Option<SettingError> {
         let limit = self.open_files?;
         let others = self.reserved_files() - self.admin_connections() + 1 + REJECTION_MIN;

@@ -71,7 +71,6 @@ impl Host {
 
 #[cfg(test)]
 impl Host {
-    /// Enough for anything.
     pub fn good() -> Host {
         Host {
             has_unit: false,

@@ -61,7 +61,7 @@ pub fn run(
     KeyRing::load(&settings)?;
     let mut host = Host::read(Path::new("/"));
     let settings = match Unit::read() {
-        Some(unit) => under(unit, &mut host, settings),
+        Some(unit) => apply_unit_limits(unit, &mut host, settings),
         None => settings,
     };
     Ok(examine(&settings, &host, connections))
@@ -87,8 +87,8 @@ fn load(settings: &Settings, connections: Option<NonZeroU32>) -> Load {
     }
 }
 
-/// Settings and host as the service finds them.
-fn under(unit: Unit, host: &mut Host, mut settings: Settings) -> Settings {
+/// Replaces the limits of this shell by those of the unit.
+fn apply_unit_limits(unit: Unit, host: &mut Host, mut settings: Settings) -> Settings {
     settings.open_files = unit.files.and_then(|limit| u32::try_from(limit).ok());
     settings.memory.cgroup = unit.memory;
     (host.files, host.cgroup, host.has_unit) = (unit.files, unit.memory, true);
@@ -133,7 +133,7 @@ mod tests {
             panic!("good settings")
         };
         let mut host = Host { somaxconn: Some(4096), ..Host::good() };
-        let settings = under(Unit { files: Some(16_384), memory: None }, &mut host, settings);
+        let settings = apply_unit_limits(Unit { files: Some(16_384), memory: None }, &mut host, settings);
         let findings = host_checks::check(&host, &load(&settings, NonZeroU32::new(50_000)));
         let findings: Vec<_> = findings.into_iter().filter(|finding| finding.level != Level::Ok).collect();
         let shown = format!("```text\n{}```\n", section("", &findings).trim_start_matches('\n'));
