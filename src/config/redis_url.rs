@@ -229,7 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn passwords_may_have_escapes_and_at_signs() {
+    fn accepts_escapes_and_at_in_passwords() {
         for (text, password) in [
             ("redis://:a%2Fb%23c%3Fd%40e%25@127.0.0.1", "a/b#c?d@e%"),
             ("redis://:a@b@127.0.0.1:6379/1", "a@b"),

@@ -10,10 +10,10 @@ const TESTS: &str = include_str!("alerts.yml");
 fn promtool(arguments: &[&str]) -> String {
     let output = Command::new("promtool").args(arguments).current_dir(env!("CARGO_MANIFEST_DIR")).output();
     let output = output.expect("promtool is there: apt install prometheus, or tests/run.sh");
-    let said =
-        [output.stdout, output.stderr].map(|said| String::from_utf8_lossy(&said).into_owned()).concat();
-    assert!(output.status.success(), "promtool {arguments:?} says:\n{said}");
-    said
+    let texts = [output.stdout, output.stderr].map(|text| String::from_utf8_lossy(&text).into_owned());
+    let text = texts.concat();
+    assert!(output.status.success(), "promtool {arguments:?} says:\n{text}");
+    text
 }
 
 fn alerts() -> Vec<&'static str> {
@@ -22,8 +22,8 @@ fn alerts() -> Vec<&'static str> {
 
 #[test]
 fn alert_rules_pass_promtool() {
-    let said = promtool(&["check", "rules", "--lint=all", "--lint-fatal", "grafana/alerts.yml"]);
-    assert!(said.contains(&format!("{} rules found", alerts().len())), "{said}");
+    let output = promtool(&["check", "rules", "--lint=all", "--lint-fatal", "grafana/alerts.yml"]);
+    assert!(output.contains(&format!("{} rules found", alerts().len())), "{output}");
 }
 
 #[test]

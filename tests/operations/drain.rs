@@ -114,8 +114,8 @@ async fn second_signal_exits_at_once() {
         node.signal(second);
         assert!(node.ended().await.success(), "it was asked to, twice");
         assert!(started.elapsed() < SLACK);
-        let said = || async { node.log().contains("stopping at once").then_some(()) };
-        until("its last line, which may come later than its end", said).await;
+        let has_line = || async { node.log().contains("stopping at once").then_some(()) };
+        until("its last line, which may come later than its end", has_line).await;
     }
 }
 

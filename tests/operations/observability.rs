@@ -35,8 +35,9 @@ fn promtool(metrics: &str) {
     let mut child = command.spawn().expect("promtool is there: apt install prometheus, or tests/run.sh");
     child.stdin.take().expect("it is piped").write_all(metrics.as_bytes()).expect("promtool reads");
     let output = child.wait_with_output().expect("it ends");
-    let said = [output.stdout, output.stderr].map(|said| String::from_utf8_lossy(&said).into_owned());
-    assert!(output.status.success() && said.concat().trim().is_empty(), "promtool says:\n{}", said.concat());
+    let texts = [output.stdout, output.stderr].map(|text| String::from_utf8_lossy(&text).into_owned());
+    let text = texts.concat();
+    assert!(output.status.success() && text.trim().is_empty(), "promtool says:\n{text}");
 }
 
 #[tokio::test]

@@ -332,8 +332,8 @@ async fn unusable_sockets_are_rejected_by_name() {
         let status: ExitStatus = process.ended().await;
         assert_eq!(status.code(), Some(code), "{part}");
         // The output may arrive after the exit.
-        let said = || async { process.output().iter().any(|line| line.contains(part)).then_some(()) };
-        common::until(part, said).await;
+        let has_line = || async { process.output().iter().any(|line| line.contains(part)).then_some(()) };
+        common::until(part, has_line).await;
     }
 }
 

@@ -25,7 +25,7 @@ fn offer(protocols: &str) -> (&str, &str) {
 }
 
 #[tokio::test]
-async fn clients_of_fanfare_are_closed_with_the_reason() {
+async fn closes_fanfare_clients_with_reason() {
     let node = Node::start(&["--log", "debug"]).await;
     let foreign = ("Origin", "https://example.com");
     let json = offer("fanfare.v1");

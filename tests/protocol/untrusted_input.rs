@@ -25,7 +25,7 @@
 //! | other or `null` Origin | 403 | `access::other_origins_are_rejected` |
 //! | missing, bad, expired token | 401 | `tokens::invalid_tokens_are_rejected_and_never_shown` |
 //! | user id or channel with control characters, too long, not UTF-8 | 400; log lines stay one line | `bad_names_get_400_and_break_no_log_line` |
-//! | the last three, offering a subprotocol or giving `lastEventId` | 101, then 4403, 4401 or 4400 | `rejections::clients_of_fanfare_are_closed_with_the_reason`, `tokens::clients_of_fanfare_get_4401_and_4403`, `rejections::rejected_client_gets_no_further` |
+//! | the last three, offering a subprotocol or giving `lastEventId` | 101, then 4403, 4401 or 4400 | `rejections::closes_fanfare_clients_with_reason`, `tokens::clients_of_fanfare_get_4401_and_4403`, `rejections::rejected_client_gets_no_further` |
 //! | subprotocols of other servers, mistyped query parameters | 400, or 101 and 4400 | `rejections::offered_subprotocols_are_answered`, `rejections::mistyped_query_parameters_are_rejected` |
 //! | connection floods: limits per address, user and node | 429 / 503 with `Retry-After` | `connection_limits::limit_per_ip_protects_others`, `connection_limits::limit_per_user_protects_others`, `connection_limits::full_node_answers_503_and_serves_on`, `connection_limits::flood_over_the_limit_is_answered_at_once` |
 //! | a PROXY header, or `X-Forwarded-For`, from an untrusted peer | 400 | `connection_limits::untrusted_proxy_is_rejected_with_advice` |

@@ -268,9 +268,9 @@ async fn soft_file_limit_is_raised() {
         let script = format!("{limits} && exec \"$0\" --check");
         let output = Command::new("sh").args(["-c", &script, env!("CARGO_BIN_EXE_fanfare")]).output();
         let output = output.expect("sh is there");
-        let said = text(&output.stdout);
-        let line = said.lines().find(|line| line.contains("FANFARE_MAX_CONNECTIONS")).map(str::to_owned);
-        line.unwrap_or_else(|| panic!("{limits}: {said}{}", text(&output.stderr)))
+        let stdout = text(&output.stdout);
+        let line = stdout.lines().find(|line| line.contains("FANFARE_MAX_CONNECTIONS")).map(str::to_owned);
+        line.unwrap_or_else(|| panic!("{limits}: {stdout}{}", text(&output.stderr)))
     };
     let all = connections("ulimit -n 2000");
     assert_ne!(all, connections("ulimit -n 500"), "the limit is heeded");

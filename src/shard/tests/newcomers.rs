@@ -133,7 +133,7 @@ fn newcomers_start_at_the_head_if_history_is_ahead() {
 
 /// History that says nothing about the position must not be guessed at.
 #[test]
-fn newcomers_start_at_the_feed_without_a_proof() {
+fn newcomers_without_proof_start_at_the_feed() {
     let mut testbed = joining();
     let Ok(Request::Read { channel, position, .. }) = testbed.requests.try_recv() else {
         panic!("it asks for history")

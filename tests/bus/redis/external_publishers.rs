@@ -209,9 +209,9 @@ async fn pubsub_channel_works_both_ways() {
     listener.command(&["SUBSCRIBE", "ws_broadcast"]);
 
     let mut raw = redis.raw();
-    let said: [&[u8]; 6] =
+    let messages: [&[u8]; 6] =
         [b"{\"a\":1}", b"{\"id\":7}", b"{\"type\":\"reset\"}", b"[1,\n2]", b"hello", b"\xff\"\n"];
-    for message in said {
+    for message in messages {
         raw.command(&[&b"PUBLISH"[..], b"ws_broadcast", message]);
         listener.next_message();
     }
