@@ -56,7 +56,10 @@ export class Fanfare {
   #listening = new AbortController();
   #warnings = new Set();
 
-  constructor(url, { channel, history, lastEventId, WebSocket = globalThis.WebSocket, ...options } = {}) {
+  constructor(url, {
+    channel, history, lastEventId, token, WebSocket = globalThis.WebSocket,
+    pingInterval = 30_000, pongTimeout = 10_000, gapDelay = 3_000,
+  } = {}) {
     if (typeof WebSocket !== "function") throw new TypeError(
       "no global WebSocket: set the option WebSocket, for example to that of the package ws, or use Node 22");
     this.#WebSocket = WebSocket;
@@ -65,7 +68,7 @@ export class Fanfare {
     if (channel) this.#url.searchParams.set("channel", channel);
     if (history) this.#url.searchParams.set("history", history); // without an effect where lastEventId has a value
     if ((lastEventId ?? "") !== "") this.#last = Number(lastEventId);
-    this.#options = { pingInterval: 30_000, pongTimeout: 10_000, gapDelay: 3_000, ...options };
+    this.#options = { token, pingInterval, pongTimeout, gapDelay };
     // Events at which connections are often dead, or possible again.
     const { signal } = this.#listening;
     for (const name of ["online", "offline", "pageshow", "visibilitychange"])
@@ -180,10 +183,11 @@ export class Fanfare {
   // A gap often concerns all clients: a random delay keeps them from reloading their state in one instant.
   #skipTo(lastEventId, from) {
     const delay = Math.random() * this.#options.gapDelay;
-    this.#gap ??= { position: this.#last, timer: delay && setTimeout(() => this.#emitGap(), delay) };
+    const isDelayed = delay > 0; // NaN is no delay
+    this.#gap ??= { position: this.#last, timer: isDelayed && setTimeout(() => this.#emitGap(), delay) };
     this.#gap.from = from;
     this.#last = lastEventId;
-    if (delay === 0) this.#emitGap(); // before any later event
+    if (!isDelayed) this.#emitGap(); // before any later event
   }
 
   #emitGap() {
@@ -218,7 +222,8 @@ export class Fanfare {
     this.#rejectedTokens = (steady ? 0 : this.#rejectedTokens) + TOKEN_REJECTED.has(code);
     const renewable = typeof this.#options.token === "function" && this.#rejectedTokens < ATTEMPTS;
     if (FINAL.has(code) || (TOKEN_REJECTED.has(code) && !renewable)) return this.#end(code, reason);
-    if (this.#state !== "live" && cause === undefined) this.#attempts++;
+    const wasLive = this.#state === "live";
+    if (!wasLive && cause === undefined) this.#attempts++;
     this.#drop();
     if (this.#joined) this.#rejectPending(code, "the connection was lost");
     this.#busy = BUSY.has(code);
@@ -229,7 +234,8 @@ export class Fanfare {
     this.#setTimer(delay, () => this.#open());
     this.#setState("waiting", { delay, code, reason });
     if (cause !== undefined) this.#emit("error", cause);
-    else if (MESSAGE_ERRORS.has(code)) this.#emit("error", failure(code, reason || "a message was not accepted"));
+    else if (wasLive && MESSAGE_ERRORS.has(code))
+      this.#emit("error", failure(code, reason || "a message was not accepted"));
     else if (this.#attempts === ATTEMPTS) this.#emit("error", failure("unreachable",
       `no connection after ${ATTEMPTS} attempts (${reason ? `${code}, ${reason}` : code}): ${CHECK}`));
   }

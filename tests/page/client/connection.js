@@ -133,6 +133,34 @@ return run({
     equal(heard("error").length, 1);
     await fail();
     equal(heard("error").length, 2);
+    await live();
+    for (let loss = 0; loss < 3; loss++) await fail();
+    await settle();
+    last().ends(1008, "no policy allows this"); // no message was sent that could be the cause
+    equal(heard("error").slice(2).map(({ code }) => code), ["unreachable"]);
+  },
+
+  async undefined_options_have_defaults() {
+    const given = { gapDelay: undefined, pingInterval: undefined, pongTimeout: undefined };
+    const { last, live, state, heard } = client(given);
+    await live();
+    last().says({ type: "reset", lastEventId: 200 });
+    await pass(1_499);
+    equal(heard("gap"), []);
+    await pass(1);
+    equal(heard("gap").length, 1);
+    await pass(28_499);
+    equal(last().sent, []);
+    await pass(1);
+    equal(last().sent, [{ type: "ping" }]);
+    await pass(9_999);
+    equal(state().state, "live");
+    await pass(1);
+    equal(state().state, "waiting");
+    const unset = client({ gapDelay: Number("none") });
+    await unset.live();
+    unset.last().says({ type: "reset", lastEventId: 200 });
+    equal(unset.heard("gap").length, 1);
   },
 
   async an_error_before_the_connection_ends_an_attempt() {
