@@ -100,6 +100,36 @@ async fn page_asks_for_a_token() {
 }
 
 #[tokio::test]
+async fn token_goes_only_to_the_node_it_is_for() {
+    let directory = Directory::new();
+    let key = directory.path().join("jwt.key");
+    std::fs::write(&key, "0123456789abcdef0123456789abcdef").expect("a key file");
+    let flags = ["--jwt-key", key.to_str().expect("UTF-8")];
+    let (this, other) = tokio::join!(Node::start(&flags), Node::start(&flags));
+    let page = Page::load(&this, &format!("?right={}%40{}", this.public, other.public)).await;
+    let other = other.public.to_string();
+
+    let warning = format!("It will be sent to {other}, which is not this node.");
+    let notice = page.notice("right", &format!("{other} needs a token")).await;
+    assert!(notice.contains(&warning), "{notice}");
+    let notice = page.notice("left", "This server needs a token").await;
+    assert!(!notice.contains("will be sent"), "{notice}");
+
+    page.set("#left .token", &token(&key, "alice")).await;
+    page.reaches("left", "live").await;
+    page.set("#left .node", &other).await;
+    page.notice("left", &format!("{other} needs a token")).await; // it accepts this key
+    page.0.becomes("document.querySelector('#left .token').value", json!("")).await;
+
+    // A reconnect may come while a user still types.
+    page.set("#left .token", &token(&key, "alice")).await;
+    page.reaches("left", "live").await;
+    page.0.type_into("#left .node", "1").await;
+    page.0.becomes("document.querySelector('#left .token').value", json!("")).await;
+    page.expect_no_complaints().await;
+}
+
+#[tokio::test]
 async fn page_says_why_it_is_not_connected() {
     let node = Node::start(&[]).await;
     let closed = format!("127.0.0.1:{}", free_port());

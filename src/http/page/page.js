@@ -51,6 +51,7 @@ const shellWord = (text) => (/^[\w.@:+-]+$/.test(text) ? text : `'${text.replace
 
 class Pane {
   #fanfare = null;
+  #host; // of the connection; a link may say `127.0.0.1:8080@other.example`
   #position = null; // the last id, kept over connections
   #resumed = null; // the notice with the number of recovered events
   #shownAs = null; // the user and node of the last divider
@@ -74,6 +75,8 @@ class Pane {
       });
     }
     this.part(".token").addEventListener("change", () => this.#reconnect());
+    // A token is for one node, and a link can name any. Cleared at each input: a reconnect may come before the change.
+    this.part(".node").addEventListener("input", () => (this.part(".token").value = ""));
     this.part("form").addEventListener("submit", (event) => this.#submit(event));
     this.part(".cut").addEventListener("click", () => this.#toggle());
     document.querySelector("#panes").append(section);
@@ -104,6 +107,7 @@ class Pane {
     let fanfare;
     try {
       fanfare = this.#fanfare = new Fanfare(url, { channel: channel.value, lastEventId, token, gapDelay: 0 });
+      this.#host = new URL(url).host;
     } catch {
       this.#fanfare = null;
       this.#show("closed");
@@ -133,10 +137,12 @@ class Pane {
 
   #askForToken(reason) {
     this.part(".token").setAttribute("aria-invalid", "true");
-    const server = this.node === location.host ? "This server" : this.node;
+    const isOther = this.#host !== location.host;
+    const server = isOther ? this.#host : "This server";
     const problem = this.part(".token").value ? `does not accept this token (${reason})` : "needs a token";
     const command = `fanfare token --user ${shellWord(this.user)} --jwt-key FILE`;
-    const advice = `paste one for ${this.user} above. Create it with the server's key file: `;
+    const warning = isOther ? ` It will be sent to ${this.#host}, which is not this node.` : "";
+    const advice = `paste one for ${this.user} above.${warning} Create it with the server's key file: `;
     this.#notice([`${server} ${problem}: ${advice}`, element("code", "", command)], "bad");
   }
 
