@@ -220,6 +220,31 @@ async fn live_view_asks_for_the_admin_key() {
 }
 
 #[tokio::test]
+async fn late_answer_does_not_drop_a_new_key() {
+    let directory = Directory::new();
+    let file = directory.path().join("admin.key");
+    std::fs::write(&file, "correct-horse-battery").expect("it can be written");
+    let node = Node::start(&["--admin-key", file.to_str().expect("UTF-8")]).await;
+    let view = LiveView::open(&node).await;
+    view.reaches("locked").await;
+    // The answer to the wrong key waits for `release`.
+    let script = "
+        const real = window.fetch;
+        window.fetch = async (...request) => {
+            const response = await real(...request);
+            window.fetch = real;
+            await new Promise((resolve) => { window.release = resolve; });
+            return response;
+        };";
+    view.0.run(script).await;
+    view.0.type_into("#key", &format!("wrong-horse-battery{ENTER}")).await;
+    view.becomes("typeof window.release", json!("function")).await;
+    view.0.type_into("#key", &format!("correct-horse-battery{ENTER}")).await;
+    view.0.run("window.release()").await;
+    view.reaches("ready").await;
+}
+
+#[tokio::test]
 async fn live_view_computes_rates_and_quantiles() {
     let node = Node::start(&[]).await;
     let view = LiveView::open(&node).await;

@@ -307,15 +307,16 @@ function fail(text) {
 }
 
 async function ask() {
+  const used = key;
   let response, body, problem;
   try {
-    const headers = key ? { Authorization: `Bearer ${key}` } : {};
+    const headers = used ? { Authorization: `Bearer ${used}` } : {};
     response = await fetch("stats", { headers, cache: "no-store", redirect: "error", signal: AbortSignal.timeout(PATIENCE) });
     body = await response.text();
   } catch (error) {
     problem = error.name === "TimeoutError" ? "no answer within 5 s" : "no connection";
   }
-  if (isStopped) return undefined; // the key was forgotten meanwhile
+  if (isStopped || used !== key) return undefined; // the key was forgotten or replaced meanwhile
   if (problem) return fail(problem);
   if (response.status === 401) return lock(key ? "the given key is wrong" : "the node was started with --admin-key");
   if (response.status === 403) return stop("refused", "Refused", `${body.trim()}. Reload the page to try again.`);
