@@ -2,11 +2,11 @@
 
 const INTERVAL = 1_000; // ms
 const SPAN = 300; // seconds shown
-const BREAK = 5; // seconds between two samples from which on no line joins them
-const PATIENCE = 5_000; // ms until a request without an answer counts as failed
+const MAX_SAMPLE_DISTANCE = 5; // seconds; samples further apart are not joined by a line
+const REQUEST_TIMEOUT = 5_000; // ms
 const STORED_KEY = "fanfare admin key"; // in sessionStorage, which ends with the tab
 
-const part = (selector, within = document) => within.querySelector(selector);
+const select = (selector, within = document) => within.querySelector(selector);
 
 // Formats
 
@@ -31,7 +31,7 @@ function bytes(number) {
 }
 
 /** The two largest units of a duration in seconds. */
-function age(number) {
+function duration(number) {
   let rest = Math.round(number);
   const parts = [["d", 86_400], ["h", 3_600], ["min", 60], ["s", 1]].map(([unit, size]) => {
     const times = Math.floor(rest / size);
@@ -147,8 +147,8 @@ function cell(text, kind = "td") {
 }
 
 function copy(template, into) {
-  const card = part(template).content.firstElementChild.cloneNode(true);
-  part(into).append(card);
+  const card = select(template).content.firstElementChild.cloneNode(true);
+  select(into).append(card);
   return card;
 }
 
@@ -160,7 +160,7 @@ class Plot {
 
   constructor(plot) {
     this.#plot = plot;
-    part("h2", this.#card).textContent = plot.title;
+    select("h2", this.#card).textContent = plot.title;
     for (const [at, name] of Object.keys(plot.lines).entries()) {
       const [path, row, key] = [svg("path"), document.createElement("tr"), document.createElement("span")];
       path.setAttribute("class", at ? "second" : "first");
@@ -170,8 +170,8 @@ class Plot {
       head.append(key, name);
       const cells = ["now", "min", "max"].map((kind) => Object.assign(cell("–"), { className: kind }));
       row.append(head, ...cells);
-      part("tbody", this.#card).append(row);
-      part("svg", this.#card).append(path);
+      select("tbody", this.#card).append(row);
+      select("svg", this.#card).append(path);
       this.#lines.push({ path, cells });
     }
   }
@@ -180,7 +180,7 @@ class Plot {
   add(at, now, before) {
     const values = Object.values(this.#plot.lines).map((read) => read(now, before) ?? null);
     this.#samples.push([at, ...values]);
-    part(".note", this.#card).textContent = this.#plot.note(now, before);
+    select(".note", this.#card).textContent = this.#plot.note(now, before);
   }
 
   draw(at) {
@@ -188,7 +188,7 @@ class Plot {
     const { format, scale = format, least, isBinary } = this.#plot;
     const known = this.#samples.flatMap(([, ...values]) => values).filter((value) => value !== null);
     const top = ceiling(Math.max(least, ...known), isBinary);
-    part(".top", this.#card).textContent = scale(top);
+    select(".top", this.#card).textContent = scale(top);
     for (const [index, { path, cells }] of this.#lines.entries()) {
       const points = this.#samples.map((sample) => [sample[0], sample[index + 1]]);
       const values = points.map(([, value]) => value).filter((value) => value !== null);
@@ -206,7 +206,7 @@ class Plot {
       if (value === null) continue;
       const [x, y] = [SPAN + time - at, 100 - (100 * value) / top].map((number) => number.toFixed(2));
       // A sample between two gaps is a dot: a line without length, with its round ends.
-      drawn += time - last < BREAK ? `L${x} ${y}` : `M${x} ${y}h0`;
+      drawn += time - last <= MAX_SAMPLE_DISTANCE ? `L${x} ${y}` : `M${x} ${y}h0`;
       last = time;
     }
     return drawn;
@@ -219,7 +219,7 @@ class Count {
 
   constructor(title, read) {
     this.#read = read;
-    part("caption", this.#card).textContent = title;
+    select("caption", this.#card).textContent = title;
   }
 
   /** Shows counts since `first`, an earlier answer, and since the start. Zeros are left out. */
@@ -229,10 +229,10 @@ class Count {
       .filter(([, total]) => total > 0)
       .map(([name, total]) => ({ name, total, recent: total - earlier[name] }))
       .sort((a, b) => b.recent - a.recent || b.total - a.total);
-    part("thead", this.#card).hidden = rows.length === 0;
-    part(".none", this.#card).hidden = rows.length > 0;
-    part(".span", this.#card).textContent = `last ${age(now.uptime_seconds - first.uptime_seconds)}`;
-    part("tbody", this.#card).replaceChildren(...rows.map(({ name, total, recent }) => {
+    select("thead", this.#card).hidden = rows.length === 0;
+    select(".none", this.#card).hidden = rows.length > 0;
+    select(".span", this.#card).textContent = `last ${duration(now.uptime_seconds - first.uptime_seconds)}`;
+    select("tbody", this.#card).replaceChildren(...rows.map(({ name, total, recent }) => {
       const row = document.createElement("tr");
       row.append(...[name, whole.format(recent), whole.format(total)].map((text) => cell(text)));
       return row;
@@ -244,11 +244,11 @@ class Count {
 
 const plots = PLOTS.map((plot) => new Plot(plot));
 const counts = Object.entries(COUNTS).map(([title, read]) => new Count(title, read));
-const form = part("#access");
+const form = select("#access");
 let key = sessionStorage.getItem(STORED_KEY);
 let before; // the answer before, if it came from the same process just now
 let answers = []; // [time, answer] of the last five minutes and of the same process
-let isAsking = false;
+let isFetching = false;
 let isStopped = false; // until the user acts
 let timer;
 
@@ -256,11 +256,11 @@ let timer;
 function show(state, title, text = "") {
   document.body.dataset.state = state;
   document.title = `${title} – ${location.host}`;
-  const [strong, span] = part("#state").children;
+  const [strong, span] = select("#state").children;
   if (strong.textContent !== title) strong.textContent = title;
   if (span.textContent !== text) span.textContent = text;
   form.hidden = state !== "locked";
-  part("#forget").hidden = !key || state === "locked";
+  select("#forget").hidden = !key || state === "locked";
 }
 
 /** Stops until the user acts. */
@@ -273,7 +273,7 @@ function lock(text) {
   key = null;
   sessionStorage.removeItem(STORED_KEY);
   stop("locked", "Admin key needed", text);
-  part("#key").focus();
+  select("#key").focus();
 }
 
 function accept(now) {
@@ -289,10 +289,10 @@ function accept(now) {
   }
   for (const counter of counts) counter.show(now, answers[0][1]);
   const shards = `${now.shards.length} ${now.shards.length === 1 ? "shard" : "shards"}`;
-  const facts = [`version ${now.version}`, `up ${age(now.uptime_seconds)}`, shards];
+  const facts = [`version ${now.version}`, `up ${duration(now.uptime_seconds)}`, shards];
   if (before) facts.push(`CPU ${percent(perSecond((stats) => stats.process_cpu_seconds)(now, before))}`);
   facts.push(`${whole.format(now.process_open_fds)} of ${whole.format(now.process_max_fds)} descriptors`);
-  part("#facts").textContent = facts.join(" · ");
+  select("#facts").textContent = facts.join(" · ");
   if (now.ready) show("ready", "Ready");
   else show("not-ready", "Not ready", now.not_ready_reason);
   before = now;
@@ -306,12 +306,13 @@ function fail(text) {
   show("unreachable", "Unreachable", `since ${time}: ${text}. ${answers.length ? "Below are the last numbers." : ""}`);
 }
 
-async function ask() {
+async function fetchStats() {
   const used = key;
   let response, body, problem;
   try {
     const headers = used ? { Authorization: `Bearer ${used}` } : {};
-    response = await fetch("stats", { headers, cache: "no-store", redirect: "error", signal: AbortSignal.timeout(PATIENCE) });
+    const signal = AbortSignal.timeout(REQUEST_TIMEOUT);
+    response = await fetch("stats", { headers, signal, cache: "no-store", redirect: "error" });
     body = await response.text();
   } catch (error) {
     problem = error.name === "TimeoutError" ? "no answer within 5 s" : "no connection";
@@ -330,17 +331,17 @@ async function ask() {
 
 async function poll() {
   clearTimeout(timer);
-  if (isAsking || isStopped || document.hidden) return;
-  isAsking = true;
+  if (isFetching || isStopped || document.hidden) return;
+  isFetching = true;
   const start = performance.now();
-  await ask();
-  isAsking = false;
+  await fetchStats();
+  isFetching = false;
   if (!isStopped && !document.hidden) timer = setTimeout(poll, Math.max(100, start + INTERVAL - performance.now()));
 }
 
 form.addEventListener("submit", (event) => {
   event.preventDefault();
-  const field = part("#key");
+  const field = select("#key");
   const given = field.value.trim();
   field.value = "";
   if (!/^[!-~]+$/.test(given)) return lock("a key has only ASCII letters, digits and symbols");
@@ -350,13 +351,13 @@ form.addEventListener("submit", (event) => {
   poll();
 });
 
-part("#forget").addEventListener("click", () => lock("the key is forgotten"));
+select("#forget").addEventListener("click", () => lock("the key is forgotten"));
 
 document.addEventListener("visibilitychange", () => {
   before = undefined; // a rate over the time between would be drawn as one of this second
   poll();
 });
 
-part("#host").textContent = location.host;
+select("#host").textContent = location.host;
 if ("needsKey" in document.body.dataset && !key) lock("the node was started with --admin-key");
 else poll();

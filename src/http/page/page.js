@@ -1,5 +1,5 @@
 // The demo page: two panes, each with one user's connection to the same channel.
-// Another node for the second pane: /?right=HOST:PORT. Another channel: /?channel=NAME.
+// The URL sets the fields: channel=NAME, left=HOST:PORT, leftUser=NAME, right=HOST:PORT, rightUser=NAME.
 import { Fanfare } from "./fanfare.js";
 
 const CUT = 10; // seconds that a cut connection stays closed, to write something meanwhile
@@ -9,7 +9,7 @@ const TOKEN_REJECTED = new Set([4001, 4401]); // close codes: expired; missing o
 
 const WORDS = { connecting: "connecting", live: "live", waiting: "not connected", closed: "not connected", cut: "cut" };
 
-// The URL holds the fields that are not as here, for reloads and links. Tokens are secret and stay out of it.
+// The URL holds the fields that differ from these defaults, for reloads and links. Tokens stay out of it.
 const DEFAULTS = {
   channel: "ws_broadcast",
   left: location.host,
@@ -40,7 +40,7 @@ function element(tag, className, text) {
 }
 
 /** Text that screen readers skip, since reading ids aloud takes longer than the events. */
-function silent(className, text) {
+function hiddenFromScreenReaders(className, text) {
   const made = element("span", className, text);
   made.setAttribute("aria-hidden", "true");
   return made;
@@ -54,8 +54,8 @@ class Pane {
   #host; // of the connection; a link may say `127.0.0.1:8080@other.example`
   #position = null; // the last id, kept over connections
   #resumed = null; // the notice with the number of recovered events
-  #shownAs = null; // the user and node of the last divider
-  #explained = false; // whether this connection has been live, or a notice says why not
+  #dividedFor = null; // the user and node of the last divider
+  #outcomeShown = false; // whether this connection has been live, or a notice says why not
   #until = 0; // when the countdown ends
   #ticking;
 
@@ -86,7 +86,7 @@ class Pane {
   /** Starts anew, as for another channel. */
   restart() {
     this.part(".events").replaceChildren();
-    this.#shownAs = null;
+    this.#dividedFor = null;
     this.connect();
   }
 
@@ -98,7 +98,7 @@ class Pane {
     this.#fanfare?.close();
     this.#position = lastEventId;
     this.#resumed = null;
-    this.#explained = false;
+    this.#outcomeShown = false;
     const scheme = location.protocol === "https:" ? "wss" : "ws";
     const url = `${scheme}://${this.node}/ws/${encodeURIComponent(this.user)}`;
     const token = this.part(".token").value.trim();
@@ -113,22 +113,22 @@ class Pane {
       this.#show("closed");
       return this.#notice(`Cannot connect to ${url}`, "bad");
     }
-    const hear = (name, handler) => fanfare.on(name, (...values) => {
+    const listen = (name, handler) => fanfare.on(name, (...values) => {
       if (fanfare !== this.#fanfare) return; // from an earlier connection
       this.#position = fanfare.lastEventId;
       this.part(".position").textContent = this.#position ?? "none yet";
       handler(...values);
     });
-    hear("state", (change) => this.#changed(change));
-    hear("message", (event, { recovered }) => this.#event(event, recovered));
-    hear("recovered", ({ lastEventId }) => {
+    listen("state", (change) => this.#changed(change));
+    listen("message", (event, { recovered }) => this.#event(event, recovered));
+    listen("recovered", ({ lastEventId }) => {
       this.#resumed = { count: 0, row: this.#notice("", "good"), lastEventId };
       this.#recount();
     });
     const gaps = { welcome: "Not recovered", reset: "Reset", unreadable: "Skipped an event" };
-    hear("gap", ({ from }) => this.#notice(
+    listen("gap", ({ from }) => this.#notice(
       `${gaps[from]}: events may be missing above. A real page would reload its state now.`, "bad"));
-    hear("error", ({ code, message }) => {
+    listen("error", ({ code, message }) => {
       if (TOKEN_REJECTED.has(code)) this.#askForToken(message);
       else if (fanfare.state === "closed") this.#notice(`Not connected (${code}): ${message}`, "bad");
       else if (code !== "unreachable") this.#notice(message, "bad"); // shown after the first attempt
@@ -152,19 +152,19 @@ class Pane {
     if (state === "waiting" && before === "live") {
       this.#notice(`Connection lost (${reason ? `${code}, ${reason}` : code})`);
     }
-    if (state === "waiting" && !this.#explained) {
+    if (state === "waiting" && !this.#outcomeShown) {
       const why = reason || "nothing answers there, or it has too many connections";
       this.#notice(`Not connected to ${this.node} (${code}): ${why}. Trying again.`, "bad");
     }
-    if (state === "waiting" || state === "live") this.#explained = true;
+    if (state === "waiting" || state === "live") this.#outcomeShown = true;
     if (state === "live") this.#divide();
   }
 
   /** Separates the events of one user and node from those of the next. */
   #divide() {
-    const shownAs = `${this.user} on ${this.node}`;
-    if (this.#shownAs !== shownAs) this.#notice(`Connected as ${this.user}`, "divider");
-    this.#shownAs = shownAs;
+    const connection = `${this.user} on ${this.node}`;
+    if (this.#dividedFor !== connection) this.#notice(`Connected as ${this.user}`, "divider");
+    this.#dividedFor = connection;
   }
 
   /** Shows a state, with a countdown if its end is known. */
@@ -205,7 +205,7 @@ class Pane {
     add("sender", event.sender ?? "backend");
     if (event.to !== undefined) add("chip private", event.to === this.user ? "only you" : `only ${event.to}`);
     if (recovered) add("chip recovered", "recovered");
-    row.append(silent("id", event.id ?? "no id"), " ");
+    row.append(hiddenFromScreenReaders("id", event.id ?? "no id"), " ");
     add("body", event.text ?? JSON.stringify(event.data ?? event));
     if (event.id !== undefined) row.dataset.id = event.id;
     this.#append(row);
@@ -216,7 +216,7 @@ class Pane {
     this.#resumed.count += more;
     const { row, count, lastEventId } = this.#resumed;
     const what = count === 0 ? "nothing was missed" : `${count} ${count === 1 ? "event" : "events"} recovered`;
-    row.replaceChildren("Resumed", silent("", ` after ${lastEventId}`), `: ${what}`);
+    row.replaceChildren("Resumed", hiddenFromScreenReaders("", ` after ${lastEventId}`), `: ${what}`);
   }
 
   #notice(content, kind = "plain") {
@@ -281,7 +281,7 @@ copy.addEventListener("click", () => {
   copied.textContent = document.execCommand("copy") ? "Copied" : "Press Ctrl+C";
 });
 
-// Whether this node is ready, asked only while somebody can see it.
+// Polls /readyz while the page is visible.
 const ready = document.querySelector("#ready");
 
 async function checkReady() {
