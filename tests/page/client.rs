@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use crate::Browser;
 use crate::common::cases::cases;
 use crate::common::process::{Directory, Process, installed};
-use crate::common::{Node, free_port, until};
+use crate::common::{Node, TokenKey, free_port};
 
 const FAKES: &str = include_str!("client/fakes.js");
 const CONNECTION: &str = include_str!("client/connection.js");
@@ -54,14 +54,9 @@ async fn browser_reads_every_accepted_event() {
 
 #[tokio::test]
 async fn client_ends_with_the_reason_of_a_rejection() {
-    let directory = Directory::new();
-    let key = directory.path().join("key");
-    std::fs::write(&key, "a secret that is long enough for HS256").expect("a file");
-    let key = key.to_str().expect("UTF-8");
-    let mut command = Command::new(env!("CARGO_BIN_EXE_fanfare"));
-    let token = command.args(["token", "--user", "a", "--channel", "news", "--jwt-key", key]).output();
-    let token = String::from_utf8(token.expect("it runs").stdout).expect("text");
-    let node = Node::start(&["--jwt-key", key]).await;
+    let key = TokenKey::new();
+    let token = key.token("a", &["--channel", "news"]);
+    let node = Node::start(&["--jwt-key", &key.path()]).await;
     let browser = Browser::start().await;
     browser.open(&format!("http://{}/healthz", node.public)).await;
     let script = format!(
@@ -80,7 +75,7 @@ async fn client_ends_with_the_reason_of_a_rejection() {
             outcome('/ws/a', {{ channel: 'other', token }}),
             outcome('/ws/a?chanel=news', {{ token }}),
         ]);",
-        json!(token.trim_end())
+        json!(token)
     );
     assert_eq!(
         browser.run_client(&script).await,
@@ -107,22 +102,16 @@ async fn client_detects_a_silent_node() {
         window.fanfare = new Fanfare('/ws/alice', { pingInterval: 100, pongTimeout: 2000 });
         fanfare.on('state', ({ state, reason }) => states.push(reason ? `${state}: ${reason}` : state));";
     assert_eq!(browser.run_client(start).await, Value::Null);
-    let becomes = async |script: &str| {
-        until(script, || async {
-            (browser.run(&format!("return {script}")).await == json!(true)).then_some(())
-        })
-        .await;
-    };
-    becomes("probes >= 2").await; // so the first ping was answered
+    browser.becomes("probes >= 2", json!(true)).await; // so the first ping was answered
     assert_eq!(
         browser.run("return states").await,
         json!(["connecting", "live"]),
         "the server answers, so it stays live"
     );
     node.signal("STOP");
-    becomes("states.includes('waiting: no answer to a ping')").await;
+    browser.becomes("states.includes('waiting: no answer to a ping')", json!(true)).await;
     node.signal("CONT");
-    becomes("fanfare.state === 'live'").await;
+    browser.becomes("fanfare.state === 'live'", json!(true)).await;
     let sent = "return await fanfare.send('hello again') > 0;";
     assert_eq!(browser.run_client(&format!("const fanfare = window.fanfare; {sent}")).await, json!(true));
 }

@@ -1,13 +1,11 @@
 //! The page as a newcomer meets it: tokens, links, the curl command, the badge, screen readers.
 
-use std::path::Path;
 use std::process::Command;
 
 use serde_json::{Value, json};
 
-use crate::common::process::Directory;
 use crate::common::redis::free_port;
-use crate::common::{Node, Redis, until};
+use crate::common::{Node, Redis, TokenKey};
 use crate::{Browser, ENTER, Page};
 
 const CONTROL: &str = "\u{E009}"; // WebDriver section 17.4.2
@@ -16,13 +14,6 @@ impl Browser {
     /// A command of the DevTools protocol.
     async fn devtools(&self, command: &str, params: Value) -> Value {
         self.command("/goog/cdp/execute", json!({ "cmd": command, "params": params })).await
-    }
-
-    async fn becomes(&self, script: &str, wanted: Value) {
-        until(&format!("{script} to be {wanted}"), || async {
-            (self.run(&format!("return {script}")).await == wanted).then_some(())
-        })
-        .await;
     }
 
     async fn resize(&self, width: u32, height: u32) {
@@ -62,19 +53,10 @@ impl Page {
     }
 }
 
-fn token(key: &Path, user: &str) -> String {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_fanfare"));
-    let output = command.args(["token", "--user", user, "--jwt-key"]).arg(key).output().expect("it runs");
-    assert!(output.status.success(), "{output:?}");
-    String::from_utf8(output.stdout).expect("UTF-8").trim().to_owned()
-}
-
 #[tokio::test]
 async fn page_asks_for_a_token() {
-    let directory = Directory::new();
-    let key = directory.path().join("jwt.key");
-    std::fs::write(&key, "0123456789abcdef0123456789abcdef").expect("a key file");
-    let node = Node::start(&["--jwt-key", key.to_str().expect("UTF-8")]).await;
+    let key = TokenKey::new();
+    let node = Node::start(&["--jwt-key", &key.path()]).await;
     let page = Page::load(&node, "?rightUser=bob's;id").await;
 
     let notice = page.notice("left", "This server needs a token").await;
@@ -84,14 +66,14 @@ async fn page_asks_for_a_token() {
     assert_eq!(page.state("left").await, "closed", "no attempts without a token");
     page.0.becomes("document.querySelector('#left .state').textContent", json!("not connected")).await;
 
-    let alice = token(&key, "alice");
+    let alice = key.token("alice", &[]);
     page.set("#left .token", &alice).await;
     page.reaches("left", "live").await;
     page.say("left", "let in").await;
     page.shows("left", "let in").await;
     page.set("#right .token", &alice).await;
     page.notice("right", "This server does not accept this token").await;
-    page.set("#right .token", &token(&key, "bob's;id")).await;
+    page.set("#right .token", &key.token("bob's;id", &[])).await;
     page.reaches("right", "live").await;
 
     let url = page.0.run("return location.href").await;
@@ -101,10 +83,9 @@ async fn page_asks_for_a_token() {
 
 #[tokio::test]
 async fn token_goes_only_to_the_node_it_is_for() {
-    let directory = Directory::new();
-    let key = directory.path().join("jwt.key");
-    std::fs::write(&key, "0123456789abcdef0123456789abcdef").expect("a key file");
-    let flags = ["--jwt-key", key.to_str().expect("UTF-8")];
+    let key = TokenKey::new();
+    let path = key.path();
+    let flags = ["--jwt-key", &path];
     let (this, other) = tokio::join!(Node::start(&flags), Node::start(&flags));
     let page = Page::load(&this, &format!("?right={}%40{}", this.public, other.public)).await;
     let other = other.public.to_string();
@@ -115,14 +96,14 @@ async fn token_goes_only_to_the_node_it_is_for() {
     let notice = page.notice("left", "This server needs a token").await;
     assert!(!notice.contains("will be sent"), "{notice}");
 
-    page.set("#left .token", &token(&key, "alice")).await;
+    page.set("#left .token", &key.token("alice", &[])).await;
     page.reaches("left", "live").await;
     page.set("#left .node", &other).await;
     page.notice("left", &format!("{other} needs a token")).await; // it accepts this key
     page.0.becomes("document.querySelector('#left .token').value", json!("")).await;
 
     // A reconnect may come while a user still types.
-    page.set("#left .token", &token(&key, "alice")).await;
+    page.set("#left .token", &key.token("alice", &[])).await;
     page.reaches("left", "live").await;
     page.0.type_into("#left .node", "1").await;
     page.0.becomes("document.querySelector('#left .token').value", json!("")).await;

@@ -21,15 +21,8 @@ impl LiveView {
         self.0.run(&format!("return {script}")).await
     }
 
-    async fn becomes(&self, script: &str, wanted: Value) {
-        until(&format!("{script} to be {wanted}"), || async {
-            (self.value(script).await == wanted).then_some(())
-        })
-        .await;
-    }
-
     async fn reaches(&self, state: &str) {
-        self.becomes("document.body.dataset.state", json!(state)).await;
+        self.0.becomes("document.body.dataset.state", json!(state)).await;
     }
 
     /// The text of the state.
@@ -76,7 +69,7 @@ impl LiveView {
             window.fetch = async () => { asked++; return new Response(JSON.stringify(window.answer)); };
             window.answer = ANSWER;";
         self.0.run(&script.replace("ANSWER", &answer.to_string())).await;
-        self.becomes("polls.length", json!(1)).await;
+        self.0.becomes("polls.length", json!(1)).await;
     }
 
     async fn step(&self, answer: &Value) {
@@ -104,11 +97,11 @@ async fn live_view_shows_the_node() {
         node.get("/ws/alice").await.expect_rejection(426);
     }
     let rejections = json!([["426", "2", "2"], ["404", "1", "1"]]);
-    view.becomes(&LiveView::counts("HTTP rejections by status"), rejections).await;
+    view.0.becomes(&LiveView::counts("HTTP rejections by status"), rejections).await;
     carol.leave().await;
-    view.becomes(&LiveView::line("Connections", "open"), json!(["2", "2", "3"])).await;
+    view.0.becomes(&LiveView::line("Connections", "open"), json!(["2", "2", "3"])).await;
     let closes = json!([["closed_by_peer", "1", "1"]]);
-    view.becomes(&LiveView::counts("Closed connections"), closes).await;
+    view.0.becomes(&LiveView::counts("Closed connections"), closes).await;
     node.publish("room", &json!({ "text": "hi" })).await;
     alice.next_event().await;
     bob.next_event().await;
@@ -208,7 +201,7 @@ async fn live_view_asks_for_the_admin_key() {
     assert_eq!(view.value("location.href").await, format!("http://{}/", node.admin));
     assert_eq!(view.value("document.querySelector('#key').value").await, "");
     let rejected = json!([["rejected", "0", "1"]]);
-    view.becomes(&LiveView::counts("Admin requests"), rejected).await;
+    view.0.becomes(&LiveView::counts("Admin requests"), rejected).await;
     view.0.open(&format!("http://{}/", node.admin)).await; // again, in the same tab
     view.reaches("ready").await;
     view.0.click("#forget").await;
@@ -238,7 +231,7 @@ async fn late_answer_does_not_drop_a_new_key() {
         };";
     view.0.run(script).await;
     view.0.type_into("#key", &format!("wrong-horse-battery{ENTER}")).await;
-    view.becomes("typeof window.release", json!("function")).await;
+    view.0.becomes("typeof window.release", json!("function")).await;
     view.0.type_into("#key", &format!("correct-horse-battery{ENTER}")).await;
     view.0.run("window.release()").await;
     view.reaches("ready").await;
@@ -332,5 +325,5 @@ async fn hidden_live_view_asks_nothing() {
     view.step(&stats).await; // a timer that was already due
     assert_eq!(view.value("[asked, polls.length]").await, json!([asked, 0]), "no request, and no timer");
     turn(false).await;
-    view.becomes("[asked, polls.length]", json!([asked.as_u64().expect("a number") + 1, 1])).await;
+    view.0.becomes("[asked, polls.length]", json!([asked.as_u64().expect("a number") + 1, 1])).await;
 }

@@ -77,6 +77,14 @@ impl Browser {
         self.command("/execute/sync", json!({ "script": script, "args": [] })).await
     }
 
+    /// Waits until this expression has this value.
+    async fn becomes(&self, script: &str, wanted: Value) {
+        until(&format!("{script} to be {wanted}"), || async {
+            (self.run(&format!("return {script}")).await == wanted).then_some(())
+        })
+        .await;
+    }
+
     /// The return value of this async function body, which can use the exports of fanfare.js.
     async fn run_client(&self, script: &str) -> Value {
         let script = format!(
@@ -374,17 +382,13 @@ async fn the_example_page_shows_events() {
 
     let browser = Browser::start().await;
     browser.open(&format!("http://127.0.0.1:{port}/?node={}", node.public)).await;
-    let becomes = async |script: &str, wanted: Value| {
-        until(script, || async { (browser.run(&format!("return {script}")).await == wanted).then_some(()) })
-            .await;
-    };
-    becomes("document.querySelector('#state').value", json!("live")).await;
+    browser.becomes("document.querySelector('#state').value", json!("live")).await;
     let id = node.publish("orders", &json!({ "order": "<b>tea</b>" })).await;
     let events = "[...document.querySelectorAll('#events li')].map((row) => row.textContent)";
     let first = format!(r#"{{"order":"<b>tea</b>","id":{id}}}"#);
-    becomes(events, json!([first])).await;
+    browser.becomes(events, json!([first])).await;
     browser.type_into("[name=text]", &format!("hello{ENTER}")).await;
-    becomes("document.querySelectorAll('#events li').length", json!(2)).await;
+    browser.becomes("document.querySelectorAll('#events li').length", json!(2)).await;
     let events = browser.run(&format!("return {events}")).await;
     assert!(events[1].as_str().is_some_and(|row| row.contains("\"text\":\"hello\"")), "{events}");
     let complaints = browser.complaints().await;

@@ -1,12 +1,9 @@
 //! What a script sees of rejections and subprotocols, in Chromium's own WebSocket.
 
-use std::process::Command;
-
 use serde_json::{Value, json};
 
 use super::Browser;
-use crate::common::Node;
-use crate::common::process::Directory;
+use crate::common::{Node, TokenKey};
 
 /// Connects to a URL with a list of subprotocols. Results in `[protocol]` for a connection that stays
 /// open, else in `[protocol, code, reason, wasClean]`; the protocol is null without `open`.
@@ -30,18 +27,10 @@ async fn results(browser: &Browser, script: &str) -> Vec<Value> {
 
 #[tokio::test]
 async fn scripts_learn_why_they_are_rejected() {
-    let directory = Directory::new();
-    let key = directory.path().join("key");
-    std::fs::write(&key, "a secret that is long enough for HS256").expect("a file");
-    let key = key.to_str().expect("UTF-8");
-    let token = |more: &[&str]| {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_fanfare"));
-        let output = command.args(["token", "--user", "a", "--jwt-key", key]).args(more).output();
-        String::from_utf8(output.expect("it runs").stdout).expect("text").trim_end().to_owned()
-    };
-    let bearer = format!("bearer.{}", token(&["--channel", "news"]));
-    let ended = format!("bearer.{}", token(&["--ttl", "0s"]));
-    let node = Node::start(&["--jwt-key", key]).await;
+    let key = TokenKey::new();
+    let bearer = format!("bearer.{}", key.token("a", &["--channel", "news"]));
+    let ended = format!("bearer.{}", key.token("a", &["--ttl", "0s"]));
+    let node = Node::start(&["--jwt-key", &key.path()]).await;
     let browser = Browser::start().await;
     browser.open(&format!("http://{}/healthz", node.public)).await;
     let url = |path: &str| format!("ws://{}{path}", node.public);
@@ -89,10 +78,9 @@ async fn scripts_learn_why_they_are_rejected() {
 /// A sandboxed frame has the origin `null`.
 #[tokio::test]
 async fn null_origin_is_rejected_or_allowed() {
-    let directory = Directory::new();
-    let key = directory.path().join("key");
-    std::fs::write(&key, "a secret that is long enough for HS256").expect("a file");
-    let flags = ["--jwt-key", key.to_str().expect("UTF-8")];
+    let key = TokenKey::new();
+    let path = key.path();
+    let flags = ["--jwt-key", &path];
     let refusing = Node::start(&flags).await;
     let allowing = Node::start(&[&flags[..], &["--allow-origin", "null"]].concat()).await;
     let browser = Browser::start().await;
