@@ -1,7 +1,7 @@
 //! Query parameters of the admin API.
 
 use crate::http::{self, Rejection};
-use crate::protocol::closest::closest;
+use crate::protocol::closest::advice;
 use crate::protocol::event::{ChannelName, DEFAULT_CHANNEL};
 
 /// Items in a response that gives no `limit`, and most items in one.
@@ -15,10 +15,8 @@ pub(super) fn check_names(query: &str, known: &[&str]) -> Result<(), Rejection> 
     for pair in query.split('&').filter(|pair| !pair.is_empty()) {
         let name = pair.split_once('=').map_or(pair, |(name, _)| name);
         if !known.contains(&name) {
-            let advice = closest(name, known.iter().copied()).map_or_else(
-                || format!("use {}", known.join(", ")),
-                |meant| format!("did you mean {meant}?"),
-            );
+            let advice = advice(name, known.iter().copied());
+            let advice = advice.unwrap_or_else(|| format!("use {}", known.join(", ")));
             return Err(Rejection::new(400, format!("unknown parameter {name:.64}: {advice}")));
         }
         if seen.contains(&name) {
@@ -36,17 +34,11 @@ pub(super) fn channel(query: &str) -> Result<ChannelName, Rejection> {
 }
 
 pub(super) fn parse_channel(parameter: &str, value: &str) -> Result<ChannelName, Rejection> {
-    ChannelName::parse(value).ok_or_else(|| {
-        Rejection::new(400, format!("{parameter} must be 1 to 128 letters, digits, _ . : and -"))
-    })
+    let invalid = || Rejection::new(400, format!("{parameter} must be {}", ChannelName::RULE));
+    ChannelName::parse(value).ok_or_else(invalid)
 }
 
 /// Most items in the response.
 pub(super) fn limit(query: &str) -> Result<usize, Rejection> {
-    let Some(given) = http::query_value(query, "limit")? else { return Ok(LIMIT_DEFAULT) };
-    let is_number = !given.is_empty() && given.bytes().all(|byte| byte.is_ascii_digit());
-    let limit = is_number.then(|| given.parse().ok()).flatten();
-    limit
-        .filter(|limit| (1..=LIMIT_MAX).contains(limit))
-        .ok_or_else(|| Rejection::new(400, format!("limit must be a number from 1 to {LIMIT_MAX}")))
+    Ok(http::query_number(query, "limit", 1..=LIMIT_MAX)?.unwrap_or(LIMIT_DEFAULT))
 }

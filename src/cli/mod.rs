@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 
-use crate::protocol::closest::closest;
+use crate::protocol::closest::advice;
 
 pub mod bench;
 pub mod doctor;
@@ -71,8 +71,8 @@ pub fn command(args: impl IntoIterator<Item = OsString>) -> Result<(Command, Vec
 }
 
 fn unknown(name: &str) -> String {
-    let hint = closest(name, COMMANDS.map(|(name, _)| name));
-    let hint = hint.map_or(String::new(), |name| format!("; did you mean {name}?"));
+    let advice = advice(name, COMMANDS.map(|(name, _)| name));
+    let hint = advice.map_or(String::new(), |advice| format!("; {advice}"));
     format!(
         "fanfare: there is no command {name:?}{hint}\n\
          fanfare help lists the commands; without a command fanfare serves\n"

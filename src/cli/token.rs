@@ -183,8 +183,8 @@ fn parse_patterns(text: &str) -> Result<Vec<String>, String> {
 fn parse_pattern(text: &str) -> Result<String, String> {
     let name = text.strip_suffix('*').unwrap_or(text);
     if text != "*" && ChannelName::parse(name).is_none() {
-        let rule = "1 to 128 letters, digits, _ . : and -, or a prefix of a channel that ends in *";
-        return Err(format!("{text:?} is not a channel: {rule}"));
+        let rule = ChannelName::RULE;
+        return Err(format!("{text:?} is not a channel: {rule}, or a prefix of a channel that ends in *"));
     }
     Ok(text.into())
 }

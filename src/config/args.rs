@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 
 use super::{SettingError, parse};
-use crate::protocol::closest::closest;
+use crate::protocol::closest::advice;
 
 /// A flag that a command takes.
 #[derive(Clone, Copy, Debug)]
@@ -124,9 +124,9 @@ impl Args {
         if let Some(flag) = flags.find(renamed) {
             return format!("was renamed: use {}", flag.with_dashes());
         }
-        match closest(arg, self.flags.iter().map(Flag::with_dashes)) {
+        match advice(arg, self.flags.iter().map(Flag::with_dashes)) {
             _ if !arg.starts_with('-') => "is not expected here: flags start with --".into(),
-            Some(name) => format!("there is no such flag; did you mean {name}?"),
+            Some(advice) => format!("there is no such flag; {advice}"),
             None => "there is no such flag".into(),
         }
     }

@@ -8,7 +8,7 @@ use std::ffi::{OsStr, OsString};
 use super::SettingError;
 use super::args::Args;
 use super::rows::{PREFIX, ROWS, Row, variable};
-use crate::protocol::closest::closest;
+use crate::protocol::closest::advice;
 
 /// The texts given for each setting, and every error so far.
 pub(super) struct Input {
@@ -89,8 +89,8 @@ fn unknown_variable(name: &str) -> String {
         return format!("was renamed: use {}", row.variable());
     }
     let known = || ROWS.iter().map(Row::variable);
-    if let Some(known) = closest(name, known()) {
-        return format!("there is no such setting; did you mean {known}?");
+    if let Some(advice) = advice(name, known()) {
+        return format!("there is no such setting; {advice}");
     }
     let shared = |known: &String| name.bytes().zip(known.bytes()).take_while(|(a, b)| a == b).count();
     match known().max_by_key(|known| (shared(known), Reverse(known.len()))) {

@@ -10,7 +10,7 @@ use tracing_subscriber::filter::{LevelFilter, Targets};
 
 use super::units::{parse_duration, parse_size, show_duration};
 use super::values::{AdminAddr, Cap, Words};
-use crate::protocol::closest::closest;
+use crate::protocol::closest::advice;
 use crate::protocol::event::ChannelName;
 
 /// Longest `--redis-prefix`, in bytes: it is part of every key.
@@ -100,7 +100,7 @@ pub fn redis_prefix(text: &str) -> Result<String, String> {
 }
 
 pub fn channel(text: &str) -> Result<ChannelName, String> {
-    let rule = "1 to 128 letters, digits, _ . : and -";
+    let rule = ChannelName::RULE;
     ChannelName::parse(text).ok_or_else(|| format!("{text:?} is not a channel name: {rule}, or none"))
 }
 
@@ -174,9 +174,8 @@ pub fn log(text: &str) -> Result<String, String> {
     for directive in text.split(',') {
         let level = directive.rsplit('=').next().unwrap_or_default();
         if level.is_empty() || level.parse::<LevelFilter>().is_err() {
-            let near = closest(level, levels.split(", "));
-            let hint = near.map_or(format!("one of {levels}"), |near| format!("did you mean {near}?"));
-            return Err(format!("{level:?} is not a level: {hint}"));
+            let advice = advice(level, levels.split(", ")).unwrap_or(format!("one of {levels}"));
+            return Err(format!("{level:?} is not a level: {advice}"));
         }
     }
     match text.parse::<Targets>() {

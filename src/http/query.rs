@@ -1,6 +1,9 @@
 //! Percent-encoding, and the parameters of a query.
 
 use std::borrow::Cow;
+use std::fmt;
+use std::ops::RangeInclusive;
+use std::str::FromStr;
 
 use percent_encoding::percent_decode_str;
 
@@ -38,6 +41,20 @@ pub fn query_value<'a>(query: &'a str, name: &str) -> Result<Option<Cow<'a, str>
         }
     }
     Ok(None)
+}
+
+/// The number in a query parameter, which must be in this range. `None` if it is absent.
+pub fn query_number<T: FromStr + PartialOrd + fmt::Display>(
+    query: &str,
+    name: &str,
+    range: RangeInclusive<T>,
+) -> Result<Option<T>, Rejection> {
+    let Some(given) = query_value(query, name)? else { return Ok(None) };
+    let is_number = !given.is_empty() && given.bytes().all(|byte| byte.is_ascii_digit());
+    let number = is_number.then(|| given.parse().ok()).flatten().filter(|number| range.contains(number));
+    let (least, most) = range.into_inner();
+    let invalid = || Rejection::new(400, format!("{name} must be a number from {least} to {most}"));
+    number.map(Some).ok_or_else(invalid)
 }
 
 /// A query parameter that is unknown and near a known one.

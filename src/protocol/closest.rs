@@ -25,6 +25,11 @@ pub fn closest<T: AsRef<str>>(given: &str, known: impl IntoIterator<Item = T>) -
     nearest(given, known, nearness)
 }
 
+/// The question for the author of a mistyped name.
+pub fn advice<T: AsRef<str>>(given: &str, known: impl IntoIterator<Item = T>) -> Option<String> {
+    closest(given, known).map(|meant| format!("did you mean {}?", meant.as_ref()))
+}
+
 /// As [`closest`], among names that others may use, too, with names of their own: one with few
 /// other letters or cut off, but none that is another word or has one more (`token_type`).
 pub fn typing_error<T: AsRef<str>>(given: &str, known: impl IntoIterator<Item = T>) -> Option<T> {

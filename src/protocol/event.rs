@@ -56,6 +56,9 @@ impl fmt::Display for EventId {
 pub struct ChannelName(Arc<str>);
 
 impl ChannelName {
+    /// What a name is, for error texts.
+    pub const RULE: &str = "1 to 128 of A-Z a-z 0-9 _ . : -";
+
     pub fn parse(name: &str) -> Option<ChannelName> {
         let allowed = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'.' | b':' | b'-');
         let valid = (1..=NAME_MAX).contains(&name.len()) && name.bytes().all(allowed);

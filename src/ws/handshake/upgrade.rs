@@ -99,12 +99,13 @@ impl<'h, 'a> Upgrade<'h, 'a> {
             None => ChannelName::parse(DEFAULT_CHANNEL),
         };
         let Some(channel) = channel else {
-            return Err(Rejection::new(400, "channel must be 1 to 128 of A-Z a-z 0-9 _ . : -"));
+            return Err(Rejection::new(400, format!("channel must be {}", ChannelName::RULE)));
         };
         if grant.as_ref().is_some_and(|grant| !grant.may_join(&channel)) {
             return Err(rejections::forbidden_channel());
         }
-        let history = history(head)?;
+        // A page that reconnects keeps the parameter in its URL, so `lastEventId` takes precedence.
+        let history = http::query_number(head.query, HISTORY, 1..=HISTORY_MAX)?.unwrap_or(0);
         let given = http::query_value(head.query, LAST_EVENT_ID);
         let json_mode = self.offer == Offer::JsonMode;
         let wants_recovery = json_mode || !matches!(given, Ok(None));
@@ -159,17 +160,6 @@ impl<'h, 'a> Upgrade<'h, 'a> {
         out.put_slice(b"\r\n\r\n");
         out
     }
-}
-
-/// How many events before the head a newcomer wants. A page that reconnects keeps the parameter in
-/// its URL, so `lastEventId` takes precedence.
-fn history(head: &Head<'_>) -> Result<u8, Rejection> {
-    let Some(given) = http::query_value(head.query, HISTORY)? else { return Ok(0) };
-    let is_number = !given.is_empty() && given.bytes().all(|byte| byte.is_ascii_digit());
-    let count = is_number.then(|| given.parse().ok()).flatten();
-    count
-        .filter(|count| (1..=HISTORY_MAX).contains(count))
-        .ok_or_else(|| Rejection::new(400, format!("history must be a number from 1 to {HISTORY_MAX}")))
 }
 
 /// What the token allows its user. `None` if no tokens are required.
