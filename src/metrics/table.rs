@@ -95,7 +95,7 @@ pub(super) static TABLE: &[Family] = &[
     family(
         "fanfare_connections_upgraded_total",
         Counter,
-        "Connections upgraded to WebSocket, without rejected ones.",
+        "Connections upgraded to WebSocket, excluding rejected ones.",
         Shards(Sum, |shard| shard.upgraded.get()),
     ),
     family(
