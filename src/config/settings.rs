@@ -91,7 +91,7 @@ settings! {
     /// `capacitor://localhost`, or with `--jwt-key` also `null`. Without it, pages of the same host
     /// and port; on loopback hosts of any port, and on loopback addresses of no other host unless a
     /// trusted proxy forwards it. Programs, which send no `Origin`, may always connect. Without
-    /// `--admin-key`, requests to `--admin` may use these hosts, too.
+    /// `--admin-key`, requests to `--admin` may use the hosts of http and https sites, too.
     allow_origin: Vec<OriginRule> {
         name: "allow-origin",
         value: "ORIGIN,...",

@@ -158,9 +158,11 @@ pub fn is_loopback_host(host: &str) -> bool {
     split_port(host).is_some_and(|(host, _)| is_loopback(host))
 }
 
-/// Whether a rule has the host of a Host header. Ports are ignored.
+/// Whether a rule of a website has the host of a Host header. Ports are ignored. The host of an app
+/// origin is an id that may be somebody's domain, which can point here (DNS rebinding).
 pub fn names_host(rules: &[OriginRule], host: &str) -> bool {
-    let mut sites = rules.iter().filter_map(OriginRule::sites);
+    let is_website = |sites: &&Sites| default_port(&sites.scheme).is_some();
+    let mut sites = rules.iter().filter_map(OriginRule::sites).filter(is_website);
     split_port(host).is_some_and(|(host, _)| sites.any(|sites| sites.has_host(host)))
 }
 
@@ -284,9 +286,10 @@ mod tests {
         {
             assert!(!is_loopback_host(host), "{host}");
         }
-        let rules =
-            ["https://example.com", "https://*.example.org"].map(|rule| OriginRule::parse(rule).unwrap());
+        let rules = ["https://example.com", "https://*.example.org", "app://notes.example"]
+            .map(|rule| OriginRule::parse(rule).unwrap());
         for (host, named) in [
+            ("notes.example", false),
             ("example.com", true),
             ("EXAMPLE.com:9080", true),
             ("a.example.org", true),
