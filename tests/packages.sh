@@ -62,6 +62,8 @@ done <<'LIST'
 644 /usr/share/fanfare/99-fanfare.conf
 644 /usr/share/doc/fanfare/README.md
 644 /usr/share/doc/fanfare/docs/deployment.md
+644 /usr/share/doc/fanfare/grafana/alerts.yml
+644 /usr/share/doc/fanfare/grafana/fanfare.json
 644 /usr/share/doc/fanfare/copyright
 LIST
 dpkg-deb --control "$work/fanfare.deb" "$work/control"
@@ -71,6 +73,20 @@ if grep -q '#DEBHELPER#' "$work"/control/p*; then
 fi
 "$work/debian/usr/bin/fanfare" help >/dev/null
 starts "$work/debian/usr/bin/fanfare"
+
+# Installs into an empty root, with the scripts. Where systemd runs they would talk to it.
+if ((EUID == 0)) && [[ ! -d /run/systemd/system ]]; then
+    mkdir -p "$work/root/var/lib/dpkg"
+    touch "$work/root/var/lib/dpkg/status"
+    dpkg="dpkg --root=$work/root --force-depends --force-script-chrootless"
+    $dpkg --install "$work/fanfare.deb"
+    starts "$work/root/usr/bin/fanfare"
+    $dpkg --remove fanfare
+    [[ -e $work/root/etc/fanfare/fanfare.env ]] || fail "removal deletes the settings"
+    [[ ! -e $work/root/usr/bin/fanfare ]] || fail "removal leaves the program"
+else
+    not_checked "installation of the package, which needs root and a machine without systemd"
+fi
 
 say "Files of the container image"
 # What the image's build sees, built with its command (and the toolchain of all other builds).
