@@ -247,11 +247,12 @@ impl Reader {
         Ok(())
     }
 
-    /// Ends the programs whose command contains this, as Ctrl-C does.
-    async fn stop(&mut self, name: &str) {
+    /// Ends the programs whose command contains this: by INT as Ctrl-C does, or by TERM, since programs
+    /// started by a shell in the background may ignore INT.
+    async fn stop(&mut self, name: &str, signal: &str) {
         while let Some(at) = self.running.iter().rposition(|(command, _)| command.contains(name)) {
             let (_, process) = self.running.remove(at);
-            process.signal("INT");
+            process.signal(signal);
             process.ended().await;
         }
     }
@@ -298,7 +299,7 @@ async fn shell_blocks_run_in_order() {
         for block in &blocks {
             check(block, &block.text, "sh", Command::new("bash").arg("-n"));
             if block.before.contains("Ctrl-C") {
-                reader.stop("fanfare").await;
+                reader.stop("fanfare", "INT").await;
             }
             for command in commands(block) {
                 if let Some((words, _)) = NOT_RUN.iter().find(|(words, _)| command.starts_with(words)) {
@@ -309,7 +310,7 @@ async fn shell_blocks_run_in_order() {
                 reader.run(&command).await.unwrap_or_else(|problem| block.fail(problem));
             }
         }
-        reader.stop("").await;
+        reader.stop("", "TERM").await;
         for name in reader.left_over() {
             if !blocks.iter().any(|block| block.text.contains(&name)) {
                 first.fail(format!("the commands of this page leave {name} in the working directory"));
@@ -376,7 +377,7 @@ async fn other_blocks_are_valid() {
                 let mut reader = reader;
                 let started = reader.run("redis-server redis.conf").await;
                 started.unwrap_or_else(|problem| block.fail(problem));
-                reader.stop("").await;
+                reader.stop("", "TERM").await;
             }
             "text" => match TEXT.iter().find(|(part, _)| block.text.contains(part)) {
                 Some((part, _)) => drop(texts.insert(*part)),
