@@ -49,7 +49,7 @@ const TEXT: usize = 8192;
 const UNREAD: u32 = 300;
 
 /// How long an upgrade may take.
-const PATIENCE: Duration = Duration::from_secs(10);
+const TIMEOUT: Duration = Duration::from_secs(10);
 
 struct Idle {
     start: Memory,
@@ -235,7 +235,7 @@ fn sleeper(addr: std::net::SocketAddr, number: usize) -> Result<TcpStream> {
     socket.set_recv_buffer_size(4096)?; // so that it is the server's buffers that fill
     socket.connect(&addr.into())?;
     let mut stream = TcpStream::from(socket);
-    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_read_timeout(Some(TIMEOUT))?;
     let request = format!(
         "GET /ws/stalled{number} HTTP/1.1\r\nHost: {addr}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\
          Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {}\r\n\r\n",

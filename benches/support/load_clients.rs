@@ -19,7 +19,7 @@ use super::wire::{self, ACCEPT, CLOSE, KEY, PING, PONG, TEXT};
 const HANDSHAKES: usize = 64;
 
 /// How long nothing may arrive while something is due.
-const PATIENCE: Duration = Duration::from_secs(10);
+const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// One connection in this many measures latency.
 const SAMPLE: usize = 50;
@@ -83,18 +83,18 @@ impl LoadClients {
 
     /// Connects until there are `connections`, and waits for each one's welcome.
     pub fn grow(&mut self, connections: usize) -> Result<()> {
-        let mut deadline = Instant::now() + PATIENCE;
+        let mut deadline = Instant::now() + TIMEOUT;
         while self.tally.welcomed < connections {
             let before = self.tally.welcomed;
             while self.clients.len() < connections && self.clients.len() - before < HANDSHAKES {
                 self.connect()?;
             }
-            self.turn(PATIENCE)?;
+            self.turn(TIMEOUT)?;
             if self.tally.welcomed > before {
-                deadline = Instant::now() + PATIENCE;
+                deadline = Instant::now() + TIMEOUT;
             }
             let missing = self.clients.len() - self.tally.welcomed;
-            ensure!(Instant::now() < deadline, "{missing} clients got no welcome within {PATIENCE:?}");
+            ensure!(Instant::now() < deadline, "{missing} clients got no welcome within {TIMEOUT:?}");
         }
         Ok(())
     }
@@ -236,11 +236,7 @@ impl LoadClients {
             if self.tally.events > progress.0 {
                 progress = (self.tally.events, now);
             }
-            ensure!(
-                now - progress.1 < PATIENCE,
-                "nothing has arrived for {PATIENCE:?}: {}",
-                self.shortfall()
-            );
+            ensure!(now - progress.1 < TIMEOUT, "nothing has arrived for {TIMEOUT:?}: {}", self.shortfall());
         }
         let (from, events) = measured.expect("the measurement starts before the time is over");
         let rate = (self.tally.events - events) as f64 / from.elapsed().as_secs_f64();
@@ -280,7 +276,7 @@ impl LoadClients {
             if self.tally.events > progress.0 {
                 progress = (self.tally.events, Instant::now());
             }
-            ensure!(progress.1.elapsed() < PATIENCE, "{}", self.shortfall());
+            ensure!(progress.1.elapsed() < TIMEOUT, "{}", self.shortfall());
         }
         ensure!(self.clients.iter().all(|client| client.events == self.published), "{}", self.shortfall());
         Ok(())

@@ -18,7 +18,7 @@ use super::wire::{self, ACCEPT, KEY, PING, PONG, TEXT};
 const HANDSHAKES: usize = 2048;
 
 /// How long nothing may arrive while something is due.
-const PATIENCE: Duration = Duration::from_secs(20);
+const TIMEOUT: Duration = Duration::from_secs(20);
 
 struct Client {
     /// `None` while disconnected.
@@ -169,7 +169,7 @@ impl ReconnectClients {
         if self.progress != seen.0 {
             *seen = (self.progress, Instant::now());
         }
-        ensure!(seen.1.elapsed() < PATIENCE, "nothing has arrived for {PATIENCE:?}");
+        ensure!(seen.1.elapsed() < TIMEOUT, "nothing has arrived for {TIMEOUT:?}");
         Ok(())
     }
 

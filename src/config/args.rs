@@ -81,7 +81,7 @@ impl Args {
             };
             let Some(flag) = flags.iter().find(|flag| name.strip_prefix("--") == Some(flag.name)) else {
                 if attached.is_none() && name.starts_with("--") {
-                    args.next_if(is_value); // the value of a mistyped flag is no error of its own
+                    args.next_if(is_value); // the value of a mistyped flag is not an error of its own
                 }
                 let problem = read.unknown(name);
                 read.error(name, problem);

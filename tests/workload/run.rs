@@ -22,7 +22,7 @@ use crate::workload::testbed::Testbed;
 const LOOK: Duration = Duration::from_millis(20);
 
 /// How long to wait until every subscriber has received an event. Only failures take that long.
-const PATIENCE: Duration = Duration::from_secs(40);
+const TIMEOUT: Duration = Duration::from_secs(40);
 
 /// How a client connects.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -281,7 +281,7 @@ impl Run {
     }
 
     async fn reached(&self, id: u64) {
-        let waited = tokio::time::timeout(PATIENCE, async {
+        let waited = tokio::time::timeout(TIMEOUT, async {
             while !self.shared.behind(id).is_empty() {
                 tokio::time::sleep(LOOK).await;
             }
@@ -331,7 +331,7 @@ impl Run {
         }
         // A subscriber that joins without recovery after the last event never sees it: then another
         // one is published.
-        let ended = tokio::time::timeout(PATIENCE, async {
+        let ended = tokio::time::timeout(TIMEOUT, async {
             for n in 0.. {
                 let Some(id) = publishers::end(&self.shared, n).await else { continue };
                 for _ in 0..20 {

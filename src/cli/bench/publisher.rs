@@ -182,7 +182,7 @@ impl Connection {
     }
 }
 
-/// A reply: its length in bytes, and what it says if it is no success.
+/// A reply: its length in bytes, and what it says if it is not a success.
 type Reply = Option<(usize, Option<String>)>;
 
 fn http_reply(bytes: &[u8], ended: bool) -> Result<Reply, String> {
@@ -214,7 +214,7 @@ fn redis_reply(bytes: &[u8]) -> Result<Reply, String> {
             Ok(length @ 0..) => (end + 2 + length as usize + 2, None),
             _ => (end + 2, None),
         },
-        _ => return Err(format!("a reply of Redis that is no single value: {line}")),
+        _ => return Err(format!("a reply of Redis that is not a single value: {line}")),
     };
     Ok(Some(reply).filter(|(len, _)| *len <= bytes.len()))
 }

@@ -10,7 +10,7 @@ use serde_json::Value;
 use tokio::time::timeout;
 
 use super::node::{Node, event, mark, settings, until};
-use super::redis_server::{PATIENCE, RedisServer, Reply, free_port};
+use super::redis_server::{RedisServer, Reply, TIMEOUT, free_port};
 use crate::common::cases::cases;
 
 #[tokio::test]
@@ -237,7 +237,7 @@ async fn pubsub_channel_works_both_ways() {
     let by_function = raw.command(&["FCALL", "fanfare_publish", "1", "fanfare:{ws_broadcast}", "{}", "bob"]);
     let last =
         raw.command(&["FCALL", "fanfare_publish", "1", "fanfare:{ws_broadcast}", "{}"]).number() as u64;
-    let secret = timeout(PATIENCE, private).await.unwrap().unwrap().unwrap();
+    let secret = timeout(TIMEOUT, private).await.unwrap().unwrap().unwrap();
     assert_eq!(listener.next_message().1, format!("\t{{\"n\":\"<1>\",\"id\":{id}}}"));
     assert_eq!(listener.next_message().1, format!("\t{{\"id\":{last}}}"));
     reader.until(&mut node, EventId(last)).await;
@@ -296,7 +296,7 @@ async fn cluster_mode_is_rejected_with_a_reason() {
     let redis =
         RedisServer::start_with(&["--save", "", "--cluster-enabled", "yes", "--cluster-port", &bus_port]);
     let node = Node::start(settings(&redis.url()));
-    let end = timeout(PATIENCE, node.task).await.unwrap().unwrap();
+    let end = timeout(TIMEOUT, node.task).await.unwrap().unwrap();
     assert!(end.unwrap_err().to_string().contains("cluster"));
 }
 
@@ -335,7 +335,7 @@ async fn node_starts_without_redis() {
     let result = node.publish_later("room", None, &event(1));
     redis.restart();
     node.until_ready().await;
-    let id = timeout(PATIENCE, result).await.unwrap().unwrap().unwrap();
+    let id = timeout(TIMEOUT, result).await.unwrap().unwrap().unwrap();
     assert_eq!(node.follow("room", 0).await.position, id);
 }
 

@@ -7,7 +7,7 @@ use fanfare::protocol::event::EventId;
 use tokio::time::{sleep, timeout};
 
 use super::node::{Node, block_after, event, settings, until};
-use super::redis_server::{PATIENCE, Proxy, RedisServer, Reply};
+use super::redis_server::{Proxy, RedisServer, Reply, TIMEOUT};
 
 #[tokio::test]
 async fn gap_beyond_history_is_a_reset() {
@@ -27,7 +27,7 @@ async fn gap_beyond_history_is_a_reset() {
     let results: Vec<_> = (0..3000).map(|n| publisher.publish_later("room", None, &event(n))).collect();
     let mut last = EventId(0);
     for result in results {
-        last = timeout(PATIENCE, result).await.unwrap().unwrap().unwrap();
+        last = timeout(TIMEOUT, result).await.unwrap().unwrap().unwrap();
     }
     proxy.close(false);
     reader.until(&mut node, last).await;
@@ -51,7 +51,7 @@ async fn part_of_a_page_is_read_once_for_all() {
         results.push(node.publish_later("room", to, &format!("{{\"n\":\"<{n}>\",\"pad\":\"{pad}\"}}")));
     }
     for result in results {
-        last = timeout(PATIENCE, result).await.unwrap().unwrap().unwrap();
+        last = timeout(TIMEOUT, result).await.unwrap().unwrap().unwrap();
     }
     assert_eq!(last, target);
     let block = target.0 / BLOCK - 1;
@@ -204,7 +204,7 @@ async fn history_is_limited_in_bytes() {
         } else {
             let batch: Vec<_> = (0..n % 5 + 1).map(|_| node.publish_later("room", None, &event)).collect();
             for result in batch {
-                last = timeout(PATIENCE, result).await.unwrap().unwrap().unwrap();
+                last = timeout(TIMEOUT, result).await.unwrap().unwrap().unwrap();
             }
         }
         if n % 7 != 0 {

@@ -15,7 +15,7 @@ use fanfare::protocol::event::{ChannelName, Entry, EventId, Kind};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 
-use super::redis_server::PATIENCE;
+use super::redis_server::TIMEOUT;
 
 pub fn settings(url: &str) -> Settings {
     let Ok(Action::Run(defaults)) = Settings::from([], []) else { panic!("the defaults are right") };
@@ -100,7 +100,7 @@ impl Node {
         }
         loop {
             let message =
-                timeout(PATIENCE, self.inboxes[shard].recv()).await.expect("a message in time").unwrap();
+                timeout(TIMEOUT, self.inboxes[shard].recv()).await.expect("a message in time").unwrap();
             match wanted(&message) {
                 Some(found) => return found,
                 None => self.skipped[shard].push_back(message),
@@ -163,7 +163,7 @@ impl Node {
     }
 
     pub async fn publish(&self, name: &str, event: &str) -> Result<EventId, PublishError> {
-        timeout(PATIENCE, self.publish_later(name, None, event)).await.expect("answered in time").unwrap()
+        timeout(TIMEOUT, self.publish_later(name, None, event)).await.expect("answered in time").unwrap()
     }
 
     pub async fn page(&mut self, name: &str, number: u64, shard: usize) -> Result<Arc<Page>, BusError> {
@@ -304,9 +304,9 @@ impl Reader {
 
 /// Waits until this holds.
 pub async fn until(what: &str, holds: impl Fn() -> bool) {
-    let deadline = tokio::time::Instant::now() + PATIENCE;
+    let deadline = tokio::time::Instant::now() + TIMEOUT;
     while !holds() {
-        assert!(tokio::time::Instant::now() < deadline, "{what}: not within {PATIENCE:?}");
+        assert!(tokio::time::Instant::now() < deadline, "{what}: not within {TIMEOUT:?}");
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
 }

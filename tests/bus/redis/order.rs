@@ -5,7 +5,7 @@ use fanfare::protocol::event::EventId;
 use tokio::time::timeout;
 
 use super::node::{Node, Reader, event, mark, settings};
-use super::redis_server::{PATIENCE, RedisServer};
+use super::redis_server::{RedisServer, TIMEOUT};
 
 #[tokio::test]
 async fn two_nodes_see_one_order_without_gaps() {
@@ -18,7 +18,7 @@ async fn two_nodes_see_one_order_without_gaps() {
     let results: Vec<_> = (0..1000).map(|n| nodes[n % 2].publish_later("room", None, &event(n))).collect();
     let mut ids = Vec::new();
     for result in results {
-        ids.push(timeout(PATIENCE, result).await.unwrap().unwrap().unwrap());
+        ids.push(timeout(TIMEOUT, result).await.unwrap().unwrap().unwrap());
     }
     let last = *ids.iter().max().unwrap();
     for (node, reader) in nodes.iter_mut().zip(&mut readers) {
@@ -67,7 +67,7 @@ async fn joining_and_leaving_under_load_loses_nothing() {
         let after: Vec<_> = (20..40).map(|n| publisher.publish_later("room", None, &event(n))).collect();
         let mut ids = Vec::new();
         for result in before.into_iter().chain(after) {
-            ids.push(timeout(PATIENCE, result).await.unwrap().unwrap().unwrap());
+            ids.push(timeout(TIMEOUT, result).await.unwrap().unwrap().unwrap());
         }
         let start = reader.position;
         reader.until(&mut node, *ids.last().unwrap()).await; // checks that none is missing or duplicated

@@ -8,7 +8,7 @@ use fanfare::protocol::event::EventId;
 use tokio::time::{sleep, timeout};
 
 use super::node::{Node, event, mark, settings, until};
-use super::redis_server::{PATIENCE, Proxy, RedisServer, Reply};
+use super::redis_server::{Proxy, RedisServer, Reply, TIMEOUT};
 
 #[tokio::test]
 async fn retry_after_a_lost_answer_doubles_nothing() {
@@ -23,7 +23,7 @@ async fn retry_after_a_lost_answer_doubles_nothing() {
         until("Redis has taken it", || redis.head("room") > before).await;
         proxy.swallow(false);
         proxy.cut();
-        let id = timeout(PATIENCE, result).await.unwrap().unwrap().expect("the retry gets the first answer");
+        let id = timeout(TIMEOUT, result).await.unwrap().unwrap().expect("the retry gets the first answer");
         assert_eq!(id.0, before + 1);
         assert_eq!(redis.head("room"), before + 1);
         reader.until(&mut node, id).await;
@@ -46,7 +46,7 @@ async fn retry_on_a_wiped_redis_is_unknown() {
     redis.raw().command(&["FLUSHALL"]);
     proxy.swallow(false);
     proxy.cut();
-    assert_eq!(timeout(PATIENCE, result).await.unwrap().unwrap(), Err(PublishError::Unknown));
+    assert_eq!(timeout(TIMEOUT, result).await.unwrap().unwrap(), Err(PublishError::Unknown));
     let id = node.publish("room", &event(2)).await.unwrap();
     reader.until(&mut node, id).await;
     assert_eq!(reader.resets.len(), 1);
@@ -69,7 +69,7 @@ async fn killed_connections_double_nothing() {
     }
     let mut last = EventId(0);
     for result in results {
-        last = last.max(timeout(PATIENCE, result).await.unwrap().unwrap().expect("Redis kept everything"));
+        last = last.max(timeout(TIMEOUT, result).await.unwrap().unwrap().expect("Redis kept everything"));
     }
     reader.until(&mut node, last).await;
     assert_eq!(reader.events.len(), 300);
@@ -92,7 +92,7 @@ async fn frozen_redis_costs_readiness_but_no_event() {
     redis.signal("CONT");
     let mut last = EventId(0);
     for result in results {
-        last = last.max(timeout(PATIENCE, result).await.unwrap().unwrap().unwrap());
+        last = last.max(timeout(TIMEOUT, result).await.unwrap().unwrap().unwrap());
     }
     reader.until(&mut node, last).await;
     assert_eq!(reader.events.len(), 100);
@@ -165,7 +165,7 @@ async fn private_events_share_entries() {
                 last = Some(node.publish_later("room", to, &event(n)));
             }
         }
-        let last = timeout(PATIENCE, last.unwrap()).await.unwrap().unwrap().expect("it is published");
+        let last = timeout(TIMEOUT, last.unwrap()).await.unwrap().unwrap().expect("it is published");
         let mut entries = 0;
         while reader.position < last {
             reader.next(&mut node).await;
@@ -201,7 +201,7 @@ async fn retry_after_an_eviction_doubles_nothing() {
         proxy.cut();
         until("the answer is lost", || node.readiness.not_ready_reason().is_some()).await;
         proxy.swallow(false);
-        match timeout(PATIENCE, result).await.unwrap().unwrap() {
+        match timeout(TIMEOUT, result).await.unwrap().unwrap() {
             Ok(id) => assert_eq!(id.0, before + 1, "{key}"),
             Err(PublishError::Unknown) => unknown += 1,
             Err(rejected) => panic!("{key}: {rejected}"),

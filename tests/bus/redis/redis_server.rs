@@ -14,7 +14,7 @@ use tokio::sync::Notify;
 pub use crate::common::redis::free_port;
 
 /// The longest wait for anything that must happen.
-pub const PATIENCE: Duration = Duration::from_secs(30);
+pub const TIMEOUT: Duration = Duration::from_secs(30);
 
 /// A redis-server on loopback. Dropping it kills it.
 pub struct RedisServer {
@@ -68,7 +68,7 @@ impl RedisServer {
             .spawn()
             .expect("redis-server is installed");
         sentinel.child = Some(child);
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIMEOUT;
         while Raw::connect(sentinel.port).is_err() {
             assert!(Instant::now() < deadline, "the sentinel does not start");
             std::thread::sleep(Duration::from_millis(10));
@@ -93,7 +93,7 @@ impl RedisServer {
             .stderr(Stdio::null())
             .spawn()
             .expect("redis-server is installed");
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIMEOUT;
         while Instant::now() < deadline {
             if child.try_wait().unwrap().is_some() {
                 return false; // another process took the port
@@ -207,7 +207,7 @@ pub struct Raw {
 impl Raw {
     pub fn connect(port: u16) -> std::io::Result<Raw> {
         let stream = TcpStream::connect(("127.0.0.1", port))?;
-        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.set_read_timeout(Some(TIMEOUT))?;
         Ok(Raw { stream: BufReader::new(stream) })
     }
 

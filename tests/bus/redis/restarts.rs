@@ -7,7 +7,7 @@ use fanfare::protocol::event::EventId;
 use tokio::time::{sleep, timeout};
 
 use super::node::{Node, event, mark, settings, until};
-use super::redis_server::{PATIENCE, Proxy, RedisServer, Reply};
+use super::redis_server::{Proxy, RedisServer, Reply, TIMEOUT};
 
 #[tokio::test]
 async fn wiped_redis_is_announced_and_ids_rise() {
@@ -64,7 +64,7 @@ async fn resumes_after_redis_restart_under_load() {
             }
         }
         for (n, result) in results {
-            match timeout(PATIENCE, result).await.unwrap().unwrap() {
+            match timeout(TIMEOUT, result).await.unwrap().unwrap() {
                 Ok(id) => acked.push((n, id)),
                 Err(PublishError::Unknown) => {}
                 Err(PublishError::Rejected(why)) => panic!("rejected: {why}"),
@@ -110,7 +110,7 @@ async fn durable_redis_restarts_without_a_reset() {
             (0..50).map(|at| node.publish_later("room", None, &event(n * 50 + at))).collect();
         redis.restart();
         for result in results {
-            last = timeout(PATIENCE, result).await.unwrap().unwrap().unwrap();
+            last = timeout(TIMEOUT, result).await.unwrap().unwrap().unwrap();
         }
         node.until_ready().await;
     }
