@@ -76,14 +76,14 @@ starts "$work/debian/usr/bin/fanfare"
 
 # Installs into an empty root, with the scripts. Where systemd runs they would talk to it.
 if ((EUID == 0)) && [[ ! -d /run/systemd/system ]]; then
-    mkdir -p "$work/root/var/lib/dpkg"
-    touch "$work/root/var/lib/dpkg/status"
-    dpkg="dpkg --root=$work/root --force-depends --force-script-chrootless"
+    mkdir -p "$work/installed/var/lib/dpkg"
+    touch "$work/installed/var/lib/dpkg/status"
+    dpkg="dpkg --root=$work/installed --force-depends --force-script-chrootless"
     $dpkg --install "$work/fanfare.deb"
-    starts "$work/root/usr/bin/fanfare"
+    starts "$work/installed/usr/bin/fanfare"
     $dpkg --remove fanfare
-    [[ -e $work/root/etc/fanfare/fanfare.env ]] || fail "removal deletes the settings"
-    [[ ! -e $work/root/usr/bin/fanfare ]] || fail "removal leaves the program"
+    [[ -e $work/installed/etc/fanfare/fanfare.env ]] || fail "removal deletes the settings"
+    [[ ! -e $work/installed/usr/bin/fanfare ]] || fail "removal leaves the program"
 else
     not_checked "installation of the package, which needs root and a machine without systemd"
 fi
