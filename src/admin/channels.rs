@@ -28,7 +28,7 @@ impl ChannelsQuery {
     pub fn parse(query: &str) -> Result<ChannelsQuery, Rejection> {
         query::check_names(query, &["after", "limit"])?;
         let after = http::query_value(query, "after")?;
-        let after = after.map(|name| query::parse_channel("after", &name)).transpose()?;
+        let after = after.map(|name| http::parse_channel("after", &name)).transpose()?;
         Ok(ChannelsQuery { after, limit: query::limit(query)? })
     }
 

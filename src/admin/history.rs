@@ -34,7 +34,7 @@ impl HistoryQuery {
             id.ok_or_else(|| Rejection::new(400, "after must be the id of an event"))
         });
         Ok(HistoryQuery {
-            channel: query::channel(query)?,
+            channel: http::query_channel(query)?,
             after: after.transpose()?,
             limit: query::limit(query)?,
         })

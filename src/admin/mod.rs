@@ -337,7 +337,7 @@ async fn look_up(
 /// Parses `channel` and `to`.
 fn destination(query: &str) -> Result<(ChannelName, Option<Arc<str>>), Rejection> {
     query::check_names(query, &["channel", "to"])?;
-    let channel = query::channel(query)?;
+    let channel = http::query_channel(query)?;
     let to = http::query_value(query, "to")?;
     if to.as_deref().is_some_and(|user| !is_user_id(user)) {
         return Err(Rejection::new(400, "to must be a user id: 1 to 128 bytes, no control characters"));

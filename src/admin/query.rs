@@ -2,7 +2,6 @@
 
 use crate::http::{self, Rejection};
 use crate::protocol::closest::advice;
-use crate::protocol::event::{ChannelName, DEFAULT_CHANNEL};
 
 /// Items in a response that gives no `limit`, and most items in one.
 const LIMIT_DEFAULT: usize = 100;
@@ -25,17 +24,6 @@ pub(super) fn check_names(query: &str, known: &[&str]) -> Result<(), Rejection> 
         seen.push(name);
     }
     Ok(())
-}
-
-/// The channel to publish to or to read.
-pub(super) fn channel(query: &str) -> Result<ChannelName, Rejection> {
-    let channel = http::query_value(query, "channel")?;
-    parse_channel("channel", channel.as_deref().unwrap_or(DEFAULT_CHANNEL))
-}
-
-pub(super) fn parse_channel(parameter: &str, value: &str) -> Result<ChannelName, Rejection> {
-    let invalid = || Rejection::new(400, format!("{parameter} must be {}", ChannelName::RULE));
-    ChannelName::parse(value).ok_or_else(invalid)
 }
 
 /// Most items in the response.

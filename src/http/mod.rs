@@ -8,7 +8,9 @@ mod query;
 mod request;
 mod response;
 
-pub use query::{Mistyped, mistyped, percent_decode, query_number, query_value};
+pub use query::{
+    Mistyped, mistyped, parse_channel, percent_decode, query_channel, query_number, query_value,
+};
 pub use request::{BodyLength, HEAD_MAX, Head, parse};
 pub use response::{Rejection, Response};
 

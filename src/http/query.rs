@@ -9,6 +9,7 @@ use percent_encoding::percent_decode_str;
 
 use super::Rejection;
 use crate::protocol::closest::{is_variant, typing_error};
+use crate::protocol::event::{ChannelName, DEFAULT_CHANNEL};
 
 /// Most parameters that are compared with the known names. Pages and proxies add a few.
 const COMPARED_MAX: usize = 32;
@@ -55,6 +56,18 @@ pub fn query_number<T: FromStr + PartialOrd + fmt::Display>(
     let (least, most) = range.into_inner();
     let invalid = || Rejection::new(400, format!("{name} must be a number from {least} to {most}"));
     number.map(Some).ok_or_else(invalid)
+}
+
+/// The channel in the parameter `channel`, or the default one.
+pub fn query_channel(query: &str) -> Result<ChannelName, Rejection> {
+    let channel = query_value(query, "channel")?;
+    parse_channel("channel", channel.as_deref().unwrap_or(DEFAULT_CHANNEL))
+}
+
+/// The channel in a parameter of this name.
+pub fn parse_channel(name: &str, value: &str) -> Result<ChannelName, Rejection> {
+    let invalid = || Rejection::new(400, format!("{name} must be {}", ChannelName::RULE));
+    ChannelName::parse(value).ok_or_else(invalid)
 }
 
 /// A query parameter that is unknown and near a known one.

@@ -5,6 +5,8 @@ use std::fs;
 use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 
+use crate::config::cgroup::kibibytes;
+
 /// CPU and memory of the server, at one moment.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Usage {
@@ -57,18 +59,12 @@ impl Server {
         for pid in &self.pids {
             usage.cpu += cpu(*pid);
             let memory = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap_or_default();
-            usage.resident += kibibytes(&memory, "Rss:");
+            usage.resident += kibibytes(&memory, "Rss:").unwrap_or(0);
             // Private anonymous pages; those that a child shares with its parent are not its own.
-            usage.anonymous += kibibytes(&memory, "Anonymous:");
+            usage.anonymous += kibibytes(&memory, "Anonymous:").unwrap_or(0);
         }
         usage
     }
-}
-
-fn kibibytes(text: &str, name: &str) -> u64 {
-    let line = text.lines().find_map(|line| line.strip_prefix(name));
-    let value = line.and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok());
-    value.unwrap_or_default() * 1024
 }
 
 /// CPU time of all threads, in nanoseconds: more exact than the ticks of /proc/PID/stat.

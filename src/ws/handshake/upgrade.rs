@@ -17,7 +17,7 @@ use crate::auth::token::{self, Grant, NEVER};
 use crate::config::{ClientPublish, Settings};
 use crate::http::{self, BodyLength, Head, Mistyped, Rejection, origin};
 use crate::protocol::close;
-use crate::protocol::event::{ChannelName, DEFAULT_CHANNEL, EventId, is_user_id};
+use crate::protocol::event::{EventId, is_user_id};
 use crate::protocol::frame;
 use crate::ws::client::{Client, HISTORY_MAX, Join, LastSeen};
 
@@ -94,13 +94,7 @@ impl<'h, 'a> Upgrade<'h, 'a> {
             return Err(mistyped.rejection());
         }
         let grant = check_token(head, &user, context)?;
-        let channel = match http::query_value(head.query, "channel")? {
-            Some(name) => ChannelName::parse(&name),
-            None => ChannelName::parse(DEFAULT_CHANNEL),
-        };
-        let Some(channel) = channel else {
-            return Err(Rejection::new(400, format!("channel must be {}", ChannelName::RULE)));
-        };
+        let channel = http::query_channel(head.query)?;
         if grant.as_ref().is_some_and(|grant| !grant.may_join(&channel)) {
             return Err(rejections::forbidden_channel());
         }
