@@ -108,52 +108,7 @@ impl<'p> Coordinator<'p> {
         let cpu = self.server.usage().cpu;
         self.of_phase.reset();
 
-        let mut reconnected = None;
-        match phase {
-            Phase::Connect => {
-                self.send_all(&Command::Connect)?;
-                self.wait_until_ready()?;
-            }
-            Phase::Idle(time) => self.watch(time)?,
-            Phase::Rate(rate, time) => {
-                self.publish(Load::Rate(rate))?;
-                self.watch(time)?;
-            }
-            Phase::Saturate(events, time) => {
-                self.publish(Load::InFlight(events))?;
-                self.watch(time)?;
-            }
-            Phase::Storm(share) => {
-                self.publish(Load::Rate(self.plan.rate))?;
-                self.watch(BEFORE_STORM)?;
-                let cut = Instant::now();
-                self.send_all(&Command::Storm(share))?;
-                self.wait_until_ready()?;
-                reconnected = (self.pending() == 0).then(|| cut.elapsed());
-                self.watch(self.settle_time())?;
-            }
-            Phase::Stall(share, time) => {
-                self.publish(Load::Rate(self.plan.rate))?;
-                self.send_all(&Command::Stall(share))?;
-                self.watch(time)?;
-                self.send_all(&Command::Stall(0.0))?;
-            }
-            Phase::Churn(rate, time) => {
-                self.publish(Load::Rate(self.plan.rate))?;
-                self.send_all(&Command::Churn(rate))?;
-                self.watch(time)?;
-                self.send_all(&Command::Churn(0.0))?;
-                self.wait_until_ready()?;
-                self.watch(self.settle_time())?;
-            }
-            Phase::Leave => {
-                self.send_all(&Command::Leave)?;
-                self.wait(
-                    |workers| workers.iter().all(|worker| worker.report.ready == 0),
-                    Coordinator::ready,
-                )?;
-            }
-        }
+        let reconnected = self.perform(phase)?;
         self.send(0, &Command::Publish(Load::Nothing))?;
         self.wait_until_current()?;
         let time = start.elapsed();
@@ -192,6 +147,58 @@ impl<'p> Coordinator<'p> {
         Ok(())
     }
 
+    /// Puts the load of a phase on the server. Returns how long clients took to reconnect, if all
+    /// have.
+    fn perform(&mut self, phase: Phase) -> Result<Option<Duration>> {
+        match phase {
+            Phase::Connect => {
+                self.send_all(&Command::Connect)?;
+                self.wait_until_ready()?;
+            }
+            Phase::Idle(time) => self.watch(time)?,
+            Phase::Rate(rate, time) => {
+                self.publish(Load::Rate(rate))?;
+                self.watch(time)?;
+            }
+            Phase::Saturate(events, time) => {
+                self.publish(Load::InFlight(events))?;
+                self.watch(time)?;
+            }
+            Phase::Storm(share) => {
+                self.publish(Load::Rate(self.plan.rate))?;
+                self.watch(BEFORE_STORM)?;
+                let cut = Instant::now();
+                self.send_all(&Command::Storm(share))?;
+                self.wait_until_ready()?;
+                let reconnected = (self.pending() == 0).then(|| cut.elapsed());
+                self.watch(self.settle_time())?;
+                return Ok(reconnected);
+            }
+            Phase::Stall(share, time) => {
+                self.publish(Load::Rate(self.plan.rate))?;
+                self.send_all(&Command::Stall(share))?;
+                self.watch(time)?;
+                self.send_all(&Command::Stall(0.0))?;
+            }
+            Phase::Churn(rate, time) => {
+                self.publish(Load::Rate(self.plan.rate))?;
+                self.send_all(&Command::Churn(rate))?;
+                self.watch(time)?;
+                self.send_all(&Command::Churn(0.0))?;
+                self.wait_until_ready()?;
+                self.watch(self.settle_time())?;
+            }
+            Phase::Leave => {
+                self.send_all(&Command::Leave)?;
+                self.wait(
+                    |workers| workers.iter().all(|worker| worker.report.ready == 0),
+                    Coordinator::ready,
+                )?;
+            }
+        }
+        Ok(None)
+    }
+
     fn publish(&mut self, load: Load) -> Result<()> {
         self.send(0, &Command::Publish(load))
     }
@@ -201,8 +208,8 @@ impl<'p> Coordinator<'p> {
         SETTLE.max(Duration::from_secs_f64(2.0 / self.plan.rate))
     }
 
-    /// Waits until every client has every event. Returns how many deliveries are missing when none of
-    /// them has arrived for [`STALL_TIMEOUT`]. What comes after that is late, and counts no more.
+    /// Waits until every client has every event. Returns how many deliveries are missing when none
+    /// of them has arrived for [`STALL_TIMEOUT`]. What comes after that is late, and counts no more.
     fn drain(&mut self) -> Result<u64> {
         let published = self.workers[0].report.published;
         self.send_all(&Command::Expect(published))?;
