@@ -33,7 +33,7 @@
 //!
 //! In each channel, every client receives the events that have an id in id order, none twice, and
 //! is notified whenever one may be missing: by `recovered:false`, by a `reset` frame, or by close
-//! code 4008. Events without id (from another program's `PUBLISH`) are delivered live, without this promise.
+//! code 4008. Events without id, from other programs' `PUBLISH`, are live only, outside of this.
 //!
 //! **Order and continuity**
 //!

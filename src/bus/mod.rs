@@ -45,12 +45,12 @@ pub enum Request {
     Unfollow { channel: ChannelName, shard: ShardId },
     /// Publish an event.
     Publish(Publish),
-    /// Read the events after a position, at most up to the end of the page that holds the first of
+    /// Read the events after a position, at most up to the end of the block that holds the first of
     /// them. Answered once.
     Read {
         channel: ChannelName,
         position: EventId,
-        /// About how many bytes of events; at least one event. Events of the page before the
+        /// About how many bytes of events; at least one event. Events of the block before the
         /// position may come, too, up to [`SHARED_BYTES`].
         bytes: usize,
         reader: PageReader,

@@ -92,9 +92,9 @@ pub struct ExternalEvent {
     pub fault: Option<BadJson>,
 }
 
-/// Turns another program's `PUBLISH` into an event: an object without `id` and reserved `type` keeps its
-/// text, other JSON becomes `{"data":…}`, and text that is not valid JSON for events becomes a
-/// string there. `None` for the copies that nodes publish, which start with a TAB.
+/// Turns another program's `PUBLISH` into an event: an object without `id` and reserved `type`
+/// keeps its text, other JSON becomes `{"data":…}`, and text that is not valid JSON for events
+/// becomes a string there. `None` for the copies that nodes publish, which start with a TAB.
 pub fn external(message: &[u8]) -> Option<ExternalEvent> {
     if message.first() == Some(&b'\t') {
         return None;

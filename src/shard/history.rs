@@ -54,7 +54,7 @@ impl Shard {
     }
 
     /// Makes a connection wait for the next second, since the last answer did not help it.
-    pub(super) fn retry_part_later(&mut self, slot: u32) {
+    pub(super) fn retry_page_later(&mut self, slot: u32) {
         self.connections[slot].wait_for_page();
         self.replay.failed.push(self.connections.id(slot));
     }

@@ -131,7 +131,7 @@ impl Shard {
         }
         let Some(found) = self.replay.pages.find(channel.id, connection.position(), self.tick) else {
             if page == PageState::Arrived {
-                self.retry_part_later(slot);
+                self.retry_page_later(slot);
             } else {
                 let (position, bytes) = (connection.position(), connection.next_page_bytes());
                 self.request_page(slot, position, bytes);

@@ -10,6 +10,7 @@
 //! | [`replay`] | how much history to read |
 //! | [`liveness`] | pings, pongs and silence |
 
+pub mod client;
 pub mod connection;
 pub mod decoder;
 pub mod handshake;
@@ -18,6 +19,5 @@ pub mod liveness;
 pub mod outbox;
 pub mod progress;
 pub mod replay;
-pub mod client;
 pub mod socket;
 pub mod writer;

@@ -104,7 +104,7 @@ mod tests {
     }
 
     #[test]
-    fn a_slow_reader_asks_for_small_parts() {
+    fn a_slow_reader_asks_for_small_pages() {
         let mut replay = Replay::default();
         assert_eq!(replay.next_page_bytes(), PAGE_FIRST);
         replay.count(100_000, 0);

@@ -85,7 +85,7 @@ impl Channel {
         EventId(self.head.0 - self.events).next()
     }
 
-    /// The events of a page after `position`, about this many bytes, and those before it if they
+    /// The events of a block after `position`, about this many bytes, and those before it if they
     /// have at most [`SHARED_BYTES`].
     pub(super) fn page(&self, position: EventId, mut bytes: usize) -> Page {
         let (start, end) = (block_start(position), EventId(block_start(position).0 + BLOCK));

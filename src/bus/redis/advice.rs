@@ -143,8 +143,8 @@ pub fn for_error_reply(text: &str) -> &'static str {
     find(text).unwrap_or(REJECTED)
 }
 
-/// Effect of an eviction policy. `maxmemory` is in bytes; 0 means no limit. Keys of channels expire, so
-/// `volatile-*` policies evict them, too. An evicted key loses the channel's sequence.
+/// Effect of an eviction policy. `maxmemory` is in bytes; 0 means no limit. Keys of channels expire,
+/// so `volatile-*` policies evict them, too. An evicted key loses the channel's sequence.
 pub fn for_eviction(policy: &str, maxmemory: u64) -> String {
     match maxmemory {
         0 => format!("maxmemory-policy is {policy}, which evicts keys once a maxmemory is set"),

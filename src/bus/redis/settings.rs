@@ -107,7 +107,7 @@ impl RedisSettings {
         topics
     }
 
-    /// What the Pub/Sub channel `name` carries. These names have no braces, so the
+    /// What the Pub/Sub channel `name` carries. Names of `--pubsub-channels` have no braces, so the
     /// kinds can't be confused.
     pub fn topic<'a>(&self, name: &'a str) -> Topic<'a> {
         let Some(own) = name.strip_prefix(&self.prefix).and_then(|rest| rest.strip_prefix(':')) else {

@@ -37,7 +37,7 @@ async fn gap_beyond_history_is_a_reset() {
 }
 
 #[tokio::test]
-async fn part_of_a_page_is_read_once_for_all() {
+async fn page_is_read_once_for_all() {
     let redis = RedisServer::start();
     let mut node = Node::ready(settings(&redis.url())).await;
     let reader = node.follow("room", 0).await;
