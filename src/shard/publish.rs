@@ -8,6 +8,7 @@ use crate::config::ClientPublish;
 use crate::protocol::close::CloseReason;
 use crate::protocol::event::EventId;
 use crate::protocol::frame::{self, ClientFrame, ErrorCode};
+use crate::ws::connection::State;
 
 impl Shard {
     /// Handles a text message. An error closes the connection.
@@ -112,11 +113,13 @@ impl Shard {
                 connection.enqueue(frame::error(code, text, reference));
             }
         }
-        if connection.queued() > 0 {
+        // A sender that is live gets its event now, not when the fan-out comes to it: it may wait for
+        // its event before it sends more.
+        let is_live = matches!(connection.state, State::Live) && !connection.socket.is_blocked();
+        if is_live || connection.queued() > 0 {
             self.flush(slot);
-        } else {
-            self.resume_reading(slot);
         }
+        self.resume_reading(slot);
     }
 
     /// Resumes reading from a client that has taken most of its frames and answers.

@@ -1,10 +1,11 @@
-//! Fan-outs: how much is written in a turn, and events without id when memory is short.
+//! Fan-outs: how much is written in a turn, who comes first, and events without id when memory is
+//! short.
 
 use std::io::Read;
 
 use super::super::Shard;
 use super::super::deferred::FANOUT_WRITES;
-use super::testbed::{CLIENTS, Client, Testbed, take_frame};
+use super::testbed::{CLIENTS, Client, Mode, Testbed, masked, take_frame};
 use crate::protocol::event::{Entry, EventId};
 use crate::ws::connection::State;
 
@@ -63,9 +64,8 @@ fn a_burst_is_written_in_turns() {
     }
 }
 
-/// Delivers events without id of these sizes, all before the first turn or each before one. Returns
-/// how many of them each client received.
-fn deliver_events_without_id(sizes: &[usize], with_turns: bool) -> (Testbed, Vec<usize>) {
+/// A shard with all clients in its channel.
+fn with_members() -> Testbed {
     let mut testbed = Testbed::new();
     let follows = |testbed: &Testbed| {
         let key = testbed.shard.channels.key(&testbed.channel);
@@ -75,6 +75,36 @@ fn deliver_events_without_id(sizes: &[usize], with_turns: bool) -> (Testbed, Vec
         testbed.turn();
         testbed.answer();
     }
+    testbed
+}
+
+#[test]
+fn a_sender_gets_its_event_before_the_fan_out() {
+    let mut testbed = with_members();
+    testbed.publish(None, 0);
+    testbed.deliver_from(testbed.head);
+    while testbed.shard.has_deferred() {
+        testbed.turn();
+    }
+    let mut buffer = [0; 4096];
+    for client in &mut testbed.clients {
+        while client.socket.read(&mut buffer).is_ok_and(|read| read > 0) {}
+        client.upgraded = true;
+    }
+    let sender = CLIENTS.iter().position(|(_, mode)| *mode == Mode::Plain).expect("a plain client");
+    testbed.clients[sender].send(&masked(1, b"hi"));
+    testbed.ready(0, usize::MAX);
+    testbed.answer();
+    for (number, client) in testbed.clients.iter_mut().enumerate() {
+        let has_event = client.socket.read(&mut buffer).is_ok_and(|read| read > 0);
+        assert_eq!(has_event, number == sender, "client {number}");
+    }
+}
+
+/// Delivers events without id of these sizes, all before the first turn or each before one. Returns
+/// how many of them each client received.
+fn deliver_events_without_id(sizes: &[usize], with_turns: bool) -> (Testbed, Vec<usize>) {
+    let mut testbed = with_members();
     for size in sizes {
         let text = format!(r#"{{"plain":"{}"}}"#, "x".repeat(*size));
         testbed.deliver(Entry::without_id(EventId(testbed.head), text.as_bytes()));
