@@ -3,12 +3,11 @@
 use std::io;
 use std::ops::{Index, IndexMut};
 
-use mio::{Interest, Registry, Token};
-use slab::Slab;
-
 use super::deadlines::LISTED;
+use super::slots::Slots;
 use crate::bus::{ConnectionId, ShardId};
 use crate::ws::connection::{Connection, State};
+use mio::{Interest, Registry, Token};
 
 /// Connections by slot. Their sockets are registered with epoll.
 ///
@@ -17,7 +16,7 @@ use crate::ws::connection::{Connection, State};
 #[derive(Debug)]
 pub struct ConnectionTable {
     shard: ShardId,
-    slots: Slab<Connection>,
+    slots: Slots<Connection>,
     /// The generation of the latest connection.
     generation: u32,
     discarded: Vec<u32>,
@@ -26,20 +25,20 @@ pub struct ConnectionTable {
 
 impl ConnectionTable {
     pub fn new(shard: ShardId, registry: Registry) -> ConnectionTable {
-        ConnectionTable { shard, slots: Slab::new(), generation: 0, discarded: Vec::new(), registry }
+        ConnectionTable { shard, slots: Slots::new(), generation: 0, discarded: Vec::new(), registry }
     }
 
     /// Adds the connection that `create` returns for a new generation. Returns its slot.
     pub fn insert(&mut self, create: impl FnOnce(u32) -> Connection) -> u32 {
         self.generation = self.generation.wrapping_add(1);
-        self.slots.insert(create(self.generation)) as u32
+        self.slots.insert(create(self.generation))
     }
 
     /// Registers the socket with epoll. Fails when the kernel is out of memory, or at
     /// `fs.epoll.max_user_watches`.
     pub fn register(&mut self, slot: u32) -> io::Result<()> {
         let token = token(self.id(slot));
-        self.registry.register(self.slots[slot as usize].socket.stream_mut(), token, Interest::READABLE)
+        self.registry.register(self.slots[slot].socket.stream_mut(), token, Interest::READABLE)
     }
 
     /// Has epoll report that the socket is writable again. From the start it would do so once for
@@ -47,7 +46,7 @@ impl ConnectionTable {
     pub fn register_writable(&mut self, slot: u32) -> io::Result<()> {
         let token = token(self.id(slot));
         let interest = Interest::READABLE | Interest::WRITABLE;
-        self.registry.reregister(self.slots[slot as usize].socket.stream_mut(), token, interest)
+        self.registry.reregister(self.slots[slot].socket.stream_mut(), token, interest)
     }
 
     pub fn id(&self, slot: u32) -> ConnectionId {
@@ -67,12 +66,12 @@ impl ConnectionTable {
 
     /// The connection in a slot, unless it was discarded.
     pub fn get(&self, slot: u32) -> Option<&Connection> {
-        self.slots.get(slot as usize).filter(|connection| !matches!(connection.state, State::Discarded))
+        self.slots.get(slot).filter(|connection| !matches!(connection.state, State::Discarded))
     }
 
-    /// Slots in use or free: no slot has this number or a higher one.
-    pub fn capacity(&self) -> u32 {
-        self.slots.capacity() as u32
+    /// No slot has this number or a higher one.
+    pub fn end(&self) -> u32 {
+        self.slots.end()
     }
 
     pub fn len(&self) -> usize {
@@ -81,7 +80,7 @@ impl ConnectionTable {
 
     /// Slots of all connections, discarded ones among them.
     pub fn slots(&self) -> impl Iterator<Item = u32> {
-        self.slots.iter().map(|(slot, _)| slot as u32)
+        self.slots.iter()
     }
 
     /// Frees memory that the list of discarded connections took while thousands were in it.
@@ -99,7 +98,7 @@ impl ConnectionTable {
     /// Frees a slot that was discarded. Called until it returns `None`, at the end of a turn.
     pub fn free_discarded(&mut self) -> Option<Connection> {
         let slot = self.discarded.pop()?;
-        Some(self.slots.remove(slot as usize))
+        Some(self.slots.remove(slot))
     }
 }
 
@@ -107,13 +106,13 @@ impl Index<u32> for ConnectionTable {
     type Output = Connection;
 
     fn index(&self, slot: u32) -> &Connection {
-        &self.slots[slot as usize]
+        &self.slots[slot]
     }
 }
 
 impl IndexMut<u32> for ConnectionTable {
     fn index_mut(&mut self, slot: u32) -> &mut Connection {
-        &mut self.slots[slot as usize]
+        &mut self.slots[slot]
     }
 }
 

@@ -42,7 +42,7 @@ impl Shard {
         let mut due = if is_last { usize::MAX } else { drain.left.div_ceil(ticks as usize) };
         drain.left = drain.left.saturating_sub(due);
         let mut slot = drain.slot;
-        while slot < self.connections.capacity() && due > 0 {
+        while slot < self.connections.end() && due > 0 {
             due -= usize::from(self.drain_slot(slot, is_last));
             slot += 1;
         }

@@ -30,7 +30,7 @@ impl Shard {
         let turns = (interval.min(timeout) / 4).clamp(1, SECOND);
         let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH);
         let seconds = since_epoch.map_or(0, |since| since.as_secs() as u32);
-        let slots = self.connections.capacity();
+        let slots = self.connections.end();
         for _ in 0..slots.div_ceil(turns) {
             let slot = self.sweep.slot;
             self.sweep.slot = (slot + 1) % slots;

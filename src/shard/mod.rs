@@ -3,7 +3,8 @@
 //! | file | content |
 //! |---|---|
 //! | [`mailbox`], `event_loop`, `runtime` | messages to a shard; the loop over messages, sockets, ticks |
-//! | `connections`, `channel_table`, `channels` | connections by slot, channels by key, one channel |
+//! | `connections`, `slots` | connections by slot, in chunks |
+//! | `channel_table`, `channels` | channels by key, one channel |
 //! | `read`, `publish` | from a socket: requests, frames, messages |
 //! | `join` | from a request to a member of a channel |
 //! | `fanout`, `private`, `write` | from the feed to the sockets |
@@ -46,6 +47,7 @@ mod private;
 mod publish;
 mod read;
 pub(crate) mod runtime;
+mod slots;
 #[cfg(test)]
 mod tests;
 mod timers;
