@@ -74,7 +74,7 @@ fn decide<'a>(
     let mut outcome = HandshakeOutcome::Incomplete(0);
     for piece in pieces {
         kept.extend_from_slice(piece);
-        (outcome, connection_slot) = handshake::decide(&kept, context, connection_slot, false);
+        (outcome, connection_slot) = handshake::decide(&kept, context, connection_slot, &|| false);
         match &outcome {
             HandshakeOutcome::Incomplete(read) => drop(kept.drain(..*read)),
             _ => break,

@@ -97,7 +97,8 @@ impl Shard {
     fn on_request_bytes(&mut self, slot: u32, length: usize) {
         let received = &self.input.buffer[..length];
         let connection = &mut self.connections[slot];
-        let loopback = self.context.handshake.is_loopback(connection.socket.stream());
+        let context = &self.context.handshake;
+        let is_loopback = || context.is_loopback(connection.socket.stream());
         let State::Request(kept) = &mut connection.state else { return };
         let request = match kept {
             None => received,
@@ -107,7 +108,7 @@ impl Shard {
             }
         };
         let (outcome, connection_slot) =
-            handshake::decide(request, &self.context.handshake, connection.connection_slot, loopback);
+            handshake::decide(request, context, connection.connection_slot, &is_loopback);
         connection.connection_slot = connection_slot;
         match outcome {
             HandshakeOutcome::Incomplete(read) => match kept {

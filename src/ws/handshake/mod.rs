@@ -57,16 +57,16 @@ impl HandshakeContext {
 }
 
 /// Reads the bytes of a request on a public listener. Returns what it leads to, and the slot of the
-/// connection: another one if a trusted proxy has reported the client address. `loopback` is the
-/// result of [`HandshakeContext::is_loopback`].
+/// connection: another one if a trusted proxy has reported the client address. `is_loopback` calls
+/// [`HandshakeContext::is_loopback`], which takes system calls: only some requests need it.
 pub fn decide(
     bytes: &[u8],
     context: &HandshakeContext,
     connection_slot: ConnectionSlot,
-    loopback: bool,
+    is_loopback: &dyn Fn() -> bool,
 ) -> (HandshakeOutcome, ConnectionSlot) {
     let mut slot = connection_slot;
-    let outcome = read(bytes, context, &mut slot, loopback).unwrap_or_else(HandshakeOutcome::Reject);
+    let outcome = read(bytes, context, &mut slot, is_loopback).unwrap_or_else(HandshakeOutcome::Reject);
     (outcome, slot)
 }
 
@@ -74,7 +74,7 @@ fn read(
     bytes: &[u8],
     context: &HandshakeContext,
     connection_slot: &mut ConnectionSlot,
-    loopback: bool,
+    is_loopback: &dyn Fn() -> bool,
 ) -> Result<HandshakeOutcome, Rejection> {
     let (request, skipped) = skip_preambles(bytes, context, connection_slot)?;
     let Some(request) = request else { return Ok(HandshakeOutcome::Incomplete(skipped)) };
@@ -87,7 +87,7 @@ fn read(
     };
     let has_more = request.len() > length;
     set_client(&head, context, connection_slot).map_err(|rejection| rejection.answering(&head))?;
-    Ok(upgrade::decide(&head, user, has_more, context, loopback))
+    Ok(upgrade::decide(&head, user, has_more, context, is_loopback))
 }
 
 /// Skips the PROXY headers of trusted proxies, one from each that the connection has passed.

@@ -34,7 +34,7 @@ fn outcome(bytes: &[u8]) -> HandshakeOutcome {
 
 fn decide_from(peer: &str, bytes: &[u8], context: &HandshakeContext) -> (HandshakeOutcome, ConnectionSlot) {
     let connection_slot = context.limits.acquire(peer.parse().unwrap()).unwrap();
-    decide(bytes, context, connection_slot, false)
+    decide(bytes, context, connection_slot, &|| false)
 }
 
 fn join(target: &str, headers: &str) -> Join {
@@ -141,7 +141,7 @@ fn trusted_proxies_report_the_client() {
         let mut kept = Vec::new();
         for (at, byte) in bytes.iter().enumerate() {
             kept.push(*byte);
-            let (outcome, slot) = decide(&kept, &context, connection_slot, false);
+            let (outcome, slot) = decide(&kept, &context, connection_slot, &|| false);
             connection_slot = slot;
             match outcome {
                 HandshakeOutcome::Incomplete(read) => drop(kept.drain(..read)),
@@ -179,7 +179,7 @@ fn proxy_headers_of_other_peers_are_rejected() {
         let mut kept = Vec::new();
         let rejected = bytes.bytes().any(|byte| {
             kept.push(byte);
-            let (outcome, slot) = decide(&kept, &context, connection_slot, false);
+            let (outcome, slot) = decide(&kept, &context, connection_slot, &|| false);
             connection_slot = slot;
             match outcome {
                 HandshakeOutcome::Incomplete(read) => drop(kept.drain(..read)),
@@ -253,7 +253,7 @@ fn rebound_names_are_refused_on_loopback() {
         let header = if origin.is_empty() { String::new() } else { format!("Origin: {origin}\r\n") };
         let request = request("/ws/a", &header).replace("Host: a", &format!("Host: {host}"));
         let connection_slot = context.limits.acquire("127.0.0.1".parse().unwrap()).unwrap();
-        let (outcome, _) = decide(request.as_bytes(), context, connection_slot, loopback);
+        let (outcome, _) = decide(request.as_bytes(), context, connection_slot, &|| loopback);
         assert_eq!(matches!(outcome, HandshakeOutcome::Join(_)), joins, "{host} {origin}: {outcome:?}");
     }
 }

@@ -41,13 +41,13 @@ pub(super) fn decide(
     user: &str,
     has_more: bool,
     context: &HandshakeContext,
-    loopback: bool,
+    is_loopback: &dyn Fn() -> bool,
 ) -> HandshakeOutcome {
     let upgrade = match Upgrade::check(head, has_more, context) {
         Ok(upgrade) => upgrade,
         Err(rejection) => return HandshakeOutcome::Reject(rejection.answering(head)),
     };
-    match upgrade.join(user, context, loopback) {
+    match upgrade.join(user, context, is_loopback) {
         Ok(join) => HandshakeOutcome::Join(Box::new(join)),
         Err(rejection) => upgrade.reject(rejection),
     }
@@ -80,9 +80,14 @@ impl<'h, 'a> Upgrade<'h, 'a> {
         Ok(Upgrade { head, key, offer: Offer::of(head, context.keys.requires_token()), mistyped })
     }
 
-    fn join(&self, user: &str, context: &HandshakeContext, loopback: bool) -> Result<Join, Rejection> {
+    fn join(
+        &self,
+        user: &str,
+        context: &HandshakeContext,
+        is_loopback: &dyn Fn() -> bool,
+    ) -> Result<Join, Rejection> {
         let head = self.head;
-        check_origin(head, &context.settings, loopback)?;
+        check_origin(head, &context.settings, is_loopback)?;
         let user = Some(user).filter(|user| !user.contains('/')).and_then(http::percent_decode);
         let Some(user) = user.filter(|user| is_user_id(user)) else {
             let text =
@@ -186,12 +191,16 @@ fn find_token<'a>(head: &Head<'a>) -> Result<Option<Cow<'a, str>>, Rejection> {
 /// A request without `Origin` is not from a browser. With DNS rebinding a page's own name points to
 /// this machine and is in both `Host` and `Origin`, so without rules a loopback listener accepts
 /// loopback hosts only.
-fn check_origin(head: &Head<'_>, settings: &Settings, loopback: bool) -> Result<(), Rejection> {
+fn check_origin(
+    head: &Head<'_>,
+    settings: &Settings,
+    is_loopback: &dyn Fn() -> bool,
+) -> Result<(), Rejection> {
     let rules = &settings.allow_origin;
     let host = head.header("host").unwrap_or_default();
     match head.count("origin") {
         0 => Ok(()),
-        1 if loopback && rules.is_empty() && !origin::is_loopback_host(host) => {
+        1 if rules.is_empty() && !origin::is_loopback_host(host) && is_loopback() => {
             Err(rejections::host_not_allowed())
         }
         1 if origin::is_allowed(rules, head.header("origin").unwrap_or_default(), host) => Ok(()),
