@@ -50,6 +50,19 @@ async fn measures_every_phase_of_fanfare() {
 }
 
 #[tokio::test]
+async fn clients_connect_to_urls_in_turn() {
+    let node = Node::start(&[]).await;
+    let (url, nowhere) = (format!("ws://{}/ws/{{i}}", node.public), "ws://127.0.0.1:1/ws/{i}");
+    let phases = "connect, rate 50/s 200ms";
+    let output = bench(&[&url, nowhere, "--connections", "10", "--phases", phases, "--json"]).await;
+    let results: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let [connect, rate] = results["phases"].as_array().unwrap().as_slice() else { panic!("{results:#}") };
+    let refused: u64 = connect["refused"].as_object().unwrap().values().filter_map(Value::as_u64).sum();
+    assert_eq!((&connect["clients"], refused), (&6.into(), 5), "{results:#}");
+    assert_eq!(rate["deliveries"], 6 * rate["published"].as_u64().unwrap());
+}
+
+#[tokio::test]
 async fn publishes_by_http_in_a_closed_loop() {
     let node = Node::start(&[]).await;
     let (url, publish) = (

@@ -13,11 +13,12 @@ use crate::config::SettingError;
 use crate::config::args::{Args, Flag};
 
 pub const HELP: &str = "\
-Usage: fanfare bench URL [flags]
+Usage: fanfare bench URL... [flags]
 
 Loads a WebSocket server that broadcasts, and checks what it delivers: order,
 duplicates, gaps, and that every client gets every event. URL is that of the
-WebSocket, with {i} for the number of a client:
+WebSocket, with {i} for the number of a client. Clients connect to several URLs
+in turn, such as those of the nodes of one Redis:
 
   fanfare bench ws://127.0.0.1:8080/ws/{i}
 
@@ -95,9 +96,9 @@ pub struct Options {
     pub svg: Option<PathBuf>,
 }
 
-/// Reads the flags after the URL. `None`: help is asked for.
+/// Reads the flags after the URLs. `None`: help is asked for.
 pub fn read(
-    url: &str,
+    urls: &[String],
     args: impl Iterator<Item = std::ffi::OsString>,
 ) -> Result<Option<Options>, Vec<SettingError>> {
     let flags = [&FLAGS[..], &[Flag::new("help", "")]].concat();
@@ -106,16 +107,20 @@ pub fn read(
         return Ok(None);
     }
     let headers = args.take_all("header");
-    let target = parse_target(url).map_err(|problem| args.error(url, problem)).ok();
+    let mut targets = Vec::new();
+    for url in urls {
+        match parse_target(url) {
+            Ok(target) => targets.push(target),
+            Err(problem) => args.error(url, problem),
+        }
+    }
     let connections = args.value("connections", |text| whole(text, 1, 10_000_000)).unwrap_or(1000);
     let least = connections.div_ceil(CONNECTIONS_PER_PROCESS);
     let processes =
         args.value("processes", |text| whole(text, least, connections.min(1000))).unwrap_or(least);
     let size = args.value("size", |text| whole(text, MARK as u32, 1 << 20)).unwrap_or(128) as usize;
     let bind = args.value("bind", |text| text.split(',').map(parse_ip).collect());
-    let bind = bind.unwrap_or_else(|| {
-        target.as_ref().map(|target| sources(target.addr, connections)).unwrap_or_default()
-    });
+    let bind = bind.unwrap_or_else(|| sources(&targets, connections));
     let phases = args.value("phases", phase::parse_list).unwrap_or_else(default_phases);
     let publish = publish(&mut args, &headers);
     let mut answers = Vec::new();
@@ -133,10 +138,13 @@ pub fn read(
     let subprotocol = args.take("subprotocol");
     let pids = args.value("pid", |text| text.split(',').map(|pid| whole(pid.trim(), 1, u32::MAX)).collect());
     let (json, svg) = (args.switch("json"), args.take("svg").map(PathBuf::from));
-    let (Some(target), true) = (target, args.errors.is_empty()) else { return Err(args.errors) };
-    let target = Target { subprotocol, headers, ..target };
+    if !args.errors.is_empty() {
+        return Err(args.errors);
+    }
     let plan = Plan {
-        target,
+        targets,
+        subprotocol,
+        headers,
         connections,
         processes,
         bind,
@@ -175,14 +183,14 @@ fn parse_ip(text: &str) -> Result<IpAddr, String> {
     text.trim().parse().map_err(|_| format!("{text:?} is not an IP address"))
 }
 
-/// Sources for connections to a loopback address: each has some 28,000 free ports for one target.
-fn sources(addr: SocketAddr, connections: u32) -> Vec<IpAddr> {
-    match addr.ip() {
-        IpAddr::V4(ip) if ip.is_loopback() => (0..connections.div_ceil(CONNECTIONS_PER_PROCESS))
-            .map(|number| IpAddr::V4(Ipv4Addr::from(0x7F00_0001 + number)))
-            .collect(),
-        _ => Vec::new(),
+/// Sources for connections to loopback addresses: each has some 28,000 free ports for one target.
+fn sources(targets: &[Target], connections: u32) -> Vec<IpAddr> {
+    if !targets.iter().all(|target| target.addr.is_ipv4() && target.addr.ip().is_loopback()) {
+        return Vec::new();
     }
+    (0..connections.div_ceil(CONNECTIONS_PER_PROCESS))
+        .map(|number| IpAddr::V4(Ipv4Addr::from(0x7F00_0001 + number)))
+        .collect()
 }
 
 fn parse_url(text: &str, schemes: &[&str]) -> Result<Url, String> {
@@ -211,7 +219,7 @@ fn parse_target(text: &str) -> Result<Target, String> {
     let url = parse_url(&text.replace("{i}", NUMBER), &["ws"])?;
     let (addr, host) = resolve(&url, 80)?;
     let path = url[url::Position::BeforePath..url::Position::AfterQuery].replace(NUMBER, "{i}");
-    Ok(Target { addr, host, path, subprotocol: None, headers: Vec::new() })
+    Ok(Target { addr, host, path })
 }
 
 fn publish(args: &mut Args, headers: &[String]) -> Publish {
@@ -237,7 +245,10 @@ mod tests {
     use super::*;
 
     fn read_words(words: &[&str]) -> Result<Option<Options>, Vec<SettingError>> {
-        read(words[0], words[1..].iter().map(std::ffi::OsString::from))
+        let urls = words.iter().take_while(|word| !word.starts_with('-')).count();
+        let (urls, flags) = words.split_at(urls);
+        let urls: Vec<String> = urls.iter().map(|url| (*url).to_owned()).collect();
+        read(&urls, flags.iter().map(std::ffi::OsString::from))
     }
 
     #[test]
@@ -245,7 +256,8 @@ mod tests {
         let asked = read_words(&["ws://127.0.0.1:8080/ws/{i}?channel=a"]).unwrap().unwrap();
         let plan = asked.plan;
         assert_eq!((plan.connections, plan.processes, plan.phases.len()), (1000, 1, 7));
-        assert_eq!((&*plan.target.path, &*plan.target.host), ("/ws/{i}?channel=a", "127.0.0.1:8080"));
+        let [target] = &plan.targets[..] else { panic!("{plan:?}") };
+        assert_eq!((&*target.path, &*target.host), ("/ws/{i}?channel=a", "127.0.0.1:8080"));
         assert!(asked.detects_resume && plan.bind == [IpAddr::from([127, 0, 0, 1])]);
     }
 
@@ -260,6 +272,7 @@ mod tests {
         for (words, problem) in [
             (&["http://127.0.0.1/"][..], "must start with ws://"),
             (&["wss://127.0.0.1/"], "TLS is not supported"),
+            (&["ws://127.0.0.1/", "http://127.0.0.1/"], "must start with ws://"),
             (&["ws://127.0.0.1/", "--size", "17"], "from 18"),
             (&["ws://127.0.0.1/", "--connections", "0"], "from 1"),
             (&["ws://127.0.0.1/", "--connections", "20000", "--processes", "1"], "from 2"),

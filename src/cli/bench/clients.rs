@@ -243,7 +243,7 @@ impl Clients {
 
 /// Starts to connect.
 fn open(plan: &Plan, slot: usize, number: u64, registry: &Registry) -> io::Result<TcpStream> {
-    let Plan { target, bind, .. } = plan;
+    let (target, bind) = (plan.target(number), &plan.bind);
     let socket = Socket::new(Domain::for_address(target.addr), Type::STREAM, Some(Protocol::TCP))?;
     socket.set_nonblocking(true)?;
     socket.set_tcp_nodelay(true)?;

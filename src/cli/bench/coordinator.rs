@@ -142,7 +142,7 @@ impl<'p> Coordinator<'p> {
             self.progress.clear();
             let refused = self.total().refused;
             let reason = refused.keys().next().map_or("no answer", String::as_str);
-            bail!("no client could connect to {}: {reason}", self.plan.target.host);
+            bail!("no client could connect to {}: {reason}", self.plan.targets[0].host);
         }
         Ok(())
     }

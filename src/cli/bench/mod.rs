@@ -58,16 +58,20 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     if args.next_if(|first| first == WORKER).is_some() {
         return worker::run();
     }
-    let Some(url) = args.next_if(|first| !first.to_string_lossy().starts_with('-')) else {
+    let mut urls = Vec::new();
+    while let Some(url) = args.next_if(|word| !word.to_string_lossy().starts_with('-')) {
+        urls.push(url.to_string_lossy().into_owned());
+    }
+    if urls.is_empty() {
         let wants_help = args.peek().is_some_and(|first| first == "--help" || first == "-h");
         return match wants_help {
             true => print(HELP, ExitCode::SUCCESS),
             false => print_usage_error(
-                "fanfare bench: the URL comes first, as in: fanfare bench ws://127.0.0.1:8080/ws/{i}\n",
+                "fanfare bench: the URLs come first, as in: fanfare bench ws://127.0.0.1:8080/ws/{i}\n",
             ),
         };
-    };
-    match arguments::read(&url.to_string_lossy(), args) {
+    }
+    match arguments::read(&urls, args) {
         Ok(None) => print(HELP, ExitCode::SUCCESS),
         Ok(Some(options)) => measure(options),
         Err(errors) => print_usage_error(&config::error_report(&errors)),
@@ -91,7 +95,8 @@ fn measure(options: Options) -> ExitCode {
     if detects_resume && supports_resume(&plan) {
         plan.resume = Some(RESUME.into());
     }
-    let server = Server::find(&pids, plan.target.addr);
+    let addrs: Vec<_> = plan.targets.iter().map(|target| target.addr).collect();
+    let server = Server::find(&pids, &addrs);
     let names = server.names();
     let outcome = Coordinator::start(&plan, server).and_then(Coordinator::run);
     let outcome = match outcome {
@@ -153,7 +158,9 @@ fn describe(plan: &Plan, names: &str, outcome: &Outcome) -> String {
 /// Whether the server sends a `welcome` to a client that can resume, as fanfare does.
 fn supports_resume(plan: &Plan) -> bool {
     let asking = Plan { resume: Some(RESUME.into()), ..plan.clone() };
-    let Ok(mut stream) = TcpStream::connect_timeout(&plan.target.addr, WELCOME_TIMEOUT) else { return false };
+    let Ok(mut stream) = TcpStream::connect_timeout(&plan.targets[0].addr, WELCOME_TIMEOUT) else {
+        return false;
+    };
     if stream.write_all(asking.request(0, 0).as_bytes()).is_err() {
         return false;
     }

@@ -24,7 +24,11 @@ pub const TIMED: u32 = 500;
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Plan {
-    pub target: Target,
+    /// At least one. Clients connect to them in turn.
+    pub targets: Vec<Target>,
+    pub subprotocol: Option<String>,
+    /// Further header lines of each upgrade.
+    pub headers: Vec<String>,
     pub connections: u32,
     pub processes: u32,
     /// Source addresses, used in turn; empty: the system chooses.
@@ -42,7 +46,7 @@ pub struct Plan {
     pub phases: Vec<Phase>,
 }
 
-/// The WebSocket that the clients connect to.
+/// A WebSocket that clients connect to.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Target {
     pub addr: SocketAddr,
@@ -50,9 +54,6 @@ pub struct Target {
     pub host: String,
     /// Path and query, with `{i}` for the number of the client.
     pub path: String,
-    pub subprotocol: Option<String>,
-    /// Further header lines.
-    pub headers: Vec<String>,
 }
 
 /// What a client sends and expects, apart from events.
@@ -86,6 +87,11 @@ impl Plan {
         (start(process), start(process + 1) - start(process))
     }
 
+    /// Where the client with this number connects.
+    pub fn target(&self, number: u64) -> &Target {
+        &self.targets[(number % self.targets.len() as u64) as usize]
+    }
+
     /// Whether latencies of this client are recorded.
     pub fn is_timed(&self, number: u64) -> bool {
         number.is_multiple_of(u64::from((self.connections / TIMED).max(1)))
@@ -93,7 +99,7 @@ impl Plan {
 
     /// The upgrade request of a client. `last`: the last event id that it has.
     pub fn request(&self, number: u64, last: u64) -> String {
-        let target = &self.target;
+        let target = self.target(number);
         let mut path = target.path.replace("{i}", &number.to_string());
         if let Some(resume) = &self.resume {
             let id = if last == 0 { String::new() } else { last.to_string() };
@@ -105,10 +111,10 @@ impl Plan {
             target.host,
             super::wire::KEY
         );
-        if let Some(subprotocol) = &target.subprotocol {
+        if let Some(subprotocol) = &self.subprotocol {
             request += &format!("Sec-WebSocket-Protocol: {subprotocol}\r\n");
         }
-        for header in &target.headers {
+        for header in &self.headers {
             request += &format!("{header}\r\n");
         }
         request + "\r\n"
@@ -158,15 +164,15 @@ mod tests {
 
     #[test]
     fn processes_share_all_connections() {
-        let target = Target {
+        let target = |host: &str| Target {
             addr: "127.0.0.1:1".parse().unwrap(),
-            host: "h".into(),
+            host: host.into(),
             path: "/ws/{i}?a".into(),
-            subprotocol: Some("p".into()),
-            headers: vec!["X: y".into()],
         };
         let mut plan = Plan {
-            target,
+            targets: vec![target("g"), target("h")],
+            subprotocol: Some("p".into()),
+            headers: vec!["X: y".into()],
             connections: 10,
             processes: 3,
             bind: Vec::new(),
@@ -182,6 +188,8 @@ mod tests {
         let request = plan.request(7, 12);
         assert!(request.starts_with("GET /ws/7?a&lastEventId=12 HTTP/1.1\r\n"), "{request}");
         assert!(request.contains("\r\nSec-WebSocket-Protocol: p\r\nX: y\r\n\r\n"), "{request}");
+        assert!(request.contains("\r\nHost: h\r\n"), "{request}");
+        assert!(plan.request(8, 12).contains("\r\nHost: g\r\n"), "{request}");
         plan.resume = None;
         assert!(plan.request(7, 12).starts_with("GET /ws/7?a HTTP"));
     }

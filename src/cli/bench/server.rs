@@ -26,12 +26,12 @@ pub struct Server {
 }
 
 impl Server {
-    /// These processes, or those that listen on the address if it is one of this machine.
-    pub fn find(pids: &[u32], addr: SocketAddr) -> Server {
+    /// These processes, or those that listen on the addresses if they are of this machine.
+    pub fn find(pids: &[u32], addrs: &[SocketAddr]) -> Server {
         if !pids.is_empty() {
             return Server { pids: pids.to_vec() };
         }
-        let inodes = listening(addr);
+        let inodes = addrs.iter().flat_map(|addr| listening(*addr)).collect();
         // systemd holds the sockets of its units, too.
         let excluded = [1, std::process::id()];
         let mut pids: Vec<u32> =
