@@ -33,7 +33,7 @@ pub use raw::Raw;
 pub use redis::{Redis, Resp, Value, free_port};
 pub use rng::Rng;
 pub use single_shard::SingleShard;
-pub use token_key::TokenKey;
+pub use token_key::{TokenKey, token};
 
 /// How long a test waits for something that must happen. Long, since many tests share few cores.
 pub const DEADLINE: Duration = Duration::from_secs(20);

@@ -17,12 +17,16 @@ impl TokenKey {
         self.0.path().join("jwt.key").to_str().expect("UTF-8").to_owned()
     }
 
-    /// A token made by `fanfare token` with these flags.
     pub fn token(&self, user: &str, flags: &[&str]) -> String {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_fanfare"));
-        command.args(["token", "--user", user, "--jwt-key", &self.path()]).args(flags);
-        let output = command.output().expect("the binary can be run");
-        assert!(output.status.success(), "{output:?}");
-        String::from_utf8(output.stdout).expect("UTF-8").trim_end().to_owned()
+        token(&self.path(), user, flags)
     }
+}
+
+/// A token made by `fanfare token` with a key file and these flags.
+pub fn token(key: &str, user: &str, flags: &[&str]) -> String {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_fanfare"));
+    let output = command.args(["token", "--user", user, "--jwt-key", key]).args(flags).output();
+    let output = output.expect("the binary can be run");
+    assert!(output.status.success() && output.stderr.is_empty(), "{output:?}");
+    String::from_utf8(output.stdout).expect("UTF-8").trim_end().to_owned()
 }

@@ -3,7 +3,6 @@
 
 use std::cell::Cell;
 use std::net::SocketAddr;
-use std::process::Command;
 use std::time::Duration;
 
 use futures_util::future::join_all;
@@ -11,20 +10,12 @@ use futures_util::stream::{self, StreamExt};
 use serde_json::{Value, json};
 
 use crate::common;
-use crate::common::process::Directory;
 use crate::common::raw::opcode;
-use crate::common::{Client, Nginx, Node, Options, Raw, Redis};
+use crate::common::{Client, Nginx, Node, Options, Raw, Redis, TokenKey};
 
-const SECRET: &str = "a secret that is long enough for HS256";
 const BAD: usize = 1000;
 /// An address with as many connections as one address may have.
 const CROWDED: [u8; 4] = [127, 0, 0, 3];
-
-fn token(key: &str, user: &str) -> String {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_fanfare"));
-    let output = command.args(["token", "--jwt-key", key, "--user", user]).output();
-    String::from_utf8(output.expect("the binary can be run").stdout).expect("text").trim_end().to_owned()
-}
 
 /// A bad handshake: its source address and bytes, and the statuses that may answer it, from the
 /// node or from nginx. None: the client does not wait for a response.
@@ -42,9 +33,9 @@ fn upgrade(target: &str, headers: &str) -> String {
 }
 
 /// One of every kind without a 503.
-fn kinds(key: &str) -> Vec<Bad> {
-    let target = format!("/ws/alice?token={}", token(key, "alice"));
-    let greedy = format!("/ws/greedy?token={}", token(key, "greedy"));
+fn kinds(key: &TokenKey) -> Vec<Bad> {
+    let target = format!("/ws/alice?token={}", key.token("alice", &[]));
+    let greedy = format!("/ws/greedy?token={}", key.token("greedy", &[]));
     let good = upgrade(&target, "");
     let long = "x".repeat(9000);
     let part = "x".repeat(7000);
@@ -130,26 +121,22 @@ impl Bad {
 
 /// Two nodes behind nginx, and valid clients of both.
 struct Scene {
-    key: String,
+    key: TokenKey,
     nodes: [Node; 2],
     nginx: Nginx,
     clients: Vec<Client>,
     /// Connections that exhaust the limits of a user, an address and the channels.
     _held: Vec<Raw>,
     _redis: Redis,
-    _directory: Directory,
 }
 
 impl Scene {
     async fn set(start_nginx: impl AsyncFnOnce(&[SocketAddr]) -> Nginx) -> Scene {
-        let directory = Directory::new();
-        let file = directory.path().join("key");
-        std::fs::write(&file, SECRET).expect("a file");
-        let key = file.to_str().expect("UTF-8").to_owned();
+        let key = TokenKey::new();
         let redis = Redis::start(&[]).await;
         let flags = [
             "--jwt-key",
-            &key,
+            &key.path(),
             "--trusted-proxy",
             "127.0.0.1",
             "--max-connections-per-user",
@@ -167,7 +154,8 @@ impl Scene {
             // choose the fuller node, which rejects the client.
             while held.len() < if user == "greedy" { 8 } else { 4 } {
                 let mut raw = Raw::connect_from(from, nginx.addr).await;
-                if raw.upgrade(&format!("/ws/{user}?token={}", token(&key, user)), &[]).await.status != 101 {
+                if raw.upgrade(&format!("/ws/{user}?token={}", key.token(user, &[])), &[]).await.status != 101
+                {
                     break;
                 }
                 held.push(raw);
@@ -178,7 +166,7 @@ impl Scene {
         for number in 0..6 {
             clients.push(client(&nginx, &key, &format!("user{number}")).await);
         }
-        Scene { key, nodes: [a, b], nginx, clients, _held: held, _redis: redis, _directory: directory }
+        Scene { key, nodes: [a, b], nginx, clients, _held: held, _redis: redis }
     }
 
     /// Sends bad handshakes, twenty at a time, while clients publish and get every event.
@@ -244,9 +232,9 @@ impl Scene {
     }
 }
 
-async fn client(nginx: &Nginx, key: &str, user: &str) -> Client {
+async fn client(nginx: &Nginx, key: &TokenKey, user: &str) -> Client {
     let options = Options {
-        query: format!("channel=room&token={}", token(key, user)),
+        query: format!("channel=room&token={}", key.token(user, &[])),
         subprotocol: Some(common::client::JSON_MODE),
         ..Options::default()
     };
@@ -270,13 +258,12 @@ async fn bad_handshakes_take_no_node_out() {
 #[tokio::test]
 async fn rejections_with_503_go_to_the_other_node() {
     let mut scene = Scene::set(Nginx::before).await;
-    let key = scene.key.clone();
     let full = |number: usize| {
         let user = format!("full{number}"); // one each, since connections that wait for the response count too
-        let target = format!("/ws/{user}?token={}&channel=new{number}", token(&key, &user));
+        let target = format!("/ws/{user}?token={}&channel=new{number}", scene.key.token(&user, &[]));
         Bad { from: [127, 0, 0, 1], bytes: upgrade(&target, "").into(), statuses: &[503] }
     };
-    let kinds: Vec<_> = (0..20).map(full).chain(kinds(&key)).collect();
+    let kinds: Vec<_> = (0..20).map(full).chain(kinds(&scene.key)).collect();
     scene.plays(&kinds).await;
     scene.stands().await;
     let tried_twice = scene.nginx.requests().iter().filter(|line| line.contains("503, 503")).count();

@@ -3,13 +3,12 @@
 use std::fs::Permissions;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
-use std::process::Command;
 
 use serde_json::json;
 
 use crate::common;
 use crate::common::process::{Directory, make_fifo};
-use crate::common::{Client, Frame, Node, Options, Raw, http, until};
+use crate::common::{Client, Frame, Node, Options, Raw, TokenKey, http, until};
 
 #[tokio::test]
 async fn other_origins_are_rejected() {
@@ -83,14 +82,9 @@ async fn origins_of_apps_can_be_allowed() {
     }
 
     // Pages of every site can have the origin `null`, so it needs a token.
-    let directory = Directory::new();
-    let key = directory.path().join("key");
-    std::fs::write(&key, "a secret that is long enough for HS256").expect("a file");
-    let key = key.to_str().expect("UTF-8");
-    let node = Node::start(&["--allow-origin", "null", "--jwt-key", key]).await;
-    let mut command = Command::new(env!("CARGO_BIN_EXE_fanfare"));
-    let output = command.args(["token", "--user", "a", "--jwt-key", key]).output().expect("it runs");
-    let path = format!("/ws/a?token={}", String::from_utf8(output.stdout).expect("text").trim_end());
+    let key = TokenKey::new();
+    let node = Node::start(&["--allow-origin", "null", "--jwt-key", &key.path()]).await;
+    let path = format!("/ws/a?token={}", key.token("a", &[]));
     assert_eq!(status(&node, "null", &path).await, 101);
     assert_eq!(status(&node, "null", "/ws/a").await, 401);
     assert_eq!(status(&node, "https://example.com", &path).await, 403);

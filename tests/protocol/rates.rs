@@ -4,9 +4,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::common::process::Directory;
 use crate::common::raw::{frame_bytes, opcode::*};
-use crate::common::{Client, Node, Raw, until};
+use crate::common::{Client, Node, Raw, TokenKey, until};
 
 /// Joins `room` as `flood`, in JSON mode with a subprotocol, otherwise in plain mode.
 async fn join(node: &Node, query: &str, subprotocol: &str) -> Raw {
@@ -166,16 +165,10 @@ async fn reconnecting_gains_no_messages() {
 
 #[tokio::test]
 async fn reconnecting_gains_a_user_no_messages() {
-    let keys = Directory::new();
-    let key = keys.path().join("key");
-    std::fs::write(&key, "a secret that is long enough for HS256\n").expect("a file");
-    let node = Node::start(&["--jwt-key", key.to_str().expect("UTF-8")]).await;
+    let key = TokenKey::new();
+    let node = Node::start(&["--jwt-key", &key.path()]).await;
     for user in ["alice", "bob"] {
-        let mut token = std::process::Command::new(env!("CARGO_BIN_EXE_fanfare"));
-        let token =
-            token.arg("token").arg("--jwt-key").arg(&key).args(["--user", user]).output().expect("a token");
-        let token = String::from_utf8(token.stdout).expect("text");
-        let path = format!("/ws/{user}?channel=room&token={}", token.trim_end());
+        let path = format!("/ws/{user}?channel=room&token={}", key.token(user, &[]));
         expect_no_gain(&node, 100.0, async || Raw::upgraded(node.public, &path).await).await;
     }
 }

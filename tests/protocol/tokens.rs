@@ -41,13 +41,9 @@ impl Keys {
         std::fs::write(self.path(name), format!("{content}\n")).expect("a file");
     }
 
-    /// A token made with this key by `fanfare token`.
-    fn token(&self, name: &str, args: &[&str]) -> String {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_fanfare"));
-        let output = command.arg("token").arg("--jwt-key").arg(self.path(name)).args(args).output();
-        let output = output.expect("the binary can be run");
-        assert!(output.status.success() && output.stderr.is_empty(), "{output:?}");
-        String::from_utf8(output.stdout).expect("text").trim_end().to_owned()
+    /// A token made with this key.
+    fn token(&self, name: &str, user: &str, flags: &[&str]) -> String {
+        common::token(self.path(name).to_str().expect("UTF-8"), user, flags)
     }
 
     async fn node(&self, flags: &[&str]) -> Node {
@@ -117,7 +113,7 @@ async fn status(node: &Node, path: &str, headers: &[(&str, &str)]) -> u16 {
 async fn token_is_accepted_in_three_places() {
     let keys = Keys::new();
     let node = keys.node(&[]).await;
-    let token = keys.token("key", &["--user", "al ice"]);
+    let token = keys.token("key", "al ice", &[]);
     let later = SystemTime::now().duration_since(UNIX_EPOCH).expect("after 1970").as_secs() + 3600;
     let claims = json!({"sub": "al ice", "exp": later, "channels": vec!["ws_broadcast"; 100]});
     let long = sign(SECRET, &json!({"alg": "HS256"}), &claims);
@@ -144,8 +140,8 @@ async fn token_is_accepted_in_three_places() {
 async fn clients_of_fanfare_get_4401_and_4403() {
     let keys = Keys::new();
     let node = keys.node(&[]).await;
-    let token = keys.token("key", &["--user", "a", "--channel", "news"]);
-    let ended = keys.token("key", &["--user", "a", "--ttl", "0s"]);
+    let token = keys.token("key", "a", &["--channel", "news"]);
+    let ended = keys.token("key", "a", &["--ttl", "0s"]);
     let required = "token required: as ?token=, Authorization: Bearer or the subprotocol bearer.TOKEN";
     let invalid = "token invalid or expired for this user";
     let forbidden = "the token does not allow this channel";
@@ -182,11 +178,11 @@ async fn invalid_tokens_are_rejected_and_never_shown() {
     let keys = Keys::new();
     keys.write("other", OTHER);
     let node = keys.node(&["--log", "trace"]).await;
-    let good = keys.token("key", &["--user", "alice"]);
+    let good = keys.token("key", "alice", &[]);
     let (signed, _) = good.rsplit_once('.').expect("three parts");
-    let bob = keys.token("key", &["--user", "bob"]);
-    let ended = keys.token("key", &["--user", "alice", "--ttl", "0s"]);
-    let other_key = keys.token("other", &["--user", "alice"]);
+    let bob = keys.token("key", "bob", &[]);
+    let ended = keys.token("key", "alice", &["--ttl", "0s"]);
+    let other_key = keys.token("other", "alice", &[]);
     let bad = [
         &bob,
         &ended,
@@ -280,7 +276,7 @@ fn check_says_why_a_token_is_not_valid() {
         let (code, text) = check(&token, &["--user", "alice"], "");
         assert!(code == Some(1) && text.contains(&format!("not valid: {reason}")), "{token}: {text}");
     }
-    let good = keys.token("key", &["--user", "alice", "--channel", "news"]);
+    let good = keys.token("key", "alice", &["--channel", "news"]);
     for (token, args, input) in
         [(good.as_str(), &[][..], ""), (&good, &["--user", "alice"], ""), ("-", &[], &format!(" {good}\n"))]
     {
@@ -304,8 +300,7 @@ fn check_says_why_a_token_is_not_valid() {
 async fn token_limits_channels_and_publishing() {
     let keys = Keys::new();
     let node = keys.node(&[]).await;
-    let token =
-        keys.token("key", &["--user", "a", "--channel", "news", "--channel=team.*", "--publish=team.*"]);
+    let token = keys.token("key", "a", &["--channel", "news", "--channel=team.*", "--publish=team.*"]);
     for (channel, expected) in
         [("news", 101), ("team.7", 101), ("newsroom", 403), ("team", 403), ("ws_broadcast", 403)]
     {
@@ -316,7 +311,7 @@ async fn token_limits_channels_and_publishing() {
     for (channel, publish) in
         [("news", None), ("team.7", None), ("team.7", Some("false")), ("news", Some("true"))]
     {
-        let own = publish.map(|publish| keys.token("key", &["--user", "a", "--publish", publish]));
+        let own = publish.map(|publish| keys.token("key", "a", &["--publish", publish]));
         let token = own.as_ref().unwrap_or(&token);
         let options = Options {
             query: format!("channel={channel}&token={token}"),
@@ -331,7 +326,7 @@ async fn token_limits_channels_and_publishing() {
     assert_eq!(codes, [Some("forbidden".into()), None, Some("forbidden".into()), None]);
     // A token cannot exceed the setting.
     let node = keys.node(&["--client-publish", "off"]).await;
-    let token = keys.token("key", &["--user", "a", "--publish", "true"]);
+    let token = keys.token("key", "a", &["--publish", "true"]);
     let options = Options { query: format!("token={token}"), subprotocol: None, ..Options::default() };
     let mut client = Client::try_open(node.public, "a", &options).await.expect("it may join");
     client.send("hi").await;
@@ -342,9 +337,9 @@ async fn token_limits_channels_and_publishing() {
 async fn connection_closes_when_its_token_expires() {
     let keys = Keys::new();
     let node = keys.node(&[]).await; // rare pings: the expiry must be noticed without them
-    let long = keys.token("key", &["--user", "long"]);
+    let long = keys.token("key", "long", &[]);
     let mut stays = Raw::upgraded(node.public, &format!("/ws/long?token={long}")).await;
-    let token = keys.token("key", &["--user", "a", "--ttl", "3s"]);
+    let token = keys.token("key", "a", &["--ttl", "3s"]);
     let made = std::time::Instant::now();
     let options = Options { query: format!("token={token}"), subprotocol: None, ..Options::default() };
     let mut client = Client::try_open(node.public, "a", &options).await.expect("it may join");
@@ -363,7 +358,7 @@ async fn keys_are_reloaded_without_a_restart() {
     keys.write("second", OTHER);
     let second = keys.path("second");
     let node = keys.node(&["--jwt-key", second.to_str().expect("UTF-8")]).await;
-    let (old, new) = (keys.token("key", &["--user", "a"]), keys.token("second", &["--user", "a"]));
+    let (old, new) = (keys.token("key", "a", &[]), keys.token("second", "a", &[]));
     let path = |token: &str| format!("/ws/a?token={token}");
     assert_eq!((status(&node, &path(&old), &[]).await, status(&node, &path(&new), &[]).await), (101, 101));
     let mut connected = Raw::upgraded(node.public, &path(&old)).await;
@@ -439,7 +434,7 @@ async fn first_secret_of_several_files_signs() {
     assert_eq!(status(&node, &path(token.trim_end()), &[]).await, 101);
     for args in [&["--channel", "team.*", "--channel", "*"][..], &["--publish", "false"], &["--publish", "a"]]
     {
-        let token = keys.token("key", &[&["--user", "a"], args].concat());
+        let token = keys.token("key", "a", args);
         assert_eq!(status(&node, &path(&token), &[]).await, 101, "{args:?}");
     }
 }
