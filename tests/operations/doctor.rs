@@ -76,25 +76,28 @@ async fn low_file_limit_is_a_problem_with_advice() {
 #[tokio::test]
 async fn limits_are_those_of_the_installed_unit() {
     let directory = Directory::new();
-    let script = "#!/bin/sh\n[ \"$*\" = \"show fanfare.service --property=LoadState,LimitNOFILE,MemoryMax\" ] \
-                  && printf 'LoadState=loaded\\nLimitNOFILE=5000\\nMemoryMax=67108864\\n'\n";
-    write_program(&directory.path().join("systemctl"), script);
+    let asked =
+        "show fanfare.service fanfare@*.service --property=Id,LoadState,ActiveState,LimitNOFILE,MemoryMax";
+    let shown = "Id=fanfare.service\nLoadState=not-found\n\n\
+                 Id=fanfare@8081.service\nLoadState=loaded\nLimitNOFILE=5000\nMemoryMax=67108864\n";
+    let script = format!("#!/bin/sh\n[ \"$*\" = '{asked}' ] && echo '{shown}'\n");
+    write_program(&directory.path().join("systemctl"), &script);
     let path = directory.path().to_str().expect("UTF-8");
     let output = doctor(&["--connections", "1000"], &[("PATH", path)]).await;
     let finding = output.on("open files");
-    assert!(finding.contains("5000 allowed (LimitNOFILE of fanfare.service)"), "{finding}");
+    assert!(finding.contains("5000 allowed (LimitNOFILE of fanfare@8081.service)"), "{finding}");
     assert_eq!(output.code, Some(0), "{}", output.text);
     let output = doctor(&["--connections", "50000"], &[("PATH", path)]).await;
     let finding = output.on("open files");
     assert!(finding.starts_with("PROBLEM") && !finding.contains("ulimit"), "{finding}");
     let finding = output.on("memory");
-    assert!(finding.contains("64MiB allowed by MemoryMax of fanfare.service"), "{finding}");
+    assert!(finding.contains("64MiB allowed by MemoryMax of fanfare@8081.service"), "{finding}");
 }
 
 #[tokio::test]
 async fn systemctl_that_hangs_is_killed() {
     let directory = Directory::new();
-    let script = "#!/bin/sh\necho LoadState=loaded && exec /bin/sleep 60\n";
+    let script = "#!/bin/sh\necho LoadState=loaded && echo Id=fanfare.service && exec /bin/sleep 60\n";
     write_program(&directory.path().join("systemctl"), script);
     let path = directory.path().to_str().expect("UTF-8");
     let output = doctor(&["--connections", "10"], &[("PATH", path)]).await;

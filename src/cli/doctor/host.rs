@@ -10,8 +10,8 @@ use crate::config::parse_open_file_limit;
 /// Facts about the host. Sizes in bytes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Host {
-    /// Whether `files` and `cgroup` are the limits of the installed unit, not of this process.
-    pub has_unit: bool,
+    /// The installed unit if `files` and `cgroup` are its limits, not those of this process.
+    pub unit: Option<String>,
     /// Open files that the process may have, after it raised its limit as far as allowed.
     pub files: Option<u64>,
     /// Most open files of any process (`fs.nr_open`).
@@ -50,7 +50,7 @@ impl Host {
         let page = text("proc/self/smaps").and_then(|text| kibibytes(&text, "KernelPageSize:"));
         let conntrack = |name: &str| number(&format!("net.netfilter.nf_conntrack_{name}"));
         Host {
-            has_unit: false,
+            unit: None,
             files: text("proc/self/limits").and_then(|text| parse_open_file_limit(&text)),
             files_per_process: number("fs.nr_open"),
             files_of_host: numbers("fs.file-nr").and_then(|found| Some((*found.first()?, *found.get(2)?))),
@@ -73,7 +73,7 @@ impl Host {
 impl Host {
     pub fn good() -> Host {
         Host {
-            has_unit: false,
+            unit: None,
             files: Some(2_000_000),
             files_per_process: Some(2_000_000),
             files_of_host: Some((1000, u64::MAX)),

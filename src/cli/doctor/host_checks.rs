@@ -52,9 +52,9 @@ fn open_files(host: &Host, load: &Load) -> Finding {
     const SUBJECT: &str = "open files";
     let needed = load.connections + load.reserved_files;
     let Some(most) = host.files else { return Finding::unreadable(SUBJECT, "ulimit -n") };
-    let scope = match host.has_unit {
-        true => "LimitNOFILE of fanfare.service",
-        false => "the limit of this shell; a service has its own, LimitNOFILE",
+    let scope = match &host.unit {
+        Some(name) => format!("LimitNOFILE of {name}"),
+        None => "the limit of this shell; a service has its own, LimitNOFILE".into(),
     };
     if most >= needed {
         return Finding::ok(SUBJECT, format!("{needed} needed, {} allowed ({scope})", limit(most)));
@@ -70,8 +70,9 @@ fn open_files(host: &Host, load: &Load) -> Finding {
     if host.files_per_process.is_some_and(|most| most < needed) {
         finding = finding.remedy(sysctl("fs.nr_open", needed.next_power_of_two()));
     }
-    finding = finding.remedy(format!("fanfare.service: LimitNOFILE={needed}"));
-    if host.has_unit {
+    let name = host.unit.as_deref().unwrap_or("fanfare.service");
+    finding = finding.remedy(format!("{name}: LimitNOFILE={needed}"));
+    if host.unit.is_some() {
         return finding;
     }
     finding.remedy(format!("or as root, before fanfare starts: ulimit -n {needed}"))
@@ -113,10 +114,10 @@ fn memory(host: &Host, load: &Load) -> Finding {
     let Some(free) = host.memory else {
         return Finding::unreadable(SUBJECT, "MemAvailable in /proc/meminfo");
     };
-    let (have, source) = match host.cgroup {
-        Some(limit) if limit < free && host.has_unit => (limit, "allowed by MemoryMax of fanfare.service"),
-        Some(left) if left < free => (left, "left by the limit of this cgroup"),
-        _ => (free, "available on this host"),
+    let (have, source) = match (host.cgroup, &host.unit) {
+        (Some(limit), Some(name)) if limit < free => (limit, format!("allowed by MemoryMax of {name}")),
+        (Some(left), None) if left < free => (left, "left by the limit of this cgroup".into()),
+        _ => (free, "available on this host".into()),
     };
     let each = CONNECTION_IN_PROCESS + CONNECTION_IN_KERNEL;
     let needed = load.base_memory.saturating_add(load.connections * each);

@@ -91,7 +91,7 @@ fn load(settings: &Settings, connections: Option<NonZeroU32>) -> Load {
 fn apply_unit_limits(unit: Unit, host: &mut Host, mut settings: Settings) -> Settings {
     settings.open_files = unit.files.and_then(|limit| u32::try_from(limit).ok());
     settings.memory.cgroup = unit.memory;
-    (host.files, host.cgroup, host.has_unit) = (unit.files, unit.memory, true);
+    (host.files, host.cgroup, host.unit) = (unit.files, unit.memory, Some(unit.name));
     settings
 }
 
@@ -133,7 +133,8 @@ mod tests {
             panic!("good settings")
         };
         let mut host = Host { somaxconn: Some(4096), ..Host::good() };
-        let settings = apply_unit_limits(Unit { files: Some(16_384), memory: None }, &mut host, settings);
+        let unit = Unit { name: "fanfare.service".into(), files: Some(16_384), memory: None };
+        let settings = apply_unit_limits(unit, &mut host, settings);
         let findings = host_checks::check(&host, &load(&settings, NonZeroU32::new(50_000)));
         let findings: Vec<_> = findings.into_iter().filter(|finding| finding.level != Level::Ok).collect();
         let shown = format!("```text\n{}```\n", section("", &findings).trim_start_matches('\n'));
