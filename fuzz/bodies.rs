@@ -9,10 +9,11 @@ use fanfare::bus::redis::{decode, parse_page, parse_publish};
 use fanfare::config::{Action, Settings};
 use fanfare::http::{self, Response};
 use fanfare::limits::connections::ConnectionLimits;
+use fanfare::protocol::client_frame::{self, ClientFrame};
 use fanfare::protocol::close::{CloseReason, rejection_code};
 use fanfare::protocol::event::{ChannelName, Entry, EventId, is_user_id};
-use fanfare::protocol::frame::{self, ClientFrame};
-use fanfare::protocol::ingest;
+use fanfare::protocol::frame::{self, Regarding};
+use fanfare::protocol::{form, ingest, json};
 use fanfare::ws::decoder::{self, Incoming, Limits, MESSAGES_AT_ONCE};
 use fanfare::ws::handshake::{self, HandshakeContext, HandshakeOutcome};
 use fred::types::Resp3Frame;
@@ -134,7 +135,13 @@ pub fn request(mut data: &[u8]) {
                 assert!(rejection_code(rejection.status).is_some() && rejection.text.starts_with(text));
             }
             HandshakeOutcome::Join(join) => {
-                assert!(is_user_id(&join.client.user) && ChannelName::parse(join.channel.as_str()).is_some());
+                assert!(
+                    is_user_id(&join.client.user)
+                        && join
+                            .channel
+                            .as_ref()
+                            .is_none_or(|name| ChannelName::parse(name.as_str()).is_some())
+                );
                 assert_eq!(check_response(&join.response), 101);
             }
         }
@@ -142,7 +149,7 @@ pub fn request(mut data: &[u8]) {
     match (&whole, &split) {
         (HandshakeOutcome::Join(whole), HandshakeOutcome::Join(split)) => {
             assert_eq!((&whole.client.user, &whole.channel), (&split.client.user, &split.channel));
-            assert_eq!((whole.last_seen, whole.client.json_mode), (split.last_seen, split.client.json_mode));
+            assert_eq!((whole.last_seen, whole.client.mode), (split.last_seen, split.client.mode));
         }
         (HandshakeOutcome::Join(_), other) => panic!("good whole, and in pieces {other:?}"),
         (HandshakeOutcome::Incomplete(_), other) => {
@@ -257,6 +264,21 @@ fn check_entry(entry: &Entry) {
     assert_eq!(entry.before().0 + frames as u64, entry.last.0);
 }
 
+/// The named form of an entry has the same positions. Its events begin with the channel, have no
+/// other member of that name, and are the same otherwise.
+fn check_both_forms(entry: &Entry) {
+    check_entry(entry);
+    let named = form::named(entry, &ChannelName::parse("room").expect("a name"));
+    check_entry(&named);
+    assert_eq!((named.frames(), named.before(), named.last), (entry.frames(), entry.before(), entry.last));
+    for (given, named) in entry.texts().zip(named.texts()) {
+        assert!(named.starts_with(br#"{"channel":"room""#) && json::check(named, json::DEPTH_MAX).is_ok());
+        let mut given: Value = serde_json::from_slice(given).expect("it was checked");
+        given["channel"] = "room".into();
+        assert_eq!(serde_json::from_slice::<Value>(named).expect("it was checked"), given);
+    }
+}
+
 /// An event is one line with one JSON object. An id can be appended as its last member, and read
 /// back.
 fn check_event(event: &[u8]) -> Value {
@@ -272,8 +294,8 @@ fn check_event(event: &[u8]) -> Value {
 /// Data from Redis and backends. The first byte selects the kind.
 pub fn bus(mut data: &[u8]) {
     match choice(&mut data) % 8 {
-        0 => drop(decode::broadcast(data).inspect(check_entry)),
-        1 => drop(decode::private(data).inspect(check_entry)),
+        0 => drop(decode::broadcast(data).inspect(check_both_forms)),
+        1 => drop(decode::private(data).inspect(check_both_forms)),
         2 => {
             // A stream: one event per line, private if it starts with a TAB.
             let history: Vec<(Bytes, Option<Arc<str>>)> = data
@@ -292,7 +314,7 @@ pub fn bus(mut data: &[u8]) {
             let heads = [1, 9, 2].map(|data| Resp3Frame::Number { data, attributes: None });
             let data = heads.into_iter().chain(frames).collect();
             let mut page = parse_page(&Resp3Frame::Array { data, attributes: None }).expect("that is a page");
-            page.entries.iter().for_each(check_entry);
+            page.entries.iter().for_each(check_both_forms);
             decode::make_consistent(&mut page, EventId(1));
             for pair in page.entries.windows(2) {
                 assert_eq!(pair[0].last, pair[1].before());
@@ -317,11 +339,17 @@ pub fn bus(mut data: &[u8]) {
         6 => {
             let Ok(text) = std::str::from_utf8(data) else { return };
             let _ = decode::probe_line(text);
-            match frame::parse_client_frame("al\"ice", text) {
+            match client_frame::parse("al\"ice", text, 5) {
                 Ok(ClientFrame::Publish(publish)) => drop(check_event(&publish.event)),
-                Ok(ClientFrame::Ping) => {}
+                Ok(ClientFrame::Subscribe { channels, .. }) => {
+                    assert!((1..=5).contains(&channels.len()));
+                    assert!(channels.iter().all(|channel| channel.history <= 100));
+                }
+                Ok(ClientFrame::Unsubscribe { .. } | ClientFrame::Token { .. } | ClientFrame::Ping) => {}
                 Err(bad) => {
-                    drop(frame::error(frame::ErrorCode::Invalid, &bad.message, bad.reference.as_deref()))
+                    let regarding = Regarding { channel: None, reference: bad.reference };
+                    let error = frame::error(frame::ErrorCode::Invalid, &bad.message, &regarding);
+                    assert_eq!(error[0], 0x81);
                 }
             }
         }

@@ -11,6 +11,8 @@ use tokio::sync::{mpsc, oneshot};
 use crate::config::Settings;
 use crate::metrics::{BusMetrics, Readiness};
 use crate::protocol::event::{ChannelName, Entry, EventId};
+use crate::protocol::form::{self, ChannelForm, Form};
+use crate::protocol::frame::Regarding;
 
 pub mod coalesced;
 pub mod local;
@@ -24,25 +26,25 @@ pub use self::page::{BLOCK, Page, SHARED_BYTES, block_start, is_continuous, is_g
 /// Index of a shard of this node.
 pub type ShardId = usize;
 
-/// A connection of this node.
+/// A connection of this node, or a subscription of one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ConnectionId {
     pub shard: ShardId,
-    /// Its slot in the shard's slab.
+    /// Its slot in the shard's slab, or the number of the subscription.
     pub slot: u32,
-    /// Distinguishes it from earlier connections in the slot.
+    /// Distinguishes it from earlier ones with the number.
     pub generation: u32,
 }
 
 /// A request of a shard or of the admin listener. The bus handles requests in the order sent.
 #[derive(Debug)]
 pub enum Request {
-    /// The shard has its first client in a channel. Answered once with [`BusMessage::Followed`] or
-    /// [`BusMessage::NotFollowed`]. After `Followed` the shard gets every entry of the channel, in
-    /// order.
-    Follow { channel: ChannelName, shard: ShardId },
+    /// The shard has its first client in this form of a channel. Answered once with
+    /// [`BusMessage::Followed`] or [`BusMessage::NotFollowed`]. After `Followed` the shard gets
+    /// every entry of the channel, in order and in this form.
+    Follow { channel: ChannelForm, shard: ShardId },
     /// The shard has no client left in a channel. Not answered; entries in flight may still arrive.
-    Unfollow { channel: ChannelName, shard: ShardId },
+    Unfollow { channel: ChannelForm, shard: ShardId },
     /// Publish an event.
     Publish(Publish),
     /// Read the events after a position, at most up to the end of the block that holds the first of
@@ -58,7 +60,7 @@ pub enum Request {
     /// A client's id is ahead of the node: send all entries that the bus has, then answer with
     /// [`BusMessage::Refreshed`]. The shard follows the channel. Requests made meanwhile share one
     /// read.
-    Refresh { channel: ChannelName, shard: ShardId },
+    Refresh { channel: ChannelForm, shard: ShardId },
 }
 
 /// An event to publish.
@@ -78,8 +80,8 @@ pub struct Publish {
 /// Where the result of a publish goes.
 #[derive(Debug)]
 pub enum Answer {
-    /// To a connection, by [`BusMessage::Published`], with the client's own reference as JSON text.
-    Connection(ConnectionId, Option<Box<str>>),
+    /// To a connection, by [`BusMessage::Published`].
+    Connection(ConnectionId, Regarding),
     /// To a task that waits, as in the admin listener.
     Waiter(oneshot::Sender<Result<EventId, PublishError>>),
 }
@@ -87,8 +89,8 @@ pub enum Answer {
 /// Where a page of history goes.
 #[derive(Debug)]
 pub enum PageReader {
-    /// To a shard that follows the channel, by [`BusMessage::Page`].
-    Shard(ShardId),
+    /// To a shard that follows the channel in this form, by [`BusMessage::Page`].
+    Shard(ShardId, Form),
     /// To a task that waits, as in the admin listener.
     Waiter(oneshot::Sender<Result<Arc<Page>, BusError>>),
 }
@@ -126,7 +128,7 @@ pub enum BusMessage {
     /// The shard follows the channel. The bus's entries start after `position`. The first of them
     /// may have come before this message if another shard sent it.
     Followed {
-        channel: ChannelName,
+        channel: ChannelForm,
         base: EventId,
         position: EventId,
         /// Entries up to `position` that another shard has in memory.
@@ -135,38 +137,52 @@ pub enum BusMessage {
     /// Asks a shard that follows the channel to send [`BusMessage::Followed`] with its recent
     /// entries to the shard `with`.
     Share {
-        channel: ChannelName,
+        channel: ChannelForm,
         base: EventId,
         /// The position after all entries sent so far.
         position: EventId,
         with: ShardId,
     },
     /// The channel can't be followed now. The shard may ask again.
-    NotFollowed { channel: ChannelName, why: BusError },
+    NotFollowed { channel: ChannelForm, why: BusError },
     /// The channel's next entry.
     Entry {
-        channel: ChannelName,
-        /// Framed events, or a reset mark.
+        channel: ChannelForm,
+        /// Framed events in the form of the channel, or a reset mark.
         entry: Entry,
         /// When it arrived at this node.
         arrived: Instant,
     },
     /// Answers [`Request::Read`] of a shard.
     Page {
-        channel: ChannelName,
+        channel: ChannelForm,
         /// The position in the request.
         position: EventId,
         result: Result<Arc<Page>, BusError>,
     },
     /// Answers [`Request::Refresh`], after all entries that it found.
-    Refreshed { channel: ChannelName, result: Result<(), BusError> },
+    Refreshed { channel: ChannelForm, result: Result<(), BusError> },
     /// The result of a connection's publish.
     Published {
         connection: ConnectionId,
-        /// The client's own reference, as JSON text.
-        reference: Option<Box<str>>,
+        /// What the answer to the client repeats.
+        regarding: Regarding,
         result: Result<EventId, PublishError>,
     },
+}
+
+/// A shard that follows a channel in one of its forms.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Follower {
+    pub shard: ShardId,
+    pub form: Form,
+}
+
+impl Follower {
+    /// The channel of this name in the follower's form.
+    pub fn channel(self, name: &ChannelName) -> ChannelForm {
+        ChannelForm { name: name.clone(), form: self.form }
+    }
 }
 
 /// Sends messages to the shards of this node. Sending never waits: a shard empties its mailbox at
@@ -177,20 +193,35 @@ pub trait ShardSender: fmt::Debug + Send + Sync {
 
     fn send(&self, shard: ShardId, message: BusMessage);
 
-    /// Sends [`BusMessage::Followed`] to the shard `with`. If another shard follows the channel
-    /// already, that one sends it and adds its recent entries, so that a client finds the same
-    /// entries on every shard.
+    /// Sends [`BusMessage::Followed`] to a new follower. If another shard follows the channel in the
+    /// same form already, that one sends it and adds its recent entries, so that a client finds the
+    /// same entries on every shard.
     fn share(
         &self,
-        channel: ChannelName,
+        name: &ChannelName,
         base: EventId,
         position: EventId,
-        from: Option<&ShardId>,
-        with: ShardId,
+        others: &[Follower],
+        new: Follower,
     ) {
-        match from {
-            Some(from) => self.send(*from, BusMessage::Share { channel, base, position, with }),
+        let (channel, with) = (new.channel(name), new.shard);
+        match others.iter().find(|other| other.form == new.form && other.shard != new.shard) {
+            Some(other) => self.send(other.shard, BusMessage::Share { channel, base, position, with }),
             None => self.send(with, BusMessage::Followed { channel, base, position, recent: Vec::new() }),
+        }
+    }
+
+    /// Sends an entry to all followers, each in its form. The named form is made once, if any shard
+    /// follows it.
+    fn send_entry(&self, name: &ChannelName, entry: &Entry, followers: &[Follower], arrived: Instant) {
+        let mut named = None;
+        for follower in followers {
+            let entry = match follower.form {
+                Form::Unnamed => entry,
+                Form::Named => named.get_or_insert_with(|| form::named(entry, name)),
+            };
+            let (channel, entry) = (follower.channel(name), entry.clone());
+            self.send(follower.shard, BusMessage::Entry { channel, entry, arrived });
         }
     }
 
@@ -198,12 +229,15 @@ pub trait ShardSender: fmt::Debug + Send + Sync {
     fn send_page(
         &self,
         reader: PageReader,
-        channel: ChannelName,
+        name: ChannelName,
         position: EventId,
         result: Result<Arc<Page>, BusError>,
     ) {
         match reader {
-            PageReader::Shard(shard) => self.send(shard, BusMessage::Page { channel, position, result }),
+            PageReader::Shard(shard, form) => {
+                let channel = ChannelForm { name, form };
+                self.send(shard, BusMessage::Page { channel, position, result });
+            }
             PageReader::Waiter(waiter) => {
                 let _ = waiter.send(result); // fails if the task no longer waits
             }
@@ -213,8 +247,8 @@ pub trait ShardSender: fmt::Debug + Send + Sync {
     /// Sends the result of a publish.
     fn answer(&self, answer: Answer, result: Result<EventId, PublishError>) {
         match answer {
-            Answer::Connection(connection, reference) => {
-                self.send(connection.shard, BusMessage::Published { connection, reference, result });
+            Answer::Connection(connection, regarding) => {
+                self.send(connection.shard, BusMessage::Published { connection, regarding, result });
             }
             Answer::Waiter(waiter) => {
                 let _ = waiter.send(result); // fails if the task no longer waits

@@ -1,6 +1,9 @@
 //! Positions and pages of a channel's history.
 
+use std::sync::OnceLock;
+
 use crate::protocol::event::{Entry, EventId};
+use crate::protocol::form::{self, ChannelForm, Form};
 
 /// Ids in one block of history. Blocks start at multiples of it. Readers in one block share reads.
 pub const BLOCK: u64 = 256;
@@ -20,7 +23,7 @@ pub fn block_start(position: EventId) -> EventId {
 /// `entries` holds the events after `after` that history has, in order and consecutive, private
 /// ones among them. The first of the block are missing if history was trimmed. The last are missing
 /// if the head is inside the block, or if the size asked for was reached, after at least one event.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Page {
     /// The position asked for, or an earlier one of the same block.
     pub after: EventId,
@@ -31,9 +34,21 @@ pub struct Page {
     /// The oldest id in history; `head + 1` if history is empty.
     pub oldest: EventId,
     pub entries: Vec<Entry>,
+    /// The entries in the named form, once a shard has needed it.
+    pub named: OnceLock<Vec<Entry>>,
 }
 
 impl Page {
+    /// The entries in the form of this channel, whose page it is. Shards share both forms.
+    pub fn entries_of(&self, channel: &ChannelForm) -> &[Entry] {
+        match channel.form {
+            Form::Unnamed => &self.entries,
+            Form::Named => self
+                .named
+                .get_or_init(|| self.entries.iter().map(|entry| form::named(entry, &channel.name)).collect()),
+        }
+    }
+
     /// Whether it shows what follows `position`: the next event, or that events are gone.
     pub fn covers(&self, position: EventId) -> bool {
         let end = self.entries.last().map_or(self.after, |entry| entry.last);

@@ -40,6 +40,10 @@ pub const HISTORY_MIN: u64 = 1000;
 /// shard.
 pub const MESSAGE_RATE_MAX: u32 = 100_000;
 
+/// Highest `--max-subscriptions`: a frame that subscribes to all of them compares each with the
+/// others.
+pub const SUBSCRIPTIONS_MAX: u64 = 1000;
+
 /// Default of `--max-byte-rate` in bytes a second, unless `--max-message-size` is more: a hundred
 /// messages of 10 KiB, so that an address fills at most a tenth of a link of 1 Gbit/s to Redis.
 const BYTE_RATE: u64 = 1 << 20;

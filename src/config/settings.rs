@@ -16,7 +16,7 @@ use super::redis_url::RedisUrl;
 use super::rows::{Row, settings};
 use super::units::{parse_size, show_duration, show_size};
 use super::values::{AdminAddr, Cap, ClientPublish, LogFormat, PingFormat, Words};
-use super::{HISTORY_MIN, MESSAGE_RATE_MAX, MESSAGE_SIZE_MAX};
+use super::{HISTORY_MIN, MESSAGE_RATE_MAX, MESSAGE_SIZE_MAX, SUBSCRIPTIONS_MAX};
 use crate::http::origin::OriginRule;
 use crate::protocol::event::ChannelName;
 
@@ -77,8 +77,8 @@ settings! {
         show: |settings| join(settings.admin_key.iter().map(|path| path.display())),
     }
 
-    /// What clients may publish: nothing, events for all subscribers of their own channel, or also
-    /// events for one user (`to`). A token can only narrow it.
+    /// What clients may publish: nothing, events for all subscribers of a channel, or also events
+    /// for one user (`to`). A token can only narrow it.
     client_publish: ClientPublish {
         name: "client-publish",
         value: "off|channel|any",
@@ -245,6 +245,17 @@ settings! {
         default: "10000",
         parse: |text| parse::positive_count(text, u32::MAX).map(widen),
         show: |settings| settings.max_channels.to_string(),
+    }
+
+    /// Channels that a connection may follow beside its default channel, at most 1000. A
+    /// subscription takes about 100 bytes.
+    max_subscriptions: usize {
+        name: "max-subscriptions",
+        value: "CHANNELS",
+        default: "100",
+        parse: |text| parse::count(text, 1, SUBSCRIPTIONS_MAX).map(|count| count as usize),
+        show: |settings| settings.max_subscriptions.to_string(),
+        see: "[Many channels](protocol.md#many-channels)",
     }
 
     /// Longest message from a client, at most 16MiB.

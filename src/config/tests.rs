@@ -70,6 +70,7 @@ fn reads_every_setting_from_flag_and_variable() {
         ("max-connections-per-ip", "0"),
         ("max-connections-per-user", "5"),
         ("max-channels", "7"),
+        ("max-subscriptions", "9"),
         ("max-message-size", "1KiB"),
         ("max-message-rate", "20"),
         ("max-byte-rate", "2MiB"),

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Instant, SystemTime};
 
+use crate::http::Rejection;
 use crate::metrics::rejections::{RejectionClass, RejectionLog};
 use crate::protocol::close::{CloseReason, REASONS};
 use crate::protocol::frame::ErrorCode;
@@ -107,6 +108,10 @@ pub struct ShardMetrics {
     pub messages_received: Counter,
     /// Messages not published, indexed by [`ErrorCode`].
     publish_errors: [Counter; ErrorCode::ALL.len()],
+    /// Frames about subscriptions and tokens that were rejected, indexed by [`ErrorCode`].
+    subscription_errors: [Counter; ErrorCode::ALL.len()],
+    /// Subscriptions of all connections, those that wait for the bus among them.
+    pub subscriptions: Gauge,
     /// `reset` frames sent, and connections closed with 4008.
     pub resets: Counter,
     /// Times a client missed events without id, which are in no history.
@@ -246,6 +251,18 @@ impl Metrics {
     /// Connections closed since the start.
     pub fn closed(&self) -> u64 {
         self.shards.iter().map(|shard| shard.closed.get()).sum()
+    }
+
+    /// Counts and logs a client's frame about subscriptions or its token that was rejected.
+    pub fn reject_subscription(&self, shard: usize, code: ErrorCode, text: &str) {
+        self.shards[shard].subscription_errors[code as usize].add(1);
+        self.rejections.record(RejectionClass::new("subscription", code.text(), 0), text);
+    }
+
+    /// Counts and logs a new token that was rejected.
+    pub fn reject_token(&self, shard: usize, rejection: &Rejection) {
+        self.shards[shard].subscription_errors[ErrorCode::Unauthorized as usize].add(1);
+        self.rejections.record(RejectionClass::of("new token", rejection), rejection.log_text());
     }
 
     /// Counts and logs a client's message that was not published.

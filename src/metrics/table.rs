@@ -147,6 +147,21 @@ pub(super) static TABLE: &[Family] = &[
         }),
     ),
     family(
+        "fanfare_subscriptions",
+        Gauge,
+        "Channels that connections follow beside their default channel.",
+        Shards(Sum, |shard| shard.subscriptions.get()),
+    ),
+    family(
+        "fanfare_subscription_errors_total",
+        Counter,
+        "Frames of clients about subscriptions or tokens that were rejected, by error code.",
+        Labels("code", |view| {
+            let count = |code: ErrorCode| view.sum(|shard| shard.subscription_errors[code as usize].get());
+            ErrorCode::ALL.into_iter().map(|code| (code.text(), count(code))).collect()
+        }),
+    ),
+    family(
         "fanfare_received_bytes_total",
         Counter,
         "Bytes read from client sockets.",

@@ -40,6 +40,8 @@ pub enum CloseReason {
     /// Over `--max-message-rate` or `--max-byte-rate` without error frames, or again after them; or
     /// too many new channels.
     RateLimited,
+    /// A new token of the client does not allow its default channel.
+    ChannelForbidden,
     /// `--max-connections` is reached.
     NodeLimit,
     /// `--max-connections-per-ip` is reached.
@@ -53,7 +55,7 @@ pub enum CloseReason {
     SlowReader,
 }
 
-pub const REASONS: usize = 23;
+pub const REASONS: usize = 24;
 
 /// Indexed by [`CloseReason`].
 pub const LABELS: [&str; REASONS] = [
@@ -75,6 +77,7 @@ pub const LABELS: [&str; REASONS] = [
     "unauthorized",
     "token_expired",
     "rate_limited",
+    "channel_forbidden",
     "node_limit",
     "ip_limit",
     "user_limit",
@@ -113,6 +116,7 @@ impl CloseReason {
             CloseReason::MissedEvents => Some((4008, "events were missed: reconnect")),
             CloseReason::Forbidden => Some((4003, "this client may not publish here")),
             CloseReason::TokenExpired => Some((4001, "token expired")),
+            CloseReason::ChannelForbidden => Some((4403, "the token does not allow this channel")),
             CloseReason::RateLimited => Some((4029, "rate limit exceeded")),
             CloseReason::PublishFailed => Some((1013, "not published: try again later")),
             CloseReason::Draining => Some((1012, "the node is restarting: reconnect")),

@@ -146,8 +146,27 @@ impl Entry {
 
     /// A `reset` frame: clients load their state again and continue from `position`.
     pub fn reset(position: EventId) -> Entry {
-        let text = format!(r#"{{"type":"reset","lastEventId":{position}}}"#);
+        Entry::reset_as(position, &format!(r#"{{"type":"reset","lastEventId":{position}}}"#))
+    }
+
+    /// A `reset` frame with this text.
+    pub fn reset_as(position: EventId, text: &str) -> Entry {
         Entry { kind: Kind::Reset, last: position, bytes: text_frame(text.as_bytes()), ends: None }
+    }
+
+    /// The same events with other texts: `write` appends each to an empty buffer. They are about
+    /// `longer` bytes longer.
+    pub fn rewritten(&self, longer: usize, write: impl Fn(&[u8], &mut Vec<u8>)) -> Entry {
+        let mut bytes = BytesMut::with_capacity(self.bytes.len() + (longer + 2) * self.frames());
+        let (mut ends, mut text) = (Vec::new(), Vec::new());
+        for original in self.texts() {
+            text.clear();
+            write(original, &mut text);
+            put_text_frame(&mut bytes, &text);
+            ends.push(u32::try_from(bytes.len()).expect("an entry is far below 4 GiB"));
+        }
+        let ends = (ends.len() > 1).then(|| ends.into());
+        Entry { kind: self.kind.clone(), last: self.last, bytes: bytes.freeze(), ends }
     }
 
     /// Number of frames.

@@ -9,7 +9,8 @@ use crate::protocol::frame::put_on_one_line;
 use crate::protocol::json::{self, BadJson, DEPTH_MAX, Members};
 
 /// Values of `type` that only the server sends, so no event may have them.
-pub const CONTROL_TYPES: [&str; 5] = ["welcome", "reset", "ping", "error", "ack"];
+pub const CONTROL_TYPES: [&str; 7] =
+    ["welcome", "reset", "ping", "error", "ack", "unsubscribed", "token_expiring"];
 
 /// Why a body is not an event.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

@@ -13,6 +13,7 @@ use super::deadlines::shrink;
 use super::mailbox::{ChannelList, ListChannels};
 use crate::feed::eviction::EvictionQueue;
 use crate::protocol::event::{ChannelName, Entry, Kind};
+use crate::protocol::form::{ChannelForm, Form};
 use crate::ws::writer::Tally;
 
 /// Keys that one answer to [`ListChannels`] covers: some 10 µs of the shard's time.
@@ -22,7 +23,7 @@ const KEYS_LISTED: usize = 512;
 #[derive(Debug)]
 pub struct ChannelTable {
     channels: Slab<Channel>,
-    keys: HashMap<ChannelName, u32>,
+    keys: HashMap<ChannelForm, u32>,
     /// The generation of the latest channel.
     generation: u32,
     /// Hashes user names, for all channels.
@@ -56,8 +57,14 @@ impl ChannelTable {
         }
     }
 
-    pub fn key(&self, name: &ChannelName) -> Option<u32> {
+    pub fn key(&self, name: &ChannelForm) -> Option<u32> {
         self.keys.get(name).copied()
+    }
+
+    /// Whether a channel is in the table, in any form.
+    pub fn follows(&self, name: &ChannelName) -> bool {
+        let of = |form| ChannelForm { name: name.clone(), form };
+        [Form::Unnamed, Form::Named].into_iter().any(|form| self.keys.contains_key(&of(form)))
     }
 
     pub fn get(&self, id: ChannelId) -> Option<&Channel> {
@@ -65,7 +72,7 @@ impl ChannelTable {
     }
 
     /// Adds a channel without members.
-    pub fn insert(&mut self, name: ChannelName, now: Instant) -> u32 {
+    pub fn insert(&mut self, name: ChannelForm, now: Instant) -> u32 {
         self.generation = self.generation.wrapping_add(1);
         let entry = self.channels.vacant_entry();
         let id = ChannelId { key: entry.key() as u32, generation: self.generation };
@@ -146,9 +153,9 @@ impl ChannelTable {
                 && request.up_to.as_ref().is_none_or(|up_to| name <= up_to)
         };
         let channels = (first..end).filter_map(|key| {
-            let channel = self.channels.get(key).filter(|channel| is_listed(&channel.name))?;
+            let channel = self.channels.get(key).filter(|channel| is_listed(&channel.name.name))?;
             let position = channel.feed.as_ref()?.position();
-            Some((channel.name.clone(), channel.members.len(), position))
+            Some((channel.name.name.clone(), channel.members.len(), position))
         });
         let next = (end < self.channels.capacity()).then_some(end as u32);
         ChannelList { channels: channels.collect(), next }
@@ -270,7 +277,7 @@ mod tests {
         let name = |number: usize| ChannelName::parse(&format!("room.{number:04}")).expect("a name");
         let mut table = ChannelTable::new();
         for number in 0..3 * KEYS_LISTED {
-            let key = table.insert(name(number), Instant::now());
+            let key = table.insert(name(number).into(), Instant::now());
             // The bus has not answered for some of them.
             table[key].feed = (number % 7 > 0).then(|| Feed::new(EventId(1), EventId(number as u64 + 1)));
         }

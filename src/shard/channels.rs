@@ -12,9 +12,8 @@ use super::private::PrivateFanouts;
 use crate::bus::ConnectionId;
 use crate::bus::coalesced::Coalesced;
 use crate::feed::Feed;
-use crate::protocol::event::{ChannelName, Entry};
-#[cfg(test)]
-use crate::ws::connection::State;
+use crate::protocol::event::Entry;
+use crate::protocol::form::ChannelForm;
 use crate::ws::connection::{Membership, NONE};
 use crate::ws::outbox::SharedTails;
 use crate::ws::writer::Tally;
@@ -60,7 +59,7 @@ pub struct CompletedFanout {
 /// A channel that the shard follows, or has asked the bus to follow.
 #[derive(Debug)]
 pub struct Channel {
-    pub name: ChannelName,
+    pub name: ChannelForm,
     pub id: ChannelId,
     /// Recent events. `None` until the bus has answered.
     pub feed: Option<Feed>,
@@ -71,22 +70,22 @@ pub struct Channel {
     /// Connections that claim an id ahead of the feed. They wait until the bus has looked for newer
     /// events.
     pub refresh: Coalesced<ConnectionId>,
-    /// Slots of the connections in the channel, in no order.
+    /// Numbers of the members, in no order: of connections and of subscriptions.
     pub members: Vec<u32>,
-    /// A slot of each user. Their other connections are linked to it.
+    /// A member of each user. Their other members are linked to it.
     users: HashTable<u32>,
     public: Option<PublicFanout>,
     private: PrivateFanouts,
     /// Whether a private fan-out makes the next visit.
     private_next: bool,
-    /// Members with part of a frame in their socket: number of the entry, and slot.
+    /// Members with part of a frame in their socket: number of the entry, and of the member.
     partly_written: BTreeSet<(u64, u32)>,
     /// Since when there is no member. A client that asks to join may never become one.
     pub empty_since: Option<Instant>,
 }
 
 impl Channel {
-    pub fn new(name: ChannelName, id: ChannelId, now: Instant) -> Channel {
+    pub fn new(name: ChannelForm, id: ChannelId, now: Instant) -> Channel {
         Channel {
             name,
             id,
@@ -118,57 +117,57 @@ impl Channel {
         let index = self.members.len() as u32;
         self.members.push(slot);
         self.empty_since = None;
-        let hash = hasher.hash_one(&connections[slot].client.user);
-        let same = |other: &u32| connections[*other].client.user == connections[slot].client.user;
+        let hash = hasher.hash_one(connections.user(slot));
+        let same = |other: &u32| connections.user(*other) == connections.user(slot);
         let next = match self.users.find_mut(hash, same) {
             Some(first) => std::mem::replace(first, slot),
             None => {
-                let rehash = |slot: &u32| hasher.hash_one(&connections[*slot].client.user);
+                let rehash = |slot: &u32| hasher.hash_one(connections.user(*slot));
                 self.users.insert_unique(hash, slot, rehash);
                 NONE
             }
         };
         if next != NONE {
-            connections[next].membership.previous = slot;
+            connections.membership_mut(next).previous = slot;
         }
-        let membership = &mut connections[slot].membership;
+        let membership = connections.membership_mut(slot);
         *membership = Membership { index, previous: NONE, next, ..*membership };
     }
 
     /// Removes a member. A fan-out under way still visits all others that it has not visited.
     pub fn remove(&mut self, slot: u32, connections: &mut ConnectionTable, hasher: &RandomState) {
-        let mut free = connections[slot].membership.index as usize;
+        let mut free = connections.membership(slot).index as usize;
         if let Some(fanout) = self.public.as_mut().filter(|fanout| free < fanout.next) {
             // The last of the visited members takes the free place, and the last of all its place.
             // Otherwise the last of all would move among the visited ones.
             fanout.next -= 1;
             let visited = self.members[fanout.next];
             self.members[free] = visited;
-            connections[visited].membership.index = free as u32;
+            connections.membership_mut(visited).index = free as u32;
             free = fanout.next;
         }
         self.members.swap_remove(free);
         if let Some(moved) = self.members.get(free) {
-            connections[*moved].membership.index = free as u32;
+            connections.membership_mut(*moved).index = free as u32;
         }
         self.remove_user(slot, connections, hasher);
-        self.partly_written.remove(&(connections[slot].cursor().entry, slot));
+        self.partly_written.remove(&(connections.progress(slot).cursor().entry, slot));
         if self.members.is_empty() {
             self.empty_since = Some(Instant::now());
         }
     }
 
     fn remove_user(&mut self, slot: u32, connections: &mut ConnectionTable, hasher: &RandomState) {
-        let Membership { previous, next, .. } = connections[slot].membership;
-        self.private.skip(&connections[slot].client.user, slot, next);
+        let Membership { previous, next, .. } = *connections.membership(slot);
+        self.private.skip(connections.user(slot), slot, next);
         if next != NONE {
-            connections[next].membership.previous = previous;
+            connections.membership_mut(next).previous = previous;
         }
         if previous != NONE {
-            connections[previous].membership.next = next;
+            connections.membership_mut(previous).next = next;
             return;
         }
-        let hash = hasher.hash_one(&connections[slot].client.user);
+        let hash = hasher.hash_one(connections.user(slot));
         match self.users.find_entry(hash, |other| *other == slot) {
             Ok(mut entry) if next != NONE => *entry.get_mut() = next,
             Ok(entry) => {
@@ -198,7 +197,8 @@ impl Channel {
         while let Some((_, slot)) = self.partly_written.first().copied().filter(|(entry, _)| *entry <= number)
         {
             self.partly_written.pop_first();
-            connections[slot].keep_tail(&entry, &mut tails, tally);
+            let (mut sink, progress) = connections.writer(slot);
+            sink.keep_tail(progress, &entry, &mut tails, tally);
         }
     }
 
@@ -244,12 +244,12 @@ impl Channel {
     #[cfg(test)]
     pub fn assert_consistent(&self, connections: &ConnectionTable) {
         for (index, slot) in self.members.iter().enumerate() {
-            let connection = &connections[*slot];
-            assert!(connection.is_open() && connection.membership.index == index as u32, "{connection:?}");
-            let number = connection.cursor().entry;
-            let is_partly_written =
-                matches!(connection.state, State::Live) && connection.is_inside_frame(self.feed());
-            assert_eq!(self.partly_written.contains(&(number, *slot)), is_partly_written, "{connection:?}");
+            let owner = &connections[connections.owner(*slot)];
+            let (membership, progress) = (connections.membership(*slot), connections.progress(*slot));
+            assert!(owner.is_open() && membership.index == index as u32, "{slot}: {owner:?}");
+            let number = progress.cursor().entry;
+            let is_partly_written = connections.is_live(*slot) && progress.is_inside_frame(self.feed());
+            assert_eq!(self.partly_written.contains(&(number, *slot)), is_partly_written, "{slot}");
         }
         let of_member = |(_, slot): &&(u64, u32)| self.members.contains(slot);
         assert!(self.partly_written.iter().all(|listed| of_member(&listed)), "{:?}", self.partly_written);
@@ -299,7 +299,7 @@ impl Channel {
 
 /// The slot of a user's first connection, to which the others are linked; `NONE` without one.
 fn first_of(users: &HashTable<u32>, user: &str, connections: &ConnectionTable, hasher: &RandomState) -> u32 {
-    let same = |slot: &u32| &*connections[*slot].client.user == user;
+    let same = |slot: &u32| connections.user(*slot) == user;
     users.find(hasher.hash_one(user), same).copied().unwrap_or(NONE)
 }
 
@@ -307,7 +307,12 @@ fn first_of(users: &HashTable<u32>, user: &str, connections: &ConnectionTable, h
 mod tests {
     use super::*;
     use crate::limits::connections::ConnectionSlot;
+    use crate::protocol::event::ChannelName;
     use crate::ws::connection::Connection;
+
+    fn room() -> ChannelForm {
+        ChannelName::parse("c").expect("a name").into()
+    }
 
     const ID: ChannelId = ChannelId { key: 0, generation: 1 };
 
@@ -332,7 +337,7 @@ mod tests {
             for (visited, leaver) in
                 (0..=count as usize).flat_map(|at| (0..count).map(move |slot| (at, slot)))
             {
-                let mut channel = Channel::new(ChannelName::parse("c").expect("a name"), ID, now);
+                let mut channel = Channel::new(room(), ID, now);
                 (0..count).for_each(|slot| channel.add(slot, &mut connections, &hasher));
                 let mut seen = channel.members[..visited].to_vec();
                 channel.public = Some(PublicFanout { next: visited, ..PublicFanout::new(now, now, 0) });
@@ -343,7 +348,7 @@ mod tests {
                 seen.sort_unstable();
                 let stay: Vec<u32> = (0..count).filter(|slot| *slot != leaver).collect();
                 assert_eq!(seen, stay, "{leaver} of {count} left after {visited} visits");
-                let indexes = channel.members.iter().map(|slot| connections[*slot].membership.index);
+                let indexes = channel.members.iter().map(|slot| connections.membership(*slot).index);
                 assert!(indexes.eq(0..count - 1), "every connection knows its index");
             }
         }
@@ -355,7 +360,7 @@ mod tests {
         for count in 1..6_u32 {
             let mut connections = connections(count);
             for (visited, leaver) in (0..count).flat_map(|at| (0..count).map(move |slot| (at, slot))) {
-                let mut channel = Channel::new(ChannelName::parse("c").expect("a name"), ID, now);
+                let mut channel = Channel::new(room(), ID, now);
                 (0..count).for_each(|slot| channel.add(slot, &mut connections, &hasher));
                 let mut completed = Vec::new();
                 channel.start_private_fanout("".into(), now, &connections, &hasher);
@@ -385,7 +390,7 @@ mod tests {
         let (hasher, now) = (RandomState::new(), Instant::now());
         for leaves in [false, true] {
             let mut connections = connections(2);
-            let mut channel = Channel::new(ChannelName::parse("c").expect("a name"), ID, now);
+            let mut channel = Channel::new(room(), ID, now);
             channel.add(0, &mut connections, &hasher);
             channel.start_private_fanout("".into(), now, &connections, &hasher);
             if leaves {

@@ -22,7 +22,7 @@ impl Shard {
             reason = reason.label(),
             user = &*connection.client.user,
             client = connection.client_address().map(tracing::field::display),
-            channel = key.map(|key| self.channels[key].name.as_str()),
+            channel = key.map(|key| self.channels[key].name.name.as_str()),
             "closed connection"
         );
         connection.close(reason);
@@ -81,10 +81,16 @@ impl Shard {
         self.close(slot, reason);
     }
 
-    /// Removes a connection from its channel. Returns the channel's key if it was a member.
+    /// Removes a connection from its channels. Returns the key of its default channel if it was a
+    /// member there.
     fn leave(&mut self, slot: u32) -> Option<u32> {
+        if let Some(set) = self.connections.take_set(slot) {
+            for number in set.subscriptions {
+                self.end_subscription(number);
+            }
+        }
         let connection = &self.connections[slot];
-        if !connection.is_open() {
+        if !connection.is_member() {
             return None;
         }
         let key = connection.membership.channel;

@@ -1,12 +1,15 @@
-//! The connections of one shard, by slot.
+//! The connections of one shard, by slot, and their subscriptions.
 
+use std::collections::HashMap;
 use std::io;
 use std::ops::{Index, IndexMut};
 
 use super::deadlines::LISTED;
+use super::members::is_subscription;
 use super::slots::Slots;
 use crate::bus::{ConnectionId, ShardId};
 use crate::ws::connection::{Connection, State};
+use crate::ws::subscription::{ChannelSet, Subscription};
 use mio::{Interest, Registry, Token};
 
 /// Connections by slot. Their sockets are registered with epoll.
@@ -16,8 +19,11 @@ use mio::{Interest, Registry, Token};
 #[derive(Debug)]
 pub struct ConnectionTable {
     shard: ShardId,
-    slots: Slots<Connection>,
-    /// The generation of the latest connection.
+    pub(super) slots: Slots<Connection>,
+    pub(super) subscriptions: Slots<Subscription>,
+    /// By slot: what connections have beside their default channel.
+    pub(super) sets: HashMap<u32, ChannelSet>,
+    /// The generation of the latest connection or subscription.
     generation: u32,
     discarded: Vec<u32>,
     registry: Registry,
@@ -25,13 +31,26 @@ pub struct ConnectionTable {
 
 impl ConnectionTable {
     pub fn new(shard: ShardId, registry: Registry) -> ConnectionTable {
-        ConnectionTable { shard, slots: Slots::new(), generation: 0, discarded: Vec::new(), registry }
+        ConnectionTable {
+            shard,
+            slots: Slots::new(),
+            subscriptions: Slots::new(),
+            sets: HashMap::new(),
+            generation: 0,
+            discarded: Vec::new(),
+            registry,
+        }
     }
 
     /// Adds the connection that `create` returns for a new generation. Returns its slot.
     pub fn insert(&mut self, create: impl FnOnce(u32) -> Connection) -> u32 {
+        let generation = self.next_generation();
+        self.slots.insert(create(generation))
+    }
+
+    pub(super) fn next_generation(&mut self) -> u32 {
         self.generation = self.generation.wrapping_add(1);
-        self.slots.insert(create(self.generation))
+        self.generation
     }
 
     /// Registers the socket with epoll. Fails when the kernel is out of memory, or at
@@ -49,8 +68,13 @@ impl ConnectionTable {
         self.registry.reregister(self.slots[slot].socket.stream_mut(), token, interest)
     }
 
-    pub fn id(&self, slot: u32) -> ConnectionId {
-        ConnectionId { shard: self.shard, slot, generation: self[slot].generation }
+    /// The id of a member: of a connection, or of a subscription.
+    pub fn id(&self, number: u32) -> ConnectionId {
+        let generation = match is_subscription(number) {
+            true => self.subscription(number).generation,
+            false => self[number].generation,
+        };
+        ConnectionId { shard: self.shard, slot: number, generation }
     }
 
     /// The id to which a token belongs.
@@ -58,10 +82,13 @@ impl ConnectionTable {
         ConnectionId { shard: self.shard, slot: token.0 as u32, generation: (token.0 >> 32) as u32 }
     }
 
-    /// The slot of a connection, unless it was discarded.
+    /// The number of a member, unless it was removed.
     pub fn find(&self, id: ConnectionId) -> Option<u32> {
-        let connection = self.get(id.slot)?;
-        (connection.generation == id.generation).then_some(id.slot)
+        let generation = match is_subscription(id.slot) {
+            true => self.find_subscription(id.slot)?.generation,
+            false => self.get(id.slot)?.generation,
+        };
+        (generation == id.generation).then_some(id.slot)
     }
 
     /// The connection in a slot, unless it was discarded.

@@ -5,7 +5,6 @@ use std::time::{Duration, Instant};
 
 use super::connections::ConnectionTable;
 use crate::bus::ConnectionId;
-use crate::ws::connection::State;
 
 /// Time from a connection to its complete request.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
@@ -36,17 +35,17 @@ impl DeadlineQueue {
         self.queue.push_back((Instant::now() + self.timeout, id));
     }
 
-    /// Removes the next connection whose deadline is over, and returns its slot. Connections whose
-    /// state `waits` does not confirm are removed before their deadline: nearly all of them changed
+    /// Removes the next connection whose deadline is over, and returns its number. Connections that
+    /// `waits` does not confirm are removed before their deadline: nearly all of them changed
     /// it long before, and a storm would be remembered for seconds.
     pub fn pop_due(
         &mut self,
         now: Instant,
         connections: &ConnectionTable,
-        waits: impl Fn(&State) -> bool,
+        waits: impl Fn(&ConnectionTable, u32) -> bool,
     ) -> Option<u32> {
         while let Some((due, id)) = self.queue.front().copied() {
-            let slot = connections.find(id).filter(|slot| waits(&connections[*slot].state));
+            let slot = connections.find(id).filter(|number| waits(connections, *number));
             if slot.is_some() && due > now {
                 return None;
             }
@@ -64,7 +63,7 @@ impl DeadlineQueue {
 pub struct Deadlines {
     /// Connections without a complete request.
     pub requests: DeadlineQueue,
-    /// Connections that wait for the bus before they join.
+    /// Connections and subscriptions that wait for the bus before they join.
     pub joins: DeadlineQueue,
     /// Connections that are closing.
     pub closing: DeadlineQueue,

@@ -6,7 +6,6 @@ use super::Shard;
 use super::deadlines::shrink;
 use super::pages::PageId;
 use crate::bus::ConnectionId;
-use crate::ws::connection::State;
 
 /// Most writes of fan-outs in a row. Writes are counted, not connections, since a connection with
 /// many small entries before it takes many writes.
@@ -17,7 +16,7 @@ pub(super) const FANOUT_WRITES: u64 = 256;
 /// would wait behind all of them.
 const CONNECTIONS_PER_FANOUT: usize = 32;
 
-/// What a connection waited for.
+/// What a member waited for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Pending {
     /// Time, or the channel to be followed.
@@ -35,7 +34,7 @@ pub(super) struct Deferred {
     reads: Vec<ConnectionId>,
     /// Connections that had more to write than one turn allows.
     writes: Vec<ConnectionId>,
-    /// Connections that the bus has answered. Thousands may have waited for one answer.
+    /// Members that the bus has answered. Thousands may have waited for one answer.
     pub answered: VecDeque<(ConnectionId, Pending)>,
     /// Connections that missed events and are to be closed, some at every tick.
     pub missed: VecDeque<ConnectionId>,
@@ -68,7 +67,7 @@ impl Shard {
         for (done, id) in std::mem::take(&mut self.deferred.writes).into_iter().enumerate() {
             if let Some(slot) = self.connections.find(id) {
                 self.connections[slot].socket.leave_queue();
-                self.flush(slot);
+                self.flush_all(slot);
             }
             self.maybe_run_fanout(done);
         }
@@ -87,18 +86,16 @@ impl Shard {
         }
     }
 
-    /// Continues with some of the connections that the bus has answered.
+    /// Continues with some of the members that the bus has answered.
     fn resume_waiting(&mut self) {
         for _ in 0..CONNECTIONS_PER_FANOUT {
             let Some((id, pending)) = self.deferred.answered.pop_front() else { break };
-            if let Some(slot) = self.connections.find(id) {
-                match &mut self.connections[slot].state {
-                    State::Joining(_) => self.join(slot, pending),
-                    State::Replay(replay) => {
-                        replay.resume(matches!(pending, Pending::Page(_)));
-                        self.flush(slot);
-                    }
-                    _ => {}
+            if let Some(number) = self.connections.find(id) {
+                if let Some(replay) = self.connections.replay_mut(number) {
+                    replay.resume(matches!(pending, Pending::Page(_)));
+                    self.flush(number);
+                } else {
+                    self.join(number, pending);
                 }
             }
             if let Pending::Page(page) = pending {

@@ -62,7 +62,9 @@ impl Shard {
                 let response = Response::from(rejections::stopping());
                 self.respond(slot, &response, CloseReason::Draining);
             }
-            Some(State::Live | State::Replay(_) | State::Missed) => self.close(slot, CloseReason::Draining),
+            Some(State::Live | State::Replay(_) | State::WithoutChannel | State::Missed) => {
+                self.close(slot, CloseReason::Draining)
+            }
         }
         true
     }

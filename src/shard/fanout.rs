@@ -3,12 +3,12 @@
 use std::time::Instant;
 
 use super::Shard;
-use crate::protocol::event::{ChannelName, Entry};
-use crate::ws::connection::State;
+use crate::protocol::event::Entry;
+use crate::protocol::form::ChannelForm;
 
 impl Shard {
     /// Appends the next entry of a channel to its feed, and has it delivered.
-    pub(super) fn on_entry(&mut self, name: &ChannelName, entry: Entry, arrived: Instant) {
+    pub(super) fn on_entry(&mut self, name: &ChannelForm, entry: Entry, arrived: Instant) {
         let Some(key) = self.channels.key(name) else { return };
         self.channels.append(key, entry, arrived, self.now, &self.connections);
         self.evict();
@@ -30,13 +30,23 @@ impl Shard {
                 return self.channels.rotate_fanouts();
             }
             let before = self.tally.writes;
-            if let Some(slot) = self.channels[key].next_visit(&self.connections) {
-                let connection = &self.connections[slot];
-                if !connection.socket.is_blocked() && matches!(connection.state, State::Live) {
-                    self.flush(slot);
-                }
+            if let Some(number) = self.channels[key].next_visit(&self.connections) {
+                self.visit(number);
             }
             budget = budget.saturating_sub((self.tally.writes - before).max(1));
+        }
+    }
+
+    /// Writes to a member that a fan-out visits, unless its socket is full.
+    fn visit(&mut self, number: u32) {
+        let socket = &self.connections[self.connections.owner(number)].socket;
+        if !socket.is_blocked() {
+            if self.connections.is_live(number) {
+                self.flush(number);
+            }
+        } else if socket.carries_set {
+            // Another of its channels may have filled the socket.
+            self.connections.progress_mut(number).mark_behind();
         }
     }
 

@@ -1,4 +1,4 @@
-//! Reading history from the bus for connections that need it, to join or because the feed has left
+//! Reading history from the bus for members that need it, to join or because the feed has left
 //! them behind.
 
 use std::sync::Arc;
@@ -9,17 +9,17 @@ use super::pages::PageCache;
 use crate::bus::reads::Read;
 use crate::bus::{BusError, ConnectionId, Page, PageReader, Request};
 use crate::config::Settings;
-use crate::protocol::event::{ChannelName, EventId};
-use crate::ws::connection::State;
+use crate::protocol::event::EventId;
+use crate::protocol::form::ChannelForm;
 
-/// Connections that read history.
+/// Members that read history.
 #[derive(Debug)]
 pub(super) struct ReplayQueue {
-    /// The pages in memory, and the connections that wait for others.
+    /// The pages in memory, and the members that wait for others.
     pub pages: PageCache,
-    /// Connections whose page could not be read, or did not help them. They try again every second.
+    /// Members whose page could not be read, or did not help them. They try again every second.
     failed: Vec<ConnectionId>,
-    /// Connections that reached the limit on history in one tick, or the limit on reads for their
+    /// Members that reached the limit on history in one tick, or the limit on reads for their
     /// client.
     throttled: Vec<ConnectionId>,
 }
@@ -32,40 +32,42 @@ impl ReplayQueue {
 }
 
 impl Shard {
-    /// Makes a connection wait for a page of history of about this many bytes, or for the next tick
+    /// Makes a member wait for a page of history of about this many bytes, or for the next tick
     /// if the limit on reads for its client is reached.
-    pub(super) fn request_page(&mut self, slot: u32, position: EventId, bytes: usize) {
+    pub(super) fn request_page(&mut self, number: u32, position: EventId, bytes: usize) {
         let limits = &self.context.handshake.limits;
         let now = limits.allowances.now();
-        let connection = &mut self.connections[slot];
+        let owner = self.connections.owner(number);
+        let connection = &mut self.connections[owner];
         if connection.allowance(limits).is_some_and(|client| !client.take_history(bytes, now)) {
-            return self.throttle(slot);
+            return self.throttle(number);
         }
-        connection.wait_for_page();
-        let (channel, id) = (self.channels[connection.membership.channel].id, self.connections.id(slot));
+        self.connections.wait_for_page(number);
+        let key = self.connections.membership(number).channel;
+        let (channel, id) = (self.channels[key].id, self.connections.id(number));
         self.replay.pages.wait(channel, position, bytes, id);
         self.start_reads();
     }
 
-    /// Makes a connection wait for the next tick.
-    pub(super) fn throttle(&mut self, slot: u32) {
-        self.connections[slot].wait_for_page();
-        self.replay.throttled.push(self.connections.id(slot));
+    /// Makes a member wait for the next tick.
+    pub(super) fn throttle(&mut self, number: u32) {
+        self.connections.wait_for_page(number);
+        self.replay.throttled.push(self.connections.id(number));
     }
 
-    /// Makes a connection wait for the next second, since the last answer did not help it.
-    pub(super) fn retry_page_later(&mut self, slot: u32) {
-        self.connections[slot].wait_for_page();
-        self.replay.failed.push(self.connections.id(slot));
+    /// Makes a member wait for the next second, since the last answer did not help it.
+    pub(super) fn retry_page_later(&mut self, number: u32) {
+        self.connections.wait_for_page(number);
+        self.replay.failed.push(self.connections.id(number));
     }
 
-    /// Resumes the connections that wait for a tick.
+    /// Resumes the members that wait for a tick.
     pub(super) fn resume_throttled(&mut self) {
         let throttled = self.replay.throttled.drain(..).map(|id| (id, Pending::Nothing));
         self.deferred.answered.extend(throttled);
     }
 
-    /// Resumes the connections that wait for the next second.
+    /// Resumes the members that wait for the next second.
     pub(super) fn resume_failed(&mut self) {
         let failed = self.replay.failed.drain(..).map(|id| (id, Pending::Nothing));
         self.deferred.answered.extend(failed);
@@ -75,17 +77,17 @@ impl Shard {
     pub(super) fn start_reads(&mut self) {
         let connections = &self.connections;
         let waits =
-            |id: &ConnectionId| connections.find(*id).is_some_and(|slot| connections[slot].awaits_page());
+            |id: &ConnectionId| connections.find(*id).is_some_and(|number| connections.awaits_page(number));
         while let Some(Read { channel, position, bytes }) = self.replay.pages.start(waits) {
             let channel = self.channels[channel.key].name.clone();
-            let reader = PageReader::Shard(self.context.id);
-            self.request_bus(Request::Read { channel, position, bytes, reader });
+            let reader = PageReader::Shard(self.context.id, channel.form);
+            self.request_bus(Request::Read { channel: channel.name, position, bytes, reader });
         }
     }
 
     pub(super) fn on_page(
         &mut self,
-        name: &ChannelName,
+        name: &ChannelForm,
         position: EventId,
         result: Result<Arc<Page>, BusError>,
     ) {
@@ -94,16 +96,17 @@ impl Shard {
         match result {
             Err(why) => {
                 for id in self.replay.pages.fail(channel.id, position) {
-                    let Some(slot) = self.connections.find(id) else { continue };
-                    match self.connections[slot].state {
-                        State::Joining(_) => self.reject_join(slot, &why),
-                        _ => self.replay.failed.push(id),
+                    let Some(number) = self.connections.find(id) else { continue };
+                    match self.connections.is_joining(number) {
+                        true => self.reject_join(number, &why),
+                        false => self.replay.failed.push(id),
                     }
                 }
             }
             Ok(page) => {
                 let Some(feed) = &channel.feed else { return }; // a channel that was dropped and added again
-                let (page, served) = self.replay.pages.add(channel.id, position, &page, feed, self.tick);
+                let (page, served) =
+                    self.replay.pages.add(channel.id, position, &page, &channel.name, feed, self.tick);
                 self.deferred.answered.extend(served.into_iter().map(|id| (id, Pending::Page(page))));
             }
         }

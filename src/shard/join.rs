@@ -7,16 +7,19 @@ use bytes::{Bytes, BytesMut};
 
 use super::Shard;
 use super::deferred::Pending;
+use super::members::is_subscription;
+use super::subscribe::TOO_MANY_CHANNELS;
 use crate::bus::{BusError, BusMessage, Request, ShardId};
 use crate::feed::{Cursor, Feed, Lookup};
 use crate::http::Rejection;
-use crate::protocol::event::{ChannelName, Entry, EventId};
-use crate::protocol::frame;
+use crate::protocol::event::{Entry, EventId};
+use crate::protocol::form::ChannelForm;
+use crate::protocol::frame::{self, ErrorCode};
 use crate::ws::client::LastSeen;
 use crate::ws::connection::State;
 use crate::ws::handshake::rejections;
 
-/// Where a connection joins the channel.
+/// Where a member joins the channel.
 #[derive(Clone, Copy, Debug)]
 enum JoinPosition {
     /// After this event, in the feed.
@@ -28,29 +31,26 @@ enum JoinPosition {
 }
 
 impl Shard {
-    /// Makes a connection a member of its channel once its position is known. `pending` has just
-    /// been answered.
-    pub(super) fn join(&mut self, slot: u32, pending: Pending) {
-        let State::Joining(join) = &self.connections[slot].state else { return };
-        let last_seen = join.last_seen;
-        let name = join.channel.clone();
+    /// Makes a connection or a subscription a member of its channel once its position is known.
+    /// `pending` has just been answered.
+    pub(super) fn join(&mut self, number: u32, pending: Pending) {
+        let Some((name, last_seen)) = self.connections.joining(number) else { return };
         let key = match self.channels.key(&name) {
             Some(key) => key,
-            None if self.may_add_channel(slot) => self.follow(name),
-            None => {
-                return self.reject(slot, &rejections::too_many_channels());
-            }
+            None if self.channels.follows(&name.name) => self.follow(name),
+            None if self.may_add_channel(self.connections.owner(number)) => self.follow(name),
+            None => return self.reject_new_channel(number),
         };
-        let id = self.connections.id(slot);
-        self.connections[slot].membership.channel = key;
+        let id = self.connections.id(number);
+        self.connections.membership_mut(number).channel = key;
         let channel = &mut self.channels[key];
         let Some(feed) = &channel.feed else { return channel.joining.push(id) };
         let position = match last_seen {
             LastSeen::Newcomer { history } => {
                 let from = EventId(feed.position().0.saturating_sub(history.into()));
-                return self.join_newcomer(slot, key, from, pending);
+                return self.join_newcomer(number, key, from, pending);
             }
-            LastSeen::NewcomerAfter(from) => return self.join_newcomer(slot, key, from, pending),
+            LastSeen::NewcomerAfter(from) => return self.join_newcomer(number, key, from, pending),
             LastSeen::Unknown => JoinPosition::NotContinuous,
             LastSeen::Event(seen) => match feed.find(seen) {
                 Lookup::Found(cursor) => JoinPosition::Feed(seen, cursor),
@@ -66,17 +66,17 @@ impl Shard {
                     // The page read does not cover `seen`, and rereading would not help.
                     None if matches!(pending, Pending::Page(_)) => JoinPosition::NotContinuous,
                     None => {
-                        let bytes = self.connections[slot].next_page_bytes();
-                        return self.request_page(slot, seen, bytes);
+                        let bytes = self.connections.next_page_bytes(number);
+                        return self.request_page(number, seen, bytes);
                     }
                 },
             },
         };
-        self.admit(slot, key, position);
+        self.admit(number, key, position);
     }
 
     /// Makes a newcomer a member, with the events after `from` or as many of them as history holds.
-    fn join_newcomer(&mut self, slot: u32, key: u32, from: EventId, pending: Pending) {
+    fn join_newcomer(&mut self, number: u32, key: u32, from: EventId, pending: Pending) {
         let (channel, feed) = (self.channels[key].id, self.channels[key].feed());
         // The page read was for `from`; it proves nothing after `from` moves.
         let mut was_read = matches!(pending, Pending::Page(_)) && from >= feed.base();
@@ -93,64 +93,94 @@ impl Shard {
                 // feed's oldest event.
                 None if was_read => from = feed.before(),
                 None => {
-                    let connection = &mut self.connections[slot];
-                    if let State::Joining(join) = &mut connection.state {
-                        join.last_seen = LastSeen::NewcomerAfter(from);
-                    }
-                    let bytes = connection.next_page_bytes();
-                    return self.request_page(slot, from, bytes);
+                    self.connections.set_last_seen(number, LastSeen::NewcomerAfter(from));
+                    let bytes = self.connections.next_page_bytes(number);
+                    return self.request_page(number, from, bytes);
                 }
             }
         };
-        self.admit(slot, key, position);
+        self.admit(number, key, position);
     }
 
     /// Whether the client of this connection may name one more channel that this shard does not
     /// follow.
-    fn may_add_channel(&mut self, slot: u32) -> bool {
+    pub(super) fn may_add_channel(&mut self, slot: u32) -> bool {
         let limits = &self.context.handshake.limits;
         let connection = &mut self.connections[slot];
         connection.allowance(limits).is_none_or(|client| limits.take_channel(client))
     }
 
     /// Adds a channel, which the bus is asked to follow. Returns its key.
-    fn follow(&mut self, name: ChannelName) -> u32 {
+    fn follow(&mut self, name: ChannelForm) -> u32 {
         self.request_bus(Request::Follow { channel: name.clone(), shard: self.context.id });
         self.channels.insert(name, Instant::now())
     }
 
-    /// Makes a connection a member. Its welcome reads the head in the same turn, so that no event
-    /// arrives between history and live.
-    fn admit(&mut self, slot: u32, key: u32, position: JoinPosition) {
-        let connection = &mut self.connections[slot];
-        let State::Joining(join) = std::mem::replace(&mut connection.state, State::Live) else { return };
+    /// Makes a connection or a subscription a member. Its welcome reads the head in the same turn,
+    /// so that no event arrives between history and live.
+    fn admit(&mut self, number: u32, key: u32, position: JoinPosition) {
         let feed = self.channels[key].feed();
-        let end = Cursor { entry: feed.end(), offset: 0 };
+        let head = feed.position();
         let (last, recovered) = match position {
             JoinPosition::Feed(seen, _) | JoinPosition::History(seen) => (seen, true),
-            JoinPosition::NotContinuous => (feed.position(), false),
+            JoinPosition::NotContinuous => (head, false),
         };
-        match position {
-            JoinPosition::Feed(seen, cursor) => connection.start_live(feed, cursor, seen),
-            JoinPosition::History(seen) => connection.start_replay(feed, seen),
-            JoinPosition::NotContinuous => connection.start_live(feed, end, feed.position()),
+        let owner = self.connections.owner(number);
+        match is_subscription(number) {
+            true => {
+                let Some(joining) = self.connections.subscription(number).joining() else { return };
+                let reference = joining.reference.as_deref();
+                let welcome = frame::subscription_welcome(&joining.channel, last, head, recovered, reference);
+                self.connections[owner].enqueue(welcome);
+            }
+            false => {
+                let wants_recovery = self.connections[number].client.wants_recovery();
+                let welcome = wants_recovery.then(|| frame::welcome(last, head, recovered));
+                self.upgrade(number, State::Live, welcome);
+            }
         }
+        let feed = self.channels[key].feed();
+        let end = Cursor { entry: feed.end(), offset: 0 };
+        match position {
+            JoinPosition::Feed(seen, cursor) => self.connections.start_live(number, feed, cursor, seen),
+            JoinPosition::History(seen) => self.connections.start_replay(number, feed, seen),
+            JoinPosition::NotContinuous => self.connections.start_live(number, feed, end, head),
+        }
+        self.channels.add_member(key, number, &mut self.connections);
+        match is_subscription(number) {
+            // One write for all channels that start in this turn.
+            true => self.write_later(owner),
+            false => self.flush(number),
+        }
+    }
+
+    /// Opens a connection that has no default channel.
+    pub(super) fn admit_without_channel(&mut self, slot: u32) {
+        self.upgrade(slot, State::WithoutChannel, Some(frame::welcome_without_channel()));
+        self.flush(slot);
+    }
+
+    /// Sends the response of an upgrade with the first frame.
+    fn upgrade(&mut self, slot: u32, state: State, first: Option<Bytes>) {
+        let connection = &mut self.connections[slot];
+        let State::Joining(join) = std::mem::replace(&mut connection.state, state) else { return };
         let mut response = BytesMut::from(&join.response[..]);
-        if connection.client.wants_recovery {
-            response.extend_from_slice(&frame::welcome(last, feed.position(), recovered));
+        if let Some(first) = first {
+            response.extend_from_slice(&first);
         }
         connection.enqueue(Bytes::from(response));
         connection.liveness.restart(self.tick);
-        self.channels.add_member(key, slot, &mut self.connections);
+        if join.grant.is_some() {
+            self.connections.set_mut(slot).grant = join.grant;
+        }
         self.metrics().upgraded.add(1);
-        self.flush(slot);
     }
 
     /// Starts the feed of a channel after `position`. `recent` are the entries that another shard
     /// has from before.
     pub(super) fn on_followed(
         &mut self,
-        name: &ChannelName,
+        name: &ChannelForm,
         base: EventId,
         position: EventId,
         recent: Vec<Entry>,
@@ -171,7 +201,7 @@ impl Shard {
     }
 
     /// Sends [`BusMessage::Followed`] to another shard, with the entries that are in memory here.
-    pub(super) fn on_share(&mut self, channel: ChannelName, base: EventId, position: EventId, with: ShardId) {
+    pub(super) fn on_share(&mut self, channel: ChannelForm, base: EventId, position: EventId, with: ShardId) {
         let key = self.channels.key(&channel);
         let feed = key.and_then(|key| self.channels[key].feed.as_ref());
         // A channel that was dropped here and added again is not at this position.
@@ -180,11 +210,11 @@ impl Shard {
         self.context.shards.send(with, BusMessage::Followed { channel, base, position, recent });
     }
 
-    pub(super) fn on_not_followed(&mut self, name: &ChannelName, why: &BusError) {
+    pub(super) fn on_not_followed(&mut self, name: &ChannelForm, why: &BusError) {
         let Some(key) = self.channels.key(name) else { return };
         for id in std::mem::take(&mut self.channels[key].joining) {
-            if let Some(slot) = self.connections.find(id) {
-                self.reject_join(slot, why);
+            if let Some(number) = self.connections.find(id) {
+                self.reject_join(number, why);
             }
         }
         self.drop_channel(key);
@@ -199,14 +229,14 @@ impl Shard {
         }
     }
 
-    pub(super) fn on_refreshed(&mut self, name: &ChannelName, result: Result<(), BusError>) {
+    pub(super) fn on_refreshed(&mut self, name: &ChannelForm, result: Result<(), BusError>) {
         let Some(key) = self.channels.key(name) else { return };
         for id in self.channels[key].refresh.complete() {
             match &result {
                 Ok(()) => self.deferred.answered.push_back((id, Pending::Refresh)),
                 Err(why) => {
-                    if let Some(slot) = self.connections.find(id) {
-                        self.reject_join(slot, why);
+                    if let Some(number) = self.connections.find(id) {
+                        self.reject_join(number, why);
                     }
                 }
             }
@@ -214,17 +244,32 @@ impl Shard {
         self.refresh_next(key);
     }
 
-    /// Rejects a connection that waits to join. Why the bus is unavailable is for operators, so the
-    /// response does not say it.
-    pub(super) fn reject_join(&mut self, slot: u32, why: &BusError) {
-        if !matches!(self.connections[slot].state, State::Joining(_)) {
+    /// Rejects a connection or a subscription that waits to join. Why the bus is unavailable is for
+    /// operators, so the answer does not say it.
+    pub(super) fn reject_join(&mut self, number: u32, why: &BusError) {
+        if !self.connections.is_joining(number) {
             return;
         }
+        let is_subscription = is_subscription(number);
         let text = match why {
+            BusError::Unavailable(_) if is_subscription => {
+                "no client can subscribe now: try again later".into()
+            }
             BusError::Unavailable(_) => "no client can join now: try again, or another node".into(),
             BusError::TooManyChannels => Cow::from(why.to_string()),
         };
-        self.reject(slot, &Rejection::unavailable(text));
+        match is_subscription {
+            true => self.reject_subscription(number, ErrorCode::Unavailable, &text),
+            false => self.reject(number, &Rejection::unavailable(text)),
+        }
+    }
+
+    /// Rejects a connection or a subscription whose client has named too many new channels.
+    fn reject_new_channel(&mut self, number: u32) {
+        match is_subscription(number) {
+            true => self.reject_subscription(number, ErrorCode::RateLimited, TOO_MANY_CHANNELS),
+            false => self.reject(number, &rejections::too_many_channels()),
+        }
     }
 
     /// Drops a channel without members.

@@ -2,6 +2,8 @@
 
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use bytes::Bytes;
+
 use super::Shard;
 use super::timers::{SECOND, ticks};
 use crate::config::PingFormat;
@@ -10,6 +12,9 @@ use crate::protocol::frame;
 
 /// Time from the first frame of a message to its last.
 const MESSAGE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long before its token expires a client gets `token_expiring`, in seconds.
+const EXPIRY_NOTICE: u32 = 60;
 
 /// A walk through the slots, a part of them at every tick.
 #[derive(Debug, Default)]
@@ -41,16 +46,53 @@ impl Shard {
             else {
                 continue;
             };
-            if connection.client.expires <= seconds {
-                self.close(slot, CloseReason::TokenExpired);
-                continue;
+            if connection.client.expires <= seconds.saturating_add(EXPIRY_NOTICE) {
+                if connection.client.expires <= seconds {
+                    self.close(slot, CloseReason::TokenExpired);
+                    continue;
+                }
+                self.announce_expiry(slot, seconds);
             }
+            let Some(connection) = self.connections.get(slot).filter(|connection| connection.is_open())
+            else {
+                continue;
+            };
             self.sweep.behind += u64::from(connection.is_behind());
             if connection.socket.is_blocked() && connection.queued() > 0 {
                 self.unsent.listed.push(slot);
             }
             self.check_liveness(slot, interval, timeout, now);
         }
+    }
+
+    /// Sends `token_expiring`, once for each token.
+    fn announce_expiry(&mut self, slot: u32, now: u32) {
+        let connection = &mut self.connections[slot];
+        let is_told = std::mem::replace(&mut connection.client.knows_expiry, true);
+        if !is_told && connection.client.is_json() {
+            connection.enqueue(frame::token_expiring(connection.client.expires - now));
+            self.flush(slot);
+        }
+    }
+
+    /// A ping with the positions of a client that wants them.
+    pub(super) fn positions_ping(&mut self, slot: u32) -> Bytes {
+        let connection = &self.connections[slot];
+        let feed = match connection.is_member() && connection.client.wants_recovery() {
+            true => self.channels[connection.membership.channel].feed.as_ref(),
+            false => None,
+        };
+        let position = feed.map(|feed| self.connections.shown_position(slot, feed));
+        let mut positions = Vec::new();
+        for number in self.connections.set(slot).map_or_else(Vec::new, |set| set.subscriptions.clone()) {
+            if !self.connections.is_joining(number) {
+                let key = self.connections.membership(number).channel;
+                let position = self.connections.shown_position(number, self.channels[key].feed());
+                positions.push((key, position));
+            }
+        }
+        let channels = positions.into_iter().map(|(key, at)| (&self.channels[key].name.name, at));
+        frame::json_ping(position, channels)
     }
 
     fn complete_sweep(&mut self) {
@@ -99,10 +141,8 @@ impl Shard {
             connection.ping();
         }
         if format != PingFormat::WebSocket {
-            let feed = self.channels[connection.membership.channel].feed.as_ref();
-            let position =
-                feed.filter(|_| connection.client.wants_recovery).map(|feed| connection.shown_position(feed));
-            connection.enqueue(frame::json_ping(position));
+            let ping = self.positions_ping(slot);
+            self.connections[slot].enqueue(ping);
         }
         self.flush(slot);
     }

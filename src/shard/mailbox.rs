@@ -40,7 +40,7 @@ pub struct ListChannels {
 /// Some channels of a shard.
 #[derive(Debug, Default)]
 pub struct ChannelList {
-    /// Name, number of connections, and position.
+    /// Name, number of members, and position. A channel is in the list once for each of its forms.
     pub channels: Vec<(ChannelName, usize, EventId)>,
     /// The key to continue from; `None` at the end.
     pub next: Option<u32>,

@@ -5,7 +5,9 @@
 //! | [`mailbox`], `event_loop`, `runtime` | messages to a shard; the loop over messages, sockets, ticks |
 //! | `connections`, `slots` | connections by slot, in chunks |
 //! | `channel_table`, `channels` | channels by key, one channel |
+//! | `members` | connections and subscriptions as members of channels |
 //! | `read`, `publish` | from a socket: requests, frames, messages |
+//! | `subscribe`, `renewal` | further channels of a connection, and its new tokens |
 //! | `join` | from a request to a member of a channel |
 //! | `fanout`, `private`, `write` | from the feed to the sockets |
 //! | `history`, `pages` | pages of history for connections that the feed has left behind |
@@ -41,11 +43,14 @@ mod history;
 mod join;
 mod liveness;
 pub mod mailbox;
+mod members;
 mod partial_messages;
 mod pages;
 mod private;
 mod publish;
 mod read;
+mod renewal;
+mod subscribe;
 pub(crate) mod runtime;
 mod slots;
 #[cfg(test)]
@@ -167,8 +172,8 @@ impl Shard {
             BusMessage::Entry { channel, entry, arrived } => self.on_entry(&channel, entry, arrived),
             BusMessage::Page { channel, position, result } => self.on_page(&channel, position, result),
             BusMessage::Refreshed { channel, result } => self.on_refreshed(&channel, result),
-            BusMessage::Published { connection, reference, result } => {
-                self.on_published(connection, reference.as_deref(), result);
+            BusMessage::Published { connection, regarding, result } => {
+                self.on_published(connection, &regarding, result);
             }
         }
     }
@@ -218,6 +223,7 @@ impl Shard {
         if tally.received > 0 {
             metrics.bytes_received.add(tally.received);
         }
+        metrics.subscriptions.set(self.connections.subscriptions() as u64);
         metrics.feed_bytes.set(self.channels.feed_bytes() as u64);
         metrics.page_bytes.set(self.replay.pages.bytes() as u64);
         self.free_discarded();

@@ -67,7 +67,7 @@ impl PrivateFanouts {
         if slot == NONE {
             return None;
         }
-        fanout.next = connections[slot].membership.next;
+        fanout.next = connections.membership(slot).next;
         fanout.started = true;
         if fanout.next != NONE {
             self.turns.rotate_left(1); // else it stays in front, and is completed once this connection is flushed

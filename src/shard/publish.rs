@@ -3,48 +3,117 @@
 use bytes::Bytes;
 
 use super::Shard;
+use super::subscribe::TOO_MANY_CHANNELS;
 use crate::bus::{Answer, ConnectionId, Publish, PublishError, Request};
 use crate::config::ClientPublish;
+use crate::protocol::client_frame::{self, BadFrame, ClientFrame};
 use crate::protocol::close::CloseReason;
-use crate::protocol::event::EventId;
-use crate::protocol::frame::{self, ClientFrame, ErrorCode};
-use crate::ws::connection::State;
+use crate::protocol::event::{ChannelName, EventId};
+use crate::protocol::frame::{self, ErrorCode, Regarding};
+use crate::ws::client::OtherChannels;
+use crate::ws::subscription::ChannelSet;
 
 impl Shard {
     /// Handles a text message. An error closes the connection.
     pub(super) fn on_text(&mut self, slot: u32, text: &str) -> Result<(), CloseReason> {
         self.metrics().messages_received.add(1);
-        let connection = &mut self.connections[slot];
-        let (event, to, reference) = if connection.client.json_mode {
-            match frame::parse_client_frame(&connection.client.user, text) {
-                Ok(ClientFrame::Publish(publish)) => (publish.event, publish.to, publish.reference),
-                Ok(ClientFrame::Ping) => {
-                    let feed = self.channels[connection.membership.channel].feed.as_ref();
-                    let position = feed.map(|feed| connection.shown_position(feed));
-                    connection.enqueue(frame::json_ping(position));
-                    return Ok(());
-                }
-                Err(bad) => {
-                    let (code, reference) = (ErrorCode::Invalid, bad.reference.as_deref());
-                    self.context.metrics.reject_message(self.context.id, code, &bad.message);
-                    connection.enqueue(frame::error(code, &bad.message, reference));
-                    return Ok(());
-                }
+        let most = self.settings().max_subscriptions;
+        let client = &self.connections[slot].client;
+        if !client.is_json() {
+            let event = frame::chat_event(&client.user, text);
+            return self.publish_if_allowed(slot, event, None, Regarding::default());
+        }
+        match client_frame::parse(&client.user, text, most) {
+            Ok(ClientFrame::Publish(publish)) => {
+                let regarding = Regarding { channel: publish.channel, reference: publish.reference };
+                self.publish_if_allowed(slot, publish.event, publish.to, regarding)
             }
-        } else {
-            (frame::chat_event(&connection.client.user, text), None, None)
+            Ok(ClientFrame::Subscribe { channels, reference }) => {
+                self.on_subscribe(slot, channels, reference)
+            }
+            Ok(ClientFrame::Unsubscribe { channel, reference }) => {
+                self.on_unsubscribe(slot, channel, reference);
+                Ok(())
+            }
+            Ok(ClientFrame::Token { token, reference }) => self.on_token(slot, &token, reference),
+            Ok(ClientFrame::Ping) => {
+                let ping = self.positions_ping(slot);
+                self.connections[slot].enqueue(ping);
+                Ok(())
+            }
+            Err(BadFrame { message, reference }) => {
+                let regarding = Regarding { channel: None, reference };
+                self.reject_message(slot, ErrorCode::Invalid, &message, &regarding, CloseReason::Protocol)
+            }
+        }
+    }
+
+    /// Publishes an event of a client in the channel that its frame names, or else in the default
+    /// one.
+    fn publish_if_allowed(
+        &mut self,
+        slot: u32,
+        event: Bytes,
+        to: Option<String>,
+        regarding: Regarding,
+    ) -> Result<(), CloseReason> {
+        let channel = regarding.channel.as_ref().or(self.default_channel(slot)).cloned();
+        let may_address = self.settings().client_publish == ClientPublish::Any;
+        let (code, reason) = match channel {
+            None => (ErrorCode::Invalid, r#"give "channel": this connection has no default channel"#),
+            _ if to.is_some() && !may_address => {
+                (ErrorCode::Forbidden, "clients may not address one user here")
+            }
+            Some(channel) if !self.may_publish(slot, &channel) => {
+                (ErrorCode::Forbidden, "you may not publish here")
+            }
+            Some(channel) if !self.may_publish_anew(slot, &channel) => {
+                (ErrorCode::RateLimited, TOO_MANY_CHANNELS)
+            }
+            Some(channel) => {
+                self.publish(slot, channel, event, to, regarding);
+                return Ok(());
+            }
         };
-        let may_address = self.context.handshake.settings.client_publish == ClientPublish::Any;
-        let reason = if to.is_some() && !may_address {
-            "clients may not address one user here"
-        } else if !connection.client.may_publish {
-            "you may not publish here"
-        } else {
-            self.publish(slot, event, to, reference);
-            return Ok(());
-        };
-        let (code, reference) = (ErrorCode::Forbidden, reference.as_deref());
-        self.reject_message(slot, code, reason, reference, CloseReason::Forbidden)
+        self.reject_message(slot, code, reason, &regarding, CloseReason::Forbidden)
+    }
+
+    /// Whether a client may publish in a channel.
+    fn may_publish(&self, slot: u32, channel: &ChannelName) -> bool {
+        let client = &self.connections[slot].client;
+        if self.default_channel(slot) == Some(channel) {
+            return client.may_publish;
+        }
+        let grants = || self.connections.set(slot)?.grant.as_ref().map(|grant| grant.may_publish(channel));
+        self.settings().client_publish != ClientPublish::Off
+            && match client.other_channels {
+                OtherChannels::All => true,
+                OtherChannels::Nothing => false,
+                OtherChannels::ByGrant => grants().unwrap_or(false),
+            }
+    }
+
+    /// Whether a client may name this channel, which counts as a new one if this shard does not
+    /// follow it.
+    fn may_publish_anew(&mut self, slot: u32, channel: &ChannelName) -> bool {
+        let is_published = |set: &ChannelSet| set.has_published(channel);
+        if self.default_channel(slot) == Some(channel) || self.channels.follows(channel) {
+            return true;
+        }
+        if self.connections.set(slot).is_some_and(is_published) {
+            return true;
+        }
+        let may_add = self.may_add_channel(slot);
+        if may_add {
+            self.connections.set_mut(slot).note_published(channel.clone());
+        }
+        may_add
+    }
+
+    /// The default channel of a connection.
+    pub(super) fn default_channel(&self, slot: u32) -> Option<&ChannelName> {
+        let connection = &self.connections[slot];
+        connection.is_member().then(|| &self.channels[connection.membership.channel].name.name)
     }
 
     /// Rejects a message. A client without recovery frames gets no error frame: it is closed.
@@ -53,29 +122,28 @@ impl Shard {
         slot: u32,
         code: ErrorCode,
         text: &str,
-        reference: Option<&str>,
+        regarding: &Regarding,
         reason: CloseReason,
     ) -> Result<(), CloseReason> {
         self.context.metrics.reject_message(self.context.id, code, text);
         let connection = &mut self.connections[slot];
-        if !connection.client.wants_recovery {
+        if !connection.client.wants_recovery() {
             return Err(reason);
         }
-        connection.enqueue(frame::error(code, text, reference));
+        connection.enqueue(frame::error(code, text, regarding));
         Ok(())
     }
 
     pub(super) fn publish(
         &mut self,
         slot: u32,
+        channel: ChannelName,
         event: Bytes,
         to: Option<String>,
-        reference: Option<Box<str>>,
+        regarding: Regarding,
     ) {
-        let answer = Answer::Connection(self.connections.id(slot), reference);
-        let connection = &mut self.connections[slot];
-        connection.inbound.count_publish();
-        let channel = self.channels[connection.membership.channel].name.clone();
+        let answer = Answer::Connection(self.connections.id(slot), regarding);
+        self.connections[slot].inbound.count_publish();
         let publish = Publish { channel, to: to.map(Into::into), key: None, event, answer };
         self.request_bus(Request::Publish(publish));
     }
@@ -83,7 +151,7 @@ impl Shard {
     pub(super) fn on_published(
         &mut self,
         id: ConnectionId,
-        reference: Option<&str>,
+        regarding: &Regarding,
         result: Result<EventId, PublishError>,
     ) {
         let Some(slot) = self.connections.find(id) else { return };
@@ -94,7 +162,7 @@ impl Shard {
         connection.inbound.count_answer();
         match result {
             Ok(event) => {
-                if let Some(reference) = reference {
+                if let Some(reference) = &regarding.reference {
                     connection.enqueue(frame::ack(reference, event));
                 }
             }
@@ -105,19 +173,22 @@ impl Shard {
                 };
                 let text = error.to_string();
                 self.context.metrics.reject_message(self.context.id, code, &text);
-                if !connection.client.wants_recovery {
+                if !connection.client.wants_recovery() {
                     return self.close(slot, CloseReason::PublishFailed);
                 }
                 // What is wrong with the bus is for operators.
                 let text = if code == ErrorCode::Unavailable { frame::NOT_PUBLISHED } else { &text };
-                connection.enqueue(frame::error(code, text, reference));
+                connection.enqueue(frame::error(code, text, regarding));
             }
         }
         // A sender that is live gets its event now, not when the fan-out comes to it: it may wait for
         // its event before it sends more.
-        let is_live = matches!(connection.state, State::Live) && !connection.socket.is_blocked();
-        if is_live || connection.queued() > 0 {
-            self.flush(slot);
+        let (is_blocked, has_queued) = (connection.socket.is_blocked(), connection.queued() > 0);
+        let subscription =
+            regarding.channel.as_ref().and_then(|channel| self.find_subscription(slot, channel));
+        let member = subscription.filter(|number| self.connections.is_live(*number)).unwrap_or(slot);
+        if has_queued || (!is_blocked && self.connections.is_live(member)) {
+            self.flush(member);
         }
         self.resume_reading(slot);
     }

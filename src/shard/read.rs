@@ -6,8 +6,9 @@ use super::Shard;
 use super::deferred::Pending;
 use crate::limits::connections::LimitReached;
 use crate::limits::rate::Decision;
+use crate::protocol::client_frame;
 use crate::protocol::close::CloseReason;
-use crate::protocol::frame::{self, ErrorCode};
+use crate::protocol::frame::{self, ErrorCode, Regarding};
 use crate::ws::connection::State;
 use crate::ws::decoder::{self, Incoming};
 use crate::ws::handshake::{self, HandshakeOutcome, rejections};
@@ -71,7 +72,9 @@ impl Shard {
                 State::Request(_) => self.on_request_bytes(slot, length),
                 // Nothing would handle what a client sends before the upgrade.
                 State::Joining(_) => self.reject(slot, &rejections::early_data()),
-                State::Live | State::Replay(_) | State::Missed => self.on_frames(slot, length),
+                State::Live | State::Replay(_) | State::WithoutChannel | State::Missed => {
+                    self.on_frames(slot, length);
+                }
                 State::Closing { .. } | State::Discarded => {}
             }
             match new {
@@ -128,8 +131,12 @@ impl Shard {
                 if !self.context.handshake.limits.acquire_user(&join.client.user) {
                     return self.reject(slot, LimitReached::User.rejection());
                 }
+                let has_channel = join.channel.is_some();
                 connection.start_joining(join);
-                self.join(slot, Pending::Nothing);
+                match has_channel {
+                    true => self.join(slot, Pending::Nothing),
+                    false => self.admit_without_channel(slot),
+                }
                 if matches!(self.connections[slot].state, State::Joining(_)) {
                     self.deadlines.joins.push(self.connections.id(slot));
                 }
@@ -197,7 +204,11 @@ impl Shard {
             }
             match message {
                 Incoming::Text(text, _) => self.on_text(slot, &text)?,
-                Incoming::Binary(bytes, _) => self.publish(slot, bytes, None, None),
+                Incoming::Binary(bytes, _) => {
+                    if let Some(channel) = self.default_channel(slot).cloned() {
+                        self.publish(slot, channel, bytes, None, Regarding::default());
+                    }
+                }
                 Incoming::Ping(payload) => {
                     // A pong for the last ping answers all before it (RFC 6455 section 5.5.3).
                     let pongs = &mut self.input.pongs;
@@ -215,10 +226,12 @@ impl Shard {
 
     fn reject_over_rate(&mut self, slot: u32, message: &Incoming, text: &str) -> Result<(), CloseReason> {
         let reference = match message {
-            Incoming::Text(text, _) if self.connections[slot].client.json_mode => frame::reference_in(text),
+            Incoming::Text(text, _) if self.connections[slot].client.is_json() => {
+                client_frame::reference_in(text)
+            }
             _ => None,
         };
-        let code = ErrorCode::RateLimited;
-        self.reject_message(slot, code, text, reference.as_deref(), CloseReason::RateLimited)
+        let (code, regarding) = (ErrorCode::RateLimited, Regarding { channel: None, reference });
+        self.reject_message(slot, code, text, &regarding, CloseReason::RateLimited)
     }
 }

@@ -4,6 +4,7 @@ use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
 use super::Shard;
+use super::connections::ConnectionTable;
 use crate::bus::{BusError, Request};
 use crate::protocol::close::CloseReason;
 use crate::ws::connection::State;
@@ -68,18 +69,20 @@ impl Shard {
     }
 
     fn check_deadlines(&mut self, now: Instant) {
-        let is_reading = |state: &State| matches!(state, State::Request(_));
+        let is_reading =
+            |connections: &ConnectionTable, slot| matches!(connections[slot].state, State::Request(_));
         while let Some(slot) = self.deadlines.requests.pop_due(now, &self.connections, is_reading) {
             match self.connections[slot].connection_slot.limit_reached() {
                 Some(limit) => self.reject(slot, limit.rejection()),
                 None => self.reject(slot, &rejections::timeout()),
             }
         }
-        let is_joining = |state: &State| matches!(state, State::Joining(_));
-        while let Some(slot) = self.deadlines.joins.pop_due(now, &self.connections, is_joining) {
-            self.reject_join(slot, &BusError::Unavailable("it did not answer in time".into()));
+        let is_joining = ConnectionTable::is_joining;
+        while let Some(number) = self.deadlines.joins.pop_due(now, &self.connections, is_joining) {
+            self.reject_join(number, &BusError::Unavailable("it did not answer in time".into()));
         }
-        let is_closing = |state: &State| matches!(state, State::Closing { .. });
+        let is_closing =
+            |connections: &ConnectionTable, slot| matches!(connections[slot].state, State::Closing { .. });
         while let Some(slot) = self.deadlines.closing.pop_due(now, &self.connections, is_closing) {
             self.connections.discard(slot);
         }
@@ -114,7 +117,8 @@ impl Shard {
     pub(super) fn drop_empty_channels(&mut self, now: Instant) {
         let mut excess = self.excess_channels();
         let answered = self.deferred.answered.iter().filter_map(|(id, _)| self.connections.find(*id));
-        let joining: HashSet<u32> = answered.map(|slot| self.connections[slot].membership.channel).collect();
+        let joining: HashSet<u32> =
+            answered.map(|number| self.connections.membership(number).channel).collect();
         for _ in 0..EMPTY_A_TURN {
             let Some((since, id)) = self.channels.oldest_empty() else { return };
             if excess == 0 && now.saturating_duration_since(since) < EMPTY_TIME {

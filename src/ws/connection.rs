@@ -22,7 +22,7 @@ use crate::ws::outbox::{Outbox, SharedTails};
 use crate::ws::progress::Progress;
 use crate::ws::replay::Replay;
 use crate::ws::socket::Socket;
-use crate::ws::writer::{Flushed, Tally};
+use crate::ws::writer::{Flushed, Sink, Tally};
 
 /// No slot, and no channel.
 pub const NONE: u32 = u32::MAX;
@@ -38,6 +38,8 @@ pub enum State {
     Live,
     /// The feed has left it behind: it reads history, page by page.
     Replay(Replay),
+    /// It has no default channel: it follows channels by subscriptions alone.
+    WithoutChannel,
     /// It missed events and gets no recovery frames, so it is going to be closed.
     Missed,
     /// Its last frames are written, then it waits until the peer closes its side.
@@ -51,14 +53,14 @@ pub enum State {
 
 const _: () = assert!(size_of::<State>() == 16, "every connection has a state");
 
-/// The place of a connection in its channel.
+/// The place of a member in its channel.
 #[derive(Clone, Copy, Debug)]
 pub struct Membership {
     /// The key of the channel in the shard. Set when the connection joins.
     pub channel: u32,
     /// The index among the members of the channel.
     pub index: u32,
-    /// The slots of its neighbours in the list of its user's connections in the channel.
+    /// The numbers of its neighbours in the list of its user's members of the channel.
     pub previous: u32,
     pub next: u32,
 }
@@ -76,8 +78,9 @@ pub struct Connection {
     pub membership: Membership,
     pub liveness: Liveness,
     pub inbound: Inbound,
-    pub(super) outbox: Outbox,
-    pub(super) progress: Progress,
+    outbox: Outbox,
+    /// Its progress in its default channel.
+    pub progress: Progress,
 }
 
 /// The memory of a node with idle connections is mostly this. In debug builds sockets of mio are
@@ -114,8 +117,13 @@ impl Connection {
         }
     }
 
-    /// Whether it is a member of its channel.
+    /// Whether it is upgraded and not closing.
     pub fn is_open(&self) -> bool {
+        self.is_member() || matches!(self.state, State::WithoutChannel)
+    }
+
+    /// Whether it is a member of its default channel.
+    pub fn is_member(&self) -> bool {
         matches!(self.state, State::Live | State::Replay(_) | State::Missed)
     }
 
@@ -123,21 +131,6 @@ impl Connection {
     /// history.
     pub fn is_behind(&self) -> bool {
         self.socket.is_blocked() || matches!(self.state, State::Replay(_))
-    }
-
-    /// The last event that the client has, or that is not for it.
-    pub fn position(&self) -> EventId {
-        self.progress.position()
-    }
-
-    /// What to write next of the feed.
-    pub fn cursor(&self) -> Cursor {
-        self.progress.cursor()
-    }
-
-    /// Whether the socket has a part of a frame of the feed.
-    pub fn is_inside_frame(&self, feed: &Feed) -> bool {
-        self.progress.is_inside_frame(feed)
     }
 
     // ---- joining ----
@@ -162,47 +155,23 @@ impl Connection {
 
     /// Has it follow the feed from `cursor`, where its position is.
     pub fn end_replay(&mut self, feed: &Feed, cursor: Cursor, tally: &mut Tally) {
-        self.progress.count_pubsub_miss(feed, tally);
-        self.progress.set_cursor(cursor);
+        self.progress.leave_history(feed, cursor, tally);
         self.state = State::Live;
     }
 
-    // ---- history ----
+    // ---- writing ----
 
-    /// Whether it waits for a page of history.
-    pub fn awaits_page(&self) -> bool {
-        match &self.state {
-            State::Joining(_) => true,
-            State::Replay(replay) => replay.is_waiting(),
-            _ => false,
-        }
+    /// What writing needs of it, and its progress in its default channel.
+    #[inline]
+    pub fn split(&mut self) -> (Sink<'_>, &mut Progress) {
+        let Connection { socket, outbox, liveness, client, progress, .. } = self;
+        (Sink { socket, outbox, liveness, client }, progress)
     }
 
-    /// Has it wait for a page of history.
-    pub fn wait_for_page(&mut self) {
-        if let State::Replay(replay) = &mut self.state {
-            replay.wait();
-        }
-    }
-
-    /// Whether it may take more history in this tick.
-    pub fn may_replay(&self, tick: u32) -> bool {
-        matches!(&self.state, State::Replay(replay) if replay.may_take(tick))
-    }
-
-    /// Counts bytes of history that were written to it.
-    pub fn count_replayed(&mut self, bytes: u64, tick: u32) {
-        if let State::Replay(replay) = &mut self.state {
-            replay.count(bytes, tick);
-        }
-    }
-
-    /// The size of the page of history to ask for now, in bytes.
-    pub fn next_page_bytes(&mut self) -> usize {
-        match &mut self.state {
-            State::Replay(replay) => replay.next_page_bytes(),
-            _ => Replay::default().next_page_bytes(),
-        }
+    /// Writes the outbox alone.
+    pub fn flush_queue(&mut self, tally: &mut Tally) -> Flushed {
+        let (mut sink, progress) = self.split();
+        sink.flush_queue(progress, tally)
     }
 
     // ---- reading ----
@@ -227,6 +196,13 @@ impl Connection {
         let Some(limiter) = limits.allowances.limiter() else { return Decision::Accept };
         self.allowance(limits);
         self.inbound.check_rate(limiter, limiter.cost(bytes, frames), now)
+    }
+
+    /// Checks the rate of a frame that is as much work as this many quarters of a message.
+    pub fn check_work(&mut self, limits: &ConnectionLimits, quarters: usize, now: u64) -> Decision {
+        let Some(limiter) = limits.allowances.limiter() else { return Decision::Accept };
+        self.allowance(limits);
+        self.inbound.check_rate(limiter, limiter.cost_of_quarters(quarters), now)
     }
 
     /// The allowance of the client, looked up when it is first needed. `None` if the connection
@@ -263,14 +239,6 @@ impl Connection {
         self.outbox.memory()
     }
 
-    /// The position to send in a frame that is queued now.
-    pub fn shown_position(&mut self, feed: &Feed) -> EventId {
-        match self.state {
-            State::Live => self.progress.shown_position(feed, &self.client.user),
-            _ => self.progress.position(),
-        }
-    }
-
     // ---- closing ----
 
     /// Starts to close it. If the reason has a close frame, it is the last one.
@@ -287,7 +255,8 @@ impl Connection {
     /// was a member. `false` if the socket is dead.
     pub fn finish(&mut self, feed: Option<&Feed>, tally: &mut Tally) -> bool {
         if let Some(feed) = feed {
-            self.keep_frame(feed, &mut SharedTails::default(), tally);
+            let (mut sink, progress) = self.split();
+            sink.keep_frame(progress, feed, &mut SharedTails::default(), tally);
         }
         match self.flush_queue(tally) {
             Flushed::All if matches!(self.state, State::Closing { finished: true }) => true,

@@ -1,10 +1,10 @@
-//! How far a connection has got in its channel.
+//! How far a connection has got in a channel.
 
 use crate::feed::{Cursor, Feed, Reader};
 use crate::protocol::event::{Entry, EventId, Kind};
 use crate::ws::writer::Tally;
 
-/// The position of a connection in its channel and in the feed.
+/// The position of a connection in a channel and in its feed.
 #[derive(Debug, Default)]
 pub struct Progress {
     /// The last event that the client has, or that is not for it.
@@ -35,7 +35,7 @@ impl Progress {
         Cursor { entry: self.entry, offset: self.offset }
     }
 
-    pub fn set_cursor(&mut self, cursor: Cursor) {
+    fn set_cursor(&mut self, cursor: Cursor) {
         Cursor { entry: self.entry, offset: self.offset } = cursor;
     }
 
@@ -55,7 +55,7 @@ impl Progress {
 
     /// The position to send in a frame that is enqueued now. Entries for other users don't hold it
     /// back.
-    pub(super) fn shown_position(&mut self, feed: &Feed, user: &str) -> EventId {
+    pub fn shown_position(&mut self, feed: &Feed, user: &str) -> EventId {
         match self.entry_inside(feed) {
             // The rest of the partly written frame is written first.
             Some(entry) => position_at(entry, entry.frame_end(self.offset)),
@@ -124,9 +124,20 @@ impl Progress {
         self.set_cursor(Cursor::default());
     }
 
+    /// Ends the reading of history: `cursor` is next in the feed, where the position is.
+    pub fn leave_history(&mut self, feed: &Feed, cursor: Cursor, tally: &mut Tally) {
+        self.count_pubsub_miss(feed, tally);
+        self.set_cursor(cursor);
+    }
+
+    /// Notes that a fan-out was not written, since another channel has filled the socket.
+    pub fn mark_behind(&mut self) {
+        self.caught_up = false;
+    }
+
     /// Counts, once, that events without id were evicted which the client has not got. They are in
     /// no history.
-    pub fn count_pubsub_miss(&mut self, feed: &Feed, tally: &mut Tally) {
+    fn count_pubsub_miss(&mut self, feed: &Feed, tally: &mut Tally) {
         if feed.has_evicted_without_id(self.entry.max(self.live_from)) {
             tally.pubsub_misses += 1;
             self.live_from = feed.start();

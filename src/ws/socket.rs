@@ -16,11 +16,15 @@ pub struct Socket {
     is_write_registered: bool,
     /// The connection is on the shard's list of those with more to write.
     is_queued: bool,
+    /// It carries more than a default channel: the shard keeps a [`ChannelSet`] for it.
+    ///
+    /// [`ChannelSet`]: super::subscription::ChannelSet
+    pub carries_set: bool,
 }
 
 impl Socket {
     pub fn new(stream: TcpStream) -> Socket {
-        Socket { stream, is_blocked: false, is_write_registered: false, is_queued: false }
+        Socket { stream, is_blocked: false, is_write_registered: false, is_queued: false, carries_set: false }
     }
 
     pub fn stream(&self) -> &TcpStream {

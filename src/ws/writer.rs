@@ -4,9 +4,10 @@
 use std::io::IoSlice;
 
 use super::client::Client;
-use super::connection::Connection;
+use super::liveness::Liveness;
 use super::outbox::{Outbox, SharedTails};
 use super::progress::Progress;
+use super::socket::Socket;
 use crate::feed::{Feed, Lookup};
 use crate::protocol::event::{Entry, Kind};
 
@@ -78,6 +79,7 @@ impl WriteBatch {
         feed: Option<&'a Feed>,
         progress: &Progress,
         client: &Client,
+        budget: usize,
     ) {
         let is_inside = !outbox.is_empty() && feed.is_some_and(|feed| progress.is_inside_frame(feed));
         if !is_inside {
@@ -86,10 +88,10 @@ impl WriteBatch {
         let Some(feed) = feed else { return };
         let reader = progress.reader(&client.user);
         let mut next = progress.cursor().entry;
-        while self.len() < SLICES && self.bytes < BURST {
+        while self.len() < SLICES && self.bytes < budget {
             let Some(number) = feed.next_for(next, reader) else { break };
             let entry = feed.get(number).expect("next_for returns entries that are held");
-            if entry.kind == Kind::Reset && !client.wants_recovery {
+            if entry.kind == Kind::Reset && !client.wants_recovery() {
                 self.missed = true;
                 break;
             }
@@ -128,52 +130,82 @@ impl WriteBatch {
     }
 }
 
-impl Connection {
-    /// Writes the outbox, and the feed of its channel from its cursor to the end.
-    pub fn flush(&mut self, feed: &Feed, tally: &mut Tally) -> Flushed {
-        if !self.progress.enter_feed(feed, &self.client.user, tally) {
-            return match self.flush_queue(tally) {
+/// What writing needs of a connection, beside its progress in one of its channels.
+#[derive(Debug)]
+pub struct Sink<'c> {
+    pub(super) socket: &'c mut Socket,
+    pub(super) outbox: &'c mut Outbox,
+    pub(super) liveness: &'c mut Liveness,
+    pub(super) client: &'c Client,
+}
+
+impl Sink<'_> {
+    /// Writes the outbox, and the feed of a channel from its cursor to the end, at most about
+    /// `budget` bytes.
+    pub fn flush(
+        &mut self,
+        progress: &mut Progress,
+        feed: &Feed,
+        budget: usize,
+        tally: &mut Tally,
+    ) -> Flushed {
+        if !progress.enter_feed(feed, &self.client.user, tally) {
+            return match self.flush_queue(progress, tally) {
                 Flushed::All => Flushed::Behind,
                 other => other,
             };
         }
-        let flushed = self.write_from(feed, tally);
-        self.progress.leave_feed(feed, flushed == Flushed::All);
+        let flushed = self.write_from(progress, feed, budget, tally);
+        progress.leave_feed(feed, flushed == Flushed::All);
         flushed
     }
 
-    /// Writes the outbox, and a page of history from its position to the end. The page may be
+    /// Writes the outbox, and a page of history from the position to the end. The page may be
     /// dropped afterwards: the tail of a partly written frame is kept in the outbox.
-    pub fn flush_page(&mut self, page: &Feed, tails: &mut SharedTails, tally: &mut Tally) -> Flushed {
-        let Lookup::Found(cursor) = page.find(self.progress.position()) else { return Flushed::Behind };
-        self.progress.enter_page(cursor);
-        let flushed = self.write_from(page, tally);
-        self.keep_frame(page, tails, tally);
-        self.progress.leave_page(page, flushed == Flushed::All);
+    pub fn flush_page(
+        &mut self,
+        progress: &mut Progress,
+        page: &Feed,
+        tails: &mut SharedTails,
+        budget: usize,
+        tally: &mut Tally,
+    ) -> Flushed {
+        let Lookup::Found(cursor) = page.find(progress.position()) else { return Flushed::Behind };
+        progress.enter_page(cursor);
+        let flushed = self.write_from(progress, page, budget, tally);
+        self.keep_frame(progress, page, tails, tally);
+        progress.leave_page(page, flushed == Flushed::All);
         flushed
     }
 
     /// Writes the outbox alone.
-    pub fn flush_queue(&mut self, tally: &mut Tally) -> Flushed {
-        self.write_batches(None, tally)
+    pub fn flush_queue(&mut self, progress: &mut Progress, tally: &mut Tally) -> Flushed {
+        self.write_batches(progress, None, BURST, tally)
     }
 
-    fn write_from(&mut self, feed: &Feed, tally: &mut Tally) -> Flushed {
+    fn write_from(
+        &mut self,
+        progress: &mut Progress,
+        feed: &Feed,
+        budget: usize,
+        tally: &mut Tally,
+    ) -> Flushed {
         if self.socket.is_blocked() {
             return Flushed::Blocked;
         }
-        self.write_single(feed, tally).unwrap_or_else(|| self.write_batches(Some(feed), tally))
+        self.write_single(progress, feed, tally)
+            .unwrap_or_else(|| self.write_batches(progress, Some(feed), budget, tally))
     }
 
     /// The common case, live: one entry is next, and the outbox is empty. `None` in all other
     /// cases.
     #[inline]
-    fn write_single(&mut self, feed: &Feed, tally: &mut Tally) -> Option<Flushed> {
-        let cursor = self.progress.cursor();
+    fn write_single(&mut self, progress: &mut Progress, feed: &Feed, tally: &mut Tally) -> Option<Flushed> {
+        let cursor = progress.cursor();
         if !self.outbox.is_empty() || cursor.offset > 0 {
             return None;
         }
-        let reader = self.progress.reader(&self.client.user);
+        let reader = progress.reader(&self.client.user);
         let Some(number) = feed.next_for(cursor.entry, reader) else { return Some(Flushed::All) };
         if number + 1 != feed.end() {
             return None;
@@ -188,19 +220,25 @@ impl Connection {
             tally.deliveries += entry.frames() as u64;
             return Some(Flushed::All); // the caller moves the cursor to the end
         }
-        self.progress.advance(feed, &[number], written, tally);
+        progress.advance(feed, &[number], written, tally);
         Some(Flushed::Blocked)
     }
 
-    fn write_batches(&mut self, feed: Option<&Feed>, tally: &mut Tally) -> Flushed {
+    fn write_batches(
+        &mut self,
+        progress: &mut Progress,
+        feed: Option<&Feed>,
+        budget: usize,
+        tally: &mut Tally,
+    ) -> Flushed {
         if self.socket.is_blocked() {
             return Flushed::Blocked;
         }
-        let mut burst = 0;
+        let mut left = budget;
         loop {
             let mut slices = [IoSlice::new(&[]); SLICES];
             let mut batch = WriteBatch::new();
-            batch.build(&mut slices, &self.outbox, feed, &self.progress, &self.client);
+            batch.build(&mut slices, self.outbox, feed, progress, self.client, left);
             if batch.bytes == 0 {
                 return if batch.missed { Flushed::Missed } else { Flushed::All };
             }
@@ -209,12 +247,12 @@ impl Connection {
                 Err(flushed) => return flushed,
             };
             self.liveness.count_written(written);
-            batch.commit(written, &mut self.outbox, feed, &mut self.progress, tally);
+            batch.commit(written, self.outbox, feed, progress, tally);
             if self.socket.is_blocked() {
                 return Flushed::Blocked;
             }
-            burst += written;
-            if burst >= BURST {
+            left = left.saturating_sub(written);
+            if left == 0 {
                 return Flushed::More;
             }
         }
@@ -222,17 +260,29 @@ impl Connection {
 
     /// Keeps the tail of the frame of which the socket has a part, if there is one, before its
     /// entry is dropped.
-    pub(super) fn keep_frame(&mut self, feed: &Feed, tails: &mut SharedTails, tally: &mut Tally) {
-        if let Some(entry) = self.progress.entry_inside(feed) {
-            self.keep_tail(entry, tails, tally);
+    pub fn keep_frame(
+        &mut self,
+        progress: &mut Progress,
+        feed: &Feed,
+        tails: &mut SharedTails,
+        tally: &mut Tally,
+    ) {
+        if let Some(entry) = progress.entry_inside(feed) {
+            self.keep_tail(progress, entry, tails, tally);
         }
     }
 
     /// Keeps the tail of the frame of this entry of which the socket has a part. The entry was
     /// evicted.
-    pub fn keep_tail(&mut self, entry: &Entry, tails: &mut SharedTails, tally: &mut Tally) {
-        let (frame, left) = tails.tail(entry, self.progress.cursor(), tally);
+    pub fn keep_tail(
+        &mut self,
+        progress: &mut Progress,
+        entry: &Entry,
+        tails: &mut SharedTails,
+        tally: &mut Tally,
+    ) {
+        let (frame, left) = tails.tail(entry, progress.cursor(), tally);
         self.outbox.push_tail(frame, left);
-        self.progress.finish_frame(entry, tally);
+        progress.finish_frame(entry, tally);
     }
 }

@@ -84,7 +84,7 @@ fn echo(mut asked: mpsc::UnboundedReceiver<Request>, shards: MailboxSenders) {
                     frame[0] = BINARY;
                     entry.bytes = frame.into();
                 }
-                shards.send(0, BusMessage::Entry { channel, entry, arrived: Instant::now() });
+                shards.send(0, BusMessage::Entry { channel: channel.into(), entry, arrived: Instant::now() });
                 shards.answer(answer, Ok(position));
             }
             Request::Unfollow { .. } | Request::Read { .. } | Request::Refresh { .. } => {}

@@ -5,6 +5,7 @@ mod common;
 
 mod access;
 mod bench;
+mod channels;
 mod connection_limits;
 mod frames;
 mod limits;

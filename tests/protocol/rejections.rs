@@ -36,7 +36,7 @@ async fn closes_fanfare_clients_with_reason() {
         (&format!("/ws/{long}"), &[json], 4400, "the user id in /ws/{user_id}"),
         ("/ws/a%0Ab?lastEventId=", &[], 4400, "the user id in /ws/{user_id}"),
         ("/ws/a?channel=a%20b", &[json], 4400, "channel must be 1 to 128 of"),
-        ("/ws/a?channel=&lastEventId=7", &[], 4400, "channel must be 1 to 128 of"),
+        ("/ws/a?channel=&lastEventId=7", &[], 4400, "name a channel, or use fanfare.v1"),
         ("/ws/a?channel=%FF", &[json], 4400, "channel is not percent-encoded"),
         ("/ws/a", &[json, foreign], 4403, "origin not allowed: add it to --allow-origin"),
         ("/ws/a?lastEventId", &[foreign], 4403, "origin not allowed: add it to --allow-origin"),

@@ -6,9 +6,11 @@ use std::process::Command;
 use std::sync::Arc;
 
 use fanfare::metrics::{Metrics, Readiness};
+use fanfare::protocol::client_frame::{self, ClientFrame};
 use fanfare::protocol::close::{CloseReason, REASONS, rejection_code};
-use fanfare::protocol::event::{Entry, EventId};
-use fanfare::protocol::frame::{self, ClientFrame, ErrorCode};
+use fanfare::protocol::event::{ChannelName, Entry, EventId};
+use fanfare::protocol::form;
+use fanfare::protocol::frame::{self, ErrorCode, Regarding};
 use serde_json::Value;
 
 use crate::common::sources::has_test;
@@ -191,14 +193,15 @@ fn protocol_examples_are_json_objects() {
 #[test]
 fn client_frame_examples_are_accepted() {
     let mut pings = 0;
-    for example in json_lines(section(PROTOCOL, "## JSON mode")) {
+    let sections = ["## JSON mode", "## Many channels"].map(|heading| section(PROTOCOL, heading));
+    for example in sections.into_iter().flat_map(json_lines) {
         let value: Value = serde_json::from_str(example).unwrap();
         if matches!(value["type"].as_str(), Some("ack" | "error")) {
             continue;
         }
-        match frame::parse_client_frame("alice", example) {
+        match client_frame::parse("alice", example, 100) {
             Ok(ClientFrame::Ping) => pings += 1,
-            Ok(ClientFrame::Publish(_)) => {}
+            Ok(_) => {}
             Err(bad) => panic!("{example}: {}", bad.message),
         }
     }
@@ -208,16 +211,36 @@ fn client_frame_examples_are_accepted() {
 #[test]
 fn server_frame_examples_are_exact() {
     let (id, head) = (EventId(1_764_000_000_001_045), EventId(1_764_000_000_001_050));
-    let rejected = frame::parse_client_frame("alice", r#"{"text":"a","data":1,"ref":7}"#).unwrap_err();
+    let published = EventId(1_764_000_000_001_047);
+    let room = ChannelName::parse("room.1").unwrap();
+    let event = frame::with_id(&frame::chat_event("alice", "hi"), published);
+    let rejected = client_frame::parse("alice", r#"{"text":"a","data":1,"ref":7}"#, 100).unwrap_err();
     let frames = [
         frame::welcome(id, head, true),
         frame::welcome(head, head, false),
         Entry::reset(head).bytes,
-        frame::json_ping(Some(head)),
-        frame::json_ping(None),
-        frame::error(ErrorCode::Unavailable, frame::NOT_PUBLISHED, None),
-        frame::error(ErrorCode::Invalid, &rejected.message, rejected.reference.as_deref()),
-        frame::ack("7", EventId(1_764_000_000_001_047)),
+        frame::json_ping(Some(head), [].into_iter()),
+        frame::json_ping(None, [].into_iter()),
+        frame::error(ErrorCode::Unavailable, frame::NOT_PUBLISHED, &Regarding::default()),
+        frame::error(
+            ErrorCode::Invalid,
+            &rejected.message,
+            &Regarding { channel: None, reference: rejected.reference },
+        ),
+        frame::ack("7", published),
+        frame::welcome_without_channel(),
+        frame::subscription_welcome(&room, id, head, true, Some("1")),
+        form::named(&Entry::events(published, [&*event].into_iter()), &room).bytes,
+        form::reset(&room, head).bytes,
+        frame::unsubscribed(&room, "requested", Some("2")),
+        frame::error(
+            ErrorCode::Subscribed,
+            "you follow this channel already",
+            &Regarding { channel: Some(room.clone()), reference: Some("1".into()) },
+        ),
+        frame::json_ping(Some(head), [(&room, published)].into_iter()),
+        frame::token_ack("3"),
+        frame::token_expiring(60),
     ];
     for frame in &frames {
         let text = text_of(frame);
@@ -248,6 +271,7 @@ fn close_codes_match_the_code() {
         CloseReason::Unauthorized,
         CloseReason::TokenExpired,
         CloseReason::RateLimited,
+        CloseReason::ChannelForbidden,
         CloseReason::NodeLimit,
         CloseReason::IpLimit,
         CloseReason::UserLimit,

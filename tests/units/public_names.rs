@@ -8,7 +8,7 @@ use fanfare::metrics::{Metrics, Readiness};
 use fanfare::protocol::close::{CloseReason, rejection_code};
 use fanfare::protocol::frame::ErrorCode;
 
-const SETTINGS: [(&str, &str); 32] = [
+const SETTINGS: [(&str, &str); 33] = [
     ("--listen", "FANFARE_LISTEN"),
     ("--admin", "FANFARE_ADMIN"),
     ("--allow-anonymous", "FANFARE_ALLOW_ANONYMOUS"),
@@ -29,6 +29,7 @@ const SETTINGS: [(&str, &str); 32] = [
     ("--max-connections-per-ip", "FANFARE_MAX_CONNECTIONS_PER_IP"),
     ("--max-connections-per-user", "FANFARE_MAX_CONNECTIONS_PER_USER"),
     ("--max-channels", "FANFARE_MAX_CHANNELS"),
+    ("--max-subscriptions", "FANFARE_MAX_SUBSCRIPTIONS"),
     ("--max-message-size", "FANFARE_MAX_MESSAGE_SIZE"),
     ("--max-message-rate", "FANFARE_MAX_MESSAGE_RATE"),
     ("--max-byte-rate", "FANFARE_MAX_BYTE_RATE"),
@@ -43,7 +44,7 @@ const SETTINGS: [(&str, &str); 32] = [
     ("--log-format", "FANFARE_LOG_FORMAT"),
 ];
 
-const METRICS: [(&str, &str); 39] = [
+const METRICS: [(&str, &str); 41] = [
     ("fanfare_build_info", "gauge"),
     ("fanfare_ready", "gauge"),
     ("fanfare_connections", "gauge"),
@@ -55,6 +56,8 @@ const METRICS: [(&str, &str); 39] = [
     ("fanfare_connections_rejected_total", "counter"),
     ("fanfare_messages_received_total", "counter"),
     ("fanfare_publish_errors_total", "counter"),
+    ("fanfare_subscriptions", "gauge"),
+    ("fanfare_subscription_errors_total", "counter"),
     ("fanfare_received_bytes_total", "counter"),
     ("fanfare_events_delivered_total", "counter"),
     ("fanfare_sent_bytes_total", "counter"),
@@ -86,7 +89,7 @@ const METRICS: [(&str, &str); 39] = [
 ];
 
 /// Metric, label, and its values, if they are fixed.
-const LABELS: [(&str, &str, &[&str]); 5] = [
+const LABELS: [(&str, &str, &[&str]); 6] = [
     (
         "fanfare_connections_closed_total",
         "reason",
@@ -109,6 +112,7 @@ const LABELS: [(&str, &str, &[&str]); 5] = [
             "unauthorized",
             "token_expired",
             "rate_limited",
+            "channel_forbidden",
             "node_limit",
             "ip_limit",
             "user_limit",
@@ -122,19 +126,17 @@ const LABELS: [(&str, &str, &[&str]); 5] = [
         &["400", "401", "403", "404", "405", "408", "414", "426", "429", "431", "503", "505", "other"],
     ),
     ("fanfare_connections_rejected_total", "reason", &["node_limit", "ip_limit"]),
-    (
-        "fanfare_publish_errors_total",
-        "code",
-        &["invalid", "forbidden", "rate_limited", "unavailable", "unknown"],
-    ),
+    ("fanfare_publish_errors_total", "code", &ERROR_CODES),
+    ("fanfare_subscription_errors_total", "code", &ERROR_CODES),
     ("fanfare_build_info", "version", &[env!("CARGO_PKG_VERSION")]),
 ];
 
 /// Metrics with a series per shard, labelled with its number.
-const PER_SHARD: [&str; 12] = [
+const PER_SHARD: [&str; 13] = [
     "fanfare_connections",
     "fanfare_connections_upgraded_total",
     "fanfare_messages_received_total",
+    "fanfare_subscriptions",
     "fanfare_received_bytes_total",
     "fanfare_events_delivered_total",
     "fanfare_sent_bytes_total",
@@ -146,9 +148,19 @@ const PER_SHARD: [&str; 12] = [
     "fanfare_unsent_bytes",
 ];
 
-const ERROR_CODES: [&str; 5] = ["invalid", "forbidden", "rate_limited", "unavailable", "unknown"];
+const ERROR_CODES: [&str; 9] = [
+    "invalid",
+    "forbidden",
+    "rate_limited",
+    "unavailable",
+    "unknown",
+    "subscribed",
+    "not_subscribed",
+    "too_many",
+    "unauthorized",
+];
 
-const CLOSE_CODES: [(CloseReason, u16, &str); 12] = [
+const CLOSE_CODES: [(CloseReason, u16, &str); 13] = [
     (CloseReason::Protocol, 1002, "protocol error"),
     (CloseReason::Binary, 1003, "binary messages not supported"),
     (CloseReason::InvalidText, 1007, "text must be UTF-8"),
@@ -161,6 +173,7 @@ const CLOSE_CODES: [(CloseReason, u16, &str); 12] = [
     (CloseReason::MissedEvents, 4008, "events were missed: reconnect"),
     (CloseReason::PingTimeout, 4009, "ping timeout"),
     (CloseReason::RateLimited, 4029, "rate limit exceeded"),
+    (CloseReason::ChannelForbidden, 4403, "the token does not allow this channel"),
 ];
 
 /// Reasons without a close frame.

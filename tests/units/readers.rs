@@ -107,7 +107,8 @@ impl Bus {
     }
 
     fn send_entry(&self, entry: Entry) {
-        self.shards.send(0, BusMessage::Entry { channel: self.name.clone(), entry, arrived: Instant::now() });
+        self.shards
+            .send(0, BusMessage::Entry { channel: self.name.clone().into(), entry, arrived: Instant::now() });
     }
 
     fn oldest(&self) -> u64 {
@@ -159,13 +160,14 @@ impl Bus {
                     let from = if self.rng.below(4) == 0 { position } else { start };
                     let entries = self.entries(from.0 + 1, end);
                     let page = Page {
+                        named: Default::default(),
                         after: entries.first().map_or(position, |first| first.before().min(position)),
                         base: EventId(self.base),
                         head: EventId(self.head),
                         oldest: EventId(self.oldest()),
                         entries,
                     };
-                    BusMessage::Page { channel, position, result: Ok(Arc::new(page)) }
+                    BusMessage::Page { channel: channel.into(), position, result: Ok(Arc::new(page)) }
                 }
                 Request::Refresh { channel, .. } => BusMessage::Refreshed { channel, result: Ok(()) },
                 Request::Publish(publish) => panic!("no client publishes: {publish:?}"),

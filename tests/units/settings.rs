@@ -60,6 +60,7 @@ async fn help_and_version_go_to_stdout() {
         "max-connections-per-ip",
         "max-connections-per-user",
         "max-channels",
+        "max-subscriptions",
         "drain-timeout",
         "drain-delay",
         "shards",

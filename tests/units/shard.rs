@@ -158,7 +158,7 @@ impl Shard {
     }
 
     fn gets_in(&self, channel: &str, entry: Entry) {
-        let channel = ChannelName::parse(channel).expect("a name");
+        let channel = ChannelName::parse(channel).expect("a name").into();
         self.0.shards.send(0, BusMessage::Entry { channel, entry, arrived: Instant::now() });
     }
 
@@ -226,7 +226,7 @@ async fn shares_its_feed_only_at_the_bus_position() {
     // The second and third are positions of the bus at which the shard's feed is outdated.
     for (base, position, held) in [(1000, 1002, true), (2000, 2000, false), (1000, 1005, false)] {
         let (base, position) = (EventId(base), EventId(position));
-        let channel = ChannelName::parse("a").expect("a name");
+        let channel = ChannelName::parse("a").expect("a name").into();
         shard.0.shards.send(0, BusMessage::Share { channel, base, position, with: 1 });
         let message = tokio::time::timeout(Duration::from_secs(60), shard.0.other.recv()).await;
         let Ok(Some(ShardMessage::Bus(message))) = message else {
@@ -255,13 +255,17 @@ async fn leaving_while_joining_frees_the_slot() {
     let mut other = shard.client(&upgrade_after("&lastEventId=1002")).await;
     other.write_all(b"").await.expect("it is connected");
     let page = Page {
+        named: Default::default(),
         after: at,
         base,
         head: EventId(1005),
         oldest: EventId(1001),
         entries: vec![events(1003..=1005)],
     };
-    shard.0.shards.send(0, BusMessage::Page { channel, position: at, result: Ok(Arc::new(page)) });
+    shard
+        .0
+        .shards
+        .send(0, BusMessage::Page { channel: channel.into(), position: at, result: Ok(Arc::new(page)) });
     shard.gets(events(1006..=1006));
     assert_eq!(ids_up_to(&mut other, 1006).await, [1003, 1004, 1005, 1006]);
 }
@@ -295,13 +299,17 @@ async fn page_ahead_of_the_feed_doubles_nothing() {
     };
     // History contains events whose Pub/Sub messages have not arrived yet.
     let page = Page {
+        named: Default::default(),
         after: EventId(1000),
         base,
         head: EventId(1008),
         oldest: EventId(1001),
         entries: vec![events(1001..=1008)],
     };
-    shard.0.shards.send(0, BusMessage::Page { channel, position: at, result: Ok(Arc::new(page)) });
+    shard
+        .0
+        .shards
+        .send(0, BusMessage::Page { channel: channel.into(), position: at, result: Ok(Arc::new(page)) });
     assert_eq!(ids_up_to(&mut client, 1005).await, [1003, 1004, 1005]);
     shard.gets(events(1006..=1007));
     shard.gets(events(1008..=1009));
@@ -405,8 +413,11 @@ async fn private_event_evicted_early_is_replayed() {
     drop(paused);
     let Request::Read { channel, position, .. } = shard.asks().await else { panic!("it asks for history") };
     let (base, head, oldest) = (EventId(1000), EventId(1004), EventId(1001));
-    let page = Page { after: base, base, head, oldest, entries };
-    shard.0.shards.send(0, BusMessage::Page { channel, position, result: Ok(Arc::new(page)) });
+    let page = Page { after: base, base, head, oldest, entries, ..Page::default() };
+    shard
+        .0
+        .shards
+        .send(0, BusMessage::Page { channel: channel.into(), position, result: Ok(Arc::new(page)) });
     shard.gets(events(1005..=1005));
     for client in &mut clients {
         assert_eq!(ids_up_to(client, 1005).await, [1001, 1005]);

@@ -123,13 +123,25 @@ impl Grant {
         self.channels.as_ref().is_none_or(|patterns| matches(patterns, channel))
     }
 
-    /// Whether the token allows it to publish there.
+    /// Whether the client may publish in this channel, which it may follow, too.
     pub fn may_publish(&self, channel: &ChannelName) -> bool {
-        match &self.publish {
+        let may = match &self.publish {
             None => true,
             Some(Publish::Everywhere(may)) => *may,
             Some(Publish::To(patterns)) => matches(patterns, channel),
-        }
+        };
+        may && self.may_join(channel)
+    }
+
+    /// Whether it allows everything in all channels.
+    pub fn is_unrestricted(&self) -> bool {
+        self.channels.is_none() && matches!(self.publish, None | Some(Publish::Everywhere(true)))
+    }
+
+    /// Whether it allows no other channel than this one.
+    pub fn allows_only(&self, channel: Option<&ChannelName>) -> bool {
+        let is_it = |pattern: &String| channel.is_some_and(|channel| channel.as_str() == pattern);
+        self.channels.as_ref().is_some_and(|patterns| patterns.iter().all(is_it))
     }
 }
 

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::time::Instant;
 
-use crate::bus::ShardId;
+use crate::bus::Follower;
 use crate::bus::page::{BLOCK, Page, SHARED_BYTES, block_start};
 use crate::protocol::event::{Entry, EventId};
 
@@ -17,21 +17,20 @@ pub(super) struct Channel {
     events: u64,
     /// Memory of `history`.
     bytes: usize,
-    /// By shard.
-    followers: Vec<bool>,
+    followers: Vec<Follower>,
     /// When it was last published to or unfollowed.
     last_used: Instant,
 }
 
 impl Channel {
-    pub(super) fn new(base: EventId, shards: usize) -> Channel {
+    pub(super) fn new(base: EventId) -> Channel {
         Channel {
             base,
             head: base,
             history: VecDeque::new(),
             events: 0,
             bytes: 0,
-            followers: vec![false; shards],
+            followers: Vec::new(),
             last_used: Instant::now(),
         }
     }
@@ -58,19 +57,21 @@ impl Channel {
     }
 
     pub(super) fn is_followed(&self) -> bool {
-        self.followers.contains(&true)
+        !self.followers.is_empty()
     }
 
-    pub(super) fn followers(&self) -> impl Iterator<Item = ShardId> {
-        self.followers.iter().enumerate().filter(|(_, follows)| **follows).map(|(shard, _)| shard)
+    pub(super) fn followers(&self) -> &[Follower] {
+        &self.followers
     }
 
-    pub(super) fn follow(&mut self, shard: ShardId) {
-        self.followers[shard] = true;
+    pub(super) fn follow(&mut self, follower: Follower) {
+        if !self.followers.contains(&follower) {
+            self.followers.push(follower);
+        }
     }
 
-    pub(super) fn unfollow(&mut self, shard: ShardId) {
-        self.followers[shard] = false;
+    pub(super) fn unfollow(&mut self, follower: Follower) {
+        self.followers.retain(|other| *other != follower);
         self.last_used = Instant::now();
     }
 
@@ -104,7 +105,7 @@ impl Channel {
             entries.push(entry);
         }
         let after = entries.first().map_or(position, |entry| entry.before().min(position));
-        Page { after, base: self.base, head: self.head, oldest: self.oldest(), entries }
+        Page { after, base: self.base, head: self.head, oldest: self.oldest(), entries, ..Page::default() }
     }
 
     pub(super) fn push(&mut self, entry: Entry) {

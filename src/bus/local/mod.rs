@@ -9,7 +9,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use self::channel::Channel;
 use self::idempotency::IdempotencyKeys;
-use super::{BusContext, BusError, BusMessage, Publish, Request, ShardId, ShardSender};
+use super::{BusContext, BusError, BusMessage, Follower, Publish, Request, ShardSender};
 use crate::config::Settings;
 use crate::metrics::{BusMetrics, Readiness};
 use crate::protocol::event::{ChannelName, Entry, EventId};
@@ -143,7 +143,7 @@ impl LocalBus {
                 self.drop_half();
             }
             let base = EventId(clock()).max(self.highest.next());
-            self.channels.insert(name.clone(), Channel::new(base, self.shards.count()));
+            self.channels.insert(name.clone(), Channel::new(base));
         }
         self.channels.get_mut(name).expect("it existed or was inserted")
     }
@@ -179,10 +179,7 @@ impl LocalBus {
         let first = EventId(channel.head().0 + 1 - texts.len() as u64);
         let entry = Entry::addressed(first, to, texts.iter().map(Vec::as_slice));
         self.metrics.events.add(entry.ids());
-        for shard in channel.followers() {
-            let (channel, entry) = (name.clone(), entry.clone());
-            self.shards.send(shard, BusMessage::Entry { channel, entry, arrived: self.now });
-        }
+        self.shards.send_entry(&name, &entry, channel.followers(), self.now);
         let before = channel.bytes();
         channel.push(entry);
         channel.trim(self.limits.events, self.limits.bytes);
@@ -206,8 +203,12 @@ impl LocalBus {
 
     fn on_request(&mut self, request: Request) {
         match request {
-            Request::Follow { channel, shard } => self.follow(channel, shard),
-            Request::Unfollow { channel, shard } => self.unfollow(&channel, shard),
+            Request::Follow { channel, shard } => {
+                self.follow(channel.name, Follower { shard, form: channel.form });
+            }
+            Request::Unfollow { channel, shard } => {
+                self.unfollow(&channel.name, Follower { shard, form: channel.form });
+            }
             Request::Read { channel, position, bytes, reader } => {
                 self.metrics.reads.add(1);
                 let result = Ok(Arc::new(self.channel(&channel).page(position, bytes)));
@@ -221,23 +222,24 @@ impl LocalBus {
         }
     }
 
-    fn follow(&mut self, name: ChannelName, shard: ShardId) {
+    fn follow(&mut self, name: ChannelName, follower: Follower) {
         let is_new = !self.channels.get(&name).is_some_and(Channel::is_followed);
         if is_new && self.followed >= self.max_channels {
             let why = BusError::TooManyChannels;
-            return self.shards.send(shard, BusMessage::NotFollowed { channel: name, why });
+            let channel = follower.channel(&name);
+            return self.shards.send(follower.shard, BusMessage::NotFollowed { channel, why });
         }
         self.followed += usize::from(is_new);
+        let shards = self.shards.clone();
         let channel = self.channel(&name);
-        let (base, head, other) = (channel.base(), channel.head(), channel.followers().next());
-        channel.follow(shard);
-        self.shards.share(name, base, head, other.as_ref(), shard);
+        channel.follow(follower);
+        shards.share(&name, channel.base(), channel.head(), channel.followers(), follower);
     }
 
-    fn unfollow(&mut self, name: &ChannelName, shard: ShardId) {
+    fn unfollow(&mut self, name: &ChannelName, follower: Follower) {
         let Some(channel) = self.channels.get_mut(name) else { return };
         let was_followed = channel.is_followed();
-        channel.unfollow(shard);
+        channel.unfollow(follower);
         self.followed -= usize::from(was_followed && !channel.is_followed());
     }
 

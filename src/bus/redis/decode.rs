@@ -183,6 +183,7 @@ mod tests {
             let event = |id: &u64| (Bytes::from(format!(r#"{{"id":{id}}}"#)), None);
             let history: Vec<_> = ids.iter().map(event).collect();
             let mut page = Page {
+                named: Default::default(),
                 after: EventId(0),
                 base: EventId(1),
                 head: EventId(9),

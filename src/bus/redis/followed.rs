@@ -1,6 +1,6 @@
 //! A channel that shards of this node follow.
 
-use crate::bus::ShardId;
+use crate::bus::Follower;
 use crate::bus::coalesced::Coalesced;
 use crate::bus::page::Page;
 use crate::bus::sequence::Sequence;
@@ -12,9 +12,9 @@ const EARLY_MAX: usize = 256;
 #[derive(Debug)]
 pub struct FollowedChannel {
     /// Shards that get every entry.
-    pub followers: Vec<ShardId>,
+    pub followers: Vec<Follower>,
     /// Shards that wait for the position.
-    pub joining: Vec<ShardId>,
+    pub joining: Vec<Follower>,
     /// The ticket of the channel's subscription.
     pub ticket: u64,
     /// `None` until the position has been read.
@@ -22,14 +22,14 @@ pub struct FollowedChannel {
     /// Entries received before that.
     early: Vec<Entry>,
     /// Shards that asked for a refresh.
-    refreshes: Coalesced<ShardId>,
+    refreshes: Coalesced<Follower>,
 }
 
 impl FollowedChannel {
-    pub fn new(shard: ShardId, ticket: u64) -> FollowedChannel {
+    pub fn new(follower: Follower, ticket: u64) -> FollowedChannel {
         FollowedChannel {
             followers: Vec::new(),
-            joining: vec![shard],
+            joining: vec![follower],
             ticket,
             sequence: None,
             early: Vec::new(),
@@ -38,16 +38,16 @@ impl FollowedChannel {
     }
 
     /// Removes a shard. True if none is left.
-    pub fn remove(&mut self, shard: ShardId) -> bool {
-        self.followers.retain(|other| *other != shard);
-        self.joining.retain(|other| *other != shard);
-        self.refreshes.retain(|other| *other != shard);
+    pub fn remove(&mut self, follower: Follower) -> bool {
+        self.followers.retain(|other| *other != follower);
+        self.joining.retain(|other| *other != follower);
+        self.refreshes.retain(|other| *other != follower);
         self.followers.is_empty() && self.joining.is_empty()
     }
 
     /// Starts the sequence at `head`. Returns the shards that were joining, which are followers
     /// now. Entries that came early are passed on to `out`.
-    pub fn start(&mut self, base: EventId, head: EventId, out: &mut Vec<Entry>) -> Vec<ShardId> {
+    pub fn start(&mut self, base: EventId, head: EventId, out: &mut Vec<Entry>) -> Vec<Follower> {
         let mut sequence = Sequence::new(base, head);
         for entry in self.early.drain(..) {
             sequence.on_live(entry, out);
@@ -66,9 +66,9 @@ impl FollowedChannel {
     }
 
     /// A shard asks for the events that Redis has and this node does not.
-    pub fn refresh(&mut self, shard: ShardId) {
+    pub fn refresh(&mut self, follower: Follower) {
         if let Some(sequence) = &mut self.sequence {
-            self.refreshes.wait(shard);
+            self.refreshes.wait(follower);
             sequence.refresh();
         }
     }
@@ -81,7 +81,7 @@ impl FollowedChannel {
     }
 
     /// The page after `position` was read. Returns the shards whose refresh is complete.
-    pub fn on_page(&mut self, position: EventId, page: &Page, out: &mut Vec<Entry>) -> Vec<ShardId> {
+    pub fn on_page(&mut self, position: EventId, page: &Page, out: &mut Vec<Entry>) -> Vec<Follower> {
         let Some(sequence) = &mut self.sequence else { return Vec::new() };
         sequence.on_page(position, page, out);
         let complete = sequence.position() >= page.head || page.base < sequence.base();
@@ -89,7 +89,7 @@ impl FollowedChannel {
     }
 
     /// The read failed. Returns the shards whose refresh fails with it.
-    pub fn on_read_failed(&mut self) -> Vec<ShardId> {
+    pub fn on_read_failed(&mut self) -> Vec<Follower> {
         if let Some(sequence) = &mut self.sequence {
             sequence.on_read_failed();
         }

@@ -166,7 +166,7 @@ impl Bus {
         }
         let page = Arc::new(page);
         let served = self.history.reads.answer(name.clone(), position, |position| page.covers(position));
-        let shards = served.iter().filter(|(reader, _)| matches!(reader, PageReader::Shard(_))).count();
+        let shards = served.iter().filter(|(reader, _)| matches!(reader, PageReader::Shard(..))).count();
         for (reader, position) in served {
             self.handles.shards.send_page(reader, name.clone(), position, Ok(page.clone()));
         }

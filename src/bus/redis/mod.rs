@@ -41,7 +41,7 @@ use self::scripts::KnownPosition;
 use self::session::{Report, Session};
 use self::settings::RedisSettings;
 use self::subscriptions::{ReadPurpose, Subscriptions};
-use super::{BusContext, Page, Request, ShardSender, Unusable};
+use super::{BusContext, Follower, Page, Request, ShardSender, Unusable};
 use crate::config::{RedisUrl, Settings};
 use crate::metrics::{BusMetrics, Readiness};
 use crate::protocol::event::{ChannelName, EventId};
@@ -233,12 +233,18 @@ impl Bus {
     fn on_request(&mut self, request: Request) {
         match request {
             Request::Publish(publish) => self.publish(publish),
-            Request::Follow { channel, shard } => self.follow(channel, shard),
-            Request::Unfollow { channel, shard } => self.unfollow(&channel, shard),
+            Request::Follow { channel, shard } => {
+                self.follow(channel.name, Follower { shard, form: channel.form });
+            }
+            Request::Unfollow { channel, shard } => {
+                self.unfollow(&channel.name, Follower { shard, form: channel.form });
+            }
             Request::Read { channel, position, bytes, reader } => {
                 self.read_page(channel, position, bytes, reader);
             }
-            Request::Refresh { channel, shard } => self.refresh(channel, shard),
+            Request::Refresh { channel, shard } => {
+                self.refresh(channel.name, Follower { shard, form: channel.form });
+            }
         }
     }
 

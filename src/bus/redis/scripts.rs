@@ -156,7 +156,8 @@ pub fn parse_page(frame: &Resp3Frame) -> Option<Page> {
     }
     let entries = decode::entries(&history);
     let after = entries.first().map_or(EventId(0), Entry::before);
-    Some(Page { after, base: EventId(ids[0]), head: EventId(ids[1]), oldest: EventId(ids[2]), entries })
+    let [base, head, oldest] = [0, 1, 2].map(|at| EventId(ids[at]));
+    Some(Page { after, base, head, oldest, entries, ..Page::default() })
 }
 
 /// The arguments of [`PROBE`] before the channels.

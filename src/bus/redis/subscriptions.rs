@@ -13,7 +13,7 @@ use super::followed::FollowedChannel;
 use super::scripts::ReadRange;
 use super::settings::Topic;
 use super::{Bus, Outcome, advice, decode, scripts};
-use crate::bus::{BusError, BusMessage, Page, ShardId, ShardSender};
+use crate::bus::{BusError, BusMessage, Follower, Page};
 use crate::metrics::WarningLimit;
 use crate::protocol::event::{ChannelName, Entry, EventId, Kind};
 use crate::protocol::ingest;
@@ -66,33 +66,34 @@ impl Subscriptions {
 }
 
 impl Bus {
-    pub(super) fn follow(&mut self, name: ChannelName, shard: ShardId) {
+    pub(super) fn follow(&mut self, name: ChannelName, follower: Follower) {
         let is_followed = self.channels.get(&name).is_some_and(|channel| channel.followed.is_some());
         let full = self.subscriptions.followed >= self.handles.settings.max_channels;
         let error = if full { Some(BusError::TooManyChannels) } else { self.unavailable() };
         // A channel that can't be followed must not be remembered.
         if let Some(why) = error.filter(|_| !is_followed) {
-            self.handles.shards.send(shard, BusMessage::NotFollowed { channel: name, why });
+            let channel = follower.channel(&name);
+            self.handles.shards.send(follower.shard, BusMessage::NotFollowed { channel, why });
             return;
         }
         let channel = self.channels.entry(name.clone()).or_default();
         match &mut channel.followed {
             Some(FollowedChannel { sequence: Some(sequence), followers, .. }) => {
-                let other = followers.iter().find(|other| **other != shard);
-                self.handles.shards.share(name, sequence.base(), sequence.position(), other, shard);
-                if !followers.contains(&shard) {
-                    followers.push(shard);
+                let (base, position) = (sequence.base(), sequence.position());
+                self.handles.shards.share(&name, base, position, followers, follower);
+                if !followers.contains(&follower) {
+                    followers.push(follower);
                 }
                 return;
             }
             Some(followed) => {
-                followed.joining.push(shard);
+                followed.joining.push(follower);
                 return;
             }
             None => {}
         }
         let ticket = self.subscriptions.next_ticket();
-        channel.followed = Some(FollowedChannel::new(shard, ticket));
+        channel.followed = Some(FollowedChannel::new(follower, ticket));
         if !channel.in_rotation {
             channel.in_rotation = true;
             self.probes.add(name.clone());
@@ -103,9 +104,9 @@ impl Bus {
         self.change_followed(1);
     }
 
-    pub(super) fn unfollow(&mut self, name: &ChannelName, shard: ShardId) {
+    pub(super) fn unfollow(&mut self, name: &ChannelName, follower: Follower) {
         let Some(channel) = self.channels.get_mut(name) else { return };
-        if channel.followed.as_mut().is_some_and(|followed| followed.remove(shard)) {
+        if channel.followed.as_mut().is_some_and(|followed| followed.remove(follower)) {
             self.unsubscribe(name);
         }
     }
@@ -159,9 +160,9 @@ impl Bus {
         let Some(followed) = self.channels.get_mut(name).and_then(|channel| channel.followed.as_mut()) else {
             return;
         };
-        for shard in std::mem::take(&mut followed.joining) {
-            let why = BusError::Unavailable(why.into());
-            self.handles.shards.send(shard, BusMessage::NotFollowed { channel: name.clone(), why });
+        for follower in std::mem::take(&mut followed.joining) {
+            let (channel, why) = (follower.channel(name), BusError::Unavailable(why.into()));
+            self.handles.shards.send(follower.shard, BusMessage::NotFollowed { channel, why });
         }
         if followed.followers.is_empty() {
             self.unsubscribe(name);
@@ -220,7 +221,7 @@ impl Bus {
             tracing::warn!(channel = %name, "sent Pub/Sub message as text: {error}");
         }
         let entry = Entry::without_id(sequence.position(), shown.event.as_bytes());
-        send_entry(&*self.handles.shards, &followed.followers, name, entry, Instant::now());
+        self.handles.shards.send_entry(name, &entry, &followed.followers, Instant::now());
     }
 
     /// Sends entries to the followers. Reads if there is a gap.
@@ -233,7 +234,7 @@ impl Bus {
             if entry.kind == Kind::Reset {
                 self.handles.metrics.resets.add(1);
             }
-            send_entry(&*self.handles.shards, &followed.followers, name, entry, arrived);
+            self.handles.shards.send_entry(name, &entry, &followed.followers, arrived);
         }
         if let Some(sequence) = &followed.sequence {
             channel.known.update(sequence.base(), sequence.position());
@@ -245,18 +246,19 @@ impl Bus {
         }
     }
 
-    pub(super) fn refresh(&mut self, name: ChannelName, shard: ShardId) {
+    pub(super) fn refresh(&mut self, name: ChannelName, follower: Follower) {
         let unavailable = self.unavailable();
         let followed = self.channels.get_mut(&name).and_then(|channel| channel.followed.as_mut());
         let result = match (followed, unavailable) {
             (Some(followed), None) if followed.sequence.is_some() => {
-                followed.refresh(shard);
+                followed.refresh(follower);
                 return self.deliver(&name, Vec::new());
             }
             (_, Some(error)) => Err(error),
             _ => Err(BusError::Unavailable("the channel is not followed".into())),
         };
-        self.handles.shards.send(shard, BusMessage::Refreshed { channel: name, result });
+        let channel = follower.channel(&name);
+        self.handles.shards.send(follower.shard, BusMessage::Refreshed { channel, result });
     }
 
     /// Reads a channel's base and head, and with [`ReadPurpose::Fill`] the events after a position.
@@ -314,8 +316,8 @@ impl Bus {
             (ReadPurpose::Start(ticket), Some(followed))
                 if followed.ticket == ticket && followed.sequence.is_none() =>
             {
-                for shard in followed.start(page.base, page.head, &mut out) {
-                    self.handles.shards.share(name.clone(), page.base, page.head, None, shard);
+                for follower in followed.start(page.base, page.head, &mut out) {
+                    self.handles.shards.share(name, page.base, page.head, &[], follower);
                 }
                 self.deliver(name, out);
             }
@@ -326,9 +328,9 @@ impl Bus {
                     self.handles.metrics.gaps_filled.add(1);
                 }
                 self.deliver(name, out);
-                for shard in refreshed {
-                    let message = BusMessage::Refreshed { channel: name.clone(), result: Ok(()) };
-                    self.handles.shards.send(shard, message);
+                for follower in refreshed {
+                    let message = BusMessage::Refreshed { channel: follower.channel(name), result: Ok(()) };
+                    self.handles.shards.send(follower.shard, message);
                 }
             }
             _ => {} // no longer followed
@@ -351,27 +353,15 @@ impl Bus {
                 self.fail_join(name, &why);
             }
             (ReadPurpose::Fill(_), Some(followed)) => {
-                for shard in followed.on_read_failed() {
+                for follower in followed.on_read_failed() {
                     let result = Err(BusError::Unavailable(why.clone()));
-                    let message = BusMessage::Refreshed { channel: name.clone(), result };
-                    self.handles.shards.send(shard, message);
+                    let message = BusMessage::Refreshed { channel: follower.channel(name), result };
+                    self.handles.shards.send(follower.shard, message);
                 }
             }
             _ => {}
         }
         self.on_call_error(generation, error);
-    }
-}
-
-fn send_entry(
-    shards: &dyn ShardSender,
-    followers: &[ShardId],
-    name: &ChannelName,
-    entry: Entry,
-    arrived: Instant,
-) {
-    for shard in followers {
-        shards.send(*shard, BusMessage::Entry { channel: name.clone(), entry: entry.clone(), arrived });
     }
 }
 

@@ -32,6 +32,7 @@ impl Channel {
         let entries =
             (first..=last).map(|id| entry(self.epoch, id, 1, self.private[&id])).collect::<Vec<_>>();
         Page {
+            named: Default::default(),
             after: EventId(after),
             base: EventId(self.base),
             head: EventId(self.head),
@@ -273,6 +274,7 @@ fn trimmed_events_reset_to_the_oldest() {
     sequence.on_probe(EventId(10), EventId(30));
     let asked = sequence.start_read().unwrap();
     let page = Page {
+        named: Default::default(),
         after: EventId(0),
         base: EventId(10),
         head: EventId(30),
@@ -293,6 +295,7 @@ fn history_before_the_base_is_not_continuous() {
     sequence.on_probe(EventId(20), EventId(30));
     let asked = sequence.start_read().unwrap();
     let page = Page {
+        named: Default::default(),
         after: EventId(0),
         base: EventId(20),
         head: EventId(30),
@@ -321,6 +324,7 @@ fn deleted_events_reset_once() {
     let asked = sequence.start_read().unwrap();
     // 11 and 12 are there, 13 is deleted from the middle; later also the newest.
     let page = |entries: Vec<Entry>, head: u64| Page {
+        named: Default::default(),
         after: EventId(0),
         base: EventId(10),
         head: EventId(head),
@@ -346,6 +350,7 @@ fn page_is_used_from_the_position_on() {
     let asked = sequence.start_read().expect("the probe triggers a read");
     sequence.on_live(entry(1, 11, 2, false), &mut out);
     let page = |entries: Vec<Entry>, head: u64| Page {
+        named: Default::default(),
         after: asked,
         base: EventId(10),
         head: EventId(head),
@@ -373,6 +378,7 @@ fn page_with_a_lower_base_is_ignored() {
     sequence.refresh();
     let asked = sequence.start_read().unwrap();
     let page = Page {
+        named: Default::default(),
         after: EventId(0),
         base: EventId(50),
         head: EventId(106),

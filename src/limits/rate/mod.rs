@@ -211,6 +211,12 @@ impl RateLimiter {
         (bytes * SECOND).checked_div(self.byte_rate).unwrap_or(0).max(self.each)
     }
 
+    /// What a frame costs beside its bytes if it is as much work as this many messages and quarters
+    /// of one. At most half of what a new client may send at once, however low the rate.
+    pub fn cost_of_quarters(&self, quarters: usize) -> u64 {
+        (self.each.saturating_mul(quarters as u64) / 4).min(self.burst_when_new / 2)
+    }
+
     /// The first TAT of a client that connects at `now`, in nanoseconds since the node started.
     pub fn first_tat(&self, now: u64) -> u64 {
         now + (self.burst - self.burst_when_new) / u64::from(self.share)

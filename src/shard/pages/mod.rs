@@ -9,6 +9,7 @@ use crate::bus::{ConnectionId, Page, block_start, is_continuous, is_gone};
 use crate::feed::Feed;
 use crate::feed::eviction::EvictionQueue;
 use crate::protocol::event::{Entry, EventId};
+use crate::protocol::form::ChannelForm;
 use crate::ws::outbox::SharedTails;
 
 #[cfg(test)]
@@ -46,9 +47,12 @@ pub struct CachedPage {
 impl CachedPage {
     /// A page from the bus. Events that the channel's feed does not have yet are left out, or
     /// readers would get them twice.
-    fn new(page: &Page, feed: &Feed, tick: u32) -> CachedPage {
-        let entries: Vec<_> =
-            page.entries.iter().filter_map(|entry| entry.clone().until(feed.position())).collect();
+    fn new(page: &Page, channel: &ChannelForm, feed: &Feed, tick: u32) -> CachedPage {
+        let entries: Vec<_> = page
+            .entries_of(channel)
+            .iter()
+            .filter_map(|entry| entry.clone().until(feed.position()))
+            .collect();
         CachedPage {
             after: page.after,
             base: page.base,
@@ -142,11 +146,12 @@ impl PageCache {
         channel: ChannelId,
         position: EventId,
         page: &Page,
+        form: &ChannelForm,
         feed: &Feed,
         tick: u32,
     ) -> (PageId, Vec<ConnectionId>) {
         let id = (channel, page.after);
-        let mut cached = CachedPage::new(page, feed, tick);
+        let mut cached = CachedPage::new(page, form, feed, tick);
         let served = self.reads.answer(channel, position, |position| cached.covers(position));
         let served: Vec<_> = served.into_iter().map(|(id, _)| id).collect();
         if !served.is_empty() {

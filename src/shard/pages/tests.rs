@@ -2,12 +2,17 @@ use std::collections::VecDeque;
 
 use super::*;
 use crate::bus::{BLOCK, SHARED_BYTES};
+use crate::protocol::event::ChannelName;
 use crate::ws::replay::Replay;
 use crate::ws::writer::BURST;
 use proptest::prelude::*;
 
 const CHANNEL: ChannelId = ChannelId { key: 1, generation: 1 };
 const FIRST: u64 = 1000;
+
+fn form() -> ChannelForm {
+    ChannelName::parse("room").expect("a name").into()
+}
 
 /// The history of a bus, and the reads that it was asked for.
 struct Bus {
@@ -45,6 +50,7 @@ impl Bus {
         self.bytes += read;
         let entries: Vec<_> = (from..=last).map(|id| event(id, self.size(id))).collect();
         Page {
+            named: Default::default(),
             after: entries.first().map_or(EventId(position), |first| first.before().min(EventId(position))),
             base: EventId(FIRST),
             head: EventId(self.head()),
@@ -143,7 +149,7 @@ impl Shard {
     fn answer_read(&mut self, step: u64) {
         let Some(Read { position, bytes, .. }) = self.bus.requests.pop_front() else { return };
         let page = self.bus.answer(position.0, bytes, step);
-        let (page, served) = self.pages.add(CHANNEL, position, &page, &self.feed, self.tick);
+        let (page, served) = self.pages.add(CHANNEL, position, &page, &form(), &self.feed, self.tick);
         self.answered.extend(served.into_iter().map(|id| (id.slot as usize, page)));
         self.start_reads();
         self.most = self.most.max(self.pages.bytes());

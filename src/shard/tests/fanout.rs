@@ -68,7 +68,7 @@ fn a_burst_is_written_in_turns() {
 fn with_members() -> Testbed {
     let mut testbed = Testbed::new();
     let follows = |testbed: &Testbed| {
-        let key = testbed.shard.channels.key(&testbed.channel);
+        let key = testbed.shard.channels.key(&testbed.channel.clone().into());
         key.is_some_and(|key| testbed.shard.channels[key].members.len() == CLIENTS.len())
     };
     while !follows(&testbed) || testbed.shard.has_deferred() {

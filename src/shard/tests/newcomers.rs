@@ -89,6 +89,7 @@ fn newcomers_start_later_if_history_is_trimmed() {
         panic!("it asks for history")
     };
     let empty = |testbed: &Testbed, position| Page {
+        named: Default::default(),
         after: position,
         base: EventId(testbed.base),
         head: EventId(testbed.head),
@@ -96,7 +97,7 @@ fn newcomers_start_later_if_history_is_trimmed() {
         entries: Vec::new(),
     };
     let result = Ok(Arc::new(empty(&testbed, position)));
-    testbed.shard.on_bus_message(BusMessage::Page { channel, position, result });
+    testbed.shard.on_bus_message(BusMessage::Page { channel: channel.into(), position, result });
     testbed.turn();
     // The second read comes after more events, which trim what the first has reported.
     for _ in 0..20 {
@@ -139,6 +140,7 @@ fn newcomers_without_proof_start_at_the_feed() {
         panic!("it asks for history")
     };
     let page = Page {
+        named: Default::default(),
         after: position,
         base: EventId(testbed.base),
         head: EventId(testbed.head),
@@ -147,6 +149,10 @@ fn newcomers_without_proof_start_at_the_feed() {
     };
     let start = testbed.shard.channels[0].feed().before().0;
     assert!(start > testbed.oldest());
-    testbed.shard.on_bus_message(BusMessage::Page { channel, position, result: Ok(Arc::new(page)) });
+    testbed.shard.on_bus_message(BusMessage::Page {
+        channel: channel.into(),
+        position,
+        result: Ok(Arc::new(page)),
+    });
     assert_starts_after(&mut testbed, start);
 }

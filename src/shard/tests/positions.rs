@@ -145,7 +145,7 @@ impl Testbed {
             Step::Fanout { writes } => self.shard.run_fanout(*writes),
             Step::Tick => self.shard.on_tick(),
         }
-        let key = self.shard.channels.key(&self.channel);
+        let key = self.shard.channels.key(&self.channel.clone().into());
         let members = key.map_or(0, |key| {
             self.shard.channels[key].assert_consistent(&self.shard.connections);
             self.shard.channels[key].members.len()

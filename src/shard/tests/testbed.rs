@@ -176,7 +176,7 @@ impl Testbed {
 
     pub fn deliver(&mut self, entry: Entry) {
         self.shard.on_bus_message(BusMessage::Entry {
-            channel: self.channel.clone(),
+            channel: self.channel.clone().into(),
             entry,
             arrived: Instant::now(),
         });
@@ -219,17 +219,18 @@ impl Testbed {
                         if position.0.is_multiple_of(3) { end.min(oldest.max(position.0) + 7) } else { end };
                     let entries = self.entries(after.0 + 1, end);
                     let page = Page {
+                        named: Default::default(),
                         after: entries.first().map_or(position, |first| first.before().min(position)),
                         base: EventId(self.base),
                         head: EventId(self.head),
                         oldest: EventId(oldest),
                         entries,
                     };
-                    BusMessage::Page { channel, position, result: Ok(Arc::new(page)) }
+                    BusMessage::Page { channel: channel.into(), position, result: Ok(Arc::new(page)) }
                 }
                 Request::Refresh { channel, .. } => BusMessage::Refreshed { channel, result: Ok(()) },
                 Request::Publish(publish) => {
-                    let Answer::Connection(connection, reference) = publish.answer else { continue };
+                    let Answer::Connection(connection, regarding) = publish.answer else { continue };
                     let result = if self.head.is_multiple_of(4) {
                         Err(PublishError::Unknown)
                     } else {
@@ -237,7 +238,7 @@ impl Testbed {
                         self.deliver_from(self.head);
                         Ok(EventId(self.head))
                     };
-                    BusMessage::Published { connection, reference, result }
+                    BusMessage::Published { connection, regarding, result }
                 }
             };
             self.shard.on_bus_message(message);

@@ -62,9 +62,14 @@ pub(super) fn unauthorized(text: &'static str) -> Rejection {
 }
 
 /// The client gets the same text for each reason, since a reason would help to guess.
-pub(super) fn invalid_token(user: &str, reason: &InvalidToken) -> Rejection {
+pub fn invalid_token(user: &str, reason: &InvalidToken) -> Rejection {
     unauthorized("token invalid or expired for this user")
         .logged(reason.label(), format!("the token for user \"{user}\" is not valid: {reason}"))
+}
+
+/// Clients in plain mode can't subscribe to channels.
+pub(super) fn no_channel() -> Rejection {
+    Rejection::new(400, "name a channel, or use fanfare.v1")
 }
 
 pub(super) fn forbidden_channel() -> Rejection {

@@ -3,8 +3,8 @@ use std::net::IpAddr;
 use super::*;
 use crate::config::Action;
 use crate::protocol::close::CloseReason;
-use crate::protocol::event::{DEFAULT_CHANNEL, EventId};
-use crate::ws::client::LastSeen;
+use crate::protocol::event::{ChannelName, DEFAULT_CHANNEL, EventId};
+use crate::ws::client::{LastSeen, Mode};
 
 fn request(target: &str, headers: &str) -> String {
     format!(
@@ -55,8 +55,11 @@ fn status(bytes: &[u8]) -> u16 {
 #[test]
 fn a_valid_request_joins() {
     let plain = join("/ws/al%20ice", "");
-    assert_eq!((&*plain.client.user, plain.channel.as_str()), ("al ice", DEFAULT_CHANNEL));
-    assert!(!plain.client.wants_recovery && !plain.client.json_mode && plain.last_seen == NEWCOMER);
+    assert_eq!(
+        (&*plain.client.user, plain.channel.as_ref().map(ChannelName::as_str)),
+        ("al ice", Some(DEFAULT_CHANNEL))
+    );
+    assert!(plain.client.mode == Mode::Plain && plain.last_seen == NEWCOMER);
     let answer = String::from_utf8(plain.response.to_vec()).unwrap();
     assert!(
         answer.contains("Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n"),
@@ -65,9 +68,7 @@ fn a_valid_request_joins() {
     assert!(!answer.contains("Protocol:"));
 
     let json = join("/ws/a?channel=x.y:1&lastEventId=17", "Sec-WebSocket-Protocol: a, fanfare.v1\r\n");
-    assert!(
-        json.client.wants_recovery && json.client.json_mode && json.last_seen == LastSeen::Event(EventId(17))
-    );
+    assert!(json.client.mode == Mode::Json && json.last_seen == LastSeen::Event(EventId(17)));
     assert!(
         String::from_utf8(json.response.to_vec()).unwrap().contains("Sec-WebSocket-Protocol: fanfare.v1\r\n")
     );
@@ -93,7 +94,7 @@ fn history_is_for_newcomers() {
     }
     assert_eq!(seen("history=5&lastEventId=17"), LastSeen::Event(EventId(17)));
     assert_eq!(seen("history=5&lastEventId=x"), LastSeen::Unknown);
-    assert!(!join("/ws/a?history=5", "").client.wants_recovery);
+    assert!(!join("/ws/a?history=5", "").client.wants_recovery());
     for value in ["", "=", "=0", "=101", "=256", "=-1", "=+5", "=5.0", "=x", "=%ff", "=99999999999999999999"]
     {
         for more in ["", "&lastEventId=17"] {
@@ -293,7 +294,7 @@ fn an_offered_subprotocol_is_answered() {
         let join = join("/ws/a", &format!("Sec-WebSocket-Protocol: {offered}\r\n"));
         let response = String::from_utf8(join.response.to_vec()).unwrap();
         let answer = response.split("Sec-WebSocket-Protocol: ").nth(1);
-        (join.client.json_mode, answer.map(|answer| answer.trim_end().to_owned()))
+        (join.client.is_json(), answer.map(|answer| answer.trim_end().to_owned()))
     };
     assert_eq!(protocol(""), (false, None));
     assert_eq!(protocol("chat, fanfare.v1"), (true, Some("fanfare.v1".into())));
@@ -329,7 +330,7 @@ fn clients_of_fanfare_get_a_close_code() {
     };
     let json = "Sec-WebSocket-Protocol: chat, fanfare.v1\r\n";
     let answer = Some("fanfare.v1".to_owned());
-    for target in ["/ws/%0a", "/ws/a?channel=", "/ws/a?channel=%ff", "/ws/a?chanel=a"] {
+    for target in ["/ws/%0a", "/ws/a?channel=a/b", "/ws/a?channel=%ff", "/ws/a?chanel=a"] {
         assert_eq!(rejected(target, json), (4400, CloseReason::HttpResponse, answer.clone()));
     }
     for target in ["/ws/a?channel=&lastEventId", "/ws/%0a?lastEventId=7", "/ws/a?last_event_id=7"] {

@@ -13,17 +13,18 @@ use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 use super::subprotocol::{self, Offer};
 use super::{HandshakeContext, HandshakeOutcome, rejections};
 use crate::auth::keys;
-use crate::auth::token::{self, Grant, NEVER};
-use crate::config::{ClientPublish, Settings};
+use crate::auth::token::{self, Grant};
+use crate::config::Settings;
 use crate::http::{self, BodyLength, Head, Mistyped, Rejection, origin};
 use crate::protocol::close;
-use crate::protocol::event::{EventId, is_user_id};
+use crate::protocol::event::{ChannelName, EventId, is_user_id};
 use crate::protocol::frame;
-use crate::ws::client::{Client, HISTORY_MAX, Join, LastSeen};
+use crate::ws::client::{Client, HISTORY_MAX, Join, LastSeen, Mode};
 
 const LAST_EVENT_ID: &str = "lastEventId";
 const HISTORY: &str = "history";
-const PARAMETERS: [&str; 4] = ["channel", LAST_EVENT_ID, HISTORY, "token"];
+const CHANNEL: &str = "channel";
+const PARAMETERS: [&str; 4] = [CHANNEL, LAST_EVENT_ID, HISTORY, "token"];
 /// Other words for a parameter. Without the advice a client would silently not recover.
 const ALIASES: [(&str, &str); 2] = [("eventId", LAST_EVENT_ID), ("lastId", LAST_EVENT_ID)];
 
@@ -99,27 +100,39 @@ impl<'h, 'a> Upgrade<'h, 'a> {
             return Err(mistyped.rejection());
         }
         let grant = check_token(head, &user, context)?;
-        let channel = http::query_channel(head.query)?;
-        if grant.as_ref().is_some_and(|grant| !grant.may_join(&channel)) {
+        let json_mode = self.offer == Offer::JsonMode;
+        let channel = self.default_channel(json_mode)?;
+        let is_forbidden = |grant: &Grant| channel.as_ref().is_some_and(|channel| !grant.may_join(channel));
+        if grant.as_ref().is_some_and(is_forbidden) {
             return Err(rejections::forbidden_channel());
         }
         // A page that reconnects keeps the parameter in its URL, so `lastEventId` takes precedence.
         let history = http::query_number(head.query, HISTORY, 1..=HISTORY_MAX)?.unwrap_or(0);
         let given = http::query_value(head.query, LAST_EVENT_ID);
-        let json_mode = self.offer == Offer::JsonMode;
-        let wants_recovery = json_mode || !matches!(given, Ok(None));
+        let mode = match &given {
+            _ if json_mode => Mode::Json,
+            Ok(None) => Mode::Plain,
+            _ => Mode::Recovering,
+        };
         let last_seen = match given {
             Ok(None) => LastSeen::Newcomer { history },
             Ok(Some(text)) if text.is_empty() => LastSeen::Newcomer { history },
             Ok(Some(text)) => EventId::parse(text.as_bytes()).map_or(LastSeen::Unknown, LastSeen::Event),
             Err(_) => LastSeen::Unknown,
         };
-        let may_publish = context.settings.client_publish != ClientPublish::Off
-            && grant.as_ref().is_none_or(|grant| grant.may_publish(&channel));
-        let expires = grant.map_or(NEVER, |grant| grant.expires);
+        let mut client = Client { user: user.into(), mode, ..Client::default() };
+        let grant = client.set_rights(grant, channel.as_ref(), &context.settings);
         let response = self.switching_protocols().freeze();
-        let client = Client { user: user.into(), expires, wants_recovery, json_mode, may_publish };
-        Ok(Join { client, channel, last_seen, response })
+        Ok(Join { client, channel, last_seen, grant: grant.filter(|_| json_mode), response })
+    }
+
+    /// The channel of the parameter, the default one without it, or none if it is empty.
+    fn default_channel(&self, json_mode: bool) -> Result<Option<ChannelName>, Rejection> {
+        match http::query_value(self.head.query, CHANNEL)? {
+            Some(name) if name.is_empty() && json_mode => Ok(None),
+            Some(name) if name.is_empty() => Err(rejections::no_channel()),
+            _ => http::query_channel(self.head.query).map(Some),
+        }
     }
 
     fn reject(&self, rejection: Rejection) -> HandshakeOutcome {

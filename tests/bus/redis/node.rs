@@ -12,6 +12,7 @@ use fanfare::bus::{
 use fanfare::config::{Action, RedisUrl, Settings};
 use fanfare::metrics::{BusMetrics, Readiness};
 use fanfare::protocol::event::{ChannelName, Entry, EventId, Kind};
+use fanfare::protocol::form::{ChannelForm, Form};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 
@@ -109,7 +110,7 @@ impl Node {
     }
 
     pub async fn try_follow(&mut self, name: &str, shard: usize) -> Result<Reader, BusError> {
-        let wanted = channel(name);
+        let wanted = ChannelForm::from(channel(name));
         self.ask(Request::Follow { channel: wanted.clone(), shard });
         let answer = self
             .message(shard, |message| match message {
@@ -142,7 +143,7 @@ impl Node {
     }
 
     pub fn unfollow(&self, reader: Reader) {
-        self.ask(Request::Unfollow { channel: reader.channel, shard: reader.shard });
+        self.ask(Request::Unfollow { channel: reader.channel.into(), shard: reader.shard });
     }
 
     pub fn publish_later(
@@ -172,7 +173,7 @@ impl Node {
     }
 
     pub fn ask_page(&self, name: &str, after: EventId, shard: usize) {
-        let reader = PageReader::Shard(shard);
+        let reader = PageReader::Shard(shard, Form::Unnamed);
         self.ask(Request::Read { channel: channel(name), position: after, bytes: 1 << 20, reader });
     }
 
@@ -185,7 +186,7 @@ impl Node {
     }
 
     pub fn ask_look(&self, name: &str, shard: usize) {
-        self.ask(Request::Refresh { channel: channel(name), shard });
+        self.ask(Request::Refresh { channel: channel(name).into(), shard });
     }
 }
 
@@ -265,7 +266,7 @@ impl Reader {
     }
 
     pub async fn next(&mut self, node: &mut Node) {
-        let channel = self.channel.clone();
+        let channel = ChannelForm::from(self.channel.clone());
         let entry = node
             .message(self.shard, |message| match message {
                 BusMessage::Entry { channel: other, entry, .. } if *other == channel => Some(entry.clone()),

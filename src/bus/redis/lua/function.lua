@@ -2,7 +2,9 @@
 -- program. VERSION is defined before this text. The settings of a prefix are in the hash
 -- P:settings, which its nodes write.
 
-local CONTROL = {welcome = true, reset = true, ping = true, error = true, ack = true}
+local CONTROL = {
+  welcome = true, reset = true, ping = true, error = true, ack = true, unsubscribed = true, token_expiring = true,
+}
 
 -- The JSON that an event may hold: I-JSON (RFC 7493), as in src/protocol/json. cjson accepts more: numbers
 -- like 1. and -.5, repeated names, control characters in strings. These are found in the text
