@@ -8,18 +8,19 @@ use serde_json::{Value, json};
 use crate::Browser;
 use crate::common::cases::cases;
 use crate::common::process::{Directory, Process, installed};
-use crate::common::{Node, TokenKey, free_port};
+use crate::common::{Node, Redis, TokenKey, free_port};
 
 const FAKES: &str = include_str!("client/fakes.js");
 const CONNECTION: &str = include_str!("client/connection.js");
 const MESSAGES: &str = include_str!("client/messages.js");
+const SUBSCRIPTIONS: &str = include_str!("client/subscriptions.js");
 
 #[tokio::test]
 async fn client_reacts_to_every_server_answer() {
     let node = Node::start(&[]).await;
     let browser = Browser::start().await;
     browser.open(&format!("http://{}/healthz", node.public)).await;
-    for (tests, count) in [(CONNECTION, 14), (MESSAGES, 15)] {
+    for (tests, count) in [(CONNECTION, 14), (MESSAGES, 15), (SUBSCRIPTIONS, 18)] {
         let result = browser.run_client(&format!("{FAKES}{tests}")).await;
         assert_eq!(result["failed"], json!([]), "{result}");
         assert_eq!(result["passed"], json!(count));
@@ -39,6 +40,123 @@ async fn example_of_the_docs_runs() {
         format!("const show = () => {{}}, reload = show, badge = show; {example} return [id, chat.state];");
     let result = browser.run_client(&script).await;
     assert!(result[0].as_u64().is_some_and(|id| id > 0) && result[1] == json!("closed"), "{result}");
+}
+
+#[tokio::test]
+async fn chat_of_the_docs_has_rooms() {
+    let node = Node::start(&[]).await;
+    let browser = Browser::start().await;
+    browser.open(&format!("http://{}/healthz", node.public)).await;
+    let docs = include_str!("../../docs/client.md");
+    let block = docs.split("```js\n").find(|block| block.contains("subscribe(")).expect("an example");
+    let (import, rest) = block.split_once('\n').expect("lines");
+    assert!(import.contains("/fanfare.js"), "run_client imports it instead: {import}");
+    let example =
+        rest.split("```").next().expect("an end").replace("127.0.0.1:8080", &node.public.to_string());
+    let script = format!(
+        "const shown = [], reload = () => {{}};
+        const show = (...message) => shown.push(message);
+        {example}
+        const later = await rooms.get('room.2').send('bye');
+        while (shown.length < 2) await new Promise((resolve) => setTimeout(resolve, 10));
+        const stored = Number(localStorage.getItem('room.2'));
+        const result = [shown, [...rooms.keys()], id < later, stored === 0 || stored >= id - 1];
+        chat.close();
+        return result;"
+    );
+    let expected = json!([[["room.2", "alice", "hi"], ["room.2", "alice", "bye"]], ["room.2"], true, true]);
+    assert_eq!(browser.run_client(&script).await, expected);
+}
+
+/// Subscriptions of two clients on two nodes: live, history, resumed after a restart, refused.
+#[tokio::test]
+async fn client_follows_rooms_across_nodes() {
+    let redis = Redis::start(&[]).await;
+    let flags = ["--max-subscriptions", "100"];
+    let (a, b) = tokio::join!(Node::on(&redis, &flags), Node::on(&redis, &flags));
+    let browser = Browser::start().await;
+    browser.open(&format!("http://{}/healthz", a.public)).await;
+    let start = format!(
+        "window.client = new Fanfare('ws://{}/ws/alice', {{ channel: null, gapDelay: 0 }});
+        window.rooms = Array.from({{ length: 101 }}, (_, n) => {{
+            const room = client.subscribe(`room.${{n}}`, {{ history: 10 }});
+            const said = [];
+            for (const name of ['message', 'recovered', 'gap', 'error']) room.on(name, (event, info) =>
+                said.push([name, event.n ?? event.code, info?.recovered].filter((value) => value !== undefined)));
+            return {{ room, said }};
+        }});
+        client.on('message', () => rooms.push('an event of no room'));",
+        b.public
+    );
+    for n in 0..3 {
+        a.publish("room.7", &json!({ "n": n })).await;
+    }
+    assert_eq!(browser.run_client(&start).await, Value::Null);
+    let states = "rooms.map(({ room }) => room.state).filter((state) => state !== 'live').join()";
+    browser.becomes(states, json!("closed")).await;
+    let refused = "rooms.filter(({ room }) => room.state === 'closed').map(({ said }) => said)";
+    browser.becomes(refused, json!([[["error", "too_many"]]])).await;
+    let said = "rooms[7].said";
+    let recovered = |n: u64| json!(["message", n, true]);
+    browser.becomes(said, json!([recovered(0), recovered(1), recovered(2)])).await;
+    a.publish("room.7", &json!({ "n": 3 })).await;
+    let live = json!(["message", 3, false]);
+    browser.becomes(said, json!([recovered(0), recovered(1), recovered(2), live])).await;
+
+    b.kill();
+    browser.becomes("client.state", json!("waiting")).await;
+    for n in 4..6 {
+        a.publish("room.7", &json!({ "n": n })).await;
+    }
+    let address = b.public.to_string();
+    let _b = Node::on(&redis, &[&flags[..], &["--listen", &address]].concat()).await;
+    browser.becomes(states, json!("closed")).await;
+    let resumed =
+        [recovered(0), recovered(1), recovered(2), live, json!(["recovered"]), recovered(4), recovered(5)];
+    browser.becomes(said, json!(resumed)).await;
+    let others = "rooms.filter(({ room, said }, n) => n !== 7 && room.state === 'live' && said.join() !== 'recovered').length";
+    browser.becomes(others, json!(0)).await;
+    browser.becomes("rooms.length", json!(101)).await;
+}
+
+#[tokio::test]
+async fn token_is_replaced_on_the_connection() {
+    let key = TokenKey::new();
+    let node = Node::start(&["--jwt-key", &key.path()]).await;
+    let browser = Browser::start().await;
+    browser.open(&format!("http://{}/healthz", node.public)).await;
+    let token = |flags: &[&str]| key.token("a", flags);
+    let tokens = json!({
+        "first": token(&["--channel", "news", "--channel", "old", "--ttl", "12s"]),
+        "second": token(&["--channel", "news", "--channel", "new"]),
+        "bob": key.token("bob", &[]),
+    });
+    // Less than 60 s are left, so the function is called again soon.
+    let start = format!(
+        "const tokens = {tokens};
+        let calls = 0;
+        window.log = [];
+        window.client = new Fanfare('/ws/a', {{ channel: 'news', token: () => calls++ ? tokens.second : tokens.first }});
+        client.on('state', ({{ state }}) => log.push(state));
+        client.on('error', ({{ code }}) => log.push(code));
+        window.old = client.subscribe('old');
+        old.on('state', ({{ state, code }}) => log.push(`old ${{code ?? state}}`));
+        old.on('error', () => {{}});
+        window.bob = () => client.setToken(tokens.bob);"
+    );
+    assert_eq!(browser.run_client(&start).await, Value::Null);
+    let mut log = vec!["connecting", "live", "old live", "old forbidden"];
+    browser.becomes("log", json!(log)).await;
+    let new =
+        "window.fresh = client.subscribe('new'); fresh.on('state', ({ state }) => log.push(`new ${state}`));";
+    browser.run(new).await;
+    log.push("new live");
+    browser.becomes("log", json!(log)).await;
+    browser.run("bob()").await;
+    log.push("unauthorized");
+    browser.becomes("log", json!(log)).await;
+    let sent = "const fanfare = window.client; return await fanfare.send('still here') > 0;";
+    assert_eq!(browser.run_client(sent).await, json!(true));
 }
 
 #[tokio::test]
@@ -147,6 +265,7 @@ async fn run_in_node(package: &str) {
     };
     prints("sent").await;
     prints("message hello").await;
+    prints("room.1 hello").await;
     let error = prints("error unreachable").await;
     assert!(!error.contains("no welcome in time"), "attempts stalled: {error}");
 
@@ -157,7 +276,7 @@ async fn run_in_node(package: &str) {
     let address = node.public.to_string();
     let _node = Node::start(&["--listen", &address]).await; // one address more, where the old one was
     prints("connection 3").await;
-    prints("gap").await; // the history was in the old process
+    prints("gaps").await; // the history was in the old process
     assert!(client.ended().await.success(), "nothing is left to do: {:?}", client.output());
 }
 

@@ -1,7 +1,7 @@
 // What must type-check, and what must not. Never run.
 
 import WebSocket from "ws";
-import { Fanfare, type FanfareError, type FanfareEvent } from "./fanfare.mjs";
+import { Fanfare, type FanfareError, type FanfareEvent, type FanfareSubscription } from "./fanfare.mjs";
 
 const client = new Fanfare("ws://127.0.0.1:8080/ws/alice", {
   channel: "news",
@@ -20,7 +20,19 @@ client.on("gap", ({ lastEventId, from }) => [lastEventId.toFixed(), from === "re
 const id: number = await client.send("text");
 for (const message of [{ text: "to all" }, { text: "to one", to: "bob" }, { data: [1], to: "bob" }]) client.send(message);
 
+client.send({ text: "to a channel", channel: "room.1" });
+
+const room: FanfareSubscription = client.subscribe("room.1", { lastEventId: localStorage.getItem("room"), history: 10 });
+room.on("message", ({ channel, text }, { recovered }) => [channel, text, recovered]);
+room.on("state", (change) => change.state === "closed" && (change.code === "forbidden" || change.code === 4403));
+const position: number | null = room.lastEventId;
+await room.send({ data: 1 });
+room.close();
+new Fanfare("/ws/alice", { channel: null }).setToken(async () => "a token");
+client.setToken("another token");
+
 type Order = { order: number };
+client.subscribe<Order>("orders").on("message", ({ order }) => order.toFixed());
 new Fanfare<Order>("/ws/alice").on("message", ({ order }) => order.toFixed());
 
 // @ts-expect-error either text or data
@@ -36,4 +48,15 @@ client.on("open", () => {});
 // @ts-expect-error not a WebSocket
 new Fanfare("/ws/alice", { WebSocket: URL });
 
-export { id, off };
+// @ts-expect-error no channel
+client.subscribe();
+// @ts-expect-error an option of the client
+client.subscribe("room.1", { token: "a token" });
+// @ts-expect-error not its own channel
+room.send({ text: "a", channel: "room.2" });
+// @ts-expect-error read-only
+room.channel = "room.2";
+// @ts-expect-error not opened by itself
+new FanfareSubscription("room.1");
+
+export { id, off, position };
