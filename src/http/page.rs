@@ -18,7 +18,7 @@ const JAVASCRIPT: &str = "text/javascript; charset=utf-8";
 
 const TYPES: &str = include_str!("page/fanfare.d.ts");
 
-const FILES: [File; 6] = [
+const FILES: [File; 7] = [
     File { path: "/", content_type: "text/html; charset=utf-8", content: include_str!("page/index.html") },
     File {
         path: "/page.css",
@@ -26,6 +26,7 @@ const FILES: [File; 6] = [
         content: include_str!("page/page.css"),
     },
     File { path: "/page.js", content_type: JAVASCRIPT, content: include_str!("page/page.js") },
+    File { path: "/pane.js", content_type: JAVASCRIPT, content: include_str!("page/pane.js") },
     File { path: "/fanfare.js", content_type: JAVASCRIPT, content: include_str!("page/fanfare.js") },
     File { path: "/fanfare.d.ts", content_type: "text/plain; charset=utf-8", content: TYPES },
     // TypeScript looks for the types of a copy named fanfare.mjs here.

@@ -22,7 +22,7 @@ impl Browser {
     }
 
     /// What a screen reader reads of an element.
-    async fn read_aloud(&self, selector: &str) -> String {
+    pub async fn read_aloud(&self, selector: &str) -> String {
         let root = self.devtools("DOM.getDocument", json!({})).await["root"]["nodeId"].take();
         let query = json!({ "nodeId": root, "selector": selector });
         let node = self.devtools("DOM.querySelector", query).await["nodeId"].take();
@@ -34,14 +34,14 @@ impl Browser {
 }
 
 impl Page {
-    async fn load(node: &Node, query: &str) -> Page {
+    pub async fn load(node: &Node, query: &str) -> Page {
         let page = Page(Browser::start().await);
         page.0.open(&format!("http://{}/{query}", node.public)).await;
         page
     }
 
     /// Replaces the content of a field, like a user.
-    async fn set(&self, selector: &str, text: &str) {
+    pub async fn set(&self, selector: &str, text: &str) {
         self.0.type_into(selector, &format!("{CONTROL}a{CONTROL}{text}{ENTER}")).await;
     }
 

@@ -4,6 +4,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod channels;
 mod client;
 mod demo;
 mod live_view;
