@@ -191,8 +191,9 @@ const NO_CLOSE_FRAME: [CloseReason; 11] = [
     CloseReason::SlowReader,
 ];
 
-const JS_OPTIONS: [&str; 8] =
-    ["channel", "lastEventId", "history", "token", "pingInterval", "pongTimeout", "gapDelay", "WebSocket"];
+const JS_OPTIONS: [&str; 6] = ["channel", "token", "pingInterval", "pongTimeout", "gapDelay", "WebSocket"];
+/// Of `subscribe`, and of the client.
+const JS_START_OPTIONS: [&str; 2] = ["lastEventId", "history"];
 
 fn metrics() -> String {
     Metrics::new(1, Arc::default(), Arc::new(Readiness::default())).prometheus()
@@ -270,9 +271,12 @@ fn close_codes_and_reasons() {
 #[test]
 fn options_of_fanfare_js() {
     let types = include_str!("../../src/http/page/fanfare.d.ts");
-    let (_, options) = types.split_once("interface FanfareOptions {\n").expect("the options");
-    let (options, _) = options.split_once("\n}\n").expect("their end");
-    let names = options.lines().filter(|line| !line.trim_start().starts_with(['/', '*']));
-    let names: Vec<_> = names.filter_map(|line| Some(line.trim().split_once("?: ")?.0)).collect();
-    assert_eq!(names, JS_OPTIONS);
+    let names = |interface: &str| -> Vec<&str> {
+        let (_, options) = types.split_once(&format!("interface {interface} {{\n")).expect("the options");
+        let (options, _) = options.split_once("\n}\n").expect("their end");
+        let names = options.lines().filter(|line| !line.trim_start().starts_with(['/', '*']));
+        names.filter_map(|line| Some(line.trim().split_once("?: ")?.0)).collect()
+    };
+    assert_eq!(names("FanfareOptions extends FanfareStart"), JS_OPTIONS);
+    assert_eq!(names("FanfareStart"), JS_START_OPTIONS);
 }
