@@ -35,7 +35,7 @@ async fn measure(args: &[&str]) -> Value {
 async fn measures_every_phase_of_fanfare() {
     let node = Node::start(&[]).await;
     let url = format!("ws://{}/ws/{{i}}", node.public);
-    let phases = "connect, rate 50/s 1s, storm 50%, churn 40/s 1s, stall 10% 500ms, leave";
+    let phases = "connect, rate 50/s 1s, storm 50% 200ms, churn 40/s 1s, stall 10% 500ms, leave";
     let results = measure(&[&url, "--connections", "40", "--processes", "2", "--phases", phases]).await;
     assert!(results["server"].as_str().unwrap().starts_with("fanfare (pid "), "{results:#}");
     let phase = |number: usize| &results["phases"][number];
@@ -44,6 +44,7 @@ async fn measures_every_phase_of_fanfare() {
     assert_eq!(phase(1)["deliveries"], 41 * phase(1)["published"].as_u64().unwrap());
     assert!(phase(1)["latency_us"]["p99"].as_u64().unwrap() > 0);
     assert!(phase(1)["server_cpu_seconds"].as_f64().unwrap() > 0.0);
+    assert!(phase(2)["reconnected_seconds"].as_f64().unwrap() > 0.0);
     assert_eq!((&phase(2)["resumed"], &phase(2)["notices"]), (&20.into(), &0.into()), "{results:#}");
     assert!(phase(3)["published"].as_u64().unwrap() > 0);
     assert_eq!(phase(5)["clients"], 0);
@@ -77,6 +78,24 @@ async fn publishes_by_http_in_a_closed_loop() {
     let saturated = &results["phases"][1];
     assert_eq!(saturated["deliveries"], 11 * saturated["published"].as_u64().unwrap());
     assert!(std::fs::read_to_string(svg).unwrap().starts_with("<svg"));
+}
+
+#[tokio::test]
+async fn divides_clients_among_channels_and_users() {
+    let node = Node::start(&[]).await;
+    let publish = |query: &str| format!("http://{}/publish?{query}={{channel}}", node.admin);
+    for (path, publish) in
+        [("/ws/{i}?channel={channel}", publish("channel")), ("/ws/{channel}", publish("to"))]
+    {
+        let url = format!("ws://{}{path}", node.public);
+        let args = ["--connections", "12", "--channels", "4", "--publish", &publish];
+        let phases = ["--phases", "connect, rate 100/s 400ms"];
+        let results = measure(&[&[&*url], &args[..], &phases].concat()).await;
+        // Three clients each, and the one that shows what is in flight, in channel 0.
+        let (events, deliveries) = (&results["phases"][1]["published"], &results["phases"][1]["deliveries"]);
+        let (events, deliveries) = (events.as_u64().unwrap(), deliveries.as_u64().unwrap());
+        assert_eq!((events > 30, deliveries), (true, 3 * events + events / 4), "{results:#}");
+    }
 }
 
 #[tokio::test]

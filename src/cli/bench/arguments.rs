@@ -11,6 +11,7 @@ use super::phase::{self, Phase};
 use super::plan::{CONNECTIONS_PER_PROCESS, Greeting, Plan, Publish, Target};
 use crate::config::SettingError;
 use crate::config::args::{Args, Flag};
+use crate::http::percent_decode;
 
 pub const HELP: &str = "\
 Usage: fanfare bench URL... [flags]
@@ -26,13 +27,16 @@ Load
   --connections N       Clients that receive [1000]
   --phases LIST         What happens, in order, separated by commas:
                         connect, idle TIME, rate N/s TIME, saturate N TIME
-                        (N events in flight), storm N% (reconnect at once),
-                        stall N% TIME (read nothing), churn N/s TIME, leave
+                        (N events in flight), storm N% [TIME] (reconnect
+                        at once, after a time), stall N% TIME (read nothing),
+                        churn N/s TIME, leave
                         [connect, idle 3s, rate 10/s 10s, rate 50/s 5s,
                         storm 50%, churn 50/s 5s, leave]
   --rate N/s            Events while clients storm, stall or churn [10/s]
   --size BYTES          Text of an event, at least 18 [128]
   --connect-rate N/s    New connections [as fast as handshakes complete]
+  --channels N          Channels that clients and events are divided among;
+                        {channel} is their number, from 0 [1]
   --bind IP,...         Source addresses [127.0.0.x for a loopback address]
   --processes N         Processes for the clients [one per 16,000]
 
@@ -45,7 +49,7 @@ Protocol of the server
   --resume NAME         Query parameter with the last event id, as in fanfare
                         [lastEventId if the server has it]
 
-Publishing, with {event} for the text of an event
+Publishing, with {event} for the text of an event, and {channel}
   --message TEXT        The message that a client sends [{event}]
   --publish URL         Publish by HTTP POST (http://) or Redis (redis://)
   --body TEXT           Body of the POST [{\"text\":\"{event}\"}]
@@ -62,12 +66,13 @@ refused or closed; 2 for wrong arguments; 3 if only the measurement is void,
 since this program had too little CPU.
 ";
 
-const FLAGS: [Flag; 20] = [
+const FLAGS: [Flag; 21] = [
     Flag::new("connections", "N"),
     Flag::new("phases", "LIST"),
     Flag::new("rate", "N/s"),
     Flag::new("size", "BYTES"),
     Flag::new("connect-rate", "N/s"),
+    Flag::new("channels", "N"),
     Flag::new("bind", "IP,..."),
     Flag::new("processes", "N"),
     Flag::new("subprotocol", "NAME"),
@@ -118,11 +123,19 @@ pub fn read(
     let least = connections.div_ceil(CONNECTIONS_PER_PROCESS);
     let processes =
         args.value("processes", |text| whole(text, least, connections.min(1000))).unwrap_or(least);
+    let channels = args.value("channels", |text| whole(text, 1, connections)).unwrap_or(1);
     let size = args.value("size", |text| whole(text, MARK as u32, 1 << 20)).unwrap_or(128) as usize;
     let bind = args.value("bind", |text| text.split(',').map(parse_ip).collect());
     let bind = bind.unwrap_or_else(|| sources(&targets, connections));
     let phases = args.value("phases", phase::parse_list).unwrap_or_else(default_phases);
+    let saturates = |phase: &Phase| matches!(phase, Phase::Saturate(..));
+    if channels > 1 && phases.iter().any(saturates) {
+        args.error("--phases", "saturate needs a single channel: one client shows what is in flight");
+    }
     let publish = publish(&mut args, &headers);
+    if channels > 1 && matches!(publish, Publish::Socket { .. }) {
+        args.error("--channels", "needs --publish: a client publishes to its own channel alone");
+    }
     let mut answers = Vec::new();
     for text in args.take_all("answer") {
         match text.split_once('=') {
@@ -146,6 +159,7 @@ pub fn read(
         subprotocol,
         headers,
         connections,
+        channels,
         processes,
         bind,
         connect_rate,
@@ -166,7 +180,7 @@ fn default_phases() -> Vec<Phase> {
         Phase::Idle(seconds(3)),
         Phase::Rate(10.0, seconds(10)),
         Phase::Rate(50.0, seconds(5)),
-        Phase::Storm(0.5),
+        Phase::Storm(0.5, Duration::ZERO),
         Phase::Churn(50.0, seconds(5)),
         Phase::Leave,
     ]
@@ -213,13 +227,23 @@ fn resolve(url: &Url, default_port: u16) -> Result<(SocketAddr, String), String>
     Ok((addr, if port == default_port { host.to_owned() } else { format!("{host}:{port}") }))
 }
 
+/// What stands for `{i}` and `{channel}` in a URL, whose braces would be percent-encoded.
+const PLACEHOLDERS: [(&str, &str); 2] = [("{i}", "fanfare-client-number"), ("{channel}", "fanfare-channel")];
+
+fn hide_placeholders(text: &str) -> String {
+    PLACEHOLDERS.iter().fold(text.to_owned(), |text, (from, to)| text.replace(from, to))
+}
+
+/// Path and query, with the placeholders.
+fn path_of(url: &Url) -> String {
+    let path = url[url::Position::BeforePath..url::Position::AfterQuery].to_owned();
+    PLACEHOLDERS.iter().fold(path, |path, (to, from)| path.replace(from, to))
+}
+
 fn parse_target(text: &str) -> Result<Target, String> {
-    // Braces would be percent-encoded.
-    const NUMBER: &str = "fanfare-client-number";
-    let url = parse_url(&text.replace("{i}", NUMBER), &["ws"])?;
+    let url = parse_url(&hide_placeholders(text), &["ws"])?;
     let (addr, host) = resolve(&url, 80)?;
-    let path = url[url::Position::BeforePath..url::Position::AfterQuery].replace(NUMBER, "{i}");
-    Ok(Target { addr, host, path })
+    Ok(Target { addr, host, path: path_of(&url) })
 }
 
 fn publish(args: &mut Args, headers: &[String]) -> Publish {
@@ -227,17 +251,33 @@ fn publish(args: &mut Args, headers: &[String]) -> Publish {
     let body = args.take("body").unwrap_or_else(|| r#"{"text":"{event}"}"#.into());
     let command = args.take("command").unwrap_or_else(|| "PUBLISH ws_broadcast {event}".into());
     let by_url = args.value("publish", |text| {
-        let url = parse_url(text, &["http", "redis"])?;
+        let url = parse_url(&hide_placeholders(text), &["http", "redis"])?;
         if url.scheme() == "redis" {
             let (addr, _) = resolve(&url, 6379)?;
             let command = command.split_whitespace().map(str::to_owned).collect();
-            return Ok(Publish::Redis { addr, command });
+            return Ok(Publish::Redis { addr, setup: redis_setup(&url)?, command });
         }
         let (addr, host) = resolve(&url, 80)?;
-        let path = url[url::Position::BeforePath..url::Position::AfterQuery].to_owned();
-        Ok(Publish::Http { addr, host, path, headers: headers.to_vec(), body: body.clone() })
+        Ok(Publish::Http { addr, host, path: path_of(&url), headers: headers.to_vec(), body: body.clone() })
     });
     by_url.unwrap_or(Publish::Socket { message })
+}
+
+/// The commands that log in and choose the database as a Redis URL says.
+fn redis_setup(url: &Url) -> Result<Vec<Vec<String>>, String> {
+    let parts = [url.username(), url.password().unwrap_or_default()].map(percent_decode);
+    let [Some(user), Some(password)] = parts else { return Err("is not percent-encoded UTF-8".into()) };
+    let login = match (&*user, &*password) {
+        ("", "") => vec![],
+        ("", password) => vec!["AUTH", password],
+        (user, password) => vec!["AUTH", user, password],
+    };
+    let database = match url.path().trim_matches('/') {
+        "" => vec![],
+        database => vec!["SELECT", database],
+    };
+    let commands = [login, database].into_iter().filter(|command| !command.is_empty());
+    Ok(commands.map(|words| words.into_iter().map(str::to_owned).collect()).collect())
 }
 
 #[cfg(test)]
@@ -267,6 +307,31 @@ mod tests {
         assert_eq!((plan.processes, plan.bind.len()), (13, 13));
     }
 
+    fn redis_of(url: &str) -> Vec<Vec<String>> {
+        match read_words(&["ws://127.0.0.1/", "--publish", url]).unwrap().unwrap().plan.publish {
+            Publish::Redis { setup, .. } => setup,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn redis_urls_log_in() {
+        assert!(redis_of("redis://127.0.0.1").is_empty());
+        assert_eq!(redis_of("redis://:p%40ss@127.0.0.1/3"), [&["AUTH", "p@ss"], &["SELECT", "3"]]);
+        assert_eq!(redis_of("redis://me:x@127.0.0.1"), [["AUTH", "me", "x"]]);
+    }
+
+    #[test]
+    fn channels_are_part_of_urls() {
+        let url = "ws://127.0.0.1:1/ws/{i}?channel=a.{channel}";
+        let publish = ["--publish", "http://127.0.0.1:9/publish?channel=a.{channel}"];
+        let words = [&[url, "--channels", "2"], &publish[..]].concat();
+        let plan = read_words(&words).unwrap().unwrap().plan;
+        assert!(plan.request(3, 0).starts_with("GET /ws/3?channel=a.1 HTTP"));
+        let Publish::Http { path, .. } = plan.publish else { panic!("{:?}", plan.publish) };
+        assert_eq!(path, "/publish?channel=a.{channel}");
+    }
+
     #[test]
     fn every_wrong_argument_is_an_error() {
         for (words, problem) in [
@@ -279,6 +344,8 @@ mod tests {
             (&["ws://127.0.0.1/", "--phases", "idle 1s"], "start with connect"),
             (&["ws://127.0.0.1/", "--publish", "amqp://x"], "http:// or redis://"),
             (&["ws://127.0.0.1/", "--bind", "x"], "not an IP"),
+            (&["ws://127.0.0.1/", "--channels", "2"], "needs --publish"),
+            (&["ws://127.0.0.1/", "--channels", "2", "--phases", "connect, saturate 1 1s"], "single channel"),
             (&["ws://127.0.0.1/", "--answer", "ping"], "no = between"),
         ] {
             let errors = read_words(words).unwrap_err();

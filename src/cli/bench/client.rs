@@ -5,6 +5,7 @@ use std::io::{self, ErrorKind, Read, Write};
 use mio::net::TcpStream;
 
 use super::mark::{Finder, MARK, Mark};
+use super::position::{Judgement, Position};
 use super::shared::Shared;
 use super::wire::{self, CLOSE, PING, PONG, TEXT};
 
@@ -19,29 +20,29 @@ pub enum Stage {
     Ready,
 }
 
-/// Position of a client in the run's events.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Seen {
-    /// Nothing is known: any event may be its first.
-    Unknown,
-    /// It has all events up to this number.
-    UpTo(u32),
-    /// It was notified that events after this number may be missing.
-    Notified(u32),
+/// A client that is to connect.
+#[derive(Debug)]
+pub struct Joining {
+    pub slot: usize,
+    pub number: u64,
+    pub position: Position,
+    /// Above 0: resume after the event with this id.
+    pub last_id: u64,
+    /// Comes back after a storm: its latencies are of no interest before the next phase.
+    pub returns: bool,
 }
 
 pub struct Client {
     pub stream: TcpStream,
     pub number: u64,
     pub stage: Stage,
-    pub seen: Seen,
+    pub position: Position,
     /// The id of its last event, if the server gives ids.
     pub last_id: u64,
     /// Whether it asked to resume.
-    pub resuming: bool,
+    resuming: bool,
+    returns: bool,
     pub stalled: bool,
-    /// Events up to this number are late, not repeated: they were counted as missing.
-    pub skipped_to: u32,
     /// When its handshake started, in microseconds since the run started.
     pub joined: u64,
     is_timed: bool,
@@ -74,18 +75,19 @@ enum Received {
 pub struct Closed(pub String);
 
 impl Client {
-    /// A client whose socket is connecting. With `last_id` above 0 it resumes.
-    pub fn new(stream: TcpStream, number: u64, seen: Seen, last_id: u64, shared: &Shared<'_>) -> Client {
+    /// A client whose socket is connecting.
+    pub fn new(stream: TcpStream, joining: Joining, shared: &Shared<'_>) -> Client {
         let plan = shared.plan;
+        let Joining { number, position, last_id, returns, .. } = joining;
         Client {
             stream,
             number,
             stage: Stage::Connecting,
-            seen,
+            position,
             last_id,
             resuming: last_id > 0,
+            returns,
             stalled: false,
-            skipped_to: 0,
             joined: shared.now,
             is_timed: plan.is_timed(number),
             timed_from: NEVER,
@@ -110,7 +112,9 @@ impl Client {
 
     fn become_ready(&mut self, now: u64) {
         self.stage = Stage::Ready;
-        self.time_from(now);
+        if !self.returns {
+            self.time_from(now);
+        }
     }
 
     /// Bytes that wait for the socket.
@@ -189,6 +193,9 @@ impl Client {
             self.greet(shared)?;
         }
         while let Some(head) = wire::head(bytes).map_err(Closed)? {
+            if head.mask.is_some() {
+                return Err(Closed("a masked frame".into()));
+            }
             let Some(payload) = bytes.get(head.len..head.len + head.payload) else { break };
             self.on_frame(head.first, payload, shared)?;
             bytes = &bytes[head.len + head.payload..];
@@ -216,6 +223,7 @@ impl Client {
         match first {
             PING if self.out.len() > ANSWERS_MAX => Ok(()), // it reads nothing, so it gets no pong
             PING => {
+                shared.tally.pings += 1;
                 wire::put_masked(&mut self.out, PONG, payload);
                 self.flush()
             }
@@ -274,15 +282,12 @@ impl Client {
             let latency = shared.now.saturating_sub(mark.due);
             shared.latencies.saturating_record(latency);
         }
-        match self.seen {
-            Seen::UpTo(last) | Seen::Notified(last) if mark.number <= last => {
-                shared.tally.repeated += u64::from(mark.number > self.skipped_to);
-                return;
-            }
-            Seen::UpTo(last) => shared.tally.lost += u64::from(mark.number - last - 1),
-            Seen::Unknown | Seen::Notified(_) => {}
+        match self.position.take(mark.number) {
+            Judgement::Next | Judgement::Late => {}
+            Judgement::Gap(lost) => shared.tally.lost += u64::from(lost),
+            Judgement::Repeated => shared.tally.repeated += 1,
+            Judgement::OtherChannel => shared.tally.misrouted += 1,
         }
-        self.seen = Seen::UpTo(mark.number);
     }
 
     /// Handles a message without a mark: recovery frames, the ready text, requests to answer.
@@ -333,34 +338,7 @@ impl Client {
 
     fn mark_notified(&mut self, shared: &mut Shared<'_>) {
         shared.tally.notices += 1;
-        if let Seen::UpTo(last) = self.seen {
-            self.seen = Seen::Notified(last);
-        }
-    }
-
-    /// How many events up to this number it lacks; at least one if it has received nothing.
-    pub fn missing(&self, number: u32) -> u32 {
-        match self.seen {
-            Seen::UpTo(last) => number.saturating_sub(last),
-            Seen::Unknown => number.min(1),
-            Seen::Notified(_) => 0,
-        }
-    }
-
-    /// The last event that it has, if it has any.
-    pub fn last(&self) -> Option<u32> {
-        match self.seen {
-            Seen::UpTo(last) | Seen::Notified(last) => Some(last),
-            Seen::Unknown => None,
-        }
-    }
-
-    /// The next event is the one after this number. What it lacks was counted as missing.
-    pub fn expect_after(&mut self, number: u32) {
-        if self.seen != Seen::UpTo(number) {
-            self.skipped_to = number;
-        }
-        self.seen = Seen::UpTo(number);
+        self.position.notify();
     }
 }
 

@@ -9,20 +9,13 @@ use mio::{Interest, Registry, Token};
 use rustix::io::Errno;
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
-use super::client::{Client, Closed, Seen, Stage, describe};
+use super::client::{Client, Closed, Joining, Stage, describe};
 use super::plan::{HANDSHAKE_TIMEOUT, HANDSHAKES, Plan};
+use super::position::Position;
 use super::shared::{Shared, count};
 
 /// Numbers of new clients that each process has for itself.
 const NUMBERS: u64 = 1_000_000_000;
-
-/// A client that is to connect.
-struct Joining {
-    slot: usize,
-    number: u64,
-    seen: Seen,
-    last_id: u64,
-}
 
 pub struct Clients {
     registry: Registry,
@@ -35,8 +28,8 @@ pub struct Clients {
     count: usize,
     /// The number of the next new client.
     next_number: u64,
-    /// When clients started to connect, and how many have since.
-    connects: (Instant, u64),
+    /// When clients started to connect, and how many have since. `None`: they may not.
+    connects: Option<(Instant, u64)>,
     /// Clients that are replaced: since when, how many a second, and how many so far.
     churn: Option<(Instant, f64, u64)>,
 }
@@ -44,16 +37,11 @@ pub struct Clients {
 impl Clients {
     /// The clients of a process, none of them connected. The first process has one more, the
     /// observer: it publishes, and shows which events are in flight.
-    pub fn new(plan: &Plan, process: u32, registry: Registry, now: Instant) -> Clients {
+    pub fn new(plan: &Plan, process: u32, registry: Registry) -> Clients {
         let (first, count) = plan.part(process);
         let numbers = (first..first + count).chain((process == 0).then_some(plan.connections));
-        let joining = |(slot, number): (usize, u32)| Joining {
-            slot,
-            number: number.into(),
-            seen: Seen::Unknown,
-            last_id: 0,
-        };
-        let joining: Vec<Joining> = numbers.enumerate().map(joining).collect();
+        let joining: Vec<Joining> =
+            numbers.enumerate().map(|(slot, number)| newcomer(plan, slot, number.into())).collect();
         Clients {
             registry,
             slots: joining.iter().map(|_| None).collect(),
@@ -62,7 +50,7 @@ impl Clients {
             ready: 0,
             count: count as usize,
             next_number: u64::from(plan.connections) + 1 + u64::from(process) * NUMBERS,
-            connects: (now, 0),
+            connects: None,
             churn: None,
         }
     }
@@ -84,19 +72,20 @@ impl Clients {
 
     /// Starts to count for the rate of new connections.
     pub fn start_connecting(&mut self, now: Instant) {
-        self.connects = (now, 0);
+        self.connects = Some((now, 0));
     }
 
     /// Starts handshakes, as far as the rate and the limit allow.
     pub fn connect(&mut self, now: Instant, shared: &mut Shared<'_>) {
         // From the end, so the observer is first: without it there are no events.
         while self.handshakes < HANDSHAKES && self.next_connect(shared.plan).is_some_and(|at| at <= now) {
-            self.connects.1 += 1;
-            let Some(Joining { slot, number, seen, last_id }) = self.joining.pop() else { return };
-            match open(shared.plan, slot, number, &self.registry) {
+            let (Some(joining), Some(connects)) = (self.joining.pop(), &mut self.connects) else { return };
+            connects.1 += 1;
+            let slot = joining.slot;
+            match open(shared.plan, slot, joining.number, &self.registry) {
                 Ok(stream) => {
                     self.handshakes += 1;
-                    self.slots[slot] = Some(Client::new(stream, number, seen, last_id, shared));
+                    self.slots[slot] = Some(Client::new(stream, joining, shared));
                 }
                 Err(error) => count(&mut shared.tally.refused, describe(&error)),
             }
@@ -104,7 +93,7 @@ impl Clients {
     }
 
     fn next_connect(&self, plan: &Plan) -> Option<Instant> {
-        let (start, done) = self.connects;
+        let (start, done) = self.connects?;
         let after = plan.connect_rate.map_or(Duration::ZERO, |rate| {
             Duration::from_secs_f64(done as f64 * f64::from(plan.processes) / rate)
         });
@@ -177,13 +166,18 @@ impl Clients {
         }
     }
 
-    /// Cuts the connections of this share of the clients, which are then to reconnect.
-    pub fn storm(&mut self, share: f64, plan: &Plan) {
+    /// Cuts the connections of this share of the clients. None connects until
+    /// [`Clients::start_connecting`].
+    pub fn cut(&mut self, share: f64, plan: &Plan) {
+        self.connects = None;
         for slot in self.evenly_spread(share) {
             let Some(client) = self.abort(slot) else { continue };
-            let resumes = plan.resume.is_some() && client.last_id > 0;
-            let (seen, last_id) = if resumes { (client.seen, client.last_id) } else { (Seen::Unknown, 0) };
-            self.joining.push(Joining { slot, number: client.number, seen, last_id });
+            let mut joining = newcomer(plan, slot, client.number);
+            joining.returns = true;
+            if plan.resume.is_some() && client.last_id > 0 {
+                (joining.position, joining.last_id) = (client.position, client.last_id);
+            }
+            self.joining.push(joining);
         }
     }
 
@@ -221,12 +215,12 @@ impl Clients {
     }
 
     /// Replaces the clients that are due.
-    pub fn replace(&mut self, now: Instant) {
+    pub fn replace(&mut self, now: Instant, plan: &Plan) {
         let Some((start, rate, mut done)) = self.churn else { return };
         while done as f64 <= (now - start).as_secs_f64() * rate {
             let (number, slot) = (self.next_number, (self.next_number % self.count as u64) as usize);
             if self.abort(slot).is_some() {
-                self.joining.push(Joining { slot, number, seen: Seen::Unknown, last_id: 0 });
+                self.joining.push(newcomer(plan, slot, number));
             }
             self.next_number += 1;
             done += 1;
@@ -241,17 +235,22 @@ impl Clients {
     }
 }
 
+fn newcomer(plan: &Plan, slot: usize, number: u64) -> Joining {
+    let position = Position::unknown(plan.channel_of(number));
+    Joining { slot, number, position, last_id: 0, returns: false }
+}
+
 /// Starts to connect.
 fn open(plan: &Plan, slot: usize, number: u64, registry: &Registry) -> io::Result<TcpStream> {
-    let (target, bind) = (plan.target(number), &plan.bind);
-    let socket = Socket::new(Domain::for_address(target.addr), Type::STREAM, Some(Protocol::TCP))?;
+    let (addr, bind) = (plan.target(number).addr, &plan.bind);
+    let socket = Socket::new(Domain::for_address(addr), Type::STREAM, Some(Protocol::TCP))?;
     socket.set_nonblocking(true)?;
     socket.set_tcp_nodelay(true)?;
     if !bind.is_empty() {
         let source = bind[number as usize % bind.len()];
         socket.bind(&SocketAddr::new(source, 0).into())?;
     }
-    match socket.connect(&target.addr.into()) {
+    match socket.connect(&addr.into()) {
         Err(error) if error.raw_os_error() != Some(Errno::INPROGRESS.raw_os_error()) => return Err(error),
         _ => {}
     }

@@ -1,7 +1,6 @@
 //! The process that the user started: starts the workers, gives them the phases one by one, and
 //! collects their reports.
 
-use std::io::{self, IsTerminal, Write};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
@@ -12,8 +11,9 @@ use super::mark::TAGS;
 use super::phase::Phase;
 use super::plan::{Command, Load, Plan, STALL_TIMEOUT};
 use super::process::{Worker, is_current, start_worker, write_line};
-use super::result::{self, PhaseResult, Second, grouped, rate, shown_latency};
-use super::server::Server;
+use super::progress::Progress;
+use super::result::{self, PhaseResult, Second, Storm};
+use super::server::{Server, Usage};
 use super::shared::Tally;
 use super::worker::{Report, histogram, monotonic};
 
@@ -35,6 +35,14 @@ pub struct Outcome {
     pub server: Option<String>,
 }
 
+/// What a phase showed while its load was on.
+#[derive(Default)]
+struct Performed {
+    storm: Option<Storm>,
+    /// The server with clients that stall.
+    stalled: Option<Usage>,
+}
+
 /// The worker processes, and what they have reported.
 pub struct Coordinator<'p> {
     plan: &'p Plan,
@@ -42,8 +50,9 @@ pub struct Coordinator<'p> {
     workers: Vec<Worker>,
     reports: Receiver<(usize, Option<Report>)>,
     started: Instant,
-    /// Latencies since the last phase, and since the last second.
+    /// Latencies since the last phase, since clients reconnect, and since the last second.
     of_phase: Histogram<u64>,
+    of_storm: Histogram<u64>,
     of_second: Histogram<u64>,
     outcome: Outcome,
     /// When the last second was recorded, and deliveries until then.
@@ -71,6 +80,7 @@ impl<'p> Coordinator<'p> {
             reports,
             started: now,
             of_phase: histogram(),
+            of_storm: histogram(),
             of_second: histogram(),
             outcome: Outcome {
                 phases: Vec::new(),
@@ -108,14 +118,12 @@ impl<'p> Coordinator<'p> {
         let cpu = self.server.usage().cpu;
         self.of_phase.reset();
 
-        let reconnected = self.perform(phase)?;
+        let Performed { storm, stalled } = self.perform(phase)?;
         self.send(0, &Command::Publish(Load::Nothing))?;
         self.wait_until_current()?;
         let time = start.elapsed();
         let deliveries = self.total().deliveries - tally.deliveries;
-        let now_busy = self.busy();
-        let generator = now_busy.iter().zip(&busy).map(|(now, before)| now.saturating_sub(*before));
-        let generator = generator.max().unwrap_or_default() as f64 / time.as_nanos() as f64;
+        let generator = self.busy_since(&busy, time);
         let (clients, pending) = (self.ready(), self.pending());
         let publishes = !matches!(phase, Phase::Connect | Phase::Idle(_) | Phase::Leave);
         let missing = self.drain()?;
@@ -124,7 +132,7 @@ impl<'p> Coordinator<'p> {
         self.outcome.phases.push(PhaseResult {
             name,
             time,
-            reconnected,
+            storm,
             clients,
             published,
             tally: result::since(&self.total(), &tally),
@@ -134,7 +142,7 @@ impl<'p> Coordinator<'p> {
             publishes,
             latencies: self.of_phase.clone(),
             server_cpu: Duration::from_nanos(usage.cpu.saturating_sub(cpu)),
-            usage,
+            usage: stalled.unwrap_or(usage),
             generator_cpu: Duration::from_nanos(self.own_cpu().saturating_sub(own_cpu)),
             generator,
         });
@@ -147,9 +155,9 @@ impl<'p> Coordinator<'p> {
         Ok(())
     }
 
-    /// Puts the load of a phase on the server. Returns how long clients took to reconnect, if all
-    /// have.
-    fn perform(&mut self, phase: Phase) -> Result<Option<Duration>> {
+    /// Puts the load of a phase on the server.
+    fn perform(&mut self, phase: Phase) -> Result<Performed> {
+        let mut performed = Performed::default();
         match phase {
             Phase::Connect => {
                 self.send_all(&Command::Connect)?;
@@ -164,20 +172,19 @@ impl<'p> Coordinator<'p> {
                 self.publish(Load::InFlight(events))?;
                 self.watch(time)?;
             }
-            Phase::Storm(share) => {
+            Phase::Storm(share, away) => {
                 self.publish(Load::Rate(self.plan.rate))?;
                 self.watch(BEFORE_STORM)?;
-                let cut = Instant::now();
-                self.send_all(&Command::Storm(share))?;
-                self.wait_until_ready()?;
-                let reconnected = (self.pending() == 0).then(|| cut.elapsed());
+                self.send_all(&Command::Cut(share))?;
+                self.watch(away)?;
+                performed.storm = Some(self.reconnect()?);
                 self.watch(self.settle_time())?;
-                return Ok(reconnected);
             }
             Phase::Stall(share, time) => {
                 self.publish(Load::Rate(self.plan.rate))?;
                 self.send_all(&Command::Stall(share))?;
                 self.watch(time)?;
+                performed.stalled = Some(self.server.usage());
                 self.send_all(&Command::Stall(0.0))?;
             }
             Phase::Churn(rate, time) => {
@@ -196,29 +203,56 @@ impl<'p> Coordinator<'p> {
                 )?;
             }
         }
-        Ok(None)
+        Ok(performed)
+    }
+
+    /// Lets all clients connect that are cut, and waits until they have what they missed.
+    fn reconnect(&mut self) -> Result<Storm> {
+        self.wait_until_current()?;
+        self.of_storm.reset();
+        let (start, busy, cpu) = (Instant::now(), self.busy(), self.server.usage().cpu);
+        let published = self.workers[0].report.published;
+        self.send_all(&Command::Connect)?;
+        self.wait_until_ready()?;
+        // Clients that don't resume need nothing.
+        if self.plan.resume.is_some() {
+            self.wait_until_received(published)?;
+        }
+        let time = start.elapsed();
+        Ok(Storm {
+            time,
+            is_over: self.pending() == 0 && self.missing() == 0,
+            latencies: self.of_storm.clone(),
+            server_cpu: Duration::from_nanos(self.server.usage().cpu.saturating_sub(cpu)),
+            generator: self.busy_since(&busy, time),
+        })
     }
 
     fn publish(&mut self, load: Load) -> Result<()> {
         self.send(0, &Command::Publish(load))
     }
 
-    /// Long enough that an event is published.
+    /// Long enough that an event is published in every channel.
     fn settle_time(&self) -> Duration {
-        SETTLE.max(Duration::from_secs_f64(2.0 / self.plan.rate))
+        SETTLE.max(Duration::from_secs_f64(2.0 * f64::from(self.plan.channels) / self.plan.rate))
     }
 
     /// Waits until every client has every event. Returns how many deliveries are missing when none
     /// of them has arrived for [`STALL_TIMEOUT`]. What comes after that is late, and counts no more.
     fn drain(&mut self) -> Result<u64> {
         let published = self.workers[0].report.published;
-        self.send_all(&Command::Expect(published))?;
-        self.wait_until_current()?;
-        self.wait(|workers| workers.iter().all(|worker| worker.report.missing == 0), Coordinator::missing)?;
+        self.wait_until_received(published)?;
         let missing = self.missing();
         self.send_all(&Command::ExpectAfter(published))?;
         self.wait_until_current()?;
         Ok(missing)
+    }
+
+    /// Waits until every client has all events up to this number.
+    fn wait_until_received(&mut self, number: u32) -> Result<()> {
+        self.send_all(&Command::Expect(number))?;
+        self.wait_until_current()?;
+        self.wait(|workers| workers.iter().all(|worker| worker.report.missing == 0), Coordinator::missing)
     }
 
     fn wait_until_ready(&mut self) -> Result<()> {
@@ -273,9 +307,10 @@ impl<'p> Coordinator<'p> {
             Err(RecvTimeoutError::Timeout) => {}
             Ok((process, Some(report))) => {
                 for (latency, count) in &report.latencies {
-                    self.of_phase.saturating_record_n(*latency, *count);
-                    self.of_second.saturating_record_n(*latency, *count);
-                    self.outcome.latencies.saturating_record_n(*latency, *count);
+                    let Coordinator { of_phase, of_storm, of_second, outcome, .. } = self;
+                    for histogram in [of_phase, of_storm, of_second, &mut outcome.latencies] {
+                        histogram.saturating_record_n(*latency, *count);
+                    }
                 }
                 self.workers[process].report = report;
             }
@@ -325,6 +360,13 @@ impl<'p> Coordinator<'p> {
         self.workers.iter().map(|worker| worker.report.cpu + worker.report.waited).collect()
     }
 
+    /// Share of the time that the busiest worker ran or waited for a core.
+    fn busy_since(&self, before: &[u64], time: Duration) -> f64 {
+        let now = self.busy();
+        let busiest = now.iter().zip(before).map(|(now, before)| now.saturating_sub(*before)).max();
+        busiest.unwrap_or_default() as f64 / time.as_nanos() as f64
+    }
+
     fn send(&mut self, process: usize, command: &Command) -> Result<()> {
         let worker = &mut self.workers[process];
         worker.sent += 1;
@@ -333,32 +375,5 @@ impl<'p> Coordinator<'p> {
 
     fn send_all(&mut self, command: &Command) -> Result<()> {
         (0..self.workers.len()).try_for_each(|process| self.send(process, command))
-    }
-}
-
-/// The line on standard error that shows how a run goes, if that is a terminal.
-struct Progress {
-    phase: String,
-    is_terminal: bool,
-}
-
-impl Progress {
-    fn new() -> Progress {
-        Progress { phase: String::new(), is_terminal: io::stderr().is_terminal() }
-    }
-
-    fn show(&self, second: Second) {
-        if self.is_terminal {
-            let clients = grouped(second.clients.into());
-            let (deliveries, p99) = (rate(second.deliveries as f64), shown_latency(second.p99));
-            let line = format!("{}: {clients} clients, {deliveries} deliveries/s, p99 {p99}", self.phase);
-            let _ = write!(io::stderr(), "\r\x1b[K{line}");
-        }
-    }
-
-    fn clear(&self) {
-        if self.is_terminal {
-            let _ = write!(io::stderr(), "\r\x1b[K");
-        }
     }
 }

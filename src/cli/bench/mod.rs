@@ -3,13 +3,16 @@
 //! | file | contents |
 //! |---|---|
 //! | `arguments`, `phase`, `plan` | the command line, and the plan that all processes follow |
-//! | `coordinator`, `process` | starts the worker processes, runs the phases, collects reports |
+//! | `coordinator`, `process`, `progress` | starts the worker processes, runs the phases, collects reports |
 //! | `worker` | a process with a part of the clients |
-//! | `clients`, `client`, `shared` | the clients of a process; one client and its judgement; their counts |
+//! | `clients`, `client`, `shared` | the clients of a process; one client; their counts |
+//! | `position` | which events a client has: the judgement of their order |
 //! | `publisher` | publishing by HTTP or Redis |
 //! | `mark`, `wire` | the mark in each event; frames and response heads |
 //! | `server` | CPU and memory of the measured server |
 //! | `result`, `plot` | table, JSON and SVG |
+//!
+//! `benches/` puts load on fanfare and on its baseline by [`load`].
 
 use std::ffi::OsString;
 use std::fs;
@@ -18,9 +21,12 @@ use std::net::TcpStream;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
+use anyhow::{Result, anyhow};
+
 use self::arguments::{HELP, Options};
 use self::coordinator::{Coordinator, Outcome};
 use self::plan::Plan;
+use self::result::PhaseResult;
 use self::server::Server;
 use crate::config;
 
@@ -32,12 +38,14 @@ mod mark;
 mod phase;
 mod plan;
 mod plot;
+mod position;
 mod process;
+mod progress;
 mod publisher;
-mod result;
-mod server;
-mod shared;
-mod wire;
+pub mod result;
+pub mod server;
+pub mod shared;
+pub mod wire;
 mod worker;
 
 /// First argument of a worker process.
@@ -90,17 +98,36 @@ fn print_usage_error(text: &str) -> ExitCode {
     WRONG_ARGUMENTS.into()
 }
 
-fn measure(options: Options) -> ExitCode {
-    let Options { mut plan, detects_resume, pids, json, svg } = options;
-    if detects_resume && supports_resume(&plan) {
+/// Puts load on a server, as `fanfare bench URL… FLAGS…` does, and returns the results of its phases.
+/// The worker processes are this program with the arguments `bench --worker`, so it must call [`run`]
+/// with what follows `bench`.
+///
+/// # Errors
+/// Wrong flags, and a load that could not be put on the server. Lost events are not errors:
+/// [`result::problems`] finds them.
+pub fn load(urls: &[String], flags: &[&str]) -> Result<Vec<PhaseResult>> {
+    let options = arguments::read(urls, flags.iter().map(OsString::from));
+    let options = options.map_err(|errors| anyhow!(config::error_report(&errors)))?;
+    let Options { mut plan, detects_resume, pids, .. } = options.ok_or(anyhow!(HELP))?;
+    Ok(run_plan(&mut plan, detects_resume, &pids)?.1.phases)
+}
+
+/// Returns what the server's processes are called, and what the run showed.
+fn run_plan(plan: &mut Plan, detects_resume: bool, pids: &[u32]) -> Result<(String, Outcome)> {
+    if detects_resume && supports_resume(plan) {
         plan.resume = Some(RESUME.into());
     }
     let addrs: Vec<_> = plan.targets.iter().map(|target| target.addr).collect();
-    let server = Server::find(&pids, &addrs);
+    let server = Server::find(pids, &addrs);
     let names = server.names();
-    let outcome = Coordinator::start(&plan, server).and_then(Coordinator::run);
-    let outcome = match outcome {
-        Ok(outcome) => outcome,
+    let outcome = Coordinator::start(plan, server).and_then(Coordinator::run)?;
+    Ok((names, outcome))
+}
+
+fn measure(options: Options) -> ExitCode {
+    let Options { mut plan, detects_resume, pids, json, svg } = options;
+    let (names, outcome) = match run_plan(&mut plan, detects_resume, &pids) {
+        Ok(found) => found,
         Err(error) => {
             let _ = writeln!(io::stderr(), "fanfare bench: {error:#}");
             return ExitCode::FAILURE;
@@ -115,7 +142,7 @@ fn measure(options: Options) -> ExitCode {
         }
     }
     let problems = result::problems(&outcome.phases);
-    let is_void = outcome.phases.iter().any(result::PhaseResult::is_void);
+    let is_void = outcome.phases.iter().any(PhaseResult::is_void);
     let code = match (problems.is_empty(), is_void) {
         (false, _) => ExitCode::FAILURE,
         (true, true) => VOID.into(),

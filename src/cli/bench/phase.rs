@@ -18,8 +18,8 @@ pub enum Phase {
     Rate(f64, Duration),
     /// This many events are always in flight.
     Saturate(u32, Duration),
-    /// This share of the clients loses its connection and reconnects at once.
-    Storm(f64),
+    /// This share of the clients loses its connections, and reconnects at once after a time.
+    Storm(f64, Duration),
     /// This share of the clients reads nothing for a time.
     Stall(f64, Duration),
     /// Clients replaced per second.
@@ -29,7 +29,7 @@ pub enum Phase {
 }
 
 const FORMS: &str =
-    "connect, idle TIME, rate N TIME, saturate N TIME, storm N%, stall N% TIME, churn N TIME, leave";
+    "connect, idle TIME, rate N TIME, saturate N TIME, storm N% [TIME], stall N% TIME, churn N TIME, leave";
 
 /// Reads a list such as `connect, idle 10s, rate 10/s 20s`.
 ///
@@ -58,7 +58,8 @@ fn parse(text: &str) -> Result<Phase, String> {
             Ok(events @ 1..=100_000) => Phase::Saturate(events, parse_duration(time)?),
             _ => return Err(format!("{events:?} is not a number of events from 1 to 100000")),
         },
-        ["storm", part] => Phase::Storm(share(part)?),
+        ["storm", part] => Phase::Storm(share(part)?, Duration::ZERO),
+        ["storm", part, time] => Phase::Storm(share(part)?, parse_duration(time)?),
         ["stall", part, time] => Phase::Stall(share(part)?, parse_duration(time)?),
         ["churn", rate, time] => Phase::Churn(per_second(rate)?, parse_duration(time)?),
         ["leave"] => Phase::Leave,
@@ -92,7 +93,8 @@ impl fmt::Display for Phase {
             Phase::Idle(time) => write!(f, "idle {time:?}"),
             Phase::Rate(rate, time) => write!(f, "rate {rate}/s {time:?}"),
             Phase::Saturate(events, time) => write!(f, "saturate {events} {time:?}"),
-            Phase::Storm(part) => write!(f, "storm {}%", part * 100.0),
+            Phase::Storm(part, Duration::ZERO) => write!(f, "storm {}%", part * 100.0),
+            Phase::Storm(part, time) => write!(f, "storm {}% {time:?}", part * 100.0),
             Phase::Stall(part, time) => write!(f, "stall {}% {time:?}", part * 100.0),
             Phase::Churn(rate, time) => write!(f, "churn {rate}/s {time:?}"),
             Phase::Leave => write!(f, "leave"),
@@ -106,7 +108,7 @@ mod tests {
 
     #[test]
     fn reads_what_it_shows() {
-        let text = "connect, idle 10s, rate 10/s 20s, saturate 64 10s, storm 50%, stall 10% 10s, churn 100/s 20s, leave";
+        let text = "connect, idle 10s, rate 10/s 20s, saturate 64 10s, storm 50%, storm 25% 2s, stall 10% 10s, churn 100/s 20s, leave";
         let phases = parse_list(text).unwrap();
         let shown: Vec<String> = phases.iter().map(Phase::to_string).collect();
         assert_eq!(shown.join(", "), text);

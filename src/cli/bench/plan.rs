@@ -6,6 +6,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::phase::Phase;
+use super::position::Channel;
 
 /// Connections that one process holds: a process has at most 20,000 descriptors on many systems.
 pub const CONNECTIONS_PER_PROCESS: u32 = 16_000;
@@ -30,6 +31,8 @@ pub struct Plan {
     /// Further header lines of each upgrade.
     pub headers: Vec<String>,
     pub connections: u32,
+    /// Channels among which clients and events are divided.
+    pub channels: u32,
     pub processes: u32,
     /// Source addresses, used in turn; empty: the system chooses.
     pub bind: Vec<IpAddr>,
@@ -52,7 +55,7 @@ pub struct Target {
     pub addr: SocketAddr,
     /// The `Host` header.
     pub host: String,
-    /// Path and query, with `{i}` for the number of the client.
+    /// Path and query, with `{i}` for the number of the client and `{channel}` for its channel.
     pub path: String,
 }
 
@@ -67,15 +70,15 @@ pub struct Greeting {
     pub answers: Vec<(String, String)>,
 }
 
-/// How events are published, with `{event}` for the text.
+/// How events are published, with `{event}` for the text and `{channel}` for the channel.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum Publish {
     /// By an additional client, as this message.
     Socket { message: String },
     /// By HTTP POST with this body.
     Http { addr: SocketAddr, host: String, path: String, headers: Vec<String>, body: String },
-    /// By a Redis command.
-    Redis { addr: SocketAddr, command: Vec<String> },
+    /// By a Redis command, after those that log in and choose the database.
+    Redis { addr: SocketAddr, setup: Vec<Vec<String>>, command: Vec<String> },
 }
 
 impl Plan {
@@ -87,9 +90,11 @@ impl Plan {
         (start(process), start(process + 1) - start(process))
     }
 
-    /// Where the client with this number connects.
+    /// Where the client with this number connects. The clients of each channel are divided among all
+    /// targets.
     pub fn target(&self, number: u64) -> &Target {
-        &self.targets[(number % self.targets.len() as u64) as usize]
+        let turn = number / u64::from(self.channels);
+        &self.targets[(turn % self.targets.len() as u64) as usize]
     }
 
     /// Whether latencies of this client are recorded.
@@ -97,10 +102,16 @@ impl Plan {
         number.is_multiple_of(u64::from((self.connections / TIMED).max(1)))
     }
 
+    /// The channel of a client.
+    pub fn channel_of(&self, number: u64) -> Channel {
+        Channel { number: (number % u64::from(self.channels)) as u32, count: self.channels }
+    }
+
     /// The upgrade request of a client. `last`: the last event id that it has.
     pub fn request(&self, number: u64, last: u64) -> String {
         let target = self.target(number);
         let mut path = target.path.replace("{i}", &number.to_string());
+        path = path.replace("{channel}", &self.channel_of(number).number.to_string());
         if let Some(resume) = &self.resume {
             let id = if last == 0 { String::new() } else { last.to_string() };
             path += &format!("{}{resume}={id}", if path.contains('?') { '&' } else { '?' });
@@ -132,13 +143,14 @@ pub enum Command {
         started: u64,
         tag: u32,
     },
+    /// Clients that are not connected connect.
     Connect,
     /// The next event of every client is the one after this number.
     ExpectAfter(u32),
     /// To the first process alone.
     Publish(Load),
-    /// Drops the connections of this share of the clients, which then reconnect.
-    Storm(f64),
+    /// Drops the connections of this share of the clients until [`Command::Connect`].
+    Cut(f64),
     /// This share of the clients reads nothing; 0 ends it.
     Stall(f64),
     /// Replaces this many clients per second, of all processes together; 0 stops.
@@ -167,13 +179,14 @@ mod tests {
         let target = |host: &str| Target {
             addr: "127.0.0.1:1".parse().unwrap(),
             host: host.into(),
-            path: "/ws/{i}?a".into(),
+            path: "/ws/{i}?a{channel}".into(),
         };
         let mut plan = Plan {
             targets: vec![target("g"), target("h")],
             subprotocol: Some("p".into()),
             headers: vec!["X: y".into()],
             connections: 10,
+            channels: 3,
             processes: 3,
             bind: Vec::new(),
             connect_rate: None,
@@ -186,11 +199,12 @@ mod tests {
         };
         assert_eq!([0, 1, 2].map(|process| plan.part(process)), [(0, 3), (3, 3), (6, 4)]);
         let request = plan.request(7, 12);
-        assert!(request.starts_with("GET /ws/7?a&lastEventId=12 HTTP/1.1\r\n"), "{request}");
+        assert!(request.starts_with("GET /ws/7?a1&lastEventId=12 HTTP/1.1\r\n"), "{request}");
         assert!(request.contains("\r\nSec-WebSocket-Protocol: p\r\nX: y\r\n\r\n"), "{request}");
-        assert!(request.contains("\r\nHost: h\r\n"), "{request}");
-        assert!(plan.request(8, 12).contains("\r\nHost: g\r\n"), "{request}");
+        assert!(request.contains("\r\nHost: g\r\n"), "{request}");
+        let host = |number| plan.target(number).host.clone();
+        assert_eq!([0, 1, 2, 3, 4, 5].map(host), ["g", "g", "g", "h", "h", "h"]);
         plan.resume = None;
-        assert!(plan.request(7, 12).starts_with("GET /ws/7?a HTTP"));
+        assert!(plan.request(7, 12).starts_with("GET /ws/7?a1 HTTP"));
     }
 }

@@ -19,16 +19,33 @@ const REPLY_MAX: usize = 64 << 10;
 pub struct Publisher {
     method: Publish,
     addr: SocketAddr,
+    /// Commands before the first event.
+    setup: Vec<Vec<String>>,
     token: Token,
     /// `None` after an error, until the next event.
     connection: Option<Connection>,
-    waiting: VecDeque<String>,
+    waiting: VecDeque<Event>,
+}
+
+/// An event to publish.
+pub struct Event {
+    pub text: String,
+    pub channel: u32,
+}
+
+impl Event {
+    /// Puts text and channel where the template has `{event}` and `{channel}`.
+    pub fn fill(&self, template: &str) -> String {
+        template.replace("{channel}", &self.channel.to_string()).replace("{event}", &self.text)
+    }
 }
 
 struct Connection {
     stream: TcpStream,
     out: Vec<u8>,
     replies: Vec<u8>,
+    /// Setup commands without a reply.
+    setting_up: usize,
     /// Requests without a reply.
     unanswered: usize,
 }
@@ -39,17 +56,19 @@ impl Publisher {
     /// # Errors
     /// No connection could be started.
     pub fn connect(method: &Publish, registry: &Registry, token: Token) -> io::Result<Option<Publisher>> {
-        let addr = match method {
+        let (addr, setup) = match method {
             Publish::Socket { .. } => return Ok(None),
-            Publish::Http { addr, .. } | Publish::Redis { addr, .. } => *addr,
+            Publish::Http { addr, .. } => (*addr, Vec::new()),
+            Publish::Redis { addr, setup, .. } => (*addr, setup.clone()),
         };
-        let connection = Some(Connection::open(addr, registry, token)?);
-        Ok(Some(Publisher { method: method.clone(), addr, token, connection, waiting: VecDeque::new() }))
+        let connection = Some(Connection::open(addr, &setup, registry, token)?);
+        let (method, waiting) = (method.clone(), VecDeque::new());
+        Ok(Some(Publisher { method, addr, setup, token, connection, waiting }))
     }
 
     /// Publishes an event as soon as the connection is free.
-    pub fn publish(&mut self, text: String) {
-        self.waiting.push_back(text);
+    pub fn publish(&mut self, event: Event) {
+        self.waiting.push_back(event);
     }
 
     /// Events that have no reply yet.
@@ -61,7 +80,7 @@ impl Publisher {
     /// events were not published.
     pub fn send(&mut self, registry: &Registry) -> Vec<String> {
         if self.connection.is_none() && !self.waiting.is_empty() {
-            match Connection::open(self.addr, registry, self.token) {
+            match Connection::open(self.addr, &self.setup, registry, self.token) {
                 Ok(connection) => self.connection = Some(connection),
                 Err(error) => return self.waiting.drain(..).map(|_| describe(&error)).collect(),
             }
@@ -94,23 +113,32 @@ impl Publisher {
 }
 
 impl Connection {
-    fn open(addr: SocketAddr, registry: &Registry, token: Token) -> io::Result<Connection> {
+    fn open(
+        addr: SocketAddr,
+        setup: &[Vec<String>],
+        registry: &Registry,
+        token: Token,
+    ) -> io::Result<Connection> {
+        let mut out = Vec::new();
+        for command in setup {
+            put_command(&mut out, command.len(), command.iter().cloned());
+        }
         let mut stream = TcpStream::connect(addr)?;
         registry.register(&mut stream, token, Interest::READABLE | Interest::WRITABLE)?;
         let _ = stream.set_nodelay(true);
-        Ok(Connection { stream, out: Vec::new(), replies: Vec::new(), unanswered: 0 })
+        Ok(Connection { stream, out, replies: Vec::new(), setting_up: setup.len(), unanswered: 0 })
     }
 
     /// Takes as many events as may be sent now.
-    fn fill(&mut self, method: &Publish, waiting: &mut VecDeque<String>) {
+    fn fill(&mut self, method: &Publish, waiting: &mut VecDeque<Event>) {
         match method {
             Publish::Socket { .. } => {}
             Publish::Http { host, path, headers, body, .. } => {
                 if self.unanswered > 0 {
                     return;
                 }
-                let Some(text) = waiting.pop_front() else { return };
-                let body = body.replace("{event}", &text);
+                let Some(event) = waiting.pop_front() else { return };
+                let (path, body) = (event.fill(path), event.fill(body));
                 let headers: String = headers.iter().map(|line| format!("{line}\r\n")).collect();
                 let length = body.len();
                 let head = format!(
@@ -121,8 +149,8 @@ impl Connection {
                 self.unanswered = 1;
             }
             Publish::Redis { command, .. } => {
-                for text in waiting.drain(..) {
-                    let parts = command.iter().map(|part| part.replace("{event}", &text));
+                for event in waiting.drain(..) {
+                    let parts = command.iter().map(|part| event.fill(part));
                     put_command(&mut self.out, command.len(), parts);
                     self.unanswered += 1;
                 }
@@ -174,6 +202,11 @@ impl Connection {
             let reply = if is_http { http_reply(rest, ended)? } else { redis_reply(rest)? };
             let Some((len, problem)) = reply else { break };
             start += len;
+            if self.setting_up > 0 {
+                self.setting_up -= 1;
+                problem.map_or(Ok(()), Err)?;
+                continue;
+            }
             self.unanswered = self.unanswered.saturating_sub(1);
             problems.extend(problem);
         }
@@ -243,6 +276,36 @@ mod tests {
         let mut out = Vec::new();
         put_command(&mut out, 2, ["PUBLISH", "ä"].map(str::to_owned).into_iter());
         assert_eq!(out, "*2\r\n$7\r\nPUBLISH\r\n$2\r\nä\r\n".as_bytes());
+    }
+
+    #[test]
+    fn logs_in_before_the_first_event() {
+        for (reply, expected) in
+            [("+OK\r\n:1\r\n", &[][..]), ("-WRONGPASS\r\n-NOAUTH\r\n", &["WRONGPASS".to_owned()])]
+        {
+            let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+            let method = Publish::Redis {
+                addr: listener.local_addr().unwrap(),
+                setup: vec![["AUTH", "secret"].map(str::to_owned).to_vec()],
+                command: ["PUBLISH", "c{channel}", "{event}"].map(str::to_owned).to_vec(),
+            };
+            let poll = mio::Poll::new().unwrap();
+            let mut publisher = Publisher::connect(&method, poll.registry(), Token(0)).unwrap().unwrap();
+            let (mut server, _) = listener.accept().unwrap();
+            publisher.publish(Event { text: "x".into(), channel: 2 });
+            assert!(publisher.send(poll.registry()).is_empty());
+            let sent = "*2\r\n$4\r\nAUTH\r\n$6\r\nsecret\r\n*3\r\n$7\r\nPUBLISH\r\n$2\r\nc2\r\n$1\r\nx\r\n";
+            let mut bytes = vec![0; sent.len()];
+            server.read_exact(&mut bytes).unwrap();
+            assert_eq!(String::from_utf8(bytes).unwrap(), sent);
+            server.write_all(reply.as_bytes()).unwrap();
+            drop(server);
+            let mut problems = Vec::new();
+            while publisher.unanswered() > 0 {
+                problems.extend(publisher.advance(poll.registry()));
+            }
+            assert_eq!(problems, expected);
+        }
     }
 
     #[test]

@@ -33,8 +33,8 @@ pub struct PhaseResult {
     pub name: String,
     /// The part with load, without waiting for the last events.
     pub time: Duration,
-    /// How long it took until all clients were ready again.
-    pub reconnected: Option<Duration>,
+    /// The part in which clients reconnect.
+    pub storm: Option<Storm>,
     /// Clients at its end.
     pub clients: u32,
     pub published: u32,
@@ -52,7 +52,7 @@ pub struct PhaseResult {
     pub latencies: Histogram<u64>,
     /// CPU time of the server in this phase.
     pub server_cpu: Duration,
-    /// Memory of the server at its end.
+    /// Memory of the server at its end, or with clients that stall.
     pub usage: Usage,
     /// CPU time of all generator processes in this phase.
     pub generator_cpu: Duration,
@@ -60,9 +60,39 @@ pub struct PhaseResult {
     pub generator: f64,
 }
 
+/// Clients reconnect, all at once.
+#[derive(Clone, Debug)]
+pub struct Storm {
+    /// Until all were ready and had what they missed.
+    pub time: Duration,
+    /// Whether they are; if not, nothing had changed for ten seconds.
+    pub is_over: bool,
+    /// Of the clients that stayed, in microseconds.
+    pub latencies: Histogram<u64>,
+    /// CPU time of the server.
+    pub server_cpu: Duration,
+    /// The busiest generator process, as in [`PhaseResult`].
+    pub generator: f64,
+}
+
 impl PhaseResult {
+    /// The busiest generator process in the part that the phase is about.
+    fn busiest(&self) -> f64 {
+        self.storm.as_ref().map_or(self.generator, |storm| storm.generator)
+    }
+
     pub fn is_void(&self) -> bool {
-        self.publishes && self.generator >= SATURATED
+        self.publishes && self.busiest() >= SATURATED
+    }
+
+    /// Microseconds of the server's CPU time per delivery.
+    pub fn server_per_delivery(&self) -> Option<f64> {
+        self.per_delivery(self.server_cpu)
+    }
+
+    /// Deliveries per second.
+    pub fn deliveries_per_second(&self) -> f64 {
+        self.deliveries as f64 / self.time.as_secs_f64().max(1e-3)
     }
 
     /// Microseconds of this CPU time per delivery.
@@ -71,7 +101,8 @@ impl PhaseResult {
         is_known.then(|| cpu.as_secs_f64() * 1e6 / self.tally.deliveries as f64)
     }
 
-    fn percentile(&self, share: f64) -> Option<u64> {
+    /// A percentile of the latencies in microseconds.
+    pub fn percentile(&self, share: f64) -> Option<u64> {
         (!self.latencies.is_empty()).then(|| self.latencies.value_at_quantile(share))
     }
 }
@@ -96,6 +127,7 @@ pub fn problems(phases: &[PhaseResult]) -> Vec<String> {
         add(phase.tally.lost, "events lost without a notice");
         add(phase.missing, "deliveries missing 10 s after the last one");
         add(phase.tally.repeated, "events doubled or out of order");
+        add(phase.tally.misrouted, "events of another channel");
         for (reason, count) in &phase.tally.refused {
             add(*count, &format!("clients refused: {reason}"));
         }
@@ -134,15 +166,15 @@ pub fn table(phases: &[PhaseResult]) -> String {
             format!("{seconds:.1}"),
             grouped(phase.clients.into()),
             if phase.published > 0 { grouped(phase.published.into()) } else { String::new() },
-            if phase.deliveries > 0 { rate(phase.deliveries as f64 / seconds) } else { String::new() },
+            if phase.deliveries > 0 { rate(phase.deliveries_per_second()) } else { String::new() },
             latency(0.5),
             latency(0.99),
             latency(0.999),
             if cpu > 0.0 { format!("{cpu:.2} s") } else { String::new() },
-            phase.per_delivery(phase.server_cpu).map_or(String::new(), |micros| format!("{micros:.2}")),
+            phase.server_per_delivery().map_or(String::new(), |micros| format!("{micros:.2}")),
             if phase.usage.anonymous > 0 { mebibytes(phase.usage.anonymous) } else { String::new() },
             mebibytes(phase.usage.sockets),
-            format!("{:.0} %{}", phase.generator * 100.0, if phase.is_void() { " VOID" } else { "" }),
+            format!("{:.0} %{}", phase.busiest() * 100.0, if phase.is_void() { " VOID" } else { "" }),
             phase.per_delivery(phase.generator_cpu).map_or(String::new(), |micros| format!("{micros:.2}")),
         ]);
     }
@@ -167,22 +199,28 @@ pub fn table(phases: &[PhaseResult]) -> String {
 pub fn remarks(phases: &[PhaseResult]) -> Vec<String> {
     let mut remarks = Vec::new();
     for phase in phases {
-        if let Some(time) = phase.reconnected {
+        if let Some(storm) = phase.storm.as_ref().filter(|storm| storm.is_over) {
             let Tally { resumed, notices, .. } = phase.tally;
+            let p99 = match storm.latencies.is_empty() {
+                true => "–".into(),
+                false => shown_latency(storm.latencies.value_at_quantile(0.99)),
+            };
             remarks.push(format!(
-                "{}: all clients back after {:.2} s, {} resumed, {} were notified of missing events",
+                "{}: all clients back after {:.2} s, {} resumed, {} were notified of missing events; p99 of \
+                 the others meanwhile {p99}",
                 phase.name,
-                time.as_secs_f64(),
+                storm.time.as_secs_f64(),
                 grouped(resumed),
                 grouped(notices)
             ));
         }
         if phase.is_void() {
             remarks.push(format!(
-                "{}: VOID, since a generator process was busy or waiting for a core {:.0} % of the time: \
+                "{}: VOID, since a generator process was busy or waiting for a core {:.0} % of the time{}: \
                  the server may do better. Use more --processes, more cores, or fewer connections",
                 phase.name,
-                phase.generator * 100.0
+                phase.busiest() * 100.0,
+                if phase.storm.is_some() { " in which clients reconnected" } else { "" }
             ));
         }
     }
@@ -196,27 +234,29 @@ pub fn to_json(server: &str, clients: u32, phases: &[PhaseResult]) -> Value {
         json!({
             "phase": phase.name,
             "seconds": phase.time.as_secs_f64(),
-            "reconnected_seconds": phase.reconnected.map(|time| time.as_secs_f64()),
+            "reconnected_seconds":
+                phase.storm.as_ref().filter(|storm| storm.is_over).map(|storm| storm.time.as_secs_f64()),
             "clients": phase.clients,
             "published": phase.published,
             "deliveries": phase.tally.deliveries,
-            "deliveries_per_second": phase.deliveries as f64 / phase.time.as_secs_f64().max(1e-3),
+            "deliveries_per_second": phase.deliveries_per_second(),
             "latency_us": {"p50": micros(0.5), "p90": micros(0.9), "p99": micros(0.99), "p999": micros(0.999),
                 "max": micros(1.0)},
             "lost": phase.tally.lost + phase.missing,
             "repeated": phase.tally.repeated,
+            "misrouted": phase.tally.misrouted,
             "notices": phase.tally.notices,
             "resumed": phase.tally.resumed,
             "not_published": phase.tally.rejected,
             "refused": phase.tally.refused,
             "closed": phase.tally.closed,
             "server_cpu_seconds": phase.server_cpu.as_secs_f64(),
-            "server_cpu_us_per_delivery": phase.per_delivery(phase.server_cpu),
+            "server_cpu_us_per_delivery": phase.server_per_delivery(),
             "generator_cpu_us_per_delivery": phase.per_delivery(phase.generator_cpu),
             "server_resident_bytes": phase.usage.resident,
             "server_anonymous_bytes": phase.usage.anonymous,
             "kernel_socket_bytes": phase.usage.sockets,
-            "generator_busy": phase.generator,
+            "generator_busy": phase.busiest(),
             "void": phase.is_void(),
         })
     };
@@ -241,8 +281,10 @@ pub fn since(now: &Tally, before: &Tally) -> Tally {
         bytes: now.bytes - before.bytes,
         lost: now.lost - before.lost,
         repeated: now.repeated - before.repeated,
+        misrouted: now.misrouted - before.misrouted,
         notices: now.notices - before.notices,
         resumed: now.resumed - before.resumed,
+        pings: now.pings - before.pings,
         rejected: new(&now.rejected, &before.rejected),
         refused: new(&now.refused, &before.refused),
         closed: new(&now.closed, &before.closed),
@@ -258,8 +300,10 @@ pub fn total<'t>(tallies: impl Iterator<Item = &'t Tally>) -> Tally {
         sum.bytes += tally.bytes;
         sum.lost += tally.lost;
         sum.repeated += tally.repeated;
+        sum.misrouted += tally.misrouted;
         sum.notices += tally.notices;
         sum.resumed += tally.resumed;
+        sum.pings += tally.pings;
         add_all(&mut sum.rejected, &tally.rejected);
         add_all(&mut sum.refused, &tally.refused);
         add_all(&mut sum.closed, &tally.closed);
@@ -293,7 +337,7 @@ pub fn rate(per_second: f64) -> String {
     }
 }
 
-fn mebibytes(bytes: u64) -> String {
+pub fn mebibytes(bytes: u64) -> String {
     format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20))
 }
 

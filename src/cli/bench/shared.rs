@@ -24,10 +24,14 @@ pub struct Tally {
     pub lost: u64,
     /// Events that came twice, or after a later one.
     pub repeated: u64,
+    /// Events of another channel than the client's.
+    pub misrouted: u64,
     /// Notices that events may be missing.
     pub notices: u64,
     /// Clients that resumed after their last event.
     pub resumed: u64,
+    /// Pings received, and answered.
+    pub pings: u64,
     /// Events that the server did not take, by reason.
     pub rejected: BTreeMap<String, u64>,
     /// Handshakes that failed, by reason.

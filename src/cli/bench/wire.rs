@@ -21,22 +21,35 @@ pub const HEAD_MAX: usize = 16 << 10;
 /// 10.3), and there are none here.
 const MASK: [u8; 4] = [0x5A, 0xC3, 0x36, 0x99];
 
-/// Appends one masked frame.
+/// The bit of the second byte that says that a frame is masked.
+const MASKED: u8 = 0x80;
+
+/// Appends one frame of a client.
 pub fn put_masked(out: &mut Vec<u8>, first: u8, payload: &[u8]) {
+    put_head(out, first, MASKED, payload.len());
+    out.extend_from_slice(&MASK);
+    out.extend(payload.iter().zip(MASK.iter().cycle()).map(|(byte, mask)| byte ^ mask));
+}
+
+/// Appends one frame of a server.
+pub fn put(out: &mut Vec<u8>, first: u8, payload: &[u8]) {
+    put_head(out, first, 0, payload.len());
+    out.extend_from_slice(payload);
+}
+
+fn put_head(out: &mut Vec<u8>, first: u8, masked: u8, len: usize) {
     out.push(first);
-    match payload.len() {
-        len @ 0..=125 => out.push(0x80 | len as u8),
-        len @ 126..=0xFFFF => {
-            out.push(0x80 | 126);
+    match len {
+        0..=125 => out.push(masked | len as u8),
+        126..=0xFFFF => {
+            out.push(masked | 126);
             out.extend_from_slice(&(len as u16).to_be_bytes());
         }
-        len => {
-            out.push(0x80 | 127);
+        _ => {
+            out.push(masked | 127);
             out.extend_from_slice(&(len as u64).to_be_bytes());
         }
     }
-    out.extend_from_slice(&MASK);
-    out.extend(payload.iter().zip(MASK.iter().cycle()).map(|(byte, mask)| byte ^ mask));
 }
 
 /// A frame's head.
@@ -48,30 +61,35 @@ pub struct Head {
     pub len: usize,
     /// Bytes of payload.
     pub payload: usize,
+    /// The mask of a client's frame.
+    pub mask: Option<[u8; 4]>,
 }
 
-/// Reads the head of a server's frame; `None` when more bytes are needed.
+/// Reads the head of a frame; `None` when more bytes are needed.
 ///
 /// # Errors
-/// Frames that no server may send to this client: masked, with reserved bits, or too long.
+/// Frames with reserved bits, and those that are too long.
 pub fn head(bytes: &[u8]) -> Result<Option<Head>, String> {
     let [first, second, rest @ ..] = bytes else { return Ok(None) };
     if first & 0x70 != 0 {
         return Err("a frame with reserved bits".into());
     }
-    if second & 0x80 != 0 {
-        return Err("a masked frame".into());
-    }
-    let (extra, payload) = match (second, rest) {
+    let (extra, payload) = match (second & !MASKED, rest) {
         (126, [a, b, ..]) => (2, u64::from(u16::from_be_bytes([*a, *b]))),
         (127, [a, b, c, d, e, f, g, h, ..]) => (8, u64::from_be_bytes([*a, *b, *c, *d, *e, *f, *g, *h])),
         (126 | 127, _) => return Ok(None),
-        (len, _) => (0, u64::from(*len)),
+        (len, _) => (0, u64::from(len)),
     };
-    match usize::try_from(payload) {
-        Ok(payload) if payload <= FRAME_MAX => Ok(Some(Head { first: *first, len: 2 + extra, payload })),
-        _ => Err(format!("a frame longer than {FRAME_MAX} bytes")),
+    let payload = match usize::try_from(payload) {
+        Ok(payload) if payload <= FRAME_MAX => payload,
+        _ => return Err(format!("a frame longer than {FRAME_MAX} bytes")),
+    };
+    let mut head = Head { first: *first, len: 2 + extra, payload, mask: None };
+    if second & MASKED != 0 {
+        let Some([a, b, c, d]) = rest.get(extra..extra + 4) else { return Ok(None) };
+        (head.len, head.mask) = (head.len + 4, Some([*a, *b, *c, *d]));
     }
+    Ok(Some(head))
 }
 
 /// A response, as far as a load generator needs it.
@@ -141,7 +159,16 @@ mod tests {
             let found = head(bytes).unwrap().map(|head| (head.len, head.payload));
             assert_eq!(found, expected, "{bytes:?}");
         }
-        assert!(head(&[0xC1, 0]).is_err() && head(&[0x81, 0x80]).is_err());
+        assert!(head(&[0xC1, 0]).is_err());
+        for len in [0, 125, 126, 0xFFFF, 0x1_0000] {
+            let (mut of_client, mut of_server) = (Vec::new(), Vec::new());
+            put_masked(&mut of_client, TEXT, &vec![0; len]);
+            put(&mut of_server, TEXT, &vec![0; len]);
+            let (client, server) = (head(&of_client).unwrap().unwrap(), head(&of_server).unwrap().unwrap());
+            assert_eq!((client.payload, client.mask, client.len), (len, Some(MASK), server.len + 4));
+            assert_eq!((server.payload, server.mask), (len, None));
+            assert_eq!(head(&of_client[..client.len - 1]).unwrap(), None);
+        }
         assert!(head(&[0x81, 127, 0, 0, 0, 1, 0, 0, 0, 0]).is_err());
     }
 

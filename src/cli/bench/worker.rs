@@ -21,11 +21,14 @@ use serde::{Deserialize, Serialize};
 use super::clients::Clients;
 use super::mark::{Finder, Mark};
 use super::plan::{Command, Load, Publish};
-use super::publisher::Publisher;
+use super::publisher::{Event, Publisher};
 use super::shared::{Shared, Tally};
 
 /// How often a worker reports.
 const REPORT_INTERVAL: Duration = Duration::from_millis(100);
+
+/// The same while expected events are missing: the coordinator measures when all have arrived.
+const CATCH_UP_INTERVAL: Duration = Duration::from_millis(10);
 
 /// Bytes that one read takes, at least.
 const READ_BUFFER: usize = 256 << 10;
@@ -146,7 +149,7 @@ impl<'p> Worker<'p> {
         };
         let now = Instant::now();
         Ok(Worker {
-            clients: Clients::new(plan, process, poll.registry().try_clone()?, now),
+            clients: Clients::new(plan, process, poll.registry().try_clone()?),
             timer: Timer::new(poll.registry())?,
             poll,
             shared,
@@ -164,17 +167,13 @@ impl<'p> Worker<'p> {
     fn run(&mut self, commands: &Receiver<Command>) -> Result<()> {
         let mut events = Events::with_capacity(4096);
         let mut next_report = Instant::now();
-        let mut connects = false;
         loop {
             let now = Instant::now();
             let connected = self.report.pending > 0 && self.clients.pending() == 0;
             let carried_out = self.report.commands;
             loop {
                 match commands.try_recv() {
-                    Ok(command) => {
-                        connects |= matches!(command, Command::Connect);
-                        self.apply(command, now);
-                    }
+                    Ok(command) => self.apply(command, now),
                     Err(TryRecvError::Empty) => break,
                     Err(TryRecvError::Disconnected) => return Ok(()),
                 }
@@ -183,14 +182,12 @@ impl<'p> Worker<'p> {
             if now >= next_report || connected || self.report.commands > carried_out {
                 self.clients.time_out(&mut self.shared);
                 self.send_report()?;
-                next_report = now + REPORT_INTERVAL;
+                let is_catching_up = self.report.missing > 0;
+                next_report = now + if is_catching_up { CATCH_UP_INTERVAL } else { REPORT_INTERVAL };
             }
-            let mut wake = next_report;
-            if connects {
-                self.clients.replace(now);
-                self.clients.connect(now, &mut self.shared);
-                wake = wake.min(self.clients.next_due(self.shared.plan).unwrap_or(wake));
-            }
+            self.clients.replace(now, self.shared.plan);
+            self.clients.connect(now, &mut self.shared);
+            let mut wake = self.clients.next_due(self.shared.plan).unwrap_or(next_report).min(next_report);
             self.publish(now);
             if let Load::Rate(rate) = self.load
                 && self.can_publish()
@@ -225,16 +222,18 @@ impl<'p> Worker<'p> {
             Command::Setup { .. } => {}
             Command::Connect => self.clients.start_connecting(now),
             Command::ExpectAfter(number) => {
-                self.clients.ready().for_each(|client| client.expect_after(number));
+                self.shared.read_clock();
+                let now = self.shared.now;
+                for client in self.clients.ready() {
+                    client.position.expect_after(number);
+                    client.time_from(now);
+                }
             }
             Command::Publish(load) => {
                 self.load = load;
                 self.load_start = (now, 0);
             }
-            Command::Storm(share) => {
-                self.clients.start_connecting(now);
-                self.clients.storm(share, self.shared.plan);
-            }
+            Command::Cut(share) => self.clients.cut(share, self.shared.plan),
             Command::Stall(share) if share > 0.0 => self.clients.stall(share),
             Command::Stall(_) => self.clients.end_stall(&mut self.shared),
             Command::Churn(rate) => {
@@ -259,11 +258,13 @@ impl<'p> Worker<'p> {
             self.published += 1;
             let late = due.elapsed().as_nanos() as u64;
             let due = (monotonic() - late).saturating_sub(self.shared.started) / 1000;
-            let text = Mark { number: self.published, due }.text(self.shared.tag, self.shared.plan.size);
+            let mark = Mark { number: self.published, due };
+            let text = mark.text(self.shared.tag, self.shared.plan.size);
+            let event = Event { text, channel: mark.number % self.shared.plan.channels };
             match (&mut self.publisher, &self.shared.plan.publish) {
-                (Some(publisher), _) => publisher.publish(text),
+                (Some(publisher), _) => publisher.publish(event),
                 (None, Publish::Socket { message }) => {
-                    self.clients.publish(&message.replace("{event}", &text), &mut self.shared);
+                    self.clients.publish(&event.fill(message), &mut self.shared);
                 }
                 (None, _) => {}
             }
@@ -290,7 +291,7 @@ impl<'p> Worker<'p> {
             Load::Nothing => None,
             Load::Rate(rate) => Some(self.due(rate)).filter(|due| *due <= now),
             Load::InFlight(events) => {
-                let last = self.clients.observer()?.last().unwrap_or(self.published);
+                let last = self.clients.observer()?.position.last().unwrap_or(self.published);
                 if last != self.observed.0 {
                     self.observed = (last, now);
                 } else if now - self.observed.1 > WRITE_OFF {
@@ -308,9 +309,9 @@ impl<'p> Worker<'p> {
         report.ready = self.clients.ready;
         report.pending = self.clients.pending() as u32;
         report.published = self.published;
-        report.missing = self
-            .expected
-            .map_or(0, |number| self.clients.ready().map(|client| u64::from(client.missing(number))).sum());
+        report.missing = self.expected.map_or(0, |number| {
+            self.clients.ready().map(|client| u64::from(client.position.missing(number))).sum()
+        });
         report.tally = self.shared.tally.clone();
         let recorded = self.shared.latencies.iter_recorded();
         report.latencies =
