@@ -8,12 +8,11 @@ mod support;
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
+use fanfare::cli::bench::result::{PhaseResult, rate, shown_latency};
 use support::args::Args;
-use support::files::allow_files;
-use support::load_clients::LoadClients;
-use support::process::{Cores, Server};
-use support::report::{self, count, median, micros, millis};
+use support::process::{Cores, Place, Server};
+use support::report::{self, median, micros};
 
 const ARGUMENTS: &[(&str, &str)] = &[
     ("connections", "how many clients [5000]"),
@@ -28,23 +27,20 @@ const ARGUMENTS: &[(&str, &str)] = &[
     ("server", "another binary to measure instead of fanfare; `baseline` compares the baseline with itself"),
 ];
 
-/// Events in flight when saturated.
-const WINDOWS: [u64; 3] = [16, 64, 256];
-
-/// The same for the baseline with one `send()` per event, whose rate does not depend on the events
-/// in flight.
-const BASELINE_WINDOWS: [u64; 1] = [16];
+/// Events in flight when saturated. The rate of the baseline with one `send()` per event does not
+/// depend on them.
+const WINDOWS: [u32; 3] = [16, 64, 256];
 
 /// How often all clients connect in a round: once takes only a tenth of a second.
 const JOINS: u32 = 3;
 
 struct Plan {
-    connections: usize,
-    size: usize,
+    connections: u32,
+    size: String,
     rate: f64,
     latency_rate: f64,
     live: f64,
-    saturated: Duration,
+    saturated: f64,
 }
 
 /// The results of one round of one server.
@@ -53,7 +49,8 @@ struct Round {
     accept: f64,
     /// CPU per live delivery, in µs.
     live: f64,
-    latencies: Vec<Duration>,
+    /// p50 and p99 in µs.
+    latencies: [u64; 2],
     /// One per window.
     saturated: Vec<Saturated>,
 }
@@ -68,21 +65,20 @@ struct Saturated {
 }
 
 fn main() -> Result<()> {
-    support::baseline::run_if_asked()?;
+    support::start()?;
     let args = Args::read(ARGUMENTS)?;
     let plan = Plan {
         connections: args.get("connections", 5000)?,
-        size: args.get("size", 128)?,
+        size: args.get("size", 128)?.to_string(),
         rate: args.get("rate", 10.0)?,
         latency_rate: args.get("latency-rate", 20.0)?,
         live: args.get("seconds", 3.0)?,
-        saturated: Duration::from_secs_f64(args.get("saturated", 1.0)?),
+        saturated: args.get("saturated", 1.0)?,
     };
     let rounds: usize = args.get("rounds", 5)?;
     let at_most = Duration::from_secs(args.get("at-most", 115)?);
     ensure!(plan.connections > 0 && rounds > 0, "there must be connections and rounds");
     ensure!(plan.rate > 0.0 && plan.latency_rate > 0.0, "rates must be above zero");
-    allow_files(plan.connections)?;
     let cores = Cores::split()?;
 
     let started = Instant::now();
@@ -90,7 +86,10 @@ fn main() -> Result<()> {
     let bus = redis.as_ref().map_or(&[][..], |words| &words[..]);
     let fanfare = match args.text("server") {
         Some("baseline") => Server::baseline(&cores, false, Duration::ZERO)?,
-        other => Server::fanfare(other.unwrap_or(env!("CARGO_BIN_EXE_fanfare")), Some(&cores), bus, &[])?,
+        other => {
+            let binary = other.unwrap_or(env!("CARGO_BIN_EXE_fanfare"));
+            Server::fanfare(binary, &cores, Place::Server, bus)?
+        }
     };
     let baseline = Server::baseline(&cores, false, Duration::ZERO)?;
     let batching = Server::baseline(&cores, true, Duration::ZERO)?;
@@ -102,9 +101,8 @@ fn main() -> Result<()> {
             break;
         }
         eprintln!("round {round} of {rounds}, {:.0} s so far", so_far.as_secs_f64());
-        baselines.push(
-            measure(&baseline, &plan, &BASELINE_WINDOWS).with_context(|| baseline.process.name.clone())?,
-        );
+        baselines
+            .push(measure(&baseline, &plan, &WINDOWS[..1]).with_context(|| baseline.process.name.clone())?);
         ours.push(measure(&fanfare, &plan, &WINDOWS).with_context(|| fanfare.process.name.clone())?);
         batched.push(measure_saturated(&batching, &plan).with_context(|| batching.process.name.clone())?);
     }
@@ -114,76 +112,68 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-fn measure(server: &Server, plan: &Plan, windows: &[u64]) -> Result<Round> {
+fn measure(server: &Server, plan: &Plan, windows: &[u32]) -> Result<Round> {
     let process = &server.process;
     let files = process.open_files()?;
     let mut accepting = Duration::ZERO;
-    let mut clients = LoadClients::new(server.addr, plan.size)?;
-    for join in 1..=JOINS {
-        let before = process.cpu()?;
-        clients.grow(plan.connections)?;
-        accepting += process.cpu()? - before;
-        if join < JOINS {
-            clients = LoadClients::new(server.addr, plan.size)?; // the previous clients disconnect
-            process.wait_for_files(files)?;
-        }
+    for _ in 1..JOINS {
+        accepting += plan.load(server, "connect, leave")?[0].server_cpu;
+        process.wait_for_files(files)?;
     }
-    let accept = spent(accepting, plan.connections as f64 * f64::from(JOINS));
-
-    // Saturation first: it also warms up the core for the live measurement.
-    let saturated = saturate(server, &mut clients, plan, windows)?;
-
-    let period = Duration::from_secs_f64(1.0 / plan.rate);
-    clients.publish_steadily(plan.rate.ceil() as u32, period)?;
-    let (before, got) = (process.cpu()?, clients.events());
-    clients.publish_steadily((plan.rate * plan.live).ceil() as u32, period)?;
-    let live = spent(process.cpu()? - before, (clients.events() - got) as f64);
-
-    let period = Duration::from_secs_f64(1.0 / plan.latency_rate);
-    let latencies = clients.publish_and_time((plan.latency_rate * plan.live).ceil() as u32, period)?;
-
-    drop(clients);
+    let live = format!("rate {}/s {}s", plan.rate, plan.live);
+    let timed = format!("rate {}/s {}s", plan.latency_rate, plan.live);
+    // Saturation and a second of events first: they also warm up the core for the live measurement.
+    let phases =
+        format!("connect, {}, rate {}/s 1s, {live}, {timed}, leave", plan.saturate(windows), plan.rate);
+    let results = plan.load(server, &phases)?;
     process.wait_for_files(files)?;
-    let name = &process.name;
-    eprintln!("  {name}: accept {accept:.1} µs, delivery {live:.2} µs, saturated {}", shown(&saturated));
-    Ok(Round { accept, live, latencies, saturated })
+    accepting += results[0].server_cpu;
+    let [_, live, timed, _] = &results[1 + windows.len()..] else { bail!("not four more phases") };
+    let round = Round {
+        accept: accepting.as_secs_f64() * 1e6 / f64::from(plan.connections * JOINS),
+        live: live.server_per_delivery().context("no CPU time")?,
+        latencies: [0.5, 0.99].map(|share| timed.percentile(share).unwrap_or_default()),
+        saturated: results[1..=windows.len()].iter().map(Saturated::of).collect(),
+    };
+    let (name, shown) = (&process.name, shown(&round.saturated));
+    eprintln!("  {name}: accept {:.1} µs, delivery {:.2} µs, saturated {shown}", round.accept, round.live);
+    Ok(round)
 }
 
 fn measure_saturated(server: &Server, plan: &Plan) -> Result<Vec<Saturated>> {
     let files = server.process.open_files()?;
-    let mut clients = LoadClients::new(server.addr, plan.size)?;
-    clients.grow(plan.connections)?;
-    let saturated = saturate(server, &mut clients, plan, &WINDOWS)?;
-    drop(clients);
+    let results = plan.load(server, &format!("connect, {}, leave", plan.saturate(&WINDOWS)))?;
     server.process.wait_for_files(files)?;
+    let saturated: Vec<_> = results[1..=WINDOWS.len()].iter().map(Saturated::of).collect();
     eprintln!("  {}: saturated {}", server.process.name, shown(&saturated));
     Ok(saturated)
 }
 
-fn saturate(
-    server: &Server,
-    clients: &mut LoadClients,
-    plan: &Plan,
-    windows: &[u64],
-) -> Result<Vec<Saturated>> {
-    let mut all = Vec::new();
-    for &window in windows {
-        let (start, before, had) = (Instant::now(), server.process.cpu()?, clients.events());
-        let rate = clients.publish_windowed(window, plan.saturated)?;
-        let cpu = (server.process.cpu()? - before).as_secs_f64();
-        let per_cpu = (clients.events() - had) as f64 / cpu;
-        all.push(Saturated { rate, per_cpu, share: cpu / start.elapsed().as_secs_f64() });
+impl Plan {
+    fn load(&self, server: &Server, phases: &str) -> Result<Vec<PhaseResult>> {
+        let connections = self.connections.to_string();
+        support::load(&[server.url()], &["--connections", &connections, "--size", &self.size], phases)
     }
-    Ok(all)
+
+    fn saturate(&self, windows: &[u32]) -> String {
+        let phases = windows.iter().map(|window| format!("saturate {window} {}s", self.saturated));
+        phases.collect::<Vec<_>>().join(", ")
+    }
 }
 
-/// Microseconds of CPU per item.
-fn spent(cpu: Duration, count: f64) -> f64 {
-    cpu.as_secs_f64() * 1e6 / count
+impl Saturated {
+    fn of(phase: &PhaseResult) -> Saturated {
+        let cpu = phase.server_cpu.as_secs_f64();
+        Saturated {
+            rate: phase.deliveries_per_second(),
+            per_cpu: phase.tally.deliveries as f64 / cpu,
+            share: cpu / phase.time.as_secs_f64(),
+        }
+    }
 }
 
 fn shown(saturated: &[Saturated]) -> String {
-    let all = saturated.iter().map(|s| format!("{}/s at {:.0} %", count(s.rate), s.share * 100.0));
+    let all = saturated.iter().map(|s| format!("{}/s at {:.0} %", rate(s.rate), s.share * 100.0));
     all.collect::<Vec<_>>().join(", ")
 }
 
@@ -206,18 +196,15 @@ fn print(
     };
     row(format!("CPU per delivery, live, {} events/s", plan.rate), &pairs(|round| round.live), micros);
     row("CPU per accepted connection, handshake to welcome".into(), &pairs(|round| round.accept), micros);
-    for share in [0.5, 0.99] {
-        let of = |round: &Round| report::percentile(&round.latencies, share).as_secs_f64() * 1e3;
-        let pairs: Vec<_> =
-            ours.iter().zip(baselines).map(|(ours, baseline)| (of(ours), of(baseline))).collect();
-        let what = format!("latency p{:.0}, {} events/s", share * 100.0, plan.latency_rate);
-        row(what, &pairs, |ms| millis(Duration::from_secs_f64(ms / 1e3)));
-    }
+    let latency = |micros: f64| shown_latency(micros as u64);
+    let rate_shown = plan.latency_rate;
+    row(format!("latency p50, {rate_shown} events/s"), &pairs(|round| round.latencies[0] as f64), latency);
+    row(format!("latency p99, {rate_shown} events/s"), &pairs(|round| round.latencies[1] as f64), latency);
     for (at, window) in WINDOWS.iter().enumerate() {
         let one: Vec<_> =
             ours.iter().zip(baselines).map(|(o, f)| (o.saturated[at].rate, f.saturated[0].rate)).collect();
         let all: Vec<_> = ours.iter().zip(batched).map(|(o, f)| (o.saturated[at].rate, f[at].rate)).collect();
-        let per_second = |value| format!("{}/s", count(value));
+        let per_second = |value| format!("{}/s", rate(value));
         row(format!("deliveries, {window} events in flight"), &one, per_second);
         row("the same, baseline with batching".into(), &all, per_second);
         let cpu: Vec<_> = ours
@@ -225,7 +212,7 @@ fn print(
             .zip(baselines)
             .map(|(o, f)| (o.saturated[at].per_cpu, f.saturated[0].per_cpu))
             .collect();
-        row(format!("deliveries per second of CPU, {window} in flight"), &cpu, count);
+        row(format!("deliveries per second of CPU, {window} in flight"), &cpu, rate);
     }
     let shares: Vec<String> = (0..WINDOWS.len())
         .map(|at| median(&ours.iter().map(|round| round.saturated[at].share).collect::<Vec<_>>()))

@@ -7,16 +7,14 @@
 
 mod support;
 
-use std::collections::VecDeque;
-use std::io::Write;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
+use fanfare::cli::bench::result::rate as count;
 use support::args::Args;
-use support::load_clients::LoadClients;
-use support::process::{Cores, Server};
-use support::redis::{Redis, command, reply};
-use support::report::{self, count, median};
+use support::process::{Cores, Place, Server};
+use support::redis::Redis;
+use support::report::{self, median};
 
 const ARGUMENTS: &[(&str, &str)] = &[
     ("size", "bytes of text in an event [128]"),
@@ -27,13 +25,10 @@ const ARGUMENTS: &[(&str, &str)] = &[
 ];
 
 /// Events in flight through the node.
-const WINDOWS: [u64; 3] = [64, 256, 1024];
+const WINDOWS: [u32; 3] = [64, 256, 1024];
 
-/// FCALLs sent together on one connection; two connections alternate, so that Redis never waits.
-const PIPELINE: usize = 64;
-
-/// How far FCALL may run ahead of the subscriber: well within the history that fills gaps.
-const AHEAD: u64 = 4096;
+/// Events in flight by FCALL: Redis never waits for the publisher.
+const BY_FCALL: u32 = 128;
 
 /// The results of one run.
 struct Run {
@@ -44,36 +39,40 @@ struct Run {
 }
 
 fn main() -> Result<()> {
-    support::baseline::run_if_asked()?;
+    support::start()?;
     let args = Args::read(ARGUMENTS)?;
-    let size: usize = args.get("size", 128)?;
-    let time = Duration::from_secs_f64(args.get("seconds", 4.0)?);
+    let size: u32 = args.get("size", 128)?;
+    let seconds: f64 = args.get("seconds", 4.0)?;
     let rounds: usize = args.get("rounds", 3)?;
     ensure!(rounds > 0, "there must be rounds");
     let cores = Cores::split()?;
     let started = Instant::now();
 
-    let redis = Redis::start(args.text("redis-server").unwrap_or("redis-server"), Some(&cores))?;
+    let redis = Redis::start(args.text("redis-server").unwrap_or("redis-server"), &cores, Place::Server)?;
     let binary = args.text("server").unwrap_or(env!("CARGO_BIN_EXE_fanfare"));
-    let node = Server::fanfare(binary, None, &["--redis", &redis.url()], &[])?;
-    let mut clients = LoadClients::new(node.addr, size)?;
-    clients.grow(1)?;
+    let node = Server::fanfare(binary, &cores, Place::Clients, &["--redis", &redis.url()])?;
+    let (url, redis_url) = ([node.url()], redis.url());
+    let (size_text, pid) = (size.to_string(), redis.process.id().to_string());
+    let flags = ["--connections", "1", "--size", &size_text, "--pid", &pid];
+    let fcall = r#"FCALL fanfare_publish 1 fanfare:{ws_broadcast} {"text":"{event}"}"#;
+    let by_fcall = [&flags[..], &["--publish", &redis_url, "--command", fcall]].concat();
 
     let mut runs: Vec<(String, Vec<Run>)> =
         WINDOWS.iter().map(|window| (format!("through the node, {window} in flight"), Vec::new())).collect();
-    runs.push(("FCALL, one event per call".into(), Vec::new()));
+    runs.push((format!("FCALL, one event per call, {BY_FCALL} in flight"), Vec::new()));
     for round in 1..=rounds {
         eprintln!("round {round} of {rounds}, {:.0} s so far", started.elapsed().as_secs_f64());
         for (at, (what, runs)) in runs.iter_mut().enumerate() {
-            let (start, before, had) = (Instant::now(), redis.process.cpu()?, clients.published());
-            match WINDOWS.get(at) {
-                Some(window) => drop(clients.publish_windowed(*window, time)?),
-                None => fcall(&redis, &mut clients, size, time)?,
-            }
-            let events = (clients.published() - had) as f64;
+            let (flags, window) = match WINDOWS.get(at) {
+                Some(window) => (&flags[..], *window),
+                None => (&by_fcall[..], BY_FCALL),
+            };
+            let phases = format!("connect, saturate {window} {seconds}s, leave");
+            let results = support::load(&url, flags, &phases).with_context(|| what.clone())?;
+            let events = f64::from(results[1].published);
             let run = Run {
-                rate: events / start.elapsed().as_secs_f64(),
-                per_core: events / (redis.process.cpu()? - before).as_secs_f64(),
+                rate: events / results[1].time.as_secs_f64(),
+                per_core: events / results[1].server_cpu.as_secs_f64(),
             };
             eprintln!("  {what}: {}/s, {} per core-second", count(run.rate), count(run.per_core));
             runs.push(run);
@@ -83,7 +82,7 @@ fn main() -> Result<()> {
     println!(
         "\n{size}-byte texts, with history, {} on its own core; the node and its client share the others; {}; \
          medians of {rounds} rounds\n",
-        redis.version()?,
+        redis.version,
         cores.machine(),
     );
     let rows: Vec<Vec<String>> = runs
@@ -113,35 +112,4 @@ fn main() -> Result<()> {
     println!("\nEvery event reached the subscriber.");
     eprintln!("\n{:.0} s in all", started.elapsed().as_secs_f64());
     Ok(())
-}
-
-/// Publishes by FCALL for this time, then waits until the node's client has every event.
-fn fcall(redis: &Redis, clients: &mut LoadClients, size: usize, time: Duration) -> Result<()> {
-    let event = format!(r#"{{"sender":"backend","text":"{}"}}"#, "x".repeat(size));
-    let words = ["FCALL", "fanfare_publish", "1", "fanfare:{ws_broadcast}", &event];
-    let batch = command(&words).repeat(PIPELINE);
-    let mut asked = VecDeque::new();
-    for _ in 0..2 {
-        let mut connection = redis.connect()?;
-        connection.get_mut().write_all(&batch)?;
-        asked.push_back(connection);
-    }
-    let start = Instant::now();
-    while let Some(mut connection) = asked.pop_front() {
-        for _ in 0..PIPELINE {
-            reply(&mut connection).context("FCALL fanfare_publish")?;
-        }
-        clients.expect(PIPELINE as u64);
-        clients.drain()?;
-        let waiting = Instant::now();
-        while clients.in_flight() > AHEAD {
-            clients.drain()?;
-            ensure!(waiting.elapsed() < Duration::from_secs(10), "the node's client got nothing for 10 s");
-        }
-        if start.elapsed() < time {
-            connection.get_mut().write_all(&batch)?;
-            asked.push_back(connection);
-        }
-    }
-    clients.wait_for_all()
 }

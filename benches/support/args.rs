@@ -13,7 +13,7 @@ impl Args {
     /// exits. Cargo's own `--bench` is ignored.
     pub fn read(known: &[(&str, &str)]) -> Result<Args> {
         let mut given = HashMap::new();
-        let mut words = std::env::args().skip(1).filter(|word| word != "--bench");
+        let mut words = std::env::args().skip(1).filter(|word| word != "--bench").peekable();
         while let Some(word) = words.next() {
             if word == "--help" {
                 for (name, help) in known {
@@ -25,8 +25,8 @@ impl Args {
                 bail!("unexpected argument {word:?}; see --help")
             };
             ensure!(known.iter().any(|(known, _)| *known == name), "unknown argument --{name}; see --help");
-            let value = words.next().with_context(|| format!("--{name} needs a value"))?;
-            given.insert(name.to_owned(), value);
+            let value = words.next_if(|word| !word.starts_with("--"));
+            given.insert(name.to_owned(), value.unwrap_or_default()); // a switch has none
         }
         Ok(Args(given))
     }

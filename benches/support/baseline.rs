@@ -3,7 +3,7 @@
 //! five bytes per connection.
 //!
 //! It runs as a separate process (the bench starts itself again) and implements as much of
-//! WebSocket as the load clients use, so that it is measured by the same code as the server.
+//! WebSocket as `fanfare bench` uses, so that it is measured by the same code as the server.
 
 use std::collections::HashMap;
 use std::io::Write;
@@ -11,14 +11,13 @@ use std::net::{Ipv4Addr, TcpListener};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Error, Result, bail, ensure};
+use fanfare::cli::bench::wire::{self, PING, TEXT};
 use rustix::event::{PollFd, PollFlags, Timespec, epoll, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, SocketFlags, accept_with, listen, recv, send, sockopt};
 use rustix::process::{Signal, set_parent_process_death_signal};
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
-
-use super::wire::{self, PING, TEXT};
 
 /// The hidden first argument that makes a bench run as the baseline. `one` or `batch` and the
 /// seconds between pings (0: none) follow.
@@ -27,7 +26,7 @@ pub const ARGUMENT: &str = "--be-the-baseline";
 /// Time between two parts of the walk of pings over the connections.
 const TICK: Duration = Duration::from_millis(100);
 
-/// Runs as the baseline if the command line says so; every bench calls this first.
+/// Runs as the baseline if the command line says so.
 pub fn run_if_asked() -> Result<()> {
     let words: Vec<String> = std::env::args().skip(1).take(3).collect();
     let [argument, how, ping_interval] = &words[..] else { return Ok(()) };
@@ -158,10 +157,13 @@ impl Baseline {
         ensure!(request.ends_with("\r\n\r\n"), "load clients send their request in one piece");
         let (_, after) = request.split_once("Sec-WebSocket-Key: ").context("no key")?;
         let key = after.split("\r\n").next().unwrap_or_default();
-        let welcome = format!(
-            r#"{{"type":"welcome","lastEventId":{0},"head":{0},"recovered":true}}"#,
-            self.next_id - 1
-        );
+        let head = self.next_id - 1;
+        // It has no history: a client recovers only if it has missed nothing.
+        let (_, seen) = request.split_once("lastEventId=").context("no lastEventId")?;
+        let seen = seen.split([' ', '&']).next().unwrap_or_default();
+        let recovered = seen.is_empty() || seen == head.to_string();
+        let welcome =
+            format!(r#"{{"type":"welcome","lastEventId":{head},"head":{head},"recovered":{recovered}}}"#);
         let mut answer = Vec::with_capacity(256);
         write!(
             answer,
@@ -169,7 +171,7 @@ impl Baseline {
              Sec-WebSocket-Accept: {}\r\n\r\n",
             derive_accept_key(key.as_bytes())
         )?;
-        put_text(&mut answer, welcome.as_bytes());
+        wire::put(&mut answer, TEXT, welcome.as_bytes());
         self.states[number] = State::Open;
         let socket = self.sockets[number].as_ref().expect("it was just read");
         send_all(socket, &answer)
@@ -183,7 +185,7 @@ impl Baseline {
         }
         let mut bytes = joined.as_deref().unwrap_or(chunk);
         let mut out = Vec::new();
-        while let Some(head) = wire::head(bytes)? {
+        while let Some(head) = wire::head(bytes).map_err(Error::msg)? {
             let Some(payload) = bytes.get(head.len..head.len + head.payload) else { break };
             if head.first == TEXT {
                 let mask = head.mask.context("a client's frame without mask")?;
@@ -209,7 +211,7 @@ impl Baseline {
         event.extend_from_slice(text);
         write!(event, r#"","id":{}}}"#, self.next_id)?;
         self.next_id += 1;
-        put_text(out, &event);
+        wire::put(out, TEXT, &event);
         Ok(())
     }
 
@@ -235,18 +237,6 @@ impl Baseline {
         }
         Ok(())
     }
-}
-
-fn put_text(out: &mut Vec<u8>, text: &[u8]) {
-    out.push(TEXT);
-    match text.len() {
-        len @ 0..=125 => out.push(len as u8),
-        len => {
-            out.push(126);
-            out.extend_from_slice(&(len as u16).to_be_bytes());
-        }
-    }
-    out.extend_from_slice(text);
 }
 
 /// One `send()`, unless the socket is full: then it waits, since the baseline loses no event

@@ -1,4 +1,4 @@
-//! Servers as processes, started on their own core. Their CPU time and memory are read from /proc.
+//! Servers as processes, started on their own core.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -6,6 +6,8 @@ use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use fanfare::cli::bench;
+use fanfare::cli::bench::server::Usage;
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
 use super::baseline;
@@ -16,6 +18,17 @@ pub struct Cores {
     server: usize,
     /// The machine's load average before the bench.
     load: f64,
+}
+
+/// Where a process runs.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Place {
+    /// On the servers' core.
+    Server,
+    /// Beside the clients.
+    Clients,
+    /// On all cores.
+    All,
 }
 
 impl Cores {
@@ -41,18 +54,27 @@ impl Cores {
         format!("{count} cores ({model}), Linux {}, load average {load} before", kernel.trim())
     }
 
+    /// How many there are.
+    pub fn count(&self) -> u32 {
+        self.all.count()
+    }
+
     fn clients(&self) -> CpuSet {
         let mut clients = self.all;
         clients.unset(self.server);
         clients
     }
 
-    /// Starts a process on the servers' core. A child inherits the cores of the thread that starts
-    /// it.
-    fn spawn_on_server_core(&self, command: &mut Command) -> Result<Child> {
+    /// Starts a process. A child inherits the cores of the thread that starts it.
+    fn spawn(&self, place: Place, command: &mut Command) -> Result<Child> {
         let mut core = CpuSet::new();
         core.set(self.server);
-        sched_setaffinity(None, &core)?;
+        let cores = match place {
+            Place::Server => core,
+            Place::Clients => self.clients(),
+            Place::All => self.all,
+        };
+        sched_setaffinity(None, &cores)?;
         let child = command.spawn();
         sched_setaffinity(None, &self.clients())?;
         child.with_context(|| format!("can't start {:?}", command.get_program()))
@@ -67,54 +89,25 @@ pub struct Process {
 }
 
 impl Process {
-    /// Starts it on the servers' core.
-    pub fn on_server_core(name: &str, cores: &Cores, command: &mut Command) -> Result<Process> {
-        Ok(Process { child: cores.spawn_on_server_core(command)?, name: name.to_owned() })
+    /// Starts it.
+    pub fn start(name: &str, cores: &Cores, place: Place, command: &mut Command) -> Result<Process> {
+        Ok(Process { child: cores.spawn(place, command)?, name: name.to_owned() })
     }
 
-    /// Starts it beside the clients.
-    pub fn beside_clients(name: &str, command: &mut Command) -> Result<Process> {
-        let child = command.spawn().with_context(|| format!("can't start {:?}", command.get_program()))?;
-        Ok(Process { child, name: name.to_owned() })
+    /// Its id.
+    pub fn id(&self) -> u32 {
+        self.child.id()
     }
 
-    fn proc(&self, file: &str) -> String {
-        format!("/proc/{}/{file}", self.child.id())
-    }
-
-    fn read(&self, file: &str) -> Result<String> {
-        let path = self.proc(file);
-        std::fs::read_to_string(&path).with_context(|| format!("{} has ended: no {path}", self.name))
-    }
-
-    /// CPU time of all its threads, user and system, in nanoseconds. Includes interrupts that the
-    /// kernel handles while it runs.
-    pub fn cpu(&self) -> Result<Duration> {
-        let mut nanos = 0;
-        for task in
-            std::fs::read_dir(self.proc("task")).with_context(|| format!("{} has ended", self.name))?
-        {
-            // A thread that exits between two reads has used hardly any time.
-            let Ok(text) = std::fs::read_to_string(task?.path().join("schedstat")) else { continue };
-            let first = text.split(' ').next().unwrap_or_default();
-            nanos += first.parse::<u64>().context("this kernel has no schedstat (CONFIG_SCHED_INFO)")?;
-        }
-        Ok(Duration::from_nanos(nanos))
-    }
-
-    /// Resident memory in bytes, and its anonymous part (without the binary's pages).
-    pub fn memory(&self) -> Result<Memory> {
-        let text = self.read("smaps_rollup")?;
-        let field = |name: &str| -> Result<u64> {
-            let line = text.lines().find(|line| line.starts_with(name)).context("no such field")?;
-            Ok(line.split_whitespace().nth(1).context("no value")?.parse::<u64>()? * 1024)
-        };
-        Ok(Memory { resident: field("Rss:")?, anonymous: field("Anonymous:")? })
+    /// CPU time and memory so far.
+    pub fn usage(&self) -> Usage {
+        bench::server::Server { pids: vec![self.id()] }.usage()
     }
 
     /// The number of open files and sockets.
     pub fn open_files(&self) -> Result<usize> {
-        Ok(std::fs::read_dir(self.proc("fd")).with_context(|| format!("{} has ended", self.name))?.count())
+        let files = std::fs::read_dir(format!("/proc/{}/fd", self.id()));
+        Ok(files.with_context(|| format!("{} has ended", self.name))?.count())
     }
 
     /// Waits until it has at most `files` open: until it has closed the connections of clients that
@@ -141,41 +134,34 @@ impl Drop for Process {
     }
 }
 
-/// Memory of a process in bytes.
-#[derive(Clone, Copy)]
-pub struct Memory {
-    /// All resident pages.
-    pub resident: u64,
-    /// Pages that belong to no file.
-    pub anonymous: u64,
-}
-
 /// A measured WebSocket server: fanfare or the baseline.
 pub struct Server {
     pub process: Process,
     /// Where clients connect.
     pub addr: SocketAddr,
+    /// The admin listener; the baseline has none.
+    pub admin: Option<SocketAddr>,
     /// Kept open for the server's output.
     _stdout: BufReader<ChildStdout>,
 }
 
 impl Server {
-    /// Starts fanfare with one shard and these additional arguments and variables, on the servers'
-    /// core or on the clients' cores, and waits until it is ready.
-    pub fn fanfare(
-        binary: &str,
-        cores: Option<&Cores>,
-        more: &[&str],
-        environment: &[(&str, &str)],
-    ) -> Result<Server> {
+    /// Starts fanfare, with one shard unless these arguments say otherwise, and waits until it is
+    /// ready.
+    pub fn fanfare(binary: &str, cores: &Cores, place: Place, more: &[&str]) -> Result<Server> {
         let mut command = Command::new(binary);
-        command.args(["--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0", "--shards", "1"]);
-        // The first client publishes all events of a bench.
+        command.args(["--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0", "--log", "warn"]).args(more);
+        // One client publishes all events of a bench.
         command.env("FANFARE_MAX_MESSAGE_RATE", "0").env("FANFARE_MAX_BYTE_RATE", "0");
-        command.args(["--log", "warn"]).args(more).envs(environment.iter().copied());
-        let server = Server::start("fanfare", cores, command)?;
+        command.env("FANFARE_SHARDS", "1");
+        let server = Server::start("fanfare", cores, place, command)?;
         server.wait_until_ready()?;
         Ok(server)
+    }
+
+    /// The URL for the clients of `fanfare bench`.
+    pub fn url(&self) -> String {
+        format!("ws://{}/ws/{{i}}", self.addr)
     }
 
     /// Starts the baseline: one `send()` per event and connection, or one for all events that
@@ -184,7 +170,8 @@ impl Server {
         let mut command = Command::new(std::env::current_exe()?);
         command.arg(baseline::ARGUMENT).arg(if batch { "batch" } else { "one" });
         command.arg(ping_interval.as_secs().to_string());
-        Server::start(if batch { "baseline with batching" } else { "baseline" }, Some(cores), command)
+        let name = if batch { "baseline with batching" } else { "baseline" };
+        Server::start(name, cores, Place::Server, command)
     }
 
     fn wait_until_ready(&self) -> Result<()> {
@@ -203,12 +190,9 @@ impl Server {
         }
     }
 
-    fn start(name: &str, cores: Option<&Cores>, mut command: Command) -> Result<Server> {
+    fn start(name: &str, cores: &Cores, place: Place, mut command: Command) -> Result<Server> {
         command.stdin(Stdio::null()).stdout(Stdio::piped());
-        let mut process = match cores {
-            Some(cores) => Process::on_server_core(name, cores, &mut command)?,
-            None => Process::beside_clients(name, &mut command)?,
-        };
+        let mut process = Process::start(name, cores, place, &mut command)?;
         let mut stdout = BufReader::new(process.child.stdout.take().expect("it was asked for"));
         let mut line = String::new();
         while !line.contains("http://") {
@@ -217,10 +201,12 @@ impl Server {
                 bail!("{name} ended before it was ready");
             }
         }
-        let (_, after) = line.split_once("http://").expect("the loop looked for it");
-        let addr = after.split(['/', ' ', ')', ',']).next().unwrap_or_default();
+        let addr_after = |prefix: &str| -> Option<SocketAddr> {
+            let (_, after) = line.split_once(prefix)?;
+            after.split('/').next()?.parse().ok()
+        };
         let addr =
-            addr.trim().parse().with_context(|| format!("no address in {name}'s ready line: {line}"))?;
-        Ok(Server { process, addr, _stdout: stdout })
+            addr_after("http://").with_context(|| format!("no address in {name}'s ready line: {line}"))?;
+        Ok(Server { process, addr, admin: addr_after("admin http://"), _stdout: stdout })
     }
 }

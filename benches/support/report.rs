@@ -1,6 +1,4 @@
-//! Medians, percentiles, and tables in Markdown.
-
-use std::time::Duration;
+//! Medians, ratios, and tables in Markdown.
 
 /// The middle value; for an even number of values, the mean of the middle two.
 pub fn median(values: &[f64]) -> f64 {
@@ -14,44 +12,8 @@ pub fn median(values: &[f64]) -> f64 {
     }
 }
 
-/// The smallest value that is at least as large as `share` of all values.
-pub fn percentile(values: &[Duration], share: f64) -> Duration {
-    let mut sorted = values.to_vec();
-    sorted.sort();
-    let at = (sorted.len() as f64 * share).ceil() as usize;
-    sorted.get(at.saturating_sub(1)).copied().unwrap_or_default()
-}
-
-/// The slope of the line that fits the points best (least squares).
-pub fn slope(points: &[(f64, f64)]) -> f64 {
-    let count = points.len() as f64;
-    let x_mean = points.iter().map(|(x, _)| x).sum::<f64>() / count;
-    let y_mean = points.iter().map(|(_, y)| y).sum::<f64>() / count;
-    let both: f64 = points.iter().map(|(x, y)| (x - x_mean) * (y - y_mean)).sum();
-    let square: f64 = points.iter().map(|(x, _)| (x - x_mean).powi(2)).sum();
-    both / square
-}
-
-/// Three significant digits, with k or M.
-pub fn count(value: f64) -> String {
-    match value {
-        v if v >= 1e6 => format!("{:.2} M", v / 1e6),
-        v if v >= 1e5 => format!("{:.0} k", v / 1e3),
-        v if v >= 1e4 => format!("{:.1} k", v / 1e3),
-        v => format!("{v:.0}"),
-    }
-}
-
 pub fn micros(value: f64) -> String {
     format!("{value:.2} µs")
-}
-
-pub fn millis(value: Duration) -> String {
-    format!("{:.2} ms", value.as_secs_f64() * 1e3)
-}
-
-pub fn mib(bytes: u64) -> String {
-    format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20))
 }
 
 /// The ratio of the medians, with the lowest and highest ratio of a round.

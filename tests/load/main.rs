@@ -11,6 +11,7 @@ mod workload;
 mod churn;
 mod memory;
 mod rates;
+mod reconnect_clients;
 mod soak;
 mod storm;
 

@@ -1,23 +1,14 @@
 //! A reconnect storm: ten thousand clients lose their connections at once and resume with their
 //! last ids, while a thousand others stay and events continue. Every event of every client is
-//! checked (`benches/support/reconnect_clients.rs`), and the reads of Redis are counted. `cargo
+//! checked (`reconnect_clients.rs`), and the reads of Redis are counted. `cargo
 //! bench --bench storm` measures the latency of live events meanwhile.
-
-#[path = "../../benches/support/files.rs"]
-mod files;
-#[path = "../../benches/support/reconnect_clients.rs"]
-#[allow(dead_code)]
-mod reconnect_clients;
-#[path = "../../benches/support/wire.rs"]
-#[allow(dead_code)]
-mod wire;
 
 use std::time::Duration;
 
 use tokio::sync::oneshot;
 
 use crate::common::{Node, Redis, Resp};
-use reconnect_clients::ReconnectClients;
+use crate::reconnect_clients::ReconnectClients;
 
 /// Clients that lose their connection, and clients that stay.
 const CUT: usize = 10_000;
@@ -28,6 +19,12 @@ const BLOCK: u64 = 256;
 
 /// Time between two events while clients resume.
 const PACE: Duration = Duration::from_millis(250);
+
+/// Raises the limit on open files for all clients.
+fn allow_files() {
+    let limit = rlimit::increase_nofile_limit(u64::MAX).expect("a limit");
+    assert!(limit > (CUT + STAY) as u64 + 200, "{limit} open files are too few");
+}
 
 /// Publishes `{"n":0}`, `{"n":1}`… so that each number belongs to one id.
 struct Publisher {
@@ -168,7 +165,7 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> anyhow::Result<T> + 
 #[tokio::test]
 async fn resumes_from_memory() {
     let _alone = crate::alone().await;
-    files::allow_files(CUT + STAY).expect("as many open files");
+    allow_files();
     let redis = Redis::start(&[]).await;
     let node = Node::on(&redis, &["--shards", "2"]).await;
     let mut storm = Storm::start(redis, &node, &node).await;
@@ -180,7 +177,7 @@ async fn resumes_from_memory() {
 #[tokio::test]
 async fn resumes_from_redis_history() {
     let _alone = crate::alone().await;
-    files::allow_files(CUT + STAY).expect("as many open files");
+    allow_files();
     let redis = Redis::start(&[]).await;
     let flags = ["--shards", "2", "--buffer-memory", "64KiB", "--max-message-size", "1KiB"]; // some 100 events a shard
     let node = Node::on(&redis, &flags).await;
@@ -197,7 +194,7 @@ async fn resumes_from_redis_history() {
 #[tokio::test]
 async fn resumes_on_a_new_node_after_a_crash() {
     let _alone = crate::alone().await;
-    files::allow_files(CUT + STAY).expect("as many open files");
+    allow_files();
     let redis = Redis::start(&[]).await;
     let flags = ["--shards", "2"];
     let (stay, dies) = tokio::join!(Node::on(&redis, &flags), Node::on(&redis, &flags));

@@ -1,17 +1,16 @@
 //! Thousands of clients that disconnect and resume with their last id, in one poll. Every frame is
 //! checked: the welcome is recovered, ids rise by one from the last id, and there are no other
-//! frames. The cheaper clients of `load_clients.rs` only count.
+//! frames.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Error, Result, bail, ensure};
+use fanfare::cli::bench::wire::{self, KEY, PING, PONG, TEXT};
 use mio::{Events, Interest, Poll, Token};
 use serde_json::Value;
-
-use super::wire::{self, ACCEPT, KEY, PING, PONG, TEXT};
 
 /// Handshakes at once, below the kernel's accept queue (net.core.somaxconn, 4096): where that is
 /// full the kernel retries after a second, which would be measured as the server's.
@@ -96,17 +95,6 @@ impl ReconnectClients {
         which.for_each(|number| self.lose(number));
     }
 
-    /// Lets all clients join without a position next time.
-    pub fn forget_positions(&mut self) {
-        self.clients.iter_mut().for_each(|client| client.position = None);
-    }
-
-    /// The lowest position of the connected clients.
-    pub fn lowest(&self) -> Option<u64> {
-        let there = self.clients.iter().filter(|client| client.stage == Stage::Welcomed);
-        there.filter_map(|client| client.position).min()
-    }
-
     fn lose(&mut self, number: usize) {
         let client = &mut self.clients[number];
         client.stream = None;
@@ -139,16 +127,6 @@ impl ReconnectClients {
             }
         }
         while self.asking > 0 {
-            self.turn(Duration::from_millis(100), on_event)?;
-            self.check_progress(&mut seen)?;
-        }
-        Ok(())
-    }
-
-    /// Reads until every connected client has this id or a later one.
-    pub fn wait_beyond(&mut self, id: u64, on_event: OnEvent<'_>) -> Result<()> {
-        let mut seen = (0, Instant::now());
-        while self.lowest().is_some_and(|lowest| lowest < id) {
             self.turn(Duration::from_millis(100), on_event)?;
             self.check_progress(&mut seen)?;
         }
@@ -203,7 +181,7 @@ impl ReconnectClients {
     }
 
     /// Reads what has arrived, waiting up to `timeout` for it.
-    pub fn turn(&mut self, timeout: Duration, on_event: OnEvent<'_>) -> Result<()> {
+    fn turn(&mut self, timeout: Duration, on_event: OnEvent<'_>) -> Result<()> {
         match self.poll.poll(&mut self.ready, Some(timeout)) {
             Err(error) if error.kind() != ErrorKind::Interrupted => return Err(error.into()),
             _ => {}
@@ -250,14 +228,13 @@ impl Client {
     fn take(&mut self, number: usize, bytes: &[u8], on_event: OnEvent<'_>) -> Result<usize> {
         let mut taken = 0;
         if self.stage == Stage::Asking {
-            let Some(head) = wire::http_head(bytes) else { return Ok(0) };
-            let answer = String::from_utf8_lossy(&bytes[head.clone()]);
-            let upgraded = answer.starts_with("HTTP/1.1 101") && answer.contains(ACCEPT);
+            let Some(answer) = wire::answer(bytes).map_err(Error::msg)? else { return Ok(0) };
+            let upgraded = answer.status == 101 && answer.accepted;
             ensure!(upgraded, "not upgraded: {}", String::from_utf8_lossy(bytes));
             self.stage = Stage::Upgraded;
-            taken = head.end;
+            taken = answer.len;
         }
-        while let Some(head) = wire::head(&bytes[taken..])? {
+        while let Some(head) = wire::head(&bytes[taken..]).map_err(Error::msg)? {
             ensure!(head.mask.is_none(), "a server's frame with a mask");
             let Some(payload) = bytes[taken..].get(head.len..head.len + head.payload) else { break };
             taken += head.len + head.payload;
