@@ -5,24 +5,24 @@ use std::hash::RandomState;
 use std::ops::{Index, IndexMut};
 use std::time::Instant;
 
-use slab::Slab;
-
 use super::channels::{Channel, ChannelId, CompletedFanout};
 use super::connections::ConnectionTable;
-use super::deadlines::shrink;
+use super::deadlines::{LISTED, shrink};
 use super::mailbox::{ChannelList, ListChannels};
+use super::slots::Slots;
 use crate::feed::eviction::EvictionQueue;
 use crate::protocol::event::{ChannelName, Entry, Kind};
 use crate::protocol::form::{ChannelForm, Form};
 use crate::ws::writer::Tally;
 
 /// Keys that one answer to [`ListChannels`] covers: some 10 µs of the shard's time.
-const KEYS_LISTED: usize = 512;
+const KEYS_LISTED: u32 = 512;
 
 /// Channels by key.
 #[derive(Debug)]
 pub struct ChannelTable {
-    channels: Slab<Channel>,
+    /// Boxed, since channels are large and most nodes have few.
+    channels: Slots<Box<Channel>>,
     keys: HashMap<ChannelForm, u32>,
     /// The generation of the latest channel.
     generation: u32,
@@ -44,7 +44,7 @@ pub struct ChannelTable {
 impl ChannelTable {
     pub fn new() -> ChannelTable {
         ChannelTable {
-            channels: Slab::new(),
+            channels: Slots::new(),
             keys: HashMap::new(),
             generation: 0,
             hasher: RandomState::new(),
@@ -68,23 +68,22 @@ impl ChannelTable {
     }
 
     pub fn get(&self, id: ChannelId) -> Option<&Channel> {
-        self.channels.get(id.key as usize).filter(|channel| channel.id == id)
+        self.channels.get(id.key).map(Box::as_ref).filter(|channel| channel.id == id)
     }
 
     /// Adds a channel without members.
     pub fn insert(&mut self, name: ChannelForm, now: Instant) -> u32 {
         self.generation = self.generation.wrapping_add(1);
-        let entry = self.channels.vacant_entry();
-        let id = ChannelId { key: entry.key() as u32, generation: self.generation };
-        entry.insert(Channel::new(name.clone(), id, now));
-        self.keys.insert(name, id.key);
-        self.empty.push_back((now, id));
-        id.key
+        let id = |key| ChannelId { key, generation: self.generation };
+        let key = self.channels.insert(|key| Box::new(Channel::new(name.clone(), id(key), now)));
+        self.keys.insert(name, key);
+        self.empty.push_back((now, id(key)));
+        key
     }
 
     /// Removes a channel without members.
     pub fn remove(&mut self, key: u32) -> Channel {
-        let mut channel = self.channels.remove(key as usize);
+        let mut channel = *self.channels.remove(key);
         self.keys.remove(&channel.name);
         self.fanouts.retain(|other| *other != key);
         if let Some(mut feed) = channel.feed.take() {
@@ -95,19 +94,18 @@ impl ChannelTable {
             }
             self.eviction_queue.mark_stale(entries, bytes);
             let channels = &self.channels;
-            let is_held =
-                |id: &ChannelId| channels.get(id.key as usize).is_some_and(|channel| channel.id == *id);
+            let is_held = |id: &ChannelId| channels.get(id.key).is_some_and(|channel| channel.id == *id);
             self.eviction_queue.compact(is_held);
         }
         channel
     }
 
     pub fn add_member(&mut self, key: u32, slot: u32, connections: &mut ConnectionTable) {
-        self.channels[key as usize].add(slot, connections, &self.hasher);
+        self.channels[key].add(slot, connections, &self.hasher);
     }
 
     pub fn remove_member(&mut self, key: u32, slot: u32, connections: &mut ConnectionTable) {
-        let channel = &mut self.channels[key as usize];
+        let channel = &mut self.channels[key];
         channel.remove(slot, connections, &self.hasher);
         if let Some(since) = channel.empty_since {
             self.empty.push_back((since, channel.id));
@@ -134,30 +132,30 @@ impl ChannelTable {
     /// Notes that a connection may join a channel without members, which is therefore kept for a
     /// while longer.
     pub fn keep_empty(&mut self, key: u32, now: Instant) {
-        let channel = &mut self.channels[key as usize];
+        let channel = &mut self.channels[key];
         channel.empty_since = Some(now);
         self.empty.push_back((now, channel.id));
     }
 
-    /// Frees memory that the list of channels without members took while thousands were in it.
+    /// Frees memory that lists of channels took while thousands were in them.
     pub fn shrink(&mut self) {
         shrink(&mut self.empty);
+        self.keys.shrink_to(LISTED.max(self.keys.len() * 2));
     }
 
     /// Lists the channels with these keys and names.
     pub fn list(&self, request: &ListChannels) -> ChannelList {
-        let first = request.from as usize;
-        let end = self.channels.capacity().min(first + KEYS_LISTED);
+        let end = self.channels.end().min(request.from + KEYS_LISTED);
         let is_listed = |name: &ChannelName| {
             request.after.as_ref().is_none_or(|after| name > after)
                 && request.up_to.as_ref().is_none_or(|up_to| name <= up_to)
         };
-        let channels = (first..end).filter_map(|key| {
+        let channels = (request.from..end).filter_map(|key| {
             let channel = self.channels.get(key).filter(|channel| is_listed(&channel.name.name))?;
             let position = channel.feed.as_ref()?.position();
             Some((channel.name.name.clone(), channel.members.len(), position))
         });
-        let next = (end < self.channels.capacity()).then_some(end as u32);
+        let next = (end < self.channels.end()).then_some(end);
         ChannelList { channels: channels.collect(), next }
     }
 
@@ -176,7 +174,7 @@ impl ChannelTable {
         now: Instant,
         connections: &ConnectionTable,
     ) {
-        let channel = &mut self.channels[key as usize];
+        let channel = &mut self.channels[key];
         let Some(feed) = &mut channel.feed else { return channel.early.push(entry) };
         let memory = entry.memory();
         self.longest_entry = self.longest_entry.max(memory);
@@ -205,11 +203,11 @@ impl ChannelTable {
     pub fn evict(&mut self, limit: usize, connections: &mut ConnectionTable, tally: &mut Tally) {
         let most = 2 * limit.max(self.longest_entry);
         while let Some(id) = self.eviction_queue.oldest_over(limit).copied() {
-            let channel = self.channels.get_mut(id.key as usize).filter(|channel| channel.id == id);
-            let Some(channel) = channel else {
+            if self.get(id).is_none() {
                 self.eviction_queue.skip_stale();
                 continue;
-            };
+            }
+            let channel = &mut self.channels[id.key];
             let is_due = channel.feed.as_ref().is_some_and(|feed| channel.still_delivers(feed.start()));
             if is_due && self.eviction_queue.bytes() <= most {
                 return;
@@ -227,7 +225,7 @@ impl ChannelTable {
     /// connections are completed.
     pub fn current_fanout(&mut self, now: Instant, connections: &ConnectionTable) -> Option<u32> {
         while let Some(key) = self.fanouts.front().copied() {
-            let channel = &mut self.channels[key as usize];
+            let channel = &mut self.channels[key];
             channel.complete_fanouts(now, &mut self.completed_fanouts, connections, &self.hasher);
             if channel.has_fanout() {
                 return Some(key);
@@ -252,13 +250,13 @@ impl Index<u32> for ChannelTable {
     type Output = Channel;
 
     fn index(&self, key: u32) -> &Channel {
-        &self.channels[key as usize]
+        &self.channels[key]
     }
 }
 
 impl IndexMut<u32> for ChannelTable {
     fn index_mut(&mut self, key: u32) -> &mut Channel {
-        &mut self.channels[key as usize]
+        &mut self.channels[key]
     }
 }
 
@@ -276,19 +274,19 @@ mod tests {
     fn every_channel_is_listed_once() {
         let name = |number: usize| ChannelName::parse(&format!("room.{number:04}")).expect("a name");
         let mut table = ChannelTable::new();
-        for number in 0..3 * KEYS_LISTED {
+        for number in 0..3 * KEYS_LISTED as usize {
             let key = table.insert(name(number).into(), Instant::now());
             // The bus has not answered for some of them.
             table[key].feed = (number % 7 > 0).then(|| Feed::new(EventId(1), EventId(number as u64 + 1)));
         }
-        (0..3 * KEYS_LISTED as u32).step_by(5).for_each(|key| drop(table.remove(key)));
+        (0..3 * KEYS_LISTED).step_by(5).for_each(|key| drop(table.remove(key)));
         let (after, up_to) = (name(100), name(1400));
         let (mut from, mut listed) = (Some(0), BTreeSet::new());
         while let Some(key) = from {
             let (answer, _) = oneshot::channel();
             let (after, up_to) = (Some(after.clone()), Some(up_to.clone()));
             let list = table.list(&ListChannels { from: key, after, up_to, answer });
-            assert!(list.channels.len() <= KEYS_LISTED);
+            assert!(list.channels.len() <= KEYS_LISTED as usize);
             for (name, connections, position) in list.channels {
                 assert_eq!(connections, 0);
                 assert!(listed.insert((name, position)), "twice");

@@ -45,7 +45,7 @@ impl ConnectionTable {
     /// Adds the connection that `create` returns for a new generation. Returns its slot.
     pub fn insert(&mut self, create: impl FnOnce(u32) -> Connection) -> u32 {
         let generation = self.next_generation();
-        self.slots.insert(create(generation))
+        self.slots.insert(|_| create(generation))
     }
 
     pub(super) fn next_generation(&mut self) -> u32 {

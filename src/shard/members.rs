@@ -32,7 +32,7 @@ impl ConnectionTable {
     /// Adds a subscription of an open connection. Returns its number.
     pub fn subscribe(&mut self, slot: u32, joining: Joining) -> u32 {
         let generation = self.next_generation();
-        let index = self.subscriptions.insert(Subscription::new(generation, slot, joining));
+        let index = self.subscriptions.insert(|_| Subscription::new(generation, slot, joining));
         let number = FIRST_SUBSCRIPTION + index;
         self.set_mut(slot).subscriptions.push(number);
         number

@@ -23,8 +23,8 @@ impl<T> Slots<T> {
         Slots { chunks: Vec::new(), vacant: BTreeSet::new(), len: 0 }
     }
 
-    /// Returns the slot of the value.
-    pub fn insert(&mut self, value: T) -> u32 {
+    /// Adds the value that `create` returns for its slot. Returns the slot.
+    pub fn insert(&mut self, create: impl FnOnce(u32) -> T) -> u32 {
         let index = self.vacant.first().copied().unwrap_or_else(|| {
             self.chunks.push(Slab::new());
             self.vacant.insert(self.chunks.len() - 1);
@@ -34,12 +34,14 @@ impl<T> Slots<T> {
         if chunk.is_empty() {
             chunk.reserve_exact(CHUNK);
         }
-        let slot = index * CHUNK + chunk.insert(value);
+        let entry = chunk.vacant_entry();
+        let slot = (index * CHUNK + entry.key()) as u32;
+        entry.insert(create(slot));
         if chunk.len() == CHUNK {
             self.vacant.remove(&index);
         }
         self.len += 1;
-        slot as u32
+        slot
     }
 
     /// Panics if the slot is free.
@@ -122,7 +124,7 @@ mod tests {
                 for _ in 0..count {
                     if what % 2 == 0 {
                         next += 1;
-                        prop_assert_eq!(model.insert(slots.insert(next), next), None, "a slot in use");
+                        prop_assert_eq!(model.insert(slots.insert(|_| next), next), None, "a slot in use");
                     } else if let Some(slot) = model.keys().nth(what as usize % model.len().max(1)).copied() {
                         prop_assert_eq!(Some(slots.remove(slot)), model.remove(&slot));
                     }
@@ -137,11 +139,11 @@ mod tests {
     #[test]
     fn memory_follows_the_number_of_values() {
         let mut slots = Slots::new();
-        let all: Vec<u32> = (0..10 * CHUNK as u32).map(|value| slots.insert(value)).collect();
+        let all: Vec<u32> = (0..10 * CHUNK as u32).map(|value| slots.insert(|_| value)).collect();
         assert_eq!(slots.allocated(), 10 * CHUNK);
         all[5..].iter().for_each(|slot| _ = slots.remove(*slot));
         assert_eq!(slots.allocated(), CHUNK);
-        (0..CHUNK as u32).for_each(|value| _ = slots.insert(value));
+        (0..CHUNK as u32).for_each(|value| _ = slots.insert(|_| value));
         assert_eq!(slots.allocated(), 2 * CHUNK, "the first chunks are filled first");
     }
 }

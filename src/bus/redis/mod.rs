@@ -145,7 +145,8 @@ struct Handles {
 struct Bus {
     handles: Handles,
     link: Link,
-    channels: HashMap<ChannelName, Channel>,
+    /// Boxed, since a table has up to twice as many places as entries.
+    channels: HashMap<ChannelName, Box<Channel>>,
     subscriptions: Subscriptions,
     publishing: Publishing,
     history: History,
@@ -299,6 +300,9 @@ impl Bus {
         if now >= self.next_cleanup {
             self.next_cleanup = now + IDLE / 4;
             self.channels.retain(|_, channel| !channel.is_idle(now));
+            self.channels.shrink_to(2 * self.channels.len());
+            self.probes.shrink();
+            self.subscriptions.shrink();
         }
     }
 

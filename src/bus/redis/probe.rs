@@ -57,6 +57,11 @@ impl Probes {
         self.rotation.push_back(channel);
     }
 
+    /// Frees memory that the rotation took while thousands of channels were in it.
+    pub(super) fn shrink(&mut self) {
+        self.rotation.shrink_to(2 * self.rotation.len());
+    }
+
     /// Sends the next probe with the next tick, since events may be missing.
     pub(super) fn send_soon(&mut self) {
         self.next = self.next.map(|_| Instant::now());

@@ -58,6 +58,11 @@ impl Subscriptions {
         self.last_ticket
     }
 
+    /// Frees memory that the list of subscriptions took while thousands were not confirmed.
+    pub(super) fn shrink(&mut self) {
+        self.starting.shrink_to(2 * self.starting.len());
+    }
+
     /// Removes the next channel whose subscription is confirmed by `ticket`.
     fn next_confirmed(&mut self, ticket: u64) -> Option<(u64, ChannelName)> {
         let is_confirmed = self.starting.front().is_some_and(|(own, _)| *own <= ticket);

@@ -30,6 +30,9 @@ pub const PER_ADDRESS: u32 = 1024;
 /// another user's id and lock that user out.
 pub const PER_USER: u32 = 100;
 
+/// Places in a table of counts that are kept. Of more, those for clients who left are freed.
+const PLACES: usize = 1024;
+
 /// Seconds after which a rejected client may try again.
 const RETRY_AFTER: &str = "5";
 
@@ -349,6 +352,10 @@ fn subtract<K: Hash + Eq>(counts: &Mutex<HashMap<K, u32>>, key: &K) {
     *count -= 1;
     if *count == 0 {
         counts.remove(key);
+        if counts.capacity() > PLACES.max(8 * counts.len()) {
+            let places = 2 * counts.len();
+            counts.shrink_to(places);
+        }
     }
 }
 
