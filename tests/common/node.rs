@@ -105,7 +105,18 @@ impl Node {
 
     /// A request to the admin listener.
     pub async fn admin(&self, method: &str, path: &str, body: &[u8]) -> Response {
-        http::request(self.admin, method, path, &[], body).await
+        self.admin_with(method, path, &[], body).await
+    }
+
+    /// The same with headers.
+    pub async fn admin_with(
+        &self,
+        method: &str,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: &[u8],
+    ) -> Response {
+        http::request(self.admin, method, path, headers, body).await
     }
 
     /// Publishes by `POST /publish`, which must succeed. Returns the id.
@@ -155,9 +166,18 @@ impl Node {
 
     /// Resident memory in bytes.
     pub fn resident(&self) -> u64 {
+        self.memory("VmRSS:")
+    }
+
+    /// Private resident memory in bytes, without the program itself.
+    pub fn anonymous(&self) -> u64 {
+        self.memory("RssAnon:")
+    }
+
+    fn memory(&self, field: &str) -> u64 {
         let path = format!("/proc/{}/status", self.process.pid());
         let status = std::fs::read_to_string(path).expect("the node runs");
-        let line = status.lines().find(|line| line.starts_with("VmRSS:")).expect("Linux shows VmRSS");
+        let line = status.lines().find(|line| line.starts_with(field)).expect("Linux shows it");
         line.split_whitespace().nth(1).and_then(|kb| kb.parse::<u64>().ok()).expect("a number of kB") * 1024
     }
 

@@ -9,6 +9,7 @@ mod common;
 mod workload;
 
 mod churn;
+mod growth;
 mod memory;
 mod rates;
 mod reconnect_clients;
