@@ -2,6 +2,8 @@
 //! and publishers of every kind record what they see, and the checker (`tests/checker`) verifies
 //! the promise. Each test also asserts which losses are announced, and that the fault took place.
 
+/// Clients of many channels: limits, and tokens that lose channels.
+mod channels;
 /// Failovers.
 mod failover;
 /// The checker notices a broken bus.

@@ -108,7 +108,7 @@ pub fn claims(subscriber: &Subscriber, ids_may_fall: bool, violations: &mut Vec<
             }
             Seen::Reset(to) => {
                 if !subscriber.recovers || !connected {
-                    object(Rule::Form, format!("a client without recovery got a reset to {to}"));
+                    object(Rule::Form, format!("a reset to {to} without recovery or connection"));
                 }
                 if position.is_some_and(|position| *to < position) {
                     object(Rule::Order, format!("a reset leads back from {position:?} to {to}"));
@@ -117,7 +117,7 @@ pub fn claims(subscriber: &Subscriber, ids_may_fall: bool, violations: &mut Vec<
             }
             Seen::Stands(at) => {
                 let Some(claim) = claim.as_mut().filter(|_| subscriber.recovers && connected) else {
-                    object(Rule::Form, format!("a client without recovery got its position {at}"));
+                    object(Rule::Form, format!("its position {at} without recovery or connection"));
                     continue;
                 };
                 if position.is_some_and(|position| *at < position) {

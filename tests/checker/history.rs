@@ -53,11 +53,11 @@ pub enum Seen {
     Reset(u64),
     /// A ping with the client's position: it has everything up to it, and may resume from it.
     Stands(u64),
-    /// The end of the connection, with the close code, if any.
+    /// The end of the connection, with the close code, if any, or of the subscription.
     Ended(Option<u16>),
 }
 
-/// A client, over all its connections.
+/// A client in one of its channels, over all its connections.
 #[derive(Clone, Debug)]
 pub struct Subscriber {
     pub name: String,
@@ -66,7 +66,7 @@ pub struct Subscriber {
     pub home: Option<usize>,
     /// Whether it uses recovery frames.
     pub recovers: bool,
-    /// Whether it was connected to the end of the run, and had time to read everything.
+    /// Whether it followed the channel to the end of the run, and had time to read everything.
     pub stayed: bool,
     /// What it saw, in order.
     pub seen: Vec<(Moment, Seen)>,
@@ -88,7 +88,7 @@ impl Subscriber {
         self.seen.iter().filter(|(_, seen)| matches!(seen, Seen::Event(..))).count()
     }
 
-    /// The number of connections.
+    /// The number of joins.
     pub fn connections(&self) -> usize {
         let joined = |seen: &Seen| matches!(seen, Seen::Welcomed { .. } | Seen::LetIn);
         self.seen.iter().filter(|(_, seen)| joined(seen)).count()
@@ -98,6 +98,8 @@ impl Subscriber {
 /// The records of a run on one channel.
 #[derive(Clone, Debug, Default)]
 pub struct History {
+    /// Its name, for the texts of violations.
+    pub channel: String,
     /// Every attempt to publish on the channel.
     pub attempts: Vec<Attempt>,
     /// Every recorded client.

@@ -70,7 +70,11 @@ pub fn find_violations(history: &History) -> Vec<Violation> {
     checker.known(covered, &events);
     checker.heads(&events);
     checker.time(&events);
-    checker.violations
+    let mut violations = checker.violations;
+    for violation in &mut violations {
+        violation.text.insert_str(0, &format!("{}: ", history.channel));
+    }
+    violations
 }
 
 struct Checker<'a> {

@@ -149,7 +149,7 @@ async fn fault(testbed: &mut Testbed, run: &Run, kind: u64, rng: &mut Rng) -> St
             "Redis is far away"
         }
         17 => {
-            let events = format!("fanfare:{{{}}}:events", run.shared.channel);
+            let events = format!("fanfare:{{{}}}:events", run.shared.main().name);
             call(testbed, [&["DEL", &events][..], &["XTRIM", &events, "MAXLEN", "3"]][rng.below(2) as usize])
                 .await;
             "history is deleted"
@@ -207,6 +207,7 @@ async fn random_faults() {
             roamers: 12,
             slow: 3,
             channel: format!("soak{round}"),
+            channels: [5, 50][round as usize % 2],
             ..Workload::default()
         };
         let run = Run::start(&testbed, workload).await;

@@ -22,7 +22,8 @@ use crate::checker;
 use crate::checker::{Attempt, History, Outcome, find_violations};
 use crate::common::client::{JSON_MODE, position};
 use crate::common::{Client, Nodes, Options, Rng, SingleShard};
-use crate::workload::run::{Kind, Shared, canonical};
+use crate::workload::run::Kind;
+use crate::workload::shared::{Shared, canonical};
 use crate::workload::subscribers;
 
 const CHANNEL: &str = "room";
@@ -80,7 +81,14 @@ impl Bus {
         }
         let (started, finished) = (self.shared.now(), self.shared.now());
         let (body, outcome) = (canonical(&event), Outcome::Acked(self.head));
-        self.shared.note(Attempt { line: "bus".into(), body, to: to.clone(), started, finished, outcome });
+        self.shared.main().note(Attempt {
+            line: "bus".into(),
+            body,
+            to: to.clone(),
+            started,
+            finished,
+            outcome,
+        });
         let text = event.to_string();
         let text = format!("{},\"id\":{}}}", text.strip_suffix('}').expect("an object"), self.head);
         self.events.push_back((text, to));
@@ -234,14 +242,13 @@ fn start(shared: &Arc<Shared>, seed: u64, feed: &str) -> (Bus, SocketAddr) {
 async fn readers_of_every_pace_get_all_or_a_reset() {
     let number = |name: &str| std::env::var(name).ok().map(|text| text.parse::<u64>().expect("a number"));
     let (seed, steps) = (number("READERS_SEED").unwrap_or(1), number("READERS_STEPS").unwrap_or(4000));
-    let shared = Arc::new(Shared::new(CHANNEL, Nodes::default(), 0));
+    let shared = Arc::new(Shared::new(CHANNEL, 1, Nodes::default(), 0));
     let (mut bus, addr) = start(&shared, seed, "8KiB");
     let mut readers = Vec::new();
     for n in 0..18 {
         let kind = [Kind::Recovering, Kind::Json, Kind::Plain][n % 3];
         let (user, stalls) = (n as u64 / 3 % USERS, (n >= 6).then_some(40));
         let name = format!("{kind:?} {n} of user{user}");
-        shared.stands(&name, 0);
         let home = (n % 2 == 0).then_some(0); // the others disconnect and resume
         let plan = subscribers::Plan {
             name,
@@ -251,6 +258,8 @@ async fn readers_of_every_pace_get_all_or_a_reset() {
             addr: Some(addr),
             stalls,
             narrow: stalls.is_some(),
+            subscriptions: 0..0,
+            subscriptions_max: 0,
         };
         readers.push(tokio::spawn(subscribers::watch(shared.clone(), plan, seed * 100 + n as u64)));
     }
@@ -277,7 +286,7 @@ async fn readers_of_every_pace_get_all_or_a_reset() {
             tokio::time::sleep(Duration::from_millis(2)).await;
         }
         // A private event does not reach other users. Their position moves with a ping.
-        let behind = shared.behind(bus.head);
+        let behind = shared.main().behind(bus.head);
         if behind.is_empty() {
             break;
         }
@@ -289,9 +298,9 @@ async fn readers_of_every_pace_get_all_or_a_reset() {
     shared.over.send_replace(true);
     let mut history = History::default();
     for reader in readers {
-        history.subscribers.push(reader.await.expect("a subscriber without errors"));
+        history.subscribers.extend(reader.await.expect("a subscriber without errors"));
     }
-    history.attempts = shared.attempts();
+    history.attempts = shared.main().attempts();
     let violations = find_violations(&history);
     assert!(
         violations.is_empty(),
@@ -306,7 +315,7 @@ async fn readers_of_every_pace_get_all_or_a_reset() {
 
 #[tokio::test]
 async fn ping_carries_the_position_of_the_frame_before() {
-    let shared = Arc::new(Shared::new(CHANNEL, Nodes::default(), 0));
+    let shared = Arc::new(Shared::new(CHANNEL, 1, Nodes::default(), 0));
     let (mut bus, addr) = start(&shared, 1, "1MiB");
     let options =
         Options { query: format!("channel={CHANNEL}"), subprotocol: Some(JSON_MODE), small_buffer: true };

@@ -3,7 +3,10 @@
 
 #![allow(dead_code)] // each test binary uses its own part of this
 
+pub mod followed;
 pub mod publishers;
+pub mod report;
 pub mod run;
+pub mod shared;
 pub mod subscribers;
 pub mod testbed;

@@ -1,6 +1,7 @@
 //! Publishers of every kind. Each records every event it tried to publish, and the answer.
 
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -13,7 +14,7 @@ use tokio::time::{sleep, timeout};
 use crate::checker::{Attempt, Moment, Outcome};
 use crate::common::client::{JSON_MODE, position};
 use crate::common::{Client, Frame, Node, Options, Rng, http};
-use crate::workload::run::{Shared, canonical, local};
+use crate::workload::shared::{Shared, canonical, local};
 
 /// Unanswered events of a client in JSON mode.
 const IN_FLIGHT: usize = 4;
@@ -35,6 +36,8 @@ const RETRY: Duration = Duration::from_millis(50);
 /// What a publisher needs.
 pub struct Plan {
     pub shared: Arc<Shared>,
+    /// The channels in which it publishes, by number.
+    pub channels: Range<usize>,
     /// Recipients of private events.
     pub users: Arc<[String]>,
     /// Time between two events.
@@ -46,6 +49,8 @@ pub struct Plan {
 
 /// An event without an answer yet.
 struct Sent {
+    /// The number of its channel.
+    channel: usize,
     text: String,
     to: Option<String>,
     started: Moment,
@@ -60,7 +65,7 @@ impl Plan {
     /// The time until the next event. Longer when subscribers are behind, as on a slow machine:
     /// faults are tested here, not speed.
     fn pause(&self) -> Duration {
-        self.pace * (1 + self.shared.lag() / LAG).min(10) as u32
+        self.pace * (1 + self.shared.main().lag() / LAG).min(10) as u32
     }
 
     /// The next event: a unique text, one in three for one user.
@@ -69,22 +74,26 @@ impl Plan {
         let text = format!("{name} {} {n}", self.seed);
         let to = (self.rng.below(3) == 0)
             .then(|| self.users[self.rng.below(self.users.len() as u64) as usize].clone());
-        Sent { text, to, started: self.shared.now(), at: Instant::now() }
+        let channel = self.channels.start + self.rng.index(self.channels.len());
+        Sent { channel, text, to, started: self.shared.now(), at: Instant::now() }
     }
 
     fn note(&self, line: &str, event: &Value, sent: Sent, outcome: Outcome) {
         let body = canonical(event);
-        let Sent { to, started, at, .. } = sent;
+        let Sent { channel, to, started, at, .. } = sent;
         self.shared.waited(line, at.elapsed());
         let finished = self.shared.now();
-        self.shared.note(Attempt { line: line.into(), body, to, started, finished, outcome });
+        let attempt = Attempt { line: line.into(), body, to, started, finished, outcome };
+        self.shared.channels[channel].note(attempt);
     }
 
     async fn join(&mut self, name: &str, subprotocol: Option<&'static str>) -> Option<Client> {
+        // To publish in other channels it needs no channel of its own.
+        let channel = if self.channels.start == 0 { &*self.shared.main().name } else { "" };
         while !self.is_quiet() {
             let node = self.shared.nodes.any(&mut self.rng);
             let options = Options {
-                query: format!("channel={}", self.shared.channel),
+                query: format!("channel={channel}{}", self.shared.token_query(name)),
                 subprotocol,
                 ..Options::default()
             };
@@ -129,6 +138,9 @@ pub async fn json_client(mut plan: Plan) {
                 if let Some(to) = &sent.to {
                     frame["to"] = json!(to);
                 }
+                if sent.channel > 0 {
+                    frame["channel"] = json!(plan.shared.channels[sent.channel].name);
+                }
                 waiting.push_back((n, sent));
                 open = client.try_send(frame.to_string()).await;
                 let pause = plan.pause();
@@ -171,9 +183,17 @@ async fn hear(
         Some("error") => panic!("{name}: {text}"),
         _ => return true,
     };
-    // Answers arrive in the order of the events, so that clients can assign them without `ref`.
-    let (n, sent) = waiting.pop_front().unwrap_or_else(|| panic!("{name}: an answer to nothing: {text}"));
-    assert_eq!(frame["ref"], n, "{name}: {text}");
+    let place = waiting.iter().position(|(n, _)| frame["ref"] == *n);
+    let (_, sent) = place
+        .and_then(|place| waiting.remove(place))
+        .unwrap_or_else(|| panic!("{name}: an answer to nothing: {text}"));
+    // Answers about a channel arrive in the order of its events, so that clients of one channel can
+    // assign them without `ref`.
+    let earlier = waiting.iter().take(place.unwrap_or_default());
+    assert!(earlier.into_iter().all(|(_, other)| other.channel != sent.channel), "{name}: {text}");
+    if let Some(channel) = frame.get("channel") {
+        assert_eq!(*channel, plan.shared.channels[sent.channel].name, "{name}: {text}");
+    }
     let event = chat(name, &sent);
     plan.note(line, &event, sent, outcome);
     true
@@ -251,7 +271,7 @@ pub async fn poster(mut plan: Plan) {
     while !plan.is_quiet() {
         let node = plan.shared.nodes.any(&mut plan.rng);
         let sent = plan.event("post", &mut n);
-        let (event, outcome) = (posted(&sent), post(&plan.shared.channel, &node, &sent).await);
+        let (event, outcome) = (posted(&sent), post(&plan.shared, &node, &sent).await);
         // Each node keeps the order of its publishes. Two nodes may use two primaries.
         let line = format!("post {} {lines} by {}", plan.seed, node.public);
         plan.note(&line, &event, sent, outcome);
@@ -262,7 +282,8 @@ pub async fn poster(mut plan: Plan) {
     }
 }
 
-async fn post(channel: &str, node: &Node, sent: &Sent) -> Outcome {
+async fn post(shared: &Shared, node: &Node, sent: &Sent) -> Outcome {
+    let channel = &shared.channels[sent.channel].name;
     let body = json!({"text": sent.text}).to_string();
     let to = sent.to.as_ref().map(|to| format!("&to={to}")).unwrap_or_default();
     let path = format!("/publish?channel={channel}{to}");
@@ -282,26 +303,26 @@ async fn post(channel: &str, node: &Node, sent: &Sent) -> Outcome {
     }
 }
 
-/// Publishes a last event, if that is possible now, and returns its id.
-pub async fn end(shared: &Arc<Shared>, n: u64) -> Option<u64> {
+/// Publishes an event in this channel, if that is possible now, and returns its id.
+pub async fn mark(shared: &Arc<Shared>, channel: usize, name: &str, n: u64) -> Option<u64> {
     let node = shared.nodes.any(&mut Rng(n));
-    let id = post_once(shared, &node, &format!("end {n}")).await;
+    let id = post_once(shared, &node, channel, &format!("{name} {n} of {channel}")).await;
     if id.is_none() {
         sleep(RETRY).await;
     }
     id
 }
 
-/// Publishes one event by POST to this node, which must succeed, and returns its id.
+/// Publishes one event in the main channel by POST to this node, which must succeed, and returns its id.
 pub async fn post_to(shared: &Arc<Shared>, node: &Node, name: &str) -> u64 {
-    post_once(shared, node, name).await.unwrap_or_else(|| panic!("{name}: not published"))
+    post_once(shared, node, 0, name).await.unwrap_or_else(|| panic!("{name}: not published"))
 }
 
-async fn post_once(shared: &Arc<Shared>, node: &Node, name: &str) -> Option<u64> {
-    let sent = Sent { text: name.into(), to: None, started: shared.now(), at: Instant::now() };
-    let outcome = post(&shared.channel, node, &sent).await;
+async fn post_once(shared: &Arc<Shared>, node: &Node, channel: usize, name: &str) -> Option<u64> {
+    let sent = Sent { channel, text: name.into(), to: None, started: shared.now(), at: Instant::now() };
+    let outcome = post(shared, node, &sent).await;
     let (body, started, finished) = (canonical(&posted(&sent)), sent.started, shared.now());
-    shared.note(Attempt { line: name.into(), body, to: None, started, finished, outcome });
+    shared.channels[channel].note(Attempt { line: name.into(), body, to: None, started, finished, outcome });
     match outcome {
         Outcome::Acked(id) => Some(id),
         _ => None,
@@ -323,7 +344,7 @@ pub async fn program(mut plan: Plan) {
         };
         let sent = plan.event("fcall", &mut n);
         let (event, outcome) =
-            (posted(&sent), timeout(ANSWER, fcall(redis, &plan.shared.channel, &sent)).await.ok().flatten());
+            (posted(&sent), timeout(ANSWER, fcall(redis, &plan.shared, &sent)).await.ok().flatten());
         if outcome.is_none() {
             connection = None;
         }
@@ -340,7 +361,8 @@ pub async fn program(mut plan: Plan) {
 const REJECTIONS: [&str; 8] =
     ["ERR Function not found", "OOM", "READONLY", "LOADING", "BUSY", "MISCONF", "NOREPLICAS", "MASTERDOWN"];
 
-async fn fcall(redis: &mut BufReader<TcpStream>, channel: &str, sent: &Sent) -> Option<Outcome> {
+async fn fcall(redis: &mut BufReader<TcpStream>, shared: &Shared, sent: &Sent) -> Option<Outcome> {
+    let channel = &shared.channels[sent.channel].name;
     let (key, event) = (format!("fanfare:{{{channel}}}"), json!({"text": sent.text}).to_string());
     let mut parts = vec!["FCALL", "fanfare_publish", "1", &key, &event];
     parts.extend(sent.to.as_deref());
@@ -362,16 +384,17 @@ async fn fcall(redis: &mut BufReader<TcpStream>, channel: &str, sent: &Sent) -> 
     Some(if rejected { Outcome::Rejected } else { Outcome::Unknown })
 }
 
-/// Publishes this many events of this size by FCALL, pipelined.
+/// Publishes this many events of this size in the main channel by FCALL, pipelined.
 pub async fn burst(shared: &Arc<Shared>, name: &str, count: usize, size: usize) {
     let port = shared.redis.load(Ordering::SeqCst);
     let mut redis = BufReader::new(TcpStream::connect(local(port)).await.expect("Redis runs"));
-    let key = format!("fanfare:{{{}}}", shared.channel);
+    let key = format!("fanfare:{{{}}}", shared.main().name);
     let padding = "x".repeat(size);
     for chunk in (0..count).collect::<Vec<_>>().chunks(500) {
         let (mut commands, mut sent) = (String::new(), Vec::new());
         for n in chunk {
             let event = Sent {
+                channel: 0,
                 text: format!("burst {name} {n} {padding}"),
                 to: None,
                 started: shared.now(),
@@ -391,19 +414,19 @@ pub async fn burst(shared: &Arc<Shared>, name: &str, count: usize, size: usize) 
             let (body, finished) = (canonical(&posted(&event)), shared.now());
             let line = format!("burst {name}");
             let outcome = Outcome::Acked(id);
-            shared.note(Attempt { line, body, to: None, started: event.started, finished, outcome });
+            shared.main().note(Attempt { line, body, to: None, started: event.started, finished, outcome });
         }
     }
 }
 
-/// Publishes one event by FCALL, which must succeed, and returns its id.
+/// Publishes one event in the main channel by FCALL, which must succeed, and returns its id.
 pub async fn one(shared: &Arc<Shared>, name: &str) -> u64 {
     let port = shared.redis.load(Ordering::SeqCst);
-    let sent = Sent { text: name.into(), to: None, started: shared.now(), at: Instant::now() };
+    let sent = Sent { channel: 0, text: name.into(), to: None, started: shared.now(), at: Instant::now() };
     let mut redis = BufReader::new(TcpStream::connect(local(port)).await.expect("Redis runs"));
-    let outcome = fcall(&mut redis, &shared.channel, &sent).await.expect("Redis answers");
+    let outcome = fcall(&mut redis, shared, &sent).await.expect("Redis answers");
     let Outcome::Acked(id) = outcome else { panic!("{name}: {outcome:?}") };
     let (body, started, finished) = (canonical(&posted(&sent)), sent.started, shared.now());
-    shared.note(Attempt { line: name.into(), body, to: None, started, finished, outcome });
+    shared.main().note(Attempt { line: name.into(), body, to: None, started, finished, outcome });
     id
 }

@@ -1,20 +1,19 @@
 //! Runs a workload: subscribers and publishers of every kind, whose records go to the checker.
 
-use std::collections::BTreeMap;
-use std::net::SocketAddr;
+use std::ops::Range;
 use std::sync::Arc;
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use serde_json::Value;
-use tokio::sync::watch;
+use futures_util::future::join_all;
 use tokio::task::JoinHandle;
 
-use crate::checker::{Attempt, History, Moment, Outcome, Seen, Subscriber, Violation, find_violations};
+use crate::checker::{History, Subscriber, Violation, find_violations};
 use crate::common::client::JSON_MODE;
-use crate::common::{Nodes, Redis, Rng, until};
+use crate::common::{Nodes, Redis, Rng, TokenKey, until};
 use crate::workload::publishers;
+use crate::workload::report::Report;
+use crate::workload::shared::Shared;
 use crate::workload::subscribers;
 use crate::workload::testbed::Testbed;
 
@@ -43,7 +42,6 @@ impl Kind {
 }
 
 /// How many clients and publishers of each kind take part.
-#[derive(Clone, Debug)]
 pub struct Workload {
     /// Users with clients that stay on their node while they can: one of each kind on every node.
     pub users: u64,
@@ -60,6 +58,15 @@ pub struct Workload {
     /// The seed of all random numbers.
     pub seed: u64,
     pub channel: String,
+    /// Channels of clients that follow several on one socket: one that stays on every node, and one
+    /// that disconnects and resumes, has no default channel and changes its subscriptions. Each
+    /// channel but the main one has publishers that are half as fast. 1: no such clients.
+    pub channels: usize,
+    /// `--max-subscriptions` of the nodes.
+    pub subscriptions_max: usize,
+    /// The key of the nodes, if clients need tokens. Then the client that changes its subscriptions
+    /// loses channels by its token, too.
+    pub token_key: Option<TokenKey>,
 }
 
 impl Default for Workload {
@@ -73,113 +80,20 @@ impl Default for Workload {
             pace: Duration::from_millis(15),
             seed: 1,
             channel: "room".into(),
+            channels: 5,
+            subscriptions_max: 100,
+            token_key: None,
         }
-    }
-}
-
-/// What all clients and publishers share.
-pub struct Shared {
-    pub channel: String,
-    /// Where clients connect.
-    pub nodes: Nodes,
-    /// The port at which backends find Redis; 0 if they find none.
-    pub redis: AtomicU16,
-    /// Set when publishers must stop.
-    pub quiet: watch::Sender<bool>,
-    /// Set when subscribers must stop.
-    pub over: watch::Sender<bool>,
-    moment: AtomicU64,
-    /// The highest acknowledged id.
-    highest: AtomicU64,
-    attempts: Mutex<Vec<Attempt>>,
-    waits: Mutex<Vec<(String, Duration)>>,
-    /// The position of each subscriber.
-    positions: Mutex<BTreeMap<String, u64>>,
-}
-
-impl Shared {
-    pub fn new(channel: &str, nodes: Nodes, redis: u16) -> Shared {
-        Shared {
-            channel: channel.into(),
-            nodes,
-            redis: AtomicU16::new(redis),
-            quiet: watch::Sender::new(false),
-            over: watch::Sender::new(false),
-            moment: AtomicU64::new(1),
-            highest: AtomicU64::new(0),
-            attempts: Mutex::default(),
-            waits: Mutex::default(),
-            positions: Mutex::default(),
-        }
-    }
-
-    /// The next moment.
-    pub fn now(&self) -> Moment {
-        self.moment.fetch_add(1, Ordering::SeqCst)
-    }
-
-    /// Records the outcome of a publish.
-    pub fn note(&self, attempt: Attempt) {
-        if let Outcome::Acked(id) = attempt.outcome {
-            self.highest.fetch_max(id, Ordering::SeqCst);
-        }
-        self.attempts.lock().expect("nothing panics while holding it").push(attempt);
-    }
-
-    /// The number of events with this outcome so far, of publishers whose line starts with this.
-    pub fn count(&self, line: &str, outcome: Outcome) -> usize {
-        let attempts = self.attempts.lock().expect("nothing panics while holding it");
-        attempts.iter().filter(|a| a.outcome == outcome && a.line.starts_with(line)).count()
-    }
-
-    /// How many events the median subscriber is behind the highest acknowledged id.
-    pub fn lag(&self) -> u64 {
-        let positions = self.positions.lock().expect("nothing panics while holding it");
-        let mut positions: Vec<u64> = positions.values().copied().collect();
-        positions.sort_unstable();
-        let most = positions.get(positions.len() / 2).copied().unwrap_or_default();
-        self.highest.load(Ordering::SeqCst).saturating_sub(most)
-    }
-
-    /// Records how long a publisher waited for an answer.
-    pub fn waited(&self, line: &str, time: Duration) {
-        self.waits.lock().expect("nothing panics while holding it").push((line.into(), time));
-    }
-
-    /// All attempts, once the publishers have stopped.
-    pub fn attempts(&self) -> Vec<Attempt> {
-        std::mem::take(&mut *self.attempts.lock().expect("all have ended"))
-    }
-
-    /// Records the position of a subscriber.
-    pub fn stands(&self, name: &str, at: u64) {
-        self.positions.lock().expect("nothing panics while holding it").insert(name.into(), at);
-    }
-
-    /// The number of acknowledged events so far, and the highest id.
-    pub fn acked(&self) -> (usize, u64) {
-        let attempts = self.attempts.lock().expect("nothing panics while holding it");
-        let ids = attempts.iter().filter_map(|attempt| match attempt.outcome {
-            Outcome::Acked(id) => Some(id),
-            _ => None,
-        });
-        ids.fold((0, 0), |(count, highest), id| (count + 1, highest.max(id)))
-    }
-
-    /// Subscribers that are behind this id.
-    pub fn behind(&self, id: u64) -> Vec<String> {
-        let positions = self.positions.lock().expect("nothing panics while holding it");
-        let behind = positions.iter().filter(|(_, at)| **at < id);
-        behind.map(|(name, at)| format!("{name} at {at}")).collect()
     }
 }
 
 /// A running workload.
 pub struct Run {
     pub shared: Arc<Shared>,
-    subscribers: Vec<JoinHandle<Subscriber>>,
+    subscribers: Vec<JoinHandle<Vec<Subscriber>>>,
     publishers: Vec<JoinHandle<()>>,
-    history: History,
+    /// See [`History::ids_may_fall`].
+    ids_may_fall: bool,
 }
 
 impl Run {
@@ -190,66 +104,85 @@ impl Run {
 
     /// The same for nodes on several Redis servers.
     pub async fn at(nodes: &Nodes, count: usize, redis: &Redis, workload: Workload) -> Run {
-        let shared = Arc::new(Shared::new(&workload.channel, nodes.clone(), redis.port()));
+        let mut shared = Shared::new(&workload.channel, workload.channels, nodes.clone(), redis.port());
+        shared.token_key = workload.token_key;
+        let shared = Arc::new(shared);
+        let several = workload.channels;
         let mut subscribers = Vec::new();
-        let mut subscriber = |user: u64, kind: Kind, home: Option<usize>, stalls: Option<u64>| {
-            let name = format!("{kind:?} {} of user{user}", subscribers.len());
-            shared.stands(&name, 0);
-            let plan = subscribers::Plan {
-                name,
-                user: format!("user{user}"),
-                kind,
-                home,
-                addr: None,
-                stalls,
-                narrow: false,
+        let mut subscriber =
+            |user: u64, kind: Kind, home: Option<usize>, stalls: Option<u64>, subscriptions: Range<usize>| {
+                let name = format!("{kind:?} {} of user{user}", subscribers.len());
+                let plan = subscribers::Plan {
+                    name,
+                    user: format!("user{user}"),
+                    kind,
+                    home,
+                    addr: None,
+                    stalls,
+                    narrow: false,
+                    subscriptions,
+                    subscriptions_max: workload.subscriptions_max,
+                };
+                let seed = workload.seed + subscribers.len() as u64;
+                subscribers.push(subscribers::watch(shared.clone(), plan, seed));
             };
-            subscribers.push(tokio::spawn(subscribers::watch(
-                shared.clone(),
-                plan,
-                workload.seed + subscribers.len() as u64,
-            )));
-        };
         for home in 0..count {
             for user in 0..workload.users {
                 for kind in [Kind::Recovering, Kind::Json, Kind::Plain] {
-                    subscriber(user, kind, Some(home), None);
+                    subscriber(user, kind, Some(home), None, 0..0);
                 }
+            }
+            if several > 1 {
+                let most = workload.subscriptions_max + 1;
+                subscriber(0, Kind::Json, Some(home), None, 1..several.min(most));
             }
         }
         for n in 0..workload.roamers {
             let kind = [Kind::Recovering, Kind::Json, Kind::Plain][n as usize % 3];
-            subscriber(n % workload.users, kind, None, (n < workload.slow).then_some(400));
+            subscriber(n % workload.users, kind, None, (n < workload.slow).then_some(400), 0..0);
         }
+        if several > 1 {
+            subscriber(0, Kind::Json, None, (workload.slow > 0).then_some(400), 0..several);
+        }
+        let subscribers = subscribers.into_iter().map(tokio::spawn).collect();
         let mut publishers: Vec<JoinHandle<()>> = Vec::new();
         let users: Arc<[String]> = (0..workload.users + 1).map(|user| format!("user{user}")).collect();
         let mut seed = workload.seed * 1000;
-        let mut plan = || {
+        let mut plan = |channels: Range<usize>| {
             seed += 1;
             publishers::Plan {
                 shared: shared.clone(),
+                pace: if channels.start == 0 { workload.pace } else { 2 * workload.pace },
+                channels,
                 users: users.clone(),
-                pace: workload.pace,
                 rng: Rng(seed),
                 seed,
             }
         };
         for _ in 0..workload.clients {
-            publishers.push(tokio::spawn(publishers::json_client(plan())));
-            publishers.push(tokio::spawn(publishers::plain_client(plan())));
-            publishers.push(tokio::spawn(publishers::poster(plan())));
+            publishers.push(tokio::spawn(publishers::json_client(plan(0..1))));
+            publishers.push(tokio::spawn(publishers::plain_client(plan(0..1))));
+            publishers.push(tokio::spawn(publishers::poster(plan(0..1))));
         }
         for _ in 0..workload.programs {
-            publishers.push(tokio::spawn(publishers::program(plan())));
+            publishers.push(tokio::spawn(publishers::program(plan(0..1))));
         }
-        let run = Run { shared, subscribers, publishers, history: History::default() };
-        run.wait_for_delivery().await;
+        if several > 1 && workload.clients > 0 {
+            publishers.push(tokio::spawn(publishers::json_client(plan(1..several))));
+            publishers.push(tokio::spawn(publishers::poster(plan(1..several))));
+        }
+        if several > 1 && workload.programs > 0 {
+            publishers.push(tokio::spawn(publishers::program(plan(1..several))));
+        }
+        let run = Run { shared, subscribers, publishers, ids_may_fall: false };
+        let started = run.deliver_in_all("start").await;
+        started.unwrap_or_else(|missing| panic!("{missing}"));
         run
     }
 
     /// See [`History::ids_may_fall`].
     pub fn ids_may_fall(&mut self) {
-        self.history.ids_may_fall = true;
+        self.ids_may_fall = true;
     }
 
     /// Backends find Redis at this port from now on.
@@ -262,38 +195,73 @@ impl Run {
         self.shared.redis.store(0, Ordering::SeqCst);
     }
 
-    /// The number of acknowledged events so far.
+    /// The number of events acknowledged in the main channel so far.
     pub fn acked(&self) -> usize {
-        self.shared.acked().0
+        self.shared.main().acked().0
     }
 
-    /// Waits until this many more events are acknowledged.
+    /// Waits until this many more events are acknowledged in the main channel.
     pub async fn wait_for_acks(&self, more: usize) {
         let enough = self.acked() + more;
         until("more events to be acknowledged", || async { (self.acked() >= enough).then_some(()) }).await;
     }
 
-    /// Waits until an event is acknowledged from now on, and every subscriber has received it.
+    /// Waits until an event is acknowledged from now on in the main channel, and every subscriber
+    /// has received it.
     pub async fn wait_for_delivery(&self) {
         self.wait_for_acks(1).await;
-        let (_, highest) = self.shared.acked();
+        let (_, highest) = self.shared.main().acked();
         self.reached(highest).await;
     }
 
     async fn reached(&self, id: u64) {
         let waited = tokio::time::timeout(TIMEOUT, async {
-            while !self.shared.behind(id).is_empty() {
+            while !self.shared.main().behind(id).is_empty() {
                 tokio::time::sleep(LOOK).await;
             }
         });
         if waited.await.is_err() {
-            panic!("{}", self.standing(id).await);
+            panic!("{}", self.standing(&[(0, id)]).await);
         }
     }
 
-    /// Subscribers that are behind an id, and the statistics of the nodes.
-    async fn standing(&self, id: u64) -> String {
-        let mut text = format!("some subscribers did not reach {id}: {:#?}", self.shared.behind(id));
+    /// Publishes an event in each channel, and waits until all its subscribers have received it. An
+    /// error names those that have not.
+    async fn deliver_in_all(&self, name: &str) -> Result<(), String> {
+        let mut open: Vec<usize> = (0..self.shared.channels.len()).collect();
+        let mut sent: Vec<(usize, u64)> = Vec::new();
+        let delivered = tokio::time::timeout(TIMEOUT, async {
+            // A subscriber that joins without recovery after the event never sees it: then another one
+            // is published. The same for channels in which it could not be published.
+            for n in 0.. {
+                let publish = |channel: &usize| publishers::mark(&self.shared, *channel, name, n);
+                let ids = join_all(open.iter().map(publish)).await;
+                sent =
+                    open.iter().copied().zip(ids).filter_map(|(channel, id)| Some((channel, id?))).collect();
+                for _ in 0..20 {
+                    tokio::time::sleep(LOOK).await;
+                    sent.retain(|(channel, id)| {
+                        let is_delivered = self.shared.channels[*channel].behind(*id).is_empty();
+                        open.retain(|other| !is_delivered || other != channel);
+                        !is_delivered
+                    });
+                    if open.is_empty() {
+                        return;
+                    }
+                }
+            }
+        });
+        match delivered.await {
+            Ok(()) => Ok(()),
+            Err(_) => Err(self.standing(&sent).await),
+        }
+    }
+
+    /// Subscribers that are behind these ids of channels, and the statistics of the nodes.
+    async fn standing(&self, ends: &[(usize, u64)]) -> String {
+        let behind = ends.iter().map(|(channel, id)| (id, self.shared.channels[*channel].behind(*id)));
+        let behind: Vec<_> = behind.filter(|(_, behind)| !behind.is_empty()).collect();
+        let mut text = format!("some subscribers did not reach the end: {behind:#?}");
         for node in self.shared.nodes.all() {
             text += &format!("\n{}: {}", node.public, node.admin("GET", "/stats", b"").await.body);
         }
@@ -304,16 +272,21 @@ impl Run {
     /// test on violations.
     pub async fn end(self) -> Report {
         let ended = self.finish().await;
-        let violations = find_violations(&ended.report.history);
+        let violations: Vec<Violation> = ended.report.histories().flat_map(find_violations).collect();
         let shown = &violations[..violations.len().min(20)];
         assert!(violations.is_empty(), "the promise is broken {} times:\n{shown:#?}", violations.len());
         assert!(ended.missing.is_none(), "{}", ended.missing.unwrap_or_default());
+        for history in ended.report.histories() {
+            for subscriber in &history.subscribers {
+                assert!(
+                    subscriber.stayed || subscriber.home.is_none(),
+                    "{} was not connected at the end of {}",
+                    subscriber.name,
+                    history.channel
+                );
+            }
+        }
         for subscriber in &ended.report.history.subscribers {
-            assert!(
-                subscriber.stayed || subscriber.home.is_none(),
-                "{} was not connected at the end",
-                subscriber.name
-            );
             assert!(subscriber.events() > 20, "{} has seen hardly any event", subscriber.name);
         }
         ended.report
@@ -321,7 +294,7 @@ impl Run {
 
     /// The same for a run that must have violations. Returns them.
     pub async fn violations(self) -> Vec<Violation> {
-        find_violations(&self.finish().await.report.history)
+        self.finish().await.report.histories().flat_map(find_violations).collect()
     }
 
     async fn finish(mut self) -> Ended {
@@ -329,31 +302,24 @@ impl Run {
         for publisher in std::mem::take(&mut self.publishers) {
             publisher.await.expect("a publisher without errors");
         }
-        // A subscriber that joins without recovery after the last event never sees it: then another
-        // one is published.
-        let ended = tokio::time::timeout(TIMEOUT, async {
-            for n in 0.. {
-                let Some(id) = publishers::end(&self.shared, n).await else { continue };
-                for _ in 0..20 {
-                    tokio::time::sleep(LOOK).await;
-                    if self.shared.behind(id).is_empty() {
-                        return;
-                    }
-                }
-            }
-        });
-        let missing = match ended.await {
-            Ok(()) => None,
-            Err(_) => Some(self.standing(self.shared.acked().1).await),
-        };
+        let missing = self.deliver_in_all("end").await.err();
         self.shared.over.send_replace(true);
-        let mut history = self.history;
+        let channels = self.shared.channels.iter();
+        let mut histories: Vec<History> = channels
+            .map(|channel| History {
+                channel: channel.name.clone(),
+                attempts: channel.attempts(),
+                ids_may_fall: self.ids_may_fall,
+                subscribers: Vec::new(),
+            })
+            .collect();
         for subscriber in self.subscribers {
-            history.subscribers.push(subscriber.await.expect("a subscriber without errors"));
+            let records = subscriber.await.expect("a subscriber without errors");
+            for (history, records) in histories.iter_mut().zip(records) {
+                history.subscribers.push(records);
+            }
         }
-        history.attempts = self.shared.attempts();
-        let waits = std::mem::take(&mut *self.shared.waits.lock().expect("all have ended"));
-        Ended { report: Report { history, waits }, missing }
+        Ended { report: Report::new(histories, self.shared.waits()), missing }
     }
 }
 
@@ -361,90 +327,4 @@ struct Ended {
     report: Report,
     /// Subscribers that did not reach the end.
     missing: Option<String>,
-}
-
-/// A run without violations.
-pub struct Report {
-    pub history: History,
-    /// How long each publisher waited for each answer, with its line.
-    waits: Vec<(String, Duration)>,
-}
-
-impl Report {
-    /// The number of events with such an outcome.
-    pub fn count(&self, wanted: impl Fn(Outcome) -> bool) -> usize {
-        self.history.attempts.iter().filter(|attempt| wanted(attempt.outcome)).count()
-    }
-
-    /// Whether any subscriber saw this event.
-    pub fn came(&self, body: &str) -> bool {
-        let is = |seen: &Seen| matches!(seen, Seen::Event(_, other, _) if other == body);
-        self.history.subscribers.iter().any(|subscriber| subscriber.seen.iter().any(|(_, seen)| is(seen)))
-    }
-
-    /// The number of acknowledged events.
-    pub fn acked(&self) -> usize {
-        self.count(|outcome| matches!(outcome, Outcome::Acked(_)))
-    }
-
-    /// Fails if any subscriber was notified of a loss. None occurred, so every event reached every
-    /// subscriber.
-    pub fn assert_no_loss_reported(&self) {
-        for subscriber in &self.history.subscribers {
-            assert_eq!(
-                subscriber.announcements(),
-                0,
-                "{}: {:?}",
-                subscriber.name,
-                control_frames(subscriber)
-            );
-        }
-    }
-
-    /// Fails unless every subscriber with recovery was notified of a loss this many times, and a
-    /// plain one was closed.
-    pub fn assert_loss_reported(&self, often: std::ops::RangeInclusive<usize>) {
-        for subscriber in self.history.subscribers.iter().filter(|subscriber| subscriber.recovers) {
-            let count = subscriber.announcements();
-            assert!(
-                often.contains(&count),
-                "{} was notified {count} times: {:?}",
-                subscriber.name,
-                control_frames(subscriber)
-            );
-        }
-        let plain = self.history.subscribers.iter().filter(|subscriber| !subscriber.recovers);
-        assert!(
-            plain.map(Subscriber::announcements).sum::<usize>() > 0,
-            "clients without recovery are closed"
-        );
-    }
-
-    /// The longest wait for an answer on these lines.
-    pub fn slowest(&self, lines: impl Fn(&str) -> bool) -> Duration {
-        let waits = self.waits.iter().filter(|(line, _)| lines(line)).map(|(_, wait)| *wait);
-        waits.max().unwrap_or_default()
-    }
-
-    /// The number of notifications of a loss, for all subscribers together.
-    pub fn losses_reported(&self) -> usize {
-        self.history.subscribers.iter().map(Subscriber::announcements).sum()
-    }
-}
-
-/// What a subscriber saw besides events.
-fn control_frames(subscriber: &Subscriber) -> Vec<String> {
-    let seen = subscriber.seen.iter().filter(|(_, seen)| !matches!(seen, Seen::Event(..)));
-    seen.map(|(_, seen)| format!("{seen:?}")).collect()
-}
-
-/// The event as subscribers see it, with its members in a fixed order.
-pub fn canonical(event: &Value) -> String {
-    let members: BTreeMap<&String, &Value> = event.as_object().expect("events are objects").iter().collect();
-    serde_json::to_string(&members).expect("it was JSON")
-}
-
-/// A port of the loopback address.
-pub fn local(port: u16) -> SocketAddr {
-    SocketAddr::from(([127, 0, 0, 1], port))
 }

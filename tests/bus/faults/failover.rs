@@ -92,7 +92,7 @@ async fn go_on(pair: &Pair, run: Run, lost: u64) {
 #[tokio::test]
 async fn lossy_failover_seen_first_by_a_node() {
     let mut pair = Pair::start(&[]).await;
-    let run = Run::at(&pair.nodes, 2, &pair.primary, Workload::default()).await;
+    let run = Run::at(&pair.nodes, 2, &pair.primary, Workload { channels: 50, ..Workload::default() }).await;
     run.disconnect_programs();
     let kept = pair.lose(&run).await;
     pair.primary.kill();

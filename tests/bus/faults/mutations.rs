@@ -1,10 +1,12 @@
 //! Tests that the checker finds a broken bus: a proxy between a node and its clients drops,
-//! doubles, swaps or renumbers one event.
+//! doubles, swaps, renumbers or relabels one event.
 
+use std::collections::{HashMap, VecDeque};
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 
+use serde_json::Value;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpListener, TcpStream};
@@ -22,6 +24,107 @@ enum Mutation {
     Swap,
     /// Delivers it with the id of the event before it, which is dropped.
     ReuseId,
+    /// Delivers an event of one channel as one of another.
+    WrongChannel,
+    /// Delivers an event again after its channel was unsubscribed.
+    AfterUnsubscribed,
+    /// Delivers the first event of a resumed channel before the welcome.
+    BeforeWelcome,
+    /// Drops the first event of a resumed channel.
+    DropResumed,
+    /// Delivers an event again when its channel is resumed.
+    DoubleResumed,
+}
+
+impl Mutation {
+    /// Whether it is about channels beside the default one.
+    fn is_of_subscriptions(self) -> bool {
+        !matches!(self, Mutation::Drop | Mutation::Double | Mutation::Swap | Mutation::ReuseId)
+    }
+}
+
+/// The frames of a node for one client.
+struct Frames {
+    from: BufReader<OwnedReadHalf>,
+    /// Frames that were read to see what follows.
+    queue: VecDeque<Vec<u8>>,
+    /// The last event of each subscription.
+    last: HashMap<String, Vec<u8>>,
+    /// The number of events read.
+    events: u32,
+}
+
+impl Frames {
+    async fn next(&mut self) -> std::io::Result<Vec<u8>> {
+        match self.queue.pop_front() {
+            Some(frame) => Ok(frame),
+            None => read_frame(&mut self.from).await,
+        }
+    }
+
+    async fn next_event(&mut self, between: &mut Vec<u8>) -> std::io::Result<Vec<u8>> {
+        loop {
+            let next = self.next().await?;
+            if is_event(&next) {
+                return Ok(next);
+            }
+            between.extend(next);
+        }
+    }
+
+    /// The next two frames, if both are events of this channel. Otherwise they stay.
+    async fn two_events(&mut self, channel: &str) -> std::io::Result<Option<[Vec<u8>; 2]>> {
+        let two = [self.next().await?, self.next().await?];
+        if two.iter().all(|frame| is_event(frame) && json(frame)["channel"] == channel) {
+            return Ok(Some(two));
+        }
+        two.into_iter().rev().for_each(|frame| self.queue.push_front(frame));
+        Ok(None)
+    }
+
+    /// What is delivered instead of this frame. `None`: the mutation can't be done here.
+    async fn mutate(&mut self, frame: &[u8], what: Mutation) -> std::io::Result<Option<Vec<u8>>> {
+        let value = json(frame);
+        if !what.is_of_subscriptions() {
+            // Some events come first.
+            if !is_event(frame) || self.events <= 5 {
+                return Ok(None);
+            }
+            let mut between = Vec::new();
+            return Ok(Some(match what {
+                Mutation::Drop => Vec::new(),
+                Mutation::Double => frame.repeat(2),
+                Mutation::Swap => {
+                    let next = self.next_event(&mut between).await?;
+                    [&next, &*between, frame].concat()
+                }
+                _ => {
+                    let next = self.next_event(&mut between).await?;
+                    [between, with_id_of(&next, frame)].concat()
+                }
+            }));
+        }
+        let Some(channel) = value["channel"].as_str() else { return Ok(None) };
+        let is_resumed = value["type"] == "welcome" && self.last.contains_key(channel);
+        Ok(match what {
+            Mutation::WrongChannel if is_event(frame) && channel.ends_with(".1") => {
+                let text = String::from_utf8(frame[header(frame)..].to_vec()).expect("text");
+                let other = channel.replace(".1", ".2");
+                Some([&frame[..header(frame)], text.replacen(channel, &other, 1).as_bytes()].concat())
+            }
+            Mutation::AfterUnsubscribed if value["type"] == "unsubscribed" => {
+                self.last.get(channel).map(|last| [frame, last].concat())
+            }
+            Mutation::DoubleResumed if is_resumed => Some([frame, &*self.last[channel]].concat()),
+            Mutation::BeforeWelcome if is_resumed => {
+                self.two_events(channel).await?.map(|[first, second]| [&first, frame, &second].concat())
+            }
+            Mutation::DropResumed if is_resumed => {
+                self.two_events(channel).await?.map(|[_, second]| [frame, &second].concat())
+            }
+            _ => None,
+        })
+    }
 }
 
 /// A proxy between a node and its clients.
@@ -32,11 +135,26 @@ struct Mutator {
 }
 
 impl Mutator {
-    /// The next mutation, if there is one.
-    fn take(&self) -> Option<Mutation> {
-        let next = self.next.lock().expect("nothing panics while holding it").take();
-        self.done.fetch_add(u32::from(next.is_some()), Ordering::SeqCst);
-        next
+    /// What is delivered for the next frame.
+    async fn deliver(&self, frames: &mut Frames) -> std::io::Result<Vec<u8>> {
+        let frame = frames.next().await?;
+        frames.events += u32::from(is_event(&frame));
+        let next = *self.next.lock().expect("nothing panics while holding it");
+        if let Some(what) = next
+            && frame[0] == TEXT
+            && let Some(mutated) = frames.mutate(&frame, what).await?
+        {
+            // Another connection may have been first.
+            let next = self.next.lock().expect("nothing panics while holding it").take();
+            self.done.fetch_add(u32::from(next.is_some()), Ordering::SeqCst);
+            return Ok(mutated);
+        }
+        if is_event(&frame)
+            && let Some(channel) = json(&frame)["channel"].as_str()
+        {
+            frames.last.insert(channel.into(), frame.clone());
+        }
+        Ok(frame)
     }
 
     async fn carry(self: Arc<Mutator>, listener: TcpListener, node: SocketAddr) {
@@ -65,34 +183,15 @@ impl Mutator {
         if !head.starts_with(b"HTTP/1.1 101") {
             return tokio::io::copy(&mut from, &mut to).await.map(|_| ());
         }
-        let mut seen = 0; // delivers some events first
+        let mut frames = Frames { from, queue: VecDeque::new(), last: HashMap::new(), events: 0 };
         loop {
-            let frame = read_frame(&mut from).await?;
-            seen += u32::from(is_event(&frame));
-            let what = if seen > 5 && is_event(&frame) { self.take() } else { None };
-            match what {
-                None => to.write_all(&frame).await?,
-                Some(Mutation::Drop) => {}
-                Some(Mutation::Double) => to.write_all(&[&frame[..], &frame[..]].concat()).await?,
-                Some(Mutation::Swap | Mutation::ReuseId) => {
-                    let mut between = Vec::new();
-                    let next = loop {
-                        let next = read_frame(&mut from).await?;
-                        if is_event(&next) {
-                            break next;
-                        }
-                        between.extend(next);
-                    };
-                    let both = match what {
-                        Some(Mutation::Swap) => [next, between, frame].concat(),
-                        _ => [between, with_id_of(&next, &frame)].concat(),
-                    };
-                    to.write_all(&both).await?;
-                }
-            }
+            to.write_all(&self.deliver(&mut frames).await?).await?;
         }
     }
 }
+
+/// The first byte of a text frame.
+const TEXT: u8 = 0x81;
 
 /// One frame. Frames of servers are not masked (RFC 6455 section 5.2).
 async fn read_frame(from: &mut BufReader<OwnedReadHalf>) -> std::io::Result<Vec<u8>> {
@@ -112,8 +211,18 @@ async fn read_frame(from: &mut BufReader<OwnedReadHalf>) -> std::io::Result<Vec<
     Ok(frame)
 }
 
+/// The length of a frame's header.
+fn header(frame: &[u8]) -> usize {
+    if frame[1] == 126 { 4 } else { 2 }
+}
+
+/// What a text frame says.
+fn json(frame: &[u8]) -> Value {
+    serde_json::from_slice(&frame[header(frame)..]).expect("JSON")
+}
+
 fn is_event(frame: &[u8]) -> bool {
-    frame[0] == 0x81 && frame.windows(5).any(|part| part == b"\"id\":")
+    frame[0] == TEXT && frame.windows(5).any(|part| part == b"\"id\":")
 }
 
 /// The same event with another id. Ids have 16 digits for the next two centuries.
@@ -140,6 +249,7 @@ async fn is_caught(what: Mutation, rules: &[Rule]) {
             programs: 2,
             seed: round,
             channel: format!("broken{round}"),
+            channels: if what.is_of_subscriptions() { 3 } else { 1 },
             ..Workload::default()
         };
         let run = Run::at(&nodes, 1, &redis, workload).await;
@@ -177,4 +287,29 @@ async fn checker_finds_swapped_events() {
 #[tokio::test]
 async fn checker_finds_a_reused_id() {
     is_caught(Mutation::ReuseId, &[Rule::OneId]).await;
+}
+
+#[tokio::test]
+async fn checker_finds_an_event_in_another_channel() {
+    is_caught(Mutation::WrongChannel, &[Rule::Published]).await;
+}
+
+#[tokio::test]
+async fn checker_finds_an_event_after_unsubscribed() {
+    is_caught(Mutation::AfterUnsubscribed, &[Rule::Form]).await;
+}
+
+#[tokio::test]
+async fn checker_finds_an_event_before_a_welcome() {
+    is_caught(Mutation::BeforeWelcome, &[Rule::Form]).await;
+}
+
+#[tokio::test]
+async fn checker_finds_a_lost_event_of_a_resumed_channel() {
+    is_caught(Mutation::DropResumed, &[Rule::Missing]).await;
+}
+
+#[tokio::test]
+async fn checker_finds_a_doubled_event_of_a_resumed_channel() {
+    is_caught(Mutation::DoubleResumed, &[Rule::Twice, Rule::Order]).await;
 }

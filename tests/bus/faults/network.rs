@@ -10,7 +10,8 @@ use tokio::time::sleep;
 use crate::checker::{Outcome, Subscriber};
 use crate::common::{Client, Silence, until};
 use crate::workload::publishers;
-use crate::workload::run::{Run, Workload, local};
+use crate::workload::run::{Run, Workload};
+use crate::workload::shared::local;
 use crate::workload::testbed::Testbed;
 
 /// Longer than a node waits for Redis before it replaces the connections.
@@ -77,7 +78,8 @@ async fn late_publish_answers() {
 #[tokio::test]
 async fn redis_frozen_for_seconds() {
     let testbed = Testbed::start(&[], &SHORT).await;
-    let run = Run::start(&testbed, Workload { roamers: 6, slow: 3, ..Workload::default() }).await;
+    let run =
+        Run::start(&testbed, Workload { roamers: 6, slow: 3, channels: 50, ..Workload::default() }).await;
     run.wait_for_acks(50).await;
     testbed.redis.freeze();
     testbed.unready().await;

@@ -37,8 +37,9 @@ async fn redis_out_of_memory() {
     let run = Run::start(&testbed, Workload::default()).await;
     let mut redis = testbed.redis.client().await;
     let rejections = || async {
-        let each =
-            ["json", "post", "fcall"].iter().all(|kind| run.shared.count(kind, Outcome::Rejected) >= 3);
+        let each = ["json", "post", "fcall"]
+            .iter()
+            .all(|kind| run.shared.main().count(kind, Outcome::Rejected) >= 3);
         each.then_some(())
     };
     run.wait_for_acks(30).await;
@@ -94,14 +95,14 @@ async fn clock_set_back_and_fcall_first_after_wipe() {
     }
     testbed.redis.flush_all_but_settings().await;
     let id = publishers::one(&run.shared, "the first").await;
-    assert!(id < run.shared.acked().1, "it got a lower id");
+    assert!(id < run.shared.main().acked().1, "it got a lower id");
     for proxy in &testbed.proxies {
         proxy.silence(crate::common::Silence::default());
     }
     run.wait_for_acks(50).await;
     run.wait_for_delivery().await;
     let head = testbed.redis.head("room").await;
-    assert!(head > run.shared.acked().1 - 100_000_000 && head > id, "ids are above all again");
+    assert!(head > run.shared.main().acked().1 - 100_000_000 && head > id, "ids are above all again");
     run.end().await.assert_loss_reported(1..=2);
 }
 
@@ -109,7 +110,7 @@ async fn clock_set_back_and_fcall_first_after_wipe() {
 async fn answers_later_than_the_publish_timeout() {
     let testbed = Testbed::start(&[], &["--publish-timeout", "1s"]).await;
     let run = Run::start(&testbed, Workload { clients: 2, ..Workload::default() }).await;
-    let count = |outcome| run.shared.count("json", outcome) + run.shared.count("post", outcome);
+    let count = |outcome| run.shared.main().count("json", outcome) + run.shared.main().count("post", outcome);
     // The publishes in flight may happen to be of plain clients, which get no answer.
     for round in 0.. {
         assert!(round < 10, "no outcome was unknown");

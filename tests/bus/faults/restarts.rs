@@ -42,7 +42,7 @@ async fn fsynced_redis_restart_resets_unless_durable() {
     kill(&mut testbed, &run, |_| {}).await;
     let report = run.end().await;
     report.assert_loss_reported(1..=1);
-    assert_eq!(testbed.metric("fanfare_bus_resets_total").await, 2.0, "once for each node");
+    assert_eq!(testbed.metric("fanfare_bus_resets_total").await, 10.0, "once for each channel and node");
 }
 
 #[tokio::test]
@@ -72,7 +72,7 @@ async fn redis_loses_last_writes_with_everysec() {
 #[tokio::test]
 async fn redis_without_persistence_is_killed() {
     let mut testbed = Testbed::start(&[], &[]).await;
-    let run = Run::start(&testbed, Workload::default()).await;
+    let run = Run::start(&testbed, Workload { channels: 50, ..Workload::default() }).await;
     for _ in 0..2 {
         kill(&mut testbed, &run, |_| {}).await;
     }
@@ -82,7 +82,7 @@ async fn redis_without_persistence_is_killed() {
 #[tokio::test]
 async fn flushall_resets_clients() {
     let testbed = Testbed::start(&[], &[]).await;
-    let run = Run::start(&testbed, Workload::default()).await;
+    let run = Run::start(&testbed, Workload { channels: 50, ..Workload::default() }).await;
     for _ in 0..2 {
         run.wait_for_acks(50).await;
         let head = testbed.redis.head("room").await;
@@ -118,7 +118,7 @@ async fn empty_redis_behind_ids_of_nodes() {
 #[tokio::test]
 async fn clients_of_a_killed_node_resume_elsewhere() {
     let testbed = Testbed::start(&[], &[]).await;
-    let run = Run::start(&testbed, Workload::default()).await;
+    let run = Run::start(&testbed, Workload { channels: 101, ..Workload::default() }).await;
     run.wait_for_acks(50).await;
     testbed.nodes.get(0).kill();
     run.wait_for_delivery().await;
@@ -132,7 +132,7 @@ async fn clients_of_a_killed_node_resume_elsewhere() {
 #[tokio::test]
 async fn nodes_restarted_under_load() {
     let testbed = Testbed::start(&[], &[]).await;
-    let run = Run::start(&testbed, Workload::default()).await;
+    let run = Run::start(&testbed, Workload { channels: 50, ..Workload::default() }).await;
     for place in [0, 1, 0] {
         run.wait_for_acks(30).await;
         let old = testbed.nodes.get(place);

@@ -18,6 +18,7 @@ struct Client {
 }
 
 struct Model {
+    channel: String,
     rng: Rng,
     moment: Moment,
     base: u64,
@@ -30,6 +31,11 @@ struct Model {
 
 /// Generates a correct history with this many steps.
 pub fn history(seed: u64, steps: usize) -> History {
+    history_of("a", seed, steps)
+}
+
+/// The same for a channel with this name.
+pub fn history_of(channel: &str, seed: u64, steps: usize) -> History {
     let clients = (0..2 * USERS + 2).map(|n| Client {
         subscriber: Subscriber {
             name: format!("subscriber {n}"),
@@ -45,8 +51,16 @@ pub fn history(seed: u64, steps: usize) -> History {
     });
     let clients = clients.collect();
     let (base, head) = (1000, 1000);
-    let mut model =
-        Model { rng: Rng(seed), moment: 0, base, head, events: Vec::new(), clients, attempts: Vec::new() };
+    let mut model = Model {
+        channel: channel.into(),
+        rng: Rng(seed),
+        moment: 0,
+        base,
+        head,
+        events: Vec::new(),
+        clients,
+        attempts: Vec::new(),
+    };
     for _ in 0..steps {
         model.step();
     }
@@ -61,7 +75,7 @@ pub fn history(seed: u64, steps: usize) -> History {
         model.clients[at].subscriber.stayed = true;
     }
     let subscribers = model.clients.into_iter().map(|client| client.subscriber).collect();
-    History { attempts: model.attempts, subscribers, ids_may_fall: false }
+    History { channel: model.channel, attempts: model.attempts, subscribers, ids_may_fall: false }
 }
 
 impl Model {
@@ -102,7 +116,7 @@ impl Model {
     fn publish(&mut self, private: bool, outcome: Outcome) {
         let started = self.now();
         let to = private.then(|| format!("user{}", self.rng.index(USERS)));
-        let body = format!("event {}", self.attempts.len());
+        let body = format!("event {} of {}", self.attempts.len(), self.channel);
         let taken = match outcome {
             Outcome::Acked(_) => true,
             Outcome::Rejected => false,

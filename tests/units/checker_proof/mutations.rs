@@ -1,7 +1,10 @@
 //! Mutations of a correct history, one for each way in which a bus can be broken.
 
+mod channels;
+
 use crate::checker::{Attempt, History, Outcome, Rule, Seen, Subscriber};
 use crate::common::Rng;
+use channels::{after_the_end, again_resumed, before_welcome, drop_resumed, wrong_channel};
 
 pub struct Mutation {
     pub name: &'static str,
@@ -23,9 +26,9 @@ const fn mutation(
     Mutation { name, rules, always, apply }
 }
 
-use Rule::{Known, Missing, OneId, Order, Position, Private, Published, Time, Twice};
+use Rule::{Form, Known, Missing, OneId, Order, Position, Private, Published, Time, Twice};
 
-pub static MUTATIONS: [Mutation; 22] = [
+pub static MUTATIONS: [Mutation; 27] = [
     mutation("an event is dropped on the way to one client", &[Missing], false, drop_one),
     mutation("an acknowledged event reaches no client", &[Missing], false, vanish),
     mutation("unacknowledged events reach no client", &[Known], true, vanish_unknown),
@@ -48,6 +51,11 @@ pub static MUTATIONS: [Mutation; 22] = [
     mutation("a welcome's head lies ahead", &[Position], false, head_ahead),
     mutation("an event gets a lower id than one acknowledged before it", &[Time], false, late),
     mutation("two events of one connection change places", &[Time], true, change_places),
+    mutation("an event comes under another channel's name", &[Published], true, wrong_channel),
+    mutation("an event comes before its channel's welcome", &[Form], true, before_welcome),
+    mutation("an event comes after its channel was unsubscribed", &[Form], true, after_the_end),
+    mutation("an event is missing after its channel is resumed", &[Missing], false, drop_resumed),
+    mutation("an event comes again after its channel is resumed", &[Twice, Order], true, again_resumed),
 ];
 
 /// An event in a subscriber's records.
