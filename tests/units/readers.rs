@@ -1,7 +1,8 @@
 //! A single shard with the test as its bus, and readers of every pace: fast and slow ones, readers
 //! that disconnect and resume, readers in the middle of a frame when the feed evicts its entry or a
-//! page of history ends. The feed holds hardly more than one event, so that every boundary is hit
-//! often. The checker reads the records.
+//! page of history ends. Some readers follow several channels, and change their subscriptions. The
+//! feeds hold hardly more than one event, so that every boundary is hit often. The checker reads the
+//! records.
 //!
 //! `READERS_SEED=7 READERS_STEPS=20000 cargo test --test units readers` runs it longer and with
 //! another seed.
@@ -11,8 +12,9 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use fanfare::bus::{BLOCK, BusMessage, Page, Request, block_start};
+use fanfare::bus::{BLOCK, BusMessage, Page, PageReader, Request, block_start};
 use fanfare::protocol::event::{ChannelName, Entry, EventId};
+use fanfare::protocol::form::{self, ChannelForm, Form};
 use fanfare::shard::mailbox::{MailboxSenders, ShardMessage};
 use serde_json::json;
 use tokio::net::TcpSocket;
@@ -23,11 +25,14 @@ use crate::checker::{Attempt, History, Outcome, find_violations};
 use crate::common::client::{JSON_MODE, position};
 use crate::common::{Client, Nodes, Options, Rng, SingleShard};
 use crate::workload::run::Kind;
-use crate::workload::shared::{Shared, canonical};
+use crate::workload::shared::{Channel, Shared, canonical};
 use crate::workload::subscribers;
 
 const CHANNEL: &str = "room";
 const USERS: u64 = 3;
+
+/// The main channel, and others that readers of several channels subscribe to.
+const CHANNELS: usize = 4;
 
 /// Events in history: sometimes fewer than a reader is behind.
 const HISTORY: usize = 150;
@@ -39,86 +44,23 @@ struct Bus {
     asked: mpsc::UnboundedReceiver<Request>,
     /// Answers that are delayed.
     later: VecDeque<BusMessage>,
+    channels: Vec<BusChannel>,
+    published: u64,
+    pages: u64,
+    rng: Rng,
+}
+
+struct BusChannel {
     name: ChannelName,
     base: u64,
     head: u64,
     /// The history. The last event has the id `head`.
     events: VecDeque<(String, Option<String>)>,
-    published: u64,
-    follows: bool,
-    pages: u64,
-    rng: Rng,
+    /// The forms in which the shard follows it.
+    followed: Vec<ChannelForm>,
 }
 
-impl Bus {
-    /// Publishes one to three events in one entry, public or private.
-    fn publish(&mut self) {
-        let to = (self.rng.below(4) == 0).then(|| format!("user{}", self.rng.below(USERS + 1)));
-        let count = 1 + self.rng.below(4).saturating_sub(1);
-        let first = self.head + 1;
-        for _ in 0..count {
-            // Some events are larger than the socket buffers, so that frames are partly written.
-            let most = if self.rng.below(8) == 0 { 40_000 } else { 800 };
-            let padding = self.rng.below(most) as usize;
-            self.give(to.clone(), padding);
-        }
-        self.send_from(first);
-    }
-
-    /// Publishes one event with this much padding.
-    fn publish_padded(&mut self, to: Option<String>, padding: usize) {
-        self.give(to, padding);
-        self.send_from(self.head);
-    }
-
-    /// Publishes an event with the next id.
-    fn give(&mut self, to: Option<String>, padding: usize) {
-        self.published += 1;
-        self.head += 1;
-        let mut event = json!({"text": format!("{} {}", self.published, "x".repeat(padding))});
-        if let Some(to) = &to {
-            event["to"] = json!(to);
-        }
-        let (started, finished) = (self.shared.now(), self.shared.now());
-        let (body, outcome) = (canonical(&event), Outcome::Acked(self.head));
-        self.shared.main().note(Attempt {
-            line: "bus".into(),
-            body,
-            to: to.clone(),
-            started,
-            finished,
-            outcome,
-        });
-        let text = event.to_string();
-        let text = format!("{},\"id\":{}}}", text.strip_suffix('}').expect("an object"), self.head);
-        self.events.push_back((text, to));
-        while self.events.len() > HISTORY {
-            self.events.pop_front();
-        }
-    }
-
-    /// Sends the events from this id on to the shard.
-    fn send_from(&self, first: u64) {
-        if self.follows {
-            self.entries(first, self.head).into_iter().for_each(|entry| self.send_entry(entry));
-        }
-    }
-
-    /// Starts a new epoch, far ahead, and sends a reset.
-    fn anchor(&mut self) {
-        self.head += 1000 + self.rng.below(1000);
-        self.base = self.head;
-        self.events.clear();
-        if self.follows {
-            self.send_entry(Entry::reset(EventId(self.base)));
-        }
-    }
-
-    fn send_entry(&self, entry: Entry) {
-        self.shards
-            .send(0, BusMessage::Entry { channel: self.name.clone().into(), entry, arrived: Instant::now() });
-    }
-
+impl BusChannel {
     fn oldest(&self) -> u64 {
         self.head + 1 - self.events.len() as u64
     }
@@ -138,6 +80,81 @@ impl Bus {
         }
         entries
     }
+}
+
+impl Bus {
+    /// Publishes one to three events in one entry, public or private.
+    fn publish(&mut self, channel: usize) {
+        let to = (self.rng.below(4) == 0).then(|| format!("user{}", self.rng.below(USERS + 1)));
+        let count = 1 + self.rng.below(4).saturating_sub(1);
+        let first = self.channels[channel].head + 1;
+        for _ in 0..count {
+            // Some events are larger than the socket buffers, so that frames are partly written.
+            let most = if self.rng.below(8) == 0 { 40_000 } else { 800 };
+            let padding = self.rng.below(most) as usize;
+            self.give(channel, to.clone(), padding);
+        }
+        self.send_from(channel, first);
+    }
+
+    /// Publishes one event in the main channel with this much padding.
+    fn publish_padded(&mut self, to: Option<String>, padding: usize) {
+        self.give(0, to, padding);
+        self.send_from(0, self.channels[0].head);
+    }
+
+    /// Publishes an event with the next id.
+    fn give(&mut self, number: usize, to: Option<String>, padding: usize) {
+        self.published += 1;
+        let channel = &mut self.channels[number];
+        channel.head += 1;
+        let mut event = json!({"text": format!("{} {}", self.published, "x".repeat(padding))});
+        if let Some(to) = &to {
+            event["to"] = json!(to);
+        }
+        let (started, finished) = (self.shared.now(), self.shared.now());
+        let (body, outcome) = (canonical(&event), Outcome::Acked(channel.head));
+        let attempt = Attempt { line: "bus".into(), body, to: to.clone(), started, finished, outcome };
+        self.shared.channels[number].note(attempt);
+        let text = event.to_string();
+        let text = format!("{},\"id\":{}}}", text.strip_suffix('}').expect("an object"), channel.head);
+        channel.events.push_back((text, to));
+        while channel.events.len() > HISTORY {
+            channel.events.pop_front();
+        }
+    }
+
+    /// Sends the events from this id on to the shard.
+    fn send_from(&self, number: usize, first: u64) {
+        let channel = &self.channels[number];
+        channel.entries(first, channel.head).iter().for_each(|entry| self.send_entry(number, entry));
+    }
+
+    /// Starts a new epoch, far ahead, and sends a reset.
+    fn anchor(&mut self, number: usize) {
+        let channel = &mut self.channels[number];
+        channel.head += 1000 + self.rng.below(1000);
+        channel.base = channel.head;
+        channel.events.clear();
+        let reset = Entry::reset(EventId(channel.base));
+        self.send_entry(number, &reset);
+    }
+
+    /// Sends an entry in each form that the shard follows.
+    fn send_entry(&self, number: usize, entry: &Entry) {
+        for channel in &self.channels[number].followed {
+            let entry = match channel.form {
+                Form::Unnamed => entry.clone(),
+                Form::Named => form::named(entry, &channel.name),
+            };
+            let channel = channel.clone();
+            self.shards.send(0, BusMessage::Entry { channel, entry, arrived: Instant::now() });
+        }
+    }
+
+    fn number(&self, name: &ChannelName) -> usize {
+        self.channels.iter().position(|channel| channel.name == *name).expect("a channel of the test")
+    }
 
     /// Handles the shard's requests, and answers them now or some steps later with the current
     /// history.
@@ -145,17 +162,22 @@ impl Bus {
         while let Ok(request) = self.asked.try_recv() {
             let answer = match request {
                 Request::Follow { channel, .. } => {
-                    self.follows = true;
-                    let (base, position) = (EventId(self.base), EventId(self.head));
+                    let number = self.number(&channel.name);
+                    let followed = &mut self.channels[number];
+                    followed.followed.push(channel.clone());
+                    let (base, position) = (EventId(followed.base), EventId(followed.head));
                     self.shards.send(0, BusMessage::Followed { channel, base, position, recent: Vec::new() });
                     continue;
                 }
-                Request::Unfollow { .. } => {
-                    self.follows = false;
+                Request::Unfollow { channel, .. } => {
+                    let number = self.number(&channel.name);
+                    self.channels[number].followed.retain(|followed| *followed != channel);
                     continue;
                 }
-                Request::Read { channel, position, .. } => {
+                Request::Read { channel: name, position, reader, .. } => {
+                    let PageReader::Shard(_, form) = reader else { panic!("a reader of no shard") };
                     self.pages += 1;
+                    let channel = &self.channels[self.number(&name)];
                     // Some answers are too large, and end before their page does.
                     let start = block_start(position);
                     let end = start.0 + BLOCK;
@@ -166,16 +188,17 @@ impl Bus {
                     };
                     // And sometimes there is too much before the position to be shared.
                     let from = if self.rng.below(4) == 0 { position } else { start };
-                    let entries = self.entries(from.0 + 1, end);
+                    let entries = channel.entries(from.0 + 1, end);
                     let page = Page {
                         named: Default::default(),
                         after: entries.first().map_or(position, |first| first.before().min(position)),
-                        base: EventId(self.base),
-                        head: EventId(self.head),
-                        oldest: EventId(self.oldest()),
+                        base: EventId(channel.base),
+                        head: EventId(channel.head),
+                        oldest: EventId(channel.oldest()),
                         entries,
                     };
-                    BusMessage::Page { channel: channel.into(), position, result: Ok(Arc::new(page)) }
+                    let channel = ChannelForm { name, form };
+                    BusMessage::Page { channel, position, result: Ok(Arc::new(page)) }
                 }
                 Request::Refresh { channel, .. } => BusMessage::Refreshed { channel, result: Ok(()) },
                 Request::Publish(publish) => panic!("no client publishes: {publish:?}"),
@@ -220,18 +243,20 @@ fn start(shared: &Arc<Shared>, seed: u64, feed: &str) -> (Bus, SocketAddr) {
             );
         }
     });
-    let name = ChannelName::parse(CHANNEL).expect("a name");
+    let channel = |channel: &Channel| BusChannel {
+        name: ChannelName::parse(&channel.name).expect("a name"),
+        base: 1000,
+        head: 1000,
+        events: VecDeque::new(),
+        followed: Vec::new(),
+    };
     let bus = Bus {
         shared: shared.clone(),
         shards,
         asked,
         later: VecDeque::new(),
-        name,
-        base: 1000,
-        head: 1000,
-        events: VecDeque::new(),
+        channels: shared.channels.iter().map(channel).collect(),
         published: 0,
-        follows: false,
         pages: 0,
         rng: Rng(seed),
     };
@@ -242,33 +267,38 @@ fn start(shared: &Arc<Shared>, seed: u64, feed: &str) -> (Bus, SocketAddr) {
 async fn readers_of_every_pace_get_all_or_a_reset() {
     let number = |name: &str| std::env::var(name).ok().map(|text| text.parse::<u64>().expect("a number"));
     let (seed, steps) = (number("READERS_SEED").unwrap_or(1), number("READERS_STEPS").unwrap_or(4000));
-    let shared = Arc::new(Shared::new(CHANNEL, 1, Nodes::default(), 0));
+    let shared = Arc::new(Shared::new(CHANNEL, CHANNELS, Nodes::default(), 0));
     let (mut bus, addr) = start(&shared, seed, "8KiB");
     let mut readers = Vec::new();
-    for n in 0..18 {
-        let kind = [Kind::Recovering, Kind::Json, Kind::Plain][n % 3];
-        let (user, stalls) = (n as u64 / 3 % USERS, (n >= 6).then_some(40));
-        let name = format!("{kind:?} {n} of user{user}");
+    for n in 0..26 {
+        let kind = if n < 18 { [Kind::Recovering, Kind::Json, Kind::Plain][n % 3] } else { Kind::Json };
+        let (user, stalls) = (n as u64 / 3 % USERS, (n >= 6 && n != 18 && n != 19).then_some(40));
         let home = (n % 2 == 0).then_some(0); // the others disconnect and resume
+        let subscriptions = match home {
+            _ if n < 18 => 0..0,
+            Some(_) => 1..CHANNELS,
+            None => 0..CHANNELS,
+        };
         let plan = subscribers::Plan {
-            name,
+            name: format!("{kind:?} {n} of user{user}"),
             user: format!("user{user}"),
             kind,
             home,
             addr: Some(addr),
             stalls,
             narrow: stalls.is_some(),
-            subscriptions: 0..0,
-            subscriptions_max: 0,
+            subscriptions,
+            subscriptions_max: 100,
         };
         readers.push(tokio::spawn(subscribers::watch(shared.clone(), plan, seed * 100 + n as u64)));
     }
     for step in 0..steps {
+        let channel = if bus.rng.below(3) == 0 { bus.rng.index(CHANNELS) } else { 0 };
         if bus.rng.below(3) > 0 {
-            bus.publish();
+            bus.publish(channel);
         }
         if bus.rng.below(400) == 0 {
-            bus.anchor();
+            bus.anchor(channel);
         }
         bus.answer();
         // A pause now and then, so that all readers reach the head. Otherwise only yields.
@@ -277,38 +307,40 @@ async fn readers_of_every_pace_get_all_or_a_reset() {
     }
     // A reader that joins without recovery after the last event never sees it: then another one is
     // published.
+    shared.quiet.send_replace(true);
     let started = Instant::now();
-    loop {
-        bus.publish();
+    let mut open: Vec<usize> = (0..CHANNELS).collect();
+    while !open.is_empty() {
+        open.iter().for_each(|channel| bus.publish(*channel));
         let looked = Instant::now();
         while looked.elapsed() < Duration::from_secs(1) {
             bus.answer();
             tokio::time::sleep(Duration::from_millis(2)).await;
         }
         // A private event does not reach other users. Their position moves with a ping.
-        let behind = shared.main().behind(bus.head);
-        if behind.is_empty() {
-            break;
-        }
+        let behind = |channel: &usize| shared.channels[*channel].behind(bus.channels[*channel].head);
+        open.retain(|channel| !behind(channel).is_empty());
         assert!(
             started.elapsed() < Duration::from_secs(60),
-            "seed {seed}: not all readers reached the end: {behind:?}"
+            "seed {seed}: not all readers reached the end: {:?}",
+            open.iter().map(behind).collect::<Vec<_>>()
         );
     }
     shared.over.send_replace(true);
-    let mut history = History::default();
+    let mut histories: Vec<History> = shared.channels.iter().map(Channel::history).collect();
     for reader in readers {
-        history.subscribers.extend(reader.await.expect("a subscriber without errors"));
+        let records = reader.await.expect("a subscriber without errors");
+        histories.iter_mut().zip(records).for_each(|(history, records)| history.subscribers.push(records));
     }
-    history.attempts = shared.main().attempts();
-    let violations = find_violations(&history);
+    let violations: Vec<_> = histories.iter().flat_map(find_violations).collect();
     assert!(
         violations.is_empty(),
         "seed {seed}: {} times: {:#?}",
         violations.len(),
         &violations[..violations.len().min(20)]
     );
-    let announced: usize = history.subscribers.iter().map(checker::Subscriber::announcements).sum();
+    let subscribers = histories.iter().flat_map(|history| &history.subscribers);
+    let announced: usize = subscribers.map(checker::Subscriber::announcements).sum();
     eprintln!("{} events, {} pages, {announced} announced losses", bus.published, bus.pages);
     assert!(bus.pages > 20, "{} pages: no reader fell behind", bus.pages);
 }
@@ -331,7 +363,7 @@ async fn ping_carries_the_position_of_the_frame_before() {
         // The client does not read, so the shard soon stops in the middle of one of these.
         (0..12).for_each(|_| bus.publish_padded(None, 1000 + 37 * round));
         client.send(r#"{"type":"ping"}"#).await;
-        while at < bus.head || pings < round {
+        while at < bus.channels[0].head || pings < round {
             let frame = client.next_json().await;
             if frame["type"] == "ping" {
                 let sent = position(&frame["lastEventId"]);

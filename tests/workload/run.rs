@@ -13,7 +13,7 @@ use crate::common::client::JSON_MODE;
 use crate::common::{Nodes, Redis, Rng, TokenKey, until};
 use crate::workload::publishers;
 use crate::workload::report::Report;
-use crate::workload::shared::Shared;
+use crate::workload::shared::{Channel, Shared};
 use crate::workload::subscribers;
 use crate::workload::testbed::Testbed;
 
@@ -304,15 +304,8 @@ impl Run {
         }
         let missing = self.deliver_in_all("end").await.err();
         self.shared.over.send_replace(true);
-        let channels = self.shared.channels.iter();
-        let mut histories: Vec<History> = channels
-            .map(|channel| History {
-                channel: channel.name.clone(),
-                attempts: channel.attempts(),
-                ids_may_fall: self.ids_may_fall,
-                subscribers: Vec::new(),
-            })
-            .collect();
+        let mut histories: Vec<History> = self.shared.channels.iter().map(Channel::history).collect();
+        histories.iter_mut().for_each(|history| history.ids_may_fall = self.ids_may_fall);
         for subscriber in self.subscribers {
             let records = subscriber.await.expect("a subscriber without errors");
             for (history, records) in histories.iter_mut().zip(records) {

@@ -9,7 +9,7 @@ use std::time::Duration;
 use serde_json::Value;
 use tokio::sync::watch;
 
-use crate::checker::{Attempt, Moment, Outcome};
+use crate::checker::{Attempt, History, Moment, Outcome};
 use crate::common::{Nodes, TokenKey};
 
 pub struct Shared {
@@ -109,9 +109,10 @@ impl Channel {
         self.highest.load(Ordering::SeqCst).saturating_sub(most)
     }
 
-    /// All attempts, once the publishers have stopped.
-    pub fn attempts(&self) -> Vec<Attempt> {
-        std::mem::take(&mut *self.attempts.lock().expect("all have ended"))
+    /// The history without subscribers, once the publishers have stopped.
+    pub fn history(&self) -> History {
+        let attempts = std::mem::take(&mut *self.attempts.lock().expect("all have ended"));
+        History { channel: self.name.clone(), attempts, ..History::default() }
     }
 
     /// Records the position of a subscriber. `None`: it does not follow the channel for now.
