@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Instant;
 
-use fred::types::{Resp3Frame, Value};
+use fred::types::Resp3Frame;
 
 use super::commands::Script;
 use super::errors::{CallError, FAULT, is_temporary};
@@ -118,9 +118,8 @@ impl Bus {
         let carried = KnownPosition { base: batch.base, ..known };
         let settings = &self.handles.settings;
         let mut args = scripts::publish_args(settings, name, carried, batch);
-        for (item, to) in batch.items.iter().filter(|_| batch.withdrawn.is_none()) {
-            args.push(Value::Bytes(item.clone()));
-            args.push(Value::from(to.as_deref().unwrap_or_default()));
+        if batch.withdrawn.is_none() {
+            scripts::add_events(&mut args, &batch.items);
         }
         let (commands, outcomes) = (session.commands(), self.handles.outcomes.clone());
         let (key, generation, name) = (settings.channel_key(name), self.link.generation(), name.clone());

@@ -87,6 +87,16 @@ pub fn publish_args(
     args
 }
 
+/// Adds events to the arguments of [`PUBLISH`]. Consecutive ones for the same recipients are a run:
+/// the user or nothing, the number of events, and their texts.
+pub fn add_events(args: &mut Vec<Value>, items: &[(Bytes, Option<Arc<str>>)]) {
+    for run in items.chunk_by(|(_, a), (_, b)| a == b) {
+        args.push(Value::from(run[0].1.as_deref().unwrap_or_default()));
+        args.push(number(run.len() as u64));
+        args.extend(run.iter().map(|(text, _)| Value::Bytes(text.clone())));
+    }
+}
+
 /// The reply of `publish.lua`.
 #[derive(Clone, Copy, Debug)]
 pub struct PublishReply {

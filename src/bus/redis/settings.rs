@@ -97,12 +97,13 @@ impl RedisSettings {
         SETTINGS_TTL_MIN_MS.max(2 * self.history_ttl_ms)
     }
 
-    /// The Pub/Sub channels that a followed channel needs.
+    /// The Pub/Sub channels that a followed channel needs. Nothing is published to `:pubsub`: by its
+    /// subscribers the scripts see how many of those of the `--pubsub-channels` are nodes.
     pub fn topics(&self, channel: &ChannelName) -> Vec<String> {
         let key = self.channel_key(channel);
-        let mut topics = vec![format!("{key}:to"), key];
+        let mut topics = vec![format!("{key}:to"), key.clone()];
         if self.pubsub_channels.contains(channel) {
-            topics.push(channel.to_string());
+            topics.extend([channel.to_string(), format!("{key}:pubsub")]);
         }
         topics
     }

@@ -188,7 +188,7 @@ async fn history_is_limited_in_bytes() {
     let mut node = Node::ready(limited).await;
     let mut reader = node.follow("room", 0).await;
     let mut raw = redis.raw();
-    let mut last = EventId(0);
+    let (mut last, mut total) = (EventId(0), 0);
     for n in 0..1000_usize {
         // Small events, large ones, one beyond the limit alone, and small ones up to the limit of
         // their number.
@@ -207,6 +207,8 @@ async fn history_is_limited_in_bytes() {
                 last = timeout(TIMEOUT, result).await.unwrap().unwrap().unwrap();
             }
         }
+        let events = if n % 3 == 0 { 1 } else { n % 5 + 1 };
+        total += events * (event.len() + r#","id":"#.len() + last.to_string().len());
         if n % 7 != 0 {
             continue;
         }
@@ -219,10 +221,49 @@ async fn history_is_limited_in_bytes() {
         });
         let (count, held) = (entries.len(), sizes.sum::<usize>());
         let counted = raw.command(&["HGET", "fanfare:{room}:meta", "bytes"]);
-        assert_eq!(counted.text(), held.to_string(), "after event {n}");
+        assert_eq!(counted.text(), total.to_string(), "after event {n}");
+        assert!(held >= LIMIT / 16 * 11 || !(250..300).contains(&n), "only {held} bytes after event {n}");
         assert!(held <= LIMIT || count <= 5, "{held} bytes in {count} events after event {n}");
         assert!(count < 1000 + 100 + 5, "{count} events after event {n}");
     }
     reader.until(&mut node, last).await;
     assert!(reader.resets.is_empty());
+}
+
+#[tokio::test]
+async fn history_is_limited_if_its_size_is_overwritten() {
+    let redis = RedisServer::start();
+    let mut limited = settings(&redis.url());
+    limited.history_bytes = 64 << 10;
+    let node = Node::ready(limited).await;
+    let mut raw = redis.raw();
+    let event = format!(r#"{{"text":"{}"}}"#, "x".repeat(1000));
+    for bytes in ["inf", "-1", "nonsense", "9007199254740992", "9007199254740991", "0.5"] {
+        for _ in 0..2 {
+            raw.command(&["HSET", "fanfare:{room}:meta", "bytes", bytes]);
+            node.publish("room", &event).await.unwrap();
+        }
+        for _ in 0..100 {
+            node.publish("room", &event).await.unwrap();
+        }
+        let kept = raw.command(&["XLEN", "fanfare:{room}:events"]).number();
+        assert!((1..=80).contains(&kept), "{kept} after {bytes}");
+    }
+}
+
+#[tokio::test]
+async fn deleted_stream_expires_again() {
+    let redis = RedisServer::start();
+    let node = Node::ready(settings(&redis.url())).await;
+    let mut raw = redis.raw();
+    node.publish("room", &event(1)).await.unwrap();
+    for by_function in [false, true] {
+        raw.command(&["DEL", "fanfare:{room}:events"]);
+        if by_function {
+            raw.command(&["FCALL", "fanfare_publish", "1", "fanfare:{room}", "{}"]).number();
+        } else {
+            node.publish("room", &event(2)).await.unwrap();
+        }
+        assert!(raw.command(&["PTTL", "fanfare:{room}:events"]).number() > 0);
+    }
 }

@@ -264,8 +264,9 @@ impl Raw {
                 Reply::List(parts) => parts,
                 other => panic!("not a message: {other:?}"),
             };
-            if parts[0].text() == "message" {
-                return (parts[1].text().to_owned(), parts[2].text().to_owned());
+            if parts[0].text().ends_with("message") {
+                let [.., channel, text] = &parts[..] else { panic!("not a message: {parts:?}") };
+                return (channel.text().to_owned(), text.text().to_owned());
             }
         }
     }

@@ -6,7 +6,7 @@
 local name, meta, events = KEYS[1], KEYS[1] .. ':meta', KEYS[1] .. ':events'
 local epoch_key = string.match(name, '^(.-):{') .. ':epoch'
 local needed = {
-  {'SUBSCRIBE', name, name .. ':to', KEYS[2]},
+  {'SUBSCRIBE', name, name .. ':to', name .. ':pubsub', KEYS[2]},
   {'UNSUBSCRIBE'},
   {'PUBLISH', name, 'x'},
   {'PUBLISH', name .. ':to', 'x'},
@@ -15,8 +15,8 @@ local needed = {
   {'HMGET', meta, 'head'}, {'HSET', meta, 'head', '1'}, {'HDEL', meta, 'head'}, {'PEXPIRE', meta, '1'},
   {'HMGET', epoch_key, 'epoch'}, {'HSET', epoch_key, 'epoch', 'x'}, {'DEL', epoch_key},
   {'XADD', events, '*', 'e', 'x'}, {'XRANGE', events, '-', '+'}, {'XREVRANGE', events, '+', '-'},
-  {'XTRIM', events, 'MINID', '1'}, {'XLEN', events}, {'PEXPIRE', events, '1'}, {'DEL', events},
-  {'HGET', meta, 'from:x'}, {'HGETALL', meta},
+  {'XTRIM', events, 'MINID', '1'}, {'PEXPIRE', events, '1'}, {'DEL', events},
+  {'HGETALL', meta},
   {'GET', name .. ':key:x'}, {'SET', name .. ':key:x', 'x'},
   {'TYPE', KEYS[3]}, {'DEL', KEYS[3]}, {'HSET', KEYS[3], 'x', 'x'}, {'PEXPIRE', KEYS[3], '1'},
 }

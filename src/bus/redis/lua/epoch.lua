@@ -7,9 +7,18 @@ local function show(id)
   return string.format('%.0f', id)
 end
 
+-- The same, in less than half of the time, for values that `is_id` accepts.
+local function digits_of(id)
+  return string.format('%d', id)
+end
+
 local function clock()
   local time = redis.call('TIME')
   return tonumber(time[1]) * 1000000 + tonumber(time[2])
+end
+
+local function milliseconds()
+  return math.floor(clock() / 1000)
 end
 
 -- The prefix of the channel `name`.
@@ -40,8 +49,9 @@ end
 -- is freed (replication.c: changeReplicationId), and nothing is lost then. The record, which is
 -- part of the data, keeps the epoch over such a change. With `durable` it also keeps the epoch over
 -- a restart. A promoted replica can look like a restart, so that is done only for a process that
--- started after the record was written, and only if no replica was connected in this epoch.
-local function current_epoch(prefix, durable)
+-- started after the record was written, and only if no replica was connected in this epoch. `now` is
+-- the time in milliseconds. Also returns whether a replica is connected.
+local function current_epoch(prefix, durable, now)
   local key = prefix .. ':epoch'
   local record = redis.pcall('HMGET', key, 'epoch', 'run', 'replid', 'at', 'copied')
   if record.err then
@@ -51,14 +61,16 @@ local function current_epoch(prefix, durable)
     redis.call('DEL', key) -- another program has overwritten the record
     record = {}
   end
-  local now = math.floor(clock() / 1000)
   local epoch, age = record[1], now - (tonumber(record[4]) or 0)
   local info = redis.call('INFO', 'replication')
-  local replid = string.match(info, 'master_replid:(%x+)')
-  local replicated = string.find(info, 'connected_slaves:[1-9]') and '1' or '0'
+  -- A plain search first: a pattern that is tried at every byte takes longer than INFO.
+  local _, before_replid = string.find(info, 'master_replid:', 1, true)
+  local replid = before_replid and string.match(info, '^%x+', before_replid + 1)
+  local is_copied = not string.find(info, 'connected_slaves:0', 1, true)
+  local copied = is_copied and '1' or '0'
   local same = epoch and record[3] == replid
-  if same and age >= 0 and age < RECORD_INTERVAL and (replicated == '0' or record[5] == '1') then
-    return epoch
+  if same and age >= 0 and age < RECORD_INTERVAL and (not is_copied or record[5] == '1') then
+    return epoch, is_copied
   end
   local server = redis.call('INFO', 'server')
   local run_id = string.match(server, 'run_id:(%x+)')
@@ -71,10 +83,10 @@ local function current_epoch(prefix, durable)
   if not same and not (epoch and not promoted and (changed or restarted)) then
     epoch = replid
   elseif record[5] == '1' then
-    replicated = '1'
+    copied = '1'
   end
-  redis.call('HSET', key, 'epoch', epoch, 'run', run_id, 'replid', replid, 'at', show(now), 'copied', replicated)
-  return epoch
+  redis.call('HSET', key, 'epoch', epoch, 'run', run_id, 'replid', replid, 'at', show(now), 'copied', copied)
+  return epoch, is_copied
 end
 
 -- Expiry of a channel that never had an event and is not followed, in milliseconds: clients may
@@ -84,13 +96,14 @@ local UNUSED_TTL = 10 * 60 * 1000
 
 -- The channel's head and base. If acknowledged events may be lost (no meta, another epoch, a head
 -- behind what the caller has seen, a base behind the one it knows), the channel gets a new base
--- above every id that anyone may have seen, and its history is emptied.
-local function check_epoch(name, epoch, ttl, seen, known)
+-- above every id that anyone may have seen, and its history is emptied. Also returns the fields
+-- `bytes`, `kept` and `extra` of `meta`, which its writers read.
+local function check_epoch(name, epoch, ttl, seen, known, extra)
   local meta = name .. ':meta'
-  local stored = redis.call('HMGET', meta, 'head', 'base', 'run')
+  local stored = redis.call('HMGET', meta, 'head', 'base', 'run', 'bytes', 'kept', extra)
   local head, base = tonumber(stored[1]), tonumber(stored[2])
   if head and base and head >= seen and base >= known and stored[3] == epoch then
-    return head, base
+    return head, base, stored[4], stored[5], stored[6]
   end
   local highest = math.max(head or 0, seen, known)
   local last = redis.call('XREVRANGE', name .. ':events', '+', '-', 'COUNT', 1)[1]
@@ -107,7 +120,7 @@ local function check_epoch(name, epoch, ttl, seen, known)
   -- If there were events, their ids must not be used again, so the key is kept for as long as after
   -- an event.
   redis.call('PEXPIRE', meta, highest == 0 and math.min(UNUSED_TTL, 2 * ttl) or 2 * ttl)
-  return new_base, new_base
+  return new_base, new_base, stored[4], stored[5], stored[6]
 end
 
 -- All ids are below this: JavaScript holds integers exactly up to here.
@@ -130,23 +143,24 @@ end
 -- The channel's head and base, as `check_epoch` returns them. Values in `meta` that no script would
 -- write count as lost. If no ids are left for a base above those used, the channel stays at the
 -- last id and accepts no more events.
-local function checked_position(name, epoch, ttl, seen, known)
+local function checked_position(name, epoch, ttl, seen, known, extra)
   local meta = name .. ':meta'
-  local head, base = check_epoch(name, epoch, ttl, seen, known)
+  extra = extra or 'head'
+  local head, base, bytes, kept, value = check_epoch(name, epoch, ttl, seen, known, extra)
   if is_sound(head, base, seen, known) then
-    return head, base
+    return head, base, bytes, kept, value
   end
   -- `check_epoch` sets a base less than 2^21 above the highest id.
   local exhausted = head == base and head >= ID_LIMIT and head < ID_LIMIT + 2 ^ 21
   if not exhausted then
     redis.call('HDEL', meta, 'head', 'base')
-    head, base = check_epoch(name, epoch, ttl, seen, known)
+    head, base = check_epoch(name, epoch, ttl, seen, known, extra)
   end
   if not is_sound(head, base, seen, known) then
     head, base = ID_LIMIT - 1, ID_LIMIT - 1
     redis.call('HSET', meta, 'head', show(head), 'base', show(base))
   end
-  return head, base
+  return head, base, bytes, kept, value
 end
 
 -- Calls a function that works on one channel. If it fails because the data of that channel is
@@ -188,99 +202,135 @@ local function published_with(key)
   return id and tonumber(id)
 end
 
--- A channel may hold this many events more than `history`, so that they are trimmed together.
-local TRIM_EVENTS = 100
--- About how many bytes of events are read at a time to add up the size of those that are trimmed.
-local TRIM_READ = 64 * 1024
+-- A channel is trimmed once in this many events, and once in each such part of `history_bytes`.
+local TRIM_EVENTS, TRIM_PARTS = 100, 16
 
--- Trims a channel to its newest `history` events and to `history_bytes` of their text, oldest
--- first. `bytes` in `meta` is the size of all events held: adds the size of those that this call
--- stored and subtracts the size of those trimmed. Above `history_bytes` a sixteenth is trimmed at
--- once. The events that this call stored are kept. Returns the new `bytes`.
-local function trim(name, stored, stored_bytes, history, history_bytes)
-  local events = name .. ':events'
-  local length, bytes = redis.call('XLEN', events), stored_bytes
-  if length > stored then
-    bytes = bytes + (tonumber(redis.call('HGET', name .. ':meta', 'bytes') or '') or 0)
-  end
-  local excess = length - history
-  if bytes > history_bytes then
-    history_bytes = history_bytes / 16 * 15
-  elseif excess < TRIM_EVENTS then
-    excess = 0
-  end
-  local from, left = '-', length - stored
-  local count = math.ceil(math.min(TRIM_EVENTS, TRIM_READ * length / bytes))
-  while left > 0 and (excess > 0 or bytes > history_bytes) do
-    for _, item in ipairs(redis.call('XRANGE', events, from, '+', 'COUNT', math.min(left, count))) do
-      if excess > 0 or bytes > history_bytes then
-        from, left, excess, bytes = '(' .. item[1], left - 1, excess - 1, bytes - #item[2][2]
+-- Trims a channel to its newest `history` events and, if `marks` was not empty, to 15/16 of
+-- `history_bytes`, oldest first, so that it stays below them until the next time. A mark is the id of
+-- an event and the bytes of all events up to it: the field `marks` of `meta` has one for each part
+-- that is held, so what to keep is found without reading what goes. The events from `first` on are
+-- those of this call and stay.
+local function trim(name, first, head, bytes, marks, history, history_bytes)
+  local keep_from = head - history + 1
+  if marks ~= '' then
+    marks = (redis.call('HGET', name .. ':meta', 'marks') or '') .. marks
+    local go, left = bytes - history_bytes / TRIM_PARTS * (TRIM_PARTS - 1), {}
+    for id, total in string.gmatch(marks, '(%d+) (%d+),') do
+      if #left > 0 or tonumber(total) >= go then
+        left[#left + 1] = id .. ' ' .. total .. ','
       end
     end
+    local id, total = string.match(left[1] or '', '(%d+) (%d+)')
+    if id and (go > 0 or tonumber(total) > bytes) then -- another program may have set `bytes` back
+      keep_from = math.max(keep_from, tonumber(id) + 1)
+      left[1] = ''
+    end
+    redis.call('HSET', name .. ':meta', 'marks', table.concat(left))
   end
-  if from ~= '-' then
-    redis.call('XTRIM', events, 'MINID', redis.call('XRANGE', events, from, '+', 'COUNT', 1)[1][1])
-  end
-  return math.max(bytes, 0)
+  redis.call('XTRIM', name .. ':events', 'MINID', show(math.max(0, math.min(keep_from, first))))
 end
 
--- Stores events. `items` holds for each its text up to the id's digits (ending in "id":) and the
--- user it is for, or ''.
--- Returns the new head, and the messages to publish: consecutive events for the same recipients
--- share one.
-local function append(name, head, items, start, history, history_bytes, ttl)
-  local events = name .. ':events'
-  local call = redis.call
-  local messages, message, bytes = {}, nil, 0
-  if head + (#items - start + 1) / 2 >= ID_LIMIT then
-    fault(name .. ':meta', 'no ids are left below 2^53: delete this key and ' .. events ..
+-- The expiry of a channel's keys is renewed after this part of `--history-ttl`, and is that much
+-- longer.
+local KEEP_PARTS = 16
+
+-- Adds the first event of a call. Returns the reply, and whether the stream is new.
+local function add_first(events, id, json, to)
+  local added = redis.pcall('XADD', events, 'NOMKSTREAM', id, 'e', json, unpack(to))
+  if added then
+    return added, false
+  end
+  return redis.pcall('XADD', events, id, 'e', json, unpack(to)), true
+end
+
+-- Stores events after `head`. `bytes` and `kept` are these fields of `meta`: the bytes of all events
+-- so far, and when the expiry was renewed, in milliseconds. `items` holds from `start` on runs of
+-- consecutive events for the same recipients: the user they are for or '', their number, then the
+-- text of each up to the id's digits (ending in "id":). The fields in `more` are stored, too.
+-- Returns the new head, and the messages to publish, one for each run.
+local function append(name, head, bytes, kept, items, start, settings, now, more)
+  local events, meta, first = name .. ':events', name .. ':meta', head + 1
+  local pcall, messages, at = redis.pcall, {}, start
+  bytes, kept = tonumber(bytes or ''), tonumber(kept or '')
+  if not bytes or not is_id(bytes) then
+    bytes = 0 -- the first event, or written by another program
+  end
+  local part, marks = settings.bytes / TRIM_PARTS, ''
+  local next_mark = (math.floor(bytes / part) + 1) * part
+  if head + (#items - start - 1) >= ID_LIMIT then
+    fault(meta, 'no ids are left below 2^53: delete this key and ' .. events ..
       ' once no node has had a client in the channel for two minutes')
   end
-  for i = start, #items, 2 do
-    head = head + 1
-    local digits = show(head)
-    local json = items[i] .. digits .. '}'
-    local user = items[i + 1]
-    local added
-    if user == '' then
-      added = redis.pcall('XADD', events, digits .. '-0', 'e', json)
-    else
-      added = redis.pcall('XADD', events, digits .. '-0', 'e', json, 'to', user)
-    end
-    if type(added) == 'table' then
-      if i == start and string.find(added.err, 'equal or smaller') then
-        -- Another program has set the head back. The next call finds no head and sets a new base
-        -- above these events.
-        call('HDEL', name .. ':meta', 'head', 'base')
-        fault(events, 'it has events beyond the last id: the channel gets a new base')
+  while at < #items do
+    local user, message = items[at], {}
+    for i = 1, tonumber(items[at + 1]) do
+      head = head + 1
+      local digits = digits_of(head)
+      local json = items[at + 1 + i] .. digits .. '}'
+      local id, added, is_new = digits .. '-0', nil, nil
+      if head == first then
+        added, is_new = add_first(events, id, json, user == '' and {} or {'to', user})
+        kept = not is_new and kept -- a new stream has no expiry
+      elseif user == '' then
+        added = pcall('XADD', events, id, 'e', json)
+      else
+        added = pcall('XADD', events, id, 'e', json, 'to', user)
       end
-      error(added)
+      if type(added) == 'table' then
+        if head == first and string.find(added.err, 'equal or smaller') then
+          -- Another program has set the head back. The next call finds no head and sets a new base
+          -- above these events.
+          redis.call('HDEL', meta, 'head', 'base')
+          fault(events, 'it has events beyond the last id: the channel gets a new base')
+        end
+        error(added)
+      end
+      message[i] = json
+      bytes = bytes + #json
+      if bytes >= next_mark then
+        marks = marks .. digits .. ' ' .. digits_of(bytes) .. ','
+        next_mark = (math.floor(bytes / part) + 1) * part
+      end
     end
-    if not message or message.user ~= user then
-      message = {user = user}
-      messages[#messages + 1] = message
-    end
-    message[#message + 1] = json
-    bytes = bytes + #json
+    message.user = user
+    messages[#messages + 1] = message
+    at = at + 2 + #message
   end
-  bytes = trim(name, (#items - start + 1) / 2, bytes, history, history_bytes)
-  call('HSET', name .. ':meta', 'head', show(head), 'bytes', show(bytes))
-  call('PEXPIRE', name .. ':meta', 2 * ttl)
-  call('PEXPIRE', events, ttl)
+  if marks ~= '' or math.floor(head / TRIM_EVENTS) > math.floor((first - 1) / TRIM_EVENTS) then
+    trim(name, first, head, bytes, marks, settings.history, settings.bytes)
+  end
+  local fields = {'HSET', meta, 'head', digits_of(head), 'bytes', digits_of(bytes), unpack(more)}
+  local interval = settings.ttl / KEEP_PARTS
+  if not kept or now < kept or now - kept >= interval then
+    redis.call('PEXPIRE', meta, digits_of(2 * (settings.ttl + interval)))
+    redis.call('PEXPIRE', events, digits_of(settings.ttl + interval))
+    fields[#fields + 1], fields[#fields + 2] = 'kept', digits_of(now)
+  end
+  redis.call(unpack(fields))
   return head, messages
 end
 
+-- Whether a program that is no fanfare node may listen to the Pub/Sub channel here. A node that
+-- listens to it also subscribes to a channel of its own prefix, in the same SUBSCRIBE.
+local function is_heard(name, pubsub_channel)
+  local subscribers = redis.pcall('PUBSUB', 'NUMSUB', pubsub_channel, name .. ':pubsub')
+  local patterns = redis.pcall('PUBSUB', 'NUMPAT')
+  return subscribers.err or patterns ~= 0 or subscribers[2] > subscribers[4]
+end
+
 -- Publishes messages in id order. A PUBLISH that fails must not look like a rejected event: nodes
--- read it after a probe.
-local function publish_messages(name, messages, pubsub_channel)
+-- read it after a probe. Subscribers of replicas can't be counted, so with a connected replica
+-- (`is_copied`) all copies are published.
+local function publish_messages(name, messages, pubsub_channel, is_copied)
   local pcall = redis.pcall
+  local copies = pubsub_channel ~= '' and (is_copied or is_heard(name, pubsub_channel))
   for _, message in ipairs(messages) do
     local lines = table.concat(message, '\n')
     if message.user ~= '' then
       pcall('PUBLISH', name .. ':to', message.user .. '\n' .. lines)
     else
       pcall('PUBLISH', name, lines)
-      if pubsub_channel ~= '' then
+      if copies then
         for _, json in ipairs(message) do
           pcall('PUBLISH', pubsub_channel, '\t' .. json) -- the TAB marks a copy, which nodes ignore
         end

@@ -9,7 +9,7 @@
 -- Publishes the number, then for each channel a line "name base head", or "name FAULT key: text" if
 -- its data is damaged.
 local ttl = tonumber(ARGV[2])
-local epoch = current_epoch(ARGV[3], ARGV[1] == '1') -- even without channels, so that a promotion is noticed in time
+local epoch = current_epoch(ARGV[3], ARGV[1] == '1', milliseconds()) -- even without channels, so that a promotion is noticed in time
 
 local function compare(name, seen, known)
   local head, base = checked_position(name, epoch, ttl, tonumber(seen), tonumber(known))

@@ -13,12 +13,13 @@
 --    10 how long the number is remembered, in ms
 --    11 the idempotency key of the only event or ''
 --    12 history in bytes
---    then for each event: its text up to the id's digits, and the user it is for or ''
+--    then runs of events, as `append` takes them
 -- Returns {1, first id, base, head}; or {0, 0, base, head}: the events may or may not have been
 -- published, and never will be.
 -- Without events it returns the outcome of an earlier attempt, or {2, 0, base, head} if that was
 -- not published. That attempt can't be published later either, since its number is used up then.
-local epoch = current_epoch(prefix_of(KEYS[1]), ARGV[1] == '1')
+local now = milliseconds()
+local epoch, is_copied = current_epoch(prefix_of(KEYS[1]), ARGV[1] == '1', now)
 
 -- Deletes the numbers of nodes that last published here before `oldest` (seconds): they have
 -- nothing left to retry. Each process has a name of its own, so the numbers would accumulate.
@@ -34,9 +35,12 @@ end
 
 local function publish()
   local name = KEYS[1]
-  local ttl = tonumber(ARGV[2])
+  local settings = {ttl = tonumber(ARGV[2]), history = tonumber(ARGV[5]), bytes = tonumber(ARGV[12])}
   local number, known = tonumber(ARGV[8]), tonumber(ARGV[4])
-  local head, base = checked_position(name, epoch, ttl, tonumber(ARGV[3]), known)
+  -- A node's last number is in `meta`. If that is evicted, so is the sequence, and the base
+  -- changes.
+  local meta, from = name .. ':meta', 'from:' .. ARGV[7]
+  local head, base, bytes, kept, stored = checked_position(name, epoch, settings.ttl, tonumber(ARGV[3]), known, from)
 
   local key = ARGV[11] ~= '' and key_name(name, ARGV[11])
   local earlier = key and published_with(key)
@@ -44,11 +48,7 @@ local function publish()
     return {1, earlier, base, head}
   end
 
-  -- A node's last number is in `meta`. If that is evicted, so is the sequence, and the base
-  -- changes.
-  local meta, from = name .. ':meta', 'from:' .. ARGV[7]
-  local now = math.floor(clock() / 1000000)
-  local stored = redis.call('HGET', meta, from)
+  local seconds = math.floor(now / 1000)
   if stored then
     local last, first = string.match(stored, '^(%d+) (%d+) ')
     if number <= tonumber(last) then
@@ -59,7 +59,7 @@ local function publish()
       return {0, 0, base, head}
     end
   else
-    delete_old_numbers(meta, now - math.ceil(ARGV[10] / 1000))
+    delete_old_numbers(meta, seconds - math.ceil(ARGV[10] / 1000))
   end
   if ARGV[9] == '1' and base ~= known then
     -- The outcome of the first attempt is unknown: its number may have been lost with the old
@@ -68,17 +68,17 @@ local function publish()
   end
 
   if #ARGV < 13 then
-    redis.call('HSET', meta, from, ARGV[8] .. ' 0 ' .. show(now))
+    redis.call('HSET', meta, from, ARGV[8] .. ' 0 ' .. show(seconds))
     return {2, 0, base, head}
   end
   local first = head + 1
   local messages
-  head, messages = append(name, head, ARGV, 13, tonumber(ARGV[5]), tonumber(ARGV[12]), ttl)
-  redis.call('HSET', meta, from, ARGV[8] .. ' ' .. show(first) .. ' ' .. show(now))
+  head, messages = append(name, head, bytes, kept, ARGV, 13, settings, now,
+    {from, ARGV[8] .. ' ' .. show(first) .. ' ' .. show(seconds)})
   if key then
     redis.call('SET', key, show(first), 'PX', KEY_TTL)
   end
-  publish_messages(name, messages, ARGV[6])
+  publish_messages(name, messages, ARGV[6], is_copied)
   return {1, first, base, head}
 end
 

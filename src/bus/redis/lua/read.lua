@@ -13,7 +13,7 @@
 --    10 if they have fewer bytes than this
 --    11 most events in one step
 -- Returns {base, head, oldest, event, user or '', event, user or '', ...}.
-local epoch = current_epoch(prefix_of(KEYS[1]), ARGV[1] == '1')
+local epoch = current_epoch(prefix_of(KEYS[1]), ARGV[1] == '1', milliseconds())
 
 local function read()
   local name = KEYS[1]
