@@ -370,9 +370,9 @@ export class Fanfare {
     this.#endCursor(cursor, 1000, "closed by the page");
   }
 
-  #onUnsubscribed({ ref, reason }, cursor) {
+  #onUnsubscribed({ reason }, cursor) {
     if (reason !== "requested" && cursor.state !== "closed") this.#endSubscription(cursor, reason, "no longer allowed");
-    else if (ref === cursor.ref) this.#onNotFollowed(cursor);
+    else this.#onNotFollowed(cursor);
   }
 
   #onNotFollowed(cursor) {
