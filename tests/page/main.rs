@@ -370,20 +370,30 @@ async fn lost_history_is_shown() {
     page.expect_no_complaints().await;
 }
 
-/// The page in examples/, served from another origin as its README says.
-#[tokio::test]
-async fn the_example_page_shows_events() {
-    let node = Node::start(&[]).await;
+/// A page in examples/, served from another origin as its README says.
+async fn open_example(node: &Node, page: &str) -> (Browser, Process) {
     let port = free_port().to_string();
     let mut command = Command::new("python3");
     command.args(["-u", "-m", "http.server", &port, "--bind", "127.0.0.1", "--directory", "examples/page"]);
     let server = Process::start("http.server", command.current_dir(env!("CARGO_MANIFEST_DIR")));
     let ready = |line: &str| line.contains("Serving HTTP on").then_some(());
     server.line("a web server that is ready", ready).await.unwrap_or_else(|ended| panic!("{ended}"));
-
     let browser = Browser::start().await;
-    browser.open(&format!("http://127.0.0.1:{port}/?node={}", node.public)).await;
+    browser.open(&format!("http://127.0.0.1:{port}/{page}?node={}", node.public)).await;
     browser.becomes("document.querySelector('#state').value", json!("live")).await;
+    (browser, server)
+}
+
+async fn expect_no_complaints_of_example(browser: &Browser) {
+    let complaints = browser.complaints().await;
+    let complaints: Vec<_> = complaints.iter().filter(|line| !line.contains("favicon.ico")).collect();
+    assert!(complaints.is_empty(), "{complaints:?}");
+}
+
+#[tokio::test]
+async fn example_page_shows_events() {
+    let node = Node::start(&[]).await;
+    let (browser, _server) = open_example(&node, "").await;
     let id = node.publish("orders", &json!({ "order": "<b>tea</b>" })).await;
     let events = "[...document.querySelectorAll('#events li')].map((row) => row.textContent)";
     let first = format!(r#"{{"order":"<b>tea</b>","id":{id}}}"#);
@@ -392,7 +402,25 @@ async fn the_example_page_shows_events() {
     browser.becomes("document.querySelectorAll('#events li').length", json!(2)).await;
     let events = browser.run(&format!("return {events}")).await;
     assert!(events[1].as_str().is_some_and(|row| row.contains("\"text\":\"hello\"")), "{events}");
-    let complaints = browser.complaints().await;
-    let complaints: Vec<_> = complaints.iter().filter(|line| !line.contains("favicon.ico")).collect();
-    assert!(complaints.is_empty(), "{complaints:?}");
+    expect_no_complaints_of_example(&browser).await;
+}
+
+#[tokio::test]
+async fn example_page_has_rooms() {
+    let node = Node::start(&[]).await;
+    let (browser, _server) = open_example(&node, "rooms.html").await;
+    node.publish("room.1", &json!({ "sender": "bob", "text": "<b>before</b>" })).await;
+    for room in ["room.1", "room.2"] {
+        browser.type_into("[name=room]", &format!("{room}{ENTER}")).await;
+    }
+    let rooms = "[...document.querySelectorAll('section')].map((room) =>
+        [room, ...room.querySelectorAll('li')].map((row) => row.querySelector('h2')?.textContent ?? row.textContent.replace(/visitor-[a-z0-9]+/, 'me')))";
+    browser.becomes(rooms, json!([["room.1", "bob: <b>before</b>"], ["room.2"]])).await;
+    browser.type_into("section:last-child [name=text]", &format!("hello{ENTER}")).await;
+    browser.becomes(rooms, json!([["room.1", "bob: <b>before</b>"], ["room.2", "me: hello"]])).await;
+    browser.click("section:first-child [type=button]").await;
+    node.publish("room.1", &json!({ "sender": "bob", "text": "to nobody" })).await;
+    node.publish("room.2", &json!({ "sender": "bob", "text": "bye" })).await;
+    browser.becomes(rooms, json!([["room.2", "me: hello", "bob: bye"]])).await;
+    expect_no_complaints_of_example(&browser).await;
 }
