@@ -1,5 +1,6 @@
-//! Limits on connections of the node, an address and a user; message and byte rates.
+//! Limits on connections of the node, an address and a user; message and byte rates; new channels.
 
 pub mod allowances;
 pub mod connections;
+pub mod followed;
 pub mod rate;

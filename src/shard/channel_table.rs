@@ -12,7 +12,7 @@ use super::mailbox::{ChannelList, ListChannels};
 use super::slots::Slots;
 use crate::feed::eviction::EvictionQueue;
 use crate::protocol::event::{ChannelName, Entry, Kind};
-use crate::protocol::form::{ChannelForm, Form};
+use crate::protocol::form::ChannelForm;
 use crate::ws::writer::Tally;
 
 /// Keys that one answer to [`ListChannels`] covers: some 10 µs of the shard's time.
@@ -59,12 +59,6 @@ impl ChannelTable {
 
     pub fn key(&self, name: &ChannelForm) -> Option<u32> {
         self.keys.get(name).copied()
-    }
-
-    /// Whether a channel is in the table, in any form.
-    pub fn follows(&self, name: &ChannelName) -> bool {
-        let of = |form| ChannelForm { name: name.clone(), form };
-        [Form::Unnamed, Form::Named].into_iter().any(|form| self.keys.contains_key(&of(form)))
     }
 
     pub fn get(&self, id: ChannelId) -> Option<&Channel> {

@@ -12,7 +12,7 @@ use super::subscribe::TOO_MANY_CHANNELS;
 use crate::bus::{BusError, BusMessage, Request, ShardId};
 use crate::feed::{Cursor, Feed, Lookup};
 use crate::http::Rejection;
-use crate::protocol::event::{Entry, EventId};
+use crate::protocol::event::{ChannelName, Entry, EventId};
 use crate::protocol::form::ChannelForm;
 use crate::protocol::frame::{self, ErrorCode};
 use crate::ws::client::LastSeen;
@@ -37,8 +37,7 @@ impl Shard {
         let Some((name, last_seen)) = self.connections.joining(number) else { return };
         let key = match self.channels.key(&name) {
             Some(key) => key,
-            None if self.channels.follows(&name.name) => self.follow(name),
-            None if self.may_add_channel(self.connections.owner(number)) => self.follow(name),
+            None if self.may_name(self.connections.owner(number), &name.name) => self.follow(name),
             None => return self.reject_new_channel(number),
         };
         let id = self.connections.id(number);
@@ -102,16 +101,18 @@ impl Shard {
         self.admit(number, key, position);
     }
 
-    /// Whether the client of this connection may name one more channel that this shard does not
-    /// follow.
-    pub(super) fn may_add_channel(&mut self, slot: u32) -> bool {
+    /// Whether the client of this connection may name this channel. One that the node does not
+    /// follow counts as new.
+    pub(super) fn may_name(&mut self, slot: u32, channel: &ChannelName) -> bool {
         let limits = &self.context.handshake.limits;
         let connection = &mut self.connections[slot];
-        connection.allowance(limits).is_none_or(|client| limits.take_channel(client))
+        limits.followed.contains(channel)
+            || connection.allowance(limits).is_none_or(|client| limits.take_channel(client))
     }
 
     /// Adds a channel, which the bus is asked to follow. Returns its key.
     fn follow(&mut self, name: ChannelForm) -> u32 {
+        self.context.handshake.limits.followed.add(name.name.clone());
         self.request_bus(Request::Follow { channel: name.clone(), shard: self.context.id });
         self.channels.insert(name, Instant::now())
     }
@@ -275,6 +276,7 @@ impl Shard {
     /// Drops a channel without members.
     pub(super) fn drop_channel(&mut self, key: u32) {
         let channel = self.channels.remove(key);
+        self.context.handshake.limits.followed.remove(channel.name.name.clone());
         self.replay.pages.forget(channel.id);
     }
 }

@@ -93,21 +93,21 @@ impl Shard {
             }
     }
 
-    /// Whether a client may name this channel, which counts as a new one if this shard does not
-    /// follow it.
+    /// Whether a client may publish in this channel now. One that the node does not follow counts as
+    /// new, unless the connection has published there just before.
     fn may_publish_anew(&mut self, slot: u32, channel: &ChannelName) -> bool {
         let is_published = |set: &ChannelSet| set.has_published(channel);
-        if self.default_channel(slot) == Some(channel) || self.channels.follows(channel) {
+        if self.default_channel(slot) == Some(channel)
+            || self.connections.set(slot).is_some_and(is_published)
+            || self.context.handshake.limits.followed.contains(channel)
+        {
             return true;
         }
-        if self.connections.set(slot).is_some_and(is_published) {
-            return true;
-        }
-        let may_add = self.may_add_channel(slot);
-        if may_add {
+        let may_name = self.may_name(slot, channel);
+        if may_name {
             self.connections.set_mut(slot).note_published(channel.clone());
         }
-        may_add
+        may_name
     }
 
     /// The default channel of a connection.

@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use crate::common::client::{JSON_MODE, position};
-use crate::common::{Client, Node, Options, until};
+use crate::common::{Client, Node, Options, TokenKey, until};
 use crate::rejections::closed;
 
 /// Connects without a default channel.
@@ -310,4 +310,26 @@ async fn users_share_a_channel_in_both_forms() {
     }
     let listed = node.admin("GET", "/channels", b"").await.json();
     assert_eq!(listed["channels"][0]["connections"], 8, "subscriptions count as connections: {listed}");
+}
+
+/// Channels that one client uses already are not new for its next connections, whichever shard they
+/// are on.
+#[tokio::test]
+async fn tabs_of_a_user_follow_as_many_channels_as_a_socket_may() {
+    let key = TokenKey::new();
+    let node = Node::start(&["--shards", "4", "--jwt-key", &key.path()]).await;
+    let token = key.token("alice", &[]);
+    let mut tabs = Vec::new();
+    for _ in 0..3 {
+        let query = format!("channel=home&token={token}");
+        let mut tab = Client::open(&node, "alice", &query, Some(JSON_MODE)).await;
+        tab.welcome().await;
+        let channels: Vec<Value> = (0..100).map(|n| json!({"channel": format!("room.{n}")})).collect();
+        send(&mut tab, json!({"type": "subscribe", "channels": channels})).await;
+        for _ in 0..100 {
+            let welcome = tab.welcome().await;
+            assert!(welcome["channel"].as_str().is_some_and(|name| name.starts_with("room.")), "{welcome}");
+        }
+        tabs.push(tab);
+    }
 }

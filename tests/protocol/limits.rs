@@ -10,8 +10,8 @@ use crate::common::{Client, Node, Raw, http, until, within};
 #[tokio::test]
 async fn new_channels_of_a_client_are_limited() {
     const MOST: u64 = 100;
-    let flags = ["--trusted-proxy", "127.0.0.2", "--max-connections-per-ip", "100", "--shards", "1"];
-    let node = Node::start(&flags).await;
+    let limits = ["--max-connections-per-ip", "100", "--max-subscriptions", "1"];
+    let node = Node::start(&[&["--trusted-proxy", "127.0.0.2"], &limits[..]].concat()).await;
     let _stays = Client::plain(&node, "a", "used").await;
     let empty = async || {
         let alone = async || node.metric("fanfare_connections").await == 1.0;

@@ -18,7 +18,8 @@ use ipnet::IpNet;
 use crate::config::{self, Cap, Settings};
 use crate::http::{Rejection, Response};
 use crate::limits::allowances::Allowances;
-use crate::limits::rate::{Allowance, AllowanceOwner};
+use crate::limits::followed::FollowedChannels;
+use crate::limits::rate::{self, Allowance, AllowanceOwner};
 use crate::protocol::close::CloseReason;
 
 /// Default of `--max-connections-per-ip`: more than a large office behind one address has. Loopback
@@ -189,6 +190,9 @@ pub struct ConnectionLimits {
     /// Whose connections share an allowance.
     owner: AllowanceOwner,
     pub allowances: Allowances,
+    pub followed: FollowedChannels,
+    /// Channels that one connection may follow.
+    channels_per_connection: u32,
 }
 
 impl ConnectionLimits {
@@ -210,6 +214,10 @@ impl ConnectionLimits {
             hasher: RandomState::new(),
             owner: AllowanceOwner::of(settings),
             allowances: Allowances::new(settings),
+            followed: FollowedChannels::default(),
+            channels_per_connection: u32::try_from(settings.max_subscriptions)
+                .unwrap_or(u32::MAX)
+                .saturating_add(1),
         }
     }
 
@@ -318,7 +326,9 @@ impl ConnectionLimits {
             AllowanceOwner::User => self.per_user,
             AllowanceOwner::Address => self.most_per_address(),
         };
-        connections.is_none_or(|most| client.take_channel(most, self.allowances.now()))
+        let Some(connections) = connections else { return true };
+        let most = rate::channels_a_minute(self.owner, connections, self.channels_per_connection);
+        client.take_channel(most, self.allowances.now())
     }
 
     /// Counts a connection of this address. `false` if that is one too many.

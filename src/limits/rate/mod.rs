@@ -48,15 +48,16 @@ const _: () =
 const USERS_PER_ADDRESS: u32 = 10;
 const _: () = assert!(PER_USER * USERS_PER_ADDRESS <= PER_ADDRESS);
 
-/// In this time, in nanoseconds, a client may name as many new channels as it may have connections,
-/// and at least [`CHANNELS_MIN`]. All at once is fine: each of its connections may reconnect to
-/// another channel. Redis keeps an unused channel for ten minutes, so one client has at most eleven
-/// times as many there.
+/// The time of [`channels_a_minute`], in nanoseconds.
 const NAMING_TIME: u64 = 60 * SECOND;
 
-/// New channels that any client may name in a minute, such as one that goes from channel to
-/// channel.
-const CHANNELS_MIN: u32 = 100;
+/// New channels that a client may name in a minute: as many as it may have connections, since each
+/// may reconnect to another channel, and at least all that two of a user's connections may follow.
+/// Redis keeps an unused channel for ten minutes, so one client has at most eleven times as many
+/// there.
+pub fn channels_a_minute(owner: AllowanceOwner, connections: u32, channels_per_connection: u32) -> u32 {
+    connections.max(channels_per_connection.saturating_mul(2 * owner.share()))
+}
 
 /// Bytes of history that may be read for one client in a second. Without this limit one address
 /// with 100 connections, each closed and opened again, had 134 MB read from Redis in a second, and
@@ -113,10 +114,10 @@ impl Allowance {
         Allowance { messages: AtomicU64::new(tat), channels, history, rejected: AtomicU32::new(0) }
     }
 
-    /// Counts a new channel of a client that may have this many connections. `false` if it has
-    /// named too many.
-    pub fn take_channel(&self, connections: u32, now: u64) -> bool {
-        take(&self.channels, NAMING_TIME / u64::from(connections.max(CHANNELS_MIN)), NAMING_TIME, now)
+    /// Counts a new channel of a client that may name this many in a minute, all at once if it
+    /// likes. `false` if it has named too many.
+    pub fn take_channel(&self, most: u32, now: u64) -> bool {
+        take(&self.channels, NAMING_TIME / u64::from(most), NAMING_TIME, now)
     }
 
     /// Counts bytes of history before they are read. `false` if the client has to wait.

@@ -120,12 +120,18 @@ fn bytes_and_fragments_cost_at_the_byte_rate() {
 }
 
 #[test]
-fn new_channels_are_limited_like_connections() {
-    for (connections, most) in
-        [(1, CHANNELS_MIN), (PER_USER, PER_USER), (500, 500), (PER_ADDRESS, PER_ADDRESS)]
-    {
+fn new_channels_are_limited_like_connections_and_what_they_follow() {
+    let (user, address) = (AllowanceOwner::User, AllowanceOwner::Address);
+    for (owner, connections, each, most) in [
+        (user, 1, 101, 202),
+        (user, PER_USER, 1, PER_USER),
+        (user, 500, 101, 500),
+        (address, PER_ADDRESS, 1, PER_ADDRESS),
+        (address, PER_ADDRESS, 101, 2020),
+    ] {
         let client = Allowance::new(0);
-        let named = |now| (0..2000).filter(|_| client.take_channel(connections, now)).count() as u32;
+        assert_eq!(channels_a_minute(owner, connections, each), most);
+        let named = |now| (0..4000).filter(|_| client.take_channel(most, now)).count() as u32;
         assert_eq!(named(SECOND), most);
         assert_eq!(named(SECOND + 61 * SECOND / u64::from(most)), 1);
         assert_eq!(named(1000 * SECOND), most);
