@@ -1,10 +1,14 @@
 //! Nodes in small memory cgroups.
 
+use std::process::Command;
+use std::time::Duration;
+
 use futures_util::future::join_all;
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpSocket;
 
+use crate::common::process::Process;
 use crate::common::{Cgroup, Client, Node, Raw, until};
 
 const MIB: u64 = 1 << 20;
@@ -41,6 +45,54 @@ async fn small_cgroup_survives_heavy_traffic() {
     assert_eq!(cgroup.kills(), 0, "{}", node.log());
     let id = node.publish("room0", &json!({"n": 1})).await;
     reader.expect_event(id, &json!({"n": 1})).await;
+}
+
+/// Clients of a bench that fit into 64 MiB, some of which stall while others come.
+#[tokio::test]
+async fn small_cgroup_holds_18000_connections() {
+    let _alone = crate::alone().await;
+    const CLIENTS: u32 = 18_000;
+    const NEWCOMERS: usize = 2500;
+    rlimit::increase_nofile_limit(u64::MAX).expect("a limit can be read");
+    let Some(cgroup) = Cgroup::new(64 * MIB) else { return };
+    let node = Node::start_in(&cgroup, &[]).await;
+    let mut command = Command::new(env!("CARGO_BIN_EXE_fanfare"));
+    command.args(["bench", &format!("ws://{}/ws/{{i}}", node.public), "--rate", "1/s", "--json"]);
+    command.args(["--connections", &CLIENTS.to_string(), "--connect-rate", "4000/s", "--phases"]);
+    command.arg("connect, idle 2s, rate 1/s 5s, saturate 16 3s, stall 10% 15s, rate 1/s 3s");
+    let bench = Process::start("fanfare bench", &mut command);
+    let delivered = f64::from(CLIENTS) * 20.0;
+    while node.metric("fanfare_events_delivered_total").await < delivered {
+        assert_eq!(bench.exit_status(), None, "{}", bench.output().join("\n"));
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    let (mut inside, mut rejected) = (Vec::new(), 0);
+    while inside.len() + rejected < NEWCOMERS {
+        let batch = (0..50).map(|_| async {
+            let mut raw = Raw::connect_from([127, 0, 0, 9], node.public).await;
+            let status = raw.upgrade("/ws/newcomer", &[]).await.status;
+            (raw, status)
+        });
+        for (raw, status) in join_all(batch).await {
+            match status {
+                101 => inside.push(raw),
+                503 => rejected += 1,
+                other => panic!("{other}"),
+            }
+        }
+    }
+    assert!(rejected > NEWCOMERS / 4, "{} fit, {rejected} were rejected", inside.len());
+    let ended = async {
+        while bench.exit_status().is_none() {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(120), ended).await.expect("the bench ends");
+    let output = bench.output();
+    let results: Value = output.iter().find_map(|line| serde_json::from_str(line).ok()).expect("JSON");
+    assert_eq!(results["problems"], json!([]), "{}", node.log());
+    assert_eq!(results["phases"][5]["clients"], CLIENTS + 1, "{results:#}");
+    assert_eq!(cgroup.kills(), 0, "{}", node.log());
 }
 
 #[tokio::test]
