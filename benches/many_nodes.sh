@@ -32,7 +32,7 @@ done
 
 used() { awk '/^MemAvailable/ { print int($2 / 1024) }' /proc/meminfo; }
 before=$(used)
-"$binary" bench "${urls[@]}" --connections "$clients" --rate 1/s --publish "redis://127.0.0.1:$port" \
+"$binary" bench "${urls[@]}" --connections "$clients" --connect-rate 8000/s --rate 1/s --publish "redis://127.0.0.1:$port" \
     --command 'FCALL fanfare_publish 1 fanfare:{ws_broadcast} {"text":"{event}"}' \
     --phases "${PHASES:-connect, idle 10s, rate 0.2/s 20s, rate 2/s 20s, storm 10%, idle 1s}" &
 bench=$!
