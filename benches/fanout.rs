@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use fanfare::cli::bench::result::{PhaseResult, rate, shown_latency};
 use support::args::Args;
+use support::duration;
 use support::process::{Cores, Place, Server};
 use support::report::{self, median, micros};
 
@@ -120,8 +121,8 @@ fn measure(server: &Server, plan: &Plan, windows: &[u32]) -> Result<Round> {
         accepting += plan.load(server, "connect, leave")?[0].server_cpu;
         process.wait_for_files(files)?;
     }
-    let live = format!("rate {}/s {}s", plan.rate, plan.live);
-    let timed = format!("rate {}/s {}s", plan.latency_rate, plan.live);
+    let live = format!("rate {}/s {}", plan.rate, duration(plan.live));
+    let timed = format!("rate {}/s {}", plan.latency_rate, duration(plan.live));
     // Saturation and a second of events first: they also warm up the core for the live measurement.
     let phases =
         format!("connect, {}, rate {}/s 1s, {live}, {timed}, leave", plan.saturate(windows), plan.rate);
@@ -156,7 +157,7 @@ impl Plan {
     }
 
     fn saturate(&self, windows: &[u32]) -> String {
-        let phases = windows.iter().map(|window| format!("saturate {window} {}s", self.saturated));
+        let phases = windows.iter().map(|window| format!("saturate {window} {}", duration(self.saturated)));
         phases.collect::<Vec<_>>().join(", ")
     }
 }

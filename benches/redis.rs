@@ -67,7 +67,7 @@ fn main() -> Result<()> {
                 Some(window) => (&flags[..], *window),
                 None => (&by_fcall[..], BY_FCALL),
             };
-            let phases = format!("connect, saturate {window} {seconds}s, leave");
+            let phases = format!("connect, saturate {window} {}, leave", support::duration(seconds));
             let results = support::load(&url, flags, &phases).with_context(|| what.clone())?;
             let events = f64::from(results[1].published);
             let run = Run {

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use fanfare::cli::bench::result::{PhaseResult, grouped, mebibytes, rate, shown_latency};
 use support::args::Args;
+use support::duration;
 use support::process::{Cores, Place, Server};
 use support::redis::Redis;
 use support::report::{micros, table};
@@ -122,7 +123,7 @@ impl Scale {
     }
 
     fn rate_phase(&self, rate: f64) -> String {
-        format!("rate {rate}/s {}s", self.seconds)
+        format!("rate {rate}/s {}", duration(self.seconds))
     }
 
     /// Puts this load on servers.
@@ -230,7 +231,7 @@ impl Scale {
         let servers = [self.fanfare(Place::Server, &[])?, self.baseline(false)?, self.baseline(true)?];
         let mut rows = Vec::new();
         for events in self.chosen(&IN_FLIGHT) {
-            let phase = format!("saturate {events} {}s", self.seconds);
+            let phase = format!("saturate {events} {}", duration(self.seconds));
             let point = |server: &Server| self.measure(&[server], CONNECTIONS, &[], &phase);
             let [ours, one, all] = [point(&servers[0])?, point(&servers[1])?, point(&servers[2])?];
             let mut row = vec![grouped(events.into())];
@@ -252,7 +253,7 @@ impl Scale {
             let fanfare = self.fanfare(Place::All, &["--shards", &text])?;
             let phase = self.rate_phase(f64::from(DELIVERIES) / f64::from(CONNECTIONS));
             let live = self.measure(&[&fanfare], CONNECTIONS, &[], &phase)?;
-            let phase = format!("saturate 64 {}s", self.seconds);
+            let phase = format!("saturate 64 {}", duration(self.seconds));
             let saturated = self.measure(&[&fanfare], CONNECTIONS, &[], &phase)?;
             let mut row = vec![text, live.cpu(), live.p99(), format!("{:.0} B", live.each)];
             row.extend([saturated.rate(), saturated.cpu(), saturated.share()]);
@@ -278,7 +279,7 @@ impl Scale {
             let phase = self.rate_phase(f64::from(DELIVERIES) / f64::from(CONNECTIONS));
             let live = self.measure(&servers, CONNECTIONS, &[], &phase)?;
             let before = redis.process.usage().cpu;
-            let phase = format!("saturate 64 {}s", self.seconds);
+            let phase = format!("saturate 64 {}", duration(self.seconds));
             let saturated = self.measure(&servers, CONNECTIONS, &[], &phase)?;
             let spent = (redis.process.usage().cpu - before) as f64 / 1e3;
             let memory = mebibytes(live.load.usage.anonymous);

@@ -20,6 +20,7 @@ use fanfare::auth::token::{Key, verify};
 use fanfare::cli::bench::result::{Storm, shown_latency};
 use hdrhistogram::Histogram;
 use support::args::Args;
+use support::duration;
 use support::process::{Cores, Place, Server};
 use support::redis::Redis;
 use support::report::{self, median};
@@ -165,8 +166,8 @@ impl Plan {
         let (rate, size) = (self.rate.to_string(), if case == Case::Redis { SMALL_TEXT } else { &self.size });
         let flags = ["--connections", &connections, "--rate", &rate, "--size", size];
         let share = f64::from(self.cut) / f64::from(self.cut + self.stay) * 100.0;
-        let live = format!("rate {rate}/s {}s", self.seconds);
-        let phases = format!("connect, {live}, storm {share}% {}s, leave", self.away);
+        let live = format!("rate {rate}/s {}", duration(self.seconds));
+        let phases = format!("connect, {live}, storm {share}% {}, leave", duration(self.away));
         let results = support::load(&[server.url()], &flags, &phases)?;
         let storm = results[2].storm.clone().context("no storm")?;
         ensure!(storm.is_over, "clients have not caught up");

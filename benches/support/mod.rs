@@ -30,6 +30,11 @@ pub fn start() -> Result<()> {
     Ok(())
 }
 
+/// A time as phases have it: whole milliseconds.
+pub fn duration(seconds: f64) -> String {
+    format!("{:.0}ms", seconds * 1e3)
+}
+
 /// Puts the load of `fanfare bench URL… FLAGS…` on a server. Fails if an event or a client was lost.
 pub fn load(urls: &[String], flags: &[&str], phases: &str) -> Result<Vec<PhaseResult>> {
     let results = bench::load(urls, &[flags, &["--phases", phases]].concat())?;
