@@ -45,7 +45,7 @@ impl Shard {
         if connection.socket.is_blocked() {
             self.register_writable(slot);
         }
-        self.deadlines.closing.push(self.connections.id(slot));
+        self.deadlines.closing.push(self.connections.id(slot), self.tick, &self.connections);
     }
 
     /// Sends the response to a rejected client, logs the rejection, and closes the connection.

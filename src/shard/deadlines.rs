@@ -1,10 +1,14 @@
 //! Connections that must do something in time.
 
 use std::collections::VecDeque;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use super::connections::ConnectionTable;
+use mio::Token;
+
+use super::connections::{ConnectionTable, token};
+use super::timers::ticks;
 use crate::bus::ConnectionId;
+use crate::ws::connection::State;
 
 /// Time from a connection to its complete request.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
@@ -16,45 +20,51 @@ const JOIN_TIMEOUT: Duration = Duration::from_secs(10);
 /// Time to write the last frames, and for the peer to close its side after them.
 pub const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Memory that an empty list of connections keeps: some 8 KiB.
+/// Memory that an empty list of connections keeps: some 4 KiB.
 pub const LISTED: usize = 256;
 
-/// Connections with a deadline after the same time each, so that the queue is ordered by deadline.
+/// Connections or subscriptions in a state with a deadline after the same time each, so that the
+/// queue is ordered by deadline.
 #[derive(Debug)]
 pub struct DeadlineQueue {
-    timeout: Duration,
-    queue: VecDeque<(Instant, ConnectionId)>,
+    /// In ticks.
+    timeout: u32,
+    waits: Waits,
+    /// With the tick at which the time is over.
+    queue: VecDeque<(Token, u32)>,
 }
 
+/// Whether this connection or subscription still has its deadline.
+type Waits = fn(&ConnectionTable, u32) -> bool;
+
 impl DeadlineQueue {
-    fn new(timeout: Duration) -> DeadlineQueue {
-        DeadlineQueue { timeout, queue: VecDeque::new() }
+    fn new(timeout: Duration, waits: Waits) -> DeadlineQueue {
+        // The next tick may come at once.
+        DeadlineQueue { timeout: ticks(timeout) + 1, waits, queue: VecDeque::new() }
     }
 
-    pub fn push(&mut self, id: ConnectionId) {
-        self.queue.push_back((Instant::now() + self.timeout, id));
+    pub fn push(&mut self, id: ConnectionId, tick: u32, connections: &ConnectionTable) {
+        self.queue.push_back((token(id), tick.wrapping_add(self.timeout)));
+        self.skip_done(connections);
     }
 
-    /// Removes the next connection whose deadline is over, and returns its number. Connections that
-    /// `waits` does not confirm are removed before their deadline: nearly all of them changed
-    /// it long before, and a storm would be remembered for seconds.
-    pub fn pop_due(
-        &mut self,
-        now: Instant,
-        connections: &ConnectionTable,
-        waits: impl Fn(&ConnectionTable, u32) -> bool,
-    ) -> Option<u32> {
-        while let Some((due, id)) = self.queue.front().copied() {
-            let slot = connections.find(id).filter(|number| waits(connections, *number));
-            if slot.is_some() && due > now {
-                return None;
+    /// Removes the next connection whose deadline is over, and returns its number.
+    pub fn pop_due(&mut self, tick: u32, connections: &ConnectionTable) -> Option<u32> {
+        self.skip_done(connections);
+        let (token, _) = self.queue.pop_front_if(|(_, due)| due.wrapping_sub(tick).cast_signed() <= 0)?;
+        connections.find(connections.id_of(token))
+    }
+
+    /// Removes connections without a deadline from the front. Nearly all of them changed their state
+    /// long before, and a storm would be remembered for seconds.
+    fn skip_done(&mut self, connections: &ConnectionTable) {
+        while let Some((token, _)) = self.queue.front() {
+            let number = connections.find(connections.id_of(*token));
+            if number.is_some_and(|number| (self.waits)(connections, number)) {
+                return;
             }
             self.queue.pop_front();
-            if slot.is_some() {
-                return slot;
-            }
         }
-        None
     }
 }
 
@@ -72,9 +82,13 @@ pub struct Deadlines {
 impl Deadlines {
     pub fn new() -> Deadlines {
         Deadlines {
-            requests: DeadlineQueue::new(REQUEST_TIMEOUT),
-            joins: DeadlineQueue::new(JOIN_TIMEOUT),
-            closing: DeadlineQueue::new(CLOSE_TIMEOUT),
+            requests: DeadlineQueue::new(REQUEST_TIMEOUT, |connections, slot| {
+                matches!(connections[slot].state, State::Request(_))
+            }),
+            joins: DeadlineQueue::new(JOIN_TIMEOUT, ConnectionTable::is_joining),
+            closing: DeadlineQueue::new(CLOSE_TIMEOUT, |connections, slot| {
+                matches!(connections[slot].state, State::Closing { .. })
+            }),
         }
     }
 
@@ -89,4 +103,38 @@ impl Deadlines {
 /// Frees memory that a list took while thousands were in it.
 pub fn shrink<T>(list: &mut VecDeque<T>) {
     list.shrink_to(LISTED.max(list.len() * 2));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::limits::connections::ConnectionSlot;
+    use crate::ws::connection::Connection;
+
+    #[test]
+    fn only_connections_that_wait_are_remembered() {
+        let poll = mio::Poll::new().expect("a poll");
+        let mut connections = ConnectionTable::new(0, poll.registry().try_clone().expect("a registry"));
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
+        let address = listener.local_addr().expect("it is bound");
+        let mut requests = Deadlines::new().requests;
+        let mut push = |connections: &mut ConnectionTable| {
+            let stream = mio::net::TcpStream::connect(address).expect("it listens");
+            let connect = |generation| Connection::new(stream, ConnectionSlot::Proxy, generation, 0);
+            let slot = connections.insert(connect);
+            requests.push(connections.id(slot), 0, connections);
+            slot
+        };
+        for _ in 0..10 {
+            let slot = push(&mut connections);
+            connections[slot].state = State::Live;
+        }
+        let (waiting, _) = (push(&mut connections), push(&mut connections));
+        assert_eq!(requests.queue.len(), 2);
+        connections.discard(11);
+        assert_eq!(requests.pop_due(requests.timeout - 1, &connections), None);
+        assert_eq!(requests.pop_due(requests.timeout, &connections), Some(waiting));
+        assert_eq!(requests.pop_due(requests.timeout, &connections), None);
+        assert!(requests.queue.is_empty());
+    }
 }

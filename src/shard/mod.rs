@@ -185,7 +185,7 @@ impl Shard {
         if self.connections.register(slot).is_err() {
             return self.connections.discard(slot);
         }
-        self.deadlines.requests.push(self.connections.id(slot));
+        self.deadlines.requests.push(self.connections.id(slot), tick, &self.connections);
     }
 
     /// Handles an event of a socket. `ended`: the peer has closed its side.

@@ -138,7 +138,7 @@ impl Shard {
                     false => self.admit_without_channel(slot),
                 }
                 if matches!(self.connections[slot].state, State::Joining(_)) {
-                    self.deadlines.joins.push(self.connections.id(slot));
+                    self.deadlines.joins.push(self.connections.id(slot), self.tick, &self.connections);
                 }
             }
         }

@@ -44,7 +44,7 @@ impl Shard {
             let id = self.connections.id(number);
             self.join(number, Pending::Nothing);
             if self.connections.find(id).is_some_and(|number| self.connections.is_joining(number)) {
-                self.deadlines.joins.push(id);
+                self.deadlines.joins.push(id, self.tick, &self.connections);
             }
         }
         Ok(())

@@ -1,10 +1,10 @@
 //! What a shard does at every tick, and once a second.
 
 use std::collections::HashSet;
+use std::hint;
 use std::time::{Duration, Instant};
 
 use super::Shard;
-use super::connections::ConnectionTable;
 use crate::bus::{BusError, Request};
 use crate::protocol::close::CloseReason;
 use crate::ws::connection::State;
@@ -33,6 +33,15 @@ const MISSED_PART: usize = 20;
 /// Least number of them a tick.
 const MISSED_LEAST: usize = 16;
 
+/// More than the allocator takes from a page that blocks share.
+const OWN_PAGE: usize = 1 << 20;
+
+/// Has the allocator return memory to the kernel that any thread freed at least a second ago. It does
+/// so only when a page is freed, which nothing in an idle node would cause.
+fn return_freed_memory() {
+    drop(hint::black_box(Vec::<u8>::with_capacity(OWN_PAGE)));
+}
+
 /// A time in ticks, rounded up.
 pub(super) fn ticks(time: Duration) -> u32 {
     time.as_millis().div_ceil(TICK.as_millis()).try_into().unwrap_or(u32::MAX)
@@ -44,7 +53,7 @@ impl Shard {
         self.metrics().ticks.add(1);
         self.limit_partial_messages();
         let now = Instant::now();
-        self.check_deadlines(now);
+        self.check_deadlines();
         self.close_missed();
         self.drop_empty_channels(now);
         self.evict();
@@ -64,26 +73,22 @@ impl Shard {
         self.channels.shrink();
         self.connections.shrink();
         if self.context.id == 0 {
+            return_freed_memory();
             self.context.metrics.rejections.write_overdue();
         }
     }
 
-    fn check_deadlines(&mut self, now: Instant) {
-        let is_reading =
-            |connections: &ConnectionTable, slot| matches!(connections[slot].state, State::Request(_));
-        while let Some(slot) = self.deadlines.requests.pop_due(now, &self.connections, is_reading) {
+    fn check_deadlines(&mut self) {
+        while let Some(slot) = self.deadlines.requests.pop_due(self.tick, &self.connections) {
             match self.connections[slot].connection_slot.limit_reached() {
                 Some(limit) => self.reject(slot, limit.rejection()),
                 None => self.reject(slot, &rejections::timeout()),
             }
         }
-        let is_joining = ConnectionTable::is_joining;
-        while let Some(number) = self.deadlines.joins.pop_due(now, &self.connections, is_joining) {
+        while let Some(number) = self.deadlines.joins.pop_due(self.tick, &self.connections) {
             self.reject_join(number, &BusError::Unavailable("it did not answer in time".into()));
         }
-        let is_closing =
-            |connections: &ConnectionTable, slot| matches!(connections[slot].state, State::Closing { .. });
-        while let Some(slot) = self.deadlines.closing.pop_due(now, &self.connections, is_closing) {
+        while let Some(slot) = self.deadlines.closing.pop_due(self.tick, &self.connections) {
             self.connections.discard(slot);
         }
     }

@@ -1,4 +1,4 @@
-//! Nodes in small memory cgroups.
+//! Nodes in small memory cgroups, and memory that connections leave behind.
 
 use std::process::Command;
 use std::time::Duration;
@@ -176,4 +176,25 @@ async fn joins_work_after_a_flood_of_channel_names() {
     })
     .await;
     assert_eq!(cgroup.kills(), 0, "{}", node.log());
+}
+
+#[tokio::test]
+async fn memory_returns_when_connections_have_gone() {
+    let _alone = crate::alone().await;
+    const CLIENTS: usize = 10_000;
+    rlimit::increase_nofile_limit(u64::MAX).expect("a limit can be read");
+    let node = Node::start(&[]).await;
+    drop(Raw::upgraded(node.public, "/ws/first").await);
+    let before = node.anonymous();
+    for round in 1..=5 {
+        let mut clients = Vec::new();
+        while clients.len() < CLIENTS {
+            clients.extend(join_all((0..100).map(|_| Raw::upgraded(node.public, "/ws/a"))).await);
+        }
+        let growth = node.anonymous() - before;
+        assert!(growth > 150 * CLIENTS as u64, "{growth} bytes in round {round}");
+        drop(clients);
+        let what = format!("the memory of {CLIENTS} connections, {growth} bytes, in round {round}");
+        until(&what, || async { (node.anonymous() < before + growth / 2).then_some(()) }).await;
+    }
 }
