@@ -120,7 +120,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn slots_hold_what_was_put_into_them(steps in prop::collection::vec((any::<u8>(), 1..9000usize), 1..20)) {
+        fn slots_hold_what_was_put_into_them(steps in prop::collection::vec((any::<u8>(), 1..3000usize), 1..10)) {
             let (mut slots, mut model, mut next) = (Slots::new(), BTreeMap::new(), 0);
             for (what, count) in steps {
                 for _ in 0..count {
