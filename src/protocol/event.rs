@@ -1,5 +1,6 @@
 //! Event ids, channel names, and entries: events framed once for all sockets of the node.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::sync::Arc;
 
@@ -130,7 +131,7 @@ impl Entry {
         let mut bytes = BytesMut::with_capacity(size);
         let mut ends = Vec::new();
         for text in texts {
-            put_text_frame(&mut bytes, text);
+            put_text_frame(&mut bytes, &as_published(text));
             ends.push(u32::try_from(bytes.len()).expect("an entry is far below 4 GiB"));
         }
         let last = EventId(first.0 + ends.len() as u64 - 1);
@@ -141,7 +142,8 @@ impl Entry {
 
     /// An event without id that arrived when the channel's head was `position`.
     pub fn without_id(position: EventId, text: &[u8]) -> Entry {
-        Entry { kind: Kind::WithoutId, last: position, bytes: text_frame(text), ends: None }
+        let bytes = text_frame(&as_published(text));
+        Entry { kind: Kind::WithoutId, last: position, bytes, ends: None }
     }
 
     /// A `reset` frame: clients load their state again and continue from `position`.
@@ -282,6 +284,16 @@ impl Entry {
             bytes: self.bytes.slice(offset as usize..),
             ends,
         })
+    }
+}
+
+/// An event in the form in which it was published. Only in the other form, which names the channel,
+/// do events begin with `{"channel":`, so that clients can tell them apart: here a space follows the
+/// brace.
+fn as_published(text: &[u8]) -> Cow<'_, [u8]> {
+    match text.starts_with(br#"{"channel":"#) {
+        true => [b"{ ", &text[1..]].concat().into(),
+        false => text.into(),
     }
 }
 

@@ -267,7 +267,7 @@ export class Fanfare {
     this.#lastFrame = performance.now();
     let frame = null;
     try { frame = JSON.parse(data); } catch {}
-    if (typeof frame === "object" && frame !== null && !Array.isArray(frame)) return this.#onFrame(frame);
+    if (typeof frame === "object" && frame !== null && !Array.isArray(frame)) return this.#onFrame(frame, data);
     // Not from a server of this version. An event ends with its id: skip it, or every resume would repeat it.
     const text = String(data);
     const [, channel] = /^{"channel":"([^"]+)"/.exec(text.slice(0, 160)) ?? [];
@@ -278,10 +278,10 @@ export class Fanfare {
       cursor.skipTo(Math.max(cursor.position, id), "unreadable");
   }
 
-  #onFrame(frame) {
+  #onFrame(frame, text) {
     const { id, type, channel } = frame;
     const cursor = channel === undefined ? this.#default : this.#subscriptions.get(channel);
-    if (typeof id === "number" && type !== "ack") return this.#onEvent(frame, cursor);
+    if (typeof id === "number" && type !== "ack") return this.#onEvent(frame, text, cursor);
     switch (type) {
       case "welcome": return cursor === this.#default ? this.#onWelcome(frame) : this.#onSubscribed(frame, cursor);
       case "ack": return this.#takePending(frame)?.resolve(id);
@@ -290,12 +290,14 @@ export class Fanfare {
       case "error": return this.#onError(frame, cursor);
       case "unsubscribed": return cursor && this.#onUnsubscribed(frame, cursor);
       case "token_expiring": return this.#onTokenExpiring(frame.in);
-      default: this.#onEvent(frame, cursor);
+      default: this.#onEvent(frame, text, cursor);
     }
   }
 
-  // An event of the default channel may have a member `channel` of its own.
-  #onEvent(frame, cursor = this.#default) { cursor.onEvent(frame); }
+  // Events of subscriptions begin with their channel. Elsewhere a `channel` is the event's own, on the default channel.
+  #onEvent(frame, text, cursor) {
+    (text.startsWith('{"channel":') ? cursor : this.#default)?.onEvent(frame);
+  }
 
   #onPing({ lastEventId, channels = {} }) {
     if (lastEventId !== undefined) this.#default.moveTo(lastEventId);

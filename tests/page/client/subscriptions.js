@@ -79,8 +79,9 @@ return run({
     equal(a.heard("message").map(({ id }) => id), [101, 103, 104, undefined]);
     equal(b.heard("message").map(({ text }) => text), ["y"]);
     equal([said.length, fanfare.lastEventId, a.subscription.lastEventId], [before, 100, 104]);
-    last().says({ channel: "c", text: "a backend's own member", id: 105 });
-    last().says({ channel: { of: 1 }, id: 106 });
+    last().sends('{ "channel":"a","text":"a backend\'s own member","id":105}');
+    last().says({ text: "own", channel: { of: 1 }, id: 106 });
+    last().says({ channel: "c", text: "of a subscription that has ended", id: 200 });
     equal([heard("message").length, fanfare.lastEventId], [2, 106]);
     last().says({ type: "ping", lastEventId: 110, channels: { a: 120, b: 90, c: 500 } });
     equal([fanfare.lastEventId, a.subscription.lastEventId, b.subscription.lastEventId], [110, 120, 101]);
