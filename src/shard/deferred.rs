@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 
 use super::Shard;
 use super::deadlines::shrink;
+use super::members::is_subscription;
 use super::pages::PageId;
 use crate::bus::ConnectionId;
 
@@ -91,12 +92,18 @@ impl Shard {
         for _ in 0..CONNECTIONS_PER_FANOUT {
             let Some((id, pending)) = self.deferred.answered.pop_front() else { break };
             if let Some(number) = self.connections.find(id) {
+                let owner = self.connections.owner(number);
                 if let Some(replay) = self.connections.replay_mut(number) {
                     replay.resume(matches!(pending, Pending::Page(_)));
                     self.flush(number);
                 } else {
                     self.join(number, pending);
+                    // Of a connection with many channels each may be admitted in another turn.
+                    if is_subscription(number) && self.connections.find(id).is_some() {
+                        self.flush(number);
+                    }
                 }
+                self.resume_next_reader(owner);
             }
             if let Pending::Page(page) = pending {
                 self.replay.pages.served(page);

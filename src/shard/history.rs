@@ -32,9 +32,13 @@ impl ReplayQueue {
 }
 
 impl Shard {
-    /// Makes a member wait for a page of history of about this many bytes, or for the next tick
-    /// if the limit on reads for its client is reached.
+    /// Makes a member wait for a page of history of about this many bytes, or for its turn among
+    /// the members of its connection, or for the next tick if the limit on reads for its client is
+    /// reached.
     pub(super) fn request_page(&mut self, number: u32, position: EventId, bytes: usize) {
+        if !self.connections.may_read(number) {
+            return self.connections.wait_for_page(number);
+        }
         let limits = &self.context.handshake.limits;
         let now = limits.allowances.now();
         let owner = self.connections.owner(number);
@@ -59,6 +63,13 @@ impl Shard {
     pub(super) fn retry_page_later(&mut self, number: u32) {
         self.connections.wait_for_page(number);
         self.replay.failed.push(self.connections.id(number));
+    }
+
+    /// Resumes the next member of a connection that needs a page, unless another waits for one.
+    pub(super) fn resume_next_reader(&mut self, owner: u32) {
+        if let Some(number) = self.connections.next_reader(owner) {
+            self.deferred.answered.push_back((self.connections.id(number), Pending::Nothing));
+        }
     }
 
     /// Resumes the members that wait for a tick.

@@ -118,7 +118,8 @@ impl Shard {
     }
 
     /// Makes a connection or a subscription a member. Its welcome reads the head in the same turn,
-    /// so that no event arrives between history and live.
+    /// so that no event arrives between history and live. What follows the welcome of a subscription
+    /// is written by the caller.
     fn admit(&mut self, number: u32, key: u32, position: JoinPosition) {
         let feed = self.channels[key].feed();
         let head = feed.position();
@@ -148,10 +149,8 @@ impl Shard {
             JoinPosition::NotContinuous => self.connections.start_live(number, feed, end, head),
         }
         self.channels.add_member(key, number, &mut self.connections);
-        match is_subscription(number) {
-            // One write for all channels that start in this turn.
-            true => self.write_later(owner),
-            false => self.flush(number),
+        if !is_subscription(number) {
+            self.flush(number);
         }
     }
 

@@ -58,8 +58,12 @@ impl Shard {
                 continue;
             };
             self.sweep.behind += u64::from(connection.is_behind());
+            let carries_set = connection.socket.carries_set;
             if connection.socket.is_blocked() && connection.queued() > 0 {
                 self.unsent.listed.push(slot);
+            }
+            if carries_set {
+                self.resume_next_reader(slot); // none is ever forgotten
             }
             self.check_liveness(slot, interval, timeout, now);
         }

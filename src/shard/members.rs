@@ -46,6 +46,10 @@ impl ConnectionTable {
             if set.current == number {
                 (set.current, set.spent) = (NONE, 0);
             }
+            if set.reading == number {
+                set.reading = NONE;
+            }
+            set.reading_next.retain(|other| *other != number);
         }
         subscription
     }
@@ -267,15 +271,53 @@ impl ConnectionTable {
         }
     }
 
+    /// Whether a member may ask for a page now. If another member of its connection waits for one,
+    /// it asks after that: a connection takes history at one speed, however many channels it has,
+    /// and a page that fills the socket is not read for each of them.
+    pub fn may_read(&mut self, number: u32) -> bool {
+        let owner = self.owner(number);
+        if self.set(owner).is_none() {
+            return true;
+        }
+        let may_read = self.reader(owner).is_none_or(|other| other == number);
+        let set = self.set_mut(owner);
+        if may_read {
+            set.reading = number;
+        } else if !set.reading_next.contains(&number) {
+            set.reading_next.push_back(number);
+        }
+        may_read
+    }
+
+    /// The member that may ask for a page, since no other of this connection waits for one.
+    pub fn next_reader(&mut self, owner: u32) -> Option<u32> {
+        let set = self.set(owner)?;
+        if set.reading_next.is_empty() || self.reader(owner).is_some() {
+            return None;
+        }
+        self.set_mut(owner).reading_next.pop_front()
+    }
+
+    /// The member of a connection with several that waits for a page.
+    fn reader(&self, owner: u32) -> Option<u32> {
+        let reading = self.set(owner)?.reading;
+        (reading != NONE && self.awaits_page(reading)).then_some(reading)
+    }
+
     /// Whether a member may take more history in this tick.
     pub fn may_replay(&self, number: u32, tick: u32) -> bool {
-        self.replay(number).is_some_and(|replay| replay.may_take(tick))
+        let of_set = self.set(self.owner(number)).is_none_or(|set| set.taken.may_take(tick));
+        of_set && self.replay(number).is_some_and(|replay| replay.may_take(tick))
     }
 
     /// Counts bytes of history that were written to a member.
     pub fn count_replayed(&mut self, number: u32, bytes: u64, tick: u32) {
         if let Some(replay) = self.replay_mut(number) {
             replay.count(bytes, tick);
+        }
+        let owner = self.owner(number);
+        if bytes > 0 && self.set(owner).is_some() {
+            self.set_mut(owner).taken.count(bytes, tick);
         }
     }
 

@@ -47,6 +47,8 @@ impl Shard {
                 self.deadlines.joins.push(id, self.tick, &self.connections);
             }
         }
+        // One write for all channels that have started.
+        self.write_later(slot);
         Ok(())
     }
 
@@ -113,7 +115,9 @@ impl Shard {
                 sink.keep_frame(progress, feed, &mut SharedTails::default(), &mut self.tally);
             }
         }
-        self.connections.remove_subscription(number)
+        let subscription = self.connections.remove_subscription(number);
+        self.resume_next_reader(subscription.owner);
+        subscription
     }
 
     /// Rejects a subscription that waits for the bus.

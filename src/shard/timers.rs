@@ -121,15 +121,19 @@ impl Shard {
     /// the node follows nearly as many as it may, or memory is short.
     pub(super) fn drop_empty_channels(&mut self, now: Instant) {
         let mut excess = self.excess_channels();
-        let answered = self.deferred.answered.iter().filter_map(|(id, _)| self.connections.find(*id));
-        let joining: HashSet<u32> =
-            answered.map(|number| self.connections.membership(number).channel).collect();
+        // Looked for only when a channel may be dropped: thousands may have been answered.
+        let mut joining: Option<HashSet<u32>> = None;
         for _ in 0..EMPTY_A_TURN {
             let Some((since, id)) = self.channels.oldest_empty() else { return };
             if excess == 0 && now.saturating_duration_since(since) < EMPTY_TIME {
                 return;
             }
             let channel = &self.channels[id.key];
+            let joining = joining.get_or_insert_with(|| {
+                let answered = self.deferred.answered.iter();
+                let numbers = answered.filter_map(|(id, _)| self.connections.find(*id));
+                numbers.map(|number| self.connections.membership(number).channel).collect()
+            });
             let is_waited_for = self.replay.pages.has_waiting(id) || joining.contains(&id.key);
             if channel.feed.is_none() || !channel.is_empty() || is_waited_for {
                 self.channels.keep_empty(id.key, now);

@@ -54,13 +54,17 @@ impl Shard {
         let socket = &self.connections[owner].socket;
         let carries_set = socket.carries_set;
         if carries_set && socket.is_blocked() {
+            if let Some(replay) = self.connections.replay_mut(number) {
+                replay.take_page(); // it may be gone when the socket takes bytes again
+            }
             return self.connections.progress_mut(number).mark_behind();
         }
         let budget = if carries_set { CHANNEL_BURST } else { BURST };
+        let before = self.tally.bytes;
         let Some(flushed) = self.write(number, budget) else { return };
         if carries_set && flushed == Flushed::Blocked {
             let set = self.connections.set_mut(owner);
-            (set.current, set.spent) = (number, 0);
+            (set.current, set.spent) = (number, (self.tally.bytes - before) as usize);
         }
         self.after_flush(owner, flushed);
     }
@@ -75,6 +79,7 @@ impl Shard {
         let first = members.iter().position(|number| *number == set.current).unwrap_or(0);
         members.rotate_left(first);
         let mut spent = set.spent;
+        let mut next = members[0];
         let start = self.tally.bytes;
         let mut has_more = false;
         for (turn, number) in members.iter().copied().enumerate() {
@@ -93,14 +98,14 @@ impl Shard {
                 Some(Flushed::All | Flushed::Behind) | None => {}
             }
             spent = 0;
-            let next = members[(turn + 1) % members.len()];
-            let set = self.connections.set_mut(slot);
-            (set.current, set.spent) = (next, 0);
+            next = members[(turn + 1) % members.len()];
             if self.tally.bytes - start >= BURST as u64 {
                 has_more = true; // other connections get their turn
                 break;
             }
         }
+        let set = self.connections.set_mut(slot);
+        (set.current, set.spent) = (next, 0);
         self.resume_reading(slot);
         if has_more {
             self.write_later(slot);
@@ -112,15 +117,16 @@ impl Shard {
     fn write(&mut self, number: u32, budget: usize) -> Option<Flushed> {
         let start = self.tally.bytes;
         loop {
+            let left = budget.saturating_sub((self.tally.bytes - start) as usize).max(1);
             let step = if is_subscription(number) {
                 match self.connections.subscription(number).phase.as_deref() {
-                    None => self.write_events(number, budget),
+                    None => self.write_events(number, left),
                     Some(Phase::Replay(_)) => self.write_history(number, start, budget),
                     Some(Phase::Joining(_)) => return None,
                 }
             } else {
                 match self.connections[number].state {
-                    State::Live => self.write_events(number, budget),
+                    State::Live => self.write_events(number, left),
                     State::Replay(_) => self.write_history(number, start, budget),
                     State::WithoutChannel | State::Missed => {
                         Step::Done(self.connections[number].flush_queue(&mut self.tally))

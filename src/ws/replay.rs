@@ -21,15 +21,35 @@ pub enum PageState {
     Arrived,
 }
 
-/// How one connection reads history.
+/// Bytes of history written in the latest tick.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TakenInTick {
+    bytes: u32,
+    /// The low bits of the tick.
+    tick: u16,
+}
+
+impl TakenInTick {
+    /// Counts bytes that were written.
+    pub fn count(&mut self, bytes: u64, tick: u32) {
+        if self.tick != tick as u16 {
+            (self.tick, self.bytes) = (tick as u16, 0);
+        }
+        self.bytes = self.bytes.saturating_add(u32::try_from(bytes).unwrap_or(u32::MAX));
+    }
+
+    /// Whether more may be taken in this tick.
+    pub fn may_take(&self, tick: u32) -> bool {
+        self.tick != tick as u16 || self.bytes < HISTORY_IN_TICK
+    }
+}
+
+/// How one member of a channel reads history.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Replay {
     /// Bytes written since it last asked for a page.
     taken: u32,
-    /// Bytes written in the latest tick.
-    in_tick: u32,
-    /// The low bits of that tick.
-    tick: u16,
+    in_tick: TakenInTick,
     page: PageState,
 }
 
@@ -59,17 +79,13 @@ impl Replay {
 
     /// Counts bytes that were written.
     pub fn count(&mut self, bytes: u64, tick: u32) {
-        let bytes = u32::try_from(bytes).unwrap_or(u32::MAX);
-        if self.tick != tick as u16 {
-            (self.tick, self.in_tick) = (tick as u16, 0);
-        }
-        self.taken = self.taken.saturating_add(bytes);
-        self.in_tick = self.in_tick.saturating_add(bytes);
+        self.taken = self.taken.saturating_add(u32::try_from(bytes).unwrap_or(u32::MAX));
+        self.in_tick.count(bytes, tick);
     }
 
-    /// Whether the connection may take more in this tick.
+    /// Whether it may take more in this tick.
     pub fn may_take(&self, tick: u32) -> bool {
-        self.tick != tick as u16 || self.in_tick < HISTORY_IN_TICK
+        self.in_tick.may_take(tick)
     }
 
     /// The size of the page to ask for now, in bytes: twice what was written of the last one, at

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 
 use super::connection::{Membership, NONE};
 use super::progress::Progress;
-use super::replay::Replay;
+use super::replay::{Replay, TakenInTick};
 use crate::auth::token::Grant;
 use crate::feed::{Cursor, Feed};
 use crate::protocol::event::{ChannelName, EventId};
@@ -102,6 +102,12 @@ pub struct ChannelSet {
     pub current: u32,
     /// Bytes that this member has written in its turn.
     pub spent: usize,
+    /// The member that waits for a page of history. Only one of them does at a time.
+    pub reading: u32,
+    /// Members that need a page after it.
+    pub reading_next: VecDeque<u32>,
+    /// History written to all members.
+    pub taken: TakenInTick,
     /// What its token allows in other channels than the default one.
     pub grant: Option<Box<Grant>>,
     /// Channels that were new when it published in them, oldest first.
@@ -114,6 +120,9 @@ impl Default for ChannelSet {
             subscriptions: Vec::new(),
             current: NONE,
             spent: 0,
+            reading: NONE,
+            reading_next: VecDeque::new(),
+            taken: TakenInTick::default(),
             grant: None,
             published: VecDeque::new(),
         }
