@@ -11,6 +11,7 @@ use crate::protocol::close::CloseReason;
 use crate::protocol::event::{ChannelName, EventId};
 use crate::protocol::frame::{self, ErrorCode, Regarding};
 use crate::ws::client::OtherChannels;
+use crate::ws::inbound::QUEUE_MAX;
 use crate::ws::subscription::ChannelSet;
 
 impl Shard {
@@ -36,16 +37,26 @@ impl Shard {
                 Ok(())
             }
             Ok(ClientFrame::Token { token, reference }) => self.on_token(slot, &token, reference),
-            Ok(ClientFrame::Ping) => {
-                let ping = self.positions_ping(slot);
-                self.connections[slot].enqueue(ping);
-                Ok(())
-            }
+            Ok(ClientFrame::Ping) => self.on_ping(slot),
             Err(BadFrame { message, reference }) => {
                 let regarding = Regarding { channel: None, reference };
                 self.reject_message(slot, ErrorCode::Invalid, &message, &regarding, CloseReason::Protocol)
             }
         }
+    }
+
+    /// Answers a ping of a client with its positions. Sixteen of them are as much work as a message.
+    fn on_ping(&mut self, slot: u32) -> Result<(), CloseReason> {
+        let positions = self.connections.set(slot).map_or(0, |set| set.subscriptions.len());
+        if positions > 0 && !self.accepts_work(slot, positions / 4, None)? {
+            return Ok(());
+        }
+        // As with pongs, a client that does not read its answers gets no more of them.
+        if self.connections[slot].queued() < QUEUE_MAX / 2 {
+            let ping = self.positions_ping(slot);
+            self.connections[slot].enqueue(ping);
+        }
+        Ok(())
     }
 
     /// Publishes an event of a client in the channel that its frame names, or else in the default

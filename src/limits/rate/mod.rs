@@ -68,6 +68,10 @@ const HISTORY_RATE: u64 = 32 << 20;
 /// one address may reconnect at once and read 64 KiB each.
 const HISTORY_BURST: u64 = 2 * SECOND;
 
+/// Least cost of work of one message, in nanoseconds: it takes time even where the number of
+/// messages is not limited.
+const WORK_MIN: u64 = SECOND / 1000;
+
 const SECOND: u64 = 1_000_000_000;
 
 /// Whose connections share an allowance.
@@ -215,7 +219,8 @@ impl RateLimiter {
     /// What a frame costs beside its bytes if it is as much work as this many messages and quarters
     /// of one. At most half of what a new client may send at once, however low the rate.
     pub fn cost_of_quarters(&self, quarters: usize) -> u64 {
-        (self.each.saturating_mul(quarters as u64) / 4).min(self.burst_when_new / 2)
+        let each = self.each.max(WORK_MIN);
+        (each.saturating_mul(quarters as u64) / 4).min(self.burst_when_new / 2)
     }
 
     /// The first TAT of a client that connects at `now`, in nanoseconds since the node started.

@@ -3,4 +3,5 @@
 mod fanout;
 mod newcomers;
 mod positions;
+mod subscriptions;
 mod testbed;
