@@ -8,7 +8,7 @@ use bytes::{Bytes, BytesMut};
 use super::Shard;
 use super::deferred::Pending;
 use super::members::is_subscription;
-use super::subscribe::TOO_MANY_CHANNELS;
+use super::subscribe::{HOLDS_TOO_MANY, TOO_MANY_CHANNELS};
 use crate::bus::{BusError, BusMessage, Request, ShardId};
 use crate::feed::{Cursor, Feed, Lookup};
 use crate::http::Rejection;
@@ -37,7 +37,10 @@ impl Shard {
         let Some((name, last_seen)) = self.connections.joining(number) else { return };
         let key = match self.channels.key(&name) {
             Some(key) => key,
-            None if self.may_name(self.connections.owner(number), &name.name) => self.follow(name),
+            None if !self.may_hold(number, &name.name) => {
+                return self.reject_subscription(number, ErrorCode::TooMany, HOLDS_TOO_MANY);
+            }
+            None if self.may_name(self.connections.owner(number), &name.name) => self.follow(number, name),
             None => return self.reject_new_channel(number),
         };
         let id = self.connections.id(number);
@@ -110,9 +113,26 @@ impl Shard {
             || connection.allowance(limits).is_none_or(|client| limits.take_channel(client))
     }
 
-    /// Adds a channel, which the bus is asked to follow. Returns its key.
-    fn follow(&mut self, name: ChannelForm) -> u32 {
-        self.context.handshake.limits.followed.add(name.name.clone());
+    /// Whether the client of a subscription may be the one for which this channel counts, if it
+    /// counts for none. Default channels are limited like connections.
+    fn may_hold(&mut self, number: u32, channel: &ChannelName) -> bool {
+        if !is_subscription(number) {
+            return true;
+        }
+        let limits = &self.context.handshake.limits;
+        let owner = self.connections.owner(number);
+        let connection = &mut self.connections[owner];
+        limits.followed.is_held(channel)
+            || connection.allowance(limits).is_none_or(|client| limits.may_hold(client))
+    }
+
+    /// Adds a channel for a member, which the bus is asked to follow. Returns its key.
+    fn follow(&mut self, number: u32, name: ChannelForm) -> u32 {
+        let limits = &self.context.handshake.limits;
+        let owner = self.connections.owner(number);
+        let holder =
+            is_subscription(number).then(|| self.connections[owner].shared_allowance(limits)).flatten();
+        limits.followed.add(name.name.clone(), holder);
         self.request_bus(Request::Follow { channel: name.clone(), shard: self.context.id });
         self.channels.insert(name, Instant::now())
     }

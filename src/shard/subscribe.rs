@@ -17,6 +17,10 @@ use crate::ws::subscription::{Joining, Subscription};
 pub(super) const TOO_MANY_CHANNELS: &str =
     "too many new channels in a minute: name a channel that has clients, or try later";
 
+/// Too many channels count for the client.
+pub(super) const HOLDS_TOO_MANY: &str =
+    "your connections were the first in too many channels: unsubscribe from some";
+
 /// The token does not allow the channel.
 pub(super) const FORBIDDEN: &str = "you may not follow this channel";
 

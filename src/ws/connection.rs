@@ -4,6 +4,7 @@
 //! is a position in its channel, and only frames for it alone are queued.
 
 use std::io;
+use std::sync::Arc;
 use std::time::Instant;
 
 use bytes::Bytes;
@@ -213,6 +214,12 @@ impl Connection {
             *allowance = limits.allowance(self.connection_slot, &self.client.user);
         }
         allowance.as_deref()
+    }
+
+    /// The same, to be kept.
+    pub fn shared_allowance(&mut self, limits: &ConnectionLimits) -> Option<Arc<Allowance>> {
+        self.allowance(limits)?;
+        self.inbound.allowance.clone()
     }
 
     // ---- the outbox ----

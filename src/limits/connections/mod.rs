@@ -193,7 +193,13 @@ pub struct ConnectionLimits {
     pub followed: FollowedChannels,
     /// Channels that one connection may follow.
     channels_per_connection: u32,
+    /// Channels that may count for one client.
+    most_held: u32,
 }
+
+/// The part of `--max-channels` that may count for one client. Without this limit one with a few
+/// connections could hold all of them.
+const HELD_PART: usize = 4;
 
 impl ConnectionLimits {
     pub fn new(settings: &Settings) -> ConnectionLimits {
@@ -215,6 +221,11 @@ impl ConnectionLimits {
             owner: AllowanceOwner::of(settings),
             allowances: Allowances::new(settings),
             followed: FollowedChannels::default(),
+            // A connection may have all its subscriptions, however small --max-channels is.
+            most_held: u32::try_from(
+                (settings.max_channels.get() / HELD_PART).max(settings.max_subscriptions),
+            )
+            .unwrap_or(u32::MAX),
             channels_per_connection: u32::try_from(settings.max_subscriptions)
                 .unwrap_or(u32::MAX)
                 .saturating_add(1),
@@ -317,6 +328,11 @@ impl ConnectionLimits {
             }
             (AllowanceOwner::Address, _) => None,
         }
+    }
+
+    /// Whether one more channel may count for this client.
+    pub fn may_hold(&self, client: &Allowance) -> bool {
+        client.held() < self.most_held
     }
 
     /// Counts a new channel of this client. `false` if it has named too many. Where its connections

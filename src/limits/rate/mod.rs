@@ -109,19 +109,44 @@ pub struct Allowance {
     history: AtomicU64,
     /// Messages rejected by its rate, less those accepted since.
     rejected: AtomicU32,
+    /// Channels that count for it.
+    held: AtomicU32,
+}
+
+/// A channel that counts for a client as long as this exists.
+#[derive(Debug)]
+pub struct Held(Arc<Allowance>);
+
+impl Held {
+    pub fn new(client: Arc<Allowance>) -> Held {
+        client.held.fetch_add(1, Relaxed);
+        Held(client)
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.0.held.fetch_sub(1, Relaxed);
+    }
 }
 
 impl Allowance {
     /// For a new client, with this TAT of its messages.
     pub fn new(tat: u64) -> Allowance {
         let (channels, history) = (AtomicU64::new(0), AtomicU64::new(0));
-        Allowance { messages: AtomicU64::new(tat), channels, history, rejected: AtomicU32::new(0) }
+        let (rejected, held) = (AtomicU32::new(0), AtomicU32::new(0));
+        Allowance { messages: AtomicU64::new(tat), channels, history, rejected, held }
     }
 
     /// Counts a new channel of a client that may name this many in a minute, all at once if it
     /// likes. `false` if it has named too many.
     pub fn take_channel(&self, most: u32, now: u64) -> bool {
         take(&self.channels, NAMING_TIME / u64::from(most), NAMING_TIME, now)
+    }
+
+    /// Channels that count for it: see [`Held`].
+    pub fn held(&self) -> u32 {
+        self.held.load(Relaxed)
     }
 
     /// Counts bytes of history before they are read. `false` if the client has to wait.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::super::*;
 use super::testbed::{Testbed, masked};
 use crate::bus::Page;
-use crate::protocol::event::EventId;
+use crate::protocol::event::{ChannelName, EventId};
 use crate::ws::connection::State;
 use crate::ws::inbound::QUEUE_MAX;
 
@@ -118,6 +118,33 @@ fn the_next_channel_reads_history_when_one_is_unsubscribed() {
     }
     asked.dedup();
     assert_eq!(asked.len() as u64, CHANNELS);
+}
+
+#[test]
+fn a_client_holds_a_part_of_all_channels() {
+    let mut testbed = live();
+    let limits = testbed.limits.clone();
+    let slot = limits.acquire([192, 0, 2, 1].into()).expect("there is room");
+    testbed.shard.connections[0].connection_slot = slot;
+    let client = limits.allowance(slot, "").expect("it has one");
+    let held = |number: usize| ChannelName::parse(&format!("held.{number}")).expect("a name");
+    let most = testbed.shard.settings().max_channels.get() / 4;
+    for number in 0..most {
+        assert!(limits.may_hold(&client));
+        limits.followed.add(held(number), Some(client.clone()));
+    }
+    let subscribe = |testbed: &mut Testbed, channel: &str| {
+        let frame = format!(r#"{{"type":"subscribe","channel":"{channel}"}}"#);
+        testbed.clients[0].send(&masked(1, frame.as_bytes()));
+        testbed.turn();
+        testbed.shard.connections.set(0).expect("it has subscribed").subscriptions.len()
+    };
+    assert_eq!(subscribe(&mut testbed, "held.1"), 1, "it holds that already");
+    assert_eq!(subscribe(&mut testbed, "room.1"), 1);
+    limits.followed.remove(held(0));
+    assert_eq!(subscribe(&mut testbed, "room.1"), 2);
+    assert_eq!(client.held() as usize, most);
+    assert_eq!(subscribe(&mut testbed, "room.2"), 2);
 }
 
 #[test]
