@@ -219,7 +219,10 @@ impl Shard {
             Lookup::Evicted => {}
         }
         if !self.connections.may_replay(number, self.tick) {
-            self.throttle(number);
+            match self.connections.may_read(number) {
+                true => self.throttle(number),
+                false => self.connections.wait_for_page(number),
+            }
             return Step::Wait;
         }
         let Some(found) = self.replay.pages.find(channel.id, position, self.tick) else {
