@@ -51,8 +51,8 @@ impl Shard {
         if positions > 0 && !self.accepts_work(slot, positions / 4, None)? {
             return Ok(());
         }
-        // As with pongs, a client that does not read its answers gets no more of them.
-        if self.connections[slot].queued() < QUEUE_MAX / 2 {
+        // As with pongs, a client that does not read such long answers gets no more of them.
+        if positions == 0 || self.connections[slot].queued() < QUEUE_MAX / 2 {
             let ping = self.positions_ping(slot);
             self.connections[slot].enqueue(ping);
         }
