@@ -1,5 +1,6 @@
 //! A shard alone, without its event loop.
 
+mod channels;
 mod fanout;
 mod newcomers;
 mod positions;

@@ -3,7 +3,7 @@
 
 #[allow(dead_code, reason = "the integration tests use more of it")]
 #[path = "../../../tests/common/single_shard.rs"]
-mod single_shard;
+pub mod single_shard;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io::Write;
