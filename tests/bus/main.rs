@@ -7,6 +7,7 @@ mod common;
 #[path = "../workload/mod.rs"]
 mod workload;
 
+mod channels;
 mod cluster;
 mod external_publishers;
 mod faults;

@@ -334,3 +334,191 @@ async fn tabs_of_a_user_follow_as_many_channels_as_a_socket_may() {
         tabs.push(tab);
     }
 }
+
+/// A node that requires tokens, and its key.
+async fn with_tokens() -> (Node, TokenKey) {
+    let key = TokenKey::new();
+    (Node::start(&["--jwt-key", &key.path()]).await, key)
+}
+
+/// Sends a new token. Returns the answer, before which these frames came.
+async fn renew(client: &mut Client, token: &str) -> (Value, Vec<Value>) {
+    send(client, json!({"type": "token", "token": token, "ref": "t"})).await;
+    let mut before = Vec::new();
+    loop {
+        let frame = client.next_json().await;
+        if frame["ref"] == "t" {
+            return (frame, before);
+        }
+        before.push(frame);
+    }
+}
+
+#[tokio::test]
+async fn token_says_which_channels_may_be_followed() {
+    let (node, key) = with_tokens().await;
+    let flags = ["--channel", "home", "--channel", "team.*", "--publish", "team.1", "--publish", "other"];
+    let token = key.token("alice", &flags);
+    let mut client =
+        Client::open(&node, "alice", &format!("channel=home&token={token}"), Some(JSON_MODE)).await;
+    client.welcome().await;
+    subscribed(&mut client, "team.2").await;
+    subscribe(&mut client, "other").await;
+    assert_eq!(rejected(&mut client, Some("other")).await, "forbidden");
+    // Where it may publish, it may also follow.
+    for (channel, may) in [("team.1", true), ("team.2", false), ("home", false), ("other", false)] {
+        send(&mut client, json!({"text": "hi", "channel": channel, "ref": 1})).await;
+        match may {
+            true => assert_eq!(client.next_json().await["type"], "ack"),
+            false => assert_eq!(rejected(&mut client, Some(channel)).await, "forbidden"),
+        }
+    }
+    // A token for one channel allows no other.
+    let token = key.token("bob", &["--channel", "home"]);
+    let mut client =
+        Client::open(&node, "bob", &format!("channel=home&token={token}"), Some(JSON_MODE)).await;
+    client.welcome().await;
+    subscribe(&mut client, "team.1").await;
+    assert_eq!(rejected(&mut client, Some("team.1")).await, "forbidden");
+    send(&mut client, json!({"text": "hi", "channel": "team.1"})).await;
+    assert_eq!(rejected(&mut client, Some("team.1")).await, "forbidden");
+}
+
+#[tokio::test]
+async fn new_token_replaces_rights_and_expiry() {
+    let (node, key) = with_tokens().await;
+    let token = key.token("alice", &["--ttl", "30s"]);
+    let mut client =
+        Client::open(&node, "alice", &format!("channel=home&token={token}"), Some(JSON_MODE)).await;
+    client.welcome().await;
+    // It has less than a minute left.
+    let expiring = client.next_control("token_expiring").await;
+    assert!(expiring["in"].as_u64().is_some_and(|seconds| (1..=30).contains(&seconds)), "{expiring}");
+    subscribed(&mut client, "a").await;
+    subscribed(&mut client, "b").await;
+
+    for bad in ["no token", &key.token("bob", &[]), &token[..token.len() - 2]] {
+        let (answer, _) = renew(&mut client, bad).await;
+        assert_eq!((&answer["type"], &answer["code"]), (&json!("error"), &json!("unauthorized")), "{bad}");
+    }
+    // The old one stays in force.
+    let id = node.publish("b", &json!({"n": 1})).await;
+    client.expect_event(id, &json!({"channel": "b", "n": 1})).await;
+
+    let narrower = key.token("alice", &["--channel", "home", "--channel", "a"]);
+    let (answer, before) = renew(&mut client, &narrower).await;
+    assert_eq!(answer, json!({"type": "ack", "ref": "t"}));
+    assert_eq!(before, [json!({"type": "unsubscribed", "channel": "b", "reason": "forbidden"})]);
+    subscribe(&mut client, "b").await;
+    assert_eq!(rejected(&mut client, Some("b")).await, "forbidden");
+    let id = node.publish("a", &json!({"n": 2})).await;
+    client.expect_event(id, &json!({"channel": "a", "n": 2})).await;
+
+    let wider = key.token("alice", &["--ttl", "30s"]);
+    assert_eq!(renew(&mut client, &wider).await.0["type"], "ack");
+    assert!(client.next_control("token_expiring").await["in"].is_u64(), "once for each token");
+    subscribed(&mut client, "b").await;
+
+    let elsewhere = key.token("alice", &["--channel", "a"]);
+    send(&mut client, json!({"type": "token", "token": elsewhere})).await;
+    let (code, reason) = client.expect_close().await;
+    assert_eq!((code, reason.as_str()), (4403, "the token does not allow this channel"));
+}
+
+#[tokio::test]
+async fn token_frames_are_limited_and_ignored_without_keys() {
+    let (node, key) = with_tokens().await;
+    let token = key.token("alice", &[]);
+    let mut client =
+        Client::open(&node, "alice", &format!("channel=home&token={token}"), Some(JSON_MODE)).await;
+    client.welcome().await;
+    let mut accepted = 0;
+    while renew(&mut client, &token).await.0["type"] == "ack" {
+        accepted += 1;
+    }
+    assert!((2..20).contains(&accepted), "{accepted} tokens at once");
+
+    let node = Node::start(&[]).await;
+    let mut client = without_channel(&node, "alice").await;
+    assert_eq!(renew(&mut client, "anything").await.0, json!({"type": "ack", "ref": "t"}));
+}
+
+#[tokio::test]
+async fn loops_of_subscribes_are_limited() {
+    let node = Node::start(&["--max-message-rate", "10"]).await;
+    let mut client = without_channel(&node, "alice").await;
+    // However low the rate, a newcomer may subscribe to all its channels at once.
+    let channels: Vec<_> = (0..100).map(|number| json!({"channel": format!("c{number}")})).collect();
+    send(&mut client, json!({"type": "subscribe", "channels": channels})).await;
+    for _ in 0..100 {
+        client.welcome().await;
+    }
+    let mut answers = 0;
+    loop {
+        send(&mut client, json!({"type": "unsubscribe", "channel": "c1"})).await;
+        send(&mut client, json!({"type": "subscribe", "channel": "c1", "ref": 1})).await;
+        let frame = client.next_json().await;
+        answers += 1;
+        assert!(answers < 300, "nothing limits it");
+        if frame["code"] == "rate_limited" {
+            break;
+        }
+    }
+}
+
+#[tokio::test]
+async fn new_channels_are_limited_for_subscribers_and_publishers() {
+    let key = TokenKey::new();
+    let flags = ["--jwt-key", &key.path(), "--max-connections-per-user", "5", "--max-message-rate", "0"];
+    let node = Node::start(&flags).await;
+    let token = key.token("alice", &[]);
+    let mut client = Client::open(&node, "alice", &format!("channel=&token={token}"), Some(JSON_MODE)).await;
+    client.next_control("welcome").await;
+    // Again and again in one channel counts once.
+    for number in 0..200 {
+        send(&mut client, json!({"text": "hi", "channel": "one", "ref": number})).await;
+        assert_eq!(client.next_json().await["type"], "ack");
+    }
+    for number in 0..120 {
+        send(&mut client, json!({"text": "hi", "channel": format!("c{number}"), "ref": 1})).await;
+        let answer = client.next_json().await;
+        if number < 99 {
+            assert_eq!(answer["type"], "ack", "{number}");
+        } else if answer["type"] == "error" {
+            assert_eq!(answer["code"], "rate_limited");
+            subscribe(&mut client, "another").await;
+            assert_eq!(rejected(&mut client, Some("another")).await, "rate_limited");
+            return;
+        }
+    }
+    panic!("nothing limits it");
+}
+
+#[tokio::test]
+async fn slow_reader_of_many_channels_misses_nothing() {
+    const EVENTS: u64 = 300;
+    let node = Node::start(&["--buffer-memory", "64KiB"]).await;
+    let options = Options { query: "channel=".into(), subprotocol: Some(JSON_MODE), small_buffer: true };
+    let mut client = Client::try_open(node.public, "slow", &options).await.expect("it joins");
+    client.next_control("welcome").await;
+    let channels = ["busy", "quiet.1", "quiet.2"];
+    for channel in channels {
+        subscribed(&mut client, channel).await;
+    }
+    let text = "x".repeat(20_000);
+    let mut ids = [const { Vec::new() }; 3];
+    for n in 0..EVENTS {
+        ids[0].push(node.publish("busy", &json!({"text": text, "n": n})).await);
+        if n % 50 == 0 {
+            ids[1].push(node.publish("quiet.1", &json!({"n": n})).await);
+            ids[2].push(node.publish("quiet.2", &json!({"n": n})).await);
+        }
+    }
+    let mut got = [const { Vec::new() }; 3];
+    while got.iter().zip(&ids).any(|(got, ids)| got.len() < ids.len()) {
+        let frame = client.next_json().await;
+        let channel = channels.iter().position(|name| frame["channel"] == *name).expect("a channel");
+        got[channel].push(position(&frame["id"]));
+    }
+    assert_eq!(got, ids);
+}
