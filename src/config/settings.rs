@@ -248,7 +248,7 @@ settings! {
     }
 
     /// Channels that a connection may follow beside its default channel, at most 1000. A
-    /// subscription takes about 100 bytes.
+    /// subscription takes 110 bytes.
     max_subscriptions: usize {
         name: "max-subscriptions",
         value: "CHANNELS",
