@@ -15,14 +15,14 @@
 //!
 //! | folder | contents |
 //! |---|---|
-//! | [`protocol`] | event ids, names, entries, client frames, JSON of backends, close codes |
+//! | [`protocol`] | event ids, names, entries and their forms, client frames, JSON of backends, close codes |
 //! | [`http`] | request heads, responses, origins, PROXY and `X-Forwarded-For`, the built-in page |
 //! | [`config`] | settings: one row per setting, flags and environment, memory division |
 //! | [`auth`] | JWT verification, key files |
 //! | [`metrics`] | counters, readiness, rejection log, rendering |
-//! | [`limits`] | connection limits (node, IP, user), message and byte rates |
+//! | [`limits`] | connection limits (node, IP, user), message and byte rates, new channels |
 //! | [`feed`] | a channel's recent events in memory, and cursors into them |
-//! | [`ws`] | one connection: handshake, decoder, outbox, progress, replay, writer |
+//! | [`ws`] | one connection: handshake, decoder, outbox, subscriptions, progress, replay, writer |
 //! | [`bus`] | ids, history and order of events: [`bus::local`] for one node, [`bus::redis`] for many |
 //! | [`shard`] | event loop, mailbox, channels, joins, fan-out, replay, timers |
 //! | [`admin`] | the admin API: publish, history, channels, metrics, stats, health, live view |
@@ -41,7 +41,7 @@
 //! - [`bus::is_continuous`] is the one rule for joins, gaps and pages: continuity is never guessed.
 //! - Pub/Sub may lose messages. A lost message is a gap, and gaps are read from the stream.
 //! - A client's `lastEventId` is a claim. It never counts as an id that this node has seen.
-//! - A client joins its channel in the turn of its shard in which its `welcome` reads the head.
+//! - A client joins a channel in the turn of its shard in which the `welcome` reads the head.
 //! - A publish is rejected only if it was certainly not stored; otherwise the answer is `unknown`.
 //!   Calls to Redis have numbers, and a number is never used for other events.
 //!
@@ -49,9 +49,10 @@
 //!
 //! - A shard owns its connections, channels and feeds: it takes no lock to write an event, and has
 //!   no task and no timer per connection. Its methods never wait, nor does sending to its mailbox.
-//! - A connection is a cursor into its channel's feed. Live, slow and resuming clients share one
-//!   write path; pages of history are feeds too. Only frames for that client alone are queued.
-//! - An event is serialized and framed once per node. Shards share its bytes.
+//! - A connection, or a subscription of one, is a cursor into its channel's feed. Live, slow and
+//!   resuming clients share one write path; pages of history are feeds too. Only frames for one
+//!   client alone are queued.
+//! - An event is framed once per node, and once for subscriptions. Shards share its bytes.
 //! - A connection closes once, with a [`protocol::close::CloseReason`].
 //! - A slot of the slab is valid only with its generation: an answer of the bus may arrive when the
 //!   slot has a new owner.
