@@ -9,7 +9,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use self::channel::Channel;
 use self::idempotency::IdempotencyKeys;
-use super::{BusContext, BusError, BusMessage, Follower, Publish, Request, ShardSender};
+use super::{Answer, BusContext, BusError, BusMessage, Follower, Publish, Request, ShardSender};
 use crate::config::Settings;
 use crate::metrics::{BusMetrics, Readiness};
 use crate::protocol::event::{ChannelName, Entry, EventId};
@@ -71,6 +71,8 @@ struct Batch {
     to: Option<Arc<str>>,
     texts: Vec<Vec<u8>>,
     bytes: usize,
+    /// Who is told the ids, once the shards have the events.
+    answers: Vec<(Answer, EventId)>,
 }
 
 /// Limits of histories.
@@ -168,18 +170,26 @@ impl LocalBus {
         batch.to = to;
         batch.bytes += text.len();
         batch.texts.push(text);
+        batch.answers.push((answer, id));
         self.metrics.published.add(1);
-        self.shards.answer(answer, Ok(id));
     }
 
-    /// Sends the batch to the followers and adds it to the history.
+    /// Sends the batch to the followers, adds it to the history, and answers those who published it.
     fn deliver(&mut self, batch: &mut Batch) {
-        let Batch { channel: Some(name), to, texts, .. } = std::mem::take(batch) else { return };
-        let Some(channel) = self.channels.get_mut(&name) else { return };
+        let Batch { channel: Some(name), to, texts, answers, .. } = std::mem::take(batch) else { return };
+        self.append(&name, to, &texts);
+        for (answer, id) in answers {
+            self.shards.answer(answer, Ok(id));
+        }
+    }
+
+    /// Sends consecutive events to the followers and adds them to the history.
+    fn append(&mut self, name: &ChannelName, to: Option<Arc<str>>, texts: &[Vec<u8>]) {
+        let Some(channel) = self.channels.get_mut(name) else { return };
         let first = EventId(channel.head().0 + 1 - texts.len() as u64);
         let entry = Entry::addressed(first, to, texts.iter().map(Vec::as_slice));
         self.metrics.events.add(entry.ids());
-        self.shards.send_entry(&name, &entry, channel.followers(), self.now);
+        self.shards.send_entry(name, &entry, channel.followers(), self.now);
         let before = channel.bytes();
         channel.push(entry);
         channel.trim(self.limits.events, self.limits.bytes);
