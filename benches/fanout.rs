@@ -164,12 +164,10 @@ impl Plan {
 
 impl Saturated {
     fn of(phase: &PhaseResult) -> Saturated {
-        let cpu = phase.server_cpu.as_secs_f64();
-        Saturated {
-            rate: phase.deliveries_per_second(),
-            per_cpu: phase.tally.deliveries as f64 / cpu,
-            share: cpu / phase.time.as_secs_f64(),
-        }
+        let rate = phase.deliveries_per_second();
+        let per_cpu = phase.tally.deliveries as f64 / phase.server_cpu.as_secs_f64();
+        // The time of the phase ends before its last events have arrived: `rate` counts them.
+        Saturated { rate, per_cpu, share: rate / per_cpu }
     }
 }
 
