@@ -1,23 +1,18 @@
 //! Checks every frame of sockets with several channels, in any order of subscribes, unsubscribes,
 //! events, pages, evictions and short writes.
 
-use std::collections::{BTreeMap, VecDeque};
-use std::io::{Read, Write};
-use std::net::Ipv4Addr;
-use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream;
-
 use mio::Poll;
 use proptest::prelude::*;
 use serde_json::Value;
-use socket2::SockRef;
 use tokio::sync::mpsc;
 
 use super::super::connections::token;
 use super::super::*;
+use super::peer::Peer;
+use super::source::Source;
+use super::testbed::masked;
 use super::testbed::single_shard::SingleShard;
-use super::testbed::{masked, take_frame};
-use crate::bus::{Answer, BLOCK, Page, PageReader, block_start};
+use crate::bus::{Answer, PageReader};
 use crate::limits::connections::ConnectionLimits;
 use crate::limits::connections::tests::counts;
 use crate::protocol::event::{ChannelName, Entry, EventId};
@@ -28,17 +23,9 @@ const ROOMS: [&str; 3] = ["a", "b", "c"];
 /// Users, and the rooms that are their default channels.
 const CLIENTS: [(&str, Option<usize>); 3] = [("alice", Some(0)), ("bob", None), ("alice", Some(1))];
 
-/// Events that history holds.
-const HISTORY: usize = 60;
-
 /// A channel of the bus.
 struct Room {
-    base: u64,
-    head: u64,
-    /// Id, receiver and text.
-    history: VecDeque<(u64, Option<String>, String)>,
-    /// The receiver of every event; `None` for all subscribers.
-    receivers: BTreeMap<u64, Option<String>>,
+    source: Source,
     /// Whether the shard follows it, by form.
     follows: [bool; 2],
 }
@@ -56,10 +43,7 @@ enum Following {
 }
 
 struct Client {
-    socket: UnixStream,
-    unsent: Vec<u8>,
-    unparsed: Vec<u8>,
-    upgraded: bool,
+    peer: Peer,
     rooms: [Following; ROOMS.len()],
     /// Its position in each room when it last followed it.
     left: [Option<u64>; ROOMS.len()],
@@ -113,53 +97,6 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
-impl Room {
-    fn new(number: usize) -> Room {
-        let head = 1000 * (number as u64 + 1);
-        Room { base: head, head, history: VecDeque::new(), receivers: BTreeMap::new(), follows: [false; 2] }
-    }
-
-    fn publish(&mut self, to: Option<String>, size: usize) {
-        self.head += 1;
-        let text = format!(r#"{{"text":"{}","id":{}}}"#, "x".repeat(size), self.head);
-        self.receivers.insert(self.head, to.clone());
-        self.history.push_back((self.head, to, text));
-        if self.history.len() > HISTORY {
-            self.history.pop_front();
-        }
-    }
-
-    fn oldest(&self) -> u64 {
-        self.history.front().map_or(self.head + 1, |(id, ..)| *id)
-    }
-
-    fn entries(&self, first: u64, last: u64) -> Vec<Entry> {
-        let held: Vec<_> = self.history.iter().filter(|(id, ..)| (first..=last).contains(id)).collect();
-        let entry = |some: &[&(u64, Option<String>, String)]| {
-            let to = some[0].1.as_deref().map(Into::into);
-            Entry::addressed(EventId(some[0].0), to, some.iter().map(|(_, _, text)| text.as_bytes()))
-        };
-        held.chunk_by(|a, b| a.1 == b.1).map(entry).collect()
-    }
-
-    fn page(&self, position: EventId) -> Page {
-        let before = block_start(position);
-        let after = if position.0.is_multiple_of(5) { position } else { before };
-        let end = before.0 + BLOCK;
-        let oldest = self.oldest();
-        let end = if position.0.is_multiple_of(3) { end.min(oldest.max(position.0) + 7) } else { end };
-        let entries = self.entries(after.0 + 1, end);
-        Page {
-            after: entries.first().map_or(position, |first| first.before().min(position)),
-            base: EventId(self.base),
-            head: EventId(self.head),
-            oldest: EventId(oldest),
-            entries,
-            ..Page::default()
-        }
-    }
-}
-
 fn name(room: usize) -> ChannelName {
     ChannelName::parse(ROOMS[room]).expect("a name")
 }
@@ -186,7 +123,9 @@ impl Testbed {
             shard: Shard::new(context, registry),
             requests: single.asked,
             limits: single.limits,
-            rooms: (0..ROOMS.len()).map(Room::new).collect(),
+            rooms: (1..=ROOMS.len() as u64)
+                .map(|number| Room { source: Source::new(1000 * number), follows: [false; 2] })
+                .collect(),
             clients: Vec::new(),
             _poll: poll,
         };
@@ -198,28 +137,17 @@ impl Testbed {
     }
 
     fn connect(&mut self, number: usize) -> Client {
-        let (ours, theirs) = UnixStream::pair().expect("two sockets");
-        for socket in [&ours, &theirs] {
-            socket.set_nonblocking(true).expect("a socket");
-        }
-        SockRef::from(&theirs).set_send_buffer_size(4 << 10).expect("a socket");
-        let theirs = std::net::TcpStream::from(OwnedFd::from(theirs));
-        let slot = self.limits.acquire(Ipv4Addr::LOCALHOST.into()).expect("there is room");
-        self.shard.handle_message(ShardMessage::Sockets(vec![(TcpStream::from_std(theirs), slot)]));
         let (user, default) = CLIENTS[number];
         let channel = default.map_or("", |room| ROOMS[room]);
-        let request = format!(
-            "GET /ws/{user}?channel={channel} HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\n\
-             Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\n\
-             Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Protocol: fanfare.v1\r\n\r\n"
-        );
-        (&ours).write_all(request.as_bytes()).expect("there is room");
+        let path = format!("/ws/{user}?channel={channel}");
+        let headers = "Sec-WebSocket-Protocol: fanfare.v1\r\n";
+        let peer = Peer::connect(&mut self.shard, &self.limits, &path, headers);
         let mut rooms = [Following::No; ROOMS.len()];
         if let Some(room) = default {
             rooms[room] = Following::Asked(None);
         }
         let left = [None; ROOMS.len()];
-        Client { socket: ours, unsent: Vec::new(), unparsed: Vec::new(), upgraded: false, rooms, left }
+        Client { peer, rooms, left }
     }
 
     /// Sends an entry to the shard in the forms that it follows.
@@ -243,7 +171,7 @@ impl Testbed {
                 Request::Follow { channel, .. } => {
                     let room = &mut self.rooms[room_of(&channel.name)];
                     room.follows[channel.form as usize] = true;
-                    let (base, position) = (EventId(room.base), EventId(room.head));
+                    let (base, position) = (EventId(room.source.base), EventId(room.source.head));
                     BusMessage::Followed { channel, base, position, recent: Vec::new() }
                 }
                 Request::Unfollow { channel, .. } => {
@@ -252,7 +180,7 @@ impl Testbed {
                 }
                 Request::Read { channel: name, position, reader, .. } => {
                     let PageReader::Shard(_, form) = reader else { panic!("the shard reads") };
-                    let page = self.rooms[room_of(&name)].page(position);
+                    let page = self.rooms[room_of(&name)].source.page(position);
                     let channel = ChannelForm { name, form };
                     BusMessage::Page { channel, position, result: Ok(Arc::new(page)) }
                 }
@@ -273,7 +201,7 @@ impl Testbed {
     }
 
     fn ready(&mut self, from: usize, count: usize) {
-        self.clients.iter_mut().for_each(|client| client.send(""));
+        self.clients.iter_mut().for_each(|client| client.peer.send(&[]));
         let all: Vec<u32> = self.shard.connections.slots().collect();
         for slot in all.into_iter().skip(from).take(count) {
             self.shard.on_ready(token(self.shard.connections.id(slot)), true, true, true);
@@ -284,25 +212,23 @@ impl Testbed {
         match *step {
             Step::Publish { room, to, count, size } => {
                 let to = ["alice", "bob", "nobody"].get(to).map(|user| (*user).to_owned());
-                let first = self.rooms[room].head + 1;
-                (0..count).for_each(|_| self.rooms[room].publish(to.clone(), size));
-                for entry in self.rooms[room].entries(first, u64::MAX) {
+                let first = self.rooms[room].source.head + 1;
+                (0..count).for_each(|_| self.rooms[room].source.publish(to.clone(), size));
+                for entry in self.rooms[room].source.entries(first, u64::MAX) {
                     self.deliver(room, &entry);
                 }
             }
             Step::PublishExternal { room } => {
-                let entry = Entry::without_id(EventId(self.rooms[room].head), br#"{"raw":1}"#);
+                let entry = Entry::without_id(EventId(self.rooms[room].source.head), br#"{"raw":1}"#);
                 self.deliver(room, &entry);
             }
             Step::NewEpoch { room } => {
-                self.rooms[room].head += 1000;
-                self.rooms[room].base = self.rooms[room].head;
-                self.rooms[room].history.clear();
-                self.deliver(room, &Entry::reset(EventId(self.rooms[room].base)));
+                let mark = self.rooms[room].source.start_epoch();
+                self.deliver(room, &mark);
             }
             Step::Subscribe { client, room, resumes } => {
                 let client = &mut self.clients[client];
-                if client.upgraded && client.rooms[room] == Following::No {
+                if client.peer.upgraded && client.rooms[room] == Following::No {
                     let last = client.left[room].filter(|_| resumes);
                     let shown = last.map_or("null".into(), |last| last.to_string());
                     let channel = ROOMS[room];
@@ -345,23 +271,8 @@ impl Testbed {
     }
 
     fn read(&mut self, number: usize, bytes: usize) -> Result<(), TestCaseError> {
-        let client = &mut self.clients[number];
-        let mut buffer = vec![0; bytes];
-        match client.socket.read(&mut buffer) {
-            Ok(read) => client.unparsed.extend(&buffer[..read]),
-            Err(_) => return Ok(()),
-        }
-        loop {
-            let client = &mut self.clients[number];
-            if !client.upgraded {
-                let Some(end) = client.unparsed.windows(4).position(|four| four == b"\r\n\r\n") else {
-                    return Ok(());
-                };
-                prop_assert!(client.unparsed.starts_with(b"HTTP/1.1 101"));
-                client.unparsed.drain(..end + 4);
-                client.upgraded = true;
-            }
-            let Some((opcode, text)) = take_frame(&mut client.unparsed) else { return Ok(()) };
+        self.clients[number].peer.read(bytes);
+        while let Some((opcode, text)) = self.clients[number].peer.next_frame() {
             match opcode {
                 1 => {
                     let frame = serde_json::from_slice(&text);
@@ -372,6 +283,7 @@ impl Testbed {
                 _ => prop_assert!(false, "opcode {opcode}"),
             }
         }
+        Ok(())
     }
 
     fn check_frame(&mut self, number: usize, frame: &Value) -> Result<(), TestCaseError> {
@@ -393,7 +305,7 @@ impl Testbed {
             None => default.expect("only a default channel has no name"),
         };
         prop_assert_eq!(frame["channel"].is_null(), default == Some(room), "{}", frame);
-        let due = |at: u64| self.rooms[room].due(user, at);
+        let due = |at: u64| self.rooms[room].source.due(user, at);
         let state = self.clients[number].rooms[room];
         let last = frame["lastEventId"].as_u64();
         let next = match (kind, state) {
@@ -446,7 +358,7 @@ impl Testbed {
             prop_assert!(false, "{:?}: {}", state, ping);
             return Ok(());
         };
-        let due = self.rooms[room].due(CLIENTS[number].0, at);
+        let due = self.rooms[room].source.due(CLIENTS[number].0, at);
         prop_assert!(position >= at, "client {} had {} in {}: {}", number, at, room, ping);
         prop_assert!(due.is_none_or(|due| due > position), "client {} lacks {:?}: {}", number, due, ping);
         self.clients[number].rooms[room] = state.moved(position);
@@ -464,7 +376,7 @@ impl Testbed {
             }
             let is_settled = |number: usize, room: usize| match self.clients[number].rooms[room] {
                 Following::No => true,
-                Following::Yes(at) => self.rooms[room].due(CLIENTS[number].0, at).is_none(),
+                Following::Yes(at) => self.rooms[room].source.due(CLIENTS[number].0, at).is_none(),
                 Following::Asked(_) | Following::Leaving(_) => false,
             };
             let all = (0..CLIENTS.len()).flat_map(|number| (0..ROOMS.len()).map(move |room| (number, room)));
@@ -473,7 +385,7 @@ impl Testbed {
             }
         }
         let states: Vec<_> = self.clients.iter().map(|client| client.rooms).collect();
-        let heads: Vec<_> = self.rooms.iter().map(|room| room.head).collect();
+        let heads: Vec<_> = self.rooms.iter().map(|room| room.source.head).collect();
         prop_assert!(false, "{:?} of {:?}", states, heads);
         Ok(())
     }
@@ -497,14 +409,6 @@ impl Testbed {
     }
 }
 
-impl Room {
-    /// The first event for this user after a position.
-    fn due(&self, user: &str, at: u64) -> Option<u64> {
-        let mine = |to: &Option<String>| to.as_deref().is_none_or(|to| to == user);
-        self.receivers.range(at + 1..).find(|(_, to)| mine(to)).map(|(id, _)| *id)
-    }
-}
-
 impl Following {
     /// The same at another position.
     fn moved(self, to: u64) -> Following {
@@ -516,17 +420,8 @@ impl Following {
 }
 
 impl Client {
-    /// Sends a text, as far as there is room. Before the upgrade nothing is sent.
     fn send(&mut self, text: &str) {
-        if !self.upgraded {
-            return;
-        }
-        if !text.is_empty() {
-            self.unsent.extend(masked(1, text.as_bytes()));
-        }
-        if let Ok(written) = self.socket.write(&self.unsent) {
-            self.unsent.drain(..written);
-        }
+        self.peer.send(&masked(1, text.as_bytes()));
     }
 }
 

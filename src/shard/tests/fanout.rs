@@ -1,11 +1,9 @@
 //! Fan-outs: how much is written in a turn, who comes first, and events without id when memory is
 //! short.
 
-use std::io::Read;
-
 use super::super::Shard;
 use super::super::deferred::FANOUT_WRITES;
-use super::testbed::{CLIENTS, Client, Mode, Testbed, masked, take_frame};
+use super::testbed::{CLIENTS, Client, Mode, Testbed, masked};
 use crate::protocol::event::{Entry, EventId};
 use crate::ws::connection::State;
 
@@ -17,10 +15,9 @@ fn a_burst_is_written_in_turns() {
     let _ = rlimit::increase_nofile_limit(u64::MAX);
     let mut testbed = Testbed::new();
     let mut readers: Vec<_> = (0..READERS).map(|_| testbed.connect(2, Some(1000), None)).collect();
-    let mut buffer = [0; 64 * 1024];
-    let mut drain = |readers: &mut Vec<Client>| {
+    let drain = |readers: &mut Vec<Client>| {
         for reader in readers {
-            while reader.socket.read(&mut buffer).is_ok_and(|read| read > 0) {}
+            reader.peer.skip();
         }
     };
     let live = |shard: &Shard| {
@@ -36,15 +33,15 @@ fn a_burst_is_written_in_turns() {
         for n in 0..30 {
             match (name, n % 3) {
                 ("without_id", _) | ("mixed", 0) => {
-                    testbed.deliver(Entry::without_id(EventId(testbed.head), b"{}"))
+                    testbed.deliver(Entry::without_id(EventId(testbed.source.head), b"{}"))
                 }
                 ("private", _) | ("mixed", 1) => {
-                    testbed.publish(Some("alice".to_owned()), 0);
-                    testbed.deliver_from(testbed.head);
+                    testbed.source.publish(Some("alice".to_owned()), 0);
+                    testbed.deliver_from(testbed.source.head);
                 }
                 _ => {
-                    testbed.publish(None, 0);
-                    testbed.deliver_from(testbed.head);
+                    testbed.source.publish(None, 0);
+                    testbed.deliver_from(testbed.source.head);
                 }
             }
         }
@@ -81,23 +78,21 @@ fn with_members() -> Testbed {
 #[test]
 fn a_sender_gets_its_event_before_the_fan_out() {
     let mut testbed = with_members();
-    testbed.publish(None, 0);
-    testbed.deliver_from(testbed.head);
+    testbed.source.publish(None, 0);
+    testbed.deliver_from(testbed.source.head);
     while testbed.shard.has_deferred() {
         testbed.turn();
     }
-    let mut buffer = [0; 4096];
     for client in &mut testbed.clients {
-        while client.socket.read(&mut buffer).is_ok_and(|read| read > 0) {}
-        client.upgraded = true;
+        client.peer.skip();
+        client.peer.upgraded = true;
     }
     let sender = CLIENTS.iter().position(|(_, mode)| *mode == Mode::Plain).expect("a plain client");
-    testbed.clients[sender].send(&masked(1, b"hi"));
+    testbed.clients[sender].peer.send(&masked(1, b"hi"));
     testbed.ready(0, usize::MAX);
     testbed.answer();
     for (number, client) in testbed.clients.iter_mut().enumerate() {
-        let has_event = client.socket.read(&mut buffer).is_ok_and(|read| read > 0);
-        assert_eq!(has_event, number == sender, "client {number}");
+        assert_eq!(client.peer.skip(), number == sender, "client {number}");
     }
 }
 
@@ -107,28 +102,21 @@ fn deliver_events_without_id(sizes: &[usize], with_turns: bool) -> (Testbed, Vec
     let mut testbed = with_members();
     for size in sizes {
         let text = format!(r#"{{"plain":"{}"}}"#, "x".repeat(*size));
-        testbed.deliver(Entry::without_id(EventId(testbed.head), text.as_bytes()));
+        testbed.deliver(Entry::without_id(EventId(testbed.source.head), text.as_bytes()));
         if with_turns {
             testbed.turn();
         }
     }
     let mut counts = vec![0; CLIENTS.len()];
-    let (mut buffer, mut idle_turns) = (vec![0; 64 * 1024], 0);
+    let mut idle_turns = 0;
     while idle_turns < 3 {
         idle_turns += 1;
         testbed.turn();
         for (client, count) in testbed.clients.iter_mut().zip(&mut counts) {
-            while let Ok(read) = client.socket.read(&mut buffer) {
-                client.unparsed.extend(&buffer[..read]);
+            while client.peer.read(64 * 1024) {
                 idle_turns = 0;
             }
-            if !client.upgraded
-                && let Some(end) = client.unparsed.windows(4).position(|four| four == b"\r\n\r\n")
-            {
-                client.unparsed.drain(..end + 4);
-                client.upgraded = true;
-            }
-            while let Some((_, text)) = take_frame(&mut client.unparsed) {
+            while let Some((_, text)) = client.peer.next_frame() {
                 *count += usize::from(text.starts_with(b"{\"plain\""));
             }
         }

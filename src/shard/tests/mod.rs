@@ -3,6 +3,8 @@
 mod channels;
 mod fanout;
 mod newcomers;
+mod peer;
 mod positions;
+mod source;
 mod subscriptions;
 mod testbed;

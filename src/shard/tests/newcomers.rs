@@ -1,12 +1,11 @@
 //! Newcomers that ask for events from before, when the feed no longer holds them.
 
-use std::io::Read;
 use std::sync::Arc;
 
 use serde_json::Value;
 
 use super::super::*;
-use super::testbed::{Testbed, take_frame};
+use super::testbed::Testbed;
 use crate::bus::Page;
 use crate::protocol::event::{Entry, EventId};
 
@@ -22,8 +21,8 @@ fn joining() -> Testbed {
         testbed.answer();
     }
     for _ in 0..90 {
-        testbed.publish(None, SIZE);
-        testbed.deliver_from(testbed.head);
+        testbed.source.publish(None, SIZE);
+        testbed.deliver_from(testbed.source.head);
         testbed.turn();
     }
     testbed.answer();
@@ -34,20 +33,14 @@ fn joining() -> Testbed {
 
 /// The first frame that client 2 gets, and the ids of the events after it.
 fn received(testbed: &mut Testbed) -> (Value, Vec<u64>) {
-    let (mut frames, mut buffer) = (Vec::new(), [0; 8192]);
-    while frames.last().is_none_or(|last: &Value| last["id"] != testbed.head) {
+    let mut frames = Vec::new();
+    while frames.last().is_none_or(|last: &Value| last["id"] != testbed.source.head) {
         testbed.answer();
         testbed.turn();
         testbed.shard.on_tick();
-        let client = &mut testbed.clients[2];
-        let Ok(read) = client.socket.read(&mut buffer) else { continue };
-        client.unparsed.extend(&buffer[..read]);
-        if !client.upgraded {
-            let end = client.unparsed.windows(4).position(|four| four == b"\r\n\r\n").expect("an upgrade");
-            client.unparsed.drain(..end + 4);
-            client.upgraded = true;
-        }
-        while let Some((opcode, text)) = take_frame(&mut client.unparsed) {
+        let peer = &mut testbed.clients[2].peer;
+        peer.read(8192);
+        while let Some((opcode, text)) = peer.next_frame() {
             if opcode == 1 {
                 frames.push(serde_json::from_slice(&text).expect("JSON"));
             }
@@ -58,7 +51,7 @@ fn received(testbed: &mut Testbed) -> (Value, Vec<u64>) {
 }
 
 fn assert_starts_after(testbed: &mut Testbed, start: u64) {
-    let head = testbed.head;
+    let head = testbed.source.head;
     let (welcome, ids) = received(testbed);
     let found = ["lastEventId", "head"].map(|name| welcome[name].as_u64());
     assert_eq!((found, &welcome["recovered"]), ([Some(start), Some(head)], &Value::Bool(true)));
@@ -68,8 +61,8 @@ fn assert_starts_after(testbed: &mut Testbed, start: u64) {
 #[test]
 fn newcomers_get_all_that_history_holds() {
     let mut testbed = joining();
-    let start = testbed.oldest() - 1;
-    assert!(start > 1023 && testbed.head - 100 < 1023, "in two blocks");
+    let start = testbed.source.oldest() - 1;
+    assert!(start > 1023 && testbed.source.head - 100 < 1023, "in two blocks");
     assert_starts_after(&mut testbed, start);
 }
 
@@ -91,9 +84,9 @@ fn newcomers_start_later_if_history_is_trimmed() {
     let empty = |testbed: &Testbed, position| Page {
         named: Default::default(),
         after: position,
-        base: EventId(testbed.base),
-        head: EventId(testbed.head),
-        oldest: EventId(testbed.oldest()),
+        base: EventId(testbed.source.base),
+        head: EventId(testbed.source.head),
+        oldest: EventId(testbed.source.oldest()),
         entries: Vec::new(),
     };
     let result = Ok(Arc::new(empty(&testbed, position)));
@@ -101,10 +94,10 @@ fn newcomers_start_later_if_history_is_trimmed() {
     testbed.turn();
     // The second read comes after more events, which trim what the first has reported.
     for _ in 0..20 {
-        testbed.publish(None, SIZE);
-        testbed.deliver_from(testbed.head);
+        testbed.source.publish(None, SIZE);
+        testbed.deliver_from(testbed.source.head);
     }
-    let start = testbed.oldest() - 1;
+    let start = testbed.source.oldest() - 1;
     assert_starts_after(&mut testbed, start);
 }
 
@@ -112,11 +105,11 @@ fn newcomers_start_later_if_history_is_trimmed() {
 #[test]
 fn newcomers_start_at_the_head_if_history_is_ahead() {
     let mut testbed = joining();
-    let head = testbed.head;
+    let head = testbed.source.head;
     let mut late = Vec::new();
     for _ in 0..62 {
-        testbed.publish(None, 0);
-        let (id, _, text) = testbed.history.back().expect("it was published");
+        testbed.source.publish(None, 0);
+        let (id, _, text) = testbed.source.history.back().expect("it was published");
         late.push(Entry::events(EventId(*id), [text.as_bytes()].into_iter()));
     }
     for _ in 0..3 {
@@ -142,13 +135,13 @@ fn newcomers_without_proof_start_at_the_feed() {
     let page = Page {
         named: Default::default(),
         after: position,
-        base: EventId(testbed.base),
-        head: EventId(testbed.head),
+        base: EventId(testbed.source.base),
+        head: EventId(testbed.source.head),
         oldest: position.next(),
         entries: Vec::new(),
     };
     let start = testbed.shard.channels[0].feed().before().0;
-    assert!(start > testbed.oldest());
+    assert!(start > testbed.source.oldest());
     testbed.shard.on_bus_message(BusMessage::Page {
         channel: channel.into(),
         position,

@@ -1,14 +1,13 @@
 //! Checks every frame that clients get, in any order of events, pages, evictions, pings and short
 //! writes.
 
-use std::io::Read;
 use std::time::Duration;
 
 use proptest::prelude::*;
 use serde_json::Value;
 
 use super::super::connections::token;
-use super::testbed::{CLIENTS, Client, Mode, Testbed, masked, take_frame};
+use super::testbed::{CLIENTS, Client, Mode, Testbed, masked};
 use crate::limits::connections::tests::counts;
 use crate::protocol::event::{Entry, EventId};
 
@@ -95,26 +94,24 @@ impl Testbed {
     fn run(&mut self, step: &Step) -> Result<(), TestCaseError> {
         match step {
             Step::Publish { count, size } => {
-                let first = self.head + 1;
-                (0..*count).for_each(|_| self.publish(None, *size));
+                let first = self.source.head + 1;
+                (0..*count).for_each(|_| self.source.publish(None, *size));
                 self.deliver_from(first);
             }
             Step::PublishTo { user, count, size } => {
-                let first = self.head + 1;
+                let first = self.source.head + 1;
                 let user = ["alice", "bob", "nobody"][*user];
-                (0..*count).for_each(|_| self.publish(Some(user.to_owned()), *size));
+                (0..*count).for_each(|_| self.source.publish(Some(user.to_owned()), *size));
                 self.deliver_from(first);
             }
             Step::PublishExternal if self.is_followed => {
-                self.deliver(Entry::without_id(EventId(self.head), br#"{"raw":1}"#))
+                self.deliver(Entry::without_id(EventId(self.source.head), br#"{"raw":1}"#))
             }
             Step::PublishExternal => {}
             Step::NewEpoch => {
-                self.head += 1000;
-                self.base = self.head;
-                self.history.clear();
+                let mark = self.source.start_epoch();
                 if self.is_followed {
-                    self.deliver(Entry::reset(EventId(self.base)));
+                    self.deliver(mark);
                 }
             }
             Step::Ping { client, count } => {
@@ -122,14 +119,14 @@ impl Testbed {
                     Mode::Json => masked(1, br#"{"type":"ping"}"#),
                     Mode::Recovering | Mode::Plain => masked(9, b""),
                 };
-                self.clients[*client].send(&ping.repeat(*count));
+                self.clients[*client].peer.send(&ping.repeat(*count));
             }
             Step::Send { client, count } => {
                 let text = match CLIENTS[*client].1 {
                     Mode::Json => r#"{"text":"a","ref":1}"#,
                     Mode::Recovering | Mode::Plain => "a",
                 };
-                self.clients[*client].send(&masked(1, text.as_bytes()).repeat(*count));
+                self.clients[*client].peer.send(&masked(1, text.as_bytes()).repeat(*count));
             }
             Step::Read { client, bytes } => self.read(*client, *bytes)?,
             Step::Reconnect { client } => {
@@ -166,44 +163,27 @@ impl Testbed {
     }
 
     fn read(&mut self, number: usize, bytes: usize) -> Result<(), TestCaseError> {
-        let client = &mut self.clients[number];
-        let mut buffer = vec![0; bytes];
-        match client.socket.read(&mut buffer) {
-            Ok(read) => client.unparsed.extend(&buffer[..read]),
-            Err(_) => return Ok(()),
-        }
-        loop {
-            let client = &mut self.clients[number];
-            if !client.upgraded {
-                let head = b"\r\n\r\n";
-                let Some(end) = client.unparsed.windows(4).position(|four| four == head) else {
-                    return Ok(());
-                };
-                prop_assert!(client.unparsed.starts_with(b"HTTP/1.1 101"));
-                client.unparsed.drain(..end + 4);
-                client.upgraded = true;
-            }
-            let Some((opcode, text)) = take_frame(&mut client.unparsed) else { return Ok(()) };
+        self.clients[number].peer.read(bytes);
+        while let Some((opcode, text)) = self.clients[number].peer.next_frame() {
             match opcode {
                 1 => self.check_frame(number, &serde_json::from_slice(&text).expect("JSON"))?,
                 8 => {
                     let code = u16::from_be_bytes([text[0], text[1]]);
                     prop_assert!(matches!(code, 4008 | 1013) && CLIENTS[number].1 == Mode::Plain, "{}", code);
-                    client.position = None;
+                    self.clients[number].position = None;
                 }
                 _ => {}
             }
         }
+        Ok(())
     }
 
     /// Checks one frame against what the client received before.
     fn check_frame(&mut self, number: usize, frame: &Value) -> Result<(), TestCaseError> {
         let user = CLIENTS[number].0;
-        let mine = |to: &Option<String>| to.as_deref().is_none_or(|to| to == user);
         let at = self.clients[number].position;
         // The first event that it has not received.
-        let due =
-            at.and_then(|at| self.receivers.range(at + 1..).find(|(_, to)| mine(to))).map(|(id, _)| *id);
+        let due = at.and_then(|at| self.source.due(user, at));
         let position = frame["lastEventId"].as_u64();
         let now = match frame["type"].as_str() {
             Some("welcome") if frame["recovered"] == true && at.is_some() => {
@@ -215,7 +195,7 @@ impl Testbed {
                 let head = frame["head"].as_u64().expect("a position");
                 let count = self.clients[number].history.unwrap_or(0);
                 // History may have been trimmed since the client joined, but never grows back.
-                let latest = head.saturating_sub(count).max(self.oldest() - 1).max(self.base);
+                let latest = head.saturating_sub(count).max(self.source.oldest() - 1).max(self.source.base);
                 prop_assert!(
                     position.is_some_and(|position| position <= latest.min(head)),
                     "client {} asked for {} events: {}",
@@ -266,9 +246,8 @@ impl Testbed {
                 self.read(number, 4000)?;
             }
             let behind = |(number, client): (usize, &Client)| {
-                let mine = |to: &Option<String>| to.as_deref().is_none_or(|to| to == CLIENTS[number].0);
-                let at = client.position.unwrap_or(self.head);
-                self.receivers.range(at + 1..).any(|(_, to)| mine(to))
+                let at = client.position.unwrap_or(self.source.head);
+                self.source.due(CLIENTS[number].0, at).is_some()
             };
             let busy = !self.requests.is_empty() || self.shard.has_deferred();
             if !busy && !self.clients.iter().enumerate().any(behind) {
@@ -276,7 +255,7 @@ impl Testbed {
             }
         }
         let at: Vec<_> = self.clients.iter().map(|client| client.position).collect();
-        prop_assert!(false, "at {:?} of {}", at, self.head);
+        prop_assert!(false, "at {:?} of {}", at, self.source.head);
         Ok(())
     }
 

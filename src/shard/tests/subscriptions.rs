@@ -1,12 +1,12 @@
 //! What a connection with many channels may make its shard do.
 
-use std::io::Read;
 use std::sync::Arc;
 
 use super::super::*;
 use super::testbed::{Testbed, masked};
 use crate::bus::Page;
 use crate::protocol::event::{ChannelName, EventId};
+use crate::protocol::form::ChannelForm;
 use crate::ws::connection::State;
 use crate::ws::inbound::QUEUE_MAX;
 
@@ -16,28 +16,29 @@ const CHANNELS: u64 = 20;
 /// A shard where client 0 is live, with events from 1000 to 5000 in history.
 fn live() -> Testbed {
     let mut testbed = Testbed::new();
-    testbed.head = 5000;
+    testbed.source.head = 5000;
     while !matches!(testbed.shard.connections[0].state, State::Live) || testbed.shard.has_deferred() {
         testbed.turn();
         testbed.answer();
     }
-    read_all(&mut testbed);
-    testbed.clients[0].upgraded = true;
+    testbed.clients[0].peer.skip();
+    testbed.clients[0].peer.upgraded = true;
     testbed
-}
-
-fn read_all(testbed: &mut Testbed) {
-    let mut buffer = [0; 64 * 1024];
-    while testbed.clients[0].socket.read(&mut buffer).is_ok_and(|read| read > 0) {}
 }
 
 /// Client 0 subscribes to all channels. `rest` of their frames follows the name.
 fn subscribe(testbed: &mut Testbed, rest: &str) {
     for number in 0..CHANNELS {
         let frame = format!(r#"{{"type":"subscribe","channel":"room.{number}"{rest}}}"#);
-        testbed.clients[0].send(&masked(1, frame.as_bytes()));
+        testbed.clients[0].peer.send(&masked(1, frame.as_bytes()));
         testbed.turn();
     }
+}
+
+/// Answers that a channel is followed, whose history is older than what this shard has.
+fn follow(testbed: &mut Testbed, channel: ChannelForm) {
+    let (base, position) = (EventId(1000), EventId(5000));
+    testbed.shard.on_bus_message(BusMessage::Followed { channel, base, position, recent: Vec::new() });
 }
 
 fn joining(testbed: &Testbed) -> usize {
@@ -57,12 +58,7 @@ fn one_channel_of_a_connection_reads_history_at_a_time() {
         let mut asked = Vec::new();
         while let Ok(request) = testbed.requests.try_recv() {
             match request {
-                Request::Follow { channel, .. } => {
-                    let (base, position) = (EventId(1000), EventId(5000));
-                    let recent = Vec::new();
-                    let message = BusMessage::Followed { channel, base, position, recent };
-                    testbed.shard.on_bus_message(message);
-                }
+                Request::Follow { channel, .. } => follow(&mut testbed, channel),
                 Request::Read { channel, position, .. } => asked.push((channel, position)),
                 _ => {}
             }
@@ -70,21 +66,18 @@ fn one_channel_of_a_connection_reads_history_at_a_time() {
         assert!(asked.len() <= 1, "{} reads at a time", asked.len());
         reads += asked.len() as u64;
         if let Some((channel, position)) = asked.pop() {
-            let key = testbed.shard.channels.key(&crate::protocol::form::ChannelForm::named(channel.clone()));
-            let name = testbed.shard.channels[key.expect("it is followed")].name.clone();
             let page = Page {
-                named: Default::default(),
                 after: position,
                 base: EventId(1000),
                 head: EventId(5000),
                 oldest: EventId(5001),
-                entries: Vec::new(),
+                ..Page::default()
             };
-            let result = Ok(Arc::new(page));
-            testbed.shard.on_bus_message(BusMessage::Page { channel: name, position, result });
+            let (channel, result) = (ChannelForm::named(channel), Ok(Arc::new(page)));
+            testbed.shard.on_bus_message(BusMessage::Page { channel, position, result });
         }
         testbed.turn();
-        read_all(&mut testbed);
+        testbed.clients[0].peer.skip();
     }
     assert!(reads >= CHANNELS);
 }
@@ -98,10 +91,7 @@ fn the_next_channel_reads_history_when_one_is_unsubscribed() {
         while let Ok(request) = testbed.requests.try_recv() {
             match request {
                 Request::Follow { channel, .. } => {
-                    let (base, position) = (EventId(1000), EventId(5000));
-                    let recent = Vec::new();
-                    let message = BusMessage::Followed { channel, base, position, recent };
-                    testbed.shard.on_bus_message(message);
+                    follow(&mut testbed, channel);
                     testbed.turn();
                 }
                 Request::Read { channel, .. } => asked.push(channel),
@@ -110,10 +100,10 @@ fn the_next_channel_reads_history_when_one_is_unsubscribed() {
         }
         let channel = asked.last().expect("one reads").as_str();
         let frame = format!(r#"{{"type":"unsubscribe","channel":"{channel}"}}"#);
-        testbed.clients[0].send(&masked(1, frame.as_bytes()));
+        testbed.clients[0].peer.send(&masked(1, frame.as_bytes()));
         testbed.turn();
         testbed.turn();
-        read_all(&mut testbed);
+        testbed.clients[0].peer.skip();
         assert_eq!(joining(&testbed) as u64, left);
     }
     asked.dedup();
@@ -135,7 +125,7 @@ fn a_client_holds_a_part_of_all_channels() {
     }
     let subscribe = |testbed: &mut Testbed, channel: &str| {
         let frame = format!(r#"{{"type":"subscribe","channel":"{channel}"}}"#);
-        testbed.clients[0].send(&masked(1, frame.as_bytes()));
+        testbed.clients[0].peer.send(&masked(1, frame.as_bytes()));
         testbed.turn();
         testbed.shard.connections.set(0).expect("it has subscribed").subscriptions.len()
     };
@@ -157,7 +147,7 @@ fn pings_of_a_client_that_does_not_read_are_not_all_answered() {
     }
     let ping = testbed.shard.positions_ping(0).len();
     for _ in 0..2000 {
-        testbed.clients[0].send(&masked(1, br#"{"type":"ping"}"#));
+        testbed.clients[0].peer.send(&masked(1, br#"{"type":"ping"}"#));
         testbed.turn();
         let queued = testbed.shard.connections[0].queued();
         assert!(queued < QUEUE_MAX / 2 + ping, "{queued} bytes are queued");
