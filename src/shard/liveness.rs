@@ -46,17 +46,11 @@ impl Shard {
             else {
                 continue;
             };
-            if connection.client.expires <= seconds.saturating_add(EXPIRY_NOTICE) {
-                if connection.client.expires <= seconds {
-                    self.close(slot, CloseReason::TokenExpired);
-                    continue;
-                }
-                self.announce_expiry(slot, seconds);
-            }
-            let Some(connection) = self.connections.get(slot).filter(|connection| connection.is_open())
-            else {
+            let expires = connection.client.expires;
+            if expires <= seconds {
+                self.close(slot, CloseReason::TokenExpired);
                 continue;
-            };
+            }
             self.sweep.behind += u64::from(connection.is_behind());
             let carries_set = connection.socket.carries_set;
             if connection.socket.is_blocked() && connection.queued() > 0 {
@@ -66,14 +60,17 @@ impl Shard {
                 self.resume_next_reader(slot); // none is ever forgotten
             }
             self.check_liveness(slot, interval, timeout, now);
+            if expires <= seconds.saturating_add(EXPIRY_NOTICE) {
+                self.announce_expiry(slot, seconds);
+            }
         }
     }
 
-    /// Sends `token_expiring`, once for each token.
+    /// Sends `token_expiring` to an open connection, once for each token.
     fn announce_expiry(&mut self, slot: u32, now: u32) {
         let connection = &mut self.connections[slot];
         let is_told = std::mem::replace(&mut connection.client.knows_expiry, true);
-        if !is_told && connection.client.is_json() {
+        if !is_told && connection.client.is_json() && connection.is_open() {
             connection.enqueue(frame::token_expiring(connection.client.expires - now));
             self.flush(slot);
         }

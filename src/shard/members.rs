@@ -150,15 +150,8 @@ impl ConnectionTable {
         if !self.is_live(number) {
             return self.progress(number).position();
         }
-        let owner = self.owner(number);
-        let user = &self.slots[owner].client.user;
-        match is_subscription(number) {
-            true => self.subscriptions[index(number)].progress.shown_position(feed, user),
-            false => {
-                let connection = &mut self.slots[number];
-                connection.progress.shown_position(feed, &connection.client.user)
-            }
-        }
+        let (sink, progress) = self.writer(number);
+        progress.shown_position(feed, sink.user())
     }
 
     // ---- joining ----

@@ -140,6 +140,11 @@ pub struct Sink<'c> {
 }
 
 impl Sink<'_> {
+    /// The user of the connection.
+    pub fn user(&self) -> &str {
+        &self.client.user
+    }
+
     /// Writes the outbox, and the feed of a channel from its cursor to the end, at most about
     /// `budget` bytes.
     pub fn flush(
