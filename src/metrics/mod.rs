@@ -81,6 +81,9 @@ pub struct BusMetrics {
     pub probe_interval_seconds: Gauge,
 }
 
+/// A counter for each error code.
+type ByCode = [Counter; ErrorCode::ALL.len()];
+
 /// What one shard counts. Only that shard writes it; aligned so that no two shards write to one
 /// cache line.
 #[derive(Debug, Default)]
@@ -107,9 +110,9 @@ pub struct ShardMetrics {
     pub latencies: Histogram,
     pub messages_received: Counter,
     /// Messages not published, indexed by [`ErrorCode`].
-    publish_errors: [Counter; ErrorCode::ALL.len()],
+    publish_errors: ByCode,
     /// Frames about subscriptions and tokens that were rejected, indexed by [`ErrorCode`].
-    subscription_errors: [Counter; ErrorCode::ALL.len()],
+    subscription_errors: ByCode,
     /// Subscriptions of all connections, those that wait for the bus among them.
     pub subscriptions: Gauge,
     /// `reset` frames sent, and connections closed with 4008.

@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use super::histogram::Times;
 use super::process::Process;
-use super::{EARLY_REJECTIONS, Metrics, STATUSES, ShardMetrics};
+use super::{ByCode, EARLY_REJECTIONS, Metrics, STATUSES, ShardMetrics};
 use crate::protocol::close::LABELS;
 use crate::protocol::frame::ErrorCode;
 
@@ -141,10 +141,7 @@ pub(super) static TABLE: &[Family] = &[
         "fanfare_publish_errors_total",
         Counter,
         "Messages from clients that were not published, by error code.",
-        Labels("code", |view| {
-            let count = |code: ErrorCode| view.sum(|shard| shard.publish_errors[code as usize].get());
-            ErrorCode::ALL.into_iter().map(|code| (code.text(), count(code))).collect()
-        }),
+        Labels("code", |view| view.by_code(|shard| &shard.publish_errors)),
     ),
     family(
         "fanfare_subscriptions",
@@ -156,10 +153,7 @@ pub(super) static TABLE: &[Family] = &[
         "fanfare_subscription_errors_total",
         Counter,
         "Frames of clients about subscriptions or tokens that were rejected, by error code.",
-        Labels("code", |view| {
-            let count = |code: ErrorCode| view.sum(|shard| shard.subscription_errors[code as usize].get());
-            ErrorCode::ALL.into_iter().map(|code| (code.text(), count(code))).collect()
-        }),
+        Labels("code", |view| view.by_code(|shard| &shard.subscription_errors)),
     ),
     family(
         "fanfare_received_bytes_total",
@@ -332,6 +326,12 @@ pub(super) static TABLE: &[Family] = &[
 impl View<'_> {
     fn sum(&self, read: impl Fn(&ShardMetrics) -> u64) -> u64 {
         self.metrics.shards.iter().map(read).sum()
+    }
+
+    /// Counts of error codes, over all shards.
+    fn by_code(&self, read: fn(&ShardMetrics) -> &ByCode) -> Vec<(&'static str, u64)> {
+        let count = |code: ErrorCode| self.sum(|shard| read(shard)[code as usize].get());
+        ErrorCode::ALL.into_iter().map(|code| (code.text(), count(code))).collect()
     }
 }
 

@@ -66,21 +66,7 @@ async fn small_cgroup_holds_18000_connections() {
         assert_eq!(bench.exit_status(), None, "{}", bench.output().join("\n"));
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
-    let (mut inside, mut rejected) = (Vec::new(), 0);
-    while inside.len() + rejected < NEWCOMERS {
-        let batch = (0..50).map(|_| async {
-            let mut raw = Raw::connect_from([127, 0, 0, 9], node.public).await;
-            let status = raw.upgrade("/ws/newcomer", &[]).await.status;
-            (raw, status)
-        });
-        for (raw, status) in join_all(batch).await {
-            match status {
-                101 => inside.push(raw),
-                503 => rejected += 1,
-                other => panic!("{other}"),
-            }
-        }
-    }
+    let (inside, rejected) = join_or_503(&node, [127, 0, 0, 9], "/ws/newcomer", NEWCOMERS).await;
     assert!(rejected > NEWCOMERS / 4, "{} fit, {rejected} were rejected", inside.len());
     let ended = async {
         while bench.exit_status().is_none() {
@@ -95,6 +81,27 @@ async fn small_cgroup_holds_18000_connections() {
     assert_eq!(cgroup.kills(), 0, "{}", node.log());
 }
 
+/// This many clients from an address ask for an upgrade. Returns those that got it, and how many got
+/// 503.
+async fn join_or_503(node: &Node, from: [u8; 4], path: &str, clients: usize) -> (Vec<Raw>, usize) {
+    let (mut inside, mut rejected) = (Vec::new(), 0);
+    while inside.len() + rejected < clients {
+        let batch = (0..100).map(|_| async {
+            let mut raw = Raw::connect_from(from, node.public).await;
+            let status = raw.upgrade(path, &[]).await.status;
+            (raw, status)
+        });
+        for (raw, status) in join_all(batch).await {
+            match status {
+                101 => inside.push(raw),
+                503 => rejected += 1,
+                other => panic!("{other}"),
+            }
+        }
+    }
+    (inside, rejected)
+}
+
 #[tokio::test]
 async fn clients_beyond_the_cgroup_get_503() {
     let _alone = crate::alone().await;
@@ -107,22 +114,7 @@ async fn clients_beyond_the_cgroup_get_503() {
     let warning = "the settings need more memory than available";
     until("the warning", || async { node.log().contains(warning).then_some(()) }).await;
     let mut first = Client::plain(&node, "first", "room").await;
-    let mut inside = Vec::new();
-    let mut rejected = 0;
-    while inside.len() + rejected < CLIENTS {
-        let batch = (0..100).map(|_| async {
-            let mut raw = Raw::connect(node.public).await;
-            let status = raw.upgrade("/ws/a?channel=room", &[]).await.status;
-            (raw, status)
-        });
-        for (raw, status) in join_all(batch).await {
-            match status {
-                101 => inside.push(raw),
-                503 => rejected += 1,
-                other => panic!("{other}"),
-            }
-        }
-    }
+    let (inside, rejected) = join_or_503(&node, [127, 0, 0, 1], "/ws/a?channel=room", CLIENTS).await;
     assert!(inside.len() > 1000 && rejected > 1000, "{} inside, {rejected} rejected", inside.len());
     assert!(node.log().contains("memory is short"), "{}", node.log());
     let id = node.publish("room", &json!({"n": 1})).await;
