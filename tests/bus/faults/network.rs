@@ -264,7 +264,13 @@ async fn messages_are_lost_while_history_is_deleted() {
     let mut redis = testbed.redis.client().await;
     let events = "fanfare:{room}:events";
     let mut gone = 0;
-    for round in 0..4 {
+    // A node reads a gap as soon as it publishes itself. Where that is always before the deletion,
+    // nothing is missed.
+    let missed = async || testbed.metric("fanfare_bus_resets_total").await > 0.0;
+    for round in 0..20 {
+        if round >= 4 && missed().await {
+            break;
+        }
         run.wait_for_acks(20).await;
         // Under live traffic no client needs history.
         let trim: &[&str] = if round % 2 == 0 { &["DEL", events] } else { &["XTRIM", events, "MAXLEN", "0"] };
