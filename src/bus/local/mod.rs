@@ -71,7 +71,7 @@ struct Batch {
     to: Option<Arc<str>>,
     texts: Vec<Vec<u8>>,
     bytes: usize,
-    /// Who is told the ids, once the shards have the events.
+    /// Where the ids go after the shards have the events.
     answers: Vec<(Answer, EventId)>,
 }
 
