@@ -107,10 +107,14 @@ impl Shard {
     /// Whether the client of this connection may name this channel. One that the node does not
     /// follow counts as new.
     pub(super) fn may_name(&mut self, slot: u32, channel: &ChannelName) -> bool {
+        self.context.handshake.limits.followed.contains(channel) || self.take_new_channel(slot)
+    }
+
+    /// Counts a new channel for the client of this connection. `false` if it has named too many.
+    pub(super) fn take_new_channel(&mut self, slot: u32) -> bool {
         let limits = &self.context.handshake.limits;
         let connection = &mut self.connections[slot];
-        limits.followed.contains(channel)
-            || connection.allowance(limits).is_none_or(|client| limits.take_channel(client))
+        connection.allowance(limits).is_none_or(|client| limits.take_channel(client))
     }
 
     /// Whether the client of a subscription may be the one for which this channel counts, if it

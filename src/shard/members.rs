@@ -193,25 +193,30 @@ impl ConnectionTable {
     /// Has a member follow the feed: the client has everything up to `position`, and `cursor` is
     /// next.
     pub fn start_live(&mut self, number: u32, feed: &Feed, cursor: Cursor, position: EventId) {
-        match is_subscription(number) {
-            true => self.subscriptions[index(number)].start_live(feed, cursor, position),
-            false => self[number].start_live(feed, cursor, position),
-        }
+        *self.progress_mut(number) = Progress::new(feed, cursor, position);
+        self.set_replay(number, None);
     }
 
     /// Has a member read from history what follows `position`.
     pub fn start_replay(&mut self, number: u32, feed: &Feed, position: EventId) {
-        match is_subscription(number) {
-            true => self.subscriptions[index(number)].start_replay(feed, position),
-            false => self[number].start_replay(feed, position),
-        }
+        *self.progress_mut(number) = Progress::new(feed, Cursor::default(), position);
+        self.set_replay(number, Some(Replay::default()));
     }
 
     /// Has a member follow the feed from `cursor`, where its position is.
     pub fn end_replay(&mut self, number: u32, feed: &Feed, cursor: Cursor, tally: &mut Tally) {
+        self.progress_mut(number).leave_history(feed, cursor, tally);
+        self.set_replay(number, None);
+    }
+
+    /// Has a member read history, or else follow the feed.
+    fn set_replay(&mut self, number: u32, replay: Option<Replay>) {
         match is_subscription(number) {
-            true => self.subscriptions[index(number)].end_replay(feed, cursor, tally),
-            false => self[number].end_replay(feed, cursor, tally),
+            true => {
+                let phase = replay.map(|replay| Box::new(Phase::Replay(replay)));
+                self.subscriptions[index(number)].phase = phase;
+            }
+            false => self[number].state = replay.map_or(State::Live, State::Replay),
         }
     }
 

@@ -4,6 +4,7 @@ use bytes::Bytes;
 
 use super::Shard;
 use super::subscribe::TOO_MANY_CHANNELS;
+use crate::auth::token::Grant;
 use crate::bus::{Answer, ConnectionId, Publish, PublishError, Request};
 use crate::config::ClientPublish;
 use crate::protocol::client_frame::{self, BadFrame, ClientFrame};
@@ -91,17 +92,23 @@ impl Shard {
 
     /// Whether a client may publish in a channel.
     fn may_publish(&self, slot: u32, channel: &ChannelName) -> bool {
-        let client = &self.connections[slot].client;
         if self.default_channel(slot) == Some(channel) {
-            return client.may_publish;
+            return self.connections[slot].client.may_publish;
         }
-        let grants = || self.connections.set(slot)?.grant.as_ref().map(|grant| grant.may_publish(channel));
-        self.settings().client_publish != ClientPublish::Off
-            && match client.other_channels {
-                OtherChannels::All => true,
-                OtherChannels::Nothing => false,
-                OtherChannels::ByGrant => grants().unwrap_or(false),
+        let by_grant = |grant: &Grant| grant.may_publish(channel);
+        self.settings().client_publish != ClientPublish::Off && self.may_use_others(slot, by_grant)
+    }
+
+    /// Whether a client may do something in a channel other than its default one. `by_grant` says
+    /// whether a token allows it.
+    pub(super) fn may_use_others(&self, slot: u32, by_grant: impl Fn(&Grant) -> bool) -> bool {
+        match self.connections[slot].client.other_channels {
+            OtherChannels::All => true,
+            OtherChannels::Nothing => false,
+            OtherChannels::ByGrant => {
+                self.connections.set(slot).and_then(|set| set.grant.as_deref()).is_some_and(by_grant)
             }
+        }
     }
 
     /// Whether a client may publish in this channel now. One that the node does not follow counts as
@@ -114,11 +121,11 @@ impl Shard {
         {
             return true;
         }
-        let may_name = self.may_name(slot, channel);
-        if may_name {
+        let may_add = self.take_new_channel(slot);
+        if may_add {
             self.connections.set_mut(slot).note_published(channel.clone());
         }
-        may_name
+        may_add
     }
 
     /// The default channel of a connection.

@@ -9,7 +9,7 @@ use crate::protocol::close::CloseReason;
 use crate::protocol::event::ChannelName;
 use crate::protocol::form::ChannelForm;
 use crate::protocol::frame::{self, ErrorCode, Regarding};
-use crate::ws::client::{LastSeen, OtherChannels};
+use crate::ws::client::LastSeen;
 use crate::ws::outbox::SharedTails;
 use crate::ws::subscription::{Joining, Subscription};
 
@@ -65,15 +65,7 @@ impl Shard {
         if self.connections.set(slot).is_some_and(|set| set.subscriptions.len() >= most) {
             return Err((ErrorCode::TooMany, format!("a connection may have {most} subscriptions")));
         }
-        let may_follow = match self.connections[slot].client.other_channels {
-            OtherChannels::All => true,
-            OtherChannels::Nothing => false,
-            OtherChannels::ByGrant => {
-                let grant = self.connections.set(slot).and_then(|set| set.grant.as_ref());
-                grant.is_some_and(|grant| grant.may_join(channel))
-            }
-        };
-        if !may_follow {
+        if !self.may_use_others(slot, |grant| grant.may_join(channel)) {
             return Err((ErrorCode::Forbidden, FORBIDDEN.into()));
         }
         if self.context.handshake.readiness.is_memory_short() {

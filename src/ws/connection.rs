@@ -10,11 +10,10 @@ use std::time::Instant;
 use bytes::Bytes;
 use mio::net::TcpStream;
 
-use crate::feed::{Cursor, Feed};
+use crate::feed::Feed;
 use crate::limits::connections::{Address, ConnectionLimits, ConnectionSlot};
 use crate::limits::rate::{Allowance, Decision};
 use crate::protocol::close::CloseReason;
-use crate::protocol::event::EventId;
 use crate::protocol::frame;
 use crate::ws::client::{Client, Join};
 use crate::ws::inbound::Inbound;
@@ -140,24 +139,6 @@ impl Connection {
     pub fn start_joining(&mut self, mut join: Box<Join>) {
         self.client = std::mem::take(&mut join.client);
         self.state = State::Joining(join);
-    }
-
-    /// Has it follow the feed: the client has everything up to `position`, and `cursor` is next.
-    pub fn start_live(&mut self, feed: &Feed, cursor: Cursor, position: EventId) {
-        self.state = State::Live;
-        self.progress = Progress::new(feed, cursor, position);
-    }
-
-    /// Has it read from history what follows `position`.
-    pub fn start_replay(&mut self, feed: &Feed, position: EventId) {
-        self.state = State::Replay(Replay::default());
-        self.progress = Progress::new(feed, Cursor::default(), position);
-    }
-
-    /// Has it follow the feed from `cursor`, where its position is.
-    pub fn end_replay(&mut self, feed: &Feed, cursor: Cursor, tally: &mut Tally) {
-        self.progress.leave_history(feed, cursor, tally);
-        self.state = State::Live;
     }
 
     // ---- writing ----

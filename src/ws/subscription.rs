@@ -6,11 +6,9 @@ use super::connection::{Membership, NONE};
 use super::progress::Progress;
 use super::replay::{Replay, TakenInTick};
 use crate::auth::token::Grant;
-use crate::feed::{Cursor, Feed};
-use crate::protocol::event::{ChannelName, EventId};
+use crate::protocol::event::ChannelName;
 use crate::protocol::frame::Regarding;
 use crate::ws::client::LastSeen;
-use crate::ws::writer::Tally;
 
 /// A channel that a connection follows beside its default one.
 #[derive(Debug)]
@@ -68,24 +66,6 @@ impl Subscription {
             Some(Phase::Joining(joining)) => Some(joining),
             _ => None,
         }
-    }
-
-    /// Has it follow the feed: the client has everything up to `position`, and `cursor` is next.
-    pub fn start_live(&mut self, feed: &Feed, cursor: Cursor, position: EventId) {
-        self.phase = None;
-        self.progress = Progress::new(feed, cursor, position);
-    }
-
-    /// Has it read from history what follows `position`.
-    pub fn start_replay(&mut self, feed: &Feed, position: EventId) {
-        self.phase = Some(Box::new(Phase::Replay(Replay::default())));
-        self.progress = Progress::new(feed, Cursor::default(), position);
-    }
-
-    /// Has it follow the feed from `cursor`, where its position is.
-    pub fn end_replay(&mut self, feed: &Feed, cursor: Cursor, tally: &mut Tally) {
-        self.progress.leave_history(feed, cursor, tally);
-        self.phase = None;
     }
 }
 
