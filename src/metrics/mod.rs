@@ -1,8 +1,8 @@
 //! Counters, gauges and readiness. Written by the bus, the shards and the accept loop; read by the
 //! admin listener.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Instant, SystemTime};
 
 use crate::http::Rejection;
@@ -79,6 +79,18 @@ pub struct BusMetrics {
     pub round_trips: Histogram,
     /// Seconds within which the position of every followed channel is compared with Redis.
     pub probe_interval_seconds: Gauge,
+    server: Mutex<Option<String>>,
+}
+
+impl BusMetrics {
+    /// Name and version of the server that the bus works with, for `/stats`.
+    pub fn set_server(&self, server: Option<String>) {
+        *self.server.lock().expect("nothing panics while holding it") = server;
+    }
+
+    fn server(&self) -> Option<String> {
+        self.server.lock().expect("nothing panics while holding it").clone()
+    }
 }
 
 /// A counter for each error code.

@@ -109,6 +109,7 @@ impl Metrics {
             "uptime_seconds": self.started.elapsed().as_millis() as f64 / 1e3,
             "ready": reason.is_none(),
             "not_ready_reason": reason,
+            "bus_server": self.bus.server(),
         });
         // These two are above, in another form.
         for family in TABLE.iter().filter(|family| !matches!(family.key(), "build_info" | "ready")) {
@@ -221,8 +222,11 @@ mod tests {
         for family in TABLE {
             assert!(stats.get(family.key()).is_some() || family.key() == "build_info", "{}", family.name);
         }
+        assert_eq!(stats["bus_server"], Value::Null);
         metrics.readiness.set_bus(None);
+        metrics.bus.set_server(Some("Valkey 9.1.2".into()));
         let stats: Value = serde_json::from_str(&metrics.stats_json()).unwrap();
         assert_eq!((&stats["ready"], &stats["not_ready_reason"]), (&json!(true), &Value::Null));
+        assert_eq!(stats["bus_server"], "Valkey 9.1.2");
     }
 }

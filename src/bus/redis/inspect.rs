@@ -13,6 +13,7 @@ use super::commands::command;
 use super::errors::{CallError, ConnectError, MissingRights};
 pub use super::publish_queue::BATCH_BYTES;
 use super::requirements::check_permissions;
+pub use super::server::Server;
 use super::settings::RedisSettings;
 use super::{advice, reply, session, url};
 use crate::config::{RedisUrl, Settings};
@@ -31,7 +32,7 @@ const SCAN_COUNT: usize = 1000;
 /// Facts about a Redis. Sizes in bytes.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Facts {
-    pub version: String,
+    pub server: Server,
     /// Median of a few.
     pub round_trip: Duration,
     /// In Redis' words: `master` for a primary, `slave` for a replica.
@@ -111,7 +112,7 @@ async fn collect(client: &Client, settings: &RedisSettings) -> Result<Facts, Con
     let field = |name: &str| reply::info_field(&info, name).unwrap_or_default();
     let number = |name: &str| reply::info_number(&info, name);
     let mut facts = Facts {
-        version: field("redis_version").into(),
+        server: Server::of(&info),
         role: field("role").into(),
         replicas: number("connected_slaves"),
         maxmemory: number("maxmemory"),

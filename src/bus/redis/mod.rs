@@ -63,6 +63,7 @@ mod publishing;
 mod reply;
 mod requirements;
 mod scripts;
+mod server;
 mod session;
 mod settings;
 mod status;

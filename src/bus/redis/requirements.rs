@@ -5,11 +5,9 @@ use fred::types::{Resp3Frame, Value};
 
 use super::commands::{command, script_args};
 use super::errors::{CallError, ConnectError, MissingRights, is_temporary};
+use super::server::{self, Server};
 use super::settings::RedisSettings;
 use super::{advice, reply, scripts};
-
-/// The oldest major version with functions, script flags and ACL checks in scripts.
-const OLDEST_REDIS: u32 = 7;
 
 /// Sends a command that must succeed before a session can start.
 pub async fn required(
@@ -28,18 +26,12 @@ fn connect_error(error: CallError) -> ConnectError {
     }
 }
 
-/// Checks version and mode. Returns the reply of INFO.
+/// Checks server and mode. Returns the reply of INFO.
 pub async fn check_server(client: &Client) -> Result<String, ConnectError> {
     let info = reply::bytes(&required(client, "INFO", Vec::new()).await?).unwrap_or_default();
     let info = String::from_utf8_lossy(&info).into_owned();
-    let version = reply::info_field(&info, "redis_version").unwrap_or_default();
-    let major = version.split('.').next().and_then(|major| major.parse::<u32>().ok());
-    if major.is_some_and(|major| major < OLDEST_REDIS) {
-        return Err(ConnectError::Unsupported(format!(
-            "Redis {version} is too old: use {OLDEST_REDIS}.0 or newer"
-        )));
-    }
-    if reply::info_field(&info, "redis_mode") == Some("sentinel") {
+    Server::of(&info).check().map_err(ConnectError::Unsupported)?;
+    if server::mode(&info) == Some("sentinel") {
         return Err(ConnectError::Unsupported(
             "the server at --redis is a Sentinel: use redis-sentinel://HOST:PORT?sentinelServiceName=NAME"
                 .into(),

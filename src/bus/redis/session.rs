@@ -22,6 +22,7 @@ use super::errors::{ConnectError, readable};
 use super::functions::{self, WriteMode};
 use super::reply;
 use super::requirements::{check_permissions, check_server, eviction_warning, required};
+use super::server::Server;
 use super::settings::RedisSettings;
 
 /// Longest wait for one connection, TLS and login included.
@@ -59,6 +60,7 @@ pub struct Session {
     commands: Commands,
     /// The peer, if it is connected by name.
     pub peer: Option<Peer>,
+    pub server: Server,
     /// What the eviction policy of Redis does, if it may evict keys.
     pub eviction_warning: Option<String>,
     /// Why FCALL is unavailable to other programs, if it is: the error of Redis.
@@ -189,7 +191,7 @@ async fn connect_to(
     let client = Client::new(config.clone(), None, Some(connection_config(Vec::new())), None);
     let (commands_closed, info) = open(&client).await?;
     tasks.0.push(commands_closed.abort_handle());
-    let eviction_warning = eviction_warning(&info);
+    let (server, eviction_warning) = (Server::of(&info), eviction_warning(&info));
 
     let performance =
         PerformanceConfig { broadcast_channel_capacity: MESSAGES, ..PerformanceConfig::default() };
@@ -232,7 +234,7 @@ async fn connect_to(
     });
     tasks.0.push(watcher.abort_handle());
     let session =
-        Session { commands, peer, eviction_warning, fcall_error, subscriptions, tasks, _open: open };
+        Session { commands, peer, server, eviction_warning, fcall_error, subscriptions, tasks, _open: open };
     Ok((session, messages))
 }
 

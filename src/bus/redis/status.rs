@@ -42,7 +42,11 @@ impl Bus {
     pub(super) fn set_status(&mut self, status: Status, error: Option<&str>) {
         let Some(old) = self.link.set_status(status.clone()) else { return };
         match (&old, status.advice()) {
-            (_, None) => tracing::info!("bus available"),
+            (_, None) => {
+                let server = self.link.session().map(|session| session.server.to_string());
+                tracing::info!(server, "bus available");
+                self.handles.metrics.set_server(server);
+            }
             (Status::Unreachable(_), Some(advice)) if matches!(status, Status::Unreachable(_)) => {
                 tracing::debug!(error, advice, "bus still unavailable");
             }

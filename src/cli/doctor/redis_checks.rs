@@ -26,7 +26,7 @@ pub fn check(facts: &Facts, settings: &Settings) -> Vec<Finding> {
 }
 
 fn connection(facts: &Facts) -> Finding {
-    let text = format!("Redis {}, round trip {:.1} ms", facts.version, facts.round_trip.as_secs_f64() * 1e3);
+    let text = format!("{}, round trip {:.1} ms", facts.server, facts.round_trip.as_secs_f64() * 1e3);
     if facts.round_trip > Duration::from_millis(20) {
         return Finding::warning("connection", text + ": every event waits for two of them")
             .remedy("a Redis nearer to the nodes");
@@ -326,6 +326,7 @@ fn history_memory(facts: &Facts, settings: &Settings) -> Finding {
 mod tests {
     use super::*;
     use crate::bus::redis::MissingRights;
+    use crate::bus::redis::inspect::Server;
     use crate::cli::doctor::finding::Level;
     use crate::config::Action;
 
@@ -350,7 +351,7 @@ mod tests {
 
     fn good() -> Facts {
         Facts {
-            version: "7.2.0".into(),
+            server: Server::of("redis_version:7.2.0"),
             round_trip: Duration::from_micros(300),
             role: "master".into(),
             maxmemory: 1 << 30,
