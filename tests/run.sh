@@ -67,12 +67,16 @@ cargo test --no-run "${targets[@]}" "$@" &
 tests=$!
 wait "$tests"
 
-say "Testing"
+say "Testing, with $("${REDIS_SERVER:-redis-server}" --version)"
 cargo test "${targets[@]}" "$@" &
 tests=$!
 wait "$tests"
 
 if (($# == 0)); then # arguments select tests of cargo
+    tests/redis_servers.sh &
+    tests=$!
+    wait "$tests"
+
     say "Testing the WebSocket with Autobahn"
     tests/autobahn.sh &
     tests=$!

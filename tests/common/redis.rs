@@ -12,6 +12,11 @@ use tokio::net::TcpStream;
 use super::process::{Directory, Process};
 use super::{until, within};
 
+/// Starts Redis, or the server that REDIS_SERVER names (see `tests/redis_servers.sh`).
+pub fn redis_server() -> Command {
+    Command::new(std::env::var_os("REDIS_SERVER").unwrap_or_else(|| "redis-server".into()))
+}
+
 /// A Redis on a free loopback port. It keeps port and directory over restarts. Dropping it kills
 /// it.
 pub struct Redis {
@@ -115,7 +120,7 @@ impl Redis {
     /// Starts it, or starts it again, and waits until it answers.
     pub async fn up(&mut self) {
         assert!(self.process.is_none(), "it runs");
-        let mut command = Command::new("redis-server");
+        let mut command = redis_server();
         if let Some(library) = &self.clock {
             command.env("LD_PRELOAD", library);
             command.env("CLOCK_SET_BACK", self.directory.path().join("set-back"));

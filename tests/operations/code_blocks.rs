@@ -43,6 +43,7 @@ const REPLACED: &[(&str, &str)] = &[
 /// Commands that are not run, by their first words, and what checks them instead.
 const NOT_RUN: &[(&str, &str)] = &[
     ("tests/run.sh", "it runs this test"),
+    ("tests/redis_servers.sh", "tests/run.sh runs it"),
     ("SOAK_SEED=7 tests/run.sh", "load::soak reads the variable"),
     (".ci/run", "it runs this test"),
     ("cargo build", "it built the binary under test"),

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::Notify;
 
-pub use crate::common::redis::free_port;
+pub use crate::common::redis::{free_port, redis_server};
 
 /// The longest wait for anything that must happen.
 pub const TIMEOUT: Duration = Duration::from_secs(30);
@@ -60,7 +60,7 @@ impl RedisServer {
         );
         std::fs::write(&path, watch).unwrap();
         let mut sentinel = RedisServer { port: free_port(), args: Vec::new(), dir, child: None };
-        let child = Command::new("redis-server")
+        let child = redis_server()
             .arg(&path)
             .args(["--sentinel", "--port", &sentinel.port.to_string(), "--bind", "127.0.0.1"])
             .stdout(Stdio::null())
@@ -84,7 +84,7 @@ impl RedisServer {
     }
 
     fn spawn(&mut self) -> bool {
-        let mut child = Command::new("redis-server")
+        let mut child = redis_server()
             .args(["--port", &self.port.to_string(), "--bind", "127.0.0.1", "--dir"])
             .arg(&self.dir)
             .args(["--enable-debug-command", "yes"])
