@@ -132,7 +132,10 @@ pub fn request(mut data: &[u8]) {
                 let [0x88, length, code @ ..] = &bytes[head..] else { panic!("no close frame") };
                 assert!(usize::from(*length) == code.len() && (2..=125).contains(&code.len()));
                 let text = std::str::from_utf8(&code[2..]).expect("a reason in UTF-8");
-                assert!(rejection_code(rejection.status).is_some() && rejection.text.starts_with(text));
+                assert!(
+                    rejection_code(rejection.status, rejection.reason).is_some()
+                        && rejection.text.starts_with(text)
+                );
             }
             HandshakeOutcome::Join(join) => {
                 assert!(

@@ -4,7 +4,7 @@
 import { createInterface } from "node:readline";
 import WebSocket from "ws";
 
-const FINAL_CODES = [1002, 1003, 1007, 4001, 4003, 4400, 4401, 4403]; // retrying would fail in the same way
+const FINAL_CODES = [1002, 1003, 1007, 4001, 4003, 4010, 4400, 4401, 4403]; // retrying would fail in the same way
 
 const [url = "ws://127.0.0.1:8080/ws/alice", channel = "chat"] = process.argv.slice(2);
 let lastEventId = ""; // empty: a newcomer, who gets the last 10 messages

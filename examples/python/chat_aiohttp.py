@@ -10,7 +10,7 @@ import threading
 
 from aiohttp import ClientError, ClientSession, WSMsgType
 
-FINAL_CODES = {1002, 1003, 1007, 4001, 4003, 4400, 4401, 4403}  # retrying would fail in the same way
+FINAL_CODES = {1002, 1003, 1007, 4001, 4003, 4010, 4400, 4401, 4403}  # retrying would fail in the same way
 
 
 class Chat:

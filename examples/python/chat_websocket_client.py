@@ -12,7 +12,7 @@ from urllib.parse import urlencode
 
 from websocket import WebSocketApp, WebSocketException
 
-FINAL_CODES = {1002, 1003, 1007, 4001, 4003, 4400, 4401, 4403}  # retrying would fail in the same way
+FINAL_CODES = {1002, 1003, 1007, 4001, 4003, 4010, 4400, 4401, 4403}  # retrying would fail in the same way
 
 
 class Chat:

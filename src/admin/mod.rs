@@ -1,4 +1,4 @@
-//! The admin API: publish, history, channels, live view, metrics, stats, health. HTTP/1.1 with
+//! The admin API: publish, disconnect, history, channels, live view, metrics, stats, health. HTTP/1.1 with
 //! keep-alive on a thread of its own, so that it delays no event.
 
 use std::future::{Future, ready};
@@ -18,6 +18,7 @@ use crate::bus::{Answer, BusError, Publish, PublishError, Request, Requests};
 use crate::config::Settings;
 use crate::http::origin;
 use crate::http::{self, Head, Rejection, Response};
+use crate::limits::bans::Bans;
 use crate::metrics::rejections::RejectionClass;
 use crate::metrics::{AcceptLog, Metrics};
 use crate::protocol::event::{ChannelName, EventId, is_user_id};
@@ -26,6 +27,7 @@ use crate::shard::mailbox::MailboxSenders;
 
 mod channels;
 mod connection;
+mod control;
 mod history;
 mod listener;
 mod live_view;
@@ -66,6 +68,7 @@ pub struct AdminContext {
     pub shards: MailboxSenders,
     pub metrics: Arc<Metrics>,
     pub keys: Arc<KeyRing>,
+    pub bans: Arc<Bans>,
     pub settings: Arc<Settings>,
 }
 
@@ -251,10 +254,14 @@ fn authorize(head: &Head<'_>, shared: &Shared) -> Result<(), Rejection> {
 
 async fn respond(head: &Head<'_>, body: &[u8], shared: &Shared) -> Result<Response, Rejection> {
     let allowed = match head.path {
-        "/publish" => "POST",
-        "/" | "/history" | "/channels" | "/metrics" | "/stats" | "/healthz" | "/readyz" => "GET, HEAD",
+        "/publish" | "/disconnect" => "POST",
+        "/ban" => "DELETE",
+        "/" | "/history" | "/channels" | "/bans" | "/metrics" | "/stats" | "/healthz" | "/readyz" => {
+            "GET, HEAD"
+        }
         _ => {
-            let known = "POST /publish, GET /, /history, /channels, /metrics, /stats, /healthz and /readyz";
+            let known = "POST /publish and /disconnect, DELETE /ban, GET /, /history, /channels, /bans, /metrics, \
+                /stats, /healthz and /readyz";
             return Err(Rejection::new(404, format!("no such path: use {known}")));
         }
     };
@@ -265,6 +272,9 @@ async fn respond(head: &Head<'_>, body: &[u8], shared: &Shared) -> Result<Respon
     Ok(match head.path {
         "/" => live_view::response(shared.context.keys.current().requires_admin_key()),
         "/publish" => publish(head, body, shared).await?,
+        "/disconnect" => control::execute(head, control::parse_disconnect(head.query)?, shared).await?,
+        "/ban" => control::execute(head, control::parse_unban(head.query)?, shared).await?,
+        "/bans" => control::list_bans(head.query, shared)?,
         "/history" => look_up(HistoryQuery::parse(head.query)?.answer(shared), shared).await?,
         "/channels" => look_up(ChannelsQuery::parse(head.query)?.answer(shared), shared).await?,
         "/metrics" => Response::new(200, "text/plain; version=0.0.4; charset=utf-8", metrics.prometheus()),
@@ -278,11 +288,7 @@ async fn respond(head: &Head<'_>, body: &[u8], shared: &Shared) -> Result<Respon
 }
 
 async fn publish(head: &Head<'_>, body: &[u8], shared: &Shared) -> Result<Response, Rejection> {
-    if head.count("origin") > 0 {
-        // Any page open in a browser on this machine could publish here, even without access to the
-        // response. Programs send no Origin.
-        return Err(Rejection::new(403, "requests from browser pages (with Origin) may not publish here"));
-    }
+    reject_pages(head, "publish")?;
     let (channel, to) = destination(head.query)?;
     let event = ingest::published(body, to.as_deref()).map_err(|bad| Rejection::new(400, bad.to_string()))?;
     let key = idempotency_key(head)?;
@@ -304,6 +310,17 @@ async fn publish(head: &Head<'_>, body: &[u8], shared: &Shared) -> Result<Respon
         }
     };
     Ok(Response::json(200, &format!(r#"{{"id":{id}}}"#)))
+}
+
+/// Rejects requests of pages. Any page open in a browser on this machine could send them, even
+/// without access to the response. Programs send no Origin.
+fn reject_pages(head: &Head<'_>, what: &str) -> Result<(), Rejection> {
+    match head.count("origin") {
+        0 => Ok(()),
+        _ => {
+            Err(Rejection::new(403, format!("requests from browser pages (with Origin) may not {what} here")))
+        }
+    }
 }
 
 /// Takes one of the slots for requests that wait for the bus or the shards.

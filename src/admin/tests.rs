@@ -33,7 +33,7 @@ fn context(requests: Requests, flags: &[&str]) -> AdminContext {
     };
     let keys = Arc::new(KeyRing::load(&settings).unwrap());
     let (shards, _) = MailboxSenders::new(1);
-    AdminContext { requests, shards, metrics, keys, settings: Arc::new(settings) }
+    AdminContext { requests, shards, metrics, keys, bans: Arc::default(), settings: Arc::new(settings) }
 }
 
 /// What one connection works with, and the sender of the phase.

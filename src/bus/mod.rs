@@ -9,18 +9,23 @@ use bytes::Bytes;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::config::Settings;
+use crate::limits::bans::Bans;
 use crate::metrics::{BusMetrics, Readiness};
+use crate::protocol::close::CloseReason;
+use crate::protocol::control::Order;
 use crate::protocol::event::{ChannelName, Entry, EventId};
 use crate::protocol::form::{self, ChannelForm, Form};
 use crate::protocol::frame::Regarding;
 
 pub mod coalesced;
+mod control;
 pub mod local;
 mod page;
 pub mod reads;
 pub mod redis;
 pub mod sequence;
 
+pub use self::control::OrderError;
 pub use self::page::{BLOCK, Page, SHARED_BYTES, block_start, is_continuous, is_gone};
 
 /// Index of a shard of this node.
@@ -61,7 +66,13 @@ pub enum Request {
     /// [`BusMessage::Refreshed`]. The shard follows the channel. Requests made meanwhile share one
     /// read.
     Refresh { channel: ChannelForm, shard: ShardId },
+    /// Have all nodes execute a command of a backend. Answered with its place in their order, once
+    /// the shards of this node have the command.
+    Order { order: Order, waiter: OrderWaiter },
 }
+
+/// Where the answer to an order goes.
+pub type OrderWaiter = oneshot::Sender<Result<EventId, OrderError>>;
 
 /// An event to publish.
 #[derive(Debug)]
@@ -169,6 +180,10 @@ pub enum BusMessage {
         regarding: Regarding,
         result: Result<EventId, PublishError>,
     },
+    /// A backend disconnects a user from this channel, or from all.
+    Disconnect { user: Arc<str>, channel: Option<ChannelName>, reason: CloseReason },
+    /// Bans were loaded: close the connections of all users who are banned.
+    DisconnectBanned,
 }
 
 /// A shard that follows a channel in one of its forms.
@@ -265,6 +280,7 @@ pub type Requests = mpsc::UnboundedSender<Request>;
 pub struct BusContext {
     pub requests: mpsc::UnboundedReceiver<Request>,
     pub shards: Arc<dyn ShardSender>,
+    pub bans: Arc<Bans>,
     pub metrics: Arc<BusMetrics>,
     pub readiness: Arc<Readiness>,
 }

@@ -73,6 +73,10 @@ pub struct BusMetrics {
     pub oversized: Counter,
     /// Channels followed.
     pub channels: Gauge,
+    /// Commands of backends about connections, executed on this node.
+    pub commands: Counter,
+    /// Users who are banned.
+    pub bans: Gauge,
     /// Bytes of memory in use: the local bus's histories, or events that wait for Redis.
     pub held_bytes: Gauge,
     /// From sending a probe to its return over Pub/Sub.

@@ -156,6 +156,13 @@ pub(super) static TABLE: &[Family] = &[
         Labels("code", |view| view.by_code(|shard| &shard.subscription_errors)),
     ),
     family(
+        "fanfare_commands_total",
+        Counter,
+        "Commands to disconnect, ban or unban a user that this node has executed.",
+        One(|view| view.metrics.bus.commands.get().into()),
+    ),
+    family("fanfare_bans", Gauge, "Users who are banned.", One(|view| view.metrics.bus.bans.get().into())),
+    family(
         "fanfare_received_bytes_total",
         Counter,
         "Bytes read from client sockets.",

@@ -76,6 +76,7 @@ pub async fn run(
 
     log_start(&settings, &listeners)?;
     let (shards, mut ended) = start_shards(&context, &requests, &metrics)?;
+    let bans = limits.bans.clone();
     let mut accept_loop = accept::start(
         &settings,
         listeners.public,
@@ -91,6 +92,7 @@ pub async fn run(
         shards: shards.clone(),
         metrics: metrics.clone(),
         keys,
+        bans: bans.clone(),
         settings: settings.clone(),
     };
     let admin = listeners.admin.map(|listener| admin::start(listener, context)).transpose()?;
@@ -98,6 +100,7 @@ pub async fn run(
     let context = bus::BusContext {
         requests: asked,
         shards: Arc::new(shards.clone()),
+        bans,
         metrics: bus_metrics,
         readiness: readiness.clone(),
     };

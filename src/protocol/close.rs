@@ -42,6 +42,10 @@ pub enum CloseReason {
     RateLimited,
     /// A new token of the client does not allow its default channel.
     ChannelForbidden,
+    /// A backend has disconnected the user, from all channels or from the connection's default one.
+    Disconnected,
+    /// The user is banned.
+    Banned,
     /// `--max-connections` is reached.
     NodeLimit,
     /// `--max-connections-per-ip` is reached.
@@ -55,7 +59,10 @@ pub enum CloseReason {
     SlowReader,
 }
 
-pub const REASONS: usize = 24;
+/// Close code of connections that a backend has closed. Final: clients do not retry.
+const DISCONNECTED: u16 = 4010;
+
+pub const REASONS: usize = 26;
 
 /// Indexed by [`CloseReason`].
 pub const LABELS: [&str; REASONS] = [
@@ -78,6 +85,8 @@ pub const LABELS: [&str; REASONS] = [
     "token_expired",
     "rate_limited",
     "channel_forbidden",
+    "disconnected",
+    "banned",
     "node_limit",
     "ip_limit",
     "user_limit",
@@ -117,6 +126,8 @@ impl CloseReason {
             CloseReason::Forbidden => Some((4003, "this client may not publish here")),
             CloseReason::TokenExpired => Some((4001, "token expired")),
             CloseReason::ChannelForbidden => Some((4403, "the token does not allow this channel")),
+            CloseReason::Disconnected => Some((DISCONNECTED, "disconnected by the application")),
+            CloseReason::Banned => Some((DISCONNECTED, "banned by the application")),
             CloseReason::RateLimited => Some((4029, "rate limit exceeded")),
             CloseReason::PublishFailed => Some((1013, "not published: try again later")),
             CloseReason::Draining => Some((1012, "the node is restarting: reconnect")),
@@ -124,11 +135,12 @@ impl CloseReason {
     }
 }
 
-/// Close code of a connection that is rejected with this HTTP status, if its client gets a close
-/// frame in place of the response. These codes are final: clients do not retry. `None` for other
-/// statuses, which stay HTTP responses.
-pub fn rejection_code(status: u16) -> Option<u16> {
+/// Close code of a connection that is rejected with this HTTP status and for this reason, if its
+/// client gets a close frame in place of the response. These codes are final: clients do not retry.
+/// `None` for other statuses, which stay HTTP responses.
+pub fn rejection_code(status: u16, reason: CloseReason) -> Option<u16> {
     match status {
+        403 if matches!(reason, CloseReason::Disconnected | CloseReason::Banned) => Some(DISCONNECTED),
         400 => Some(4400),
         401 => Some(4401),
         403 => Some(4403),

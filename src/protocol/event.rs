@@ -12,6 +12,9 @@ pub const NAME_MAX: usize = 128;
 /// The channel of a connection that names none.
 pub const DEFAULT_CHANNEL: &str = "ws_broadcast";
 
+/// Not a name that [`ChannelName::parse`] accepts.
+const CONTROL_CHANNEL: &str = "@control";
+
 /// Memory of an entry in a feed or a history beside its bytes: the entry itself (72), its place in
 /// an index and in the eviction queue (24), and the heads of its allocations (32).
 const ENTRY_OVERHEAD: usize = 128;
@@ -64,6 +67,16 @@ impl ChannelName {
         let allowed = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'.' | b':' | b'-');
         let valid = (1..=NAME_MAX).contains(&name.len()) && name.bytes().all(allowed);
         valid.then(|| ChannelName(name.into()))
+    }
+
+    /// The channel of commands to the nodes. [`ChannelName::parse`] rejects its name, so no client
+    /// and no request can name it.
+    pub fn control() -> ChannelName {
+        ChannelName(CONTROL_CHANNEL.into())
+    }
+
+    pub fn is_control(&self) -> bool {
+        &*self.0 == CONTROL_CHANNEL
     }
 
     pub fn as_str(&self) -> &str {

@@ -4,6 +4,7 @@
 pub mod client_frame;
 pub mod close;
 pub mod closest;
+pub mod control;
 pub mod event;
 pub mod form;
 pub mod frame;

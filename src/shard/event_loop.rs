@@ -85,6 +85,7 @@ impl EventLoop {
                 let Some(message) = first.take().or_else(|| self.inbox.try_recv().ok()) else { break };
                 shard.handle_message(message);
             }
+            shard.run_commands();
             let (mut done, mut ticked) = (0, false);
             for event in &self.events {
                 done += 1;

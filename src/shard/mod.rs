@@ -8,6 +8,7 @@
 //! | `members` | connections and subscriptions as members of channels |
 //! | `read`, `publish` | from a socket: requests, frames, messages |
 //! | `subscribe`, `renewal` | further channels of a connection, and its new tokens |
+//! | `control` | commands of backends: disconnect a user |
 //! | `join` | from a request to a member of a channel |
 //! | `fanout`, `private`, `write` | from the feed to the sockets |
 //! | `history`, `pages` | pages of history for connections that the feed has left behind |
@@ -34,6 +35,7 @@ mod channel_table;
 mod channels;
 mod close;
 mod connections;
+mod control;
 mod deadlines;
 mod deferred;
 mod drain;
@@ -61,6 +63,7 @@ mod write;
 
 use channel_table::ChannelTable;
 use connections::ConnectionTable;
+use control::Commands;
 use deadlines::Deadlines;
 use deferred::Deferred;
 use drain::Drain;
@@ -97,6 +100,7 @@ pub struct Shard {
     channels: ChannelTable,
     replay: ReplayQueue,
     deferred: Deferred,
+    commands: Commands,
     deadlines: Deadlines,
     sweep: Sweep,
     unsent: Unsent,
@@ -122,6 +126,7 @@ impl Shard {
             channels: ChannelTable::new(),
             replay: ReplayQueue::new(settings),
             deferred: Deferred::default(),
+            commands: Commands::default(),
             deadlines: Deadlines::new(),
             sweep: Sweep::default(),
             unsent: Unsent::new(context.unsent.clone()),
@@ -145,6 +150,9 @@ impl Shard {
     }
 
     fn handle_message(&mut self, message: ShardMessage) {
+        if !matches!(message, ShardMessage::Bus(BusMessage::Disconnect { .. })) {
+            self.run_commands();
+        }
         match message {
             ShardMessage::Bus(message) => self.on_bus_message(message),
             ShardMessage::Sockets(sockets) => {
@@ -175,6 +183,8 @@ impl Shard {
             BusMessage::Published { connection, regarding, result } => {
                 self.on_published(connection, &regarding, result);
             }
+            BusMessage::Disconnect { user, channel, reason } => self.on_disconnect(user, channel, reason),
+            BusMessage::DisconnectBanned => self.on_disconnect_banned(),
         }
     }
 

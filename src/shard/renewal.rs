@@ -29,8 +29,11 @@ impl Shard {
         if !self.accepts_work(slot, TOKEN_WORK, reference.as_deref())? {
             return Ok(());
         }
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(u64::MAX, |since| since.as_secs());
         let user = &self.connections[slot].client.user;
+        if self.context.handshake.limits.bans.time_left(user).is_some() {
+            return Err(CloseReason::Banned);
+        }
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(u64::MAX, |since| since.as_secs());
         let grant = match token::verify(&required.tokens, token, user, now) {
             Ok(grant) => grant,
             Err(reason) => {

@@ -24,6 +24,9 @@ pub(super) const HOLDS_TOO_MANY: &str =
 /// The token does not allow the channel.
 pub(super) const FORBIDDEN: &str = "you may not follow this channel";
 
+/// A backend has disconnected the client from the channel before it followed it.
+pub(super) const DISCONNECTED: &str = "disconnected from this channel by the application";
+
 impl Shard {
     /// Follows channels for a client. Each is answered by itself.
     pub(super) fn on_subscribe(

@@ -87,7 +87,10 @@ fn echo(mut asked: mpsc::UnboundedReceiver<Request>, shards: MailboxSenders) {
                 shards.send(0, BusMessage::Entry { channel: channel.into(), entry, arrived: Instant::now() });
                 shards.answer(answer, Ok(position));
             }
-            Request::Unfollow { .. } | Request::Read { .. } | Request::Refresh { .. } => {}
+            Request::Unfollow { .. }
+            | Request::Read { .. }
+            | Request::Refresh { .. }
+            | Request::Order { .. } => {}
         }
     }
 }

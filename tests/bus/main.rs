@@ -9,6 +9,7 @@ mod workload;
 
 mod channels;
 mod cluster;
+mod control;
 mod external_publishers;
 mod faults;
 mod limits;

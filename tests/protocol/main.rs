@@ -7,6 +7,7 @@ mod access;
 mod bench;
 mod channels;
 mod connection_limits;
+mod control;
 mod frames;
 mod limits;
 mod protocol;

@@ -44,7 +44,7 @@ const SETTINGS: [(&str, &str); 33] = [
     ("--log-format", "FANFARE_LOG_FORMAT"),
 ];
 
-const METRICS: [(&str, &str); 41] = [
+const METRICS: [(&str, &str); 43] = [
     ("fanfare_build_info", "gauge"),
     ("fanfare_ready", "gauge"),
     ("fanfare_connections", "gauge"),
@@ -58,6 +58,8 @@ const METRICS: [(&str, &str); 41] = [
     ("fanfare_publish_errors_total", "counter"),
     ("fanfare_subscriptions", "gauge"),
     ("fanfare_subscription_errors_total", "counter"),
+    ("fanfare_commands_total", "counter"),
+    ("fanfare_bans", "gauge"),
     ("fanfare_received_bytes_total", "counter"),
     ("fanfare_events_delivered_total", "counter"),
     ("fanfare_sent_bytes_total", "counter"),
@@ -113,6 +115,8 @@ const LABELS: [(&str, &str, &[&str]); 6] = [
             "token_expired",
             "rate_limited",
             "channel_forbidden",
+            "disconnected",
+            "banned",
             "node_limit",
             "ip_limit",
             "user_limit",
@@ -160,7 +164,7 @@ const ERROR_CODES: [&str; 9] = [
     "unauthorized",
 ];
 
-const CLOSE_CODES: [(CloseReason, u16, &str); 13] = [
+const CLOSE_CODES: [(CloseReason, u16, &str); 15] = [
     (CloseReason::Protocol, 1002, "protocol error"),
     (CloseReason::Binary, 1003, "binary messages not supported"),
     (CloseReason::InvalidText, 1007, "text must be UTF-8"),
@@ -172,6 +176,8 @@ const CLOSE_CODES: [(CloseReason, u16, &str); 13] = [
     (CloseReason::Forbidden, 4003, "this client may not publish here"),
     (CloseReason::MissedEvents, 4008, "events were missed: reconnect"),
     (CloseReason::PingTimeout, 4009, "ping timeout"),
+    (CloseReason::Disconnected, 4010, "disconnected by the application"),
+    (CloseReason::Banned, 4010, "banned by the application"),
     (CloseReason::RateLimited, 4029, "rate limit exceeded"),
     (CloseReason::ChannelForbidden, 4403, "the token does not allow this channel"),
 ];
@@ -260,8 +266,9 @@ fn close_codes_and_reasons() {
     for reason in NO_CLOSE_FRAME {
         assert_eq!(reason.close(), None, "{reason:?}");
     }
-    let rejections: Vec<_> =
-        (100..600).filter_map(|status| Some((status, rejection_code(status)?))).collect();
+    let rejections: Vec<_> = (100..600)
+        .filter_map(|status| Some((status, rejection_code(status, CloseReason::HttpResponse)?)))
+        .collect();
     assert_eq!(rejections, [(400, 4400), (401, 4401), (403, 4403)]);
     let all = CLOSE_CODES.iter().map(|(reason, ..)| *reason).chain(NO_CLOSE_FRAME);
     let labels: BTreeSet<_> = all.map(CloseReason::label).collect();

@@ -169,6 +169,7 @@ impl Bus {
                     self.shards.send(0, BusMessage::Followed { channel, base, position, recent: Vec::new() });
                     continue;
                 }
+                Request::Order { .. } => unreachable!("shards send none"),
                 Request::Unfollow { channel, .. } => {
                     let number = self.number(&channel.name);
                     self.channels[number].followed.retain(|followed| *followed != channel);

@@ -7,13 +7,14 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use fanfare::bus::{BusMessage, Page, Request, ShardSender};
+use fanfare::protocol::close::CloseReason;
 use fanfare::protocol::event::{ChannelName, Entry, EventId};
 use fanfare::shard::mailbox::ShardMessage;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
 use crate::common::raw::{frame_bytes, opcode};
-use crate::common::{SingleShard, http, until};
+use crate::common::{SingleShard, TokenKey, http, until};
 
 struct Shard(SingleShard);
 
@@ -422,4 +423,101 @@ async fn private_event_evicted_early_is_replayed() {
     for client in &mut clients {
         assert_eq!(ids_up_to(client, 1005).await, [1001, 1005]);
     }
+}
+
+/// The rest of what a client gets until its connection ends.
+async fn rest(client: &mut TcpStream) -> String {
+    let mut bytes = Vec::new();
+    let read = tokio::time::timeout(Duration::from_secs(60), client.read_to_end(&mut bytes)).await;
+    read.expect("it ends within a minute").expect("no reset");
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+impl Shard {
+    fn disconnects(&self, user: &str, channel: Option<&str>, reason: CloseReason) {
+        let channel = channel.and_then(ChannelName::parse);
+        self.0.shards.send(0, BusMessage::Disconnect { user: user.into(), channel, reason });
+    }
+}
+
+#[tokio::test]
+async fn joining_connections_are_disconnected() {
+    let mut shard = Shard::start();
+    for (channel, reason, text) in [
+        (None, CloseReason::Disconnected, "disconnected by the application"),
+        (None, CloseReason::Banned, "banned by the application"),
+        (Some("a"), CloseReason::Disconnected, "disconnected by the application"),
+    ] {
+        let mut client = shard.client(&upgrade()).await;
+        let Request::Follow { channel: followed, .. } = shard.asks().await else { panic!("it follows") };
+        shard.disconnects("bob", None, CloseReason::Disconnected);
+        shard.disconnects("alice", Some("b"), CloseReason::Disconnected);
+        shard.disconnects("alice", channel, reason);
+        // The answer of the bus comes too late.
+        let (base, position) = (EventId(1000), EventId(1000));
+        let message = BusMessage::Followed { channel: followed, base, position, recent: Vec::new() };
+        shard.0.shards.send(0, message);
+        let answer = rest(&mut client).await;
+        assert!(answer.starts_with("HTTP/1.1 101 ") && answer.ends_with(text), "{answer}");
+        assert!(!answer.contains("welcome"), "{answer}");
+        assert!(matches!(shard.asks().await, Request::Unfollow { .. }));
+    }
+}
+
+#[tokio::test]
+async fn no_handshake_slips_past_a_ban() {
+    let mut shard = Shard::start();
+    // As the bus does: the ban first, then the message to the shards.
+    let until = fanfare::limits::bans::system_millis() + 3_600_000;
+    shard.0.limits.bans.insert("alice".into(), until);
+    let mut client = shard.client(&upgrade()).await;
+    assert!(rest(&mut client).await.starts_with("HTTP/1.1 403 "));
+    // Bans that are loaded close what was open before.
+    let mut bob = shard.client(&upgrade_of("bob", "a")).await;
+    shard.follows().await;
+    bob.read_exact(&mut [0; 12]).await.expect("an answer");
+    let mut carol = shard.client(&upgrade_of("carol", "a")).await;
+    carol.read_exact(&mut [0; 12]).await.expect("an answer");
+    shard.0.limits.bans.insert("bob".into(), until);
+    shard.0.shards.send(0, BusMessage::DisconnectBanned);
+    assert!(rest(&mut bob).await.ends_with("banned by the application"));
+    shard.disconnects("carol", None, CloseReason::Disconnected);
+    assert!(rest(&mut carol).await.ends_with("disconnected by the application"));
+}
+
+#[tokio::test]
+async fn new_token_of_a_banned_user_closes_its_connection() {
+    let key = TokenKey::new();
+    let mut shard = Shard::start_with(&["--jwt-key", &key.path()]);
+    let token = key.token("alice", &[]);
+    let request = String::from_utf8(upgrade_after(&format!("&token={token}"))).expect("ASCII");
+    let json = "Sec-WebSocket-Protocol: fanfare.v1\r\n\r\n";
+    let request = format!("{}\r\n{json}", request.trim_end());
+    let mut client = shard.client(request.as_bytes()).await;
+    shard.follows().await;
+    client.read_exact(&mut [0; 12]).await.expect("an answer");
+    shard.0.limits.bans.insert("alice".into(), fanfare::limits::bans::system_millis() + 60_000);
+    let frame = format!(r#"{{"type":"token","token":"{token}","ref":1}}"#);
+    client.write_all(&frame_bytes(true, opcode::TEXT, true, frame.as_bytes())).await.expect("there is room");
+    let answer = rest(&mut client).await;
+    assert!(answer.ends_with("banned by the application") && !answer.contains("ack"), "{answer}");
+}
+
+#[tokio::test]
+async fn subscription_under_way_is_disconnected() {
+    let mut shard = Shard::start();
+    let request = String::from_utf8(upgrade()).expect("ASCII");
+    let request = format!("{}\r\nSec-WebSocket-Protocol: fanfare.v1\r\n\r\n", request.trim_end());
+    let mut client = shard.client(request.as_bytes()).await;
+    shard.follows().await;
+    client.read_exact(&mut [0; 12]).await.expect("an answer");
+    let frame = br#"{"type":"subscribe","channel":"b","ref":7}"#;
+    client.write_all(&frame_bytes(true, opcode::TEXT, true, frame)).await.expect("there is room");
+    assert!(matches!(shard.asks().await, Request::Follow { .. }));
+    shard.disconnects("alice", Some("b"), CloseReason::Disconnected);
+    assert!(matches!(shard.asks().await, Request::Unfollow { .. }));
+    shard.disconnects("alice", None, CloseReason::Disconnected);
+    let answer = rest(&mut client).await;
+    let error = r#"{"type":"error","code":"forbidden","message":"disconnected from this channel by the application","channel":"b","ref":7}"#;
+    assert!(answer.contains(error), "{answer}");
 }

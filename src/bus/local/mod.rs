@@ -9,9 +9,12 @@ use std::time::{Duration, Instant, SystemTime};
 
 use self::channel::Channel;
 use self::idempotency::IdempotencyKeys;
+use super::control::{Executor, OrderError};
 use super::{Answer, BusContext, BusError, BusMessage, Follower, Publish, Request, ShardSender};
 use crate::config::Settings;
+use crate::limits::bans::system_millis;
 use crate::metrics::{BusMetrics, Readiness};
+use crate::protocol::control::{Command, Order};
 use crate::protocol::event::{ChannelName, Entry, EventId};
 use crate::protocol::frame;
 
@@ -33,11 +36,12 @@ const EXPIRY_INTERVAL: Duration = Duration::from_secs(30);
 
 /// Runs until all senders of requests are dropped.
 pub async fn run(settings: &Settings, context: BusContext) {
-    let BusContext { requests: mut receiver, shards, metrics, readiness } = context;
+    let BusContext { requests: mut receiver, shards, bans, metrics, readiness } = context;
+    let executor = Executor::new(bans, shards.clone(), metrics.clone());
     readiness.set_bus(None);
     let mut requests = Vec::with_capacity(BATCH);
     let mut expiry = tokio::time::interval(EXPIRY_INTERVAL);
-    let mut bus = LocalBus::new(settings, shards, metrics, readiness);
+    let mut bus = LocalBus::new(settings, shards, executor, metrics, readiness);
     loop {
         tokio::select! {
             received = receiver.recv_many(&mut requests, BATCH) => {
@@ -58,7 +62,10 @@ pub async fn run(settings: &Settings, context: BusContext) {
                 bus.deliver(&mut batch);
                 bus.update_metrics();
             }
-            _ = expiry.tick() => bus.expire(Instant::now()),
+            _ = expiry.tick() => {
+                bus.expire(Instant::now());
+                bus.executor.expire_bans();
+            }
         }
     }
 }
@@ -89,6 +96,9 @@ struct HistoryLimits {
 
 #[derive(Debug)]
 struct LocalBus {
+    executor: Executor,
+    /// The id of the last command.
+    last_command: EventId,
     shards: Arc<dyn ShardSender>,
     metrics: Arc<BusMetrics>,
     readiness: Arc<Readiness>,
@@ -110,10 +120,13 @@ impl LocalBus {
     fn new(
         settings: &Settings,
         shards: Arc<dyn ShardSender>,
+        executor: Executor,
         metrics: Arc<BusMetrics>,
         readiness: Arc<Readiness>,
     ) -> LocalBus {
         LocalBus {
+            executor,
+            last_command: EventId(clock()),
             shards,
             metrics,
             readiness,
@@ -228,8 +241,27 @@ impl LocalBus {
             Request::Refresh { channel, shard } => {
                 self.shards.send(shard, BusMessage::Refreshed { channel, result: Ok(()) });
             }
+            Request::Order { order, waiter } => {
+                let _ = waiter.send(self.execute(order)); // fails if the task no longer waits
+            }
             Request::Publish(_) => unreachable!("publishes go through the batch"),
         }
+    }
+
+    /// Executes a command. Bans end with the process.
+    fn execute(&mut self, order: Order) -> Result<EventId, OrderError> {
+        let command = match order {
+            Order::Disconnect { user, channel } => Command::Disconnect { user, channel },
+            Order::Ban { user, .. } if !self.executor.may_ban(&user) => return Err(OrderError::TooManyBans),
+            Order::Ban { user, time } => {
+                let until = system_millis().saturating_add(time.as_millis() as u64);
+                Command::Ban { user, until }
+            }
+            Order::Unban { user } => Command::Unban { user },
+        };
+        self.last_command = self.last_command.next();
+        self.executor.execute(command);
+        Ok(self.last_command)
     }
 
     fn follow(&mut self, name: ChannelName, follower: Follower) {

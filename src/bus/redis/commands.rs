@@ -20,10 +20,13 @@ pub enum Script {
     Publish,
     Read,
     Probe,
+    Order,
+    Bans,
 }
 
 /// The text of each script, indexed by [`Script`].
-pub const SCRIPTS: [&str; 3] = [scripts::PUBLISH, scripts::READ, scripts::PROBE];
+pub const SCRIPTS: [&str; 5] =
+    [scripts::PUBLISH, scripts::READ, scripts::PROBE, scripts::ORDER, scripts::BANS];
 
 /// The command connection of a session.
 #[derive(Clone)]

@@ -26,10 +26,10 @@ pub struct FollowedChannel {
 }
 
 impl FollowedChannel {
-    pub fn new(follower: Follower, ticket: u64) -> FollowedChannel {
+    pub fn new(joining: Vec<Follower>, ticket: u64) -> FollowedChannel {
         FollowedChannel {
             followers: Vec::new(),
-            joining: vec![follower],
+            joining,
             ticket,
             sequence: None,
             early: Vec::new(),

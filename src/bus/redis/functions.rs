@@ -1,5 +1,5 @@
-//! The function `fanfare_publish`, with which other programs publish (FCALL), and its settings for
-//! each prefix.
+//! The functions for other programs (FCALL): `fanfare_publish`, `fanfare_disconnect` and
+//! `fanfare_unban`; and their settings for each prefix.
 //!
 //! Function names are unique in Redis, so deployments that share a Redis share the function. It
 //! reads their settings from one hash per prefix. In a Redis Cluster a function can't read
@@ -34,6 +34,8 @@ const TEXT: &str = concat!(
     env!("CARGO_PKG_VERSION"),
     "'\n",
     include_str!("lua/epoch.lua"),
+    "\n",
+    include_str!("lua/control.lua"),
     "\n",
     include_str!("lua/function.lua"),
 );

@@ -17,6 +17,7 @@ pub use super::server::Server;
 use super::settings::RedisSettings;
 use super::{advice, reply, session, url};
 use crate::config::{RedisUrl, Settings};
+use crate::protocol::event::ChannelName;
 
 /// Longest time for everything but the sample.
 const INSPECT_TIMEOUT: Duration = Duration::from_secs(15);
@@ -208,6 +209,8 @@ async fn histories(client: &Client, settings: &RedisSettings, facts: &mut Facts)
             let name = key
                 .strip_prefix(&format!("{}:{{", settings.prefix))
                 .and_then(|rest| rest.strip_suffix("}:events"));
+            // Commands to nodes are no channel's.
+            let name = name.filter(|name| ChannelName::parse(name).is_some());
             // SCAN may return a key twice while Redis resizes its table.
             if let Some(name) = name.filter(|name| facts.channels.iter().all(|known| known.name != *name)) {
                 facts.channels.push(History { name: name.into(), ..History::default() });

@@ -200,11 +200,12 @@ impl Bus {
         }
         self.link.warn_of_eviction(session.eviction_warning.clone());
         self.functions.on_loaded(session.fcall_error.clone());
+        let ticket = self.subscriptions.next_ticket();
+        self.follow_control(ticket);
         let settings = &self.handles.settings;
         let mut topics = vec![settings.probe_topic()];
         let followed = self.channels.iter().filter(|(_, channel)| channel.followed.is_some());
         topics.extend(followed.flat_map(|(name, _)| settings.topics(name)));
-        let ticket = self.subscriptions.next_ticket();
         session.subscribe(topics, ticket);
         self.link.open(session, ticket);
         self.probes.start_session();
@@ -238,6 +239,7 @@ impl Bus {
             return;
         }
         self.probes.end_session();
+        self.control.end_session();
         let status = match ["NOPERM", "READONLY"].iter().any(|prefix| error.starts_with(prefix)) {
             true => Status::rejecting(error),
             false => Status::unreachable(error),

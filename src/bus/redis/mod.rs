@@ -15,6 +15,7 @@
 //! | `subscriptions`, `followed` | from Pub/Sub to the shards, gaps filled from the stream |
 //! | `publishing`, `publish_queue` | from the shards to the stream, one call in flight per channel |
 //! | `history` | pages of history for clients that are behind |
+//! | `control` | commands of backends, and bans |
 //! | `probe`, `faults` | the comparison of positions every second; channels whose data is damaged |
 //! | `inspect` | what `fanfare doctor` reports about a Redis |
 
@@ -28,6 +29,7 @@ use fred::types::{Message, Resp3Frame};
 use tokio::sync::broadcast::error::{RecvError, TryRecvError};
 use tokio::sync::{Semaphore, broadcast, mpsc};
 
+use self::control::Control;
 use self::errors::{CallError, ConnectError};
 use self::faults::FaultLog;
 use self::followed::FollowedChannel;
@@ -37,17 +39,19 @@ use self::link::Link;
 use self::probe::Probes;
 use self::publish_queue::PublishQueue;
 use self::publishing::Publishing;
-use self::scripts::KnownPosition;
+use self::scripts::{KnownPosition, StoredBans};
 use self::session::{Report, Session};
 use self::settings::RedisSettings;
 use self::subscriptions::{ReadPurpose, Subscriptions};
-use super::{BusContext, Follower, Page, Request, ShardSender, Unusable};
+use super::control::Executor;
+use super::{BusContext, Follower, OrderWaiter, Page, Request, ShardSender, Unusable};
 use crate::config::{RedisUrl, Settings};
 use crate::metrics::{BusMetrics, Readiness};
 use crate::protocol::event::{ChannelName, EventId};
 
 mod advice;
 mod commands;
+mod control;
 pub mod decode;
 mod dns;
 mod errors;
@@ -94,6 +98,8 @@ enum Outcome {
     Published(u64, ChannelName, Result<Resp3Frame, CallError>),
     Read(u64, ChannelName, ReadPurpose, Result<Page, CallError>),
     Page(u64, ChannelName, EventId, Result<Page, CallError>),
+    Ordered(u64, OrderWaiter, Result<EventId, CallError>),
+    BansRead(u64, Result<StoredBans, CallError>),
     ProbeSent(u64, Result<(), CallError>),
     FunctionLoaded(u64, Result<(), CallError>),
     LookedUp(u64, Result<Vec<SocketAddr>, String>),
@@ -151,6 +157,7 @@ struct Bus {
     subscriptions: Subscriptions,
     publishing: Publishing,
     history: History,
+    control: Control,
     probes: Probes,
     functions: FunctionLoader,
     faults: FaultLog,
@@ -165,7 +172,8 @@ pub async fn run(settings: &Settings, url: &RedisUrl, context: BusContext) -> Re
             "--redis {url}: cluster mode is not supported yet: name a stand-alone Redis or Sentinels"
         )));
     }
-    let BusContext { mut requests, shards, metrics, readiness } = context;
+    let BusContext { mut requests, shards, bans, metrics, readiness } = context;
+    let control = Control::new(Executor::new(bans, shards.clone(), metrics.clone()));
     let (outcomes, mut outcomes_rx) = mpsc::unbounded_channel();
     let handles = Handles {
         settings: Arc::new(RedisSettings::new(settings)),
@@ -183,6 +191,7 @@ pub async fn run(settings: &Settings, url: &RedisUrl, context: BusContext) -> Re
         subscriptions: Subscriptions::default(),
         publishing: Publishing::default(),
         history: History::new(settings.max_message_size),
+        control,
         probes: Probes::default(),
         functions: FunctionLoader::new(),
         faults: FaultLog::default(),
@@ -247,6 +256,7 @@ impl Bus {
             Request::Refresh { channel, shard } => {
                 self.refresh(channel.name, Follower { shard, form: channel.form });
             }
+            Request::Order { order, waiter } => self.order(&order, waiter),
         }
     }
 
@@ -289,6 +299,8 @@ impl Bus {
             Outcome::Page(generation, channel, position, result) => {
                 self.on_page(generation, channel, position, result);
             }
+            Outcome::Ordered(generation, waiter, result) => self.on_ordered(generation, waiter, result),
+            Outcome::BansRead(generation, result) => self.on_bans_read(generation, result),
             _ => {} // of an earlier session
         }
         Ok(())
@@ -298,10 +310,12 @@ impl Bus {
         self.check_link(now);
         self.history.expire(now);
         self.expire_publishes(now);
+        self.check_control(now);
         if now >= self.next_cleanup {
             self.next_cleanup = now + IDLE / 4;
             self.channels.retain(|_, channel| !channel.is_idle(now));
             self.channels.shrink_to(2 * self.channels.len());
+            self.control.expire_bans();
             self.probes.shrink();
             self.subscriptions.shrink();
         }

@@ -114,7 +114,7 @@ impl Bus {
     }
 
     fn probes_per_rotation(&self) -> usize {
-        self.subscriptions.followed().div_ceil(PROBE_CHANNELS).max(1)
+        (self.subscriptions.followed() + 1).div_ceil(PROBE_CHANNELS) // the control channel, too
     }
 
     fn send_probe(&mut self) {

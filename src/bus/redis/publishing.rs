@@ -22,7 +22,7 @@ const CERTAIN_ERRORS: [&str; 8] =
     ["OOM", "READONLY", "NOPERM", "MISCONF", "NOREPLICAS", "NOAUTH", "WRONGPASS", FAULT];
 
 /// Whether nothing was published. An error from inside a script names the script.
-fn is_certain(error: &str) -> bool {
+pub(super) fn is_certain(error: &str) -> bool {
     CERTAIN_ERRORS.iter().any(|prefix| error.starts_with(prefix)) && !error.contains(" script: ")
 }
 

@@ -2,15 +2,17 @@
 //! <https://redis.io/docs/latest/develop/interact/programmability/eval-intro/>
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use fred::types::{Resp3Frame, Value};
 
 use super::decode;
 use super::publish_queue::Batch;
-use super::reply::{array, bytes, integer};
+use super::reply::{array, bytes, integer, text};
 use super::settings::RedisSettings;
 use crate::bus::page::Page;
+use crate::protocol::control::Order;
 use crate::protocol::event::{ChannelName, Entry, EventId};
 
 /// Without `allow-oom`: when out of memory, Redis rejects it before it runs, so certainly nothing
@@ -26,6 +28,26 @@ pub const READ: &str =
 /// With `allow-oom`, as [`READ`].
 pub const PROBE: &str =
     concat!("#!lua flags=allow-oom\n", include_str!("lua/epoch.lua"), "\n", include_str!("lua/probe.lua"));
+
+/// As [`PUBLISH`].
+pub const ORDER: &str = concat!(
+    "#!lua\n",
+    include_str!("lua/epoch.lua"),
+    "\n",
+    include_str!("lua/control.lua"),
+    "\n",
+    include_str!("lua/order.lua")
+);
+
+/// With `allow-oom`, as [`READ`].
+pub const BANS: &str = concat!(
+    "#!lua flags=allow-oom\n",
+    include_str!("lua/epoch.lua"),
+    "\n",
+    include_str!("lua/control.lua"),
+    "\n",
+    include_str!("lua/bans.lua")
+);
 
 /// Checks commands and rights.
 pub const CHECK: &str = concat!("#!lua flags=no-writes,allow-oom\n", include_str!("lua/check.lua"));
@@ -183,4 +205,51 @@ pub fn probe_args(settings: &RedisSettings, probe: u64) -> Vec<Value> {
 /// Adds a channel to the arguments of [`PROBE`].
 pub fn add_probe_channel(args: &mut Vec<Value>, channel: &ChannelName, known: KnownPosition) {
     args.extend([Value::from(channel.as_str()), number(known.seen.0), number(known.base.0)]);
+}
+
+/// The arguments of [`ORDER`].
+pub fn order_args(settings: &RedisSettings, known: KnownPosition, order: &Order) -> Vec<Value> {
+    let (action, user, channel, time) = match order {
+        Order::Disconnect { user, channel } => ("disconnect", user, channel.as_ref(), Duration::ZERO),
+        Order::Ban { user, time } => ("ban", user, None, *time),
+        Order::Unban { user } => ("unban", user, None, Duration::ZERO),
+    };
+    let mut args = channel_args(settings, known);
+    args.extend([
+        Value::from(action),
+        Value::from(&**user),
+        Value::from(channel.map_or("", ChannelName::as_str)),
+        number(time.as_millis() as u64),
+    ]);
+    args
+}
+
+/// The arguments of [`BANS`].
+pub fn bans_args(settings: &RedisSettings, known: KnownPosition) -> Vec<Value> {
+    channel_args(settings, known)
+}
+
+/// All bans in Redis at one moment.
+#[derive(Debug)]
+pub struct StoredBans {
+    /// The clock of Redis, in milliseconds since 1970.
+    pub now: u64,
+    /// The position of the control channel.
+    pub base: EventId,
+    pub head: EventId,
+    /// Users, and when their bans end.
+    pub bans: Vec<(Arc<str>, u64)>,
+}
+
+/// The reply of `bans.lua`.
+pub fn parse_bans(frame: &Resp3Frame) -> Option<StoredBans> {
+    let (position, bans) = array(frame)?.split_at_checked(3)?;
+    let position: Vec<u64> = position.iter().map(integer).collect::<Option<_>>()?;
+    let ban = |pair: &[Resp3Frame]| Some((text(&pair[0])?.into(), integer(&pair[1])?));
+    Some(StoredBans {
+        now: position[0],
+        base: EventId(position[1]),
+        head: EventId(position[2]),
+        bans: bans.chunks_exact(2).map(ban).collect::<Option<_>>()?,
+    })
 }

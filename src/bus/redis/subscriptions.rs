@@ -97,16 +97,27 @@ impl Bus {
             }
             None => {}
         }
+        self.subscribe(name, vec![follower]);
+        self.change_followed(1);
+    }
+
+    /// Subscribes to a channel that these shards are going to follow.
+    pub(super) fn subscribe(&mut self, name: ChannelName, joining: Vec<Follower>) {
+        let session = self.link.session().expect("without a session the bus is unavailable");
         let ticket = self.subscriptions.next_ticket();
-        channel.followed = Some(FollowedChannel::new(follower, ticket));
+        session.subscribe(self.handles.settings.topics(&name), ticket);
+        self.start_following(name, joining, ticket);
+    }
+
+    /// Notes that the subscription to a channel is under way.
+    pub(super) fn start_following(&mut self, name: ChannelName, joining: Vec<Follower>, ticket: u64) {
+        let channel = self.channels.entry(name.clone()).or_default();
+        channel.followed = Some(FollowedChannel::new(joining, ticket));
         if !channel.in_rotation {
             channel.in_rotation = true;
             self.probes.add(name.clone());
         }
-        let session = self.link.session().expect("without a session the bus is unavailable");
-        session.subscribe(self.handles.settings.topics(&name), ticket);
         self.subscriptions.starting.push_back((ticket, name));
-        self.change_followed(1);
     }
 
     pub(super) fn unfollow(&mut self, name: &ChannelName, follower: Follower) {
@@ -126,7 +137,9 @@ impl Bus {
         if let Some(session) = self.link.session() {
             session.unsubscribe(self.handles.settings.topics(name));
         }
-        self.change_followed(-1);
+        if !name.is_control() {
+            self.change_followed(-1);
+        }
     }
 
     fn change_followed(&mut self, by: isize) {
@@ -138,7 +151,8 @@ impl Bus {
     /// Redis has confirmed all subscriptions up to `ticket`. From here on the channels' positions
     /// can be read.
     pub(super) fn on_subscribed(&mut self, ticket: u64) {
-        if self.link.confirm(ticket) {
+        // Probes show that the node is ready. Before the first one it follows the control channel.
+        if self.link.confirm(ticket) && self.control_position().is_some() {
             self.probe_all();
         }
         while let Some((ticket, name)) = self.subscriptions.next_confirmed(ticket) {
@@ -235,6 +249,10 @@ impl Bus {
         let Some(followed) = &mut channel.followed else { return };
         let arrived = Instant::now();
         for entry in entries {
+            if name.is_control() {
+                self.control.on_entry(&entry);
+                continue;
+            }
             self.handles.metrics.events.add(entry.ids());
             if entry.kind == Kind::Reset {
                 self.handles.metrics.resets.add(1);
@@ -243,6 +261,9 @@ impl Bus {
         }
         if let Some(sequence) = &followed.sequence {
             channel.known.update(sequence.base(), sequence.position());
+            if name.is_control() {
+                self.control.answer_up_to(sequence.position());
+            }
         }
         if self.link.session().is_some()
             && let Some(position) = followed.start_read()
@@ -325,6 +346,9 @@ impl Bus {
                     self.handles.shards.share(name, page.base, page.head, &[], follower);
                 }
                 self.deliver(name, out);
+                if name.is_control() {
+                    self.on_control_started();
+                }
             }
             (ReadPurpose::Fill(position), Some(followed)) => {
                 let refreshed = followed.on_page(position, &page, &mut out);
@@ -356,6 +380,9 @@ impl Bus {
             (ReadPurpose::LoadBase, _) if error.is_fault() => self.reject_unsent(name, &why),
             (ReadPurpose::Start(ticket), Some(followed)) if followed.ticket == ticket => {
                 self.fail_join(name, &why);
+                if name.is_control() {
+                    self.on_control_failed(error);
+                }
             }
             (ReadPurpose::Fill(_), Some(followed)) => {
                 for follower in followed.on_read_failed() {

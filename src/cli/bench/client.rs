@@ -369,7 +369,9 @@ pub fn describe(error: &io::Error) -> String {
         ErrorKind::ConnectionRefused => "connection refused".into(),
         ErrorKind::ConnectionReset => "connection reset".into(),
         ErrorKind::BrokenPipe => "connection closed".into(),
-        ErrorKind::AddrNotAvailable | ErrorKind::AddrInUse => "no free port: give more source addresses with --bind".into(),
+        ErrorKind::AddrNotAvailable | ErrorKind::AddrInUse => {
+            "no free port: give more source addresses with --bind".into()
+        }
         _ => error.to_string(),
     }
 }

@@ -83,15 +83,15 @@ export type FanfareState<Code = number> =
   | { state: "waiting"; delay: number; code: Code; reason: string }
   /**
    * Closed, without further attempts: 1000 after `close()`; 4400 (bad request), 4401 (token missing, invalid or
-   * expired), 4403 (channel or origin not allowed); 4001 (token expired), 4003 (may not publish); 1002, 1003, 1007
-   * (protocol error).
+   * expired), 4403 (channel or origin not allowed); 4010 (a backend has disconnected or banned the user: `reason` says
+   * which); 4001 (token expired), 4003 (may not publish); 1002, 1003, 1007 (protocol error).
    */
   | { state: "closed"; code: Code; reason: string };
 
 /**
  * The state of a subscription. It is `waiting` and `closed` as its client is, with the same code, or for an error code
- * of the server: `unavailable` and `rate_limited` are tried again after `delay`; `forbidden`, `too_many` and `invalid`
- * close the subscription.
+ * of the server: `unavailable` and `rate_limited` are tried again after `delay`; `forbidden`, `disconnected`, `too_many`
+ * and `invalid` close the subscription.
  */
 export type FanfareSubscriptionState = FanfareState<number | string>;
 

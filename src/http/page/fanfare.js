@@ -28,7 +28,11 @@ const ATTEMPTS = 3; // attempts in a row that fail before an error, tokens in a 
 const CHECK = "check the URL, that the server runs and allows this origin, and the token";
 const MAX_WARNINGS = 100; // different texts on the console
 
-const FINAL = new Set([1002, 1003, 1007, 4003, 4400, 4403]); // retrying would fail in the same way
+const FINAL = new Set([
+  1002, 1003, 1007, 4003, 4400, 4403, // retrying would fail in the same way
+  4010, // a backend has disconnected the user
+]);
+const UNSUBSCRIBED = { forbidden: "no longer allowed", disconnected: "disconnected by the application" };
 const TOKEN_REJECTED = new Set([4001, 4401]);
 const TOO_BIG = 1009;
 const MESSAGE_ERRORS = new Set([1008, TOO_BIG]); // caused by one message: incomplete for too long, or too big
@@ -373,7 +377,8 @@ export class Fanfare {
   }
 
   #onUnsubscribed({ reason }, cursor) {
-    if (reason !== "requested" && cursor.state !== "closed") this.#endSubscription(cursor, reason, "no longer allowed");
+    if (reason !== "requested" && cursor.state !== "closed")
+      this.#endSubscription(cursor, reason, UNSUBSCRIBED[reason] ?? reason);
     else this.#onNotFollowed(cursor);
   }
 

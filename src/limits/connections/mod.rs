@@ -18,6 +18,7 @@ use ipnet::IpNet;
 use crate::config::{self, Cap, Settings};
 use crate::http::{Rejection, Response};
 use crate::limits::allowances::Allowances;
+use crate::limits::bans::Bans;
 use crate::limits::followed::FollowedChannels;
 use crate::limits::rate::{self, Allowance, AllowanceOwner};
 use crate::protocol::close::CloseReason;
@@ -191,6 +192,8 @@ pub struct ConnectionLimits {
     owner: AllowanceOwner,
     pub allowances: Allowances,
     pub followed: FollowedChannels,
+    /// Changed by the bus.
+    pub bans: Arc<Bans>,
     /// Channels that one connection may follow.
     channels_per_connection: u32,
     /// Channels that may count for one client.
@@ -221,6 +224,7 @@ impl ConnectionLimits {
             owner: AllowanceOwner::of(settings),
             allowances: Allowances::new(settings),
             followed: FollowedChannels::default(),
+            bans: Arc::default(),
             // A connection may have all its subscriptions, however small --max-channels is.
             most_held: u32::try_from(
                 (settings.max_channels.get() / HELD_PART).max(settings.max_subscriptions),

@@ -185,6 +185,7 @@ impl Testbed {
                     BusMessage::Page { channel, position, result: Ok(Arc::new(page)) }
                 }
                 Request::Refresh { channel, .. } => BusMessage::Refreshed { channel, result: Ok(()) },
+                Request::Order { .. } => unreachable!("shards send none"),
                 Request::Publish(publish) => {
                     let Answer::Connection(connection, regarding) = publish.answer else { continue };
                     BusMessage::Published { connection, regarding, result: Ok(EventId(1)) }

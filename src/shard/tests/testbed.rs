@@ -156,6 +156,7 @@ impl Testbed {
                     BusMessage::Page { channel: channel.into(), position, result: Ok(Arc::new(page)) }
                 }
                 Request::Refresh { channel, .. } => BusMessage::Refreshed { channel, result: Ok(()) },
+                Request::Order { .. } => unreachable!("shards send none"),
                 Request::Publish(publish) => {
                     let Answer::Connection(connection, regarding) = publish.answer else { continue };
                     let result = if self.source.head.is_multiple_of(4) {

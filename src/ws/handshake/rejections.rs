@@ -1,5 +1,7 @@
 //! Rejections of connections before they have joined.
 
+use std::time::Duration;
+
 use crate::auth::token::InvalidToken;
 use crate::http::Rejection;
 use crate::protocol::close::CloseReason;
@@ -65,6 +67,20 @@ pub(super) fn unauthorized(text: &'static str) -> Rejection {
 pub fn invalid_token(user: &str, reason: &InvalidToken) -> Rejection {
     unauthorized("token invalid or expired for this user")
         .logged(reason.label(), format!("the token for user \"{user}\" is not valid: {reason}"))
+}
+
+/// The user is banned for this much longer.
+pub(super) fn banned(left: Duration) -> Rejection {
+    let seconds = left.as_secs() + 1; // not before the end
+    Rejection::new(403, "banned by the application")
+        .with("Retry-After", seconds.to_string())
+        .because(CloseReason::Banned)
+}
+
+/// A backend has disconnected the user while the connection was joining its channel.
+pub fn disconnected(reason: CloseReason) -> Rejection {
+    let text = reason.close().map_or("", |(_, text)| text);
+    Rejection::new(403, text).because(reason)
 }
 
 /// Clients in plain mode can't subscribe to channels.

@@ -100,6 +100,9 @@ impl<'h, 'a> Upgrade<'h, 'a> {
             return Err(mistyped.rejection());
         }
         let grant = check_token(head, &user, context)?;
+        if let Some(left) = context.limits.bans.time_left(&user) {
+            return Err(rejections::banned(left));
+        }
         let json_mode = self.offer == Offer::JsonMode;
         let channel = self.default_channel(json_mode)?;
         let is_forbidden = |grant: &Grant| channel.as_ref().is_some_and(|channel| !grant.may_join(channel));
@@ -136,7 +139,7 @@ impl<'h, 'a> Upgrade<'h, 'a> {
     }
 
     fn reject(&self, rejection: Rejection) -> HandshakeOutcome {
-        match close::rejection_code(rejection.status).filter(|_| self.reads_close_codes()) {
+        match close::rejection_code(rejection.status, rejection.reason).filter(|_| self.reads_close_codes()) {
             None => HandshakeOutcome::Reject(rejection),
             Some(code) => {
                 let text = &rejection.text[..rejection.text.floor_char_boundary(frame::CLOSE_TEXT_MAX)];

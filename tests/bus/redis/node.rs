@@ -68,6 +68,7 @@ impl Node {
         let context = BusContext {
             requests: requests_rx,
             shards: Arc::new(shards),
+            bans: Arc::default(),
             metrics: metrics.clone(),
             readiness: readiness.clone(),
         };

@@ -4,6 +4,8 @@
 -- Returns {commands that the user's ACL forbids, commands and INFO fields that this Redis lacks},
 -- as texts.
 local name, meta, events = KEYS[1], KEYS[1] .. ':meta', KEYS[1] .. ':events'
+local control = string.match(name, '^(.-):{') .. ':{@control}'
+local bans = control .. ':bans'
 local epoch_key = string.match(name, '^(.-):{') .. ':epoch'
 local needed = {
   {'SUBSCRIBE', name, name .. ':to', name .. ':pubsub', KEYS[2]},
@@ -18,6 +20,9 @@ local needed = {
   {'XTRIM', events, 'MINID', '1'}, {'PEXPIRE', events, '1'}, {'DEL', events},
   {'HGETALL', meta},
   {'GET', name .. ':key:x'}, {'SET', name .. ':key:x', 'x'},
+  {'SUBSCRIBE', control}, {'PUBLISH', control, 'x'}, {'PEXPIREAT', bans, '1'},
+  {'ZADD', bans, '1', 'x'}, {'ZREM', bans, 'x'}, {'ZREMRANGEBYSCORE', bans, '-inf', '1'},
+  {'ZSCORE', bans, 'x'}, {'ZCARD', bans}, {'ZRANGE', bans, '0', '-1', 'WITHSCORES'},
   {'TYPE', KEYS[3]}, {'DEL', KEYS[3]}, {'HSET', KEYS[3], 'x', 'x'}, {'PEXPIRE', KEYS[3], '1'},
 }
 for _, channel in ipairs(ARGV) do

@@ -1,6 +1,9 @@
--- FCALL fanfare_publish 1 P:{C} <JSON object> [to] [idempotency key]: publishes an event for any
--- program. VERSION is defined before this text. The settings of a prefix are in the hash
--- P:settings, which its nodes write.
+-- The functions for other programs:
+-- FCALL fanfare_publish 1 P:{C} <JSON object> [to] [idempotency key] publishes an event.
+-- FCALL fanfare_disconnect 1 P:{@control} <user> [channel] [seconds] closes a user's connections.
+-- FCALL fanfare_unban 1 P:{@control} <user> ends a ban.
+-- VERSION is defined before this text. The settings of a prefix are in the hash P:settings, which
+-- its nodes write.
 
 local CONTROL = {
   welcome = true, reset = true, ping = true, error = true, ack = true, unsubscribed = true, token_expiring = true,
@@ -115,8 +118,11 @@ local function is_user_id(name)
     and not string.find(name, '[%z\1-\31\127]') and not string.find(name, '\194[\128-\159]')
 end
 
-local function reject(text)
-  return redis.error_reply('ERR fanfare_publish: ' .. text)
+-- A function that returns an error of this FCALL.
+local function rejecting(name)
+  return function(text)
+    return redis.error_reply('ERR ' .. name .. ': ' .. text)
+  end
 end
 
 -- The settings of the nodes of a prefix, or nil and the reason.
@@ -138,6 +144,7 @@ local function settings_of(prefix)
 end
 
 local function publish(keys, args)
+  local reject = rejecting('fanfare_publish')
   local name = keys[1]
   local prefix, channel = string.match(name or '', '^([^{}]+):{([%w_.:-]+)}$')
   if #keys ~= 1 or not channel or #channel > 128 then
@@ -203,10 +210,67 @@ local function publish(keys, args)
   return head
 end
 
-redis.register_function{
-  function_name = 'fanfare_publish',
-  description = VERSION,
-  callback = function(keys, args)
-    return guarded(keys[1], publish, keys, args)
-  end,
-}
+-- Longest ban in seconds: a year. protocol/control.rs has the same.
+local BAN_MAX = 365 * 86400
+
+-- What a text is that should be a user id, a channel and the seconds of a ban, or nil.
+local function wrong_argument(user, channel, seconds)
+  if not is_user_id(user) then
+    return 'a user id has 1 to 128 bytes of UTF-8 and no control characters'
+  elseif channel ~= '' and (#channel > 128 or not string.find(channel, '^[%w_.:-]+$')) then
+    return 'a channel has 1 to 128 of A-Z a-z 0-9 _ . : -'
+  elseif seconds ~= '' and not (string.find(seconds, '^%d+$') and tonumber(seconds) >= 1 and tonumber(seconds) <= BAN_MAX) then
+    return 'a ban is a number of seconds from 1 to ' .. BAN_MAX
+  elseif channel ~= '' and seconds ~= '' then
+    return 'a ban is for all channels: leave the channel empty, or the seconds out'
+  end
+end
+
+-- Orders something of all nodes of the prefix in `key`. Returns the id of the command.
+local function order_by(reject, key, action, user, channel, seconds)
+  local prefix = string.match(key or '', '^([^{}]+):{@control}$')
+  if not prefix then
+    return reject('give one key, <prefix>:{@control}, as in fanfare:{@control}')
+  end
+  local wrong = wrong_argument(user, channel, seconds)
+  if wrong then
+    return reject(wrong)
+  end
+  local settings, why = settings_of(prefix)
+  if not settings then
+    return reject(why)
+  end
+  local id = order(key, settings.ttl, settings.durable, 0, 0, action, user, channel, (tonumber(seconds) or 0) * 1000)
+  return id or reject(BANS_MAX .. ' users are banned, the most at a time: unban some')
+end
+
+local function disconnect(keys, args)
+  local reject = rejecting('fanfare_disconnect')
+  if #keys ~= 1 or #args < 1 or #args > 3 then
+    return reject('give one key, then a user id, and optionally a channel (empty for all) and the seconds of a ban')
+  end
+  local channel, seconds = args[2] or '', args[3] or ''
+  return order_by(reject, keys[1], seconds ~= '' and 'ban' or 'disconnect', args[1], channel, seconds)
+end
+
+local function unban(keys, args)
+  local reject = rejecting('fanfare_unban')
+  if #keys ~= 1 or #args ~= 1 then
+    return reject('give one key, then a user id')
+  end
+  return order_by(reject, keys[1], 'unban', args[1], '', '')
+end
+
+local function register(name, work)
+  redis.register_function{
+    function_name = name,
+    description = VERSION,
+    callback = function(keys, args)
+      return guarded(keys[1], work, keys, args)
+    end,
+  }
+end
+
+register('fanfare_publish', publish)
+register('fanfare_disconnect', disconnect)
+register('fanfare_unban', unban)
