@@ -136,7 +136,7 @@ async fn bad_redis_settings_are_named_with_advice() {
     let output = doctor(&["--connections", "10", "--redis-durable"], &[("FANFARE_REDIS", &url)]).await;
     assert_eq!(output.code, Some(1), "{}", output.text);
     for (what, level, line) in [
-        ("connection", "ok", "Redis "),
+        ("connection", "ok", ", round trip "),
         ("role", "ok", "primary"),
         ("rights", "ok", ""),
         ("eviction", "PROBLEM", "-> redis.conf: maxmemory-policy noeviction"),
