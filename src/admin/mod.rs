@@ -1,5 +1,5 @@
-//! The admin API: publish, disconnect, history, channels, live view, metrics, stats, health. HTTP/1.1 with
-//! keep-alive on a thread of its own, so that it delays no event.
+//! The admin API: publish, disconnect, history, channels, presence, live view, metrics, stats, health.
+//! HTTP/1.1 with keep-alive on a thread of its own, so that it delays no event.
 
 use std::future::{Future, ready};
 use std::io;
@@ -31,6 +31,7 @@ mod control;
 mod history;
 mod listener;
 mod live_view;
+mod presence;
 mod query;
 #[cfg(test)]
 mod tests;
@@ -40,6 +41,7 @@ use connection::{Waits, serve_connection};
 use history::HistoryQuery;
 use listener::{Accepting, SocketFile};
 pub use listener::{Listener, Open};
+use presence::PresenceQuery;
 
 /// Least number of connections: systemd may pass a socket although `--admin` is off, and then none
 /// are planned.
@@ -256,12 +258,11 @@ async fn respond(head: &Head<'_>, body: &[u8], shared: &Shared) -> Result<Respon
     let allowed = match head.path {
         "/publish" | "/disconnect" => "POST",
         "/ban" => "DELETE",
-        "/" | "/history" | "/channels" | "/bans" | "/metrics" | "/stats" | "/healthz" | "/readyz" => {
-            "GET, HEAD"
-        }
+        "/" | "/history" | "/channels" | "/presence" | "/bans" | "/metrics" | "/stats" | "/healthz"
+        | "/readyz" => "GET, HEAD",
         _ => {
-            let known = "POST /publish and /disconnect, DELETE /ban, GET /, /history, /channels, /bans, /metrics, \
-                /stats, /healthz and /readyz";
+            let known = "POST /publish and /disconnect, DELETE /ban, GET /, /history, /channels, /presence, \
+                /bans, /metrics, /stats, /healthz and /readyz";
             return Err(Rejection::new(404, format!("no such path: use {known}")));
         }
     };
@@ -277,6 +278,10 @@ async fn respond(head: &Head<'_>, body: &[u8], shared: &Shared) -> Result<Respon
         "/bans" => control::list_bans(head.query, shared)?,
         "/history" => look_up(HistoryQuery::parse(head.query)?.answer(shared), shared).await?,
         "/channels" => look_up(ChannelsQuery::parse(head.query)?.answer(shared), shared).await?,
+        "/presence" => {
+            let query = PresenceQuery::parse(head.query, &shared.context.settings)?;
+            look_up(query.answer(shared), shared).await?
+        }
         "/metrics" => Response::new(200, "text/plain; version=0.0.4; charset=utf-8", metrics.prometheus()),
         "/stats" => Response::json(200, &metrics.stats_json()),
         "/healthz" => Response::line(200, "ok"),

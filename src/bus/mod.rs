@@ -21,12 +21,14 @@ pub mod coalesced;
 mod control;
 pub mod local;
 mod page;
+pub mod presence;
 pub mod reads;
 pub mod redis;
 pub mod sequence;
 
 pub use self::control::OrderError;
 pub use self::page::{BLOCK, Page, SHARED_BYTES, block_start, is_continuous, is_gone};
+pub use self::presence::PresencePage;
 
 /// Index of a shard of this node.
 pub type ShardId = usize;
@@ -69,6 +71,16 @@ pub enum Request {
     /// Have all nodes execute a command of a backend. Answered with its place in their order, once
     /// the shards of this node have the command.
     Order { order: Order, waiter: OrderWaiter },
+    /// A user has become present on a shard in one form of a channel of `--presence`, or is no more.
+    Presence { channel: ChannelName, user: Arc<str>, present: bool },
+    /// Read some of the users in a channel of `--presence`. Answered once.
+    ReadPresence {
+        channel: ChannelName,
+        /// Where the page starts: `next` of the last one.
+        from: Option<String>,
+        limit: usize,
+        answer: oneshot::Sender<Result<PresencePage, BusError>>,
+    },
 }
 
 /// Where the answer to an order goes.

@@ -30,6 +30,8 @@ pub use units::{parse_duration, show_duration, show_rounded, show_size};
 pub use values::{AdminAddr, Cap, ClientPublish, LogFormat, PingFormat};
 pub use wrap::wrap;
 
+use crate::protocol::event::ChannelName;
+
 /// Longest `--max-message-size`. A frame is copied a few times; larger data belongs in a store.
 pub const MESSAGE_SIZE_MAX: u64 = 16 << 20;
 
@@ -135,6 +137,11 @@ impl Settings {
     /// Bytes a second that a connection may send; 0: no limit.
     pub fn byte_rate(&self) -> u64 {
         self.max_byte_rate.unwrap_or_else(|| BYTE_RATE.max(self.max_message_size as u64))
+    }
+
+    /// Whether it is tracked which users are in this channel.
+    pub fn tracks_presence(&self, channel: &ChannelName) -> bool {
+        self.presence.iter().any(|pattern| pattern.matches(channel))
     }
 
     /// The log filter, parsed.

@@ -12,6 +12,7 @@ use super::units::{parse_duration, parse_size, show_duration};
 use super::values::{AdminAddr, Cap, Words};
 use crate::protocol::closest::advice;
 use crate::protocol::event::ChannelName;
+use crate::protocol::pattern::ChannelPattern;
 
 /// Longest `--redis-prefix`, in bytes: it is part of every key.
 const PREFIX_MAX: usize = 64;
@@ -102,6 +103,13 @@ pub fn redis_prefix(text: &str) -> Result<String, String> {
 pub fn channel(text: &str) -> Result<ChannelName, String> {
     let rule = ChannelName::RULE;
     ChannelName::parse(text).ok_or_else(|| format!("{text:?} is not a channel name: {rule}, or none"))
+}
+
+pub fn channel_pattern(text: &str) -> Result<ChannelPattern, String> {
+    let rule = ChannelName::RULE;
+    ChannelPattern::parse(text).ok_or_else(|| {
+        format!("{text:?} is neither a channel name ({rule}) nor a prefix of one with * at its end")
+    })
 }
 
 /// A network, or one address. IPv4 mapped into IPv6 becomes IPv4.

@@ -19,6 +19,7 @@ use super::values::{AdminAddr, Cap, ClientPublish, LogFormat, PingFormat, Words}
 use super::{HISTORY_MIN, MESSAGE_RATE_MAX, MESSAGE_SIZE_MAX, SUBSCRIPTIONS_MAX};
 use crate::http::origin::OriginRule;
 use crate::protocol::event::ChannelName;
+use crate::protocol::pattern::ChannelPattern;
 
 settings! {
     "Addresses"
@@ -256,6 +257,17 @@ settings! {
         parse: |text| parse::count(text, 1, SUBSCRIPTIONS_MAX).map(|count| count as usize),
         show: |settings| settings.max_subscriptions.to_string(),
         see: "[Many channels](protocol.md#many-channels)",
+    }
+
+    /// Channels, or prefixes of channels, of which it is tracked which users are in them, over all
+    /// nodes. Give all nodes the same ones.
+    presence: Vec<ChannelPattern> {
+        name: "presence",
+        value: "NAME|PREFIX*,...",
+        default: "",
+        parse: |text| parse::optional_list(text, parse::channel_pattern),
+        show: |settings| join(&settings.presence),
+        see: "[Presence](admin-api.md#presence)",
     }
 
     /// Longest message from a client, at most 16MiB.

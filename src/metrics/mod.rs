@@ -77,6 +77,8 @@ pub struct BusMetrics {
     pub commands: Counter,
     /// Users who are banned.
     pub bans: Gauge,
+    /// Users that this node has in channels of `--presence`, counted once in each.
+    pub presence_users: Gauge,
     /// Bytes of memory in use: the local bus's histories, or events that wait for Redis.
     pub held_bytes: Gauge,
     /// From sending a probe to its return over Pub/Sub.

@@ -282,6 +282,12 @@ pub(super) static TABLE: &[Family] = &[
         "Channels followed.",
         One(|view| view.metrics.bus.channels.get().into()),
     ),
+    family(
+        "fanfare_presence_users",
+        Gauge,
+        "Users that this node has in channels of --presence, those who left less than ten seconds ago among them. A user in two channels counts twice.",
+        One(|view| view.metrics.bus.presence_users.get().into()),
+    ),
     times(
         "fanfare_bus_round_trip_seconds",
         "From sending a probe to its return over Redis Pub/Sub, once a second.",

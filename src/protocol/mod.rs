@@ -10,3 +10,4 @@ pub mod form;
 pub mod frame;
 pub mod ingest;
 pub mod json;
+pub mod pattern;

@@ -94,17 +94,20 @@ impl ChannelTable {
         channel
     }
 
-    pub fn add_member(&mut self, key: u32, slot: u32, connections: &mut ConnectionTable) {
-        self.channels[key].add(slot, connections, &self.hasher);
+    /// Adds a member. Returns whether it is the first of its user.
+    pub fn add_member(&mut self, key: u32, slot: u32, connections: &mut ConnectionTable) -> bool {
+        self.channels[key].add(slot, connections, &self.hasher)
     }
 
-    pub fn remove_member(&mut self, key: u32, slot: u32, connections: &mut ConnectionTable) {
+    /// Removes a member. Returns whether it was the last of its user.
+    pub fn remove_member(&mut self, key: u32, slot: u32, connections: &mut ConnectionTable) -> bool {
         let channel = &mut self.channels[key];
-        channel.remove(slot, connections, &self.hasher);
+        let is_last = channel.remove(slot, connections, &self.hasher);
         if let Some(since) = channel.empty_since {
             self.empty.push_back((since, channel.id));
             self.emptied = true;
         }
+        is_last
     }
 
     /// Whether a channel has lost its last member since the last call.

@@ -74,6 +74,8 @@ pub struct Channel {
     pub members: Vec<u32>,
     /// A member of each user. Their other members are linked to it.
     users: HashTable<u32>,
+    /// Whether the bus gets to know which users have members here.
+    pub tracks_presence: bool,
     public: Option<PublicFanout>,
     private: PrivateFanouts,
     /// Whether a private fan-out makes the next visit.
@@ -95,6 +97,7 @@ impl Channel {
             refresh: Coalesced::new(),
             members: Vec::new(),
             users: HashTable::new(),
+            tracks_presence: false,
             public: None,
             private: PrivateFanouts::default(),
             private_next: false,
@@ -113,7 +116,8 @@ impl Channel {
         self.members.is_empty() && self.joining.is_empty() && self.refresh.is_empty()
     }
 
-    pub fn add(&mut self, slot: u32, connections: &mut ConnectionTable, hasher: &RandomState) {
+    /// Adds a member. Returns whether it is the first of its user.
+    pub fn add(&mut self, slot: u32, connections: &mut ConnectionTable, hasher: &RandomState) -> bool {
         let index = self.members.len() as u32;
         self.members.push(slot);
         self.empty_since = None;
@@ -132,10 +136,12 @@ impl Channel {
         }
         let membership = connections.membership_mut(slot);
         *membership = Membership { index, previous: NONE, next, ..*membership };
+        next == NONE
     }
 
-    /// Removes a member. A fan-out under way still visits all others that it has not visited.
-    pub fn remove(&mut self, slot: u32, connections: &mut ConnectionTable, hasher: &RandomState) {
+    /// Removes a member. A fan-out under way still visits all others that it has not visited. Returns
+    /// whether it was the last of its user.
+    pub fn remove(&mut self, slot: u32, connections: &mut ConnectionTable, hasher: &RandomState) -> bool {
         let mut free = connections.membership(slot).index as usize;
         if let Some(fanout) = self.public.as_mut().filter(|fanout| free < fanout.next) {
             // The last of the visited members takes the free place, and the last of all its place.
@@ -150,14 +156,15 @@ impl Channel {
         if let Some(moved) = self.members.get(free) {
             connections.membership_mut(*moved).index = free as u32;
         }
-        self.remove_user(slot, connections, hasher);
+        let is_last = self.remove_user(slot, connections, hasher);
         self.partly_written.remove(&(connections.progress(slot).cursor().entry, slot));
         if self.members.is_empty() {
             self.empty_since = Some(Instant::now());
         }
+        is_last
     }
 
-    fn remove_user(&mut self, slot: u32, connections: &mut ConnectionTable, hasher: &RandomState) {
+    fn remove_user(&mut self, slot: u32, connections: &mut ConnectionTable, hasher: &RandomState) -> bool {
         let Membership { previous, next, .. } = *connections.membership(slot);
         self.private.skip(connections.user(slot), slot, next);
         if next != NONE {
@@ -165,7 +172,7 @@ impl Channel {
         }
         if previous != NONE {
             connections.membership_mut(previous).next = next;
-            return;
+            return false;
         }
         let hash = hasher.hash_one(connections.user(slot));
         match self.users.find_entry(hash, |other| *other == slot) {
@@ -175,6 +182,7 @@ impl Channel {
             }
             Err(_) => debug_assert!(false, "a user's first connection is in the table"),
         }
+        next == NONE
     }
 
     /// Notes that the socket of this member has part of a frame of the feed.
@@ -338,7 +346,9 @@ mod tests {
                 (0..=count as usize).flat_map(|at| (0..count).map(move |slot| (at, slot)))
             {
                 let mut channel = Channel::new(room(), ID, now);
-                (0..count).for_each(|slot| channel.add(slot, &mut connections, &hasher));
+                for slot in 0..count {
+                    channel.add(slot, &mut connections, &hasher);
+                }
                 let mut seen = channel.members[..visited].to_vec();
                 channel.public = Some(PublicFanout { next: visited, ..PublicFanout::new(now, now, 0) });
                 channel.remove(leaver, &mut connections, &hasher);
@@ -361,7 +371,9 @@ mod tests {
             let mut connections = connections(count);
             for (visited, leaver) in (0..count).flat_map(|at| (0..count).map(move |slot| (at, slot))) {
                 let mut channel = Channel::new(room(), ID, now);
-                (0..count).for_each(|slot| channel.add(slot, &mut connections, &hasher));
+                for slot in 0..count {
+                    channel.add(slot, &mut connections, &hasher);
+                }
                 let mut completed = Vec::new();
                 channel.start_private_fanout("".into(), now, &connections, &hasher);
                 for _ in 0..visited {

@@ -94,7 +94,7 @@ impl Shard {
             return None;
         }
         let key = connection.membership.channel;
-        self.channels.remove_member(key, slot, &mut self.connections);
+        self.remove_member(key, slot);
         Some(key)
     }
 

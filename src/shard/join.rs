@@ -138,7 +138,10 @@ impl Shard {
             is_subscription(number).then(|| self.connections[owner].shared_allowance(limits)).flatten();
         limits.followed.add(name.name.clone(), holder);
         self.request_bus(Request::Follow { channel: name.clone(), shard: self.context.id });
-        self.channels.insert(name, Instant::now())
+        let tracks_presence = self.settings().tracks_presence(&name.name);
+        let key = self.channels.insert(name, Instant::now());
+        self.channels[key].tracks_presence = tracks_presence;
+        key
     }
 
     /// Makes a connection or a subscription a member. Its welcome reads the head in the same turn,
@@ -172,7 +175,7 @@ impl Shard {
             JoinPosition::History(seen) => self.connections.start_replay(number, feed, seen),
             JoinPosition::NotContinuous => self.connections.start_live(number, feed, end, head),
         }
-        self.channels.add_member(key, number, &mut self.connections);
+        self.add_member(key, number);
         if !is_subscription(number) {
             self.flush(number);
         }

@@ -14,6 +14,7 @@
 //! | `history`, `pages` | pages of history for connections that the feed has left behind |
 //! | `timers`, `deadlines`, `liveness`, `drain` | the tick: deadlines, pings, the drain |
 //! | `unsent`, `partial_messages` | limits on unsent frames and incomplete messages |
+//! | `presence` | which users have members in a channel |
 //! | `close` | closing connections |
 
 use std::sync::Arc;
@@ -48,6 +49,7 @@ pub mod mailbox;
 mod members;
 mod partial_messages;
 mod pages;
+mod presence;
 mod private;
 mod publish;
 mod read;

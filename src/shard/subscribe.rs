@@ -107,7 +107,7 @@ impl Shard {
         debug_assert!(is_subscription(number), "{number} is a connection");
         if !self.connections.is_joining(number) {
             let key = self.connections.membership(number).channel;
-            self.channels.remove_member(key, number, &mut self.connections);
+            self.remove_member(key, number);
             if self.connections.is_live(number) {
                 let (mut sink, progress) = self.connections.writer(number);
                 let feed = self.channels[key].feed();

@@ -91,6 +91,7 @@ fn echo(mut asked: mpsc::UnboundedReceiver<Request>, shards: MailboxSenders) {
             | Request::Read { .. }
             | Request::Refresh { .. }
             | Request::Order { .. } => {}
+            Request::Presence { .. } | Request::ReadPresence { .. } => {}
         }
     }
 }

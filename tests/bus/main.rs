@@ -14,6 +14,7 @@ mod external_publishers;
 mod faults;
 mod limits;
 mod model;
+mod presence;
 mod recent_events;
 mod recovery;
 mod redis;

@@ -8,7 +8,7 @@ use fanfare::metrics::{Metrics, Readiness};
 use fanfare::protocol::close::{CloseReason, rejection_code};
 use fanfare::protocol::frame::ErrorCode;
 
-const SETTINGS: [(&str, &str); 33] = [
+const SETTINGS: [(&str, &str); 34] = [
     ("--listen", "FANFARE_LISTEN"),
     ("--admin", "FANFARE_ADMIN"),
     ("--allow-anonymous", "FANFARE_ALLOW_ANONYMOUS"),
@@ -30,6 +30,7 @@ const SETTINGS: [(&str, &str); 33] = [
     ("--max-connections-per-user", "FANFARE_MAX_CONNECTIONS_PER_USER"),
     ("--max-channels", "FANFARE_MAX_CHANNELS"),
     ("--max-subscriptions", "FANFARE_MAX_SUBSCRIPTIONS"),
+    ("--presence", "FANFARE_PRESENCE"),
     ("--max-message-size", "FANFARE_MAX_MESSAGE_SIZE"),
     ("--max-message-rate", "FANFARE_MAX_MESSAGE_RATE"),
     ("--max-byte-rate", "FANFARE_MAX_BYTE_RATE"),
@@ -44,7 +45,7 @@ const SETTINGS: [(&str, &str); 33] = [
     ("--log-format", "FANFARE_LOG_FORMAT"),
 ];
 
-const METRICS: [(&str, &str); 43] = [
+const METRICS: [(&str, &str); 44] = [
     ("fanfare_build_info", "gauge"),
     ("fanfare_ready", "gauge"),
     ("fanfare_connections", "gauge"),
@@ -80,6 +81,7 @@ const METRICS: [(&str, &str); 43] = [
     ("fanfare_bus_resets_total", "counter"),
     ("fanfare_bus_reads_total", "counter"),
     ("fanfare_bus_channels", "gauge"),
+    ("fanfare_presence_users", "gauge"),
     ("fanfare_bus_round_trip_seconds", "histogram"),
     ("fanfare_bus_probe_interval_seconds", "gauge"),
     ("fanfare_admin_rejections_total", "counter"),

@@ -9,7 +9,9 @@ use std::time::{Duration, Instant, SystemTime};
 
 use self::channel::Channel;
 use self::idempotency::IdempotencyKeys;
+use self::presence::LocalPresence;
 use super::control::{Executor, OrderError};
+use super::presence::Lingering;
 use super::{Answer, BusContext, BusError, BusMessage, Follower, Publish, Request, ShardSender};
 use crate::config::Settings;
 use crate::limits::bans::system_millis;
@@ -20,6 +22,7 @@ use crate::protocol::frame;
 
 mod channel;
 mod idempotency;
+mod presence;
 
 /// Requests handled together. Consecutive events among them share an entry.
 const BATCH: usize = 512;
@@ -34,6 +37,9 @@ const FREED_PART: usize = 16;
 /// Time between two searches for expired histories.
 const EXPIRY_INTERVAL: Duration = Duration::from_secs(30);
 
+/// Time between two searches for users who linger no more.
+const PRESENCE_INTERVAL: Duration = Duration::from_secs(1);
+
 /// Runs until all senders of requests are dropped.
 pub async fn run(settings: &Settings, context: BusContext) {
     let BusContext { requests: mut receiver, shards, bans, metrics, readiness } = context;
@@ -41,6 +47,9 @@ pub async fn run(settings: &Settings, context: BusContext) {
     readiness.set_bus(None);
     let mut requests = Vec::with_capacity(BATCH);
     let mut expiry = tokio::time::interval(EXPIRY_INTERVAL);
+    let mut presence = tokio::time::interval(PRESENCE_INTERVAL);
+    presence.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let tracks_presence = !settings.presence.is_empty();
     let mut bus = LocalBus::new(settings, shards, executor, metrics, readiness);
     loop {
         tokio::select! {
@@ -65,6 +74,10 @@ pub async fn run(settings: &Settings, context: BusContext) {
             _ = expiry.tick() => {
                 bus.expire(Instant::now());
                 bus.executor.expire_bans();
+            }
+            _ = presence.tick(), if tracks_presence => {
+                bus.presence.expire(Instant::now());
+                bus.update_metrics();
             }
         }
     }
@@ -112,6 +125,7 @@ struct LocalBus {
     /// The highest id of all channels that were dropped or emptied: no id up to it is used again.
     highest: EventId,
     keys: IdempotencyKeys,
+    presence: LocalPresence,
     /// When the current requests were received.
     now: Instant,
 }
@@ -142,12 +156,14 @@ impl LocalBus {
             bytes: 0,
             highest: EventId(0),
             keys: IdempotencyKeys::new(settings.bus_memory()),
+            presence: LocalPresence::new(Lingering::new(settings)),
             now: Instant::now(),
         }
     }
 
     fn update_metrics(&self) {
         self.metrics.channels.set(self.followed as u64);
+        self.metrics.presence_users.set(self.presence.users() as u64);
         self.metrics.held_bytes.set((self.bytes + self.keys.bytes()) as u64);
     }
 
@@ -243,6 +259,13 @@ impl LocalBus {
             }
             Request::Order { order, waiter } => {
                 let _ = waiter.send(self.execute(order)); // fails if the task no longer waits
+            }
+            Request::Presence { channel, user, present } => {
+                self.presence.on_user(channel, user, present, self.now);
+            }
+            Request::ReadPresence { channel, from, limit, answer } => {
+                let page = self.presence.page(&channel, from.as_deref(), limit);
+                let _ = answer.send(Ok(page)); // fails if the task no longer waits
             }
             Request::Publish(_) => unreachable!("publishes go through the batch"),
         }

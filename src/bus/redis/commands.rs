@@ -22,11 +22,20 @@ pub enum Script {
     Probe,
     Order,
     Bans,
+    UpdatePresence,
+    ReadPresence,
 }
 
 /// The text of each script, indexed by [`Script`].
-pub const SCRIPTS: [&str; 5] =
-    [scripts::PUBLISH, scripts::READ, scripts::PROBE, scripts::ORDER, scripts::BANS];
+pub const SCRIPTS: [&str; 7] = [
+    scripts::PUBLISH,
+    scripts::READ,
+    scripts::PROBE,
+    scripts::ORDER,
+    scripts::BANS,
+    super::presence::UPDATE_SCRIPT,
+    super::presence::READ_SCRIPT,
+];
 
 /// The command connection of a session.
 #[derive(Clone)]

@@ -16,6 +16,7 @@
 //! | `publishing`, `publish_queue` | from the shards to the stream, one call in flight per channel |
 //! | `history` | pages of history for clients that are behind |
 //! | `control` | commands of backends, and bans |
+//! | `presence` | which users are in a channel, over all nodes |
 //! | `probe`, `faults` | the comparison of positions every second; channels whose data is damaged |
 //! | `inspect` | what `fanfare doctor` reports about a Redis |
 
@@ -36,6 +37,7 @@ use self::followed::FollowedChannel;
 use self::functions::FunctionLoader;
 use self::history::History;
 use self::link::Link;
+use self::presence::Presence;
 use self::probe::Probes;
 use self::publish_queue::PublishQueue;
 use self::publishing::Publishing;
@@ -61,6 +63,7 @@ mod functions;
 mod history;
 pub mod inspect;
 mod link;
+mod presence;
 mod probe;
 mod publish_queue;
 mod publishing;
@@ -103,6 +106,7 @@ enum Outcome {
     ProbeSent(u64, Result<(), CallError>),
     FunctionLoaded(u64, Result<(), CallError>),
     LookedUp(u64, Result<Vec<SocketAddr>, String>),
+    PresenceUpdated(u64, Vec<ChannelName>, Result<Resp3Frame, CallError>),
 }
 
 /// What this node knows of a channel, in both directions.
@@ -160,6 +164,7 @@ struct Bus {
     control: Control,
     probes: Probes,
     functions: FunctionLoader,
+    presence: Presence,
     faults: FaultLog,
     next_cleanup: Instant,
 }
@@ -194,6 +199,7 @@ pub async fn run(settings: &Settings, url: &RedisUrl, context: BusContext) -> Re
         control,
         probes: Probes::default(),
         functions: FunctionLoader::new(),
+        presence: Presence::new(settings),
         faults: FaultLog::default(),
         next_cleanup: Instant::now() + IDLE,
     };
@@ -257,6 +263,10 @@ impl Bus {
                 self.refresh(channel.name, Follower { shard, form: channel.form });
             }
             Request::Order { order, waiter } => self.order(&order, waiter),
+            Request::Presence { channel, user, present } => self.presence.on_user(channel, user, present),
+            Request::ReadPresence { channel, from, limit, answer } => {
+                self.read_presence(&channel, from, limit, answer);
+            }
         }
     }
 
@@ -301,6 +311,9 @@ impl Bus {
             }
             Outcome::Ordered(generation, waiter, result) => self.on_ordered(generation, waiter, result),
             Outcome::BansRead(generation, result) => self.on_bans_read(generation, result),
+            Outcome::PresenceUpdated(generation, channels, result) => {
+                self.on_presence_updated(generation, &channels, result);
+            }
             _ => {} // of an earlier session
         }
         Ok(())
@@ -311,6 +324,7 @@ impl Bus {
         self.history.expire(now);
         self.expire_publishes(now);
         self.check_control(now);
+        self.update_presence(now);
         if now >= self.next_cleanup {
             self.next_cleanup = now + IDLE / 4;
             self.channels.retain(|_, channel| !channel.is_idle(now));
@@ -318,6 +332,7 @@ impl Bus {
             self.control.expire_bans();
             self.probes.shrink();
             self.subscriptions.shrink();
+            self.presence.shrink();
         }
     }
 

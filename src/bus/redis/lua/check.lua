@@ -6,6 +6,7 @@
 local name, meta, events = KEYS[1], KEYS[1] .. ':meta', KEYS[1] .. ':events'
 local control = string.match(name, '^(.-):{') .. ':{@control}'
 local bans = control .. ':bans'
+local members = name .. ':members'
 local epoch_key = string.match(name, '^(.-):{') .. ':epoch'
 local needed = {
   {'SUBSCRIBE', name, name .. ':to', name .. ':pubsub', KEYS[2]},
@@ -19,6 +20,10 @@ local needed = {
   {'XADD', events, '*', 'e', 'x'}, {'XRANGE', events, '-', '+'}, {'XREVRANGE', events, '+', '-'},
   {'XTRIM', events, 'MINID', '1'}, {'PEXPIRE', events, '1'}, {'DEL', events},
   {'HGETALL', meta},
+  {'HGET', members, 'x'}, {'HINCRBY', members, 'x', '1'}, {'HSCAN', members, '0'}, {'HLEN', members},
+  {'SADD', members .. ':x', 'x'}, {'SREM', members .. ':x', 'x'}, {'SPOP', members .. ':x', '1'},
+  {'SCARD', members .. ':x'}, {'HGETALL', name .. ':nodes'}, {'UNLINK', members, name .. ':nodes'},
+  {'EXISTS', name .. ':presence'}, {'TYPE', name .. ':presence'}, {'XADD', name .. ':presence', '*', 'event', 'x'},
   {'GET', name .. ':key:x'}, {'SET', name .. ':key:x', 'x'},
   {'SUBSCRIBE', control}, {'PUBLISH', control, 'x'}, {'PEXPIREAT', bans, '1'},
   {'ZADD', bans, '1', 'x'}, {'ZREM', bans, 'x'}, {'ZREMRANGEBYSCORE', bans, '-inf', '1'},
