@@ -21,7 +21,8 @@ use crate::http::{self, Head, Rejection, Response};
 use crate::limits::bans::Bans;
 use crate::metrics::rejections::RejectionClass;
 use crate::metrics::{AcceptLog, Metrics};
-use crate::protocol::event::{ChannelName, EventId, is_user_id};
+use crate::protocol::event::{ChannelName, is_idempotency_key, is_user_id};
+use crate::protocol::inbox::PublishedId;
 use crate::protocol::ingest;
 use crate::shard::mailbox::MailboxSenders;
 
@@ -55,8 +56,6 @@ const CONCURRENT_LOOKUPS: usize = 2;
 /// Added to `--publish-timeout`: the bus answers within that time, plus the time to notice that it
 /// is over.
 const BUS_GRACE: Duration = Duration::from_secs(5);
-/// Longest `Idempotency-Key`, in bytes: part of a Redis key. function.lua has the same limit.
-const KEY_MAX: usize = 128;
 /// Wait after a failed accept: without descriptors the next accept fails too.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Interval of the turns that the watchdog counts.
@@ -303,7 +302,7 @@ async fn publish(head: &Head<'_>, body: &[u8], shared: &Shared) -> Result<Respon
         Err(error) => {
             let text = error.to_string();
             let (status, reason) = match error {
-                PublishError::Rejected(_) => (503, "unavailable"),
+                PublishError::Rejected(_) | PublishError::Full => (503, "unavailable"),
                 PublishError::Unknown => (504, "unknown"),
             };
             let class = RejectionClass::new("admin request", reason, status);
@@ -377,10 +376,7 @@ fn idempotency_key(head: &Head<'_>) -> Result<Option<Arc<str>>, Rejection> {
     };
     let unquoted =
         given.map(|key| key.strip_prefix('"').and_then(|key| key.strip_suffix('"')).unwrap_or(key));
-    let is_key = |key: &&str| {
-        (1..=KEY_MAX).contains(&key.len()) && key.bytes().all(|byte| byte.is_ascii_graphic() && byte != b'"')
-    };
-    match unquoted.filter(is_key) {
+    match unquoted.filter(|key| is_idempotency_key(key)) {
         Some(key) => Ok(Some(key.into())),
         None => {
             let rule = "1 to 128 printable ASCII characters without blanks and quotes (quotes around it are dropped)";
@@ -396,9 +392,9 @@ async fn publish_event(
     key: Option<Arc<str>>,
     event: Bytes,
     shared: &Shared,
-) -> Result<EventId, PublishError> {
+) -> Result<PublishedId, PublishError> {
     let (waiter, outcome) = oneshot::channel();
-    let publish = Publish { channel, to, key, event, answer: Answer::Waiter(waiter) };
+    let publish = Publish { channel, sender: None, to, key, event, answer: Answer::Waiter(waiter) };
     if shared.context.requests.send(Request::Publish(publish)).is_err() {
         return Err(PublishError::Rejected("this node is stopping".into()));
     }

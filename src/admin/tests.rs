@@ -71,7 +71,7 @@ fn server_with(flags: &[&str], outcome: fn(u64) -> Option<Result<EventId, Publis
             tell.send((publish.channel.to_string(), to, event)).unwrap();
             let Answer::Waiter(waiter) = publish.answer else { panic!("a waiter") };
             match outcome(count) {
-                Some(outcome) => drop(waiter.send(outcome)),
+                Some(outcome) => drop(waiter.send(outcome.map(Into::into))),
                 None => unanswered.push(waiter),
             }
         }

@@ -16,6 +16,7 @@ use crate::protocol::control::Order;
 use crate::protocol::event::{ChannelName, Entry, EventId};
 use crate::protocol::form::{self, ChannelForm, Form};
 use crate::protocol::frame::Regarding;
+use crate::protocol::inbox::PublishedId;
 
 pub mod coalesced;
 mod control;
@@ -90,10 +91,13 @@ pub type OrderWaiter = oneshot::Sender<Result<EventId, OrderError>>;
 #[derive(Debug)]
 pub struct Publish {
     pub channel: ChannelName,
+    /// The user whose message this is, if it goes to the inbox of the channel: it is not broadcast.
+    pub sender: Option<Arc<str>>,
     /// The only recipient, which is also `to` in `event`.
     pub to: Option<Arc<str>>,
     /// Makes a retry safe: if the channel has seen an event with this key within ten minutes, this
-    /// one is not published, and its answer is the id of that one.
+    /// one is not published, and its answer is the id of that one. In an inbox each sender has keys
+    /// of its own.
     pub key: Option<Arc<str>>,
     /// A JSON object without `id` on one line, from `{` to `}`.
     pub event: Bytes,
@@ -106,7 +110,7 @@ pub enum Answer {
     /// To a connection, by [`BusMessage::Published`].
     Connection(ConnectionId, Regarding),
     /// To a task that waits, as in the admin listener.
-    Waiter(oneshot::Sender<Result<EventId, PublishError>>),
+    Waiter(oneshot::Sender<Result<PublishedId, PublishError>>),
 }
 
 /// Where a page of history goes.
@@ -134,6 +138,9 @@ pub enum PublishError {
     /// It was sent to the bus, which did not reply in time.
     #[error("may or may not have been published: the bus did not reply in time")]
     Unknown,
+    /// It was certainly not stored: the inbox is full.
+    #[error("not published: the inbox is full")]
+    Full,
 }
 
 /// Why a channel can't be followed or read.
@@ -190,7 +197,7 @@ pub enum BusMessage {
         connection: ConnectionId,
         /// What the answer to the client repeats.
         regarding: Regarding,
-        result: Result<EventId, PublishError>,
+        result: Result<PublishedId, PublishError>,
     },
     /// A backend disconnects a user from this channel, or from all.
     Disconnect { user: Arc<str>, channel: Option<ChannelName>, reason: CloseReason },
@@ -272,7 +279,7 @@ pub trait ShardSender: fmt::Debug + Send + Sync {
     }
 
     /// Sends the result of a publish.
-    fn answer(&self, answer: Answer, result: Result<EventId, PublishError>) {
+    fn answer(&self, answer: Answer, result: Result<PublishedId, PublishError>) {
         match answer {
             Answer::Connection(connection, regarding) => {
                 self.send(connection.shard, BusMessage::Published { connection, regarding, result });

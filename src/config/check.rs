@@ -16,6 +16,9 @@ impl Settings {
         if self.redis_durable && self.redis.is_none() {
             input.conflict("redis-durable", "has no effect without --redis: leave it out");
         }
+        if !self.inbox.is_empty() && self.redis.is_none() {
+            input.conflict("inbox", "needs --redis URL: messages of an inbox are kept in Redis");
+        }
         // Any site can open a page with this origin, in a sandboxed frame.
         if self.allow_origin.contains(&OriginRule::Null) && self.jwt_key.is_empty() {
             input.conflict(

@@ -144,6 +144,11 @@ impl Settings {
         self.presence.iter().any(|pattern| pattern.matches(channel))
     }
 
+    /// Whether messages of clients to this channel go to backends.
+    pub fn is_inbox(&self, channel: &ChannelName) -> bool {
+        self.inbox.iter().any(|pattern| pattern.matches(channel))
+    }
+
     /// The log filter, parsed.
     pub fn log_targets(&self) -> Targets {
         self.log.parse().expect("the filter was parsed when the settings were read")

@@ -166,6 +166,26 @@ settings! {
         old_name: "bare-channels",
     }
 
+    /// Channels, or prefixes of channels, whose messages from clients are not broadcast: they go to a
+    /// Redis stream that backends read. Needs `--redis`.
+    inbox: Vec<ChannelPattern> {
+        name: "inbox",
+        value: "NAME|PREFIX*,...",
+        default: "",
+        parse: |text| parse::optional_list(text, parse::channel_pattern),
+        show: |settings| join(&settings.inbox),
+        see: "[Inboxes](redis.md#inboxes)",
+    }
+
+    /// Messages that an inbox holds; more are rejected until backends delete some.
+    inbox_max: u64 {
+        name: "inbox-max",
+        value: "MESSAGES",
+        default: "10000",
+        parse: |text| parse::count(text, 1, u64::from(u32::MAX)),
+        show: |settings| settings.inbox_max.to_string(),
+    }
+
     /// Events kept for each channel, for clients that come back. At least 1000.
     history: u64 {
         name: "history",

@@ -63,6 +63,12 @@ pub struct BusMetrics {
     pub publish_rejected: Counter,
     /// Events that may or may not have been published.
     pub publish_unknown: Counter,
+    /// Messages of clients stored in inboxes.
+    pub inbox_stored: Counter,
+    /// Inboxes that this node knows, and what it has found in them.
+    pub inboxes: Gauge,
+    pub inbox_messages: Gauge,
+    pub inbox_oldest_seconds: Gauge,
     /// Gaps filled from history without a notice to clients.
     pub gaps_filled: Counter,
     /// Resets announced to the shards.

@@ -253,6 +253,30 @@ pub(super) static TABLE: &[Family] = &[
         One(|view| view.metrics.bus.publish_unknown.get().into()),
     ),
     family(
+        "fanfare_inbox_stored_total",
+        Counter,
+        "Messages of clients that this node stored in inboxes.",
+        One(|view| view.metrics.bus.inbox_stored.get().into()),
+    ),
+    family(
+        "fanfare_inboxes",
+        Gauge,
+        "Inboxes that this node looks at: those in --inbox by their name, and those of prefixes that it stored a message in.",
+        One(|view| view.metrics.bus.inboxes.get().into()),
+    ),
+    family(
+        "fanfare_inbox_messages",
+        Gauge,
+        "Messages in these inboxes. Nodes look at the same inboxes, so the number is not a part of a sum.",
+        One(|view| view.metrics.bus.inbox_messages.get().into()),
+    ),
+    family(
+        "fanfare_inbox_oldest_seconds",
+        Gauge,
+        "Age of the oldest message in them: how far workers are behind.",
+        One(|view| view.metrics.bus.inbox_oldest_seconds.get().into()),
+    ),
+    family(
         "fanfare_bus_oversized_total",
         Counter,
         "Messages on --pubsub-channels dropped because they exceed --max-message-size.",

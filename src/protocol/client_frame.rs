@@ -6,7 +6,7 @@ use bytes::Bytes;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
-use crate::protocol::event::{ChannelName, EventId, is_user_id};
+use crate::protocol::event::{ChannelName, EventId, is_idempotency_key, is_user_id};
 use crate::protocol::frame::Event;
 use crate::protocol::json;
 use crate::protocol::json::explain::{self, Known};
@@ -47,6 +47,8 @@ pub struct ClientPublish {
     pub to: Option<String>,
     /// `None`: the default channel.
     pub channel: Option<ChannelName>,
+    /// Makes a retry safe, in an inbox.
+    pub key: Option<Box<str>>,
     pub reference: Option<Box<str>>,
 }
 
@@ -89,6 +91,8 @@ struct Members<'a> {
     #[serde(borrow, default, deserialize_with = "given")]
     history: Option<&'a RawValue>,
     #[serde(borrow, default, deserialize_with = "given")]
+    key: Option<Cow<'a, str>>,
+    #[serde(borrow, default, deserialize_with = "given")]
     token: Option<Cow<'a, str>>,
     #[serde(borrow, default, rename = "ref", deserialize_with = "given")]
     reference: Option<&'a RawValue>,
@@ -115,8 +119,15 @@ const fn any(key: &'static str) -> Known {
 }
 
 // The members of each kind of frame, to explain what is wrong with one.
-const PUBLISH: &[Known] =
-    &[string("text"), any("data"), string("to"), string("channel"), any("ref"), string("type")];
+const PUBLISH: &[Known] = &[
+    string("text"),
+    any("data"),
+    string("to"),
+    string("channel"),
+    string("key"),
+    any("ref"),
+    string("type"),
+];
 const SUBSCRIBE: &[Known] =
     &[string("type"), string("channel"), any("channels"), any("lastEventId"), any("history"), any("ref")];
 const UNSUBSCRIBE: &[Known] = &[string("type"), string("channel"), any("ref")];
@@ -214,7 +225,7 @@ type Explained<T> = Result<T, Cow<'static, str>>;
 impl Members<'_> {
     /// Whether a frame of this type has only members that belong to it.
     fn belong_to(&self, kind: Option<&str>) -> bool {
-        let event = self.text.is_some() || self.data.is_some() || self.to.is_some();
+        let event = self.text.is_some() || self.data.is_some() || self.to.is_some() || self.key.is_some();
         let many = self.channels.is_some() || self.last.is_some() || self.history.is_some();
         let (channel, token) = (self.channel.is_some(), self.token.is_some());
         match kind {
@@ -233,6 +244,11 @@ impl Members<'_> {
             return Err(r#""to" must be a user id: 1 to 128 bytes, no control characters"#.into());
         }
         let channel = self.channel.as_deref().map(|name| channel(Some(name))).transpose()?;
+        if self.key.as_deref().is_some_and(|key| !is_idempotency_key(key)) {
+            return Err(
+                r#""key" must have 1 to 128 printable ASCII characters without blanks and quotes"#.into()
+            );
+        }
         let event = Event::by(sender, to);
         let event = match (&self.text, self.data) {
             (Some(text), None) => event.with_text(text),
@@ -242,7 +258,8 @@ impl Members<'_> {
             },
             _ => return Err(TEXT_OR_DATA.into()),
         };
-        Ok(ClientFrame::Publish(ClientPublish { event, to: to.map(Into::into), channel, reference }))
+        let key = self.key.as_deref().map(Into::into);
+        Ok(ClientFrame::Publish(ClientPublish { event, to: to.map(Into::into), channel, key, reference }))
     }
 
     fn subscribe(&self, channels_max: usize) -> Explained<Vec<Subscribe>> {
@@ -427,7 +444,7 @@ mod tests {
             (r#"{"ref":7,"txt":"hi"}"#.into(), r#"unknown key "txt": did you mean "text"?"#),
             (
                 r#"{"text":"hi","room":"a"}"#.into(),
-                r#"unknown key "room": the keys are text, data, to, channel, ref, type"#,
+                r#"unknown key "room": the keys are text, data, to, channel, key, ref, type"#,
             ),
             (r#"{"text":"a","to":null}"#.into(), r#""to" must be a string"#),
             (r#"{"type":5}"#.into(), r#""type" must be a string"#),
@@ -438,7 +455,7 @@ mod tests {
             (r#"{"text":"hi","channel":"a b"}"#.into(), name),
             (
                 r#"{"text":"hi","history":5}"#.into(),
-                r#"unknown key "history": the keys are text, data, to, channel, ref, type"#,
+                r#"unknown key "history": the keys are text, data, to, channel, key, ref, type"#,
             ),
             (r#"{"type":"ping","text":"hi"}"#.into(), r#"unknown key "text": the keys are type, ref"#),
             (

@@ -9,6 +9,9 @@ use bytes::{BufMut, Bytes, BytesMut};
 /// Longest user id and channel name, in bytes.
 pub const NAME_MAX: usize = 128;
 
+/// Longest idempotency key, in bytes: part of a Redis key. function.lua has the same limit.
+const KEY_MAX: usize = 128;
+
 /// The channel of a connection that names none.
 pub const DEFAULT_CHANNEL: &str = "ws_broadcast";
 
@@ -99,6 +102,12 @@ impl fmt::Display for ChannelName {
 /// Whether `name` can be a user id: 1 to 128 bytes, no control characters.
 pub fn is_user_id(name: &str) -> bool {
     (1..=NAME_MAX).contains(&name.len()) && !name.chars().any(char::is_control)
+}
+
+/// Whether `key` can be an idempotency key: 1 to 128 printable ASCII characters without blanks and
+/// quotes.
+pub fn is_idempotency_key(key: &str) -> bool {
+    (1..=KEY_MAX).contains(&key.len()) && key.bytes().all(|byte| byte.is_ascii_graphic() && byte != b'"')
 }
 
 /// What an entry holds, and for whom.

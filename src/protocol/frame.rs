@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use bytes::{BufMut, Bytes, BytesMut};
 
 use crate::protocol::event::{ChannelName, EventId, text_frame};
+use crate::protocol::inbox::PublishedId;
 
 /// A ping without payload (RFC 6455 section 5.5.2).
 pub const PING: Bytes = Bytes::from_static(&[0x89, 0]);
@@ -52,6 +53,15 @@ pub fn with_id(event: &[u8], id: EventId) -> Vec<u8> {
     text.extend_from_slice(id.to_string().as_bytes());
     text.push(b'}');
     text
+}
+
+/// An event of a client as its inbox has it: without `to`, so that a backend can publish it as it
+/// is.
+pub fn without_recipient(event: Bytes, sender: &str, to: Option<&str>) -> Bytes {
+    let Some(to) = to else { return event };
+    let (addressed, open) = (Event::by(sender, Some(to)).0, Event::by(sender, None).0);
+    let rest = event.strip_prefix(&*addressed).expect("the event was built this way");
+    [&open, rest].concat().into()
 }
 
 /// Builds an event member by member.
@@ -129,7 +139,7 @@ pub fn unsubscribed(channel: &ChannelName, reason: &str, reference: Option<&str>
 }
 
 /// The answer to a published frame with `ref`.
-pub fn ack(reference: &str, id: EventId) -> Bytes {
+pub fn ack(reference: &str, id: PublishedId) -> Bytes {
     text_frame(format!(r#"{{"type":"ack","ref":{reference},"id":{id}}}"#).as_bytes())
 }
 
@@ -182,6 +192,8 @@ pub enum ErrorCode {
     Unavailable,
     /// It may or may not have been published.
     Unknown,
+    /// Certainly not stored: the inbox is full.
+    Full,
     /// The client follows the channel already.
     Subscribed,
     /// The client does not follow the channel.
@@ -193,12 +205,13 @@ pub enum ErrorCode {
 }
 
 impl ErrorCode {
-    pub const ALL: [ErrorCode; 9] = [
+    pub const ALL: [ErrorCode; 10] = [
         ErrorCode::Invalid,
         ErrorCode::Forbidden,
         ErrorCode::RateLimited,
         ErrorCode::Unavailable,
         ErrorCode::Unknown,
+        ErrorCode::Full,
         ErrorCode::Subscribed,
         ErrorCode::NotSubscribed,
         ErrorCode::TooMany,
@@ -212,6 +225,7 @@ impl ErrorCode {
             ErrorCode::RateLimited => "rate_limited",
             ErrorCode::Unavailable => "unavailable",
             ErrorCode::Unknown => "unknown",
+            ErrorCode::Full => "full",
             ErrorCode::Subscribed => "subscribed",
             ErrorCode::NotSubscribed => "not_subscribed",
             ErrorCode::TooMany => "too_many",
@@ -253,6 +267,14 @@ mod tests {
     }
 
     #[test]
+    fn messages_of_an_inbox_have_no_recipient() {
+        let event = Event::by("a\"b", Some("bob")).with_text("to");
+        assert_eq!(without_recipient(event, "a\"b", Some("bob")), r#"{"sender":"a\"b","text":"to"}"#);
+        let event = chat_event("a", "hi");
+        assert_eq!(without_recipient(event.clone(), "a", None), event);
+    }
+
+    #[test]
     fn control_frames_are_json() {
         let room = ChannelName::parse("room").expect("a name");
         let (none, one) = (Regarding::default(), Some("7".into()));
@@ -271,7 +293,7 @@ mod tests {
                 unsubscribed(&room, "requested", Some("7")),
                 r#"{"type":"unsubscribed","channel":"room","reason":"requested","ref":7}"#,
             ),
-            (ack("\"r\"", EventId(3)), r#"{"type":"ack","ref":"r","id":3}"#),
+            (ack("\"r\"", EventId(3).into()), r#"{"type":"ack","ref":"r","id":3}"#),
             (token_ack("7"), r#"{"type":"ack","ref":7}"#),
             (token_expiring(60), r#"{"type":"token_expiring","in":60}"#),
             (json_ping(None, [].into_iter()), r#"{"type":"ping"}"#),

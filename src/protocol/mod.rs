@@ -8,6 +8,7 @@ pub mod control;
 pub mod event;
 pub mod form;
 pub mod frame;
+pub mod inbox;
 pub mod ingest;
 pub mod json;
 pub mod pattern;

@@ -1,5 +1,7 @@
 //! Messages of clients: what they publish, and the answers.
 
+use std::sync::Arc;
+
 use bytes::Bytes;
 
 use super::Shard;
@@ -9,8 +11,9 @@ use crate::bus::{Answer, ConnectionId, Publish, PublishError, Request};
 use crate::config::ClientPublish;
 use crate::protocol::client_frame::{self, BadFrame, ClientFrame};
 use crate::protocol::close::CloseReason;
-use crate::protocol::event::{ChannelName, EventId};
+use crate::protocol::event::ChannelName;
 use crate::protocol::frame::{self, ErrorCode, Regarding};
+use crate::protocol::inbox::PublishedId;
 use crate::ws::client::OtherChannels;
 use crate::ws::inbound::QUEUE_MAX;
 use crate::ws::subscription::ChannelSet;
@@ -23,12 +26,12 @@ impl Shard {
         let client = &self.connections[slot].client;
         if !client.is_json() {
             let event = frame::chat_event(&client.user, text);
-            return self.publish_if_allowed(slot, event, None, Regarding::default());
+            return self.publish_if_allowed(slot, event, None, None, Regarding::default());
         }
         match client_frame::parse(&client.user, text, most) {
             Ok(ClientFrame::Publish(publish)) => {
                 let regarding = Regarding { channel: publish.channel, reference: publish.reference };
-                self.publish_if_allowed(slot, publish.event, publish.to, regarding)
+                self.publish_if_allowed(slot, publish.event, publish.to, publish.key, regarding)
             }
             Ok(ClientFrame::Subscribe { channels, reference }) => {
                 self.on_subscribe(slot, channels, reference)
@@ -67,6 +70,7 @@ impl Shard {
         slot: u32,
         event: Bytes,
         to: Option<String>,
+        key: Option<Box<str>>,
         regarding: Regarding,
     ) -> Result<(), CloseReason> {
         let channel = regarding.channel.as_ref().or(self.default_channel(slot)).cloned();
@@ -79,11 +83,14 @@ impl Shard {
             Some(channel) if !self.may_publish(slot, &channel) => {
                 (ErrorCode::Forbidden, "you may not publish here")
             }
+            Some(channel) if key.is_some() && !self.settings().is_inbox(&channel) => {
+                (ErrorCode::Invalid, r#"leave out "key": this channel is no inbox"#)
+            }
             Some(channel) if !self.may_publish_anew(slot, &channel) => {
                 (ErrorCode::RateLimited, TOO_MANY_CHANNELS)
             }
             Some(channel) => {
-                self.publish(slot, channel, event, to, regarding);
+                self.publish(slot, channel, event, to, key, regarding);
                 return Ok(());
             }
         };
@@ -158,11 +165,20 @@ impl Shard {
         channel: ChannelName,
         event: Bytes,
         to: Option<String>,
+        key: Option<Box<str>>,
         regarding: Regarding,
     ) {
         let answer = Answer::Connection(self.connections.id(slot), regarding);
-        self.connections[slot].inbound.count_publish();
-        let publish = Publish { channel, to: to.map(Into::into), key: None, event, answer };
+        let is_inbox = self.settings().is_inbox(&channel);
+        let connection = &mut self.connections[slot];
+        connection.inbound.count_publish();
+        let user = &connection.client.user;
+        let (event, sender) = match is_inbox {
+            true => (frame::without_recipient(event, user, to.as_deref()), Some(Arc::from(&**user))),
+            false => (event, None),
+        };
+        let (to, key) = (to.map(Into::into), key.map(Into::into));
+        let publish = Publish { channel, sender, to, key, event, answer };
         self.request_bus(Request::Publish(publish));
     }
 
@@ -170,7 +186,7 @@ impl Shard {
         &mut self,
         id: ConnectionId,
         regarding: &Regarding,
-        result: Result<EventId, PublishError>,
+        result: Result<PublishedId, PublishError>,
     ) {
         let Some(slot) = self.connections.find(id) else { return };
         let connection = &mut self.connections[slot];
@@ -179,15 +195,16 @@ impl Shard {
         }
         connection.inbound.count_answer();
         match result {
-            Ok(event) => {
+            Ok(id) => {
                 if let Some(reference) = &regarding.reference {
-                    connection.enqueue(frame::ack(reference, event));
+                    connection.enqueue(frame::ack(reference, id));
                 }
             }
             Err(error) => {
                 let code = match error {
                     PublishError::Rejected(_) => ErrorCode::Unavailable,
                     PublishError::Unknown => ErrorCode::Unknown,
+                    PublishError::Full => ErrorCode::Full,
                 };
                 let text = error.to_string();
                 self.context.metrics.reject_message(self.context.id, code, &text);

@@ -206,7 +206,7 @@ impl Shard {
                 Incoming::Text(text, _) => self.on_text(slot, &text)?,
                 Incoming::Binary(bytes, _) => {
                     if let Some(channel) = self.default_channel(slot).cloned() {
-                        self.publish(slot, channel, bytes, None, Regarding::default());
+                        self.publish(slot, channel, bytes, None, None, Regarding::default());
                     }
                 }
                 Incoming::Ping(payload) => {

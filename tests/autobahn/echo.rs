@@ -85,7 +85,7 @@ fn echo(mut asked: mpsc::UnboundedReceiver<Request>, shards: MailboxSenders) {
                     entry.bytes = frame.into();
                 }
                 shards.send(0, BusMessage::Entry { channel: channel.into(), entry, arrived: Instant::now() });
-                shards.answer(answer, Ok(position));
+                shards.answer(answer, Ok(position.into()));
             }
             Request::Unfollow { .. }
             | Request::Read { .. }

@@ -12,6 +12,7 @@ mod cluster;
 mod control;
 mod external_publishers;
 mod faults;
+mod inbox;
 mod limits;
 mod model;
 mod presence;

@@ -4,6 +4,7 @@
 mod damage;
 mod external_publishers;
 mod history;
+mod inbox;
 mod node;
 mod order;
 mod promotions;

@@ -5,12 +5,14 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 
+use fanfare::bus::PublishError;
 use fanfare::metrics::{Metrics, Readiness};
 use fanfare::protocol::client_frame::{self, ClientFrame};
 use fanfare::protocol::close::{CloseReason, REASONS, rejection_code};
 use fanfare::protocol::event::{ChannelName, Entry, EventId};
 use fanfare::protocol::form;
 use fanfare::protocol::frame::{self, ErrorCode, Regarding};
+use fanfare::protocol::inbox::{MessageId, PublishedId};
 use serde_json::Value;
 
 use crate::common::sources::has_test;
@@ -194,7 +196,8 @@ fn protocol_examples_are_json_objects() {
 #[test]
 fn client_frame_examples_are_accepted() {
     let mut pings = 0;
-    let sections = ["## JSON mode", "## Many channels"].map(|heading| section(PROTOCOL, heading));
+    let sections =
+        ["## JSON mode", "## Many channels", "## Inboxes"].map(|heading| section(PROTOCOL, heading));
     for example in sections.into_iter().flat_map(json_lines) {
         let value: Value = serde_json::from_str(example).unwrap();
         if matches!(value["type"].as_str(), Some("ack" | "error")) {
@@ -228,7 +231,13 @@ fn server_frame_examples_are_exact() {
             &rejected.message,
             &Regarding { channel: None, reference: rejected.reference },
         ),
-        frame::ack("7", published),
+        frame::ack("7", published.into()),
+        frame::ack("7", PublishedId::Message(MessageId { time: 1_764_000_000_001, sequence: 0 })),
+        frame::error(
+            ErrorCode::Full,
+            &PublishError::Full.to_string(),
+            &Regarding { channel: ChannelName::parse("support"), reference: Some("7".into()) },
+        ),
         frame::welcome_without_channel(),
         frame::subscription_welcome(&room, id, head, true, Some("1")),
         form::named(&Entry::events(published, [&*event].into_iter()), &room).bytes,

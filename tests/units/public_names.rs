@@ -8,7 +8,7 @@ use fanfare::metrics::{Metrics, Readiness};
 use fanfare::protocol::close::{CloseReason, rejection_code};
 use fanfare::protocol::frame::ErrorCode;
 
-const SETTINGS: [(&str, &str); 34] = [
+const SETTINGS: [(&str, &str); 36] = [
     ("--listen", "FANFARE_LISTEN"),
     ("--admin", "FANFARE_ADMIN"),
     ("--allow-anonymous", "FANFARE_ALLOW_ANONYMOUS"),
@@ -21,6 +21,8 @@ const SETTINGS: [(&str, &str); 34] = [
     ("--redis-prefix", "FANFARE_REDIS_PREFIX"),
     ("--redis-durable", "FANFARE_REDIS_DURABLE"),
     ("--pubsub-channels", "FANFARE_PUBSUB_CHANNELS"),
+    ("--inbox", "FANFARE_INBOX"),
+    ("--inbox-max", "FANFARE_INBOX_MAX"),
     ("--history", "FANFARE_HISTORY"),
     ("--history-bytes", "FANFARE_HISTORY_BYTES"),
     ("--history-ttl", "FANFARE_HISTORY_TTL"),
@@ -45,7 +47,7 @@ const SETTINGS: [(&str, &str); 34] = [
     ("--log-format", "FANFARE_LOG_FORMAT"),
 ];
 
-const METRICS: [(&str, &str); 44] = [
+const METRICS: [(&str, &str); 48] = [
     ("fanfare_build_info", "gauge"),
     ("fanfare_ready", "gauge"),
     ("fanfare_connections", "gauge"),
@@ -76,6 +78,10 @@ const METRICS: [(&str, &str); 44] = [
     ("fanfare_bus_published_total", "counter"),
     ("fanfare_bus_publish_rejected_total", "counter"),
     ("fanfare_bus_publish_unknown_total", "counter"),
+    ("fanfare_inbox_stored_total", "counter"),
+    ("fanfare_inboxes", "gauge"),
+    ("fanfare_inbox_messages", "gauge"),
+    ("fanfare_inbox_oldest_seconds", "gauge"),
     ("fanfare_bus_oversized_total", "counter"),
     ("fanfare_bus_gaps_filled_total", "counter"),
     ("fanfare_bus_resets_total", "counter"),
@@ -154,12 +160,13 @@ const PER_SHARD: [&str; 13] = [
     "fanfare_unsent_bytes",
 ];
 
-const ERROR_CODES: [&str; 9] = [
+const ERROR_CODES: [&str; 10] = [
     "invalid",
     "forbidden",
     "rate_limited",
     "unavailable",
     "unknown",
+    "full",
     "subscribed",
     "not_subscribed",
     "too_many",

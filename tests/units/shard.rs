@@ -134,7 +134,7 @@ async fn close_is_seen_while_reads_are_paused() {
     shard.closed(1).await;
     for id in 1001..=1510 {
         let Request::Publish(publish) = shard.asks().await else { panic!("it publishes") };
-        shard.0.shards.answer(publish.answer, Ok(EventId(id)));
+        shard.0.shards.answer(publish.answer, Ok(EventId(id).into()));
     }
     // Long before a ping could detect it.
     let started = Instant::now();

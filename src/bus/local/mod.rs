@@ -181,9 +181,9 @@ impl LocalBus {
 
     /// Gives an event its id and adds it to the batch.
     fn publish(&mut self, publish: Publish, batch: &mut Batch) {
-        let Publish { channel: name, to, key, event, answer } = publish;
+        let Publish { channel: name, to, key, event, answer, .. } = publish;
         if let Some(id) = key.as_ref().and_then(|key| self.keys.find(&name, key, self.now)) {
-            return self.shards.answer(answer, Ok(id));
+            return self.shards.answer(answer, Ok(id.into()));
         }
         let is_full = batch.bytes + event.len() > ENTRY_MAX;
         if batch.channel.as_ref() != Some(&name) || batch.to != to || is_full {
@@ -208,7 +208,7 @@ impl LocalBus {
         let Batch { channel: Some(name), to, texts, answers, .. } = std::mem::take(batch) else { return };
         self.append(&name, to, &texts);
         for (answer, id) in answers {
-            self.shards.answer(answer, Ok(id));
+            self.shards.answer(answer, Ok(id.into()));
         }
     }
 

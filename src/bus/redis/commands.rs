@@ -18,6 +18,8 @@ const CALL_TIMEOUT: Duration = Duration::from_secs(4);
 #[derive(Clone, Copy, Debug)]
 pub enum Script {
     Publish,
+    Inbox,
+    InboxLook,
     Read,
     Probe,
     Order,
@@ -27,8 +29,10 @@ pub enum Script {
 }
 
 /// The text of each script, indexed by [`Script`].
-pub const SCRIPTS: [&str; 7] = [
+pub const SCRIPTS: [&str; 9] = [
     scripts::PUBLISH,
+    scripts::INBOX,
+    scripts::INBOX_LOOK,
     scripts::READ,
     scripts::PROBE,
     scripts::ORDER,

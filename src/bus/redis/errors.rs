@@ -90,6 +90,11 @@ impl CallError {
         }
     }
 
+    /// Whether Redis has replied.
+    pub fn is_error_reply(&self) -> bool {
+        matches!(self, CallError::ErrorReply(_))
+    }
+
     /// Whether the data of one channel is wrong. See [`FAULT`].
     pub fn is_fault(&self) -> bool {
         matches!(self, CallError::ErrorReply(text) if text.starts_with(FAULT))

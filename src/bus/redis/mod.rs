@@ -14,6 +14,7 @@
 //! | `reply`, `decode` | replies and messages into entries |
 //! | `subscriptions`, `followed` | from Pub/Sub to the shards, gaps filled from the stream |
 //! | `publishing`, `publish_queue` | from the shards to the stream, one call in flight per channel |
+//! | `inboxes` | the inboxes of this node: their limit, and looks at them for the metrics |
 //! | `history` | pages of history for clients that are behind |
 //! | `control` | commands of backends, and bans |
 //! | `presence` | which users are in a channel, over all nodes |
@@ -36,6 +37,7 @@ use self::faults::FaultLog;
 use self::followed::FollowedChannel;
 use self::functions::FunctionLoader;
 use self::history::History;
+use self::inboxes::{Inboxes, Look};
 use self::link::Link;
 use self::presence::Presence;
 use self::probe::Probes;
@@ -61,6 +63,7 @@ mod faults;
 mod followed;
 mod functions;
 mod history;
+mod inboxes;
 pub mod inspect;
 mod link;
 mod presence;
@@ -105,6 +108,7 @@ enum Outcome {
     BansRead(u64, Result<StoredBans, CallError>),
     ProbeSent(u64, Result<(), CallError>),
     FunctionLoaded(u64, Result<(), CallError>),
+    InboxesLooked(Vec<(ChannelName, Look)>),
     LookedUp(u64, Result<Vec<SocketAddr>, String>),
     PresenceUpdated(u64, Vec<ChannelName>, Result<Resp3Frame, CallError>),
 }
@@ -160,6 +164,7 @@ struct Bus {
     channels: HashMap<ChannelName, Box<Channel>>,
     subscriptions: Subscriptions,
     publishing: Publishing,
+    inboxes: Inboxes,
     history: History,
     control: Control,
     probes: Probes,
@@ -195,6 +200,7 @@ pub async fn run(settings: &Settings, url: &RedisUrl, context: BusContext) -> Re
         channels: HashMap::new(),
         subscriptions: Subscriptions::default(),
         publishing: Publishing::default(),
+        inboxes: Inboxes::new(&settings.inbox, settings.max_channels.get()),
         history: History::new(settings.max_message_size),
         control,
         probes: Probes::default(),
@@ -314,6 +320,7 @@ impl Bus {
             Outcome::PresenceUpdated(generation, channels, result) => {
                 self.on_presence_updated(generation, &channels, result);
             }
+            Outcome::InboxesLooked(found) => self.on_inboxes_looked(found),
             _ => {} // of an earlier session
         }
         Ok(())
@@ -325,6 +332,7 @@ impl Bus {
         self.expire_publishes(now);
         self.check_control(now);
         self.update_presence(now);
+        self.look_at_inboxes(now);
         if now >= self.next_cleanup {
             self.next_cleanup = now + IDLE / 4;
             self.channels.retain(|_, channel| !channel.is_idle(now));

@@ -9,6 +9,7 @@ use bytes::Bytes;
 
 use crate::bus::{Answer, Publish, PublishError};
 use crate::protocol::event::EventId;
+use crate::protocol::inbox::{MessageId, PublishedId};
 
 /// Most events in one call. More would block Redis for more than 10 ms.
 const BATCH_EVENTS: usize = 512;
@@ -16,18 +17,27 @@ const BATCH_EVENTS: usize = 512;
 /// Most bytes in one call, unless a single event has more.
 pub const BATCH_BYTES: usize = 1 << 20;
 
-/// An event that waits for its first call.
+/// An event, or a message for the channel's inbox.
 #[derive(Debug)]
-struct QueuedEvent {
-    /// Up to the digits of the id: see [`text_before_id`].
-    text: Bytes,
-    to: Option<Arc<str>>,
-    key: Option<Arc<str>>,
+pub struct Item {
+    /// Of an event the JSON up to the digits of the id, see [`text_before_id`]; of a message all.
+    pub text: Bytes,
+    /// The user who sent the message; `None` of an event.
+    pub sender: Option<Arc<str>>,
+    pub to: Option<Arc<str>>,
+    /// The idempotency key.
+    pub key: Option<Arc<str>>,
+}
+
+/// An item that waits for its first call.
+#[derive(Debug)]
+struct Queued {
+    item: Item,
     answer: Answer,
     deadline: Instant,
 }
 
-/// The events of one call, which is repeated until it has a result.
+/// The items of one call, which is repeated until it has a result: events or messages, not both.
 #[derive(Debug)]
 pub struct Batch {
     /// Unique in this process, and rising.
@@ -39,20 +49,17 @@ pub struct Batch {
     /// Why Redis rejected a retry before it ran. The next call sends no events: it asks for the
     /// outcome of the attempt before.
     pub withdrawn: Option<Arc<str>>,
-    /// The idempotency key of its only event.
-    pub key: Option<Arc<str>>,
-    /// Text and recipient of each event.
-    pub items: Vec<(Bytes, Option<Arc<str>>)>,
+    pub items: Vec<Item>,
     /// Where each result goes, and the deadline; `None` once it has been sent.
     answers: Vec<(Option<Answer>, Instant)>,
 }
 
 /// The result of a publish, and where it goes.
-pub type Completed = (Answer, Result<EventId, PublishError>);
+pub type Completed = (Answer, Result<PublishedId, PublishError>);
 
 #[derive(Debug, Default)]
 pub struct PublishQueue {
-    waiting: VecDeque<QueuedEvent>,
+    waiting: VecDeque<Queued>,
     /// The oldest events, without a result so far.
     batch: Option<Batch>,
     /// A call with the batch is in flight.
@@ -90,15 +97,15 @@ impl PublishQueue {
     }
 
     pub fn push(&mut self, publish: Publish, deadline: Instant) {
-        let text = text_before_id(&publish.event);
+        let Publish { sender, to, key, event, answer, .. } = publish;
+        let text = if sender.is_some() { event } else { text_before_id(&event) };
         self.bytes += cost(&text);
-        self.waiting.push_back(QueuedEvent {
-            text,
-            to: publish.to,
-            key: publish.key,
-            answer: publish.answer,
-            deadline,
-        });
+        self.waiting.push_back(Queued { item: Item { text, sender, to, key }, answer, deadline });
+    }
+
+    /// Whether the call in flight is about messages for the inbox.
+    pub fn sends_messages(&self) -> bool {
+        self.batch.as_ref().is_some_and(Batch::is_inbox)
     }
 
     /// Whether [`PublishQueue::call`] would return a call.
@@ -123,18 +130,23 @@ impl PublishQueue {
 
     fn next_batch(&mut self, base: EventId, number: u64) -> Batch {
         let (items, answers) = (Vec::new(), Vec::new());
-        let mut batch = Batch { number, base, retry: false, withdrawn: None, key: None, items, answers };
+        let mut batch = Batch { number, base, retry: false, withdrawn: None, items, answers };
         let mut bytes = 0;
         while let Some(next) = self.waiting.front() {
-            bytes += next.text.len();
+            bytes += next.item.text.len();
+            let is_full = batch.items.len() == BATCH_EVENTS || bytes > BATCH_BYTES;
             // An event with a key needs its own call: its id may be an earlier one.
-            let is_full = batch.items.len() == BATCH_EVENTS || bytes > BATCH_BYTES || batch.key.is_some();
-            if !batch.items.is_empty() && (is_full || next.key.is_some()) {
+            let alone = |item: &Item| item.sender.is_none() && item.key.is_some();
+            if let Some(last) = batch.items.last()
+                && (is_full
+                    || last.sender.is_some() != next.item.sender.is_some()
+                    || alone(last)
+                    || alone(&next.item))
+            {
                 break;
             }
             let next = self.waiting.pop_front().expect("the front was just seen");
-            batch.key = next.key;
-            batch.items.push((next.text, next.to));
+            batch.items.push(next.item);
             batch.answers.push((Some(next.answer), next.deadline));
         }
         batch
@@ -144,8 +156,18 @@ impl PublishQueue {
     /// published, and never will be.
     pub fn on_published(&mut self, first: Option<EventId>) -> Vec<Completed> {
         self.complete(|at| match first {
-            Some(first) => Ok(EventId(first.0 + at)),
+            Some(first) => Ok(EventId(first.0 + at).into()),
             None => Err(PublishError::Unknown),
+        })
+    }
+
+    /// The call stored messages with these ids; `None` stands for a message for which the inbox had
+    /// no room.
+    pub fn on_stored(&mut self, ids: &[Option<MessageId>]) -> Vec<Completed> {
+        self.complete(|at| match ids.get(at as usize) {
+            Some(Some(id)) => Ok(PublishedId::Message(*id)),
+            Some(None) => Err(PublishError::Full),
+            None => Err(PublishError::Unknown), // the reply is that of another version
         })
     }
 
@@ -181,8 +203,8 @@ impl PublishQueue {
     /// Rejects the events that wait for their first call.
     pub fn reject_unsent(&mut self, why: &Arc<str>) -> Vec<Completed> {
         let waiting = std::mem::take(&mut self.waiting);
-        self.bytes -= waiting.iter().map(|event| cost(&event.text)).sum::<usize>();
-        waiting.into_iter().map(|event| (event.answer, Err(PublishError::Rejected(why.clone())))).collect()
+        self.bytes -= waiting.iter().map(|next| cost(&next.item.text)).sum::<usize>();
+        waiting.into_iter().map(|next| (next.answer, Err(PublishError::Rejected(why.clone())))).collect()
     }
 
     /// The same call must be made again. `may_have_run`: it may have reached Redis.
@@ -195,7 +217,7 @@ impl PublishQueue {
     }
 
     /// Completes the batch. `result` takes the index of an event.
-    fn complete(&mut self, result: impl Fn(u64) -> Result<EventId, PublishError>) -> Vec<Completed> {
+    fn complete(&mut self, result: impl Fn(u64) -> Result<PublishedId, PublishError>) -> Vec<Completed> {
         self.in_flight = false;
         let Some(batch) = self.batch.take() else { return Vec::new() };
         self.bytes -= batch.bytes();
@@ -217,7 +239,7 @@ impl PublishQueue {
         self.drop_answered();
         while self.waiting.front().is_some_and(|next| next.deadline <= now) {
             let next = self.waiting.pop_front().expect("the front was just seen");
-            self.bytes -= cost(&next.text);
+            self.bytes -= cost(&next.item.text);
             completed.push((next.answer, Err(timed_out())));
         }
         completed
@@ -237,7 +259,17 @@ impl PublishQueue {
 
 impl Batch {
     fn bytes(&self) -> usize {
-        self.items.iter().map(|(text, _)| cost(text)).sum()
+        self.items.iter().map(|item| cost(&item.text)).sum()
+    }
+
+    /// Whether its items are messages for the inbox.
+    pub fn is_inbox(&self) -> bool {
+        self.items.first().is_some_and(|item| item.sender.is_some())
+    }
+
+    /// The idempotency key of its only event.
+    pub fn key(&self) -> Option<&str> {
+        self.items.first().and_then(|item| item.key.as_deref())
     }
 }
 
@@ -252,10 +284,11 @@ mod tests {
     use std::time::Duration;
     use tokio::sync::oneshot;
 
-    fn publish(text: &str) -> (Publish, oneshot::Receiver<Result<EventId, PublishError>>) {
+    fn publish(text: &str) -> (Publish, oneshot::Receiver<Result<PublishedId, PublishError>>) {
         let (answer, result) = oneshot::channel();
         let publish = Publish {
             channel: ChannelName::parse("c").unwrap(),
+            sender: None,
             to: None,
             key: None,
             event: Bytes::copy_from_slice(text.as_bytes()),
@@ -266,7 +299,7 @@ mod tests {
 
     /// An event whose first call had no reply and whose second is in flight, the last number used,
     /// and its result.
-    fn retried() -> (PublishQueue, u64, oneshot::Receiver<Result<EventId, PublishError>>) {
+    fn retried() -> (PublishQueue, u64, oneshot::Receiver<Result<PublishedId, PublishError>>) {
         let (mut queue, mut number) = (PublishQueue::default(), 0);
         let (event, result) = publish("{}");
         queue.push(event, Instant::now());
@@ -304,11 +337,11 @@ mod tests {
         }
         assert!(queue.call(EventId(5), &mut number).is_none());
         send(queue.on_published(Some(EventId(6))));
-        assert_eq!(first_result.try_recv().unwrap(), Ok(EventId(6)));
+        assert_eq!(first_result.try_recv().unwrap(), Ok(EventId(6).into()));
         assert_eq!(queue.call(EventId(5), &mut number).unwrap().items.len(), 3);
         send(queue.on_published(Some(EventId(7))));
-        let ids: Vec<_> = results.iter_mut().map(|result| result.try_recv().unwrap().unwrap().0).collect();
-        assert_eq!(ids, [7, 8, 9]);
+        let ids: Vec<_> = results.iter_mut().map(|result| result.try_recv().unwrap().unwrap()).collect();
+        assert_eq!(ids, [7, 8, 9].map(|id| EventId(id).into()));
         assert!(queue.is_idle());
     }
 

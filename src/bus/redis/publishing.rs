@@ -15,6 +15,7 @@ use super::{Bus, Outcome, advice, scripts};
 use crate::bus::{Publish, PublishError};
 use crate::metrics::WarningLimit;
 use crate::protocol::event::{ChannelName, EventId};
+use crate::protocol::inbox::PublishedId;
 
 /// Errors that Redis replies with before it runs a script, or a script before its first event:
 /// certainly nothing was published.
@@ -24,6 +25,26 @@ const CERTAIN_ERRORS: [&str; 8] =
 /// Whether nothing was published. An error from inside a script names the script.
 pub(super) fn is_certain(error: &str) -> bool {
     CERTAIN_ERRORS.iter().any(|prefix| error.starts_with(prefix)) && !error.contains(" script: ")
+}
+
+/// Completes a call that a script replied to. `None` if the reply can't be parsed.
+fn on_reply(
+    queue: &mut PublishQueue,
+    known: &mut KnownPosition,
+    frame: &Resp3Frame,
+) -> Option<Vec<Completed>> {
+    if queue.sends_messages() {
+        let reply = scripts::parse_inbox(frame)?;
+        known.update(reply.base, reply.head);
+        return Some(match reply.ids {
+            _ if reply.rejected => queue.on_withdrawn(),
+            Some(ids) => queue.on_stored(&ids),
+            None => queue.on_published(None),
+        });
+    }
+    let reply = scripts::parse_publish(frame)?;
+    known.update(reply.base, reply.head);
+    Some(if reply.rejected { queue.on_withdrawn() } else { queue.on_published(reply.first) })
 }
 
 /// What concerns the queues of all channels.
@@ -77,6 +98,10 @@ impl Bus {
             return;
         }
         let name = publish.channel.clone();
+        if publish.sender.is_some() && !self.inboxes.note(&name, Instant::now()) {
+            self.complete(vec![(publish.answer, Err(PublishError::Full))]);
+            return;
+        }
         let deadline = Instant::now() + self.handles.settings.publish_timeout;
         let channel = self.channels.entry(name.clone()).or_default();
         self.publishing.update(&mut channel.queue, |queue| queue.push(publish, deadline));
@@ -117,14 +142,19 @@ impl Bus {
         // changed since.
         let carried = KnownPosition { base: batch.base, ..known };
         let settings = &self.handles.settings;
-        let mut args = scripts::publish_args(settings, name, carried, batch);
-        if batch.withdrawn.is_none() {
-            scripts::add_events(&mut args, &batch.items);
+        let (script, mut args) = match batch.is_inbox() {
+            true => (Script::Inbox, scripts::inbox_args(settings, name, carried, batch)),
+            false => (Script::Publish, scripts::publish_args(settings, name, carried, batch)),
+        };
+        match script {
+            _ if batch.withdrawn.is_some() => {}
+            Script::Inbox => scripts::add_messages(&mut args, &batch.items),
+            _ => scripts::add_events(&mut args, &batch.items),
         }
         let (commands, outcomes) = (session.commands(), self.handles.outcomes.clone());
         let (key, generation, name) = (settings.channel_key(name), self.link.generation(), name.clone());
         tokio::spawn(async move {
-            let result = commands.run(Script::Publish, &[&key], args).await;
+            let result = commands.run(script, &[&key], args).await;
             let _ = outcomes.send(Outcome::Published(generation, name, result));
         });
     }
@@ -139,13 +169,7 @@ impl Bus {
         let known = &mut channel.known;
         let mut rejection = None;
         let completed = self.publishing.update(&mut channel.queue, |queue| match &result {
-            Ok(frame) => match scripts::parse_publish(frame) {
-                Some(reply) => {
-                    known.update(reply.base, reply.head);
-                    if reply.rejected { queue.on_withdrawn() } else { queue.on_published(reply.first) }
-                }
-                None => queue.on_published(None),
-            },
+            Ok(frame) => on_reply(queue, known, frame).unwrap_or_else(|| queue.on_published(None)),
             Err(CallError::ErrorReply(text)) if is_temporary(text) => {
                 queue.retry(false);
                 Vec::new()
@@ -208,8 +232,9 @@ impl Bus {
         let metrics = &self.handles.metrics;
         for (answer, result) in completed {
             match &result {
-                Ok(_) => metrics.published.add(1),
-                Err(PublishError::Rejected(_)) => metrics.publish_rejected.add(1),
+                Ok(PublishedId::Event(_)) => metrics.published.add(1),
+                Ok(PublishedId::Message(_)) => metrics.inbox_stored.add(1),
+                Err(PublishError::Rejected(_) | PublishError::Full) => metrics.publish_rejected.add(1),
                 Err(PublishError::Unknown) => metrics.publish_unknown.add(1),
             }
             self.handles.shards.answer(answer, result);

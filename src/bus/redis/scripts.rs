@@ -8,17 +8,37 @@ use bytes::Bytes;
 use fred::types::{Resp3Frame, Value};
 
 use super::decode;
-use super::publish_queue::Batch;
+use super::publish_queue::{Batch, Item};
 use super::reply::{array, bytes, integer, text};
 use super::settings::RedisSettings;
 use crate::bus::page::Page;
 use crate::protocol::control::Order;
 use crate::protocol::event::{ChannelName, Entry, EventId};
+use crate::protocol::inbox::MessageId;
 
 /// Without `allow-oom`: when out of memory, Redis rejects it before it runs, so certainly nothing
 /// is published.
-pub const PUBLISH: &str =
-    concat!("#!lua\n", include_str!("lua/epoch.lua"), "\n", include_str!("lua/publish.lua"));
+pub const PUBLISH: &str = concat!(
+    "#!lua\n",
+    include_str!("lua/epoch.lua"),
+    "\n",
+    include_str!("lua/number.lua"),
+    "\n",
+    include_str!("lua/publish.lua")
+);
+
+/// Without `allow-oom`, as [`PUBLISH`].
+pub const INBOX: &str = concat!(
+    "#!lua\n",
+    include_str!("lua/epoch.lua"),
+    "\n",
+    include_str!("lua/number.lua"),
+    "\n",
+    include_str!("lua/inbox.lua")
+);
+
+/// With `allow-oom`: an expiry takes a few bytes.
+pub const INBOX_LOOK: &str = concat!("#!lua flags=allow-oom\n", include_str!("lua/inbox_look.lua"));
 
 /// With `allow-oom`: a read may write a few bytes (a new base), and must work when events are
 /// rejected.
@@ -103,7 +123,7 @@ pub fn publish_args(
         number(batch.number),
         number(u64::from(batch.retry)),
         number(settings.publish_number_ttl_ms),
-        Value::from(batch.key.as_deref().unwrap_or_default()),
+        Value::from(batch.key().unwrap_or_default()),
         number(settings.history_bytes as u64),
     ]);
     args
@@ -111,11 +131,47 @@ pub fn publish_args(
 
 /// Adds events to the arguments of [`PUBLISH`]. Consecutive ones for the same recipients are a run:
 /// the user or nothing, the number of events, and their texts.
-pub fn add_events(args: &mut Vec<Value>, items: &[(Bytes, Option<Arc<str>>)]) {
-    for run in items.chunk_by(|(_, a), (_, b)| a == b) {
-        args.push(Value::from(run[0].1.as_deref().unwrap_or_default()));
+pub fn add_events(args: &mut Vec<Value>, items: &[Item]) {
+    for run in items.chunk_by(|a, b| a.to == b.to) {
+        args.push(optional(run[0].to.as_ref()));
         args.push(number(run.len() as u64));
-        args.extend(run.iter().map(|(text, _)| Value::Bytes(text.clone())));
+        args.extend(run.iter().map(|item| Value::Bytes(item.text.clone())));
+    }
+}
+
+/// A text as an argument; empty if there is none.
+fn optional(text: Option<&Arc<str>>) -> Value {
+    Value::from(text.map_or("", |text| text))
+}
+
+/// The arguments of [`INBOX`] before the messages.
+pub fn inbox_args(
+    settings: &RedisSettings,
+    channel: &ChannelName,
+    known: KnownPosition,
+    batch: &Batch,
+) -> Vec<Value> {
+    let mut args = channel_args(settings, known);
+    args.extend([
+        Value::from(settings.node.as_str()),
+        number(batch.number),
+        number(u64::from(batch.retry)),
+        number(settings.publish_number_ttl_ms),
+        number(settings.inbox_max),
+        Value::from(channel.as_str()),
+    ]);
+    args
+}
+
+/// Adds messages to the arguments of [`INBOX`].
+pub fn add_messages(args: &mut Vec<Value>, items: &[Item]) {
+    for Item { text: json, sender, to, key } in items {
+        args.extend([
+            optional(sender.as_ref()),
+            optional(to.as_ref()),
+            optional(key.as_ref()),
+            Value::Bytes(json.clone()),
+        ]);
     }
 }
 
@@ -136,6 +192,29 @@ pub fn parse_publish(frame: &Resp3Frame) -> Option<PublishReply> {
     let [status, first, base, head] = ids[..] else { return None };
     let first = (status == 1).then_some(EventId(first));
     Some(PublishReply { first, rejected: status == 2, base: EventId(base), head: EventId(head) })
+}
+
+/// The reply of `inbox.lua`.
+#[derive(Clone, Debug)]
+pub struct InboxReply {
+    /// The id of each message, `None` if the inbox had no room for it; or else: the messages may or
+    /// may not have been stored.
+    pub ids: Option<Vec<Option<MessageId>>>,
+    /// The messages were certainly not stored and never will be.
+    pub rejected: bool,
+    pub base: EventId,
+    pub head: EventId,
+}
+
+pub fn parse_inbox(frame: &Resp3Frame) -> Option<InboxReply> {
+    let [status, base, head, ids @ ..] = array(frame)? else { return None };
+    let [status, base, head] = [integer(status)?, integer(base)?, integer(head)?];
+    let id = |frame: &Resp3Frame| match &*bytes(frame)? {
+        b"" => Some(None),
+        text => MessageId::parse(text).map(Some),
+    };
+    let ids = if status == 1 { Some(ids.iter().map(id).collect::<Option<_>>()?) } else { None };
+    Some(InboxReply { ids, rejected: status == 2, base: EventId(base), head: EventId(head) })
 }
 
 /// Which events a read returns.

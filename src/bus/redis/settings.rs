@@ -19,6 +19,8 @@ pub struct RedisSettings {
     pub history_bytes: usize,
     /// How long history outlives the last event of its channel.
     pub history_ttl_ms: u64,
+    /// Messages that an inbox holds.
+    pub inbox_max: u64,
     /// Channels that are also Pub/Sub channels of the same name.
     pub pubsub_channels: HashSet<ChannelName>,
     /// Longest event of another program, in bytes.
@@ -67,6 +69,7 @@ impl RedisSettings {
             history: settings.history,
             history_bytes: settings.history_bytes,
             history_ttl_ms: millis(settings.history_ttl),
+            inbox_max: settings.inbox_max,
             pubsub_channels: settings.pubsub_channels.iter().cloned().collect(),
             max_message_size: settings.max_message_size,
             publish_timeout: settings.publish_timeout,

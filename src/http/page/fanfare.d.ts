@@ -131,8 +131,16 @@ export interface FanfareEventMap<E, State = FanfareState> {
 
 export type FanfareMessage =
   | string
-  | { text: string; to?: string; data?: never }
-  | { data: unknown; to?: string; text?: never };
+  | ((
+      | { text: string; to?: string; data?: never }
+      | { data: unknown; to?: string; text?: never }
+    ) & {
+      /**
+       * In a channel that is an inbox: a message that is sent again with the same key within ten minutes is not
+       * stored twice.
+       */
+      key?: string;
+    });
 
 /** A channel that a client has subscribed to. It is resumed after each reconnect, until `close()`. */
 export interface FanfareSubscription<E extends object = FanfareEvent> {
@@ -152,7 +160,7 @@ export interface FanfareSubscription<E extends object = FanfareEvent> {
    * Publishes to this channel, as `send` of a client. Messages wait until the subscription is first `live`, so that
    * it gets them as well.
    */
-  send(message: FanfareMessage): Promise<number>;
+  send(message: FanfareMessage): Promise<number | string>;
 
   /** Ends the subscription. Unsent messages reject with `offline`. */
   close(): void;
@@ -180,12 +188,12 @@ export class Fanfare<E extends object = FanfareEvent> {
   on<K extends keyof FanfareEventMap<E>>(name: K, handler: FanfareEventMap<E>[K]): () => void;
 
   /**
-   * Publishes a text or any JSON value to the channel or to one user. Resolves with the id of the event;
-   * rejects with a {@link FanfareError}. Before the first connection up to 64 messages with 262,144 characters wait
+   * Publishes a text or any JSON value to the channel or to one user. Resolves with the id of the event,
+   * or in a channel that is an inbox with the id of the message (a string); rejects with a {@link FanfareError}. Before the first connection up to 64 messages with 262,144 characters wait
    * for it. Otherwise nothing is queued, and nothing is sent again: a retry after `offline` is safe, a retry after
-   * `unknown` may publish twice. With `channel` it publishes there, which needs no subscription.
+   * `unknown` may publish twice, unless the message has a `key`. With `channel` it publishes there, which needs no subscription.
    */
-  send(message: string | (Exclude<FanfareMessage, string> & { channel?: string })): Promise<number>;
+  send(message: string | (Exclude<FanfareMessage, string> & { channel?: string })): Promise<number | string>;
 
   /**
    * Follows one more channel on the same connection, in any state. There is no order of events across channels.

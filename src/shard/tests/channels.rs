@@ -189,7 +189,7 @@ impl Testbed {
                 Request::Order { .. } => unreachable!("shards send none"),
                 Request::Publish(publish) => {
                     let Answer::Connection(connection, regarding) = publish.answer else { continue };
-                    BusMessage::Published { connection, regarding, result: Ok(EventId(1)) }
+                    BusMessage::Published { connection, regarding, result: Ok(EventId(1).into()) }
                 }
             };
             self.shard.on_bus_message(message);

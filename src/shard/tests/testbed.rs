@@ -165,7 +165,7 @@ impl Testbed {
                     } else {
                         self.source.publish(None, 10);
                         self.deliver_from(self.source.head);
-                        Ok(EventId(self.source.head))
+                        Ok(EventId(self.source.head).into())
                     };
                     BusMessage::Published { connection, regarding, result }
                 }

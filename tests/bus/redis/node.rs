@@ -13,6 +13,7 @@ use fanfare::config::{Action, RedisUrl, Settings};
 use fanfare::metrics::{BusMetrics, Readiness};
 use fanfare::protocol::event::{ChannelName, Entry, EventId, Kind};
 use fanfare::protocol::form::{ChannelForm, Form};
+use fanfare::protocol::inbox::{MessageId, PublishedId};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 
@@ -153,15 +154,59 @@ impl Node {
         to: Option<&str>,
         event: &str,
     ) -> oneshot::Receiver<Result<EventId, PublishError>> {
+        let (id, event_id) = oneshot::channel();
+        let result = self.ask_publish(name, None, to, None, event);
+        tokio::spawn(async move {
+            let Ok(result) = result.await else { return };
+            let _ = id.send(result.map(|id| match id {
+                PublishedId::Event(id) => id,
+                PublishedId::Message(id) => panic!("{id} is no event"),
+            }));
+        });
+        event_id
+    }
+
+    fn ask_publish(
+        &self,
+        name: &str,
+        sender: Option<&str>,
+        to: Option<&str>,
+        key: Option<&str>,
+        event: &str,
+    ) -> oneshot::Receiver<Result<PublishedId, PublishError>> {
         let (answer, result) = oneshot::channel();
         self.ask(Request::Publish(Publish {
             channel: channel(name),
+            sender: sender.map(Into::into),
             to: to.map(Into::into),
-            key: None,
+            key: key.map(Into::into),
             event: event.to_owned().into(),
             answer: Answer::Waiter(answer),
         }));
         result
+    }
+
+    /// Sends a message of `user` to the inbox of a channel.
+    pub fn store_later(
+        &self,
+        name: &str,
+        user: &str,
+        key: Option<&str>,
+        event: &str,
+    ) -> oneshot::Receiver<Result<PublishedId, PublishError>> {
+        self.ask_publish(name, Some(user), None, key, event)
+    }
+
+    /// The same, with its answer.
+    pub async fn store(
+        &self,
+        name: &str,
+        user: &str,
+        key: Option<&str>,
+        event: &str,
+    ) -> Result<MessageId, PublishError> {
+        let result = timeout(TIMEOUT, self.store_later(name, user, key, event)).await;
+        result.expect("answered in time").unwrap().map(message_id)
     }
 
     pub async fn publish(&self, name: &str, event: &str) -> Result<EventId, PublishError> {
@@ -188,6 +233,14 @@ impl Node {
 
     pub fn ask_look(&self, name: &str, shard: usize) {
         self.ask(Request::Refresh { channel: channel(name).into(), shard });
+    }
+}
+
+/// The id of a message.
+pub fn message_id(id: PublishedId) -> MessageId {
+    match id {
+        PublishedId::Message(id) => id,
+        PublishedId::Event(id) => panic!("{id} is an event"),
     }
 }
 

@@ -175,8 +175,10 @@ local function guarded(name, work, ...)
     return {err = text}
   end
   local meta, events = name .. ':meta', name .. ':events'
+  local inbox = redis.pcall('XLEN', name .. ':inbox')
   local wrong = redis.pcall('HMGET', meta, 'head').err and meta
     or redis.pcall('XRANGE', events, '-', '+', 'COUNT', 1).err and events
+    or type(inbox) == 'table' and string.find(inbox.err, '^WRONGTYPE') and name .. ':inbox'
   if string.find(text, '^WRONGTYPE') and wrong then
     return {err = 'FAULT ' .. wrong .. ': another program has put a value of the wrong type there: delete this key'}
   end
@@ -190,8 +192,8 @@ local function key_name(name, key)
   return name .. ':key:' .. key
 end
 
--- The id of the event that was published with an idempotency key, if any.
-local function published_with(key)
+-- The id that was remembered for an idempotency key, as a text, if any.
+local function remembered(key)
   local id = redis.pcall('GET', key)
   if type(id) == 'table' then
     if string.find(id.err, '^WRONGTYPE') then
@@ -199,6 +201,12 @@ local function published_with(key)
     end
     error(id)
   end
+  return id
+end
+
+-- The id of the event that was published with an idempotency key, if any.
+local function published_with(key)
+  local id = remembered(key)
   return id and tonumber(id)
 end
 

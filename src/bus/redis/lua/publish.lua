@@ -21,18 +21,6 @@
 local now = milliseconds()
 local epoch, is_copied = current_epoch(prefix_of(KEYS[1]), ARGV[1] == '1', now)
 
--- Deletes the numbers of nodes that last published here before `oldest` (seconds): they have
--- nothing left to retry. Each process has a name of its own, so the numbers would accumulate.
-local function delete_old_numbers(meta, oldest)
-  local fields = redis.call('HGETALL', meta)
-  for i = 1, #fields, 2 do
-    local last = string.find(fields[i], '^from:') and tonumber(string.match(fields[i + 1], ' (%d+)$'))
-    if last and last < oldest then
-      redis.call('HDEL', meta, fields[i])
-    end
-  end
-end
-
 local function publish()
   local name = KEYS[1]
   local settings = {ttl = tonumber(ARGV[2]), history = tonumber(ARGV[5]), bytes = tonumber(ARGV[12])}
