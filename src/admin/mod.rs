@@ -28,6 +28,7 @@ use crate::shard::mailbox::MailboxSenders;
 
 mod channels;
 mod connection;
+mod connections;
 mod control;
 mod history;
 mod listener;
@@ -39,6 +40,7 @@ mod tests;
 
 use channels::ChannelsQuery;
 use connection::{Waits, serve_connection};
+use connections::ConnectionsQuery;
 use history::HistoryQuery;
 use listener::{Accepting, SocketFile};
 pub use listener::{Listener, Open};
@@ -257,10 +259,10 @@ async fn respond(head: &Head<'_>, body: &[u8], shared: &Shared) -> Result<Respon
     let allowed = match head.path {
         "/publish" | "/disconnect" => "POST",
         "/ban" => "DELETE",
-        "/" | "/history" | "/channels" | "/presence" | "/bans" | "/metrics" | "/stats" | "/healthz"
-        | "/readyz" => "GET, HEAD",
+        "/" | "/history" | "/channels" | "/presence" | "/connections" | "/bans" | "/metrics" | "/stats"
+        | "/healthz" | "/readyz" => "GET, HEAD",
         _ => {
-            let known = "POST /publish and /disconnect, DELETE /ban, GET /, /history, /channels, /presence, \
+            let known = "POST /publish and /disconnect, DELETE /ban, GET /, /history, /channels, /presence, /connections, \
                 /bans, /metrics, /stats, /healthz and /readyz";
             return Err(Rejection::new(404, format!("no such path: use {known}")));
         }
@@ -281,6 +283,7 @@ async fn respond(head: &Head<'_>, body: &[u8], shared: &Shared) -> Result<Respon
             let query = PresenceQuery::parse(head.query, &shared.context.settings)?;
             look_up(query.answer(shared), shared).await?
         }
+        "/connections" => look_up(ConnectionsQuery::parse(head.query)?.answer(shared), shared).await?,
         "/metrics" => Response::new(200, "text/plain; version=0.0.4; charset=utf-8", metrics.prometheus()),
         "/stats" => Response::json(200, &metrics.stats_json()),
         "/healthz" => Response::line(200, "ok"),

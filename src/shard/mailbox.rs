@@ -8,7 +8,7 @@ use mio::net::TcpStream;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::bus::{BusMessage, ShardId, ShardSender};
-use crate::limits::connections::ConnectionSlot;
+use crate::limits::connections::{Address, ConnectionSlot};
 use crate::protocol::event::{ChannelName, EventId};
 
 /// A message to a shard. A shard handles its messages in the order sent.
@@ -20,6 +20,8 @@ pub enum ShardMessage {
     Sockets(Vec<NewSocket>),
     /// List some of the channels.
     ListChannels(ListChannels),
+    /// List some of the connections of a user.
+    ListConnections(ListConnections),
     /// The node is stopping: close every connection, spread over this time.
     Drain(Duration),
 }
@@ -44,6 +46,35 @@ pub struct ChannelList {
     pub channels: Vec<(ChannelName, usize, EventId)>,
     /// The key to continue from; `None` at the end.
     pub next: Option<u32>,
+}
+
+/// A request for the connections of a user on a shard. As with channels, each answer covers a part.
+#[derive(Debug)]
+pub struct ListConnections {
+    pub user: Arc<str>,
+    /// The slot to start from: 0, or the last answer's `next`.
+    pub from: u32,
+    pub answer: oneshot::Sender<ConnectionList>,
+}
+
+/// Some connections of a user.
+#[derive(Debug, Default)]
+pub struct ConnectionList {
+    pub connections: Vec<ListedConnection>,
+    /// The slot to continue from; `None` at the end.
+    pub next: Option<u32>,
+}
+
+#[derive(Debug)]
+pub struct ListedConnection {
+    pub slot: u32,
+    /// Its default channel and its subscriptions, each with its position once it has joined.
+    pub channels: Vec<(ChannelName, Option<EventId>)>,
+    /// `None` if a proxy reported an address that is over a limit.
+    pub client: Option<Address>,
+    pub minutes_connected: u16,
+    /// Bytes of frames that its socket has not accepted.
+    pub queued: usize,
 }
 
 /// An accepted socket, and its slot in the connection limits.

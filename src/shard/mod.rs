@@ -8,7 +8,7 @@
 //! | `members` | connections and subscriptions as members of channels |
 //! | `read`, `publish` | from a socket: requests, frames, messages |
 //! | `subscribe`, `renewal` | further channels of a connection, and its new tokens |
-//! | `control` | commands of backends: disconnect a user |
+//! | `control`, `list` | commands of backends: disconnect a user; list its connections |
 //! | `join` | from a request to a member of a channel |
 //! | `fanout`, `private`, `write` | from the feed to the sockets |
 //! | `history`, `pages` | pages of history for connections that the feed has left behind |
@@ -44,6 +44,7 @@ mod event_loop;
 mod fanout;
 mod history;
 mod join;
+mod list;
 mod liveness;
 pub mod mailbox;
 mod members;
@@ -164,6 +165,10 @@ impl Shard {
             }
             ShardMessage::ListChannels(request) => {
                 let list = self.channels.list(&request);
+                let _ = request.answer.send(list); // fails if the task no longer waits
+            }
+            ShardMessage::ListConnections(request) => {
+                let list = self.list_connections(&request);
                 let _ = request.answer.send(list); // fails if the task no longer waits
             }
             ShardMessage::Drain(time) => self.on_drain(time),

@@ -9,9 +9,12 @@ use crate::bus::{BusError, Request};
 use crate::protocol::close::CloseReason;
 use crate::ws::connection::State;
 use crate::ws::handshake::rejections;
+use crate::ws::liveness::TICKS_A_MINUTE;
 
 /// Time between two ticks.
 pub(super) const TICK: Duration = Duration::from_millis(100);
+
+const _: () = assert!(TICK.as_millis() as u32 * TICKS_A_MINUTE == 60_000);
 
 /// Ticks in a second.
 pub(super) const SECOND: u32 = 10;

@@ -20,9 +20,18 @@ pub struct Liveness {
     unconfirmed: u32,
     /// How many of them were written before the ping that awaits its pong.
     before_ping: u32,
+    /// When it connected, in minutes since the shard started. There is room for two bytes.
+    connected: u16,
     awaiting_pong: bool,
     /// Whether its socket was full at the last [`Liveness::observe`].
     was_blocked: bool,
+}
+
+/// Ticks of a shard in a minute.
+pub const TICKS_A_MINUTE: u32 = 600;
+
+fn minutes(tick: u32) -> u16 {
+    (tick / TICKS_A_MINUTE) as u16
 }
 
 impl Liveness {
@@ -32,6 +41,7 @@ impl Liveness {
             last_ping: tick,
             unconfirmed: 0,
             before_ping: 0,
+            connected: minutes(tick),
             awaiting_pong: false,
             was_blocked: false,
         }
@@ -41,6 +51,11 @@ impl Liveness {
     pub fn restart(&mut self, tick: u32) {
         self.last_activity = tick;
         self.last_ping = tick;
+    }
+
+    /// Minutes since the client connected. They start again after 45 days.
+    pub fn minutes_connected(&self, tick: u32) -> u16 {
+        minutes(tick).wrapping_sub(self.connected)
     }
 
     pub fn record_activity(&mut self, tick: u32) {
@@ -114,6 +129,16 @@ mod tests {
         assert_eq!(liveness.reading_time(), Duration::from_secs(11));
         assert!(liveness.take_pong() && !liveness.take_pong());
         assert_eq!(liveness.reading_time(), Duration::from_secs(1));
+    }
+
+    #[test]
+    fn minutes_are_counted_from_the_connection() {
+        let liveness = Liveness::new(7 * TICKS_A_MINUTE + 5);
+        for (tick, minutes) in
+            [(7 * TICKS_A_MINUTE + 6, 0), (9 * TICKS_A_MINUTE, 2), (70_000 * TICKS_A_MINUTE, 4457)]
+        {
+            assert_eq!(liveness.minutes_connected(tick), minutes, "{tick}");
+        }
     }
 
     #[test]

@@ -81,8 +81,8 @@ async fn user_is_disconnected_on_all_nodes() {
         }
         expect_open(&mut bob, &a, "room.2").await;
         // Without a ban the user may come back.
-        let (mut back, _) = Client::json(&a, "alice", "room.2").await;
-        expect_open(&mut back, &b, "room.2").await;
+        let (mut back, _) = Client::json(&a, "alice", "room.3").await;
+        expect_open(&mut back, &b, "room.3").await;
         back.leave().await;
         number += 1;
         for node in [&a, &b] {
@@ -92,7 +92,7 @@ async fn user_is_disconnected_on_all_nodes() {
         }
     }
     // The control channel is no channel that clients or backends see.
-    assert_eq!(a.metric("fanfare_bus_channels").await, 2.0);
+    assert_eq!(a.metric("fanfare_bus_channels").await, 3.0);
     let channels = a.admin("GET", "/channels", b"").await;
     assert!(!channels.body.contains("control"), "{}", channels.body);
     for path in ["/history?channel=%40control", "/channels?after=%40control"] {

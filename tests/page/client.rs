@@ -20,7 +20,7 @@ async fn client_reacts_to_every_server_answer() {
     let node = Node::start(&[]).await;
     let browser = Browser::start().await;
     browser.open(&format!("http://{}/healthz", node.public)).await;
-    for (tests, count) in [(CONNECTION, 14), (MESSAGES, 15), (SUBSCRIPTIONS, 18)] {
+    for (tests, count) in [(CONNECTION, 14), (MESSAGES, 15), (SUBSCRIPTIONS, 19)] {
         let result = browser.run_client(&format!("{FAKES}{tests}")).await;
         assert_eq!(result["failed"], json!([]), "{result}");
         assert_eq!(result["passed"], json!(count));
@@ -205,6 +205,39 @@ async fn client_ends_with_the_reason_of_a_rejection() {
             [4400, "closed", "offline"],
         ])
     );
+}
+
+#[tokio::test]
+async fn client_stays_away_when_it_is_disconnected() {
+    let node = Node::start(&[]).await;
+    let browser = Browser::start().await;
+    browser.open(&format!("http://{}/healthz", node.public)).await;
+    let start = "
+        window.states = [];
+        window.errors = [];
+        window.start = (user) => {
+            const fanfare = new Fanfare('/ws/' + user);
+            fanfare.on('state', ({ state, code, reason }) =>
+                states.push([user, state, ...(code ? [code, reason] : [])].join(' ')));
+            fanfare.on('error', ({ code, message }) => errors.push(`${user} ${code} ${message}`));
+        };
+        start('alice');
+        start('bob');";
+    assert_eq!(browser.run_client(start).await, Value::Null);
+    browser.becomes("states.filter((state) => state.endsWith(' live')).length", json!(2)).await;
+    for path in ["/disconnect?user=alice", "/disconnect?user=bob&ban=1h"] {
+        assert_eq!(node.admin("POST", path, b"").await.status, 200);
+    }
+    browser.becomes("errors.length", json!(2)).await;
+    // A new client of a banned user is closed in the same way.
+    assert_eq!(browser.run("start('bob')").await, Value::Null);
+    browser.becomes("errors.length", json!(3)).await;
+    let mut errors = browser.run("return errors").await;
+    errors.as_array_mut().expect("a list").sort_by_key(Value::to_string);
+    let banned = "bob 4010 banned by the application";
+    assert_eq!(errors, json!(["alice 4010 disconnected by the application", banned, banned]));
+    let states = browser.run("return states.filter((state) => !state.endsWith('live'))").await;
+    assert!(!states.to_string().contains("waiting"), "no attempt follows: {states}");
 }
 
 #[tokio::test]

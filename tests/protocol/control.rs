@@ -181,3 +181,69 @@ async fn invalid_orders_are_rejected() {
     let id = node.publish("room.1", &json!({"n": 1})).await;
     alice.expect_event(id, &json!({"n": 1})).await;
 }
+
+#[tokio::test]
+async fn connections_of_a_user_are_listed_in_pages() {
+    let node = Node::start(&["--shards", "2"]).await;
+    let (mut home, _) = Client::json(&node, "alice", "home").await;
+    home.send(r#"{"type":"subscribe","channels":[{"channel":"room.1"},{"channel":"room.2"}]}"#).await;
+    for _ in 0..2 {
+        home.welcome().await;
+    }
+    let mut all = vec![home, Client::plain(&node, "alice", "room.1").await];
+    let mut without_channel = Client::open(&node, "alice", "channel=", Some(JSON_MODE)).await;
+    without_channel.next_control("welcome").await;
+    all.push(without_channel);
+    Client::json(&node, "bob", "home").await;
+    let id = node.publish("room.1", &json!({"n": 1})).await;
+    all[0].expect_event(id, &json!({"channel": "room.1", "n": 1})).await;
+    all[1].expect_event(id, &json!({"n": 1})).await;
+
+    let (mut listed, mut after) = (Vec::new(), String::new());
+    loop {
+        let path = format!("/connections?user=alice&limit=1{after}");
+        let page = node.admin("GET", &path, b"").await.json();
+        let connections = page["connections"].as_array().expect("a list");
+        assert_eq!(connections.len(), 1, "{page}");
+        listed.push(connections[0].clone());
+        match page["next"].as_u64() {
+            Some(next) => after = format!("&after={next}"),
+            None => break,
+        }
+    }
+    assert_eq!(listed.len(), 3);
+    for connection in &listed {
+        assert_eq!((&connection["client"], &connection["minutes"]), (&json!("127.0.0.1"), &json!(0)));
+        assert_eq!(connection["queued"], 0);
+    }
+    let channels = |connection: &serde_json::Value| -> Vec<(String, u64)> {
+        let channels = connection["channels"].as_array().expect("a list").iter();
+        let position = |channel: &serde_json::Value| channel["position"].as_u64().expect("a position");
+        channels.map(|it| (it["channel"].as_str().expect("a name").to_owned(), position(it))).collect()
+    };
+    listed.sort_by_key(|connection| channels(connection).len());
+    assert_eq!(channels(&listed[0]), []);
+    assert_eq!(channels(&listed[1]), [("room.1".to_owned(), id)]);
+    let names: Vec<_> = channels(&listed[2]).into_iter().map(|(name, _)| name).collect();
+    assert_eq!(names, ["home", "room.1", "room.2"]);
+    assert_eq!(channels(&listed[2])[1].1, id);
+
+    // After the answer none is left on this node.
+    disconnect(&node, "user=alice").await;
+    let none = json!({"connections": [], "next": null});
+    assert_eq!(node.admin("GET", "/connections?user=alice", b"").await.json(), none);
+    for (path, part) in [
+        ("/connections", "user must be given"),
+        ("/connections?user=alice&after=x", "after must be a number"),
+        ("/connections?user=alice&limit=1001", "limit must be a number"),
+        ("/connections?user=alice&channel=room.1", "unknown parameter channel"),
+    ] {
+        let response = node.admin("GET", path, b"").await;
+        assert!(response.status == 400 && response.body.contains(part), "{path}: {}", response.body);
+    }
+    // Places that no shard has.
+    for after in [u64::from(u32::MAX), 1 << 32 | 7, (1 << 53) - 1] {
+        let page = node.admin("GET", &format!("/connections?user=alice&after={after}"), b"").await;
+        assert_eq!(page.json(), none, "{after}");
+    }
+}

@@ -83,7 +83,8 @@ return run({
     for (const code of [1000, 1001, 1005, 1006, 1008, 1009, 1011, 4008, 4009]) {
       equal(await after(code), ["waiting", 500]);
     }
-    for (const code of [1002, 1003, 1007, 4003, 4400, 4403]) equal(await after(code), ["closed", [code, "why"]]);
+    for (const code of [1002, 1003, 1007, 4003, 4010, 4400, 4403])
+      equal(await after(code), ["closed", [code, "why"]]);
     for (const code of [4001, 4401]) {
       equal(await after(code), ["closed", [code, "why"]]);
       equal(await after(code, { token: "fixed" }), ["closed", [code, "why"]]);

@@ -383,6 +383,17 @@ return run({
     equal(last().sent.map(({ type }) => type), ["subscribe", "subscribe"]);
   },
 
+  async a_backend_ends_a_subscription() {
+    const { fanfare, last, live, heard } = client();
+    const [a, b] = [follow(fanfare, "a"), follow(fanfare, "b")];
+    await live();
+    await welcome(last);
+    last().says({ type: "unsubscribed", channel: "a", reason: "disconnected" });
+    equal(a.states(), ["live", "closed disconnected"]);
+    equal(a.heard("error").map(({ message }) => message), ["disconnected by the application"]);
+    equal([b.subscription.state, heard("error")], ["live", []]);
+  },
+
   async tokens_are_renewed_on_the_connection() {
     let count = 0;
     let works = true;
