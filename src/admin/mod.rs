@@ -288,7 +288,10 @@ async fn respond(head: &Head<'_>, body: &[u8], shared: &Shared) -> Result<Respon
         "/stats" => Response::json(200, &metrics.stats_json()),
         "/healthz" => Response::line(200, "ok"),
         _ => match metrics.readiness.not_ready_reason() {
-            None => Response::line(200, "ready"),
+            None => match metrics.readiness.unavailable_primaries() {
+                None => Response::line(200, "ready"),
+                Some(primaries) => Response::line(200, &format!("ready, but unavailable: {primaries}")),
+            },
             Some(reason) => Response::line(503, &reason).with("Retry-After", "1"),
         },
     })

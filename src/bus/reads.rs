@@ -113,6 +113,19 @@ impl<C: Clone + Ord, R> Reads<C, R> {
         waiting.into_iter().map(|waiting| (waiting.reader, waiting.position)).collect()
     }
 
+    /// Removes and returns all readers.
+    pub fn drain(&mut self) -> impl Iterator<Item = (C, R, EventId)> {
+        (self.started, self.reserved) = (0, 0);
+        self.queue.clear();
+        let blocks = std::mem::take(&mut self.blocks).into_iter();
+        blocks.flat_map(|((channel, _), readers)| {
+            readers
+                .waiting
+                .into_iter()
+                .map(move |waiting| (channel.clone(), waiting.reader, waiting.position))
+        })
+    }
+
     /// Ends the read in flight for this position. `None` if its channel was removed meanwhile.
     fn finish(&mut self, key: &(C, EventId), position: EventId) -> Option<VecDeque<WaitingReader<R>>> {
         let (in_flight, reserved) = self.blocks.get(key)?.in_flight?;

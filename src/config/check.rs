@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 
 use super::environment::Input;
-use super::{AdminAddr, BYTE_RATE_MIN, MESSAGE_PART, Settings, show_size};
+use super::{AdminAddr, BYTE_RATE_MIN, MESSAGE_PART, RedisUrl, Settings, show_size};
 use crate::http::origin::OriginRule;
 
 impl Settings {
@@ -18,6 +18,19 @@ impl Settings {
         }
         if !self.inbox.is_empty() && self.redis.is_none() {
             input.conflict("inbox", "needs --redis URL: messages of an inbox are kept in Redis");
+        }
+        if self.redis_durable && self.redis.as_ref().is_some_and(RedisUrl::is_cluster) {
+            input.conflict(
+                "redis-durable",
+                "has no effect on a Redis Cluster, where a replica replaces a primary: leave it out",
+            );
+        }
+        if self.redis.as_ref().is_some_and(RedisUrl::is_cluster) {
+            for (name, channels) in [("inbox", &self.inbox), ("presence", &self.presence)] {
+                if !channels.is_empty() {
+                    input.conflict(name, "does not work on a Redis Cluster yet: leave it out");
+                }
+            }
         }
         // Any site can open a page with this origin, in a sandboxed frame.
         if self.allow_origin.contains(&OriginRule::Null) && self.jwt_key.is_empty() {

@@ -12,8 +12,8 @@ const SENTINEL_PARAMETERS: [&str; 4] =
     ["node", "sentinelServiceName", "sentinelUsername", "sentinelPassword"];
 
 impl RedisUrl {
-    /// Checks a URL in fred's syntax (`redis`, `rediss`, their `-sentinel` forms, `redis+unix`), or
-    /// `unix:PATH`.
+    /// Checks a URL in fred's syntax (`redis`, `rediss`, their `-sentinel` forms, `redis+unix`),
+    /// `unix:PATH`, or `redis-cluster://[USER:PASSWORD@]HOST:PORT,HOST:PORT...`.
     ///
     /// # Errors
     /// What is wrong with the URL. It is not quoted, since it may hold a password.
@@ -30,7 +30,11 @@ impl RedisUrl {
         if has_misplaced_delimiter(scheme, rest) {
             return Err(format!("has a / ? or # where none belongs: {ESCAPES}"));
         }
-        let url = Url::parse(&text).map_err(|error| {
+        let parsed = match scheme.ends_with("-cluster") {
+            true => cluster_nodes(scheme, rest)?.remove(0),
+            false => text.clone(),
+        };
+        let url = Url::parse(&parsed).map_err(|error| {
             let hint = if rest.contains('@') { format!("; {ESCAPES}") } else { String::new() };
             format!("is not a URL such as redis://127.0.0.1:6379: {error}{hint}")
         })?;
@@ -44,9 +48,9 @@ impl RedisUrl {
             "redis-sentinel" | "rediss-sentinel" => check_sentinel(&url)?,
             "redis+unix" if url.path().len() > 1 => return Ok(RedisUrl(text)),
             "redis+unix" => return Err("has no path: give one, such as unix:/run/redis/redis.sock".into()),
-            scheme if scheme.contains("cluster") => return Err("Redis Cluster is not supported yet".into()),
             scheme => {
-                let known = "redis, rediss, redis-sentinel, rediss-sentinel or unix:PATH";
+                let known = "redis, rediss, redis-sentinel, rediss-sentinel, redis-cluster, rediss-cluster \
+                             or unix:PATH";
                 return Err(format!("{scheme}:// is not a Redis URL: use {known}"));
             }
         }
@@ -59,8 +63,27 @@ impl RedisUrl {
         Ok(RedisUrl(text))
     }
 
+    /// Whether it names nodes of a Redis Cluster.
+    pub fn is_cluster(&self) -> bool {
+        self.0.split_once("://").is_some_and(|(scheme, _)| scheme.ends_with("-cluster"))
+    }
+
+    /// The URL of one Redis; of a cluster, of each node that it names.
+    pub fn servers(&self) -> Vec<String> {
+        match self.0.split_once("://") {
+            Some((scheme, rest)) if scheme.ends_with("-cluster") => {
+                cluster_nodes(scheme, rest).expect("it was parsed when the settings were read")
+            }
+            _ => vec![self.0.clone()],
+        }
+    }
+
     /// What a node connects to first, without user and password.
     pub fn target(&self) -> String {
+        if self.is_cluster() {
+            let (_, nodes) = login_and_nodes(&self.0);
+            return format!("the Redis Cluster at {}", nodes.replace(',', ", "));
+        }
         let url = Url::parse(&self.0).expect("it was parsed when the settings were read");
         let at = |port| format!("{}:{}", url.host_str().unwrap_or_default(), url.port().unwrap_or(port));
         if url.scheme().ends_with("+unix") {
@@ -73,6 +96,33 @@ impl RedisUrl {
         let all: Vec<String> = std::iter::once(at(26379)).chain(others).collect();
         format!("the Sentinels at {}", all.join(", "))
     }
+}
+
+/// What is before and after the last `@`: login and hosts.
+fn login_and_nodes(rest: &str) -> (&str, &str) {
+    let after_scheme = rest.split_once("://").map_or(rest, |(_, rest)| rest);
+    after_scheme.rsplit_once('@').unwrap_or(("", after_scheme))
+}
+
+/// The URLs of the nodes of a cluster that a URL names, at least one.
+fn cluster_nodes(scheme: &str, rest: &str) -> Result<Vec<String>, String> {
+    const NODES: &str = "name nodes as HOST:PORT,HOST:PORT without database and parameters";
+    let scheme = match scheme {
+        "redis-cluster" => "redis",
+        "rediss-cluster" => "rediss",
+        _ => return Err(format!("{scheme}:// is not a Redis URL: use redis-cluster or rediss-cluster")),
+    };
+    let (login, nodes) = login_and_nodes(rest);
+    let at = if rest.contains('@') { "@" } else { "" };
+    let urls = nodes.split(',').map(|node| {
+        let url = format!("{scheme}://{login}{at}{node}");
+        let parsed = Url::parse(&url).map_err(|error| format!("{NODES}: {error}"))?;
+        let is_node = !node.is_empty()
+            && !node.contains(['/', '?', '#'])
+            && parsed.host_str().is_some_and(|host| !host.is_empty());
+        if is_node { Ok(url) } else { Err(NODES.to_owned()) }
+    });
+    urls.collect()
 }
 
 /// How to write a password in a URL.
@@ -120,6 +170,16 @@ fn check_sentinel(url: &Url) -> Result<(), String> {
 
 impl fmt::Display for RedisUrl {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some((scheme, rest)) = self.0.split_once("://")
+            && self.is_cluster()
+        {
+            let (login, nodes) = login_and_nodes(rest);
+            return match login.split_once(':') {
+                Some((user, _)) => write!(f, "{scheme}://{user}:***@{nodes}"),
+                None if rest.contains('@') => write!(f, "{scheme}://{login}@{nodes}"),
+                None => write!(f, "{scheme}://{nodes}"),
+            };
+        }
         let Ok(mut url) = Url::parse(&self.0) else { return f.write_str("***") };
         if url.password().is_some() && url.set_password(Some("***")).is_err() {
             return f.write_str("***");
@@ -162,12 +222,26 @@ mod tests {
                 "redis-sentinel://u:***@a/1?sentinelServiceName=m&node=b:26379&sentinelPassword=***",
             ),
             ("rediss-sentinel://a?sentinelServiceName=m", "rediss-sentinel://a?sentinelServiceName=m"),
+            ("redis-cluster://a:1,b:2", "redis-cluster://a:1,b:2"),
+            ("rediss-cluster://u:secret@a:1,b:2", "rediss-cluster://u:***@a:1,b:2"),
+            ("redis-cluster://:s@cret@a:1", "redis-cluster://:***@a:1"),
         ] {
             let url = RedisUrl::parse(text).unwrap_or_else(|problem| panic!("{text}: {problem}"));
             assert_eq!(url.to_string(), shown);
             assert!(!format!("{url:?}").contains("cret"), "{url:?}");
-            fred::types::config::Config::from_url(&url.0).unwrap_or_else(|error| panic!("{text}: {error}"));
+            fred::types::config::Config::from_url(&url.servers()[0])
+                .unwrap_or_else(|error| panic!("{text}: {error}"));
         }
+    }
+
+    #[test]
+    fn cluster_url_names_several_servers() {
+        let url = RedisUrl::parse("rediss-cluster://u:secret@a:1,[::1]:2,c").unwrap();
+        assert_eq!(
+            url.servers(),
+            ["rediss://u:secret@a:1", "rediss://u:secret@[::1]:2", "rediss://u:secret@c"]
+        );
+        assert!(url.is_cluster() && !RedisUrl::parse("redis://redis-cluster").unwrap().is_cluster());
     }
 
     #[test]
@@ -177,6 +251,7 @@ mod tests {
             ("rediss://ann:secret@[::1]:7000/3", "Redis at [::1]:7000"),
             ("unix:/run/redis.sock", "Redis at /run/redis.sock"),
             ("redis-sentinel://a/1?sentinelServiceName=m&node=b:7000", "the Sentinels at a:26379, b:7000"),
+            ("redis-cluster://u:secret@a:1,b:2", "the Redis Cluster at a:1, b:2"),
         ] {
             assert_eq!(RedisUrl::parse(text).unwrap().target(), target);
         }
@@ -192,8 +267,12 @@ mod tests {
             ("secret:secret@host:6379", "must start with redis://"),
             ("redis:secret@a", "must start with redis://"),
             ("http://:secret@a", "use redis"),
-            ("http://127.0.0.1", "rediss-sentinel or unix:PATH"),
-            ("redis-cluster://:secret@a:1", "not supported yet"),
+            ("http://127.0.0.1", "rediss-cluster or unix:PATH"),
+            ("redis-cluster://:secret@a:1/1", "without database"),
+            ("redis-cluster://:secret@a:1,", "HOST:PORT,HOST:PORT"),
+            ("redis-cluster://:secret@a:1,b:x", "HOST:PORT,HOST:PORT"),
+            ("redis-cluster://:secret@a:1?node=b:2", "without database and parameters"),
+            ("http-cluster://a", "is not a Redis URL"),
             ("redis://:secret@", "is not a URL"),
             ("redis:///3", "no host"),
             ("redis://:secret@a:99999", "is not a URL"),

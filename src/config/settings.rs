@@ -118,6 +118,7 @@ settings! {
     /// The Redis that joins nodes. Without it the node stands alone. One of:
     /// - `redis://[[USER:]PASSWORD@]HOST[:PORT][/DATABASE]`, or `rediss://...` for TLS
     /// - `redis-sentinel://[...@]HOST[:26379][/DATABASE]?sentinelServiceName=NAME`
+    /// - `redis-cluster://[...@]HOST:PORT,HOST:PORT...`, or `rediss-cluster://...` for TLS
     /// - `redis+unix:///PATH` or `unix:PATH`
     ///
     /// Add `&node=HOST:PORT` for each further Sentinel. Give a password in the variable: every user

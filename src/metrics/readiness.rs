@@ -9,6 +9,7 @@ pub struct Readiness {
     memory_pressure: AtomicU32,
     memory_short: AtomicBool,
     bus_problem: Mutex<Option<String>>,
+    unavailable_primaries: Mutex<Option<String>>,
 }
 
 impl Readiness {
@@ -22,6 +23,16 @@ impl Readiness {
     /// `None` when the bus works, else why it does not.
     pub fn set_bus(&self, problem: Option<String>) {
         *self.bus_problem.lock().expect("nothing panics while holding it") = problem;
+    }
+
+    /// The primaries of a Redis Cluster that are away while others work, and why.
+    pub fn set_unavailable_primaries(&self, primaries: Option<String>) {
+        *self.unavailable_primaries.lock().expect("nothing panics while holding it") = primaries;
+    }
+
+    /// What is wrong although the node is ready.
+    pub fn unavailable_primaries(&self) -> Option<String> {
+        self.unavailable_primaries.lock().expect("nothing panics while holding it").clone()
     }
 
     /// Marks the node as stopping. Clients that still come are accepted until the drain starts.

@@ -14,5 +14,7 @@ mod network;
 mod probe;
 /// Redis returns errors, or its clock is wrong.
 mod redis_errors;
+/// Failovers, moved slots and partitions of a Redis Cluster.
+mod redis_cluster;
 /// Restarts, wipes and lost writes of Redis, and restarts of nodes.
 mod restarts;

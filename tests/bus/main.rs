@@ -19,5 +19,6 @@ mod presence;
 mod recent_events;
 mod recovery;
 mod redis;
+mod redis_cluster;
 mod slow_readers;
 mod untrusted_input;

@@ -143,6 +143,10 @@ impl Redis {
         self.process.take().expect("it runs").kill();
     }
 
+    pub fn is_running(&self) -> bool {
+        self.process.is_some()
+    }
+
     /// Removes its files while it does not run.
     pub fn wipe(&mut self) {
         assert!(self.process.is_none(), "it runs");

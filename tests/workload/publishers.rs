@@ -335,7 +335,11 @@ pub async fn program(mut plan: Plan) {
     let mut connection: Option<BufReader<TcpStream>> = None;
     while !plan.is_quiet() {
         let Some(redis) = &mut connection else {
-            let port = plan.shared.redis.load(Ordering::SeqCst);
+            let others = &plan.shared.other_redis;
+            let port = match plan.rng.index(others.len() + 1) {
+                0 => plan.shared.redis.load(Ordering::SeqCst),
+                n => others[n - 1],
+            };
             match TcpStream::connect(local(port)).await {
                 Ok(stream) => connection = Some(BufReader::new(stream)),
                 Err(_) => sleep(RETRY).await,
@@ -358,8 +362,22 @@ pub async fn program(mut plan: Plan) {
 }
 
 /// Errors with which Redis has certainly not run the function.
-const REJECTIONS: [&str; 8] =
-    ["ERR Function not found", "OOM", "READONLY", "LOADING", "BUSY", "MISCONF", "NOREPLICAS", "MASTERDOWN"];
+const REJECTIONS: [&str; 11] = [
+    "ERR Function not found",
+    "ERR fanfare_publish: no node has",
+    "OOM",
+    "READONLY",
+    "LOADING",
+    "BUSY",
+    "MISCONF",
+    "NOREPLICAS",
+    "MASTERDOWN",
+    "CLUSTERDOWN",
+    "TRYAGAIN",
+];
+
+/// Most redirections that a publisher follows. After that its event is rejected.
+const REDIRECTIONS: usize = 5;
 
 async fn fcall(redis: &mut BufReader<TcpStream>, shared: &Shared, sent: &Sent) -> Option<Outcome> {
     let channel = &shared.channels[sent.channel].name;
@@ -370,18 +388,42 @@ async fn fcall(redis: &mut BufReader<TcpStream>, shared: &Shared, sent: &Sent) -
     for part in parts {
         command += &format!("${}\r\n{part}\r\n", part.len());
     }
-    redis.get_mut().write_all(command.as_bytes()).await.ok()?;
-    let mut line = String::new();
-    if redis.read_line(&mut line).await.ok()? == 0 {
-        return None;
+    let mut line = call(redis, &command).await?;
+    for _ in 0..REDIRECTIONS {
+        let mut words = line.split(' ');
+        let kind = words.next().unwrap_or_default().to_owned();
+        let port = words.nth(1).and_then(|address| address.rsplit_once(':')).map(|(_, port)| port.parse());
+        let (true, Some(Ok(port))) = (matches!(&*kind, "-MOVED" | "-ASK"), port) else { break };
+        let Ok(stream) = TcpStream::connect(local(port)).await else { return Some(Outcome::Rejected) };
+        let mut other = BufReader::new(stream);
+        if kind == "-ASK" {
+            call(&mut other, "*1\r\n$6\r\nASKING\r\n").await?;
+        }
+        line = call(&mut other, &command).await?;
+        if kind == "-MOVED" {
+            *redis = other;
+        }
     }
-    let answer = line.trim_end();
+    if line.starts_with("-MOVED") || line.starts_with("-ASK") {
+        return Some(Outcome::Rejected);
+    }
+    let answer = &*line;
     if let Some(id) = answer.strip_prefix(':') {
         return Some(Outcome::Acked(id.parse().expect("an id")));
     }
     let error = answer.strip_prefix('-').unwrap_or_else(|| panic!("neither id nor error: {answer}"));
     let rejected = REJECTIONS.iter().any(|prefix| error.starts_with(prefix));
     Some(if rejected { Outcome::Rejected } else { Outcome::Unknown })
+}
+
+/// Sends a command and reads a line.
+async fn call(redis: &mut BufReader<TcpStream>, command: &str) -> Option<String> {
+    redis.get_mut().write_all(command.as_bytes()).await.ok()?;
+    let mut line = String::new();
+    if redis.read_line(&mut line).await.ok()? == 0 {
+        return None;
+    }
+    Some(line.trim_end().to_owned())
 }
 
 /// Publishes this many events of this size in the main channel by FCALL, pipelined.

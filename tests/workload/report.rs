@@ -101,7 +101,7 @@ impl Report {
 }
 
 /// What a subscriber saw besides events.
-fn control_frames(subscriber: &Subscriber) -> Vec<String> {
+pub fn control_frames(subscriber: &Subscriber) -> Vec<String> {
     let seen = subscriber.seen.iter().filter(|(_, seen)| !matches!(seen, Seen::Event(..)));
     seen.map(|(_, seen)| format!("{seen:?}")).collect()
 }

@@ -10,7 +10,7 @@ use tokio::task::JoinHandle;
 
 use crate::checker::{History, Subscriber, Violation, find_violations};
 use crate::common::client::JSON_MODE;
-use crate::common::{Nodes, Redis, Rng, TokenKey, until};
+use crate::common::{Nodes, Redis, RedisCluster, Rng, TokenKey, until};
 use crate::workload::publishers;
 use crate::workload::report::Report;
 use crate::workload::shared::{Channel, Shared};
@@ -67,6 +67,8 @@ pub struct Workload {
     /// The key of the nodes, if clients need tokens. Then the client that changes its subscriptions
     /// loses channels by its token, too.
     pub token_key: Option<TokenKey>,
+    /// The ports of a Redis Cluster: its publishers by FCALL follow redirections.
+    pub redis_cluster: Vec<u16>,
 }
 
 impl Default for Workload {
@@ -83,6 +85,7 @@ impl Default for Workload {
             channels: 5,
             subscriptions_max: 100,
             token_key: None,
+            redis_cluster: Vec::new(),
         }
     }
 }
@@ -104,8 +107,37 @@ impl Run {
 
     /// The same for nodes on several Redis servers.
     pub async fn at(nodes: &Nodes, count: usize, redis: &Redis, workload: Workload) -> Run {
+        Run::with(nodes, count, redis, workload, |_| {}).await
+    }
+
+    /// The same on a Redis Cluster, with these channels.
+    pub async fn on_cluster(
+        nodes: &Nodes,
+        count: usize,
+        cluster: &RedisCluster,
+        channels: &[String],
+        workload: Workload,
+    ) -> Run {
+        let workload = Workload { redis_cluster: cluster.ports(), channels: channels.len(), ..workload };
+        let name = |shared: &mut Shared| {
+            for (channel, name) in shared.channels.iter_mut().zip(channels) {
+                channel.name.clone_from(name);
+            }
+        };
+        Run::with(nodes, count, &cluster.nodes[0], workload, name).await
+    }
+
+    async fn with(
+        nodes: &Nodes,
+        count: usize,
+        redis: &Redis,
+        workload: Workload,
+        change: impl FnOnce(&mut Shared),
+    ) -> Run {
         let mut shared = Shared::new(&workload.channel, workload.channels, nodes.clone(), redis.port());
         shared.token_key = workload.token_key;
+        shared.other_redis = workload.redis_cluster;
+        change(&mut shared);
         let shared = Arc::new(shared);
         let several = workload.channels;
         let mut subscribers = Vec::new();

@@ -22,6 +22,8 @@ pub struct Shared {
     pub token_key: Option<TokenKey>,
     /// The port at which backends find Redis; 0 if they find none.
     pub redis: AtomicU16,
+    /// The ports of the other nodes, if it is a cluster.
+    pub other_redis: Vec<u16>,
     /// Set when publishers must stop.
     pub quiet: watch::Sender<bool>,
     /// Set when subscribers must stop.
@@ -49,6 +51,7 @@ impl Shared {
             nodes,
             token_key: None,
             redis: AtomicU16::new(redis),
+            other_redis: Vec::new(),
             quiet: watch::Sender::new(false),
             over: watch::Sender::new(false),
             moment: AtomicU64::new(1),

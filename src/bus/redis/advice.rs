@@ -2,12 +2,12 @@
 //! and `doctor` show it. The log has Redis' own text as well, which names what failed but often
 //! nothing that an operator could change.
 
-use super::errors::{CallError, FAULT};
+use super::errors::{self, CallError, FAULT};
 
 const NOT_PERMITTED: &str = "the ACL of this node's Redis user lacks rights: docs/redis.md lists them";
 
 /// Prefixes of errors, and the advice for each.
-const ADVICE: [(&str, &str); 19] = [
+const ADVICE: [(&str, &str); 21] = [
     (
         "ERR unknown command 'SENTINEL'",
         "the server at --redis is not a Sentinel: name the Sentinels (port 26379), or use redis:// for a Redis",
@@ -25,6 +25,8 @@ const ADVICE: [(&str, &str); 19] = [
         "the message is too long for Redis: raise its proto-max-bulk-len, or lower --max-message-size",
     ),
     (FAULT, "this channel's data in Redis is damaged (see the log): other channels are not affected"),
+    (errors::CLUSTER_DOWN, CLUSTER_DOWN),
+    ("TRYAGAIN", "the slot of this channel moves to another primary: wait until CLUSTER SETSLOT ends that"),
     ("LOADING", "Redis is loading its data: wait until it has finished"),
     ("BUSY", "Redis is running a script of another program: wait, or stop it with SCRIPT KILL"),
     (
@@ -132,9 +134,16 @@ const UNREACHABLE: &str =
 /// Redis keeps its connections open and does not reply.
 pub const SILENT: &str = "Redis does not reply: it hangs or is overloaded, or the network loses its replies";
 
+/// Of a cluster: no primary has the slot of a channel.
+pub const NO_PRIMARY: &str =
+    "no primary of the Redis Cluster has the slot of this channel: see redis-cli --cluster check";
+
+/// Of a cluster: what its nodes mean by `cluster_state:fail`.
+pub const CLUSTER_DOWN: &str = "the Redis Cluster is down, or this node of it is cut off from the others: see CLUSTER INFO and CLUSTER NODES";
+
 pub fn for_call(error: &CallError) -> &'static str {
     match error {
-        CallError::NoReply(text) => for_connection(text),
+        CallError::NoReply(text) | CallError::NoReplyElsewhere(text) => for_connection(text),
         CallError::ErrorReply(text) => for_error_reply(text),
     }
 }

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::commands::Script;
 use super::errors::{CallError, is_temporary};
+use super::primaries::SessionId;
 use super::publishing::is_certain;
 use super::scripts::{self, StoredBans};
 use super::{Bus, Outcome, advice};
@@ -94,11 +95,18 @@ impl Bus {
         followed.sequence.as_ref().map(|sequence| (sequence.base(), sequence.position()))
     }
 
-    /// A new session subscribes to all followed channels with this ticket: the control channel is
-    /// one of them.
-    pub(super) fn follow_control(&mut self, ticket: u64) {
+    /// The primary of the control channel.
+    pub(super) fn control_primary(&self) -> usize {
+        self.primaries.of(&ChannelName::control())
+    }
+
+    /// A new session subscribes to all followed channels of its primary with this ticket: the control
+    /// channel is one of them.
+    pub(super) fn follow_control(&mut self, primary: usize, ticket: u64) {
         let name = ChannelName::control();
-        if self.channels.get(&name).is_none_or(|channel| channel.followed.is_none()) {
+        if self.control_primary() == primary
+            && self.channels.get(&name).is_none_or(|channel| channel.followed.is_none())
+        {
             self.start_following(name, Vec::new(), ticket);
         }
     }
@@ -107,7 +115,7 @@ impl Bus {
     /// not have, but bans may still be in force.
     pub(super) fn on_control_started(&mut self) {
         self.control.read_at = Some(Instant::now());
-        self.probe_all();
+        self.probe_all(self.control_primary());
     }
 
     /// The position of the channel can't be read. If its data is damaged, other channels work all
@@ -115,13 +123,14 @@ impl Bus {
     pub(super) fn on_control_failed(&mut self, error: &CallError) {
         self.control.follow_at = Instant::now() + RETRY_DELAY;
         if matches!(error, CallError::ErrorReply(_)) {
-            self.probe_all();
+            self.probe_all(self.control_primary());
         }
     }
 
     /// Follows the control channel if that has failed, and reads the bans if that is due.
     pub(super) fn check_control(&mut self, now: Instant) {
-        let Some(session) = self.link.session() else { return };
+        let id = self.primaries.session_id(self.control_primary());
+        let Some(session) = self.primaries[id.primary].link.session() else { return };
         let name = ChannelName::control();
         let Some(channel) = self.channels.get(&name).filter(|channel| channel.followed.is_some()) else {
             if now >= self.control.follow_at {
@@ -135,22 +144,22 @@ impl Bus {
         (self.control.reading, self.control.read_at) = (true, None);
         let args = scripts::bans_args(&self.handles.settings, channel.known);
         let (commands, outcomes) = (session.commands(), self.handles.outcomes.clone());
-        let (key, generation) = (self.handles.settings.channel_key(&name), self.link.generation());
+        let key = self.handles.settings.channel_key(&name);
         tokio::spawn(async move {
-            let reply = commands.run(Script::Bans, &[&key], args).await;
+            let reply = commands.run(Script::Bans, &key, args).await;
             let unexpected = || CallError::ErrorReply("unexpected reply of bans.lua".into());
             let bans = reply.and_then(|frame| scripts::parse_bans(&frame).ok_or_else(unexpected));
-            let _ = outcomes.send(Outcome::BansRead(generation, bans));
+            let _ = outcomes.send(Outcome::BansRead(id, bans));
         });
     }
 
-    pub(super) fn on_bans_read(&mut self, generation: u64, result: Result<StoredBans, CallError>) {
+    pub(super) fn on_bans_read(&mut self, session: SessionId, result: Result<StoredBans, CallError>) {
         self.control.reading = false;
         let StoredBans { now, base, head, bans } = match result {
             Ok(stored) => stored,
             Err(error) => {
                 self.control.read_at = Some(Instant::now() + RETRY_DELAY);
-                return self.on_call_error(generation, &error);
+                return self.on_call_error(session, &error);
             }
         };
         // Commands that were executed meanwhile may have changed the bans. Later ones are executed
@@ -165,8 +174,9 @@ impl Bus {
     /// Stores a command. It is sent once: a retry would close connections that were opened after
     /// the first attempt.
     pub(super) fn order(&mut self, order: &Order, waiter: OrderWaiter) {
-        let why = self.unavailable();
-        let Some(session) = self.link.session().filter(|_| why.is_none()) else {
+        let id = self.primaries.session_id(self.control_primary());
+        let why = self.unavailable(id.primary);
+        let Some(session) = self.primaries[id.primary].link.session().filter(|_| why.is_none()) else {
             let why = why.unwrap_or_else(|| BusError::Unavailable("reconnecting".into()));
             let _ = waiter.send(Err(OrderError::Rejected(why.to_string().into())));
             return;
@@ -174,19 +184,19 @@ impl Bus {
         let name = ChannelName::control();
         let known = self.channels.get(&name).map(|channel| channel.known).unwrap_or_default();
         let args = scripts::order_args(&self.handles.settings, known, order);
-        let (commands, outcomes) = (session.commands(), self.handles.outcomes.clone());
-        let (key, generation) = (self.handles.settings.channel_key(&name), self.link.generation());
+        let (commands, outcomes, session) = (session.commands(), self.handles.outcomes.clone(), id);
+        let key = self.handles.settings.channel_key(&name);
         tokio::spawn(async move {
-            let reply = commands.run(Script::Order, &[&key], args).await;
+            let reply = commands.run(Script::Order, &key, args).await;
             let unexpected = || CallError::ErrorReply("unexpected reply of order.lua".into());
             let id = reply.and_then(|frame| super::reply::integer(&frame).ok_or_else(unexpected));
-            let _ = outcomes.send(Outcome::Ordered(generation, waiter, id.map(EventId)));
+            let _ = outcomes.send(Outcome::Ordered(session, waiter, id.map(EventId)));
         });
     }
 
     pub(super) fn on_ordered(
         &mut self,
-        generation: u64,
+        session: SessionId,
         waiter: OrderWaiter,
         result: Result<EventId, CallError>,
     ) {
@@ -194,7 +204,7 @@ impl Bus {
             Ok(EventId(0)) => Err(OrderError::TooManyBans),
             Ok(id) => {
                 let is_executed = self.control_position().is_some_and(|(_, position)| *id <= position);
-                if !is_executed && self.link.is_current(generation) {
+                if !is_executed && self.primaries.is_current(session) {
                     self.control.waiting.push((*id, waiter));
                     return;
                 }
@@ -207,11 +217,11 @@ impl Bus {
                 tracing::error!(error = &**text, "order script failed");
                 Err(OrderError::Unknown)
             }
-            Err(CallError::NoReply(_)) => Err(OrderError::Unknown),
+            Err(CallError::NoReply(_) | CallError::NoReplyElsewhere(_)) => Err(OrderError::Unknown),
         };
         let _ = waiter.send(answer); // fails if the task no longer waits
         if let Err(error) = result {
-            self.on_call_error(generation, &error);
+            self.on_call_error(session, &error);
         }
     }
 }

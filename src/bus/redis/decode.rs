@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-use super::errors::FAULT;
+use super::errors::{FAULT, is_temporary};
 use crate::bus::page::Page;
 use crate::protocol::event::{Entry, EventId};
 use crate::protocol::ingest;
@@ -118,7 +118,7 @@ pub type ProbedPosition<'a> = Result<(EventId, EventId), &'a str>;
 /// A channel's line in a probe: its name and position.
 pub fn probe_line(line: &str) -> Option<(&str, ProbedPosition<'_>)> {
     let (channel, rest) = line.split_once(' ')?;
-    if rest.starts_with(FAULT) {
+    if rest.starts_with(FAULT) || is_temporary(rest) {
         return Some((channel, Err(rest)));
     }
     let (base, head) = rest.split_once(' ')?;

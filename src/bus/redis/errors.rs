@@ -79,6 +79,8 @@ impl std::fmt::Display for MissingRights {
 pub enum CallError {
     /// No reply: Redis may or may not have executed the call.
     NoReply(Arc<str>),
+    /// The same, of the primary to which a redirection led: the own session is not affected.
+    NoReplyElsewhere(Arc<str>),
     /// Redis replied with this error.
     ErrorReply(Arc<str>),
 }
@@ -86,7 +88,9 @@ pub enum CallError {
 impl CallError {
     pub fn text(&self) -> Arc<str> {
         match self {
-            CallError::NoReply(text) | CallError::ErrorReply(text) => text.clone(),
+            CallError::NoReply(text) | CallError::NoReplyElsewhere(text) | CallError::ErrorReply(text) => {
+                text.clone()
+            }
         }
     }
 
@@ -104,6 +108,13 @@ impl CallError {
 /// Prefix of a script's error about wrong data in one channel, as `epoch.lua` writes it. The key
 /// follows.
 pub const FAULT: &str = "FAULT ";
+
+/// How a script reports that the keys of its channel are at another primary of a cluster, as
+/// `epoch.lua` writes it. Nothing was published.
+pub const ELSEWHERE: &str = "TRYAGAIN the keys of this channel are at another primary, or move there";
+
+/// The same for a cluster that serves no keys.
+pub const CLUSTER_DOWN: &str = "TRYAGAIN the cluster is down";
 
 /// Whether Redis will soon accept what it rejects now.
 pub fn is_temporary(error: &str) -> bool {

@@ -2,9 +2,9 @@
 //! `fanfare_unban`; and their settings for each prefix.
 //!
 //! Function names are unique in Redis, so deployments that share a Redis share the function. It
-//! reads their settings from one hash per prefix. In a Redis Cluster a function can't read
-//! undeclared keys of another slot: there each primary would need a copy of the hash under a hash
-//! tag of its own slots.
+//! reads their settings from one hash per prefix. On a Redis Cluster no key is in the slots of all
+//! channels of a primary: there the nodes call the function `fanfare_settings`, and the library
+//! remembers the settings for as long as it is loaded.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -14,7 +14,7 @@ use fred::types::{Resp3Frame, Value};
 
 use super::commands::{command, script_args};
 use super::errors::CallError;
-use super::settings::RedisSettings;
+use super::settings::{Kind, RedisSettings};
 use super::{Bus, Outcome, advice, reply, scripts};
 
 /// Time between two checks that the function and the settings are present.
@@ -51,12 +51,23 @@ pub enum WriteMode {
 
 /// Writes the function and the settings of this prefix, which only other programs need.
 pub async fn provide(client: &Client, settings: &RedisSettings, mode: WriteMode) -> Result<(), CallError> {
-    let replace = u64::from(mode == WriteMode::Replace);
-    let mut args = vec![scripts::number(replace), scripts::number(settings.settings_ttl_ms())];
+    let replace = scripts::number(u64::from(mode == WriteMode::Replace));
+    if settings.kind == Kind::Cluster {
+        // The library of another node has the settings of other prefixes: it stays if it is as new.
+        load(client, WriteMode::IfMissing).await?;
+        let mut args = vec![settings.prefix.as_str().into(), replace];
+        args.extend(settings_fields(settings));
+        command(client, "FCALL", script_args("fanfare_settings".into(), &[], args)).await?;
+        return Ok(());
+    }
+    let mut args = vec![replace, scripts::number(settings.settings_ttl_ms())];
     args.extend(settings_fields(settings));
     let script = Value::from_static_str(scripts::SETTINGS);
     command(client, "EVAL", script_args(script, &[&settings.settings_key()], args)).await?;
+    load(client, mode).await
+}
 
+async fn load(client: &Client, mode: WriteMode) -> Result<(), CallError> {
     let found = command(client, "FUNCTION", vec!["LIST".into(), "LIBRARYNAME".into(), NAME.into()]).await?;
     if must_load(version(&found).as_deref(), mode) {
         let args = vec!["LOAD".into(), "REPLACE".into(), Value::from_static_str(TEXT)];
@@ -80,7 +91,7 @@ fn settings_fields(settings: &RedisSettings) -> Vec<Value> {
         "history_ttl".into(),
         scripts::number(settings.history_ttl_ms),
         "durable".into(),
-        scripts::number(u64::from(settings.durable)),
+        scripts::number(u64::from(settings.kind == Kind::Durable)),
         "pubsub_channels".into(),
         pubsub.join(" ").into(),
     ]
@@ -175,17 +186,19 @@ impl FunctionLoader {
 impl Bus {
     /// Writes the function and the settings again if they are missing, as after FUNCTION FLUSH,
     /// FLUSHALL, an eviction or a failover.
-    pub(super) fn check_functions(&mut self, now: Instant) {
-        let Some(session) = self.link.session() else { return };
-        if !self.functions.is_due(now) {
+    pub(super) fn check_functions(&mut self, primary: usize, now: Instant) {
+        let id = self.primaries.session_id(primary);
+        let primary = &mut self.primaries[primary];
+        let Some(session) = primary.link.session() else { return };
+        if !primary.functions.is_due(now) {
             return;
         }
         let (commands, settings, mode) =
-            (session.commands(), self.handles.settings.clone(), self.functions.mode());
-        let (outcomes, generation) = (self.handles.outcomes.clone(), self.link.generation());
+            (session.commands(), self.handles.settings.clone(), primary.functions.mode());
+        let outcomes = self.handles.outcomes.clone();
         tokio::spawn(async move {
             let result = provide(commands.client(), &settings, mode).await;
-            let _ = outcomes.send(Outcome::FunctionLoaded(generation, result));
+            let _ = outcomes.send(Outcome::FunctionLoaded(id, result));
         });
     }
 }

@@ -6,10 +6,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::errors::CallError;
+use super::primaries::SessionId;
 use super::scripts::{KnownPosition, ReadRange};
 use super::subscriptions::read_page;
 use super::{Bus, Outcome, advice, decode, scripts};
-use crate::bus::reads::{Read, Reads};
+use crate::bus::reads::Read;
 use crate::bus::{BLOCK, BusError, Page, PageReader, SHARED_BYTES, block_start};
 use crate::feed::eviction::EvictionQueue;
 use crate::protocol::event::{ChannelName, Entry, EventId};
@@ -30,20 +31,14 @@ type Key = (ChannelName, EventId);
 /// Pages that are being read, and those that were just read.
 #[derive(Debug)]
 pub(super) struct History {
-    /// The shards and tasks that wait.
-    reads: Reads<ChannelName, PageReader>,
     kept: BTreeMap<Key, Arc<Page>>,
     /// What is in `kept`, and when it was read.
     eviction_queue: EvictionQueue<(Instant, Key)>,
 }
 
 impl History {
-    pub(super) fn new(longest_event: usize) -> History {
-        History {
-            reads: Reads::new(longest_event),
-            kept: BTreeMap::new(),
-            eviction_queue: EvictionQueue::new(),
-        }
+    pub(super) fn new() -> History {
+        History { kept: BTreeMap::new(), eviction_queue: EvictionQueue::new() }
     }
 
     /// A page that covers this position, in the epoch that starts at `base`.
@@ -96,17 +91,22 @@ impl Bus {
             let result = Ok(page.clone());
             return self.handles.shards.send_page(reader, channel, position, result);
         }
-        self.history.reads.wait(channel, position, bytes, reader);
-        self.start_page_reads();
+        let primary = self.primaries.of(&channel);
+        self.primaries[primary].pages.wait(channel, position, bytes, reader);
+        self.start_page_reads(primary);
     }
 
-    fn start_page_reads(&mut self) {
+    fn start_page_reads(&mut self, primary: usize) {
+        let limit = IN_FLIGHT_BYTES / self.primaries.shares();
+        let id = self.primaries.session_id(primary);
         while let Some(Read { channel, position, bytes }) =
-            self.history.reads.start(IN_FLIGHT_BYTES, PageReader::is_waiting)
+            self.primaries[primary].pages.start(limit, PageReader::is_waiting)
         {
-            let Some(session) = self.link.session() else {
-                let why = self.unavailable().unwrap_or_else(|| BusError::Unavailable("reconnecting".into()));
-                self.fail_page(&channel, position, &why);
+            let at = &self.primaries[primary];
+            let Some(session) = at.link.session() else {
+                let why = self.unavailable(primary);
+                let why = why.unwrap_or_else(|| BusError::Unavailable("reconnecting".into()));
+                self.fail_page(primary, &channel, position, &why);
                 continue;
             };
             self.handles.metrics.reads.add(1);
@@ -121,38 +121,41 @@ impl Bus {
             };
             let args = scripts::read_args(&self.handles.settings, self.known(&channel), range);
             let (commands, outcomes, reads) =
-                (session.commands(), self.handles.outcomes.clone(), self.handles.reads.clone());
-            let (key, generation) = (self.handles.settings.channel_key(&channel), self.link.generation());
+                (session.commands(), self.handles.outcomes.clone(), at.reads.clone());
+            let key = self.handles.settings.channel_key(&channel);
             tokio::spawn(async move {
-                let _permit = reads.acquire_owned().await;
-                let mut result = read_page(&commands, &key, args).await;
+                let mut result = read_page(&commands, &reads, &key, args).await;
                 if let Ok(page) = &mut result {
                     decode::make_consistent(page, position);
                 }
-                let _ = outcomes.send(Outcome::Page(generation, channel, position, result));
+                let _ = outcomes.send(Outcome::Page(id, channel, position, result));
             });
         }
     }
 
     pub(super) fn on_page(
         &mut self,
-        generation: u64,
+        session: SessionId,
         name: ChannelName,
         position: EventId,
         result: Result<Page, CallError>,
     ) {
+        let primary = session.primary;
+        if !self.primaries.contains(primary) {
+            return; // its readers have got an error
+        }
         match result {
-            Ok(page) => self.share_page(name, position, page),
+            Ok(page) => self.share_page(primary, name, position, page),
             Err(error) => {
                 let why = BusError::Unavailable(advice::for_call(&error).into());
-                self.on_call_error(generation, &error);
-                self.fail_page(&name, position, &why);
+                self.on_call_error(session, &error);
+                self.fail_page(primary, &name, position, &why);
             }
         }
-        self.start_page_reads();
+        self.start_page_reads(primary);
     }
 
-    fn share_page(&mut self, name: ChannelName, position: EventId, page: Page) {
+    fn share_page(&mut self, primary: usize, name: ChannelName, position: EventId, page: Page) {
         if let Some(channel) = self.channels.get_mut(&name) {
             channel.known.update(page.base, page.head);
             let sequence = channel.followed.as_ref().and_then(|followed| followed.sequence.as_ref());
@@ -161,11 +164,12 @@ impl Bus {
             if sequence
                 .is_some_and(|sequence| (sequence.base(), sequence.position()) < (page.base, page.head))
             {
-                self.probes.send_soon();
+                self.primaries[primary].probes.send_soon();
             }
         }
         let page = Arc::new(page);
-        let served = self.history.reads.answer(name.clone(), position, |position| page.covers(position));
+        let pages = &mut self.primaries[primary].pages;
+        let served = pages.answer(name.clone(), position, |position| page.covers(position));
         let shards = served.iter().filter(|(reader, _)| matches!(reader, PageReader::Shard(..))).count();
         for (reader, position) in served {
             self.handles.shards.send_page(reader, name.clone(), position, Ok(page.clone()));
@@ -177,8 +181,8 @@ impl Bus {
         }
     }
 
-    fn fail_page(&mut self, name: &ChannelName, position: EventId, why: &BusError) {
-        for (reader, position) in self.history.reads.fail(name.clone(), position) {
+    fn fail_page(&mut self, primary: usize, name: &ChannelName, position: EventId, why: &BusError) {
+        for (reader, position) in self.primaries[primary].pages.fail(name.clone(), position) {
             self.handles.shards.send_page(reader, name.clone(), position, Err(why.clone()));
         }
     }

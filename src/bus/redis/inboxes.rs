@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use fred::types::Resp3Frame;
 
 use super::commands::Script;
+use super::primaries::FIRST; // there is no --inbox on a cluster
 use super::reply::{array, integer};
 use super::{Bus, Outcome, scripts};
 use crate::protocol::event::ChannelName;
@@ -129,7 +130,7 @@ impl Inboxes {
 impl Bus {
     /// Looks at some inboxes if that is due.
     pub(super) fn look_at_inboxes(&mut self, now: Instant) {
-        let Some(session) = self.link.session() else { return };
+        let Some(session) = self.primaries[FIRST].link.session() else { return };
         let due = self.inboxes.due(now);
         if due.is_empty() {
             return;
@@ -140,7 +141,7 @@ impl Bus {
             let mut found = Vec::new();
             for (name, ttl) in due {
                 let key = settings.channel_key(&name);
-                match commands.run(Script::InboxLook, &[&key], vec![scripts::number(ttl)]).await {
+                match commands.run(Script::InboxLook, &key, vec![scripts::number(ttl)]).await {
                     Ok(frame) => found.extend(Look::parse(&frame).map(|look| (name, look))),
                     Err(error) if error.is_error_reply() => {} // of another type: storing reports it
                     Err(_) => break,                           // the session reports that it has closed

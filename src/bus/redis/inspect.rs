@@ -6,16 +6,17 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use fred::clients::Client;
 use fred::interfaces::ClientLike;
+use fred::types::config::Config;
 use fred::types::{Resp3Frame, Value};
 use tokio::time::{sleep, timeout};
 
-use super::commands::command;
+use super::commands::{Peers, command};
 use super::errors::{CallError, ConnectError, MissingRights};
 pub use super::publish_queue::BATCH_BYTES;
 use super::requirements::check_permissions;
 pub use super::server::Server;
 use super::settings::RedisSettings;
-use super::{advice, reply, session, url};
+use super::{advice, reply, session, topology, url};
 use crate::config::{RedisUrl, Settings};
 use crate::protocol::event::ChannelName;
 
@@ -81,26 +82,46 @@ pub struct History {
     pub now: f64,
 }
 
+/// Facts, or what is wrong and what to do.
+pub type Inspected = Result<Facts, String>;
+
+/// Inspects a Redis. Of a cluster it inspects each primary, with its address.
+///
 /// # Errors
-/// What is wrong and what to do.
-pub async fn inspect(settings: &Settings, url: &RedisUrl) -> Result<Facts, String> {
+/// What is wrong with all of it and what to do.
+pub async fn inspect(
+    settings: &Settings,
+    url: &RedisUrl,
+) -> Result<Vec<(Option<String>, Inspected)>, String> {
     url::check_ca_certificates(url).map_err(|error| error.to_string())?;
-    let config = url::config(url).map_err(|error| error.problem)?;
+    let configs = url::configs(url).map_err(|error| error.problem)?;
+    if !url.is_cluster() {
+        return Ok(vec![(None, inspect_server(settings, configs[0].clone()).await)]);
+    }
+    let seeds: Vec<_> = configs.iter().filter_map(topology::address_of).collect();
+    let view = topology::look(&Peers::default(), &seeds, &configs[0], u64::MAX).await.map_err(explain)?;
+    let inspected = view.primaries().into_iter().map(|address| {
+        let config = topology::config_at(&address, &configs[0]);
+        async move { (Some(address.to_string()), inspect_server(settings, config).await) }
+    });
+    let mut primaries = Vec::new();
+    for primary in inspected {
+        primaries.push(primary.await);
+    }
+    if primaries.is_empty() {
+        Err("the cluster has no slots: see CLUSTER INFO".into())
+    } else {
+        Ok(primaries)
+    }
+}
+
+async fn inspect_server(settings: &Settings, config: Config) -> Inspected {
     let client = Client::new(config, None, Some(session::connection_config(Vec::new())), None);
     let result = timeout(INSPECT_TIMEOUT + SAMPLE, collect(&client, &RedisSettings::new(settings))).await;
     // Whatever comes of it, this process exits soon.
     let _ = timeout(Duration::from_secs(1), client.quit()).await;
     match result {
-        Ok(Ok(facts)) => Ok(facts),
-        Ok(Err(ConnectError::Unsupported(text))) => Err(text),
-        Ok(Err(ConnectError::NotPermitted(rights))) => Err(rights.to_string()),
-        Ok(Err(ConnectError::Unavailable(what))) => Err(advice::for_unavailable(&what)),
-        Ok(Err(ConnectError::Unreachable(error))) => {
-            Err(format!("{} ({error})", advice::for_connection(&error)))
-        }
-        Ok(Err(ConnectError::Rejected(error))) => {
-            Err(format!("{} ({error})", advice::for_error_reply(&error)))
-        }
+        Ok(result) => result.map_err(explain),
         Err(_) => {
             let advice = advice::for_connection("no reply");
             Err(format!("{advice} (not finished within {INSPECT_TIMEOUT:?})"))
@@ -108,8 +129,18 @@ pub async fn inspect(settings: &Settings, url: &RedisUrl) -> Result<Facts, Strin
     }
 }
 
+fn explain(error: ConnectError) -> String {
+    match error {
+        ConnectError::Unsupported(text) => text,
+        ConnectError::NotPermitted(rights) => rights.to_string(),
+        ConnectError::Unavailable(what) => advice::for_unavailable(&what),
+        ConnectError::Unreachable(error) => format!("{} ({error})", advice::for_connection(&error)),
+        ConnectError::Rejected(error) => format!("{} ({error})", advice::for_error_reply(&error)),
+    }
+}
+
 async fn collect(client: &Client, settings: &RedisSettings) -> Result<Facts, ConnectError> {
-    let (_, info) = session::open(client).await?;
+    let (_, info) = session::open(client, settings.kind).await?;
     let field = |name: &str| reply::info_field(&info, name).unwrap_or_default();
     let number = |name: &str| reply::info_number(&info, name);
     let mut facts = Facts {
@@ -142,7 +173,7 @@ async fn optional(
     match command(client, name, args).await {
         Ok(frame) => Ok(Some(frame)),
         Err(CallError::ErrorReply(_)) => Ok(None),
-        Err(CallError::NoReply(text)) => Err(ConnectError::Unreachable(text.to_string())),
+        Err(error) => Err(ConnectError::Unreachable(error.text().to_string())),
     }
 }
 

@@ -4,12 +4,14 @@
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
+use super::commands::Routing;
 use super::dns::{HostName, LOOKUP_INTERVAL, MOVED_AFTER};
 use super::errors::ConnectError;
+use super::primaries::SessionId;
 use super::session::{self, Session};
 use super::settings::random;
 use super::status::Status;
-use super::{Bus, Outcome, advice};
+use super::{Bus, Outcome, advice, topology};
 use crate::bus::Unusable;
 
 /// The first wait before a new attempt to connect. It doubles with each failure.
@@ -19,7 +21,7 @@ const BACKOFF_MAX: Duration = Duration::from_secs(3);
 /// The current session, or the next attempt to make one.
 pub(super) struct Link {
     session: Option<Session>,
-    /// Counts sessions and attempts, so that results of an earlier one are recognized.
+    /// The number of the session or attempt, so that results of an earlier one are recognized.
     generation: u64,
     /// When to connect next, while there is no session and no attempt.
     next_attempt: Option<Instant>,
@@ -37,11 +39,11 @@ pub(super) struct Link {
 
 impl Link {
     /// `starting` is what [`Status::Starting`] shows.
-    pub(super) fn new(starting: String) -> Link {
+    pub(super) fn new(starting: String, next_attempt: Option<Instant>) -> Link {
         Link {
             session: None,
             generation: 0,
-            next_attempt: Some(Instant::now()),
+            next_attempt,
             failures: 0,
             status: Status::Starting(starting),
             eviction_warning: None,
@@ -57,10 +59,6 @@ impl Link {
 
     pub(super) fn generation(&self) -> u64 {
         self.generation
-    }
-
-    pub(super) fn is_current(&self, generation: u64) -> bool {
-        self.generation == generation
     }
 
     pub(super) fn status(&self) -> &Status {
@@ -88,11 +86,9 @@ impl Link {
         self.failures = 0;
     }
 
-    /// Starts an attempt. Returns its generation.
-    fn start_attempt(&mut self) -> u64 {
+    fn start_attempt(&mut self, generation: u64) {
         self.next_attempt = None;
-        self.generation += 1;
-        self.generation
+        self.generation = generation;
     }
 
     fn open(&mut self, session: Session, ticket: u64) {
@@ -101,14 +97,11 @@ impl Link {
         (self.next_lookup, self.lookups_elsewhere) = (Instant::now() + LOOKUP_INTERVAL, 0);
     }
 
-    /// Drops the session and invalidates its results. False if there is none.
-    fn close(&mut self) -> bool {
-        let closed = self.session.take().is_some();
-        if closed {
-            self.generation += 1;
-            self.subscribing = None;
-        }
-        closed
+    /// Drops the session; with its new generation the results are invalid.
+    fn close(&mut self, generation: u64) {
+        self.session = None;
+        self.generation = generation;
+        self.subscribing = None;
     }
 
     fn back_off(&mut self) {
@@ -151,68 +144,85 @@ impl Link {
 }
 
 impl Bus {
-    pub(super) fn check_link(&mut self, now: Instant) {
-        if self.link.next_attempt.is_some_and(|at| at <= now) {
-            self.connect();
+    pub(super) fn check_link(&mut self, primary: usize, now: Instant) {
+        let link = &mut self.primaries[primary].link;
+        if link.next_attempt.is_some_and(|at| at <= now) {
+            self.connect(primary);
         }
-        if self.link.session().is_none() {
+        if self.primaries[primary].link.session().is_none() {
             return;
         }
-        self.check_probes(now);
-        if let Some(name) = self.link.due_lookup(now) {
-            let (outcomes, generation) = (self.handles.outcomes.clone(), self.link.generation());
+        self.check_probes(primary, now);
+        if let Some(name) = self.primaries[primary].link.due_lookup(now) {
+            let (outcomes, session) = (self.handles.outcomes.clone(), self.primaries.session_id(primary));
             tokio::spawn(async move {
-                let _ = outcomes.send(Outcome::LookedUp(generation, name.lookup().await));
+                let _ = outcomes.send(Outcome::LookedUp(session, name.lookup().await));
             });
         }
     }
 
-    fn connect(&mut self) {
-        let generation = self.link.start_attempt();
-        let (config, settings) = (self.handles.config.clone(), self.handles.settings.clone());
-        let (outcomes, mode) = (self.handles.outcomes.clone(), self.functions.mode());
+    fn connect(&mut self, primary: usize) {
+        let generation = self.primaries.next_generation();
+        let id = SessionId { primary, generation };
+        let primary = &mut self.primaries[primary];
+        primary.link.start_attempt(generation);
+        let (config, settings) = (primary.config.clone(), self.handles.settings.clone());
+        let (outcomes, mode) = (self.handles.outcomes.clone(), primary.functions.mode());
+        let routing = match (&self.topology, &primary.address) {
+            (Some(topology), Some(address)) => {
+                Routing::Cluster(topology.peers.clone(), topology::host_of(address).into())
+            }
+            _ => Routing::Single,
+        };
         let report = {
             let outcomes = outcomes.clone();
             move |report| {
-                let _ = outcomes.send(Outcome::Session(generation, report));
+                let _ = outcomes.send(Outcome::Session(id, report));
             }
         };
         tokio::spawn(async move {
-            let session = session::connect(config, &settings, mode, report);
+            let session = session::connect(config, routing, &settings, mode, report);
             let outcome = match tokio::time::timeout(session::SESSION_TIMEOUT, session).await {
-                Ok(Ok(session)) => Outcome::Connected(generation, Box::new(session)),
-                Ok(Err(error)) => Outcome::NotConnected(generation, error),
+                Ok(Ok(session)) => Outcome::Connected(id, Box::new(session)),
+                Ok(Err(error)) => Outcome::NotConnected(id, error),
                 Err(_) => {
                     let error = ConnectError::Unreachable("no session in time".into());
-                    Outcome::NotConnected(generation, error)
+                    Outcome::NotConnected(id, error)
                 }
             };
             let _ = outcomes.send(outcome);
         });
     }
 
-    /// Subscribes to all followed channels.
-    pub(super) fn on_connected(&mut self, session: Session) {
+    /// Subscribes to all followed channels of this primary.
+    pub(super) fn on_connected(&mut self, primary: usize, session: Session) {
         if session.is_closed() {
             let error = "the connection broke at once";
-            self.set_status(Status::unreachable(error), Some(error));
-            return self.link.back_off();
+            self.set_status(primary, Status::unreachable(error), Some(error));
+            return self.primaries[primary].link.back_off();
         }
-        self.link.warn_of_eviction(session.eviction_warning.clone());
-        self.functions.on_loaded(session.fcall_error.clone());
         let ticket = self.subscriptions.next_ticket();
-        self.follow_control(ticket);
+        self.follow_control(primary, ticket);
         let settings = &self.handles.settings;
-        let mut topics = vec![settings.probe_topic()];
-        let followed = self.channels.iter().filter(|(_, channel)| channel.followed.is_some());
+        let mut topics = vec![settings.probe_topic(primary)];
+        let followed = self
+            .channels
+            .iter()
+            .filter(|(_, channel)| channel.primary == primary && channel.followed.is_some());
         topics.extend(followed.flat_map(|(name, _)| settings.topics(name)));
         session.subscribe(topics, ticket);
-        self.link.open(session, ticket);
-        self.probes.start_session();
+        let at = &mut self.primaries[primary];
+        at.link.warn_of_eviction(session.eviction_warning.clone());
+        at.functions.on_loaded(session.fcall_error.clone());
+        if let (Some(topology), Some(address)) = (&self.topology, &at.address) {
+            topology.peers.add(address.clone(), session.commands());
+        }
+        at.link.open(session, ticket);
+        at.probes.start_session();
         self.publishing.retry_all();
     }
 
-    pub(super) fn on_not_connected(&mut self, error: ConnectError) -> Result<(), Unusable> {
+    pub(super) fn on_not_connected(&mut self, primary: usize, error: ConnectError) -> Result<(), Unusable> {
         let (status, error) = match error {
             ConnectError::Unsupported(text) => return Err(Unusable(text)),
             ConnectError::Unreachable(text) => (Status::unreachable(&text), Some(text)),
@@ -222,30 +232,39 @@ impl Bus {
             }
             ConnectError::NotPermitted(rights) => (Status::Rejecting(rights.to_string().into()), None),
         };
-        self.set_status(status, error.as_deref());
-        self.link.back_off();
+        self.set_status(primary, status, error.as_deref());
+        self.primaries[primary].link.back_off();
         Ok(())
     }
 
     /// Reconnects if the host name has moved to another Redis.
-    pub(super) fn on_looked_up(&mut self, found: Result<Vec<SocketAddr>, String>) {
-        if let Some(address) = self.link.moved_from(found) {
-            self.close_session(&format!("the name no longer resolves to {address}"));
+    pub(super) fn on_looked_up(&mut self, primary: usize, found: Result<Vec<SocketAddr>, String>) {
+        if let Some(address) = self.primaries[primary].link.moved_from(found) {
+            self.close_session(primary, &format!("the name no longer resolves to {address}"));
         }
     }
 
-    pub(super) fn close_session(&mut self, error: &str) {
-        if !self.link.close() {
+    pub(super) fn close_session(&mut self, primary: usize, error: &str) {
+        if self.primaries[primary].link.session().is_none() {
             return;
         }
-        self.probes.end_session();
-        self.control.end_session();
+        let generation = self.primaries.next_generation();
+        let at = &mut self.primaries[primary];
+        at.link.close(generation);
+        at.probes.end_session();
+        if let (Some(topology), Some(address)) = (&mut self.topology, &at.address) {
+            topology.peers.remove(address);
+            topology.look_soon();
+        }
+        if self.control_primary() == primary {
+            self.control.end_session();
+        }
         let status = match ["NOPERM", "READONLY"].iter().any(|prefix| error.starts_with(prefix)) {
             true => Status::rejecting(error),
             false => Status::unreachable(error),
         };
-        self.fail_joins(status.advice().unwrap_or_default());
-        self.set_status(status, Some(error));
-        self.link.back_off();
+        self.fail_joins(primary, status.advice().unwrap_or_default());
+        self.set_status(primary, status, Some(error));
+        self.primaries[primary].link.back_off();
     }
 }

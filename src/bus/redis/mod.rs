@@ -8,6 +8,7 @@
 //! |---|---|
 //! | `session`, `commands` | the two connections to one Redis, and commands over them |
 //! | `link`, `dns`, `status` | connecting, reconnecting, and what `/readyz` and the log say about it |
+//! | `primaries`, `slots`, `topology` | one primary for each part of a cluster, and which it is |
 //! | `url` | from `--redis` to the configuration of fred |
 //! | `requirements`, `advice`, `errors` | what a node needs of Redis; errors and what to do about them |
 //! | `scripts`, `functions`, `settings` | the Lua in Redis, its arguments, and the names of keys |
@@ -24,29 +25,29 @@
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
-use fred::types::config::Config;
 use fred::types::{Message, Resp3Frame};
 use tokio::sync::broadcast::error::{RecvError, TryRecvError};
-use tokio::sync::{Semaphore, broadcast, mpsc};
+use tokio::sync::{broadcast, mpsc};
 
 use self::control::Control;
 use self::errors::{CallError, ConnectError};
 use self::faults::FaultLog;
 use self::followed::FollowedChannel;
-use self::functions::FunctionLoader;
 use self::history::History;
 use self::inboxes::{Inboxes, Look};
 use self::link::Link;
 use self::presence::Presence;
-use self::probe::Probes;
+use self::primaries::{Primaries, Primary, SessionId};
 use self::publish_queue::PublishQueue;
 use self::publishing::Publishing;
 use self::scripts::{KnownPosition, StoredBans};
 use self::session::{Report, Session};
 use self::settings::RedisSettings;
 use self::subscriptions::{ReadPurpose, Subscriptions};
+use self::topology::{Topology, View};
 use super::control::Executor;
 use super::{BusContext, Follower, OrderWaiter, Page, Request, ShardSender, Unusable};
 use crate::config::{RedisUrl, Settings};
@@ -67,6 +68,7 @@ mod inboxes;
 pub mod inspect;
 mod link;
 mod presence;
+mod primaries;
 mod probe;
 mod publish_queue;
 mod publishing;
@@ -76,8 +78,10 @@ mod scripts;
 mod server;
 mod session;
 mod settings;
+mod slots;
 mod status;
 mod subscriptions;
+mod topology;
 pub mod url;
 
 pub use self::errors::MissingRights;
@@ -89,45 +93,47 @@ const TICK: Duration = Duration::from_millis(100);
 /// Most messages or requests handled before the other inputs have their turn.
 const TURN_MAX: usize = 256;
 
-/// Reads in flight. Redis executes one after the other anyway, so more would only fill its queue.
-const READS_MAX: usize = 64;
-
 /// How long a channel that is neither followed nor published to is remembered.
 const IDLE: Duration = Duration::from_secs(60);
 
-/// The result of a call to Redis. The first field is the generation of its session: see
-/// [`Link::is_current`].
+/// The result of a call to Redis, and the session that made it: see [`Primaries::is_current`].
 enum Outcome {
-    Connected(u64, Box<(Session, broadcast::Receiver<Message>)>),
-    NotConnected(u64, ConnectError),
-    Session(u64, Report),
-    Published(u64, ChannelName, Result<Resp3Frame, CallError>),
-    Read(u64, ChannelName, ReadPurpose, Result<Page, CallError>),
-    Page(u64, ChannelName, EventId, Result<Page, CallError>),
-    Ordered(u64, OrderWaiter, Result<EventId, CallError>),
-    BansRead(u64, Result<StoredBans, CallError>),
-    ProbeSent(u64, Result<(), CallError>),
-    FunctionLoaded(u64, Result<(), CallError>),
+    Connected(SessionId, Box<(Session, broadcast::Receiver<Message>)>),
+    NotConnected(SessionId, ConnectError),
+    Session(SessionId, Report),
+    Published(SessionId, ChannelName, Result<Resp3Frame, CallError>),
+    Read(SessionId, ChannelName, ReadPurpose, Result<Page, CallError>),
+    Page(SessionId, ChannelName, EventId, Result<Page, CallError>),
+    Ordered(SessionId, OrderWaiter, Result<EventId, CallError>),
+    BansRead(SessionId, Result<StoredBans, CallError>),
+    ProbeSent(SessionId, Result<(), CallError>),
+    FunctionLoaded(SessionId, Result<(), CallError>),
     InboxesLooked(Vec<(ChannelName, Look)>),
-    LookedUp(u64, Result<Vec<SocketAddr>, String>),
-    PresenceUpdated(u64, Vec<ChannelName>, Result<Resp3Frame, CallError>),
+    LookedUp(SessionId, Result<Vec<SocketAddr>, String>),
+    PresenceUpdated(SessionId, Vec<ChannelName>, Result<Resp3Frame, CallError>),
+    Topology(Result<View, ConnectError>),
 }
+
+/// The messages of a session.
+type Messages = (SessionId, broadcast::Receiver<Message>);
 
 /// What this node knows of a channel, in both directions.
 struct Channel {
+    primary: usize,
     known: KnownPosition,
     /// A read for the base is in flight.
     loading_base: bool,
     queue: PublishQueue,
     followed: Option<FollowedChannel>,
-    /// It is in the rotation of [`Probes`].
+    /// It is in the rotation of [`Probes`](probe::Probes).
     in_rotation: bool,
     last_used: Instant,
 }
 
-impl Default for Channel {
-    fn default() -> Channel {
+impl Channel {
+    fn at(primary: usize) -> Channel {
         Channel {
+            primary,
             known: KnownPosition::default(),
             loading_base: false,
             queue: PublishQueue::default(),
@@ -136,9 +142,7 @@ impl Default for Channel {
             last_used: Instant::now(),
         }
     }
-}
 
-impl Channel {
     fn is_idle(&self, now: Instant) -> bool {
         let unused = self.followed.is_none() && self.queue.is_idle();
         unused && !self.loading_base && !self.in_rotation && now.duration_since(self.last_used) > IDLE
@@ -148,18 +152,17 @@ impl Channel {
 /// What all parts of the bus share and none changes.
 struct Handles {
     settings: Arc<RedisSettings>,
-    config: Config,
     shards: Arc<dyn ShardSender>,
     metrics: Arc<BusMetrics>,
     readiness: Arc<Readiness>,
     outcomes: mpsc::UnboundedSender<Outcome>,
-    /// Limits the reads in flight.
-    reads: Arc<Semaphore>,
 }
 
 struct Bus {
     handles: Handles,
-    link: Link,
+    primaries: Primaries,
+    /// `None` for a Redis without cluster.
+    topology: Option<Topology>,
     /// Boxed, since a table has up to twice as many places as entries.
     channels: HashMap<ChannelName, Box<Channel>>,
     subscriptions: Subscriptions,
@@ -167,49 +170,44 @@ struct Bus {
     inboxes: Inboxes,
     history: History,
     control: Control,
-    probes: Probes,
-    functions: FunctionLoader,
     presence: Presence,
     faults: FaultLog,
     next_cleanup: Instant,
 }
 
+/// What the status of a primary is before the first attempt to connect has finished.
+fn connecting(address: &str) -> String {
+    format!("connecting to Redis at {address}")
+}
+
 /// Runs until all senders of requests are dropped.
 pub async fn run(settings: &Settings, url: &RedisUrl, context: BusContext) -> Result<(), Unusable> {
-    let config = url::config(url).map_err(|error| Unusable(error.to_string()))?;
-    if config.server.is_clustered() {
-        return Err(Unusable(format!(
-            "--redis {url}: cluster mode is not supported yet: name a stand-alone Redis or Sentinels"
-        )));
-    }
+    let configs = url::configs(url).map_err(|error| Unusable(error.to_string()))?;
+    let topology = url.is_cluster().then(|| Topology::new(&configs));
     let BusContext { mut requests, shards, bans, metrics, readiness } = context;
     let control = Control::new(Executor::new(bans, shards.clone(), metrics.clone()));
     let (outcomes, mut outcomes_rx) = mpsc::unbounded_channel();
-    let handles = Handles {
-        settings: Arc::new(RedisSettings::new(settings)),
-        config,
-        shards,
-        metrics,
-        readiness,
-        outcomes,
-        reads: Arc::new(Semaphore::new(READS_MAX)),
-    };
+    let handles =
+        Handles { settings: Arc::new(RedisSettings::new(settings)), shards, metrics, readiness, outcomes };
+    // Until the slots of a cluster are known, it stands for all of them and does not connect.
+    let first_attempt = topology.is_none().then(Instant::now);
+    let link = Link::new(super::starting(settings), first_attempt);
+    let first = Primary::new(None, configs[0].clone(), link, settings.max_message_size);
     let mut bus = Bus {
         handles,
-        link: Link::new(super::starting(settings)),
+        primaries: Primaries::new(first),
+        topology,
         channels: HashMap::new(),
         subscriptions: Subscriptions::default(),
         publishing: Publishing::default(),
         inboxes: Inboxes::new(&settings.inbox, settings.max_channels.get()),
-        history: History::new(settings.max_message_size),
+        history: History::new(),
         control,
-        probes: Probes::default(),
-        functions: FunctionLoader::new(),
         presence: Presence::new(settings),
         faults: FaultLog::default(),
         next_cleanup: Instant::now() + IDLE,
     };
-    let mut messages: Option<broadcast::Receiver<Message>> = None;
+    let mut messages: Vec<Messages> = Vec::new();
     let mut tick = tokio::time::interval(TICK);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
@@ -222,15 +220,19 @@ pub async fn run(settings: &Settings, url: &RedisUrl, context: BusContext) -> Re
                     bus.on_request(request);
                 }
             }
-            message = next_message(&mut messages) => {
-                bus.on_message(message);
+            (at, message) = next_message(&mut messages) => {
+                let (session, messages_rx) = &mut messages[at];
+                bus.on_message(session.primary, message);
                 for _ in 1..TURN_MAX {
-                    match messages.as_mut().map(|rx| rx.try_recv()) {
-                        Some(Ok(message)) => bus.on_message(Ok(message)),
-                        Some(Err(TryRecvError::Lagged(lost))) => bus.on_message(Err(RecvError::Lagged(lost))),
+                    match messages_rx.try_recv() {
+                        Ok(message) => bus.on_message(session.primary, Ok(message)),
+                        Err(TryRecvError::Lagged(lost)) => {
+                            bus.on_message(session.primary, Err(RecvError::Lagged(lost)));
+                        }
                         _ => break, // if it is closed, the next turn handles that
                     }
                 }
+                messages.rotate_left(1); // the others have their turn
             }
             outcome = outcomes_rx.recv() => {
                 let outcome = outcome.expect("the bus itself holds a sender");
@@ -238,18 +240,26 @@ pub async fn run(settings: &Settings, url: &RedisUrl, context: BusContext) -> Re
             }
             _ = tick.tick() => bus.on_tick(Instant::now()),
         }
-        if bus.link.session().is_none() {
-            messages = None;
-        }
+        messages.retain(|(session, _)| bus.primaries.is_open(*session));
         bus.send_changed();
     }
 }
 
-async fn next_message(messages: &mut Option<broadcast::Receiver<Message>>) -> Result<Message, RecvError> {
-    match messages {
-        Some(messages) => messages.recv().await,
-        None => std::future::pending().await,
+/// The next message, and the place of its receiver.
+async fn next_message(messages: &mut [Messages]) -> (usize, Result<Message, RecvError>) {
+    if let [(_, messages)] = messages {
+        return (0, messages.recv().await);
     }
+    let mut waits: Vec<_> = messages.iter_mut().map(|(_, messages)| Box::pin(messages.recv())).collect();
+    std::future::poll_fn(|context| {
+        for (at, wait) in waits.iter_mut().enumerate() {
+            if let Poll::Ready(message) = wait.as_mut().poll(context) {
+                return Poll::Ready((at, message));
+            }
+        }
+        Poll::Pending
+    })
+    .await
 }
 
 impl Bus {
@@ -276,49 +286,43 @@ impl Bus {
         }
     }
 
-    fn on_outcome(
-        &mut self,
-        outcome: Outcome,
-        messages: &mut Option<broadcast::Receiver<Message>>,
-    ) -> Result<(), Unusable> {
+    fn on_outcome(&mut self, outcome: Outcome, messages: &mut Vec<Messages>) -> Result<(), Unusable> {
         match outcome {
-            Outcome::Connected(generation, session) if self.link.is_current(generation) => {
+            Outcome::Connected(id, session) if self.primaries.is_current(id) => {
                 let (session, receiver) = *session;
-                *messages = Some(receiver);
-                self.on_connected(session);
+                messages.push((id, receiver));
+                self.on_connected(id.primary, session);
             }
-            Outcome::NotConnected(generation, error) if self.link.is_current(generation) => {
-                self.on_not_connected(error)?;
+            Outcome::NotConnected(id, error) if self.primaries.is_current(id) => {
+                self.on_not_connected(id.primary, error)?;
             }
-            Outcome::Session(generation, report) if self.link.is_current(generation) => match report {
-                Report::Subscribed(ticket) => self.on_subscribed(ticket),
-                Report::Closed(why) => self.close_session(&why),
+            Outcome::Session(id, report) if self.primaries.is_current(id) => match report {
+                Report::Subscribed(ticket) => self.on_subscribed(id.primary, ticket),
+                Report::Closed(why) => self.close_session(id.primary, &why),
             },
-            Outcome::ProbeSent(generation, result) if self.link.is_current(generation) => {
-                self.on_probe_sent(result);
+            Outcome::ProbeSent(id, result) if self.primaries.is_current(id) => {
+                self.on_probe_sent(id, result);
             }
-            Outcome::FunctionLoaded(generation, result) if self.link.is_current(generation) => match result {
-                Ok(()) => self.functions.on_loaded(None),
-                Err(CallError::ErrorReply(text)) => self.functions.on_loaded(Some(text)),
-                Err(CallError::NoReply(_)) => {} // the session reports that it has closed
-            },
-            Outcome::LookedUp(generation, found) if self.link.is_current(generation) => {
-                self.on_looked_up(found);
+            Outcome::FunctionLoaded(id, result) if self.primaries.is_current(id) => {
+                let functions = &mut self.primaries[id.primary].functions;
+                match result {
+                    Ok(()) => functions.on_loaded(None),
+                    Err(CallError::ErrorReply(text)) => functions.on_loaded(Some(text)),
+                    Err(_) => {} // the session reports that it has closed
+                }
             }
+            Outcome::LookedUp(id, found) if self.primaries.is_current(id) => {
+                self.on_looked_up(id.primary, found);
+            }
+            Outcome::Topology(found) => self.on_topology(found)?,
             // Results of calls count whichever session made the call: each call has exactly one.
-            Outcome::Published(generation, channel, result) => {
-                self.on_published(generation, &channel, result);
-            }
-            Outcome::Read(generation, channel, purpose, result) => {
-                self.on_read(generation, &channel, purpose, result);
-            }
-            Outcome::Page(generation, channel, position, result) => {
-                self.on_page(generation, channel, position, result);
-            }
-            Outcome::Ordered(generation, waiter, result) => self.on_ordered(generation, waiter, result),
-            Outcome::BansRead(generation, result) => self.on_bans_read(generation, result),
-            Outcome::PresenceUpdated(generation, channels, result) => {
-                self.on_presence_updated(generation, &channels, result);
+            Outcome::Published(id, channel, result) => self.on_published(id, &channel, result),
+            Outcome::Read(id, channel, purpose, result) => self.on_read(id, &channel, purpose, result),
+            Outcome::Page(id, channel, position, result) => self.on_page(id, channel, position, result),
+            Outcome::Ordered(id, waiter, result) => self.on_ordered(id, waiter, result),
+            Outcome::BansRead(id, result) => self.on_bans_read(id, result),
+            Outcome::PresenceUpdated(id, channels, result) => {
+                self.on_presence_updated(id, &channels, result);
             }
             Outcome::InboxesLooked(found) => self.on_inboxes_looked(found),
             _ => {} // of an earlier session
@@ -327,7 +331,10 @@ impl Bus {
     }
 
     fn on_tick(&mut self, now: Instant) {
-        self.check_link(now);
+        self.check_topology(now);
+        for primary in self.primaries.numbers() {
+            self.check_link(primary, now);
+        }
         self.history.expire(now);
         self.expire_publishes(now);
         self.check_control(now);
@@ -338,22 +345,26 @@ impl Bus {
             self.channels.retain(|_, channel| !channel.is_idle(now));
             self.channels.shrink_to(2 * self.channels.len());
             self.control.expire_bans();
-            self.probes.shrink();
-            self.subscriptions.shrink();
+            for primary in self.primaries.numbers() {
+                self.primaries[primary].shrink();
+            }
             self.presence.shrink();
         }
     }
 
     /// Handles the error of a call for the session that made it.
-    fn on_call_error(&mut self, generation: u64, error: &CallError) {
-        if !self.link.is_current(generation) {
+    fn on_call_error(&mut self, session: SessionId, error: &CallError) {
+        if !self.primaries.is_current(session) {
             return;
         }
         match error {
-            CallError::NoReply(text) => self.close_session(text),
+            CallError::NoReply(text) => self.close_session(session.primary, text),
+            CallError::NoReplyElsewhere(_) => {} // the session there reports it
             // A demoted primary keeps its connections open. The next connection finds the new
             // primary.
-            CallError::ErrorReply(text) if text.starts_with("READONLY") => self.close_session(text),
+            CallError::ErrorReply(text) if text.starts_with("READONLY") => {
+                self.close_session(session.primary, text);
+            }
             CallError::ErrorReply(text) => self.faults.log(text),
         }
     }

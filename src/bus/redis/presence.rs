@@ -13,6 +13,7 @@ use tokio::sync::oneshot;
 
 use super::commands::{Commands, Script};
 use super::errors::CallError;
+use super::primaries::{FIRST, SessionId}; // there is no --presence on a cluster
 use super::scripts::number;
 use super::{Bus, Outcome, advice, reply};
 use crate::bus::presence::{Change, LINGER, Lingering, NodeUsers};
@@ -235,11 +236,12 @@ impl Bus {
 
     /// Makes one call for the channels that need one.
     fn call_presence(&mut self) {
-        let Some(session) = self.link.session().filter(|_| !self.presence.ready.is_empty()) else { return };
+        let open = self.primaries[FIRST].link.session();
+        let Some(session) = open.filter(|_| !self.presence.ready.is_empty()) else { return };
         let settings = &self.handles.settings;
         self.presence.last_number += 1;
         let mut args = vec![
-            number(u64::from(settings.durable)),
+            Value::from_static_str(settings.kind.name()),
             Value::from(settings.prefix.as_str()),
             Value::from(settings.node.as_str()),
             number(self.presence.last_number),
@@ -251,16 +253,16 @@ impl Bus {
             return;
         }
         let (commands, outcomes) = (session.commands(), self.handles.outcomes.clone());
-        let (topic, generation) = (settings.probe_topic(), self.link.generation());
+        let (topic, id) = (settings.probe_topic(FIRST), self.primaries.session_id(FIRST));
         tokio::spawn(async move {
-            let result = commands.run(Script::UpdatePresence, &[&topic], args).await;
-            let _ = outcomes.send(Outcome::PresenceUpdated(generation, names, result));
+            let result = commands.run(Script::UpdatePresence, &topic, args).await;
+            let _ = outcomes.send(Outcome::PresenceUpdated(id, names, result));
         });
     }
 
     pub(super) fn on_presence_updated(
         &mut self,
-        generation: u64,
+        session: SessionId,
         names: &[ChannelName],
         result: Result<Resp3Frame, CallError>,
     ) {
@@ -284,7 +286,7 @@ impl Bus {
                     let advice = advice::for_error_reply(text);
                     tracing::warn!(error = &**text, advice, "presence not stored");
                 }
-                self.on_call_error(generation, &error);
+                self.on_call_error(session, &error);
             }
         }
     }
@@ -296,20 +298,21 @@ impl Bus {
         limit: usize,
         answer: oneshot::Sender<Result<PresencePage, BusError>>,
     ) {
-        let (Some(session), None) = (self.link.session(), self.unavailable()) else {
-            let why = self.unavailable().unwrap_or_else(|| BusError::Unavailable("not connected".into()));
+        let (Some(session), None) = (self.primaries[FIRST].link.session(), self.unavailable(FIRST)) else {
+            let why =
+                self.unavailable(FIRST).unwrap_or_else(|| BusError::Unavailable("not connected".into()));
             let _ = answer.send(Err(why)); // fails if the task no longer waits
             return;
         };
         let settings = &self.handles.settings;
         let args = vec![
-            number(u64::from(settings.durable)),
+            Value::from_static_str(settings.kind.name()),
             number(settings.history),
             number(settings.history_ttl_ms),
             Value::from(from.unwrap_or_else(|| "0".into())),
             number(limit as u64),
         ];
-        let (commands, reads) = (session.commands(), self.handles.reads.clone());
+        let (commands, reads) = (session.commands(), self.primaries[FIRST].reads.clone());
         let key = settings.channel_key(channel);
         tokio::spawn(async move {
             let _permit = reads.acquire_owned().await;
@@ -322,7 +325,7 @@ impl Bus {
 async fn read_page(commands: &Commands, key: &str, args: Vec<Value>) -> Result<PresencePage, BusError> {
     for _ in 0..READS_MAX {
         let frame = commands
-            .run(Script::ReadPresence, &[key], args.clone())
+            .run(Script::ReadPresence, key, args.clone())
             .await
             .map_err(|error| BusError::Unavailable(advice::for_call(&error).into()))?;
         let Some([status, count, next, users @ ..]) = reply::array(&frame) else { break };

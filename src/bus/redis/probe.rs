@@ -6,7 +6,8 @@ use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use super::commands::Script;
-use super::errors::CallError;
+use super::errors::{CLUSTER_DOWN, CallError, ELSEWHERE};
+use super::primaries::SessionId;
 use super::status::Status;
 use super::{Bus, Outcome, advice, decode, scripts};
 use crate::protocol::event::ChannelName;
@@ -62,6 +63,16 @@ impl Probes {
         self.rotation.shrink_to(2 * self.rotation.len());
     }
 
+    /// Removes channels for which `stays` is false.
+    pub(super) fn retain(&mut self, stays: impl FnMut(&ChannelName) -> bool) {
+        self.rotation.retain(stays);
+    }
+
+    /// The number of probes that compare all channels once.
+    fn per_rotation(&self) -> usize {
+        self.rotation.len().div_ceil(PROBE_CHANNELS).max(1)
+    }
+
     /// Sends the next probe with the next tick, since events may be missing.
     pub(super) fn send_soon(&mut self) {
         self.next = self.next.map(|_| Instant::now());
@@ -92,36 +103,36 @@ impl Probes {
 
 impl Bus {
     /// Sends a probe if one is due. Reconnects if none has come back for too long.
-    pub(super) fn check_probes(&mut self, now: Instant) {
-        let silence = self.probes.silence(now);
+    pub(super) fn check_probes(&mut self, primary: usize, now: Instant) {
+        let silence = self.primaries[primary].probes.silence(now);
         if silence > PROBE_LOST {
-            return self.close_session(&format!("no reply for {} s", silence.as_secs()));
+            return self.close_session(primary, &format!("no reply for {} s", silence.as_secs()));
         } else if silence > PROBE_LATE {
-            self.set_status(Status::Unreachable(advice::SILENT), Some("no probe came back"));
+            self.set_status(primary, Status::Unreachable(advice::SILENT), Some("no probe came back"));
         }
-        if self.link.is_subscribed() && self.probes.next.is_some_and(|at| at <= now) {
-            self.probes.next = Some(now + PROBE_INTERVAL);
-            self.send_probe();
+        let at = &mut self.primaries[primary];
+        if at.link.is_subscribed() && at.probes.next.is_some_and(|at| at <= now) {
+            at.probes.next = Some(now + PROBE_INTERVAL);
+            self.send_probe(primary);
         }
     }
 
     /// Compares all followed channels at once: a new session may have missed events of each.
-    pub(super) fn probe_all(&mut self) {
-        for _ in 0..self.probes_per_rotation() {
-            self.send_probe();
+    pub(super) fn probe_all(&mut self, primary: usize) {
+        for _ in 0..self.primaries[primary].probes.per_rotation() {
+            self.send_probe(primary);
         }
-        self.probes.next = Some(Instant::now() + PROBE_INTERVAL);
+        self.primaries[primary].probes.next = Some(Instant::now() + PROBE_INTERVAL);
     }
 
-    fn probes_per_rotation(&self) -> usize {
-        (self.subscriptions.followed() + 1).div_ceil(PROBE_CHANNELS) // the control channel, too
-    }
-
-    fn send_probe(&mut self) {
-        let Some(session) = self.link.session() else { return };
-        let mut args = scripts::probe_args(&self.handles.settings, self.probes.start());
-        for _ in 0..self.probes.rotation.len().min(PROBE_CHANNELS) {
-            let Some(name) = self.probes.rotation.pop_front() else { break };
+    fn send_probe(&mut self, primary: usize) {
+        let session = self.primaries.session_id(primary);
+        let at = &mut self.primaries[primary];
+        let Some(open) = at.link.session() else { return };
+        let (commands, outcomes) = (open.commands(), self.handles.outcomes.clone());
+        let mut args = scripts::probe_args(&self.handles.settings, at.probes.start());
+        for _ in 0..at.probes.rotation.len().min(PROBE_CHANNELS) {
+            let Some(name) = at.probes.rotation.pop_front() else { break };
             let Some(channel) = self.channels.get_mut(&name) else { continue };
             let Some(followed) = &channel.followed else {
                 channel.in_rotation = false;
@@ -130,42 +141,50 @@ impl Bus {
             if followed.sequence.is_some() {
                 scripts::add_probe_channel(&mut args, &name, channel.known);
             }
-            self.probes.rotation.push_back(name);
+            at.probes.rotation.push_back(name);
         }
-        let interval = self.probes_per_rotation() as u64 * PROBE_INTERVAL.as_secs();
+        let rounds = self.primaries.iter().map(|(_, primary)| primary.probes.per_rotation()).max();
+        let interval = rounds.unwrap_or(1) as u64 * PROBE_INTERVAL.as_secs();
         self.handles.metrics.probe_interval_seconds.set(interval);
-        let (commands, outcomes) = (session.commands(), self.handles.outcomes.clone());
-        let (topic, generation) = (self.handles.settings.probe_topic(), self.link.generation());
+        let topic = self.handles.settings.probe_topic(primary);
         tokio::spawn(async move {
-            let result = commands.run(Script::Probe, &[&topic], args).await.map(|_| ());
-            let _ = outcomes.send(Outcome::ProbeSent(generation, result));
+            let result = commands.run(Script::Probe, &topic, args).await.map(|_| ());
+            let _ = outcomes.send(Outcome::ProbeSent(session, result));
         });
     }
 
-    pub(super) fn on_probe_sent(&mut self, result: Result<(), CallError>) {
+    pub(super) fn on_probe_sent(&mut self, session: SessionId, result: Result<(), CallError>) {
         let Err(error) = result else { return };
         if let CallError::ErrorReply(text) = &error {
             // The connection works, so a new one would not help.
-            self.probes.last_reply = Some(Instant::now());
-            self.set_status(Status::rejecting(text), Some(text));
+            self.primaries[session.primary].probes.last_reply = Some(Instant::now());
+            self.set_status(session.primary, Status::rejecting(text), Some(text));
         }
-        self.on_call_error(self.link.generation(), &error);
+        self.on_call_error(session, &error);
     }
 
     /// Reads a probe of this node: its number, then a line for each channel.
-    pub(super) fn on_probe(&mut self, text: &[u8]) {
+    pub(super) fn on_probe(&mut self, primary: usize, text: &[u8]) {
         let now = Instant::now();
         let text = String::from_utf8_lossy(text);
         let mut lines = text.lines();
         let Some(number) = lines.next().and_then(|line| line.parse::<u64>().ok()) else { return };
-        let Some(round_trip) = self.probes.finish(number, now) else { return };
+        let at = &mut self.primaries[primary];
+        let Some(round_trip) = at.probes.finish(number, now) else { return };
         self.handles.metrics.round_trips.observe(round_trip);
-        self.link.reset_backoff();
-        self.set_status(Status::Working, None);
-        self.check_functions(now);
+        at.link.reset_backoff();
+        let mut status = Status::Working;
         for (name, position) in lines.filter_map(decode::probe_line) {
             let (base, head) = match position {
                 Ok(position) => position,
+                Err(CLUSTER_DOWN) => {
+                    status = Status::Unreachable(advice::CLUSTER_DOWN);
+                    continue;
+                }
+                Err(ELSEWHERE) => {
+                    self.look_for_slots();
+                    continue;
+                }
                 Err(fault) => {
                     self.faults.log(fault);
                     continue;
@@ -181,5 +200,7 @@ impl Bus {
             }
             self.deliver(&name, Vec::new());
         }
+        self.set_status(primary, status, None);
+        self.check_functions(primary, now);
     }
 }

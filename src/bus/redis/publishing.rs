@@ -8,10 +8,11 @@ use fred::types::Resp3Frame;
 
 use super::commands::Script;
 use super::errors::{CallError, FAULT, is_temporary};
+use super::primaries::{Primaries, SessionId};
 use super::publish_queue::{Completed, PublishQueue};
 use super::scripts::KnownPosition;
 use super::subscriptions::ReadPurpose;
-use super::{Bus, Outcome, advice, scripts};
+use super::{Bus, Channel, Outcome, advice, scripts};
 use crate::bus::{Publish, PublishError};
 use crate::metrics::WarningLimit;
 use crate::protocol::event::{ChannelName, EventId};
@@ -54,8 +55,6 @@ pub(super) struct Publishing {
     busy: HashSet<ChannelName>,
     /// Channels to check in [`Bus::send_changed`].
     changed: Vec<ChannelName>,
-    /// Memory of all queues.
-    queued_bytes: usize,
     /// The last publish number of all channels. Numbers are not per channel, since those of a
     /// forgotten channel would start again at 1.
     last_number: u64,
@@ -71,14 +70,6 @@ impl Publishing {
         }
     }
 
-    /// Changes a queue and updates the sum of all.
-    fn update<T>(&mut self, queue: &mut PublishQueue, change: impl FnOnce(&mut PublishQueue) -> T) -> T {
-        let before = queue.bytes();
-        let result = change(queue);
-        self.queued_bytes = self.queued_bytes - before + queue.bytes();
-        result
-    }
-
     /// Notes that the channel may have a call to make.
     pub(super) fn mark_changed(&mut self, channel: ChannelName) {
         self.changed.push(channel);
@@ -90,21 +81,38 @@ impl Publishing {
     }
 }
 
+/// Changes a channel's queue and updates the sum of its primary.
+fn update<T>(
+    primaries: &mut Primaries,
+    channel: &mut Channel,
+    change: impl FnOnce(&mut PublishQueue) -> T,
+) -> T {
+    let before = channel.queue.bytes();
+    let result = change(&mut channel.queue);
+    let queued = &mut primaries[channel.primary].queued_bytes;
+    *queued = *queued - before + channel.queue.bytes();
+    result
+}
+
 impl Bus {
     pub(super) fn publish(&mut self, publish: Publish) {
-        if self.publishing.queued_bytes > self.handles.settings.queue_bytes_max {
+        let name = publish.channel.clone();
+        let primary =
+            self.channels.get(&name).map_or_else(|| self.primaries.of(&name), |channel| channel.primary);
+        // Each primary has its share, so that one that is away does not use up that of the others.
+        let limit = self.handles.settings.queue_bytes_max / self.primaries.shares();
+        if self.primaries[primary].queued_bytes > limit {
             let full = PublishError::Rejected("too many events wait for the bus".into());
             self.complete(vec![(publish.answer, Err(full))]);
             return;
         }
-        let name = publish.channel.clone();
         if publish.sender.is_some() && !self.inboxes.note(&name, Instant::now()) {
             self.complete(vec![(publish.answer, Err(PublishError::Full))]);
             return;
         }
         let deadline = Instant::now() + self.handles.settings.publish_timeout;
-        let channel = self.channels.entry(name.clone()).or_default();
-        self.publishing.update(&mut channel.queue, |queue| queue.push(publish, deadline));
+        let channel = self.channels.entry(name.clone()).or_insert_with(|| Box::new(Channel::at(primary)));
+        update(&mut self.primaries, channel, |queue| queue.push(publish, deadline));
         if self.publishing.busy.insert(name.clone()) || channel.queue.is_ready() {
             self.publishing.mark_changed(name);
         }
@@ -125,7 +133,8 @@ impl Bus {
             self.publishing.busy.remove(name);
             return;
         }
-        let Some(session) = self.link.session() else { return };
+        let primary = channel.primary;
+        let Some(session) = self.primaries[primary].link.session() else { return };
         if !channel.queue.is_ready() {
             return;
         }
@@ -152,24 +161,24 @@ impl Bus {
             _ => scripts::add_events(&mut args, &batch.items),
         }
         let (commands, outcomes) = (session.commands(), self.handles.outcomes.clone());
-        let (key, generation, name) = (settings.channel_key(name), self.link.generation(), name.clone());
+        let (key, id, name) = (settings.channel_key(name), self.primaries.session_id(primary), name.clone());
         tokio::spawn(async move {
-            let result = commands.run(script, &[&key], args).await;
-            let _ = outcomes.send(Outcome::Published(generation, name, result));
+            let result = commands.run(script, &key, args).await;
+            let _ = outcomes.send(Outcome::Published(id, name, result));
         });
     }
 
     pub(super) fn on_published(
         &mut self,
-        generation: u64,
+        session: SessionId,
         name: &ChannelName,
         result: Result<Resp3Frame, CallError>,
     ) {
         let channel = self.channels.get_mut(name).expect("a channel with a call in flight is kept");
-        let known = &mut channel.known;
+        let mut known = channel.known;
         let mut rejection = None;
-        let completed = self.publishing.update(&mut channel.queue, |queue| match &result {
-            Ok(frame) => on_reply(queue, known, frame).unwrap_or_else(|| queue.on_published(None)),
+        let completed = update(&mut self.primaries, channel, |queue| match &result {
+            Ok(frame) => on_reply(queue, &mut known, frame).unwrap_or_else(|| queue.on_published(None)),
             Err(CallError::ErrorReply(text)) if is_temporary(text) => {
                 queue.retry(false);
                 Vec::new()
@@ -187,11 +196,12 @@ impl Bus {
                 tracing::error!(channel = %name, error = &**text, "publish script failed");
                 queue.on_published(None)
             }
-            Err(CallError::NoReply(_)) => {
+            Err(CallError::NoReply(_) | CallError::NoReplyElsewhere(_)) => {
                 queue.retry(true);
                 Vec::new()
             }
         });
+        channel.known = known;
         self.complete(completed);
         if let Some(error) = rejection {
             self.publishing.warn_of_rejection(&error);
@@ -199,7 +209,7 @@ impl Bus {
         match result {
             Ok(_) => self.publishing.mark_changed(name.clone()),
             Err(error) => {
-                self.on_call_error(generation, &error);
+                self.on_call_error(session, &error);
                 // A call that must be repeated waits for the next tick or the next session.
                 if !self.channels[name].queue.is_ready() {
                     self.publishing.mark_changed(name.clone());
@@ -211,7 +221,7 @@ impl Bus {
     /// Rejects the events of a channel that were not sent yet.
     pub(super) fn reject_unsent(&mut self, name: &ChannelName, why: &Arc<str>) {
         let Some(channel) = self.channels.get_mut(name) else { return };
-        let completed = self.publishing.update(&mut channel.queue, |queue| queue.reject_unsent(why));
+        let completed = update(&mut self.primaries, channel, |queue| queue.reject_unsent(why));
         self.complete(completed);
         self.publishing.mark_changed(name.clone());
     }
@@ -221,7 +231,7 @@ impl Bus {
         let busy: Vec<ChannelName> = self.publishing.busy.iter().cloned().collect();
         for name in busy {
             if let Some(channel) = self.channels.get_mut(&name) {
-                let completed = self.publishing.update(&mut channel.queue, |queue| queue.expire(now));
+                let completed = update(&mut self.primaries, channel, |queue| queue.expire(now));
                 self.complete(completed);
             }
             self.publishing.mark_changed(name);

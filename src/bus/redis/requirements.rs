@@ -6,7 +6,7 @@ use fred::types::{Resp3Frame, Value};
 use super::commands::{command, script_args};
 use super::errors::{CallError, ConnectError, MissingRights, is_temporary};
 use super::server::{self, Server};
-use super::settings::RedisSettings;
+use super::settings::{Kind, RedisSettings};
 use super::{advice, reply, scripts};
 
 /// Sends a command that must succeed before a session can start.
@@ -20,14 +20,16 @@ pub async fn required(
 
 fn connect_error(error: CallError) -> ConnectError {
     match error {
-        CallError::NoReply(text) => ConnectError::Unreachable(text.to_string()),
+        CallError::NoReply(text) | CallError::NoReplyElsewhere(text) => {
+            ConnectError::Unreachable(text.to_string())
+        }
         CallError::ErrorReply(text) if is_temporary(&text) => ConnectError::Unreachable(text.to_string()),
         CallError::ErrorReply(text) => ConnectError::Rejected(text.to_string()),
     }
 }
 
 /// Checks server and mode. Returns the reply of INFO.
-pub async fn check_server(client: &Client) -> Result<String, ConnectError> {
+pub async fn check_server(client: &Client, kind: Kind) -> Result<String, ConnectError> {
     let info = reply::bytes(&required(client, "INFO", Vec::new()).await?).unwrap_or_default();
     let info = String::from_utf8_lossy(&info).into_owned();
     Server::of(&info).check().map_err(ConnectError::Unsupported)?;
@@ -37,12 +39,16 @@ pub async fn check_server(client: &Client) -> Result<String, ConnectError> {
                 .into(),
         ));
     }
-    if reply::info_field(&info, "cluster_enabled") == Some("1") {
-        return Err(ConnectError::Unsupported(
-            "cluster mode is not supported yet: name a stand-alone Redis or Sentinels in --redis".into(),
-        ));
+    match (reply::info_field(&info, "cluster_enabled") == Some("1"), kind == Kind::Cluster) {
+        (true, false) => Err(ConnectError::Unsupported(
+            "the server at --redis is a node of a Redis Cluster: use redis-cluster://HOST:PORT,HOST:PORT"
+                .into(),
+        )),
+        (false, true) => Err(ConnectError::Unsupported(
+            "the server at --redis is not a node of a Redis Cluster: use redis://HOST:PORT".into(),
+        )),
+        _ => Ok(info),
     }
-    Ok(info)
 }
 
 /// What the eviction policy in a reply of INFO does, if Redis may evict keys.
@@ -56,9 +62,12 @@ pub fn eviction_warning(info: &str) -> Option<String> {
 /// script is sent as text, since it is needed once.
 pub async fn check_permissions(client: &Client, settings: &RedisSettings) -> Result<(), ConnectError> {
     let channel = format!("{}:{{x}}", settings.prefix);
-    let pubsub = settings.pubsub_channels.iter().map(|channel| Value::from(channel.as_str())).collect();
-    let keys = [&*channel, &settings.probe_topic(), &settings.settings_key()];
-    let args = script_args(Value::from_static_str(scripts::CHECK), &keys, pubsub);
+    let pubsub = settings.pubsub_channels.iter().map(|channel| Value::from(channel.as_str()));
+    let kind = settings.kind.name().to_owned();
+    let mut args: Vec<Value> =
+        [channel, settings.probe_topic(0), settings.settings_key(), kind].map(Value::from).into();
+    args.extend(pubsub);
+    let args = script_args(Value::from_static_str(scripts::CHECK), &[], args);
     let [forbidden, unavailable] = match command(client, "EVAL", args).await {
         Ok(frame) => match reply::array(&frame) {
             Some([forbidden, unavailable]) => [reply::texts(forbidden), reply::texts(unavailable)],
@@ -79,8 +88,9 @@ pub async fn check_permissions(client: &Client, settings: &RedisSettings) -> Res
     Err(ConnectError::NotPermitted(MissingRights {
         commands: forbidden.join(", "),
         grant: format!(
-            "~{prefix}:* &{prefix}:*{pubsub} +@read +@write +@pubsub +@scripting +@connection +info +time",
+            "~{prefix}:* &{prefix}:*{pubsub} +@read +@write +@pubsub +@scripting +@connection +info +time{cluster}",
             prefix = settings.prefix,
+            cluster = if settings.kind == Kind::Cluster { " +cluster|slots +cluster|info" } else { "" },
         ),
     }))
 }

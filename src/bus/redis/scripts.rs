@@ -45,9 +45,13 @@ pub const INBOX_LOOK: &str = concat!("#!lua flags=allow-oom\n", include_str!("lu
 pub const READ: &str =
     concat!("#!lua flags=allow-oom\n", include_str!("lua/epoch.lua"), "\n", include_str!("lua/read.lua"));
 
-/// With `allow-oom`, as [`READ`].
-pub const PROBE: &str =
-    concat!("#!lua flags=allow-oom\n", include_str!("lua/epoch.lua"), "\n", include_str!("lua/probe.lua"));
+/// With `allow-oom`, as [`READ`]. On a cluster its channels are in several slots.
+pub const PROBE: &str = concat!(
+    "#!lua flags=allow-oom,allow-cross-slot-keys\n",
+    include_str!("lua/epoch.lua"),
+    "\n",
+    include_str!("lua/probe.lua"),
+);
 
 /// As [`PUBLISH`].
 pub const ORDER: &str = concat!(
@@ -100,7 +104,7 @@ pub fn number(value: u64) -> Value {
 /// The first arguments of all scripts on a channel.
 fn channel_args(settings: &RedisSettings, known: KnownPosition) -> Vec<Value> {
     vec![
-        number(u64::from(settings.durable)),
+        Value::from_static_str(settings.kind.name()),
         number(settings.history_ttl_ms),
         number(known.seen.0),
         number(known.base.0),
@@ -274,7 +278,7 @@ pub fn parse_page(frame: &Resp3Frame) -> Option<Page> {
 /// The arguments of [`PROBE`] before the channels.
 pub fn probe_args(settings: &RedisSettings, probe: u64) -> Vec<Value> {
     vec![
-        number(u64::from(settings.durable)),
+        Value::from_static_str(settings.kind.name()),
         number(settings.history_ttl_ms),
         Value::from(settings.prefix.as_str()),
         number(probe),

@@ -16,14 +16,14 @@ use tokio::sync::{broadcast, mpsc, watch};
 use tokio::task::AbortHandle;
 
 use super::advice::{CLOSED_AT_ONCE, NO_TLS_ANSWER};
-use super::commands::{Commands, SCRIPTS, command};
+use super::commands::{Commands, Routing, SCRIPTS, command};
 use super::dns::{HostName, Peer};
 use super::errors::{ConnectError, readable};
 use super::functions::{self, WriteMode};
 use super::reply;
 use super::requirements::{check_permissions, check_server, eviction_warning, required};
 use super::server::Server;
-use super::settings::RedisSettings;
+use super::settings::{Kind, RedisSettings};
 
 /// Longest wait for one connection, TLS and login included.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -124,11 +124,11 @@ pub fn connection_config(reconnect_errors: Vec<ReconnectError>) -> ConnectionCon
 }
 
 /// Connects, logs in and checks the server. Returns the reply of INFO, too.
-pub async fn open(client: &Client) -> Result<(ConnectHandle, String), ConnectError> {
+pub async fn open(client: &Client, kind: Kind) -> Result<(ConnectHandle, String), ConnectError> {
     let over_tls = client.client_config().tls.is_some();
     let opened = async {
         let closed = client.init().await.map_err(connect_error)?;
-        Ok((closed, check_server(client).await?))
+        Ok((closed, check_server(client, kind).await?))
     };
     opened.await.map_err(|error| match error {
         ConnectError::Unreachable(text) => ConnectError::Unreachable(before_first_reply(text, over_tls)),
@@ -136,7 +136,7 @@ pub async fn open(client: &Client) -> Result<(ConnectHandle, String), ConnectErr
     })
 }
 
-fn connect_error(error: Error) -> ConnectError {
+pub fn connect_error(error: Error) -> ConnectError {
     match error.kind() {
         ErrorKind::Auth => ConnectError::Rejected(readable(error.details())),
         _ => ConnectError::Unreachable(readable(error.details())),
@@ -160,18 +160,19 @@ fn before_first_reply(error: String, over_tls: bool) -> String {
 /// Connects to the first address of this Redis that accepts connections.
 pub async fn connect(
     config: Config,
+    routing: Routing,
     settings: &RedisSettings,
     mode: WriteMode,
     report: impl Fn(Report) + Clone + Send + Sync + 'static,
 ) -> Result<(Session, broadcast::Receiver<Message>), ConnectError> {
     let Some(name) = HostName::of(&config) else {
-        return connect_to(config, None, settings, mode, report).await;
+        return connect_to(config, routing, None, settings, mode, report).await;
     };
     let mut failure = ConnectError::Unreachable("no addresses for the name".into());
     for address in name.lookup().await.map_err(ConnectError::Unreachable)? {
         let peer = Peer { name: name.clone(), address };
         let config = name.at(address, &config);
-        match connect_to(config, Some(peer), settings, mode, report.clone()).await {
+        match connect_to(config, routing.clone(), Some(peer), settings, mode, report.clone()).await {
             Err(error @ ConnectError::Unreachable(_)) => failure = error,
             result => return result,
         }
@@ -182,6 +183,7 @@ pub async fn connect(
 /// Opens both connections, checks the requirements, and loads scripts and function.
 async fn connect_to(
     config: Config,
+    routing: Routing,
     peer: Option<Peer>,
     settings: &RedisSettings,
     mode: WriteMode,
@@ -189,7 +191,7 @@ async fn connect_to(
 ) -> Result<(Session, broadcast::Receiver<Message>), ConnectError> {
     let mut tasks = AbortOnDrop(Vec::new());
     let client = Client::new(config.clone(), None, Some(connection_config(Vec::new())), None);
-    let (commands_closed, info) = open(&client).await?;
+    let (commands_closed, info) = open(&client, settings.kind).await?;
     tasks.0.push(commands_closed.abort_handle());
     let (server, eviction_warning) = (Server::of(&info), eviction_warning(&info));
 
@@ -211,7 +213,7 @@ async fn connect_to(
     }
     let hashes: [Value; SCRIPTS.len()] = hashes.try_into().expect("as many hashes as scripts");
     let (open, open_rx) = watch::channel(());
-    let commands = Commands::new(client.clone(), hashes, open_rx);
+    let commands = Commands::new(client.clone(), routing, hashes, open_rx);
     check_permissions(&client, settings).await?;
     let fcall_error = functions::provide(&client, settings, mode).await.err().map(|error| error.text());
 

@@ -7,12 +7,32 @@ use std::time::Duration;
 use crate::config::Settings;
 use crate::protocol::event::ChannelName;
 
+/// What scripts must know of a Redis.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// It may lose writes when it restarts.
+    Volatile,
+    /// `--redis-durable`: it keeps every acknowledged write.
+    Durable,
+    Cluster,
+}
+
+impl Kind {
+    /// As `epoch.lua` knows it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Kind::Volatile => "volatile",
+            Kind::Durable => "durable",
+            Kind::Cluster => "cluster",
+        }
+    }
+}
+
 #[derive(Debug)]
 pub struct RedisSettings {
     /// First part of every key and Pub/Sub channel.
     pub prefix: String,
-    /// `--redis-durable`: this Redis keeps every acknowledged write.
-    pub durable: bool,
+    pub kind: Kind,
     /// Events kept for each channel.
     pub history: u64,
     /// Bytes of events kept for each channel.
@@ -65,7 +85,11 @@ impl RedisSettings {
         let retries = settings.publish_timeout.saturating_mul(10);
         RedisSettings {
             prefix: settings.redis_prefix.clone(),
-            durable: settings.redis_durable,
+            kind: match &settings.redis {
+                Some(url) if url.is_cluster() => Kind::Cluster,
+                _ if settings.redis_durable => Kind::Durable,
+                _ => Kind::Volatile,
+            },
             history: settings.history,
             history_bytes: settings.history_bytes,
             history_ttl_ms: millis(settings.history_ttl),
@@ -85,9 +109,13 @@ impl RedisSettings {
         format!("{}:{{{channel}}}", self.prefix)
     }
 
-    /// The Pub/Sub channel of this node's probes.
-    pub fn probe_topic(&self) -> String {
-        format!("{}:node:{}", self.prefix, self.node)
+    /// The Pub/Sub channel of this node's probes of a primary. Those of a cluster also get the
+    /// messages that the others publish.
+    pub fn probe_topic(&self, primary: usize) -> String {
+        match self.kind {
+            Kind::Cluster => format!("{}:node:{}:{primary}", self.prefix, self.node),
+            _ => format!("{}:node:{}", self.prefix, self.node),
+        }
     }
 
     /// The hash with the FCALL settings of this prefix.
@@ -120,7 +148,7 @@ impl RedisSettings {
         match own.strip_prefix('{').and_then(|rest| rest.split_once('}')) {
             Some((channel, "")) => Topic::Events(channel),
             Some((channel, ":to")) => Topic::Private(channel),
-            _ if own.strip_prefix("node:") == Some(&self.node) => Topic::Probe,
+            _ if own.strip_prefix("node:").is_some_and(|node| node.starts_with(&self.node)) => Topic::Probe,
             _ => Topic::External(name),
         }
     }

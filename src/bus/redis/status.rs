@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 
+use super::primaries::FIRST;
 use super::{Bus, advice};
 use crate::bus::BusError;
 
@@ -39,24 +40,44 @@ impl Status {
 
 impl Bus {
     /// Changes the status. `error` is the text of Redis or of the connection, for the log.
-    pub(super) fn set_status(&mut self, status: Status, error: Option<&str>) {
-        let Some(old) = self.link.set_status(status.clone()) else { return };
+    pub(super) fn set_status(&mut self, primary: usize, status: Status, error: Option<&str>) {
+        let primary = &mut self.primaries[primary];
+        let Some(old) = primary.link.set_status(status.clone()) else { return };
+        let address = primary.address.as_deref();
         match (&old, status.advice()) {
             (_, None) => {
-                let server = self.link.session().map(|session| session.server.to_string());
-                tracing::info!(server, "bus available");
+                let server = primary.link.session().map(|session| session.server.to_string());
+                tracing::info!(address, server, "bus available");
                 self.handles.metrics.set_server(server);
             }
             (Status::Unreachable(_), Some(advice)) if matches!(status, Status::Unreachable(_)) => {
-                tracing::debug!(error, advice, "bus still unavailable");
+                tracing::debug!(address, error, advice, "bus still unavailable");
             }
-            (_, Some(advice)) => tracing::warn!(error, advice, "bus unavailable, retrying"),
+            (_, Some(advice)) => tracing::warn!(address, error, advice, "bus unavailable, retrying"),
         }
-        self.handles.readiness.set_bus(status.advice().map(str::to_owned));
+        self.report_readiness();
     }
 
-    /// Why Redis can't be asked now, if it can't.
-    pub(super) fn unavailable(&self) -> Option<BusError> {
-        self.link.status().advice().map(|advice| BusError::Unavailable(advice.into()))
+    /// The node is ready if one primary works. The others are named.
+    pub(super) fn report_readiness(&self) {
+        let is_cluster = self.primaries.is_cluster_known();
+        let used = self.primaries.iter().filter(|(at, _)| !is_cluster || *at != FIRST);
+        let (mut works, mut problems) = (false, Vec::new());
+        for (_, primary) in used {
+            match (primary.link.status().advice(), &primary.address) {
+                (None, _) => works = true,
+                (Some(advice), None) => problems.push(advice.to_owned()),
+                (Some(advice), Some(address)) => problems.push(format!("{address}: {advice}")),
+            }
+        }
+        let problems = (!problems.is_empty()).then(|| problems.join("; "));
+        let (whole, part) = if works { (None, problems) } else { (problems, None) };
+        self.handles.readiness.set_bus(whole);
+        self.handles.readiness.set_unavailable_primaries(part);
+    }
+
+    /// Why the channels of a primary are unavailable, if they are.
+    pub(super) fn unavailable(&self, primary: usize) -> Option<BusError> {
+        self.primaries[primary].link.status().advice().map(|advice| BusError::Unavailable(advice.into()))
     }
 }

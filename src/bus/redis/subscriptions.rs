@@ -1,18 +1,19 @@
 //! Followed channels: subscriptions, messages, and reads that fill gaps.
 
-use std::collections::VecDeque;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use fred::types::{Message, Value};
+use tokio::sync::Semaphore;
 use tokio::sync::broadcast::error::RecvError;
 
 use super::commands::{Commands, Script};
-use super::errors::CallError;
+use super::errors::{CallError, ELSEWHERE};
 use super::followed::FollowedChannel;
+use super::primaries::SessionId;
 use super::scripts::ReadRange;
 use super::settings::Topic;
-use super::{Bus, Outcome, advice, decode, scripts};
+use super::{Bus, Channel, Outcome, advice, decode, scripts};
 use crate::bus::{BusError, BusMessage, Follower, Page};
 use crate::metrics::WarningLimit;
 use crate::protocol::event::{ChannelName, Entry, EventId, Kind};
@@ -41,47 +42,32 @@ pub(super) struct Subscriptions {
     /// Number of followed channels.
     followed: usize,
     last_ticket: u64,
-    /// Channels whose subscription is not confirmed yet, by its ticket.
-    starting: VecDeque<(u64, ChannelName)>,
     oversized: WarningLimit,
     not_json: WarningLimit,
 }
 
 impl Subscriptions {
-    pub(super) fn followed(&self) -> usize {
-        self.followed
-    }
-
     /// Tickets rise. Redis confirms subscriptions in their order.
     pub(super) fn next_ticket(&mut self) -> u64 {
         self.last_ticket += 1;
         self.last_ticket
     }
-
-    /// Frees memory that the list of subscriptions took while thousands were not confirmed.
-    pub(super) fn shrink(&mut self) {
-        self.starting.shrink_to(2 * self.starting.len());
-    }
-
-    /// Removes the next channel whose subscription is confirmed by `ticket`.
-    fn next_confirmed(&mut self, ticket: u64) -> Option<(u64, ChannelName)> {
-        let is_confirmed = self.starting.front().is_some_and(|(own, _)| *own <= ticket);
-        is_confirmed.then(|| self.starting.pop_front()).flatten()
-    }
 }
 
 impl Bus {
     pub(super) fn follow(&mut self, name: ChannelName, follower: Follower) {
-        let is_followed = self.channels.get(&name).is_some_and(|channel| channel.followed.is_some());
+        let known = self.channels.get(&name);
+        let is_followed = known.is_some_and(|channel| channel.followed.is_some());
+        let primary = known.map_or_else(|| self.primaries.of(&name), |channel| channel.primary);
         let full = self.subscriptions.followed >= self.handles.settings.max_channels;
-        let error = if full { Some(BusError::TooManyChannels) } else { self.unavailable() };
+        let error = if full { Some(BusError::TooManyChannels) } else { self.unavailable(primary) };
         // A channel that can't be followed must not be remembered.
         if let Some(why) = error.filter(|_| !is_followed) {
             let channel = follower.channel(&name);
             self.handles.shards.send(follower.shard, BusMessage::NotFollowed { channel, why });
             return;
         }
-        let channel = self.channels.entry(name.clone()).or_default();
+        let channel = self.channels.entry(name.clone()).or_insert_with(|| Box::new(Channel::at(primary)));
         match &mut channel.followed {
             Some(FollowedChannel { sequence: Some(sequence), followers, .. }) => {
                 let (base, position) = (sequence.base(), sequence.position());
@@ -101,9 +87,11 @@ impl Bus {
         self.change_followed(1);
     }
 
-    /// Subscribes to a channel that these shards are going to follow.
+    /// Subscribes to a channel that these shards are going to follow. Its primary has a session.
     pub(super) fn subscribe(&mut self, name: ChannelName, joining: Vec<Follower>) {
-        let session = self.link.session().expect("without a session the bus is unavailable");
+        let primary = self.primaries.of(&name);
+        let session = self.primaries[primary].link.session();
+        let session = session.expect("without a session the primary is unavailable");
         let ticket = self.subscriptions.next_ticket();
         session.subscribe(self.handles.settings.topics(&name), ticket);
         self.start_following(name, joining, ticket);
@@ -111,13 +99,76 @@ impl Bus {
 
     /// Notes that the subscription to a channel is under way.
     pub(super) fn start_following(&mut self, name: ChannelName, joining: Vec<Follower>, ticket: u64) {
-        let channel = self.channels.entry(name.clone()).or_default();
+        let primary = self.primaries.of(&name);
+        let channel = self.channels.entry(name.clone()).or_insert_with(|| Box::new(Channel::at(primary)));
         channel.followed = Some(FollowedChannel::new(joining, ticket));
         if !channel.in_rotation {
             channel.in_rotation = true;
-            self.probes.add(name.clone());
+            self.primaries[primary].probes.add(name.clone());
         }
-        self.subscriptions.starting.push_back((ticket, name));
+        self.primaries[primary].starting.push_back((ticket, name));
+    }
+
+    /// Moves the channels whose slots have another primary now. What they miss until they are
+    /// subscribed there is read.
+    pub(super) fn move_channels(&mut self) {
+        let mut moved = Vec::new();
+        for (name, channel) in &mut self.channels {
+            let (from, to) = (channel.primary, self.primaries.of(name));
+            if from == to {
+                continue;
+            }
+            channel.primary = to;
+            self.primaries[from].queued_bytes -= channel.queue.bytes();
+            self.primaries[to].queued_bytes += channel.queue.bytes();
+            self.publishing.mark_changed(name.clone());
+            if channel.in_rotation {
+                self.primaries[to].probes.add(name.clone());
+            }
+            moved.push((name.clone(), from, to));
+        }
+        if moved.is_empty() {
+            return;
+        }
+        tracing::info!(channels = moved.len(), "slots of the cluster have moved");
+        for primary in self.primaries.numbers() {
+            let channels = &self.channels;
+            let is_here =
+                |name: &ChannelName| channels.get(name).is_some_and(|channel| channel.primary == primary);
+            self.primaries[primary].probes.retain(is_here);
+        }
+        for (name, from, to) in moved {
+            let Some(followed) = self.channels.get_mut(&name).and_then(|channel| channel.followed.as_mut())
+            else {
+                continue;
+            };
+            if let Some(session) = self.primaries[from].link.session() {
+                session.unsubscribe(self.handles.settings.topics(&name));
+            }
+            // A session that is made later subscribes to all channels of its primary.
+            if let Some(session) = self.primaries[to].link.session() {
+                let ticket = self.subscriptions.next_ticket();
+                followed.ticket = ticket;
+                session.subscribe(self.handles.settings.topics(&name), ticket);
+                self.primaries[to].starting.push_back((ticket, name));
+            } else if followed.sequence.is_none()
+                && let Some(BusError::Unavailable(why)) = self.unavailable(to)
+            {
+                self.fail_join(&name, &why);
+            }
+        }
+    }
+
+    /// Its slots are at other primaries, and its channels have been moved.
+    pub(super) fn remove_primary(&mut self, primary: usize) {
+        let mut removed = self.primaries.remove(primary);
+        if let (Some(topology), Some(address)) = (&self.topology, &removed.address) {
+            topology.peers.remove(address);
+        }
+        let why = BusError::Unavailable("the primary of this channel was replaced".into());
+        for (name, reader, position) in removed.pages.drain() {
+            self.handles.shards.send_page(reader, name, position, Err(why.clone()));
+        }
     }
 
     pub(super) fn unfollow(&mut self, name: &ChannelName, follower: Follower) {
@@ -134,7 +185,7 @@ impl Bus {
             return;
         }
         channel.last_used = Instant::now();
-        if let Some(session) = self.link.session() {
+        if let Some(session) = self.primaries[channel.primary].link.session() {
             session.unsubscribe(self.handles.settings.topics(name));
         }
         if !name.is_control() {
@@ -150,23 +201,31 @@ impl Bus {
 
     /// Redis has confirmed all subscriptions up to `ticket`. From here on the channels' positions
     /// can be read.
-    pub(super) fn on_subscribed(&mut self, ticket: u64) {
+    pub(super) fn on_subscribed(&mut self, primary: usize, ticket: u64) {
         // Probes show that the node is ready. Before the first one it follows the control channel.
-        if self.link.confirm(ticket) && self.control_position().is_some() {
-            self.probe_all();
+        let follows = self.control_primary() != primary || self.control_position().is_some();
+        if self.primaries[primary].link.confirm(ticket) && follows {
+            self.probe_all(primary);
         }
-        while let Some((ticket, name)) = self.subscriptions.next_confirmed(ticket) {
-            let followed = self.channels.get(&name).and_then(|channel| channel.followed.as_ref());
-            if followed.is_some_and(|followed| followed.ticket == ticket && followed.sequence.is_none()) {
-                self.read(&name, ReadPurpose::Start(ticket));
+        while let Some((ticket, name)) = self.primaries[primary].next_confirmed(ticket) {
+            let followed = self.channels.get_mut(&name).and_then(|channel| channel.followed.as_mut());
+            let Some(followed) = followed.filter(|followed| followed.ticket == ticket) else { continue };
+            match &mut followed.sequence {
+                None => self.read(&name, ReadPurpose::Start(ticket)),
+                // It was moved here.
+                Some(sequence) => {
+                    sequence.refresh();
+                    self.deliver(&name, Vec::new());
+                }
             }
         }
     }
 
     /// The session has closed: shards that are joining get an error, shards that follow stay.
-    pub(super) fn fail_joins(&mut self, why: &str) {
-        let joining = |channel: &super::Channel| {
-            channel.followed.as_ref().is_some_and(|followed| !followed.joining.is_empty())
+    pub(super) fn fail_joins(&mut self, primary: usize, why: &str) {
+        let joining = |channel: &Channel| {
+            channel.primary == primary
+                && channel.followed.as_ref().is_some_and(|followed| !followed.joining.is_empty())
         };
         let names =
             self.channels.iter().filter(|(_, channel)| joining(channel)).map(|(name, _)| name.clone());
@@ -188,22 +247,22 @@ impl Bus {
         }
     }
 
-    pub(super) fn on_message(&mut self, message: Result<Message, RecvError>) {
+    pub(super) fn on_message(&mut self, primary: usize, message: Result<Message, RecvError>) {
         let message = match message {
             Ok(message) => message,
             Err(RecvError::Lagged(lost)) => {
                 tracing::debug!(lost, "dropped messages that came too fast, reading history");
-                return self.probes.send_soon();
+                return self.primaries[primary].probes.send_soon();
             }
-            Err(RecvError::Closed) => return self.close_session("the subscriptions were closed"),
+            Err(RecvError::Closed) => return self.close_session(primary, "the subscriptions were closed"),
         };
         let Some(text) = message.value.as_bytes() else { return };
         let settings = self.handles.settings.clone();
         let (channel, entry) = match settings.topic(&message.channel) {
             Topic::Events(channel) => (channel, decode::broadcast(text)),
             Topic::Private(channel) => (channel, decode::private(text)),
-            Topic::Probe => return self.on_probe(text),
-            Topic::External(channel) => return self.on_external_message(channel, text),
+            Topic::Probe => return self.on_probe(primary, text),
+            Topic::External(channel) => return self.on_external_message(primary, channel, text),
         };
         let Some(entry) = entry else { return };
         let Some((name, channel)) = self.channels.get_key_value(channel) else { return };
@@ -218,9 +277,13 @@ impl Bus {
         self.deliver(&name, out);
     }
 
-    /// `PUBLISH` of another program: clients get it at once, without an id.
-    fn on_external_message(&mut self, channel: &str, text: &[u8]) {
+    /// `PUBLISH` of another program: clients get it at once, without an id. A cluster brings it to
+    /// all sessions that are subscribed, which may be two while the channel moves.
+    fn on_external_message(&mut self, primary: usize, channel: &str, text: &[u8]) {
         let Some((name, channel)) = self.channels.get_key_value(channel) else { return };
+        if channel.primary != primary {
+            return;
+        }
         let Some(followed) = &channel.followed else { return };
         let Some(sequence) = &followed.sequence else { return };
         if text.len() > self.handles.settings.max_message_size {
@@ -265,7 +328,7 @@ impl Bus {
                 self.control.answer_up_to(sequence.position());
             }
         }
-        if self.link.session().is_some()
+        if self.primaries[channel.primary].link.session().is_some()
             && let Some(position) = followed.start_read()
         {
             self.read(name, ReadPurpose::Fill(position));
@@ -273,7 +336,7 @@ impl Bus {
     }
 
     pub(super) fn refresh(&mut self, name: ChannelName, follower: Follower) {
-        let unavailable = self.unavailable();
+        let unavailable = self.channels.get(&name).and_then(|channel| self.unavailable(channel.primary));
         let followed = self.channels.get_mut(&name).and_then(|channel| channel.followed.as_mut());
         let result = match (followed, unavailable) {
             (Some(followed), None) if followed.sequence.is_some() => {
@@ -289,7 +352,9 @@ impl Bus {
 
     /// Reads a channel's base and head, and with [`ReadPurpose::Fill`] the events after a position.
     pub(super) fn read(&mut self, name: &ChannelName, purpose: ReadPurpose) {
-        let (Some(session), Some(channel)) = (self.link.session(), self.channels.get(name)) else { return };
+        let Some(channel) = self.channels.get(name) else { return };
+        let primary = &self.primaries[channel.primary];
+        let Some(session) = primary.link.session() else { return };
         let (from, events) = match purpose {
             ReadPurpose::LoadBase | ReadPurpose::Start(_) => (EventId(0), 0),
             ReadPurpose::Fill(position) => {
@@ -307,22 +372,21 @@ impl Bus {
         };
         let args = scripts::read_args(&self.handles.settings, channel.known, range);
         let (commands, outcomes, reads) =
-            (session.commands(), self.handles.outcomes.clone(), self.handles.reads.clone());
+            (session.commands(), self.handles.outcomes.clone(), primary.reads.clone());
         let key = self.handles.settings.channel_key(name);
-        let (generation, name) = (self.link.generation(), name.clone());
+        let (id, name) = (self.primaries.session_id(channel.primary), name.clone());
         tokio::spawn(async move {
-            let _permit = reads.acquire_owned().await;
-            let mut result = read_page(&commands, &key, args).await;
+            let mut result = read_page(&commands, &reads, &key, args).await;
             if let (Ok(page), ReadPurpose::Fill(position)) = (&mut result, purpose) {
                 decode::make_consistent(page, position);
             }
-            let _ = outcomes.send(Outcome::Read(generation, name, purpose, result));
+            let _ = outcomes.send(Outcome::Read(id, name, purpose, result));
         });
     }
 
     pub(super) fn on_read(
         &mut self,
-        generation: u64,
+        session: SessionId,
         name: &ChannelName,
         purpose: ReadPurpose,
         result: Result<Page, CallError>,
@@ -333,7 +397,7 @@ impl Bus {
         }
         let page = match result {
             Ok(page) => page,
-            Err(error) => return self.on_read_failed(generation, name, purpose, &error),
+            Err(error) => return self.on_read_failed(session, name, purpose, &error),
         };
         channel.known.update(page.base, page.head);
         let mut out = Vec::new();
@@ -368,7 +432,7 @@ impl Bus {
 
     fn on_read_failed(
         &mut self,
-        generation: u64,
+        session: SessionId,
         name: &ChannelName,
         purpose: ReadPurpose,
         error: &CallError,
@@ -393,11 +457,33 @@ impl Bus {
             }
             _ => {}
         }
-        self.on_call_error(generation, error);
+        self.on_call_error(session, error);
     }
 }
 
-pub(super) async fn read_page(commands: &Commands, key: &str, args: Vec<Value>) -> Result<Page, CallError> {
-    let frame = commands.run(Script::Read, &[key], args).await?;
+/// How long a read is repeated while its channel's slot moves.
+const MOVE_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Time between two such reads.
+const MOVE_INTERVAL: Duration = Duration::from_millis(20);
+
+pub(super) async fn read_page(
+    commands: &Commands,
+    reads: &Semaphore,
+    key: &str,
+    args: Vec<Value>,
+) -> Result<Page, CallError> {
+    let deadline = Instant::now() + MOVE_TIMEOUT;
+    let frame = loop {
+        let permit = reads.acquire().await;
+        let result = commands.run(Script::Read, key, args.clone()).await;
+        drop(permit);
+        match result {
+            Err(CallError::ErrorReply(text)) if &*text == ELSEWHERE && Instant::now() < deadline => {
+                tokio::time::sleep(MOVE_INTERVAL).await;
+            }
+            result => break result?,
+        }
+    };
     scripts::parse_page(&frame).ok_or_else(|| CallError::ErrorReply("unexpected reply of read.lua".into()))
 }

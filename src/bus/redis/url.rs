@@ -11,12 +11,16 @@ use crate::config::{RedisUrl, SettingError};
 /// Variables that name other CA certificates than those of the system (openssl(1)).
 const CA_VARIABLES: [&str; 2] = ["SSL_CERT_FILE", "SSL_CERT_DIR"];
 
-/// fred's configuration for this URL. For TLS it reads the CA certificates.
-pub fn config(url: &RedisUrl) -> Result<Config, SettingError> {
-    Config::from_url(&url.0).map_err(|error| SettingError {
-        setting: format!("--redis {url}"),
-        problem: readable(error.details()),
-    })
+/// fred's configurations for this URL: one, or one for each node of a cluster that it names. For
+/// TLS it reads the CA certificates.
+pub fn configs(url: &RedisUrl) -> Result<Vec<Config>, SettingError> {
+    let configs = url.servers().into_iter().map(|server| {
+        Config::from_url(&server).map_err(|error| SettingError {
+            setting: format!("--redis {url}"),
+            problem: readable(error.details()),
+        })
+    });
+    configs.collect()
 }
 
 /// Checks that CA certificates are installed, if the URL needs any.

@@ -105,21 +105,31 @@ fn examine(settings: &Settings, host: &Host, connections: Option<NonZeroU32>) ->
             text += "\nNo Redis (--redis): this node stands alone, and its history is lost when it stops.\n"
         }
         Some(url) => {
-            let of_redis = examine_redis(settings, url);
-            text += &section(&format!("Redis, {url}"), &of_redis);
-            findings.extend(of_redis);
+            for (address, of_redis) in examine_redis(settings, url) {
+                let title = address
+                    .map_or_else(|| format!("Redis, {url}"), |address| format!("Redis, {address} of {url}"));
+                text += &section(&title, &of_redis);
+                findings.extend(of_redis);
+            }
         }
     }
     text += &summary(&findings);
     Report { text, has_problems: findings.iter().any(|finding| finding.level == Level::Problem) }
 }
 
-fn examine_redis(settings: &Settings, url: &RedisUrl) -> Vec<Finding> {
+/// The findings of a Redis, or of each primary of a cluster with its address.
+fn examine_redis(settings: &Settings, url: &RedisUrl) -> Vec<(Option<String>, Vec<Finding>)> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.expect("a runtime needs an epoll and a pipe");
     match runtime.block_on(inspect::inspect(settings, url)) {
-        Ok(facts) => redis_checks::check(&facts, settings),
-        Err(text) => vec![Finding::problem("connection", text)],
+        Ok(servers) => {
+            let check = |inspected| match inspected {
+                Ok(facts) => redis_checks::check(&facts, settings),
+                Err(text) => vec![Finding::problem("connection", text)],
+            };
+            servers.into_iter().map(|(address, inspected)| (address, check(inspected))).collect()
+        }
+        Err(text) => vec![(None, vec![Finding::problem("connection", text)])],
     }
 }
 

@@ -470,7 +470,7 @@ fn check_with_info(redis: &RedisServer, info: &str) -> Vec<String> {
         "local redis = setmetatable({{pcall = function(_, section) return {info} end}}, {{__index = redis}})\n{}",
         include_str!("../../../src/bus/redis/lua/check.lua")
     );
-    let keys = ["3", "fanfare:{x}", "fanfare:node:x", "fanfare:settings"];
+    let keys = ["0", "fanfare:{x}", "fanfare:node:x", "fanfare:settings", "volatile"];
     match redis.raw().command(&[&["EVAL", &script][..], &keys].concat()) {
         Reply::List(lists) => lists[1].list(),
         other => panic!("{other:?}"),

@@ -1,19 +1,21 @@
 -- Checks what a node needs. P is the prefix, C a channel.
--- KEYS: 1 a channel P:{C}, 2 the Pub/Sub channel of the node's probes, 3 P:settings. ARGV: the
--- --pubsub-channels.
+-- ARGV: 1 a channel P:{C}, 2 the Pub/Sub channel of the node's probes, 3 P:settings, 4 kind of Redis:
+-- durable, volatile or cluster, then the --pubsub-channels. It has no KEYS: on a cluster they would
+-- be in several slots.
 -- Returns {commands that the user's ACL forbids, commands and INFO fields that this Redis lacks},
 -- as texts.
-local name, meta, events = KEYS[1], KEYS[1] .. ':meta', KEYS[1] .. ':events'
+local name, probe, settings, kind = unpack(ARGV)
+local meta, events = name .. ':meta', name .. ':events'
 local control = string.match(name, '^(.-):{') .. ':{@control}'
 local bans = control .. ':bans'
 local members = name .. ':members'
 local epoch_key = string.match(name, '^(.-):{') .. ':epoch'
 local needed = {
-  {'SUBSCRIBE', name, name .. ':to', name .. ':pubsub', KEYS[2]},
+  {'SUBSCRIBE', name, name .. ':to', name .. ':pubsub', probe},
   {'UNSUBSCRIBE'},
   {'PUBLISH', name, 'x'},
   {'PUBLISH', name .. ':to', 'x'},
-  {'PUBLISH', KEYS[2], 'x'},
+  {'PUBLISH', probe, 'x'},
   {'PING'}, {'TIME'}, {'INFO'},
   {'HMGET', meta, 'head'}, {'HSET', meta, 'head', '1'}, {'HDEL', meta, 'head'}, {'PEXPIRE', meta, '1'},
   {'HMGET', epoch_key, 'epoch'}, {'HSET', epoch_key, 'epoch', 'x'}, {'DEL', epoch_key},
@@ -29,11 +31,16 @@ local needed = {
   {'SUBSCRIBE', control}, {'PUBLISH', control, 'x'}, {'PEXPIREAT', bans, '1'},
   {'ZADD', bans, '1', 'x'}, {'ZREM', bans, 'x'}, {'ZREMRANGEBYSCORE', bans, '-inf', '1'},
   {'ZSCORE', bans, 'x'}, {'ZCARD', bans}, {'ZRANGE', bans, '0', '-1', 'WITHSCORES'},
-  {'TYPE', KEYS[3]}, {'DEL', KEYS[3]}, {'HSET', KEYS[3], 'x', 'x'}, {'PEXPIRE', KEYS[3], '1'},
+  {'TYPE', settings}, {'DEL', settings}, {'HSET', settings, 'x', 'x'}, {'PEXPIRE', settings, '1'},
 }
-for _, channel in ipairs(ARGV) do
-  needed[#needed + 1] = {'SUBSCRIBE', channel}
-  needed[#needed + 1] = {'PUBLISH', channel, 'x'}
+if kind == 'cluster' then
+  for _, command in ipairs({{'CLUSTER', 'SLOTS'}, {'CLUSTER', 'INFO'}, {'ASKING'}, {'EXISTS', meta, events}}) do
+    needed[#needed + 1] = command
+  end
+end
+for i = 5, #ARGV do
+  needed[#needed + 1] = {'SUBSCRIBE', ARGV[i]}
+  needed[#needed + 1] = {'PUBLISH', ARGV[i], 'x'}
 end
 local forbidden, unavailable = {}, {}
 for _, command in ipairs(needed) do

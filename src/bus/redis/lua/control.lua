@@ -10,6 +10,7 @@ local KEPT_COMMANDS, KEPT_BYTES = 10000, 4 * 2 ^ 20
 -- The key of the bans, from which expired ones are removed.
 local function bans_key(name, now)
   local bans = name .. ':bans'
+  check_arrived(bans, name .. ':meta')
   local removed = redis.pcall('ZREMRANGEBYSCORE', bans, '-inf', show(now))
   if type(removed) == 'table' then
     if string.find(removed.err, '^WRONGTYPE') then
@@ -22,9 +23,9 @@ end
 
 -- Stores and publishes a command: 'disconnect' (from `channel`, or from all if that is ''), 'ban' for
 -- `time` milliseconds, or 'unban'. Returns its id, or nil if as many users as may are banned.
-local function order(name, ttl, durable, seen, known, action, user, channel, time)
+local function order(name, ttl, kind, seen, known, action, user, channel, time)
   local now = milliseconds()
-  local epoch, is_copied = current_epoch(prefix_of(name), durable, now)
+  local epoch, is_copied = current_epoch(prefix_of(name), kind, now)
   local head, _, bytes, kept = checked_position(name, epoch, ttl, seen, known)
   local bans, ends = bans_key(name, now), show(now + time)
   local item = '{"command":"' .. action .. '","user":' .. cjson.encode(user)

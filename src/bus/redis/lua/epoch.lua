@@ -21,6 +21,13 @@ local function milliseconds()
   return math.floor(clock() / 1000)
 end
 
+-- On a Redis Cluster, nodes name the channel in the last argument instead of KEYS[1]: without
+-- declared keys Redis runs a script wherever it is sent, and the script itself finds that keys are
+-- elsewhere. An error of Redis that starts with CLUSTERDOWN would close fred's connection.
+local function channel_of(keys, args)
+  return keys[1] or table.remove(args)
+end
+
 -- The prefix of the channel `name`.
 local function prefix_of(name)
   return string.match(name, '^(.-):{')
@@ -51,7 +58,21 @@ end
 -- a restart. A promoted replica can look like a restart, so that is done only for a process that
 -- started after the record was written, and only if no replica was connected in this epoch. `now` is
 -- the time in milliseconds. Also returns whether a replica is connected.
-local function current_epoch(prefix, durable, now)
+--
+-- On a Redis Cluster (`kind`), a record would be in the slot of another primary, so the replication
+-- id alone is the epoch.
+local is_cluster = false
+local function current_epoch(prefix, kind, now)
+  is_cluster = kind == 'cluster'
+  if is_cluster then
+    local info = redis.call('INFO', 'replication')
+    local replid = string.match(info, 'master_replid:(%x+)')
+    if not replid then
+      error({err = 'ERR INFO shows no master_replid, so a loss of events would go unnoticed'})
+    end
+    return replid, true
+  end
+  local durable = kind == 'durable'
   local key = prefix .. ':epoch'
   local record = redis.pcall('HMGET', key, 'epoch', 'run', 'replid', 'at', 'copied')
   if record.err then
@@ -94,6 +115,14 @@ end
 -- get recovered:false.
 local UNUSED_TTL = 10 * 60 * 1000
 
+-- Fails if the slot of a channel is moving to this primary of a cluster and not all of these keys
+-- have come yet: they must not be created a second time.
+local function check_arrived(...)
+  if is_cluster then
+    redis.call('EXISTS', ...)
+  end
+end
+
 -- The channel's head and base. If acknowledged events may be lost (no meta, another epoch, a head
 -- behind what the caller has seen, a base behind the one it knows), the channel gets a new base
 -- above every id that anyone may have seen, and its history is emptied. Also returns the fields
@@ -105,6 +134,7 @@ local function check_epoch(name, epoch, ttl, seen, known, extra)
   if head and base and head >= seen and base >= known and stored[3] == epoch then
     return head, base, stored[4], stored[5], stored[6]
   end
+  check_arrived(meta, name .. ':events')
   local highest = math.max(head or 0, seen, known)
   local last = redis.call('XREVRANGE', name .. ':events', '+', '-', 'COUNT', 1)[1]
   if last then
@@ -163,6 +193,16 @@ local function checked_position(name, epoch, ttl, seen, known, extra)
   return head, base, bytes, kept, value
 end
 
+-- What an error of Redis about the state of a cluster means, or nil. Nothing was published then: a
+-- channel's first command fails, or the first that needs a key that has not come yet.
+local function cluster_error(text)
+  if string.find(text, 'non local key', 1, true) then
+    return 'TRYAGAIN the keys of this channel are at another primary, or move there'
+  elseif string.find(text, 'the cluster is down', 1, true) then
+    return 'TRYAGAIN the cluster is down'
+  end
+end
+
 -- Calls a function that works on one channel. If it fails because the data of that channel is
 -- damaged, the result is an error that names the key, so that only this channel is affected.
 local function guarded(name, work, ...)
@@ -171,8 +211,9 @@ local function guarded(name, work, ...)
     return result
   end
   local text = type(result) == 'table' and result.err or tostring(result)
-  if string.find(text, '^FAULT ') then
-    return {err = text}
+  local temporary = cluster_error(text)
+  if temporary or string.find(text, '^FAULT ') then
+    return {err = temporary or text}
   end
   local meta, events = name .. ':meta', name .. ':events'
   local inbox = redis.pcall('XLEN', name .. ':inbox')
@@ -204,9 +245,12 @@ local function remembered(key)
   return id
 end
 
--- The id of the event that was published with an idempotency key, if any.
-local function published_with(key)
+-- The id of the event that was published to `name` with an idempotency key, if any.
+local function published_with(name, key)
   local id = remembered(key)
+  if not id then
+    check_arrived(key, name .. ':meta')
+  end
   return id and tonumber(id)
 end
 
@@ -243,11 +287,12 @@ end
 local KEEP_PARTS = 16
 
 -- Adds the first event of a call. Returns the reply, and whether the stream is new.
-local function add_first(events, id, json, to)
+local function add_first(events, meta, id, json, to)
   local added = redis.pcall('XADD', events, 'NOMKSTREAM', id, 'e', json, unpack(to))
   if added then
     return added, false
   end
+  check_arrived(events, meta)
   return redis.pcall('XADD', events, id, 'e', json, unpack(to)), true
 end
 
@@ -277,7 +322,7 @@ local function append(name, head, bytes, kept, items, start, settings, now, more
       local json = items[at + 1 + i] .. digits .. '}'
       local id, added, is_new = digits .. '-0', nil, nil
       if head == first then
-        added, is_new = add_first(events, id, json, user == '' and {} or {'to', user})
+        added, is_new = add_first(events, meta, id, json, user == '' and {} or {'to', user})
         kept = not is_new and kept -- a new stream has no expiry
       elseif user == '' then
         added = pcall('XADD', events, id, 'e', json)

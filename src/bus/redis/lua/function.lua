@@ -125,17 +125,41 @@ local function rejecting(name)
   end
 end
 
+local FIELDS = {'max_message_size', 'history', 'history_ttl', 'durable', 'pubsub_channels', 'history_bytes'}
+
+-- On a Redis Cluster no key is in the slots of every channel. There the nodes call fanfare_settings on
+-- each primary, and this table holds the fields by prefix, as long as the library is loaded.
+local of_cluster = {}
+
+local function set_settings(_, args)
+  if not redis.acl_check_cmd('HSET', args[1] .. ':settings', 'x', 'x') then
+    return redis.error_reply('NOPERM this user may not write the settings of this prefix')
+  end
+  if args[2] == '1' or not of_cluster[args[1]] then
+    local fields = {}
+    for i = 3, #args, 2 do fields[args[i]] = args[i + 1] end
+    of_cluster[args[1]] = fields
+  end
+  return redis.status_reply('OK')
+end
+
 -- The settings of the nodes of a prefix, or nil and the reason.
 local function settings_of(prefix)
-  local key = prefix .. ':settings'
-  local found = redis.pcall('HMGET', key, 'max_message_size', 'history', 'history_ttl', 'durable', 'pubsub_channels',
-    'history_bytes')
-  if found.err then
-    return nil, "can't read " .. key .. ': ' .. found.err
+  local key, found, kind = prefix .. ':settings', {}, nil
+  if of_cluster[prefix] then
+    kind = 'cluster'
+    for i, field in ipairs(FIELDS) do found[i] = of_cluster[prefix][field] end
+  else
+    found = redis.pcall('HMGET', key, unpack(FIELDS))
+    if found.err and string.find(found.err, 'non local key', 1, true) then
+      found = {} -- a cluster
+    elseif found.err then
+      return nil, "can't read " .. key .. ': ' .. found.err
+    end
   end
   local settings = {
     max = tonumber(found[1]), history = tonumber(found[2]), ttl = tonumber(found[3]),
-    durable = found[4] == '1', pubsub_channels = ' ' .. (found[5] or '') .. ' ', bytes = tonumber(found[6]),
+    kind = kind or found[4] == '1' and 'durable' or 'volatile', pubsub_channels = ' ' .. (found[5] or '') .. ' ', bytes = tonumber(found[6]),
   }
   if not (settings.max and settings.history and settings.ttl and settings.bytes) then
     return nil, 'no node has the --redis-prefix "' .. prefix .. '" (the key ' .. key .. ' is missing)'
@@ -193,10 +217,10 @@ local function publish(keys, args)
   local item = string.sub(text, 1, last - 1) .. (next(event) ~= nil and ',' or '') .. to .. '"id":'
 
   local now = milliseconds()
-  local epoch, is_copied = current_epoch(prefix, settings.durable, now)
+  local epoch, is_copied = current_epoch(prefix, settings.kind, now)
   local head, _, bytes, kept = checked_position(name, epoch, settings.ttl, 0, 0)
   local key = args[3] and key_name(name, args[3])
-  local earlier = key and published_with(key)
+  local earlier = key and published_with(name, key)
   if earlier then
     return earlier
   end
@@ -240,7 +264,7 @@ local function order_by(reject, key, action, user, channel, seconds)
   if not settings then
     return reject(why)
   end
-  local id = order(key, settings.ttl, settings.durable, 0, 0, action, user, channel, (tonumber(seconds) or 0) * 1000)
+  local id = order(key, settings.ttl, settings.kind, 0, 0, action, user, channel, (tonumber(seconds) or 0) * 1000)
   return id or reject(BANS_MAX .. ' users are banned, the most at a time: unban some')
 end
 
@@ -274,3 +298,9 @@ end
 register('fanfare_publish', publish)
 register('fanfare_disconnect', disconnect)
 register('fanfare_unban', unban)
+redis.register_function{
+  function_name = 'fanfare_settings',
+  description = VERSION,
+  flags = {'no-writes', 'allow-oom'},
+  callback = set_settings,
+}

@@ -1,7 +1,7 @@
 -- Stores messages in the inbox of a channel, once per number.
 -- KEYS[1] P:{C}
 -- ARGV:
---    1 durable (1 or 0)
+--    1 kind of Redis: durable, volatile or cluster
 --    2 history ttl in ms
 --    3 the highest id seen
 --    4 the base known
@@ -18,7 +18,7 @@
 -- Without messages it asks about an earlier attempt: {2, base, head} if that was not stored. It can't
 -- be stored later either, since its number is used up then.
 local now = milliseconds()
-local epoch = current_epoch(prefix_of(KEYS[1]), ARGV[1] == '1', now)
+local epoch = current_epoch(prefix_of(KEYS[1]), ARGV[1], now)
 local FIRST = 11 -- the first message in ARGV
 
 -- The key that remembers the id of a user's message. The length of the user's name keeps users apart,

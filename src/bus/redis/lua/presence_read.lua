@@ -1,7 +1,7 @@
 -- Reads some of the users in a channel, and removes users of nodes that are gone.
 -- KEYS[1] P:{C}
 -- ARGV:
---    1 durable (1 or 0)
+--    1 kind of Redis: durable, volatile or cluster
 --    2 most entries of the stream for backends
 --    3 its ttl in ms
 --    4 cursor: 0, or that of the last reply
@@ -10,7 +10,7 @@
 -- "more" if users of nodes that are gone are left, or "settling" if nodes add their users again after
 -- a loss.
 local now = milliseconds()
-local epoch = current_epoch(prefix_of(KEYS[1]), ARGV[1] == '1', now)
+local epoch = current_epoch(prefix_of(KEYS[1]), ARGV[1], now)
 local state = new_state(KEYS[1], epoch, now, ARGV[2], ARGV[3])
 
 local function read()

@@ -2,7 +2,7 @@
 -- nodes that are gone.
 -- KEYS[1] the Pub/Sub channel of the node's probes
 -- ARGV:
---    1 durable (1 or 0)
+--    1 kind of Redis: durable, volatile or cluster
 --    2 prefix
 --    3 node
 --    4 number of the call, which rises: a call that arrives after a later one changes nothing
@@ -16,7 +16,7 @@
 --    "late <number>": a call with this number came before
 --    "FAULT <text>": an error
 local now = milliseconds()
-local epoch = current_epoch(ARGV[2], ARGV[1] == '1', now)
+local epoch = current_epoch(ARGV[2], ARGV[1], now)
 local node, number, budget = ARGV[3], tonumber(ARGV[4]), SWEEP_USERS
 
 local function update(state, generation, from, adds, removes)

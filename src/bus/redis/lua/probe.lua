@@ -1,15 +1,15 @@
 -- Compares the positions of channels and renews the expiry of their keys.
--- KEYS[1] the Pub/Sub channel of the node's probes
+-- KEYS[1] the Pub/Sub channel of the node's probes: see `channel_of`
 -- ARGV:
---    1 durable (1 or 0)
+--    1 kind of Redis: durable, volatile or cluster
 --    2 history ttl in ms
 --    3 prefix
 --    4 number of the probe
 --    then for each channel: its name, the highest id seen, the base known
 -- Publishes the number, then for each channel a line "name base head", or "name FAULT key: text" if
--- its data is damaged.
-local ttl = tonumber(ARGV[2])
-local epoch = current_epoch(ARGV[3], ARGV[1] == '1', milliseconds()) -- even without channels, so that a promotion is noticed in time
+-- its data is damaged, or "name TRYAGAIN text" if a cluster has its keys elsewhere or is down.
+local topic, ttl = channel_of(KEYS, ARGV), tonumber(ARGV[2])
+local epoch = current_epoch(ARGV[3], ARGV[1], milliseconds()) -- even without channels, so that a promotion is noticed in time
 
 local function compare(name, seen, known)
   local head, base = checked_position(name, epoch, ttl, tonumber(seen), tonumber(known))
@@ -27,4 +27,4 @@ for i = 5, #ARGV, 3 do
   local line = guarded(name, compare, name, ARGV[i + 1], ARGV[i + 2])
   lines[#lines + 1] = ARGV[i] .. ' ' .. (line.err or line)
 end
-return redis.call('PUBLISH', KEYS[1], table.concat(lines, '\n'))
+return redis.call('PUBLISH', topic, table.concat(lines, '\n'))

@@ -1,7 +1,7 @@
 -- Publishes a batch of events to a channel, once per number.
--- KEYS[1] P:{C}
+-- KEYS[1] P:{C}: see `channel_of`
 -- ARGV:
---    1 durable (1 or 0)
+--    1 kind of Redis: durable, volatile or cluster
 --    2 history ttl in ms
 --    3 the highest id seen
 --    4 the base known
@@ -18,11 +18,10 @@
 -- published, and never will be.
 -- Without events it returns the outcome of an earlier attempt, or {2, 0, base, head} if that was
 -- not published. That attempt can't be published later either, since its number is used up then.
-local now = milliseconds()
-local epoch, is_copied = current_epoch(prefix_of(KEYS[1]), ARGV[1] == '1', now)
+local now, name = milliseconds(), channel_of(KEYS, ARGV)
+local epoch, is_copied = current_epoch(prefix_of(name), ARGV[1], now)
 
 local function publish()
-  local name = KEYS[1]
   local settings = {ttl = tonumber(ARGV[2]), history = tonumber(ARGV[5]), bytes = tonumber(ARGV[12])}
   local number, known = tonumber(ARGV[8]), tonumber(ARGV[4])
   -- A node's last number is in `meta`. If that is evicted, so is the sequence, and the base
@@ -31,7 +30,7 @@ local function publish()
   local head, base, bytes, kept, stored = checked_position(name, epoch, settings.ttl, tonumber(ARGV[3]), known, from)
 
   local key = ARGV[11] ~= '' and key_name(name, ARGV[11])
-  local earlier = key and published_with(key)
+  local earlier = key and published_with(name, key)
   if earlier then
     return {1, earlier, base, head}
   end
@@ -70,4 +69,4 @@ local function publish()
   return {1, first, base, head}
 end
 
-return guarded(KEYS[1], publish)
+return guarded(name, publish)

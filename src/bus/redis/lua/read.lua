@@ -1,7 +1,7 @@
 -- Reads a channel's position and a part of its history, all from one moment.
--- KEYS[1] P:{C}
+-- KEYS[1] P:{C}: see `channel_of`
 -- ARGV:
---    1 durable (1 or 0)
+--    1 kind of Redis: durable, volatile or cluster
 --    2 history ttl in ms
 --    3 the highest id seen
 --    4 the base known
@@ -13,10 +13,10 @@
 --    10 if they have fewer bytes than this
 --    11 most events in one step
 -- Returns {base, head, oldest, event, user or '', event, user or '', ...}.
-local epoch = current_epoch(prefix_of(KEYS[1]), ARGV[1] == '1', milliseconds())
+local name = channel_of(KEYS, ARGV)
+local epoch = current_epoch(prefix_of(name), ARGV[1], milliseconds())
 
 local function read()
-  local name = KEYS[1]
   local head, base = checked_position(name, epoch, tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4]))
   local events = name .. ':events'
   local oldest = redis.call('XRANGE', events, '-', '+', 'COUNT', 1)[1]
@@ -61,4 +61,4 @@ local function read()
   return reply
 end
 
-return guarded(KEYS[1], read)
+return guarded(name, read)
