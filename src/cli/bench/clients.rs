@@ -19,6 +19,8 @@ const NUMBERS: u64 = 1_000_000_000;
 
 pub struct Clients {
     registry: Registry,
+    /// For the sockets of clients whose latencies are recorded.
+    timed: Registry,
     slots: Vec<Option<Client>>,
     joining: Vec<Joining>,
     /// Clients whose handshake is under way.
@@ -37,13 +39,14 @@ pub struct Clients {
 impl Clients {
     /// The clients of a process, none of them connected. The first process has one more, the
     /// observer: it publishes, and shows which events are in flight.
-    pub fn new(plan: &Plan, process: u32, registry: Registry) -> Clients {
+    pub fn new(plan: &Plan, process: u32, registry: Registry, timed: Registry) -> Clients {
         let (first, count) = plan.part(process);
         let numbers = (first..first + count).chain((process == 0).then_some(plan.connections));
         let joining: Vec<Joining> =
             numbers.enumerate().map(|(slot, number)| newcomer(plan, slot, number.into())).collect();
         Clients {
             registry,
+            timed,
             slots: joining.iter().map(|_| None).collect(),
             joining,
             handshakes: 0,
@@ -82,7 +85,10 @@ impl Clients {
             let (Some(joining), Some(connects)) = (self.joining.pop(), &mut self.connects) else { return };
             connects.1 += 1;
             let slot = joining.slot;
-            match open(shared.plan, slot, joining.number, &self.registry) {
+            // The observer is read in its turn: it shows how far all are.
+            let is_timed = slot < self.count && shared.plan.is_timed(joining.number);
+            let registry = if is_timed { &self.timed } else { &self.registry };
+            match open(shared.plan, slot, joining.number, registry) {
                 Ok(stream) => {
                     self.handshakes += 1;
                     self.slots[slot] = Some(Client::new(stream, joining, shared));

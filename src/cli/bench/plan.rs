@@ -20,8 +20,8 @@ pub const STALL_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a handshake may take, until the client is ready.
 pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(8);
 
-/// Connections whose latencies are recorded, at least: of more connections only each nth is timed.
-pub const TIMED: u32 = 500;
+/// Connections whose latencies are recorded, at least: of twice as many only each second is timed.
+pub const TIMED_MIN: u32 = 500;
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Plan {
@@ -99,7 +99,7 @@ impl Plan {
 
     /// Whether latencies of this client are recorded.
     pub fn is_timed(&self, number: u64) -> bool {
-        number.is_multiple_of(u64::from((self.connections / TIMED).max(1)))
+        number.is_multiple_of(u64::from((self.connections / TIMED_MIN).max(1)))
     }
 
     /// The channel of a client.

@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 
 use super::clients::Clients;
 use super::mark::{Finder, Mark};
-use super::plan::{Command, Load, Publish};
+use super::plan::{Command, Load, Publish, TIMED_MIN};
 use super::publisher::{Event, Publisher};
 use super::shared::{Shared, Tally};
 
@@ -41,9 +41,17 @@ const UNSENT_MAX: usize = 4 << 20;
 /// goes on with others.
 const WRITE_OFF: Duration = Duration::from_secs(1);
 
+/// Clients that are read before due events are published and timed clients are read. In a storm each
+/// may have hundreds of events to read.
+const CLIENTS_A_TURN: usize = 64;
+
+/// Timed clients that are read at once: all of them.
+const TIMED_A_TURN: usize = 2 * TIMED_MIN as usize;
+
 const WAKER: Token = Token(usize::MAX);
 const PUBLISHER: Token = Token(usize::MAX - 1);
 const TIMER: Token = Token(usize::MAX - 2);
+const TIMED: Token = Token(usize::MAX - 3);
 
 /// Latencies are recorded in microseconds up to a minute, with two significant digits.
 pub fn histogram() -> Histogram<u64> {
@@ -124,6 +132,9 @@ fn run_worker() -> Result<()> {
 
 struct Worker<'p> {
     poll: Poll,
+    /// The sockets of clients whose latencies are recorded. They are read first: the latency is the
+    /// server's, and not the time that this process needs for the others.
+    timed: Poll,
     timer: Timer,
     shared: Shared<'p>,
     clients: Clients,
@@ -148,8 +159,12 @@ impl<'p> Worker<'p> {
             _ => None,
         };
         let now = Instant::now();
+        let timed = Poll::new()?;
+        poll.registry().register(&mut SourceFd(&timed.as_raw_fd()), TIMED, Interest::READABLE)?;
+        let registries = (poll.registry().try_clone()?, timed.registry().try_clone()?);
         Ok(Worker {
-            clients: Clients::new(plan, process, poll.registry().try_clone()?),
+            clients: Clients::new(plan, process, registries.0, registries.1),
+            timed,
             timer: Timer::new(poll.registry())?,
             poll,
             shared,
@@ -165,7 +180,8 @@ impl<'p> Worker<'p> {
     }
 
     fn run(&mut self, commands: &Receiver<Command>) -> Result<()> {
-        let mut events = Events::with_capacity(4096);
+        let mut events = Events::with_capacity(CLIENTS_A_TURN);
+        let mut timed_events = Events::with_capacity(TIMED_A_TURN);
         let mut next_report = Instant::now();
         loop {
             let now = Instant::now();
@@ -199,10 +215,14 @@ impl<'p> Worker<'p> {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 other => other?,
             }
+            match self.timed.poll(&mut timed_events, Some(Duration::ZERO)) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                other => other?,
+            }
             self.shared.read_clock();
-            for event in &events {
+            for event in timed_events.iter().chain(&events) {
                 match (event.token(), &mut self.publisher) {
-                    (WAKER | TIMER, _) => {}
+                    (WAKER | TIMER | TIMED, _) => {}
                     (PUBLISHER, Some(publisher)) => {
                         let problems = publisher.advance(self.poll.registry());
                         self.shared.tally.not_published(problems);
