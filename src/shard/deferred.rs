@@ -8,14 +8,10 @@ use super::members::is_subscription;
 use super::pages::PageId;
 use crate::bus::ConnectionId;
 
-/// Most writes of fan-outs in a row. Writes are counted, not connections, since a connection with
-/// many small entries before it takes many writes.
-pub(super) const FANOUT_WRITES: u64 = 256;
-
-/// Connections read from or flushed before the fan-outs under way get their turn. In a storm each
-/// of thousands of connections has a handshake, a token and a page of history, and live events
-/// would wait behind all of them.
-const CONNECTIONS_PER_FANOUT: usize = 32;
+/// Most connections of each list that have their turn before the shard looks for new messages and
+/// events. In a storm each of thousands of connections has a handshake, a token and a page of
+/// history, and live events would wait behind all of them.
+pub(super) const CONNECTIONS_A_TURN: usize = 32;
 
 /// What a member waited for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,10 +27,10 @@ pub(super) enum Pending {
 /// Connections that have their turn later.
 #[derive(Debug, Default)]
 pub(super) struct Deferred {
-    /// Connections that had more to read than one turn allows.
-    reads: Vec<ConnectionId>,
-    /// Connections that had more to write than one turn allows.
-    writes: Vec<ConnectionId>,
+    /// Connections whose request or end has arrived, or that had more to read than one turn allows.
+    reads: VecDeque<ConnectionId>,
+    /// Connections whose socket takes bytes again, or that had more to write than one turn allows.
+    writes: VecDeque<ConnectionId>,
     /// Members that the bus has answered. Thousands may have waited for one answer.
     pub answered: VecDeque<(ConnectionId, Pending)>,
     /// Connections that missed events and are to be closed, some at every tick.
@@ -44,6 +40,8 @@ pub(super) struct Deferred {
 impl Deferred {
     /// Frees memory that the lists took while thousands were in them.
     pub fn shrink(&mut self) {
+        shrink(&mut self.reads);
+        shrink(&mut self.writes);
         shrink(&mut self.answered);
         shrink(&mut self.missed);
     }
@@ -56,40 +54,37 @@ impl Shard {
         !(reads.is_empty() && writes.is_empty() && answered.is_empty()) || self.channels.has_fanout()
     }
 
-    /// Continues what earlier turns left.
+    /// Continues what earlier turns left, and what this one has put off.
     pub(super) fn run_deferred(&mut self) {
-        for (done, id) in std::mem::take(&mut self.deferred.reads).into_iter().enumerate() {
+        for _ in 0..self.deferred.reads.len().min(CONNECTIONS_A_TURN) {
+            let Some(id) = self.deferred.reads.pop_front() else { break };
             if let Some(slot) = self.connections.find(id) {
                 self.connections[slot].inbound.leave_queue();
                 self.on_readable(slot, true);
             }
-            self.maybe_run_fanout(done);
+            self.maybe_run_fanout();
         }
-        for (done, id) in std::mem::take(&mut self.deferred.writes).into_iter().enumerate() {
+        for _ in 0..self.deferred.writes.len().min(CONNECTIONS_A_TURN) {
+            let Some(id) = self.deferred.writes.pop_front() else { break };
             if let Some(slot) = self.connections.find(id) {
                 self.connections[slot].socket.leave_queue();
-                self.flush_all(slot);
+                match self.connections[slot].socket.is_blocked() {
+                    true => self.retry_write(slot),
+                    false => self.flush_all(slot),
+                }
             }
-            self.maybe_run_fanout(done);
+            self.maybe_run_fanout();
         }
         self.resume_waiting();
-        self.run_fanout(FANOUT_WRITES);
+        self.run_fanout();
         if self.channels.take_emptied() && self.excess_channels() > 0 {
             self.drop_empty_channels(self.now);
         }
     }
 
-    /// Runs fan-outs after every [`CONNECTIONS_PER_FANOUT`]th connection. `done` is the number of
-    /// those before this one.
-    pub(super) fn maybe_run_fanout(&mut self, done: usize) {
-        if (done + 1).is_multiple_of(CONNECTIONS_PER_FANOUT) {
-            self.run_fanout(FANOUT_WRITES);
-        }
-    }
-
     /// Continues with some of the members that the bus has answered.
     fn resume_waiting(&mut self) {
-        for _ in 0..CONNECTIONS_PER_FANOUT {
+        for _ in 0..CONNECTIONS_A_TURN {
             let Some((id, pending)) = self.deferred.answered.pop_front() else { break };
             if let Some(number) = self.connections.find(id) {
                 let owner = self.connections.owner(number);
@@ -108,21 +103,22 @@ impl Shard {
             if let Pending::Page(page) = pending {
                 self.replay.pages.served(page);
             }
+            self.maybe_run_fanout();
         }
         self.start_reads();
     }
 
-    /// Reads from a connection in the next turn.
+    /// Reads from a connection after those that are live.
     pub(super) fn read_later(&mut self, slot: u32) {
         if self.connections[slot].inbound.enter_queue() {
-            self.deferred.reads.push(self.connections.id(slot));
+            self.deferred.reads.push_back(self.connections.id(slot));
         }
     }
 
     /// Writes to a connection in the next turn.
     pub(super) fn write_later(&mut self, slot: u32) {
         if self.connections[slot].socket.enter_queue() {
-            self.deferred.writes.push(self.connections.id(slot));
+            self.deferred.writes.push_back(self.connections.id(slot));
         }
     }
 }

@@ -95,7 +95,7 @@ impl EventLoop {
                 }
                 let end = event.is_read_closed() || event.is_error();
                 shard.on_ready(event.token(), event.is_readable() || end, event.is_writable(), end);
-                shard.maybe_run_fanout(done);
+                shard.maybe_run_fanout();
             }
             has_more_events = interrupted || done >= EVENTS;
             shard.run_deferred();

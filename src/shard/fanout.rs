@@ -6,6 +6,10 @@ use super::Shard;
 use crate::protocol::event::Entry;
 use crate::protocol::form::ChannelForm;
 
+/// Most writes of fan-outs in a row. Writes are counted, not connections, since a connection with
+/// many small entries before it takes many writes.
+pub(super) const WRITES: u64 = 256;
+
 impl Shard {
     /// Appends the next entry of a channel to its feed, and has it delivered.
     pub(super) fn on_entry(&mut self, name: &ChannelForm, entry: Entry, arrived: Instant) {
@@ -22,9 +26,28 @@ impl Shard {
         self.channels.evict(limit, &mut self.connections, &mut self.tally);
     }
 
-    /// Continues the fan-outs under way, for at most `budget` writes. A visit without a write
-    /// counts as one, too.
-    pub(super) fn run_fanout(&mut self, mut budget: u64) {
+    /// Continues the fan-outs under way once other work has had its part of the time.
+    pub(super) fn maybe_run_fanout(&mut self) {
+        if self.channels.has_fanout() && Instant::now() >= self.next_fanout {
+            self.run_fanout();
+        }
+    }
+
+    /// Continues the fan-outs under way, for at most [`WRITES`]. After it other work gets as much
+    /// time: a fan-out takes at most twice as long in a storm of reconnecting clients, and the storm
+    /// goes on even if live events could use the whole core.
+    pub(super) fn run_fanout(&mut self) {
+        if self.channels.has_fanout() {
+            let start = Instant::now();
+            self.visit_members(WRITES);
+            let end = Instant::now();
+            self.next_fanout = end + (end - start);
+        }
+    }
+
+    /// Makes the next visits, for at most `budget` writes. A visit without a write counts as one,
+    /// too.
+    pub(super) fn visit_members(&mut self, mut budget: u64) {
         while let Some(key) = self.channels.current_fanout(self.now, &self.connections) {
             if budget == 0 {
                 return self.channels.rotate_fanouts();

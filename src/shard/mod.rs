@@ -114,6 +114,8 @@ pub struct Shard {
     tally: Tally,
     /// When this turn started.
     now: Instant,
+    /// Until then the fan-outs under way leave the time to other work.
+    next_fanout: Instant,
     /// Ticks since the shard started.
     tick: u32,
 }
@@ -138,6 +140,7 @@ impl Shard {
             input: Input::new(limits),
             tally: Tally::default(),
             now: Instant::now(),
+            next_fanout: Instant::now(),
             tick: 0,
             context,
         }
@@ -206,15 +209,23 @@ impl Shard {
     }
 
     /// Handles an event of a socket. `ended`: the peer has closed its side.
+    ///
+    /// Only messages of open connections are read at once. Handshakes, ends and full sockets come
+    /// by the thousands, and each is as much work as dozens of messages.
     fn on_ready(&mut self, token: Token, readable: bool, writable: bool, ended: bool) {
         let Some(slot) = self.connections.find(self.connections.id_of(token)) else { return };
-        if writable && self.connections[slot].socket.is_blocked() {
-            self.retry_write(slot);
-        }
+        let connection = &self.connections[slot];
+        let is_put_off = ended || !connection.is_open();
         // Skip connections already queued for reading: one read per turn, not one per event, or
         // busy senders starve the rest.
-        if readable && !self.connections[slot].inbound.is_queued() {
-            self.on_readable(slot, ended);
+        let is_readable = readable && !connection.inbound.is_queued();
+        if writable && connection.socket.is_blocked() {
+            self.write_later(slot);
+        }
+        match is_put_off {
+            _ if !is_readable => {}
+            true => self.read_later(slot),
+            false => self.on_readable(slot, false),
         }
     }
 

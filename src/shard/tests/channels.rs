@@ -206,7 +206,7 @@ impl Testbed {
         self.clients.iter_mut().for_each(|client| client.peer.send(&[]));
         let all: Vec<u32> = self.shard.connections.slots().collect();
         for slot in all.into_iter().skip(from).take(count) {
-            self.shard.on_ready(token(self.shard.connections.id(slot)), true, true, true);
+            self.shard.on_ready(token(self.shard.connections.id(slot)), true, true, false);
         }
     }
 
@@ -259,7 +259,7 @@ impl Testbed {
             Step::Answer => self.answer(),
             Step::Turn => self.turn(),
             Step::Ready { from, count } => self.ready(from, count),
-            Step::Fanout { writes } => self.shard.run_fanout(writes),
+            Step::Fanout { writes } => self.shard.visit_members(writes),
             Step::Tick => self.shard.on_tick(),
         }
         for room in 0..ROOMS.len() {

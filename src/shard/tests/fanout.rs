@@ -2,8 +2,10 @@
 //! short.
 
 use super::super::Shard;
-use super::super::deferred::FANOUT_WRITES;
+use super::super::deferred::CONNECTIONS_A_TURN;
+use super::super::fanout::WRITES;
 use super::testbed::{CLIENTS, Client, Mode, Testbed, masked};
+use crate::bus::Request;
 use crate::protocol::event::{Entry, EventId};
 use crate::ws::connection::State;
 
@@ -30,6 +32,9 @@ fn a_burst_is_written_in_turns() {
     }
     for name in ["public", "private", "without_id", "mixed"] {
         drain(&mut readers);
+        while testbed.shard.has_deferred() {
+            testbed.shard.run_deferred();
+        }
         for n in 0..30 {
             match (name, n % 3) {
                 ("without_id", _) | ("mixed", 0) => {
@@ -50,7 +55,7 @@ fn a_burst_is_written_in_turns() {
             let before = testbed.shard.tally.writes;
             testbed.shard.run_deferred();
             let writes = testbed.shard.tally.writes - before;
-            assert!(writes <= FANOUT_WRITES, "{name}: {writes} writes in a turn");
+            assert!(writes <= WRITES, "{name}: {writes} writes in a turn");
             (total, turns) = (total + writes, turns + 1);
         }
         let most = READERS + CLIENTS.len();
@@ -93,6 +98,29 @@ fn a_sender_gets_its_event_before_the_fan_out() {
     testbed.answer();
     for (number, client) in testbed.clients.iter_mut().enumerate() {
         assert_eq!(client.peer.skip(), number == sender, "client {number}");
+    }
+}
+
+/// In a storm a message does not wait until all handshakes are done, nor does the next look for
+/// messages and events.
+#[test]
+fn messages_are_read_before_handshakes() {
+    const STORM: usize = 100;
+    let mut testbed = with_members();
+    testbed.clients[0].peer.skip();
+    testbed.clients[0].peer.upgraded = true;
+    let _storm: Vec<_> = (0..STORM).map(|_| testbed.connect(2, None, None)).collect();
+    testbed.clients[0].peer.send(&masked(1, br#"{"text":"hi"}"#));
+    testbed.ready(0, usize::MAX);
+    assert!(matches!(testbed.requests.try_recv(), Ok(Request::Publish(_))));
+    let upgraded = |testbed: &Testbed| testbed.shard.metrics().upgraded.get() as usize - CLIENTS.len();
+    assert_eq!(upgraded(&testbed), 0, "handshakes are put off");
+    let mut before = 0;
+    while upgraded(&testbed) < STORM {
+        testbed.shard.run_deferred();
+        let done = upgraded(&testbed) - before;
+        assert!((1..=CONNECTIONS_A_TURN).contains(&done), "{done} handshakes in a turn");
+        before += done;
     }
 }
 

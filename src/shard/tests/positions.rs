@@ -139,7 +139,7 @@ impl Testbed {
             Step::Answer => self.answer(),
             Step::Turn => self.turn(),
             Step::Ready { from, count } => self.ready(*from, *count),
-            Step::Fanout { writes } => self.shard.run_fanout(*writes),
+            Step::Fanout { writes } => self.shard.visit_members(*writes),
             Step::Tick => self.shard.on_tick(),
         }
         let key = self.shard.channels.key(&self.channel.clone().into());

@@ -119,7 +119,7 @@ impl Testbed {
         self.clients.iter_mut().for_each(|client| client.peer.send(&[]));
         let all: Vec<u32> = self.shard.connections.slots().collect();
         for slot in all.into_iter().skip(from).take(count) {
-            self.shard.on_ready(token(self.shard.connections.id(slot)), true, true, true);
+            self.shard.on_ready(token(self.shard.connections.id(slot)), true, true, false);
         }
     }
 
