@@ -20,12 +20,12 @@
 //! | [`config`] | settings: one row per setting, flags and environment, memory division |
 //! | [`auth`] | JWT verification, key files |
 //! | [`metrics`] | counters, readiness, rejection log, rendering |
-//! | [`limits`] | connection limits (node, IP, user), message and byte rates, new channels |
+//! | [`limits`] | connection limits (node, IP, user), bans, message and byte rates, new channels |
 //! | [`feed`] | a channel's recent events in memory, and cursors into them |
 //! | [`ws`] | one connection: handshake, decoder, outbox, subscriptions, progress, replay, writer |
 //! | [`bus`] | ids, history and order of events: [`bus::local`] for one node, [`bus::redis`] for many |
 //! | [`shard`] | event loop, mailbox, channels, joins, fan-out, replay, timers |
-//! | [`admin`] | the admin API: publish, history, channels, metrics, stats, health, live view |
+//! | [`admin`] | the admin API: publish, disconnect, history, channels, metrics, stats, health, live view |
 //! | [`node`] | wiring, accept loop, listeners, systemd |
 //! | [`cli`] | `fanfare bench`, `fanfare token`, `fanfare doctor` |
 //!
