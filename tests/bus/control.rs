@@ -236,7 +236,8 @@ async fn lost_message_of_a_command_is_noticed() {
     proxy.drop_message_with(r#""command":"disconnect""#).await;
     // The answer waits until the node has executed it.
     disconnect(&b, "user=alice").await;
-    assert_eq!(proxy.dropped(), 1);
+    let left = b.admin("GET", "/connections?user=alice", b"").await.json();
+    assert_eq!((&left["connections"], proxy.dropped()), (&json!([]), 1));
     expect_close(&mut alice, DISCONNECTED).await;
 }
 
@@ -393,4 +394,30 @@ async fn damaged_bans_are_named_in_the_log() {
     redis.client().await.call(&["DEL", "fanfare:{@control}:bans"]).await;
     disconnect(&a, "user=alice").await;
     expect_close(&mut alice, DISCONNECTED).await;
+}
+
+/// The rights that docs/redis.md gives a program that uses FCALL alone.
+#[tokio::test]
+async fn rights_of_the_docs_suffice() {
+    let (redis, a, _b) = cluster(&[]).await;
+    let docs = include_str!("../../docs/redis.md");
+    let (_, block) = docs.split_once("ACL SETUSER backend").expect("the block");
+    let (block, _) = block.split_once("```").expect("its end");
+    let rules = block.split_whitespace().filter(|word| *word != "\\");
+    let rules: Vec<_> = rules.map(|word| word.trim_matches('\'')).collect();
+    let mut client = redis.client().await;
+    client.call(&[&["ACL", "SETUSER", "backend"][..], &rules].concat()).await;
+    client.call(&["AUTH", "backend", "secret"]).await;
+    let (mut alice, _) = Client::json(&a, "alice", "room.1").await;
+    let id = client.fcall("room.1", br#"{"n":1}"#, None).await.int();
+    alice.expect_event(id as u64, &json!({"n": 1})).await;
+    for (function, args) in [
+        ("fanfare_disconnect", &["bob"][..]),
+        ("fanfare_disconnect", &["alice", "", "600"]),
+        ("fanfare_unban", &["alice"]),
+    ] {
+        let call = [&["FCALL", function, "1", KEY][..], args].concat();
+        assert!(client.call(&call).await.int() > 0, "{function} {args:?}");
+    }
+    expect_close(&mut alice, BANNED).await;
 }
