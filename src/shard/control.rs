@@ -82,9 +82,11 @@ impl Shard {
         }
     }
 
-    /// Closes a connection with a close frame, even while it waits to join.
+    /// Closes a connection with a close frame, even while it waits to join. Events that came before
+    /// the command are written first: one of them may tell the user why.
     fn disconnect(&mut self, slot: u32, reason: CloseReason) {
         let State::Joining(join) = &self.connections[slot].state else {
+            self.flush_all(slot);
             return self.close(slot, reason);
         };
         let mut bytes = BytesMut::from(&join.response[..]);
@@ -106,6 +108,10 @@ impl Shard {
         let Some(number) = self.find_subscription(slot, channel) else { return };
         if self.connections.is_joining(number) {
             return self.reject_subscription(number, ErrorCode::Forbidden, DISCONNECTED);
+        }
+        self.flush(number);
+        if self.connections.find_subscription(number).is_none() {
+            return; // the socket is dead
         }
         self.end_subscription(number);
         self.connections[slot].enqueue(frame::unsubscribed(channel, "disconnected", None));
