@@ -29,7 +29,7 @@ pub mod sequence;
 
 pub use self::control::OrderError;
 pub use self::page::{BLOCK, Page, SHARED_BYTES, block_start, is_continuous, is_gone};
-pub use self::presence::PresencePage;
+pub use self::presence::{PresencePage, PresenceUpdate};
 
 /// Index of a shard of this node.
 pub type ShardId = usize;
@@ -74,6 +74,9 @@ pub enum Request {
     Order { order: Order, waiter: OrderWaiter },
     /// A user has become present on a shard in one form of a channel of `--presence`, or is no more.
     Presence { channel: ChannelName, user: Arc<str>, present: bool },
+    /// The shard has its first client that wants to know who is in this channel of `--presence`, or
+    /// lost the last one. While it has one, it gets [`BusMessage::Presence`].
+    FollowPresence { channel: ChannelForm, shard: ShardId, follow: bool },
     /// Read some of the users in a channel of `--presence`. Answered once.
     ReadPresence {
         channel: ChannelName,
@@ -192,6 +195,8 @@ pub enum BusMessage {
     },
     /// Answers [`Request::Refresh`], after all entries that it found.
     Refreshed { channel: ChannelForm, result: Result<(), BusError> },
+    /// Who is in a channel: at first, and then changes, at most one a second.
+    Presence { channel: ChannelForm, update: Arc<PresenceUpdate> },
     /// The result of a connection's publish.
     Published {
         connection: ConnectionId,

@@ -46,6 +46,9 @@ pub const MESSAGE_RATE_MAX: u32 = 100_000;
 /// others.
 pub const SUBSCRIPTIONS_MAX: u64 = 1000;
 
+/// Highest `--presence-list`: a list of that many users has up to 1.3 MB.
+pub const PRESENCE_LIST_MAX: u64 = 10_000;
+
 /// Default of `--max-byte-rate` in bytes a second, unless `--max-message-size` is more: a hundred
 /// messages of 10 KiB, so that an address fills at most a tenth of a link of 1 Gbit/s to Redis.
 const BYTE_RATE: u64 = 1 << 20;

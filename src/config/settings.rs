@@ -16,7 +16,7 @@ use super::redis_url::RedisUrl;
 use super::rows::{Row, settings};
 use super::units::{parse_size, show_duration, show_size};
 use super::values::{AdminAddr, Cap, ClientPublish, LogFormat, PingFormat, Words};
-use super::{HISTORY_MIN, MESSAGE_RATE_MAX, MESSAGE_SIZE_MAX, SUBSCRIPTIONS_MAX};
+use super::{HISTORY_MIN, MESSAGE_RATE_MAX, MESSAGE_SIZE_MAX, PRESENCE_LIST_MAX, SUBSCRIPTIONS_MAX};
 use crate::http::origin::OriginRule;
 use crate::protocol::event::ChannelName;
 use crate::protocol::pattern::ChannelPattern;
@@ -289,6 +289,17 @@ settings! {
         parse: |text| parse::optional_list(text, parse::channel_pattern),
         show: |settings| join(&settings.presence),
         see: "[Presence](admin-api.md#presence)",
+    }
+
+    /// Most users in a channel of whom clients get the names, at most 10000. With more they get only
+    /// how many there are.
+    presence_list: usize {
+        name: "presence-list",
+        value: "USERS",
+        default: "1000",
+        parse: |text| parse::count(text, 0, PRESENCE_LIST_MAX).map(|count| count as usize),
+        show: |settings| settings.presence_list.to_string(),
+        see: "[Presence](protocol.md#presence)",
     }
 
     /// Longest message from a client, at most 16MiB.

@@ -74,6 +74,7 @@ fn reads_every_setting_from_flag_and_variable() {
         ("max-channels", "7"),
         ("max-subscriptions", "9"),
         ("presence", "room,team.*"),
+        ("presence-list", "50"),
         ("max-message-size", "1KiB"),
         ("max-message-rate", "20"),
         ("max-byte-rate", "2MiB"),

@@ -60,6 +60,8 @@ pub struct Subscribe {
     pub last: Option<EventId>,
     /// Without it: how many events before the head come first.
     pub history: u8,
+    /// Whether the client wants to know who is in the channel.
+    pub presence: bool,
 }
 
 /// An invalid frame from a JSON mode client.
@@ -90,6 +92,8 @@ struct Members<'a> {
     last: Option<&'a RawValue>,
     #[serde(borrow, default, deserialize_with = "given")]
     history: Option<&'a RawValue>,
+    #[serde(default, deserialize_with = "given")]
+    presence: Option<bool>,
     #[serde(borrow, default, deserialize_with = "given")]
     key: Option<Cow<'a, str>>,
     #[serde(borrow, default, deserialize_with = "given")]
@@ -108,6 +112,8 @@ struct Item<'a> {
     last: Option<&'a RawValue>,
     #[serde(borrow, default, deserialize_with = "given")]
     history: Option<&'a RawValue>,
+    #[serde(default, deserialize_with = "given")]
+    presence: Option<bool>,
 }
 
 const fn string(key: &'static str) -> Known {
@@ -128,12 +134,19 @@ const PUBLISH: &[Known] = &[
     any("ref"),
     string("type"),
 ];
-const SUBSCRIBE: &[Known] =
-    &[string("type"), string("channel"), any("channels"), any("lastEventId"), any("history"), any("ref")];
+const SUBSCRIBE: &[Known] = &[
+    string("type"),
+    string("channel"),
+    any("channels"),
+    any("lastEventId"),
+    any("history"),
+    any("presence"),
+    any("ref"),
+];
 const UNSUBSCRIBE: &[Known] = &[string("type"), string("channel"), any("ref")];
 const TOKEN: &[Known] = &[string("type"), string("token"), any("ref")];
 const PING: &[Known] = &[string("type"), any("ref")];
-const ITEM: &[Known] = &[string("channel"), any("lastEventId"), any("history")];
+const ITEM: &[Known] = &[string("channel"), any("lastEventId"), any("history"), any("presence")];
 
 const TYPES: &str =
     r#""type" must be "subscribe", "unsubscribe", "token" or "ping"; leave it out to publish"#;
@@ -226,7 +239,10 @@ impl Members<'_> {
     /// Whether a frame of this type has only members that belong to it.
     fn belong_to(&self, kind: Option<&str>) -> bool {
         let event = self.text.is_some() || self.data.is_some() || self.to.is_some() || self.key.is_some();
-        let many = self.channels.is_some() || self.last.is_some() || self.history.is_some();
+        let many = self.channels.is_some()
+            || self.last.is_some()
+            || self.history.is_some()
+            || self.presence.is_some();
         let (channel, token) = (self.channel.is_some(), self.token.is_some());
         match kind {
             None => !many && !token,
@@ -264,8 +280,10 @@ impl Members<'_> {
 
     fn subscribe(&self, channels_max: usize) -> Explained<Vec<Subscribe>> {
         match (&self.channel, self.channels) {
-            (Some(name), None) => Ok(vec![subscribe(Some(name), self.last, self.history)?]),
-            (None, Some(channels)) if self.last.is_none() && self.history.is_none() => {
+            (Some(name), None) => Ok(vec![subscribe(Some(name), self.last, self.history, self.presence)?]),
+            (None, Some(channels))
+                if self.last.is_none() && self.history.is_none() && self.presence.is_none() =>
+            {
                 let invalid =
                     || format!(r#""channels" must be a list of 1 to {channels_max} objects with "channel""#);
                 let items: Vec<&RawValue> = serde_json::from_str(channels.get()).map_err(|_| invalid())?;
@@ -281,17 +299,18 @@ impl Members<'_> {
 
 fn item(json: &RawValue) -> Explained<Subscribe> {
     let parsed = serde_json::from_str(json.get()).ok().filter(|_| explain::is_object(json.get()));
-    let Some(Item { channel, last, history }) = parsed else {
+    let Some(Item { channel, last, history, presence }) = parsed else {
         let fault = explain::fault(json.get(), ITEM).unwrap_or_else(|| r#"give "channel""#.into());
         return Err(format!(r#""channels": {fault}"#).into());
     };
-    subscribe(Some(&channel), last, history)
+    subscribe(Some(&channel), last, history, presence)
 }
 
 fn subscribe(
     name: Option<&str>,
     last: Option<&RawValue>,
     history: Option<&RawValue>,
+    presence: Option<bool>,
 ) -> Explained<Subscribe> {
     let last = match last.map(RawValue::get) {
         None | Some("null") => None,
@@ -304,7 +323,7 @@ fn subscribe(
         Some(Some(count @ 1..=HISTORY_MAX)) => count,
         Some(_) => return Err(format!(r#""history" must be a number from 1 to {HISTORY_MAX}"#).into()),
     };
-    Ok(Subscribe { channel: channel(name)?, last, history })
+    Ok(Subscribe { channel: channel(name)?, last, history, presence: presence.unwrap_or(false) })
 }
 
 fn channel(name: Option<&str>) -> Explained<ChannelName> {
@@ -369,7 +388,8 @@ mod tests {
     #[test]
     fn control_frames_are_parsed() {
         let name = |name: &str| ChannelName::parse(name).expect("a name");
-        let one = |channel, last, history| Subscribe { channel: name(channel), last, history };
+        let one =
+            |channel, last, history| Subscribe { channel: name(channel), last, history, presence: false };
         let subscribe = |text: &str| match parsed(text).unwrap() {
             ClientFrame::Subscribe { channels, reference } => (channels, reference),
             other => panic!("{text} is {other:?}"),
@@ -388,6 +408,10 @@ mod tests {
             ),
             (vec![one("a", Some(EventId(EventId::LIMIT - 1)), 0), one("b", None, 0)], None)
         );
+        let with_presence = |text: &str| subscribe(text).0.iter().map(|one| one.presence).collect::<Vec<_>>();
+        assert_eq!(with_presence(r#"{"type":"subscribe","channel":"a","presence":true}"#), [true]);
+        let list = r#"{"type":"subscribe","channels":[{"channel":"a","presence":true},{"channel":"b","presence":false}]}"#;
+        assert_eq!(with_presence(list), [true, false]);
         assert_eq!(
             parsed(r#"{"type":"unsubscribe","channel":"a","ref":"x"}"#),
             Ok(ClientFrame::Unsubscribe { channel: name("a"), reference: Some(r#""x""#.into()) })
@@ -408,6 +432,8 @@ mod tests {
             r#"{"ref":7,"text":"a","type":"ping"}"#,
             r#"{"ref":7,"type":"reset"}"#,
             r#"{"ref":7,"type":"subscribe"}"#,
+            r#"{"ref":7,"type":"subscribe","channel":"a","presence":1}"#,
+            r#"{"ref":7,"type":"unsubscribe","channel":"a","presence":true}"#,
             r#"{"ref":7,"type":"unsubscribe"}"#,
             r#"{"ref":7,"type":"token"}"#,
         ] {
@@ -485,7 +511,7 @@ mod tests {
             (many("[{}]"), r#""channels": give "channel""#),
             (
                 many(r#"[{"channel":"a"},{"channel":"b","last":1}]"#),
-                r#""channels": unknown key "last": the keys are channel, lastEventId, history"#,
+                r#""channels": unknown key "last": the keys are channel, lastEventId, history, presence"#,
             ),
             (many(r#"[{"channel":"a"},{"channel":"b","lastEventId":1.5}]"#), ids),
         ] {

@@ -1,6 +1,7 @@
 //! The frames that only the server sends, and events built from what clients send.
 
 use std::fmt::Write as _;
+use std::sync::Arc;
 
 use bytes::{BufMut, Bytes, BytesMut};
 
@@ -176,6 +177,34 @@ pub fn json_ping<'a>(
     text_frame(json.as_bytes())
 }
 
+/// Who is in a channel: `members` are those after the channel, from one of the functions below.
+pub fn presence(channel: Option<&ChannelName>, members: &str) -> Bytes {
+    let channel = channel.map(|channel| format!(r#""channel":"{channel}","#)).unwrap_or_default();
+    text_frame(format!(r#"{{"type":"presence",{channel}{members}"#).as_bytes())
+}
+
+/// All users.
+pub fn presence_list<'a>(users: impl Iterator<Item = &'a Arc<str>>, count: u64) -> String {
+    format!(r#""users":{},"count":{count}}}"#, strings(users))
+}
+
+/// Users who have come and gone.
+pub fn presence_change(joined: &[Arc<str>], left: &[Arc<str>], count: u64) -> String {
+    let (joined, left) = (strings(joined.iter()), strings(left.iter()));
+    format!(r#""join":{joined},"leave":{left},"count":{count}}}"#)
+}
+
+/// Only how many users there are.
+pub fn presence_count(count: u64) -> String {
+    format!(r#""count":{count}}}"#)
+}
+
+/// A JSON array.
+fn strings<'a>(texts: impl Iterator<Item = &'a Arc<str>>) -> String {
+    let texts: Vec<&str> = texts.map(|text| &**text).collect();
+    serde_json::to_string(&texts).expect("strings are JSON")
+}
+
 /// The text of an error frame with the code [`ErrorCode::Unavailable`].
 pub const NOT_PUBLISHED: &str = "not published: try again later";
 
@@ -292,6 +321,14 @@ mod tests {
             (
                 unsubscribed(&room, "requested", Some("7")),
                 r#"{"type":"unsubscribed","channel":"room","reason":"requested","ref":7}"#,
+            ),
+            (
+                presence(None, &presence_list([Arc::from("a\"b")].iter(), 1)),
+                r#"{"type":"presence","users":["a\"b"],"count":1}"#,
+            ),
+            (
+                presence(Some(&room), &presence_change(&["a".into()], &[], 7)),
+                r#"{"type":"presence","channel":"room","join":["a"],"leave":[],"count":7}"#,
             ),
             (ack("\"r\"", EventId(3).into()), r#"{"type":"ack","ref":"r","id":3}"#),
             (token_ack("7"), r#"{"type":"ack","ref":7}"#),

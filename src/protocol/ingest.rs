@@ -9,8 +9,8 @@ use crate::protocol::frame::put_on_one_line;
 use crate::protocol::json::{self, BadJson, DEPTH_MAX, Members};
 
 /// Values of `type` that only the server sends, so no event may have them.
-pub const CONTROL_TYPES: [&str; 7] =
-    ["welcome", "reset", "ping", "error", "ack", "unsubscribed", "token_expiring"];
+pub const CONTROL_TYPES: [&str; 8] =
+    ["welcome", "reset", "ping", "error", "ack", "unsubscribed", "token_expiring", "presence"];
 
 /// Why a body is not an event.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

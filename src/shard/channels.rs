@@ -8,6 +8,7 @@ use std::time::Instant;
 use hashbrown::HashTable;
 
 use super::connections::ConnectionTable;
+use super::presence::PresenceMembers;
 use super::private::PrivateFanouts;
 use crate::bus::ConnectionId;
 use crate::bus::coalesced::Coalesced;
@@ -76,6 +77,8 @@ pub struct Channel {
     users: HashTable<u32>,
     /// Whether the bus gets to know which users have members here.
     pub tracks_presence: bool,
+    /// The members that asked who is in the channel.
+    pub presence: Option<Box<PresenceMembers>>,
     public: Option<PublicFanout>,
     private: PrivateFanouts,
     /// Whether a private fan-out makes the next visit.
@@ -98,6 +101,7 @@ impl Channel {
             members: Vec::new(),
             users: HashTable::new(),
             tracks_presence: false,
+            presence: None,
             public: None,
             private: PrivateFanouts::default(),
             private_next: false,

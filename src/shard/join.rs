@@ -155,6 +155,7 @@ impl Shard {
             JoinPosition::NotContinuous => (head, false),
         };
         let owner = self.connections.owner(number);
+        let wants_presence = self.connections.wants_presence(number);
         match is_subscription(number) {
             true => {
                 let Some(joining) = self.connections.subscription(number).joining() else { return };
@@ -176,6 +177,9 @@ impl Shard {
             JoinPosition::NotContinuous => self.connections.start_live(number, feed, end, head),
         }
         self.add_member(key, number);
+        if wants_presence {
+            self.follow_presence(key, number);
+        }
         if !is_subscription(number) {
             self.flush(number);
         }

@@ -168,6 +168,14 @@ impl ConnectionTable {
         }
     }
 
+    /// Whether a member that waits to join wants to know who is in the channel.
+    pub fn wants_presence(&self, number: u32) -> bool {
+        if is_subscription(number) {
+            return self.subscription(number).joining().is_some_and(|joining| joining.presence);
+        }
+        matches!(&self[number].state, State::Joining(join) if join.presence)
+    }
+
     /// The name of the channel that a subscription waits to follow.
     pub fn awaited_channel(&self, number: u32) -> Option<&ChannelName> {
         self.subscription(number).joining().map(|joining| &joining.channel)

@@ -65,6 +65,7 @@ mod unsent;
 mod write;
 
 use channel_table::ChannelTable;
+use channels::ChannelId;
 use connections::ConnectionTable;
 use control::Commands;
 use deadlines::Deadlines;
@@ -109,6 +110,8 @@ pub struct Shard {
     unsent: Unsent,
     partial_messages: PartialMessages,
     drain: Option<Drain>,
+    /// Channels with members that missed updates of presence.
+    presence_behind: Vec<ChannelId>,
     input: Input,
     /// What was read and written since the last report.
     tally: Tally,
@@ -137,6 +140,7 @@ impl Shard {
             unsent: Unsent::new(context.unsent.clone()),
             partial_messages: PartialMessages::new(settings),
             drain: None,
+            presence_behind: Vec::new(),
             input: Input::new(limits),
             tally: Tally::default(),
             now: Instant::now(),
@@ -190,6 +194,7 @@ impl Shard {
             BusMessage::Entry { channel, entry, arrived } => self.on_entry(&channel, entry, arrived),
             BusMessage::Page { channel, position, result } => self.on_page(&channel, position, result),
             BusMessage::Refreshed { channel, result } => self.on_refreshed(&channel, result),
+            BusMessage::Presence { channel, update } => self.on_presence(&channel, update),
             BusMessage::Published { connection, regarding, result } => {
                 self.on_published(connection, &regarding, result);
             }

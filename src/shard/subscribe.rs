@@ -9,7 +9,7 @@ use crate::protocol::close::CloseReason;
 use crate::protocol::event::ChannelName;
 use crate::protocol::form::ChannelForm;
 use crate::protocol::frame::{self, ErrorCode, Regarding};
-use crate::ws::client::LastSeen;
+use crate::ws::client::{LastSeen, NOT_TRACKED};
 use crate::ws::outbox::SharedTails;
 use crate::ws::subscription::{Joining, Subscription};
 
@@ -35,18 +35,19 @@ impl Shard {
         channels: Vec<Subscribe>,
         reference: Option<Box<str>>,
     ) -> Result<(), CloseReason> {
-        // Each channel is as much work as a quarter of a message.
-        if !self.accepts_work(slot, channels.len(), reference.as_deref())? {
+        // Each channel is as much work as a quarter of a message, and a list of users as one message.
+        let lists = channels.iter().filter(|subscribe| subscribe.presence).count();
+        if !self.accepts_work(slot, channels.len() + 4 * lists, reference.as_deref())? {
             return Ok(());
         }
-        for Subscribe { channel, last, history } in channels {
-            if let Err((code, text)) = self.check_subscribe(slot, &channel) {
+        for Subscribe { channel, last, history, presence } in channels {
+            if let Err((code, text)) = self.check_subscribe(slot, &channel, presence) {
                 let regarding = Regarding { channel: Some(channel), reference: reference.clone() };
                 self.reject_frame(slot, code, &text, &regarding);
                 continue;
             }
             let last_seen = last.map_or(LastSeen::Newcomer { history }, LastSeen::Event);
-            let joining = Joining { channel, last_seen, reference: reference.clone() };
+            let joining = Joining { channel, last_seen, presence, reference: reference.clone() };
             let number = self.connections.subscribe(slot, joining);
             let id = self.connections.id(number);
             self.join(number, Pending::Nothing);
@@ -59,7 +60,12 @@ impl Shard {
         Ok(())
     }
 
-    fn check_subscribe(&self, slot: u32, channel: &ChannelName) -> Result<(), (ErrorCode, String)> {
+    fn check_subscribe(
+        &self,
+        slot: u32,
+        channel: &ChannelName,
+        presence: bool,
+    ) -> Result<(), (ErrorCode, String)> {
         let is_default = self.default_channel(slot) == Some(channel);
         if is_default || self.find_subscription(slot, channel).is_some() {
             return Err((ErrorCode::Subscribed, "you follow this channel already".into()));
@@ -70,6 +76,9 @@ impl Shard {
         }
         if !self.may_use_others(slot, |grant| grant.may_join(channel)) {
             return Err((ErrorCode::Forbidden, FORBIDDEN.into()));
+        }
+        if presence && !self.settings().tracks_presence(channel) {
+            return Err((ErrorCode::Invalid, NOT_TRACKED.into()));
         }
         if self.context.handshake.readiness.is_memory_short() {
             let text = "this node is short of memory: try again later".into();

@@ -70,6 +70,7 @@ impl Shard {
 
     fn on_second(&mut self) {
         self.resume_failed();
+        self.send_missed_presence();
         self.replay.pages.drop_idle(self.tick);
         self.deadlines.shrink();
         self.deferred.shrink();

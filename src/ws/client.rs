@@ -7,6 +7,9 @@ use crate::config::{ClientPublish, Settings};
 pub use crate::protocol::client_frame::HISTORY_MAX;
 use crate::protocol::event::{ChannelName, EventId};
 
+/// Nobody knows who is in the channel.
+pub const NOT_TRACKED: &str = "this server does not track the presence of users in this channel";
+
 /// What the handshake settled about a client.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Client {
@@ -112,6 +115,8 @@ pub struct Join {
     /// `None`: no default channel.
     pub channel: Option<ChannelName>,
     pub last_seen: LastSeen,
+    /// Whether the client wants to know who is in the channel.
+    pub presence: bool,
     /// The token's, for [`OtherChannels::ByGrant`].
     pub grant: Option<Box<Grant>>,
     /// The 101 response.

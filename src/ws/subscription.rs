@@ -39,6 +39,8 @@ pub enum Phase {
 pub struct Joining {
     pub channel: ChannelName,
     pub last_seen: LastSeen,
+    /// Whether the client wants to know who is in the channel.
+    pub presence: bool,
     /// The client's `ref`, as JSON text.
     pub reference: Option<Box<str>>,
 }

@@ -90,8 +90,10 @@ fn echo(mut asked: mpsc::UnboundedReceiver<Request>, shards: MailboxSenders) {
             Request::Unfollow { .. }
             | Request::Read { .. }
             | Request::Refresh { .. }
-            | Request::Order { .. } => {}
-            Request::Presence { .. } | Request::ReadPresence { .. } => {}
+            | Request::Order { .. }
+            | Request::Presence { .. }
+            | Request::FollowPresence { .. }
+            | Request::ReadPresence { .. } => {}
         }
     }
 }

@@ -3,6 +3,9 @@
 
 use std::collections::BTreeSet;
 
+use serde_json::json;
+
+use crate::common::client::JSON_MODE;
 use crate::common::redis::Value;
 use crate::common::{Client, Node, Proxy, Redis, cluster, until};
 
@@ -330,4 +333,201 @@ async fn single_node_tracks_users_without_redis() {
     }
     bob.leave().await;
     expect(&node, "room", &["carol"]).await;
+}
+
+/// What a client knows of who is in a channel, from its frames.
+struct Watcher {
+    client: Client,
+    users: Option<BTreeSet<String>>,
+    count: u64,
+    /// `+alice`, `-alice`: what it was told after the list.
+    changes: Vec<String>,
+}
+
+impl Watcher {
+    /// Joins a channel and asks who is in it. Waits for the list.
+    async fn join(node: &Node, user: &str, channel: &str) -> Watcher {
+        let query = format!("channel={channel}&presence=1");
+        let mut client = Client::open(node, user, &query, Some(JSON_MODE)).await;
+        client.welcome().await;
+        Watcher::of(client).await
+    }
+
+    async fn of(client: Client) -> Watcher {
+        let mut watcher = Watcher { client, users: None, count: 0, changes: Vec::new() };
+        watcher.read().await;
+        watcher
+    }
+
+    /// Reads the next frame about presence.
+    async fn read(&mut self) {
+        let mut frame = self.client.next_json().await;
+        while frame["type"] == "reset" {
+            frame = self.client.next_json().await;
+        }
+        assert_eq!(frame["type"], "presence");
+        self.count = frame["count"].as_u64().expect("a number");
+        let names = |key: &str| -> Option<BTreeSet<String>> {
+            let names = frame.get(key)?.as_array().expect("a list");
+            Some(names.iter().map(|name| name.as_str().expect("a name").to_owned()).collect())
+        };
+        match (names("users"), names("join"), names("leave")) {
+            (Some(users), None, None) => self.users = Some(users),
+            (None, Some(joined), Some(left)) => {
+                let users = self.users.as_mut().expect("changes follow a list");
+                for user in &joined {
+                    assert!(users.insert(user.clone()), "{user} was there: {frame}");
+                    self.changes.push(format!("+{user}"));
+                }
+                for user in &left {
+                    assert!(users.remove(user), "{user} was not there: {frame}");
+                    self.changes.push(format!("-{user}"));
+                }
+            }
+            (None, None, None) => self.users = None,
+            _ => panic!("{frame}"),
+        }
+        if let Some(users) = &self.users {
+            assert_eq!(users.len() as u64, self.count, "{frame}");
+        }
+    }
+
+    /// Reads until these are the users.
+    async fn expect(&mut self, names: &[&str]) {
+        while self.users != Some(set(names)) {
+            self.read().await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn clients_get_the_list_then_changes() {
+    let (_redis, a, b) = cluster(&FLAGS).await;
+    let mut alice = Watcher::join(&a, "alice", "room").await;
+    alice.expect(&["alice"]).await;
+    let mut bob = Watcher::join(&b, "bob", "room").await;
+    bob.expect(&["alice", "bob"]).await;
+    alice.expect(&["alice", "bob"]).await;
+    let carol = Client::plain(&a, "carol", "room").await;
+    for watcher in [&mut alice, &mut bob] {
+        watcher.expect(&["alice", "bob", "carol"]).await;
+    }
+    carol.leave().await;
+    for watcher in [&mut alice, &mut bob] {
+        watcher.expect(&["alice", "bob"]).await;
+        assert_eq!(watcher.changes[watcher.changes.len() - 2..], ["+carol", "-carol"]);
+    }
+    // One more on a node that knows the users already.
+    let mut dave = Watcher::join(&a, "dave", "room").await;
+    dave.expect(&["alice", "bob", "dave"]).await;
+    assert_eq!(a.metric("fanfare_connections").await, 2.0);
+}
+
+#[tokio::test]
+async fn subscriptions_get_presence_by_name() {
+    let (_redis, a, b) = cluster(&FLAGS).await;
+    let _bob = Client::plain(&b, "bob", "team.1").await;
+    let mut client = Client::open(&a, "alice", "channel=", Some(JSON_MODE)).await;
+    client.next_control("welcome").await;
+    client.send(r#"{"type":"subscribe","channel":"team.1","presence":true}"#).await;
+    client.next_control("welcome").await;
+    loop {
+        let frame = client.next_control("presence").await;
+        assert_eq!(frame["channel"], "team.1");
+        if frame["count"] == 2 {
+            break;
+        }
+    }
+    client.send(r#"{"type":"subscribe","channel":"lobby","presence":true,"ref":1}"#).await;
+    assert_eq!(client.expect_error(Some(json!(1))).await, "invalid");
+    client.send(r#"{"type":"unsubscribe","channel":"team.1","ref":2}"#).await;
+    client.next_control("unsubscribed").await;
+    // No frame follows, and the node asks no more.
+    let _carol = Client::plain(&a, "carol", "team.1").await;
+    expect(&a, "team.1", &["bob", "carol"]).await;
+    client.send(r#"{"type":"ping"}"#).await;
+    client.next_control("ping").await;
+}
+
+#[tokio::test]
+async fn large_channels_show_only_a_count() {
+    let (_redis, a, b) = cluster(&[&FLAGS[..], &["--presence-list", "3"]].concat()).await;
+    let mut alice = Watcher::join(&a, "alice", "room").await;
+    let more = [Client::plain(&b, "bob", "room").await, Client::plain(&b, "carol", "room").await];
+    alice.expect(&["alice", "bob", "carol"]).await;
+    let dave = Client::plain(&a, "dave", "room").await;
+    while alice.users.is_some() {
+        alice.read().await;
+    }
+    assert_eq!(alice.count, 4);
+    let late = Watcher::join(&b, "alice", "room").await;
+    assert_eq!((late.users, late.count), (None, 4));
+    dave.leave().await;
+    let [bob, _carol] = more;
+    bob.leave().await;
+    alice.expect(&["alice", "carol"]).await;
+}
+
+#[tokio::test]
+async fn only_tracked_channels_have_presence() {
+    let node = Node::start(&FLAGS).await;
+    let mut rejected = Vec::new();
+    for (query, subprotocol) in [
+        ("channel=lobby&presence=1", Some(JSON_MODE)),
+        ("channel=&presence=1", Some(JSON_MODE)),
+        ("channel=room&presence=2", Some(JSON_MODE)),
+        ("channel=room&presence=1", None),
+    ] {
+        let mut client = Client::open(&node, "alice", query, subprotocol).await;
+        rejected.push(client.expect_close().await.0);
+    }
+    assert_eq!(rejected, [4400; 4]);
+    let mut alice = Watcher::join(&node, "alice", "room").await;
+    alice.expect(&["alice"]).await;
+    let bob = Client::plain(&node, "bob", "room").await;
+    alice.expect(&["alice", "bob"]).await;
+    bob.leave().await;
+    alice.expect(&["alice"]).await;
+    assert_eq!(alice.changes, ["+bob", "-bob"]);
+}
+
+#[tokio::test]
+async fn views_equal_the_truth_after_faults() {
+    let (mut redis, a, b) = cluster(&FLAGS).await;
+    let mut alice = Watcher::join(&a, "alice", "room").await;
+    let mut bob = Watcher::join(&b, "bob", "room").await;
+    let carol = Client::plain(&b, "carol", "room").await;
+    for watcher in [&mut alice, &mut bob] {
+        watcher.expect(&["alice", "bob", "carol"]).await;
+    }
+    // Redis is empty again: nobody is said to have left.
+    redis.kill();
+    redis.up().await;
+    for node in [&a, &b] {
+        node.ready().await;
+    }
+    let dave = Client::plain(&a, "dave", "room").await;
+    for watcher in [&mut alice, &mut bob] {
+        watcher.expect(&["alice", "bob", "carol", "dave"]).await;
+    }
+    // The stream is gone, from which changes are read.
+    redis.client().await.call(&["DEL", "fanfare:{room}:presence"]).await;
+    let _erin = Client::plain(&b, "erin", "room").await;
+    for watcher in [&mut alice, &mut bob] {
+        watcher.expect(&["alice", "bob", "carol", "dave", "erin"]).await;
+        assert!(!watcher.changes.iter().any(|change| change.starts_with('-')), "{:?}", watcher.changes);
+    }
+    carol.leave().await;
+    redis.client().await.call(&["DEL", "fanfare:{room}:members"]).await;
+    dave.leave().await;
+    for watcher in [&mut alice, &mut bob] {
+        watcher.expect(&["alice", "bob", "erin"]).await;
+        assert_eq!(watcher.changes.iter().filter(|change| change.starts_with('-')).count(), 2);
+    }
+    // A node that crashes takes its users with it, unless they come back.
+    b.kill();
+    let mut back = Watcher::join(&a, "bob", "room").await;
+    back.expect(&["alice", "bob"]).await;
+    alice.expect(&["alice", "bob"]).await;
+    assert_eq!(alice.changes.last().map(String::as_str), Some("-erin"));
 }

@@ -8,7 +8,7 @@ use fanfare::metrics::{Metrics, Readiness};
 use fanfare::protocol::close::{CloseReason, rejection_code};
 use fanfare::protocol::frame::ErrorCode;
 
-const SETTINGS: [(&str, &str); 36] = [
+const SETTINGS: [(&str, &str); 37] = [
     ("--listen", "FANFARE_LISTEN"),
     ("--admin", "FANFARE_ADMIN"),
     ("--allow-anonymous", "FANFARE_ALLOW_ANONYMOUS"),
@@ -33,6 +33,7 @@ const SETTINGS: [(&str, &str); 36] = [
     ("--max-channels", "FANFARE_MAX_CHANNELS"),
     ("--max-subscriptions", "FANFARE_MAX_SUBSCRIPTIONS"),
     ("--presence", "FANFARE_PRESENCE"),
+    ("--presence-list", "FANFARE_PRESENCE_LIST"),
     ("--max-message-size", "FANFARE_MAX_MESSAGE_SIZE"),
     ("--max-message-rate", "FANFARE_MAX_MESSAGE_RATE"),
     ("--max-byte-rate", "FANFARE_MAX_BYTE_RATE"),
@@ -208,7 +209,7 @@ const NO_CLOSE_FRAME: [CloseReason; 11] = [
 
 const JS_OPTIONS: [&str; 6] = ["channel", "token", "pingInterval", "pongTimeout", "gapDelay", "WebSocket"];
 /// Of `subscribe`, and of the client.
-const JS_START_OPTIONS: [&str; 2] = ["lastEventId", "history"];
+const JS_START_OPTIONS: [&str; 3] = ["lastEventId", "history", "presence"];
 
 fn metrics() -> String {
     Metrics::new(1, Arc::default(), Arc::new(Readiness::default())).prometheus()

@@ -201,7 +201,9 @@ impl Bus {
                     let channel = ChannelForm { name, form };
                     BusMessage::Page { channel, position, result: Ok(Arc::new(page)) }
                 }
-                Request::Presence { .. } | Request::ReadPresence { .. } => continue,
+                Request::Presence { .. } | Request::FollowPresence { .. } | Request::ReadPresence { .. } => {
+                    continue;
+                }
                 Request::Refresh { channel, .. } => BusMessage::Refreshed { channel, result: Ok(()) },
                 Request::Publish(publish) => panic!("no client publishes: {publish:?}"),
             };

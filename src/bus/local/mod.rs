@@ -11,7 +11,6 @@ use self::channel::Channel;
 use self::idempotency::IdempotencyKeys;
 use self::presence::LocalPresence;
 use super::control::{Executor, OrderError};
-use super::presence::Lingering;
 use super::{Answer, BusContext, BusError, BusMessage, Follower, Publish, Request, ShardSender};
 use crate::config::Settings;
 use crate::limits::bans::system_millis;
@@ -37,7 +36,7 @@ const FREED_PART: usize = 16;
 /// Time between two searches for expired histories.
 const EXPIRY_INTERVAL: Duration = Duration::from_secs(30);
 
-/// Time between two searches for users who linger no more.
+/// Time between two searches for users who linger no more. Clients get changes of presence as often.
 const PRESENCE_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Runs until all senders of requests are dropped.
@@ -76,7 +75,7 @@ pub async fn run(settings: &Settings, context: BusContext) {
                 bus.executor.expire_bans();
             }
             _ = presence.tick(), if tracks_presence => {
-                bus.presence.expire(Instant::now());
+                bus.presence.on_tick(Instant::now(), &*bus.shards);
                 bus.update_metrics();
             }
         }
@@ -156,7 +155,7 @@ impl LocalBus {
             bytes: 0,
             highest: EventId(0),
             keys: IdempotencyKeys::new(settings.bus_memory()),
-            presence: LocalPresence::new(Lingering::new(settings)),
+            presence: LocalPresence::new(settings),
             now: Instant::now(),
         }
     }
@@ -262,6 +261,10 @@ impl LocalBus {
             }
             Request::Presence { channel, user, present } => {
                 self.presence.on_user(channel, user, present, self.now);
+            }
+            Request::FollowPresence { channel, shard, follow } => {
+                let follower = Follower { shard, form: channel.form };
+                self.presence.follow(&channel.name, follower, follow, &*self.shards);
             }
             Request::ReadPresence { channel, from, limit, answer } => {
                 let page = self.presence.page(&channel, from.as_deref(), limit);

@@ -4,6 +4,12 @@
 //! was closed, so that reconnects change nothing. Changes are queued until they are stored: a user
 //! who comes back meanwhile needs none.
 
+mod audience;
+mod view;
+
+pub use self::audience::Audience;
+pub use self::view::{PresenceUpdate, Snapshot, Update, View};
+
 use std::collections::{BTreeMap, VecDeque};
 use std::ops::Bound;
 use std::sync::Arc;

@@ -280,6 +280,9 @@ impl Bus {
             }
             Request::Order { order, waiter } => self.order(&order, waiter),
             Request::Presence { channel, user, present } => self.presence.on_user(channel, user, present),
+            Request::FollowPresence { channel, shard, follow } => {
+                self.follow_presence(&channel.name, Follower { shard, form: channel.form }, follow);
+            }
             Request::ReadPresence { channel, from, limit, answer } => {
                 self.read_presence(&channel, from, limit, answer);
             }

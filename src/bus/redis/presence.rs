@@ -16,8 +16,8 @@ use super::errors::CallError;
 use super::primaries::{FIRST, SessionId}; // there is no --presence on a cluster
 use super::scripts::number;
 use super::{Bus, Outcome, advice, reply};
-use crate::bus::presence::{Change, LINGER, Lingering, NodeUsers};
-use crate::bus::{BusError, PresencePage};
+use crate::bus::presence::{Audience, Change, LINGER, Lingering, NodeUsers, Snapshot};
+use crate::bus::{BusError, Follower, PresencePage, ShardSender};
 use crate::config::Settings;
 use crate::metrics::WarningLimit;
 use crate::protocol::event::ChannelName;
@@ -46,6 +46,9 @@ pub const READ_SCRIPT: &str = concat!(
 /// Time between two calls for a channel without changes: they renew the lease of this node.
 const RENEWAL_INTERVAL: Duration = Duration::from_secs(2);
 
+/// Time between two readings of who is in a channel, while clients of this node want to know it.
+const READ_INTERVAL: Duration = Duration::from_secs(1);
+
 /// How long a node counts as alive after a call. presence.lua has the same time.
 const LEASE: Duration = Duration::from_secs(12);
 
@@ -54,6 +57,9 @@ const _: () = assert!(LEASE.as_millis() >= LINGER.as_millis() + RENEWAL_INTERVAL
 
 /// Most changes in one call: some 3 ms of Redis' time.
 const CHANGES_MAX: usize = 500;
+
+/// Listing this many users takes as long as a change.
+const READ_USERS_PER_CHANGE: usize = 20;
 
 /// Most channels in one call: some 2 ms of Redis' time.
 const CHANNELS_MAX: usize = 250;
@@ -76,6 +82,47 @@ struct TrackedChannel {
     is_ready: bool,
     /// When the lease is renewed.
     renewal: Option<Instant>,
+    audience: Audience,
+    /// Up to where the audience knows who is in the channel; `None`: all must be read.
+    seen: Option<SeenPresence>,
+    /// When to read again who is in the channel.
+    next_read: Option<Instant>,
+}
+
+/// A position in the joins and leaves of a channel.
+#[derive(Debug)]
+struct SeenPresence {
+    generation: u64,
+    version: u64,
+    /// The last entry of the stream.
+    entry: String,
+}
+
+/// What a reply says about one channel.
+#[derive(Debug, PartialEq, Eq)]
+enum Reply {
+    Stored {
+        generation: u64,
+        has_more: bool,
+        read: Option<PresenceRead>,
+    },
+    /// All users must be stored again.
+    Lost,
+    /// A call with this number came before.
+    Late(u64),
+    Fault(String),
+    /// There was no reply.
+    Unknown,
+}
+
+/// Who is in a channel.
+#[derive(Debug, PartialEq, Eq)]
+struct PresenceRead {
+    version: u64,
+    entry: String,
+    settled: bool,
+    /// `None`: as before.
+    snapshot: Option<Snapshot>,
 }
 
 #[derive(Debug)]
@@ -88,6 +135,8 @@ pub(super) struct Presence {
     renewals: VecDeque<(Instant, ChannelName)>,
     /// The number of the last call.
     last_number: u64,
+    /// `--presence-list`
+    list_max: usize,
     warnings: WarningLimit,
 }
 
@@ -99,6 +148,7 @@ impl Presence {
             ready: VecDeque::new(),
             renewals: VecDeque::new(),
             last_number: 0,
+            list_max: settings.presence_list,
             warnings: WarningLimit::default(),
         }
     }
@@ -146,27 +196,56 @@ impl Presence {
         }
     }
 
+    /// A shard has its first client that wants to know who is in a channel, or lost the last one.
+    fn follow(&mut self, name: &ChannelName, follower: Follower, follow: bool, shards: &dyn ShardSender) {
+        if !follow {
+            if let Some(channel) = self.channels.get_mut(name) {
+                channel.audience.remove(follower);
+            }
+            return;
+        }
+        let channel = self.channels.entry(name.clone()).or_default();
+        if channel.audience.is_empty() {
+            (channel.seen, channel.next_read) = (None, None);
+        }
+        channel.audience.add(name, follower, shards);
+        self.mark_due(name);
+    }
+
     /// Adds channels to the arguments of [`UPDATE_SCRIPT`]. Returns them.
-    fn take_ready(&mut self, args: &mut Vec<Value>) -> Vec<ChannelName> {
+    fn take_ready(&mut self, args: &mut Vec<Value>, now: Instant) -> Vec<ChannelName> {
         let (mut names, mut left) = (Vec::new(), CHANGES_MAX);
         while names.len() < CHANNELS_MAX && left > 0 {
             let Some(name) = self.ready.pop_front() else { break };
             let Some(channel) = self.channels.get_mut(&name) else { continue };
             channel.is_ready = false;
             let changes = channel.users.next_changes(left);
-            if changes.is_empty() && channel.users.is_empty() {
+            if changes.is_empty() && channel.users.is_empty() && channel.audience.is_empty() {
                 self.channels.remove(&name);
                 continue;
             }
-            left -= changes.len();
+            left = left.saturating_sub(changes.len());
+            args.extend([Value::from(name.as_str()), number(channel.generation.unwrap_or(0))]);
+            let reads = !channel.audience.is_empty() && channel.next_read.is_none_or(|at| at <= now);
+            match &channel.seen {
+                _ if !reads => args.extend([""; 4].map(Value::from)),
+                seen => {
+                    let users = channel.audience.list_max(self.list_max);
+                    left = left.saturating_sub(users / READ_USERS_PER_CHANGE);
+                    let (generation, version) =
+                        seen.as_ref().map_or((0, 0), |seen| (seen.generation, seen.version));
+                    let entry = seen.as_ref().map_or("0-0", |seen| &seen.entry);
+                    args.extend([
+                        number(users as u64),
+                        number(generation),
+                        number(version),
+                        Value::from(entry),
+                    ]);
+                }
+            }
             let adds = changes.iter().filter(|change| change.present);
             let removes = changes.iter().filter(|change| !change.present);
-            args.extend([
-                Value::from(name.as_str()),
-                number(channel.generation.unwrap_or(0)),
-                number(adds.clone().count() as u64),
-                number(removes.clone().count() as u64),
-            ]);
+            args.extend([number(adds.clone().count() as u64), number(removes.clone().count() as u64)]);
             args.extend(adds.chain(removes).map(|change| Value::from(&*change.user)));
             channel.in_flight = Some(changes);
             names.push(name);
@@ -174,46 +253,52 @@ impl Presence {
         names
     }
 
-    /// Handles the reply for a channel; `None` if there is none. Returns an error to log.
-    fn on_reply(&mut self, name: &ChannelName, reply: Option<&str>, now: Instant) -> Option<String> {
-        let channel = self.channels.get_mut(name)?;
-        let changes = channel.in_flight.take()?;
-        let mut words = reply.unwrap_or_default().split(' ');
-        let kind = words.next().unwrap_or_default();
-        let value = words.next().and_then(|word| word.parse::<u64>().ok());
+    /// Handles the reply for a channel.
+    fn on_reply(&mut self, name: &ChannelName, reply: &Reply, now: Instant) {
+        let Some(channel) = self.channels.get_mut(name) else { return };
+        let Some(changes) = channel.in_flight.take() else { return };
         let mut is_due = false;
-        let error = match (kind, value) {
-            ("ok", Some(generation)) => {
-                channel.generation = Some(generation);
+        match reply {
+            Reply::Stored { generation, has_more, .. } => {
+                channel.generation = Some(*generation);
                 channel.users.on_stored(&changes);
-                is_due = words.next() == Some("more");
-                None
+                is_due = *has_more;
             }
-            ("lost", _) => {
+            Reply::Lost => {
                 channel.generation = None;
                 channel.users.on_lost();
                 is_due = true;
-                None
             }
-            _ => {
+            Reply::Late(number) => {
                 channel.users.on_unknown(&changes);
-                if let ("late", Some(number)) = (kind, value) {
-                    self.last_number = self.last_number.max(number);
-                }
-                reply.filter(|_| kind != "late").map(str::to_owned)
+                self.last_number = self.last_number.max(*number);
             }
-        };
-        // After an error the next call waits for the renewal.
-        let due = now + RENEWAL_INTERVAL;
-        let channel = self.channels.get_mut(name)?;
-        channel.renewal = Some(due);
-        self.renewals.push_back((due, name.clone()));
+            Reply::Fault(_) | Reply::Unknown => channel.users.on_unknown(&changes),
+        }
+        let interval = if channel.audience.is_empty() { RENEWAL_INTERVAL } else { READ_INTERVAL };
+        channel.renewal = Some(now + interval);
+        self.renewals.push_back((now + interval, name.clone()));
         if is_due {
             self.mark_due(name);
-        } else if error.is_none() {
-            self.mark_ready(name);
+        } else if !matches!(reply, Reply::Fault(_) | Reply::Unknown) {
+            self.mark_ready(name); // after an error the next call waits for the renewal
         }
-        error
+    }
+
+    /// Tells the audience of a channel what was read.
+    fn on_read(&mut self, name: &ChannelName, reply: Reply, now: Instant, shards: &dyn ShardSender) {
+        let Reply::Stored { generation, read: Some(read), .. } = reply else { return };
+        let Some(channel) = self.channels.get_mut(name) else { return };
+        channel.next_read = Some(now + READ_INTERVAL);
+        let is_list = !matches!(read.snapshot, Some(Snapshot::Count(_)));
+        channel.seen = (read.settled && is_list).then_some(SeenPresence {
+            generation,
+            version: read.version,
+            entry: read.entry,
+        });
+        if let Some(snapshot) = read.snapshot {
+            channel.audience.update(name, snapshot, read.settled, shards);
+        }
     }
 
     pub(super) fn shrink(&mut self) {
@@ -248,7 +333,7 @@ impl Bus {
             number(settings.history),
             number(settings.history_ttl_ms),
         ];
-        let names = self.presence.take_ready(&mut args);
+        let names = self.presence.take_ready(&mut args, Instant::now());
         if names.is_empty() {
             return;
         }
@@ -267,14 +352,16 @@ impl Bus {
         result: Result<Resp3Frame, CallError>,
     ) {
         let now = Instant::now();
-        let replies = result.as_ref().map_or_else(|_| Vec::new(), reply::texts);
+        let replies = result.as_ref().ok().and_then(reply::array).unwrap_or_default();
         for (at, name) in names.iter().enumerate() {
-            let error = self.presence.on_reply(name, replies.get(at).map(String::as_str), now);
-            if let Some(error) = error
+            let reply = replies.get(at).map_or(Reply::Unknown, |frame| parse_reply(&reply::texts(frame)));
+            if let Reply::Fault(error) = &reply
                 && self.presence.warnings.is_due(now)
             {
                 tracing::warn!(channel = %name, error, "presence not stored");
             }
+            self.presence.on_reply(name, &reply, now);
+            self.presence.on_read(name, reply, now, &*self.handles.shards);
         }
         self.handles.metrics.presence_users.set(self.presence.users() as u64);
         match result {
@@ -289,6 +376,10 @@ impl Bus {
                 self.on_call_error(session, &error);
             }
         }
+    }
+
+    pub(super) fn follow_presence(&mut self, name: &ChannelName, follower: Follower, follow: bool) {
+        self.presence.follow(name, follower, follow, &*self.handles.shards);
     }
 
     pub(super) fn read_presence(
@@ -321,6 +412,43 @@ impl Bus {
     }
 }
 
+/// Parses what [`UPDATE_SCRIPT`] returns for one channel.
+fn parse_reply(texts: &[String]) -> Reply {
+    let [status, rest @ ..] = texts else {
+        return Reply::Fault("unexpected reply of presence_update.lua".into());
+    };
+    let mut words = status.split(' ');
+    let (kind, value) = (words.next(), words.next().and_then(|word| word.parse().ok()));
+    match (kind, value) {
+        (Some("ok"), Some(generation)) => {
+            Reply::Stored { generation, has_more: words.next().is_some(), read: parse_read(rest) }
+        }
+        (Some("lost"), _) => Reply::Lost,
+        (Some("late"), Some(number)) => Reply::Late(number),
+        _ => Reply::Fault(status.clone()),
+    }
+}
+
+fn parse_read(texts: &[String]) -> Option<PresenceRead> {
+    let [version, entry, settled, kind, items @ ..] = texts else { return None };
+    let change = |item: &String| {
+        let present = item.starts_with('+');
+        Some(Change { user: item.get(1..)?.into(), present })
+    };
+    let snapshot = match kind.as_str() {
+        "same" => None,
+        "changes" => Some(Snapshot::Changes(items.iter().map(change).collect::<Option<_>>()?)),
+        "all" => Some(Snapshot::All(items.iter().map(|user| user.as_str().into()).collect())),
+        _ => Some(Snapshot::Count(items.first()?.parse().ok()?)),
+    };
+    Some(PresenceRead {
+        version: version.parse().ok()?,
+        entry: entry.clone(),
+        settled: settled == "1",
+        snapshot,
+    })
+}
+
 /// Reads a page, again and again while users of nodes that are gone are removed.
 async fn read_page(commands: &Commands, key: &str, args: Vec<Value>) -> Result<PresencePage, BusError> {
     for _ in 0..READS_MAX {
@@ -340,4 +468,38 @@ async fn read_page(commands: &Commands, key: &str, args: Vec<Value>) -> Result<P
         }
     }
     Err(BusError::Unavailable("unexpected reply of presence_read.lua".into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parsed(texts: &[&str]) -> Reply {
+        parse_reply(&texts.iter().map(|text| text.to_string()).collect::<Vec<_>>())
+    }
+
+    #[test]
+    fn replies_are_parsed() {
+        let stored = |read| Reply::Stored { generation: 7, has_more: false, read };
+        let read = |snapshot| {
+            let entry = "5-0".to_owned();
+            stored(Some(PresenceRead { version: 9, entry, settled: true, snapshot }))
+        };
+        assert_eq!(parsed(&["ok 7"]), stored(None));
+        assert_eq!(parsed(&["ok 7 more"]), Reply::Stored { generation: 7, has_more: true, read: None });
+        assert_eq!(parsed(&["ok 7", "9", "5-0", "1", "same"]), read(None));
+        let changes = [("a", true), ("b", false)];
+        let changes = changes.map(|(user, present)| Change { user: user.into(), present }).into();
+        assert_eq!(
+            parsed(&["ok 7", "9", "5-0", "1", "changes", "+a", "-b"]),
+            read(Some(Snapshot::Changes(changes)))
+        );
+        let all = ["a".into(), "b".into()].into();
+        assert_eq!(parsed(&["ok 7", "9", "5-0", "1", "all", "b", "a"]), read(Some(Snapshot::All(all))));
+        assert_eq!(parsed(&["ok 7", "9", "5-0", "1", "count", "12"]), read(Some(Snapshot::Count(12))));
+        assert_eq!(parsed(&["lost"]), Reply::Lost);
+        assert_eq!(parsed(&["late 8"]), Reply::Late(8));
+        assert_eq!(parsed(&["FAULT x y"]), Reply::Fault("FAULT x y".into()));
+        assert!(matches!(parsed(&[]), Reply::Fault(_)));
+    }
 }

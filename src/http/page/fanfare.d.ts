@@ -36,6 +36,11 @@ export interface FanfareStart {
    * many (1 to 100), fewer if some of them are for other users.
    */
   history?: number;
+  /**
+   * Asks who is in the channel: `presence` is emitted. The server must track that (`--presence`), or it closes the
+   * connection with 4400, or the subscription with `invalid`.
+   */
+  presence?: boolean;
 }
 
 export interface FanfareOptions extends FanfareStart {
@@ -119,6 +124,11 @@ export interface FanfareEventMap<E, State = FanfareState> {
    * frame was skipped).
    */
   gap: (info: { lastEventId: number; from: "welcome" | "reset" | "unreadable" }) => void;
+  /**
+   * Who is in the channel: once after each connect, then at most once a second. `users` is null in large channels, which
+   * show only `count`. `joined` and `left` are those who came and went since the last time, also over a reconnect.
+   */
+  presence: (info: { users: string[] | null; count: number; joined: string[]; left: string[] }) => void;
   /**
    * The connection is closed without further attempts, or three attempts in a row failed (`unreachable`; attempts
    * continue). A token function failed (with its error), the server rejected a frame that no `send` waits for, a

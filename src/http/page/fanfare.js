@@ -58,6 +58,7 @@ function warn(error, channel) {
 class Cursor {
   channel; // undefined for the default channel
   history;
+  presence; // whether to ask who is in the channel
   state = "connecting";
   joined = false; // whether it has been live
   position = null; // the last id; null without one
@@ -67,11 +68,15 @@ class Cursor {
   #gapDelay;
   #head = -1; // events up to this id are older than the connection
   #gap = null; // a gap that will be emitted: its timer, where it was noticed, our position before it
-  #handlers = { message: new Set(), state: new Set(), recovered: new Set(), gap: new Set(), error: new Set() };
+  #users = null; // the names of those in the channel; null if they are unknown
+  #handlers = {
+    message: new Set(), state: new Set(), recovered: new Set(), gap: new Set(), presence: new Set(), error: new Set(),
+  };
 
-  constructor({ channel, lastEventId, history, gapDelay }) {
+  constructor({ channel, lastEventId, history, presence, gapDelay }) {
     this.channel = channel;
     this.history = history;
+    this.presence = presence ? true : undefined;
     this.#gapDelay = gapDelay;
     if ((lastEventId ?? "") === "") return;
     const id = Number(lastEventId);
@@ -118,6 +123,19 @@ class Cursor {
       recovered = event.id <= this.#head;
     }
     this.emit("message", event, { recovered });
+  }
+
+  // Everybody, or what has changed since, or only their number. After a reconnect everybody comes again.
+  onPresence({ users, join, leave, count }) {
+    const before = this.#users;
+    if (this.state !== "live" || (join && !before)) return; // of an earlier subscription
+    const after = users || join ? new Set(users ?? before) : null;
+    for (const user of join ?? []) after.add(user);
+    for (const user of leave ?? []) after.delete(user);
+    this.#users = after;
+    const without = (all, others) => (before && after ? [...all].filter((user) => !others.has(user)) : []);
+    this.emit("presence",
+      { users: after && [...after], count, joined: without(after, before), left: without(before, after) });
   }
 
   moveTo(id) { this.position = Math.max(this.position, id); }
@@ -168,7 +186,7 @@ export class Fanfare {
   #listening = new AbortController();
 
   constructor(url, {
-    channel, history, lastEventId, token, WebSocket = globalThis.WebSocket,
+    channel, history, presence, lastEventId, token, WebSocket = globalThis.WebSocket,
     pingInterval = 30_000, pongTimeout = 10_000, gapDelay = 3_000,
   } = {}) {
     if (typeof WebSocket !== "function") throw new TypeError(
@@ -178,6 +196,7 @@ export class Fanfare {
     this.#url.protocol = this.#url.protocol.replace("http", "ws");
     if (channel !== undefined) this.#url.searchParams.set("channel", channel ?? ""); // empty: no default channel
     if (history) this.#url.searchParams.set("history", history); // without an effect where lastEventId has a value
+    if (presence) this.#url.searchParams.set("presence", 1);
     this.#options = { token, pingInterval, pongTimeout, gapDelay };
     this.#default = new Cursor({ lastEventId, gapDelay });
     // Events at which connections are often dead, or possible again.
@@ -198,13 +217,13 @@ export class Fanfare {
     if (this.state === "live") this.#sendToken();
   }
 
-  subscribe(channel, { lastEventId, history } = {}) {
+  subscribe(channel, { lastEventId, history, presence } = {}) {
     if (this.state === "closed") throw failure("closed", "not subscribed, the client is closed: create a new one");
     const before = this.#subscriptions.get(channel);
     const isDefault = channel === (this.#url.searchParams.get("channel") ?? DEFAULT_CHANNEL);
     if (isDefault || (before && before.state !== "closed"))
       throw failure("subscribed", `already subscribed to ${channel}`);
-    const cursor = new Cursor({ channel, lastEventId, history, gapDelay: this.#options.gapDelay });
+    const cursor = new Cursor({ channel, lastEventId, history, presence, gapDelay: this.#options.gapDelay });
     if (this.state === "waiting") cursor.state = "waiting";
     if (before) Object.assign(cursor, { ref: before.ref, followed: before.followed }); // its unsubscribe comes first
     this.#subscriptions.set(channel, cursor);
@@ -292,6 +311,7 @@ export class Fanfare {
       case "ping": return this.#onPing(frame);
       case "reset": return cursor?.state === "live" && cursor.skipTo(frame.lastEventId, "reset");
       case "error": return this.#onError(frame, cursor);
+      case "presence": return cursor?.onPresence(frame);
       case "unsubscribed": return cursor && this.#onUnsubscribed(frame, cursor);
       case "token_expiring": return this.#onTokenExpiring(frame.in);
       default: this.#onEvent(frame, text, cursor);
@@ -354,8 +374,8 @@ export class Fanfare {
     const ref = ++this.#ref;
     const channels = cursors.map((cursor) => {
       cursor.ref = ref;
-      const { channel, position, history } = cursor;
-      return position === null ? { channel, history } : { channel, lastEventId: position };
+      const { channel, position, history, presence } = cursor;
+      return { channel, ...(position === null ? { history } : { lastEventId: position }), presence };
     });
     this.#socket.send(JSON.stringify({ type: "subscribe", channels, ref }));
   }

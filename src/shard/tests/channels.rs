@@ -184,7 +184,9 @@ impl Testbed {
                     let channel = ChannelForm { name, form };
                     BusMessage::Page { channel, position, result: Ok(Arc::new(page)) }
                 }
-                Request::Presence { .. } | Request::ReadPresence { .. } => continue,
+                Request::Presence { .. } | Request::FollowPresence { .. } | Request::ReadPresence { .. } => {
+                    continue;
+                }
                 Request::Refresh { channel, .. } => BusMessage::Refreshed { channel, result: Ok(()) },
                 Request::Order { .. } => unreachable!("shards send none"),
                 Request::Publish(publish) => {

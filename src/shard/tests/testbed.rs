@@ -155,7 +155,9 @@ impl Testbed {
                     let page = self.source.page(position);
                     BusMessage::Page { channel: channel.into(), position, result: Ok(Arc::new(page)) }
                 }
-                Request::Presence { .. } | Request::ReadPresence { .. } => continue,
+                Request::Presence { .. } | Request::FollowPresence { .. } | Request::ReadPresence { .. } => {
+                    continue;
+                }
                 Request::Refresh { channel, .. } => BusMessage::Refreshed { channel, result: Ok(()) },
                 Request::Order { .. } => unreachable!("shards send none"),
                 Request::Publish(publish) => {

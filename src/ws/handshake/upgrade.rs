@@ -19,12 +19,13 @@ use crate::http::{self, BodyLength, Head, Mistyped, Rejection, origin};
 use crate::protocol::close;
 use crate::protocol::event::{ChannelName, EventId, is_user_id};
 use crate::protocol::frame;
-use crate::ws::client::{Client, HISTORY_MAX, Join, LastSeen, Mode};
+use crate::ws::client::{Client, HISTORY_MAX, Join, LastSeen, Mode, NOT_TRACKED};
 
 const LAST_EVENT_ID: &str = "lastEventId";
 const HISTORY: &str = "history";
 const CHANNEL: &str = "channel";
-const PARAMETERS: [&str; 4] = [CHANNEL, LAST_EVENT_ID, HISTORY, "token"];
+const PRESENCE: &str = "presence";
+const PARAMETERS: [&str; 5] = [CHANNEL, LAST_EVENT_ID, HISTORY, PRESENCE, "token"];
 /// Other words for a parameter. Without the advice a client would silently not recover.
 const ALIASES: [(&str, &str); 2] = [("eventId", LAST_EVENT_ID), ("lastId", LAST_EVENT_ID)];
 
@@ -123,10 +124,11 @@ impl<'h, 'a> Upgrade<'h, 'a> {
             Ok(Some(text)) => EventId::parse(text.as_bytes()).map_or(LastSeen::Unknown, LastSeen::Event),
             Err(_) => LastSeen::Unknown,
         };
+        let presence = self.wants_presence(channel.as_ref(), json_mode, &context.settings)?;
         let mut client = Client { user: user.into(), mode, ..Client::default() };
         let grant = client.set_rights(grant, channel.as_ref(), &context.settings);
         let response = self.switching_protocols().freeze();
-        Ok(Join { client, channel, last_seen, grant: grant.filter(|_| json_mode), response })
+        Ok(Join { client, channel, last_seen, presence, grant: grant.filter(|_| json_mode), response })
     }
 
     /// The channel of the parameter, the default one without it, or none if it is empty.
@@ -135,6 +137,24 @@ impl<'h, 'a> Upgrade<'h, 'a> {
             Some(name) if name.is_empty() && json_mode => Ok(None),
             Some(name) if name.is_empty() => Err(rejections::no_channel()),
             _ => http::query_channel(self.head.query).map(Some),
+        }
+    }
+
+    /// Whether the client wants to know who is in its default channel.
+    fn wants_presence(
+        &self,
+        channel: Option<&ChannelName>,
+        json_mode: bool,
+        settings: &Settings,
+    ) -> Result<bool, Rejection> {
+        if http::query_number(self.head.query, PRESENCE, 0..=1)? != Some(1) {
+            return Ok(false);
+        }
+        match channel {
+            _ if !json_mode => Err(Rejection::new(400, "presence needs the subprotocol fanfare.v1")),
+            None => Err(Rejection::new(400, "presence needs a channel: without one ask for it in subscribe")),
+            Some(channel) if settings.tracks_presence(channel) => Ok(true),
+            Some(_) => Err(Rejection::new(400, NOT_TRACKED)),
         }
     }
 
@@ -157,7 +177,7 @@ impl<'h, 'a> Upgrade<'h, 'a> {
         let is_used =
             |name| meant == Some(name) || !matches!(http::query_value(self.head.query, name), Ok(None));
         match self.offer {
-            Offer::Nothing => [LAST_EVENT_ID, HISTORY].into_iter().any(is_used),
+            Offer::Nothing => [LAST_EVENT_ID, HISTORY, PRESENCE].into_iter().any(is_used),
             offer => offer.answer().is_some(),
         }
     }

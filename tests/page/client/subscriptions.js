@@ -59,6 +59,38 @@ return run({
     equal(last().sent.slice(1), [{ type: "subscribe", channels: [{ channel: "a" }, { channel: "b" }], ref: 2 }]);
   },
 
+  async presence_is_a_list_with_changes() {
+    const { fanfare, last, live } = client({ presence: true }, []);
+    const [said, room] = [[], fanfare.subscribe("room", { history: 1, presence: true })];
+    fanfare.on("presence", (info) => said.push(info));
+    room.on("presence", (info) => said.push(info));
+    await live();
+    equal(last().url.searchParams.get("presence"), "1");
+    equal(last().sent[0].channels, [{ channel: "room", history: 1, presence: true }]);
+    last().says({ type: "presence", channel: "room", users: ["early"], count: 1 });
+    await welcome(last);
+    last().says({ type: "presence", users: ["a", "b"], count: 2 });
+    last().says({ type: "presence", join: ["c"], leave: ["a"], count: 2 });
+    last().says({ type: "presence", channel: "room", join: ["lost"], leave: [], count: 1 });
+    last().says({ type: "presence", channel: "room", count: 1001 });
+    equal(said, [
+      { users: ["a", "b"], count: 2, joined: [], left: [] },
+      { users: ["b", "c"], count: 2, joined: ["c"], left: ["a"] },
+      { users: null, count: 1001, joined: [], left: [] },
+    ]);
+    last().ends(1006);
+    await pass(1_000);
+    await live();
+    await welcome(last);
+    equal(last().sent[0].channels, [{ channel: "room", lastEventId: 100, presence: true }]);
+    last().says({ type: "presence", users: ["c", "d"], count: 2 });
+    last().says({ type: "presence", channel: "room", users: ["e"], count: 1 });
+    equal(said.slice(3), [
+      { users: ["c", "d"], count: 2, joined: ["d"], left: ["b"] },
+      { users: ["e"], count: 1, joined: [], left: [] },
+    ]);
+  },
+
   async many_channels_take_several_frames() {
     const { fanfare, last, live } = client();
     for (let number = 0; number < 201; number++) fanfare.subscribe(`room.${number}`);

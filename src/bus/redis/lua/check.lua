@@ -23,6 +23,7 @@ local needed = {
   {'XTRIM', events, 'MINID', '1'}, {'PEXPIRE', events, '1'}, {'DEL', events},
   {'HGETALL', meta},
   {'HGET', members, 'x'}, {'HINCRBY', members, 'x', '1'}, {'HSCAN', members, '0'}, {'HLEN', members},
+  {'HKEYS', members}, {'XRANGE', name .. ':presence', '-', '+'}, {'XREVRANGE', name .. ':presence', '+', '-'},
   {'SADD', members .. ':x', 'x'}, {'SREM', members .. ':x', 'x'}, {'SPOP', members .. ':x', '1'},
   {'SCARD', members .. ':x'}, {'HGETALL', name .. ':nodes'}, {'UNLINK', members, name .. ':nodes'},
   {'EXISTS', name .. ':presence'}, {'TYPE', name .. ':presence'}, {'XADD', name .. ':presence', '*', 'event', 'x'},

@@ -6,7 +6,7 @@
 -- its nodes write.
 
 local CONTROL = {
-  welcome = true, reset = true, ping = true, error = true, ack = true, unsubscribed = true, token_expiring = true,
+  welcome = true, reset = true, ping = true, error = true, ack = true, unsubscribed = true, token_expiring = true, presence = true,
 }
 
 -- The JSON that an event may hold: I-JSON (RFC 7493), as in src/protocol/json. cjson accepts more: numbers
