@@ -20,7 +20,7 @@ async fn client_reacts_to_every_server_answer() {
     let node = Node::start(&[]).await;
     let browser = Browser::start().await;
     browser.open(&format!("http://{}/healthz", node.public)).await;
-    for (tests, count) in [(CONNECTION, 14), (MESSAGES, 15), (SUBSCRIPTIONS, 19)] {
+    for (tests, count) in [(CONNECTION, 14), (MESSAGES, 15), (SUBSCRIPTIONS, 20)] {
         let result = browser.run_client(&format!("{FAKES}{tests}")).await;
         assert_eq!(result["failed"], json!([]), "{result}");
         assert_eq!(result["passed"], json!(count));
