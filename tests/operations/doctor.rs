@@ -8,7 +8,7 @@ use std::process::{Command, Output};
 use serde_json::json;
 
 use crate::common::process::Directory;
-use crate::common::{Client, Node, Redis, within};
+use crate::common::{Client, Node, Redis, RedisCluster, within};
 
 /// Its output and exit code.
 struct DoctorOutput {
@@ -237,4 +237,16 @@ async fn all_wrong_arguments_are_reported_with_code_2() {
     let key = directory.path().join("missing");
     let output = doctor(&["--jwt-key", key.to_str().expect("UTF-8")], &[]).await;
     assert_eq!(output.code, Some(2), "{}", output.text);
+}
+
+#[tokio::test]
+async fn every_primary_of_a_cluster_is_examined() {
+    let cluster = RedisCluster::of(3, false, &["--repl-backlog-ttl", "0"]).await;
+    let output = doctor(&["--redis", &cluster.url()], &[]).await;
+    for redis in &cluster.nodes {
+        let title = format!("Redis, 127.0.0.1:{} of redis-cluster://", redis.port());
+        assert!(output.text.contains(&title), "{}{}", output.text, output.errors);
+    }
+    assert!(output.on("coverage").contains("cluster-require-full-coverage no"), "{}", output.text);
+    assert_eq!(output.text.matches("a primary\n").count(), 3, "{}", output.text);
 }

@@ -204,6 +204,7 @@ async fn config(client: &Client) -> Result<HashMap<String, String>, ConnectError
         "save",
         "min-replicas-to-write",
         "repl-backlog-ttl",
+        "cluster-require-full-coverage",
         "proto-max-bulk-len",
         "client-query-buffer-limit",
     ] {

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::finding::Finding;
 use crate::bus::redis::inspect::{BATCH_BYTES, Facts, History, SAMPLE};
-use crate::config::{HISTORY_MIN, Settings, show_duration, show_rounded, show_size};
+use crate::config::{HISTORY_MIN, RedisUrl, Settings, show_duration, show_rounded, show_size};
 
 /// With a smaller soft limit Redis disconnects a node that lags for a moment, which must then read
 /// history.
@@ -20,6 +20,9 @@ const RECONNECT: Duration = Duration::from_secs(15);
 pub fn check(facts: &Facts, settings: &Settings) -> Vec<Finding> {
     let mut findings = vec![connection(facts), role(facts), rights(facts), eviction(facts)];
     findings.extend([limit(facts), buffer(facts), persistence(facts, settings), replicas(facts)]);
+    if settings.redis.as_ref().is_some_and(RedisUrl::is_cluster) {
+        findings.extend([coverage(facts), backlog(facts)]);
+    }
     findings.push(message_size(facts, settings));
     findings.extend([clock(facts), history(facts, settings), history_memory(facts, settings)]);
     findings
@@ -224,6 +227,34 @@ fn replicas(facts: &Facts) -> Finding {
     }
 }
 
+fn coverage(facts: &Facts) -> Finding {
+    const SUBJECT: &str = "coverage";
+    let remedy = "redis.conf: cluster-require-full-coverage no";
+    match facts.config.get("cluster-require-full-coverage").map(String::as_str) {
+        None => Finding::unreadable(SUBJECT, "cluster-require-full-coverage").remedy(remedy),
+        Some("no") => Finding::ok(SUBJECT, "a slot without a primary concerns its own channels only"),
+        Some(_) => {
+            Finding::warning(SUBJECT, "one slot without a primary stops the channels of all primaries")
+                .remedy(remedy)
+        }
+    }
+}
+
+fn backlog(facts: &Facts) -> Finding {
+    const SUBJECT: &str = "backlog";
+    let remedy = "redis.conf: repl-backlog-ttl 0";
+    match facts.config.get("repl-backlog-ttl").map(String::as_str) {
+        None => Finding::unreadable(SUBJECT, "repl-backlog-ttl").remedy(remedy),
+        Some("0") => Finding::ok(SUBJECT, "kept while the replicas are away"),
+        Some(seconds) => {
+            let text = format!(
+                "freed after {seconds} s without a replica: clients get a reset then, and when a replica is back"
+            );
+            Finding::warning(SUBJECT, text).remedy(remedy)
+        }
+    }
+}
+
 fn clock(facts: &Facts) -> Finding {
     let (ahead, around) = facts.clock;
     let text = match ahead {
@@ -401,6 +432,21 @@ mod tests {
         ] {
             assert_eq!(bad(&facts, flags), [found], "{facts:?} {flags:?}");
         }
+    }
+
+    #[test]
+    fn cluster_has_settings_of_its_own() {
+        let flags = ["--redis", "redis-cluster://127.0.0.1:7000"].map(Into::into);
+        let Ok(Action::Run(settings)) = Settings::from(flags, []) else { panic!("good settings") };
+        let levels = |pairs: &[(&str, &str)]| {
+            let findings = check(&with(pairs), &settings);
+            let of =
+                |subject: &str| findings.iter().find(|finding| finding.subject == subject).unwrap().level;
+            [of("coverage"), of("backlog")]
+        };
+        let name = "cluster-require-full-coverage";
+        assert_eq!(levels(&[(name, "no"), ("repl-backlog-ttl", "0")]), [Level::Ok; 2]);
+        assert_eq!(levels(&[(name, "yes"), ("repl-backlog-ttl", "3600")]), [Level::Warning; 2]);
     }
 
     #[test]
