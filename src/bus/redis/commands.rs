@@ -133,15 +133,12 @@ impl Commands {
         key: &str,
         mut args: Vec<Value>,
     ) -> Result<Resp3Frame, CallError> {
-        let keys: &[&str] = match &self.routing {
-            Routing::Single => &[key],
-            Routing::Cluster(..) => {
-                args.push(key.into());
-                &[]
-            }
-        };
-        match self.run_here(script, keys, args.clone()).await {
-            Err(CallError::ErrorReply(text)) if self.is_elsewhere(script, &text) => {
+        if matches!(self.routing, Routing::Single) {
+            return self.run_here(script, &[key], args).await;
+        }
+        args.push(key.into());
+        match self.run_here(script, &[], args.clone()).await {
+            Err(CallError::ErrorReply(text)) if Commands::is_elsewhere(script, &text) => {
                 self.follow(script, key, args).await
             }
             result => result,
@@ -149,9 +146,8 @@ impl Commands {
     }
 
     /// Whether an error means that the keys of a script are at another primary of the cluster.
-    fn is_elsewhere(&self, script: Script, error: &str) -> bool {
-        let clustered = matches!(self.routing, Routing::Cluster(..));
-        clustered && !matches!(script, Script::Probe) && (error == ELSEWHERE || error.starts_with("READONLY"))
+    fn is_elsewhere(script: Script, error: &str) -> bool {
+        !matches!(script, Script::Probe) && (error == ELSEWHERE || error.starts_with("READONLY"))
     }
 
     async fn run_here(
@@ -175,13 +171,15 @@ impl Commands {
     async fn follow(&self, script: Script, key: &str, args: Vec<Value>) -> Result<Resp3Frame, CallError> {
         let elsewhere = Err(CallError::ErrorReply(ELSEWHERE.into()));
         let Routing::Cluster(peers, host) = &self.routing else { return elsewhere };
-        peers.redirected.store(true, Ordering::Relaxed);
         let reply = match self.send("EXISTS", vec![format!("{key}:meta").into()]).await {
             Err(CallError::ErrorReply(text)) => text,
             Err(error) => return Err(error),
             Ok(_) => return elsewhere, // on their way
         };
         let Some((asking, address)) = redirection(&reply, host) else { return elsewhere };
+        if !asking {
+            peers.redirected.store(true, Ordering::Relaxed);
+        }
         let Some(peer) = peers.get(&address) else { return elsewhere };
         // ASKING is about the next command on the connection. If another one comes between, Redis
         // rejects the script as it did here.

@@ -204,7 +204,7 @@ impl Bus {
         let ticket = self.subscriptions.next_ticket();
         self.follow_control(primary, ticket);
         let settings = &self.handles.settings;
-        let mut topics = vec![settings.probe_topic(primary)];
+        let mut topics = vec![settings.probe_topic(self.primaries[primary].link.generation())];
         let followed = self
             .channels
             .iter()
@@ -224,6 +224,10 @@ impl Bus {
 
     pub(super) fn on_not_connected(&mut self, primary: usize, error: ConnectError) -> Result<(), Unusable> {
         let (status, error) = match error {
+            // In a cluster it may be a stranger at the address of a primary that is gone.
+            ConnectError::Unsupported(text) if self.topology.is_some() => {
+                (Status::Rejecting(text.into()), None)
+            }
             ConnectError::Unsupported(text) => return Err(Unusable(text)),
             ConnectError::Unreachable(text) => (Status::unreachable(&text), Some(text)),
             ConnectError::Rejected(text) => (Status::rejecting(&text), Some(text)),

@@ -338,7 +338,8 @@ impl Bus {
             return;
         }
         let (commands, outcomes) = (session.commands(), self.handles.outcomes.clone());
-        let (topic, id) = (settings.probe_topic(FIRST), self.primaries.session_id(FIRST));
+        let id = self.primaries.session_id(FIRST);
+        let topic = settings.probe_topic(id.generation);
         tokio::spawn(async move {
             let result = commands.run(Script::UpdatePresence, &topic, args).await;
             let _ = outcomes.send(Outcome::PresenceUpdated(id, names, result));

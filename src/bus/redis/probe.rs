@@ -110,10 +110,19 @@ impl Bus {
         } else if silence > PROBE_LATE {
             self.set_status(primary, Status::Unreachable(advice::SILENT), Some("no probe came back"));
         }
+        let is_control = self.control_primary() == primary;
         let at = &mut self.primaries[primary];
-        if at.link.is_subscribed() && at.probes.next.is_some_and(|at| at <= now) {
-            at.probes.next = Some(now + PROBE_INTERVAL);
-            self.send_probe(primary);
+        if !at.link.is_subscribed() {
+            return;
+        }
+        match at.probes.next {
+            Some(next) if next <= now => {
+                at.probes.next = Some(now + PROBE_INTERVAL);
+                self.send_probe(primary);
+            }
+            // The control channel was here, and has moved before its position was read.
+            None if !is_control => self.probe_all(primary),
+            _ => {}
         }
     }
 
@@ -146,7 +155,7 @@ impl Bus {
         let rounds = self.primaries.iter().map(|(_, primary)| primary.probes.per_rotation()).max();
         let interval = rounds.unwrap_or(1) as u64 * PROBE_INTERVAL.as_secs();
         self.handles.metrics.probe_interval_seconds.set(interval);
-        let topic = self.handles.settings.probe_topic(primary);
+        let topic = self.handles.settings.probe_topic(session.generation);
         tokio::spawn(async move {
             let result = commands.run(Script::Probe, &topic, args).await.map(|_| ());
             let _ = outcomes.send(Outcome::ProbeSent(session, result));

@@ -109,11 +109,11 @@ impl RedisSettings {
         format!("{}:{{{channel}}}", self.prefix)
     }
 
-    /// The Pub/Sub channel of this node's probes of a primary. Those of a cluster also get the
-    /// messages that the others publish.
-    pub fn probe_topic(&self, primary: usize) -> String {
+    /// The Pub/Sub channel of the probes of a session. On a cluster all sessions get what any primary
+    /// publishes, so the number of the session is part of the name.
+    pub fn probe_topic(&self, generation: u64) -> String {
         match self.kind {
-            Kind::Cluster => format!("{}:node:{}:{primary}", self.prefix, self.node),
+            Kind::Cluster => format!("{}:node:{}:{generation}", self.prefix, self.node),
             _ => format!("{}:node:{}", self.prefix, self.node),
         }
     }

@@ -27,6 +27,9 @@ const INTERVAL: Duration = Duration::from_secs(2);
 /// The same while one does not, or after a redirection: a failover or a move of slots is under way.
 const INTERVAL_CHANGING: Duration = Duration::from_millis(200);
 
+/// How long a failover may take. After that a primary is looked for less often.
+const CHANGING_TIME: Duration = Duration::from_secs(30);
+
 /// Longest wait for one node's answer, and for a new connection to it.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(1);
 
@@ -200,6 +203,9 @@ pub struct Topology {
     /// When it was last confirmed.
     seen: Option<Instant>,
     asking: bool,
+    /// Since when a primary is away.
+    away_since: Option<Instant>,
+    last: Instant,
     next: Instant,
 }
 
@@ -212,19 +218,21 @@ impl Topology {
             view: View::default(),
             seen: None,
             asking: false,
+            away_since: None,
+            last: Instant::now(),
             next: Instant::now(),
         }
     }
 
-    /// Looks with the next tick: something has changed.
+    /// Looks soon: something has changed.
     pub fn look_soon(&mut self) {
-        self.next = Instant::now();
+        self.next = self.next.min(self.last + INTERVAL_CHANGING);
     }
 
     /// Whether to use this view.
     fn accepts(&self, view: &View, now: Instant) -> bool {
         let is_old = self.seen.is_some_and(|seen| now.duration_since(seen) > OLDER_AFTER);
-        let is_newer = view.ok && view.epoch >= self.view.epoch;
+        let is_newer = view.ok && (view.epoch >= self.view.epoch || !self.view.ok);
         !view.slots.is_empty() && (is_newer || is_old || self.seen.is_none())
     }
 }
@@ -240,19 +248,22 @@ impl Bus {
     /// Looks at the slots if that is due.
     pub(super) fn check_topology(&mut self, now: Instant) {
         let Some(topology) = &mut self.topology else { return };
-        let is_changing = self
-            .primaries
-            .iter()
-            .any(|(at, primary)| at != FIRST && *primary.link.status() != Status::Working);
-        let redirected = topology.peers.take_redirected();
-        if redirected {
-            topology.next = topology.next.min(now);
+        let is_away =
+            |(at, primary): (usize, &Primary)| at != FIRST && *primary.link.status() != Status::Working;
+        topology.away_since = match self.primaries.iter().any(is_away) {
+            true => Some(topology.away_since.unwrap_or(now)),
+            false => None,
+        };
+        if topology.peers.take_redirected() {
+            topology.look_soon();
         }
         if topology.asking || now < topology.next {
             return;
         }
         topology.asking = true;
-        topology.next = now + if is_changing || redirected { INTERVAL_CHANGING } else { INTERVAL };
+        topology.last = now;
+        let is_changing = topology.away_since.is_some_and(|since| now.duration_since(since) < CHANGING_TIME);
+        topology.next = now + if is_changing { INTERVAL_CHANGING } else { INTERVAL };
         let mut addresses = topology.view.nodes.clone();
         addresses.extend(topology.seeds.iter().filter(|seed| !topology.view.nodes.contains(seed)).cloned());
         let (peers, config, epoch) = (topology.peers.clone(), topology.config.clone(), topology.view.epoch);
@@ -283,7 +294,9 @@ impl Bus {
                     self.set_status(FIRST, Status::unreachable(error), Some(error));
                 }
             }
-            Err(ConnectError::Unsupported(text)) => return Err(Unusable(text)),
+            Err(ConnectError::Unsupported(text)) if !self.primaries.is_cluster_known() => {
+                return Err(Unusable(text));
+            }
             Err(ConnectError::Rejected(text)) if !self.primaries.is_cluster_known() => {
                 self.set_status(FIRST, Status::rejecting(&text), Some(&text));
             }

@@ -195,11 +195,12 @@ end
 
 -- What an error of Redis about the state of a cluster means, or nil. Nothing was published then: a
 -- channel's first command fails, or the first that needs a key that has not come yet.
+local CLUSTER_DOWN = 'TRYAGAIN the cluster is down'
 local function cluster_error(text)
   if string.find(text, 'non local key', 1, true) then
     return 'TRYAGAIN the keys of this channel are at another primary, or move there'
   elseif string.find(text, 'the cluster is down', 1, true) then
-    return 'TRYAGAIN the cluster is down'
+    return CLUSTER_DOWN
   end
 end
 

@@ -151,7 +151,7 @@ local function settings_of(prefix)
     for i, field in ipairs(FIELDS) do found[i] = of_cluster[prefix][field] end
   else
     found = redis.pcall('HMGET', key, unpack(FIELDS))
-    if found.err and string.find(found.err, 'non local key', 1, true) then
+    if found.err and (string.find(found.err, 'non local key', 1, true) or string.find(found.err, 'same slot', 1, true)) then
       found = {} -- a cluster
     elseif found.err then
       return nil, "can't read " .. key .. ': ' .. found.err
