@@ -196,7 +196,8 @@ settings! {
         show: |settings| settings.history.to_string(),
     }
 
-    /// Bytes of events kept for each channel, so that fewer large events than `--history` are kept.
+    /// Bytes of events kept for each channel, so that fewer large events than `--history` are kept,
+    /// and bytes of messages that an inbox holds, about.
     /// At least `--max-message-size`. Without `--redis` all channels together have a sixteenth of
     /// the memory of the cgroup or the machine, at most 64MiB; the largest histories are cut first.
     history_bytes: usize {

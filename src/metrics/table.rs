@@ -261,13 +261,13 @@ pub(super) static TABLE: &[Family] = &[
     family(
         "fanfare_inboxes",
         Gauge,
-        "Inboxes that this node looks at: those in --inbox by their name, and those of prefixes that it stored a message in.",
+        "Inboxes that this node samples: those in --inbox by their name, and those of prefixes that it stored a message in.",
         One(|view| view.metrics.bus.inboxes.get().into()),
     ),
     family(
         "fanfare_inbox_messages",
         Gauge,
-        "Messages in these inboxes. Nodes look at the same inboxes, so the number is not a part of a sum.",
+        "Messages in these inboxes. Nodes sample the same inboxes: do not add up nodes.",
         One(|view| view.metrics.bus.inbox_messages.get().into()),
     ),
     family(

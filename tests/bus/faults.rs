@@ -6,6 +6,8 @@
 mod channels;
 /// Failovers.
 mod failover;
+/// Messages to backends.
+mod inbox;
 /// The checker notices a broken bus.
 mod mutations;
 /// Connections that break, hang, lose or delay.

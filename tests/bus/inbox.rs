@@ -25,7 +25,7 @@ async fn answer(client: &mut Client, frame: Value) -> Value {
 }
 
 #[tokio::test]
-async fn clients_send_to_an_inbox_and_get_what_a_backend_publishes() {
+async fn backends_get_messages_and_publish_the_result() {
     let redis = Redis::start(&[]).await;
     let node = Node::on(&redis, &["--inbox", "desk.*", "--inbox-max", "3"]).await;
     let (mut alice, _) = Client::json(&node, "alice", "desk.1").await;

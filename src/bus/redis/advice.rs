@@ -34,7 +34,10 @@ const ADVICE: [(&str, &str); 21] = [
         "this Redis is a replica that has lost its primary: name the primary, or the Sentinels, in --redis",
     ),
     ("READONLY", "this Redis is a replica: name the primary, or the Sentinels, in --redis"),
-    ("OOM", "Redis is out of memory: raise its maxmemory, or lower --history or --history-ttl"),
+    (
+        "OOM",
+        "Redis is out of memory: raise its maxmemory, lower --history or --history-ttl, or work off inboxes",
+    ),
     ("MISCONF", "Redis rejects writes because it can't save to disk: check its log and free disk space"),
     (
         "NOREPLICAS",

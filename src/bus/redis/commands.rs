@@ -21,7 +21,7 @@ const CALL_TIMEOUT: Duration = Duration::from_secs(4);
 pub enum Script {
     Publish,
     Inbox,
-    InboxLook,
+    InboxStats,
     Read,
     Probe,
     Order,
@@ -34,7 +34,7 @@ pub enum Script {
 pub const SCRIPTS: [&str; 9] = [
     scripts::PUBLISH,
     scripts::INBOX,
-    scripts::INBOX_LOOK,
+    scripts::INBOX_STATS,
     scripts::READ,
     scripts::PROBE,
     scripts::ORDER,

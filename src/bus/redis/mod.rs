@@ -15,7 +15,7 @@
 //! | `reply`, `decode` | replies and messages into entries |
 //! | `subscriptions`, `followed` | from Pub/Sub to the shards, gaps filled from the stream |
 //! | `publishing`, `publish_queue` | from the shards to the stream, one call in flight per channel |
-//! | `inboxes` | the inboxes of this node: their limit, and looks at them for the metrics |
+//! | `inboxes` | the inboxes of this node: their limit, and samples of them for the metrics |
 //! | `history` | pages of history for clients that are behind |
 //! | `control` | commands of backends, and bans |
 //! | `presence` | which users are in a channel, over all nodes |
@@ -37,7 +37,7 @@ use self::errors::{CallError, ConnectError};
 use self::faults::FaultLog;
 use self::followed::FollowedChannel;
 use self::history::History;
-use self::inboxes::{Inboxes, Look};
+use self::inboxes::{Inboxes, Sample};
 use self::link::Link;
 use self::presence::Presence;
 use self::primaries::{Primaries, Primary, SessionId};
@@ -108,7 +108,7 @@ enum Outcome {
     BansRead(SessionId, Result<StoredBans, CallError>),
     ProbeSent(SessionId, Result<(), CallError>),
     FunctionLoaded(SessionId, Result<(), CallError>),
-    InboxesLooked(Vec<(ChannelName, Look)>),
+    InboxesSampled(Vec<(ChannelName, Option<Sample>)>),
     LookedUp(SessionId, Result<Vec<SocketAddr>, String>),
     PresenceUpdated(SessionId, Vec<ChannelName>, Result<Resp3Frame, CallError>),
     Topology(Result<View, ConnectError>),
@@ -327,7 +327,7 @@ impl Bus {
             Outcome::PresenceUpdated(id, channels, result) => {
                 self.on_presence_updated(id, &channels, result);
             }
-            Outcome::InboxesLooked(found) => self.on_inboxes_looked(found),
+            Outcome::InboxesSampled(found) => self.on_inboxes_sampled(found),
             _ => {} // of an earlier session
         }
         Ok(())
@@ -342,7 +342,7 @@ impl Bus {
         self.expire_publishes(now);
         self.check_control(now);
         self.update_presence(now);
-        self.look_at_inboxes(now);
+        self.sample_inboxes(now);
         if now >= self.next_cleanup {
             self.next_cleanup = now + IDLE / 4;
             self.channels.retain(|_, channel| !channel.is_idle(now));

@@ -67,11 +67,13 @@ pub struct PublishQueue {
     bytes: usize,
 }
 
-/// About the memory that a queued event takes beside its text.
+/// About the memory that a queued event takes beside its texts.
 const EVENT_OVERHEAD: usize = 256;
 
-fn cost(text: &Bytes) -> usize {
-    text.len() + EVENT_OVERHEAD
+fn cost(item: &Item) -> usize {
+    let names = [&item.sender, &item.to, &item.key];
+    let names: usize = names.iter().map(|name| name.as_ref().map_or(0, |name| name.len())).sum();
+    item.text.len() + names + EVENT_OVERHEAD
 }
 
 /// The text of an event up to the digits of its id, which is the last member. The script adds the
@@ -99,8 +101,9 @@ impl PublishQueue {
     pub fn push(&mut self, publish: Publish, deadline: Instant) {
         let Publish { sender, to, key, event, answer, .. } = publish;
         let text = if sender.is_some() { event } else { text_before_id(&event) };
-        self.bytes += cost(&text);
-        self.waiting.push_back(Queued { item: Item { text, sender, to, key }, answer, deadline });
+        let item = Item { text, sender, to, key };
+        self.bytes += cost(&item);
+        self.waiting.push_back(Queued { item, answer, deadline });
     }
 
     /// Whether the call in flight is about messages for the inbox.
@@ -203,7 +206,7 @@ impl PublishQueue {
     /// Rejects the events that wait for their first call.
     pub fn reject_unsent(&mut self, why: &Arc<str>) -> Vec<Completed> {
         let waiting = std::mem::take(&mut self.waiting);
-        self.bytes -= waiting.iter().map(|next| cost(&next.item.text)).sum::<usize>();
+        self.bytes -= waiting.iter().map(|next| cost(&next.item)).sum::<usize>();
         waiting.into_iter().map(|next| (next.answer, Err(PublishError::Rejected(why.clone())))).collect()
     }
 
@@ -239,7 +242,7 @@ impl PublishQueue {
         self.drop_answered();
         while self.waiting.front().is_some_and(|next| next.deadline <= now) {
             let next = self.waiting.pop_front().expect("the front was just seen");
-            self.bytes -= cost(&next.item.text);
+            self.bytes -= cost(&next.item);
             completed.push((next.answer, Err(timed_out())));
         }
         completed
@@ -259,7 +262,7 @@ impl PublishQueue {
 
 impl Batch {
     fn bytes(&self) -> usize {
-        self.items.iter().map(|item| cost(&item.text)).sum()
+        self.items.iter().map(cost).sum()
     }
 
     /// Whether its items are messages for the inbox.

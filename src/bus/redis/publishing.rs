@@ -106,7 +106,7 @@ impl Bus {
             self.complete(vec![(publish.answer, Err(full))]);
             return;
         }
-        if publish.sender.is_some() && !self.inboxes.note(&name, Instant::now()) {
+        if publish.sender.is_some() && !self.inboxes.admit(&name, Instant::now()) {
             self.complete(vec![(publish.answer, Err(PublishError::Full))]);
             return;
         }
@@ -244,7 +244,8 @@ impl Bus {
             match &result {
                 Ok(PublishedId::Event(_)) => metrics.published.add(1),
                 Ok(PublishedId::Message(_)) => metrics.inbox_stored.add(1),
-                Err(PublishError::Rejected(_) | PublishError::Full) => metrics.publish_rejected.add(1),
+                Err(PublishError::Rejected(_)) => metrics.publish_rejected.add(1),
+                Err(PublishError::Full) => {} // counted by its error code
                 Err(PublishError::Unknown) => metrics.publish_unknown.add(1),
             }
             self.handles.shards.answer(answer, result);

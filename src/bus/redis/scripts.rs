@@ -38,7 +38,7 @@ pub const INBOX: &str = concat!(
 );
 
 /// With `allow-oom`: an expiry takes a few bytes.
-pub const INBOX_LOOK: &str = concat!("#!lua flags=allow-oom\n", include_str!("lua/inbox_look.lua"));
+pub const INBOX_STATS: &str = concat!("#!lua flags=allow-oom\n", include_str!("lua/inbox_stats.lua"));
 
 /// With `allow-oom`: a read may write a few bytes (a new base), and must work when events are
 /// rejected.
@@ -163,6 +163,7 @@ pub fn inbox_args(
         number(settings.publish_number_ttl_ms),
         number(settings.inbox_max),
         Value::from(channel.as_str()),
+        number(settings.history_bytes as u64),
     ]);
     args
 }

@@ -193,7 +193,7 @@ async fn messages_of_a_wrong_key_type_are_a_fault() {
 }
 
 #[tokio::test]
-async fn messages_and_events_share_a_channel_under_load() {
+async fn messages_and_events_share_a_channel() {
     let redis = RedisServer::start();
     let mut node = Node::ready(settings(&redis.url())).await;
     let mut reader = node.follow("desk", 0).await;
@@ -222,7 +222,7 @@ async fn messages_and_events_share_a_channel_under_load() {
 }
 
 #[tokio::test]
-async fn sequence_of_an_inbox_channel_outlives_its_unused_time() {
+async fn messages_keep_the_numbers_of_calls() {
     let redis = RedisServer::start();
     let node = Node::ready(settings(&redis.url())).await;
     node.store("desk", "a", None, &event(1)).await.unwrap();
@@ -234,7 +234,7 @@ async fn sequence_of_an_inbox_channel_outlives_its_unused_time() {
 }
 
 #[tokio::test]
-async fn inboxes_of_a_prefix_are_counted_and_expire_when_empty() {
+async fn empty_inboxes_of_a_prefix_expire() {
     let redis = RedisServer::start();
     let inbox = ["kept", "desk.*"].map(|text| ChannelPattern::parse(text).unwrap()).into();
     let max_channels = NonZeroUsize::new(2).unwrap();
@@ -255,4 +255,49 @@ async fn inboxes_of_a_prefix_are_counted_and_expire_when_empty() {
     assert!((590_000..=600_000).contains(&expiry("desk.1")) && expiry("kept") == -1);
     node.store("desk.1", "a", None, &event(5)).await.unwrap();
     assert_eq!(expiry("desk.1"), -1, "messages never expire");
+    // Also behind an entry of another program.
+    redis.raw().command(&["XADD", &stream("desk.2"), "*", "event", "{}"]);
+    assert!(expiry("desk.2") > 0);
+    node.store("desk.2", "a", None, &event(6)).await.unwrap();
+    assert_eq!(expiry("desk.2"), -1);
+}
+
+#[tokio::test]
+async fn a_damaged_key_rejects_its_whole_call() {
+    let redis = RedisServer::start();
+    let node = Node::ready(settings(&redis.url())).await;
+    node.store("desk", "a", None, &event(0)).await.expect("the node knows the channel then");
+    redis.raw().command(&["LPUSH", "fanfare:{desk}:inbox:key:1:a:k", "x"]);
+    let results = [None, Some("k")].map(|key| node.store_later("desk", "a", key, &event(1)));
+    for result in results {
+        let result = timeout(TIMEOUT, result).await.unwrap().unwrap();
+        assert!(matches!(result, Err(PublishError::Rejected(_))), "{result:?}");
+    }
+    assert_eq!(length(&redis, "desk"), 1, "what is rejected is not stored");
+}
+
+#[tokio::test]
+async fn bytes_of_an_inbox_are_limited() {
+    let redis = RedisServer::start();
+    let node = Node::ready(Settings { history_bytes: 100_000, ..settings(&redis.url()) }).await;
+    let long = format!(r#"{{"text":"{}"}}"#, "x".repeat(10_000));
+    let mut stored = 0;
+    while node.store("desk", "a", None, &long).await.is_ok() {
+        stored += 1;
+    }
+    assert!((6..=12).contains(&stored), "{stored} messages");
+    assert_eq!(node.store("desk", "a", None, "{}").await, Err(PublishError::Full));
+    redis.raw().command(&["XTRIM", &stream("desk"), "MAXLEN", "1"]);
+    node.store("desk", "a", None, &long).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_duplicate_renews_its_key() {
+    let redis = RedisServer::start();
+    let node = Node::ready(settings(&redis.url())).await;
+    let first = node.store("desk", "a", Some("k"), &event(1)).await;
+    let (mut raw, key) = (redis.raw(), "fanfare:{desk}:inbox:key:1:a:k");
+    raw.command(&["PEXPIRE", key, "5000"]);
+    assert_eq!(node.store("desk", "a", Some("k"), &event(1)).await, first);
+    assert!(raw.command(&["PTTL", key]).number() > 590_000, "a retry of that call finds it");
 }

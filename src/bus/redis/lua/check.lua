@@ -27,7 +27,7 @@ local needed = {
   {'SADD', members .. ':x', 'x'}, {'SREM', members .. ':x', 'x'}, {'SPOP', members .. ':x', '1'},
   {'SCARD', members .. ':x'}, {'HGETALL', name .. ':nodes'}, {'UNLINK', members, name .. ':nodes'},
   {'EXISTS', name .. ':presence'}, {'TYPE', name .. ':presence'}, {'XADD', name .. ':presence', '*', 'event', 'x'},
-  {'XLEN', name .. ':inbox'}, {'XADD', name .. ':inbox', '*', 'e', 'x'}, {'PERSIST', name .. ':inbox'}, {'PTTL', meta},
+  {'XLEN', name .. ':inbox'}, {'MEMORY', 'USAGE', name .. ':inbox'}, {'XADD', name .. ':inbox', '*', 'e', 'x'}, {'PERSIST', name .. ':inbox'}, {'PTTL', meta},
   {'GET', name .. ':key:x'}, {'SET', name .. ':key:x', 'x'},
   {'SUBSCRIBE', control}, {'PUBLISH', control, 'x'}, {'PEXPIREAT', bans, '1'},
   {'ZADD', bans, '1', 'x'}, {'ZREM', bans, 'x'}, {'ZREMRANGEBYSCORE', bans, '-inf', '1'},

@@ -11,6 +11,7 @@
 --    8 how long the number is remembered, in ms
 --    9 most messages in the inbox
 --    10 the channel
+--    11 most bytes in the inbox, about
 --    then for each message: the user who sent it, the user it is for or '', its idempotency key or '',
 --    its JSON
 -- Returns {1, base, head, id, id, ...}, with '' for a message for which the inbox has no room; or
@@ -19,7 +20,7 @@
 -- be stored later either, since its number is used up then.
 local now = milliseconds()
 local epoch = current_epoch(prefix_of(KEYS[1]), ARGV[1], now)
-local FIRST = 11 -- the first message in ARGV
+local FIRST = 12 -- the first message in ARGV
 
 -- The key that remembers the id of a user's message. The length of the user's name keeps users apart,
 -- since it may contain colons.
@@ -52,21 +53,44 @@ local function ids_of(name, record)
   return ids
 end
 
+-- The ids of messages whose key is remembered, by their index. Their keys are renewed, so that a retry
+-- of this call finds them, too. A damaged key is a fault before anything is stored.
+local function earlier_ids(name)
+  local earlier = {}
+  for i = 1, (#ARGV - FIRST + 1) / 4 do
+    local at = FIRST + 4 * (i - 1)
+    if ARGV[at + 2] ~= '' then
+      local key = message_key(name, ARGV[at], ARGV[at + 2])
+      earlier[i] = remembered(key)
+      if earlier[i] then
+        redis.call('PEXPIRE', key, KEY_TTL)
+      end
+    end
+  end
+  return earlier
+end
+
+-- How many messages the inbox can take.
+local function room_in(stream)
+  local room = tonumber(ARGV[9]) - redis.call('XLEN', stream)
+  local bytes = redis.call('MEMORY', 'USAGE', stream) -- false if there is no stream; an estimate else
+  return bytes and bytes >= tonumber(ARGV[11]) and 0 or room
+end
+
 -- Stores the messages. Returns their ids and the record of the call: time and sequence of the id of
 -- the first message stored, its index, and the index of the last one stored. Later ones have the same
 -- time, and a sequence as much higher as their index, so the record stands for all.
 local function add(name)
-  local stream, ids = name .. ':inbox', {}
-  local before = redis.call('XLEN', stream)
-  local room = tonumber(ARGV[9]) - before
+  local stream, ids, set = name .. ':inbox', {}, {}
+  local earlier, room = earlier_ids(name), room_in(stream)
   local time, sequence, first, stored = 0, 0, 0, 0
   for i = 1, (#ARGV - FIRST + 1) / 4 do
     local at = FIRST + 4 * (i - 1)
     local user, to, key, json = ARGV[at], ARGV[at + 1], ARGV[at + 2], ARGV[at + 3]
     local key_name = key ~= '' and message_key(name, user, key)
-    local earlier = key_name and remembered(key_name)
-    if earlier then
-      ids[i] = earlier
+    local known = earlier[i] or key_name and set[key_name]
+    if known then
+      ids[i] = known
     elseif room <= 0 then
       ids[i] = ''
     else
@@ -82,13 +106,12 @@ local function add(name)
       if first == 0 then
         time, sequence = string.match(ids[i], '^(%d+)-(%d+)$')
         time, sequence, first = tonumber(time), tonumber(sequence), i
-        if before == 0 then
-          redis.call('PERSIST', stream) -- inbox_look.lua lets an empty one expire
-        end
+        redis.call('PERSIST', stream) -- inbox_stats.lua gives an empty stream an expiry
       end
       room, stored = room - 1, i
       if key_name then
         redis.call('SET', key_name, ids[i], 'PX', KEY_TTL)
+        set[key_name] = ids[i]
       end
     end
   end

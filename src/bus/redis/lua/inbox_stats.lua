@@ -6,7 +6,7 @@ local stream = KEYS[1] .. ':inbox'
 local count = redis.call('XLEN', stream)
 if count == 0 then
   if ARGV[1] ~= '0' and redis.call('PTTL', stream) == -1 then
-    redis.call('PEXPIRE', stream, ARGV[1]) -- inbox.lua takes it back with the next message
+    redis.call('PEXPIRE', stream, ARGV[1]) -- inbox.lua removes it with the next message
   end
   return {0, 0}
 end
