@@ -1,6 +1,7 @@
 //! A bus gives every event its id, keeps history, and sends each channel's events to the shards in
 //! id order. One runs in the control thread: [`local`] for a single node, [`redis`] for several.
 
+use std::collections::HashSet;
 use std::fmt;
 use std::sync::Arc;
 use std::time::Instant;
@@ -206,8 +207,8 @@ pub enum BusMessage {
     },
     /// A backend disconnects a user from this channel, or from all.
     Disconnect { user: Arc<str>, channel: Option<ChannelName>, reason: CloseReason },
-    /// Bans were loaded: close the connections of all users who are banned.
-    DisconnectBanned,
+    /// Bans were loaded: close the connections of these users.
+    DisconnectBanned(Arc<HashSet<Arc<str>>>),
 }
 
 /// A shard that follows a channel in one of its forms.

@@ -1,6 +1,6 @@
 //! Users whose connections are refused for a while. The bus changes them, handshakes look them up.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::ops::Bound;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -38,6 +38,11 @@ impl Table {
         let now = self.now();
         self.ends.retain(|_, end| *end > now);
     }
+
+    fn remove_first_end(&mut self) {
+        let first = self.ends.iter().min_by_key(|(_, end)| **end).map(|(user, _)| user.clone());
+        first.and_then(|user| self.ends.remove(&user));
+    }
 }
 
 /// Milliseconds since 1970.
@@ -60,43 +65,62 @@ impl Bans {
         (left > 0).then(|| Duration::from_millis(left))
     }
 
-    /// Changes the bans and removes expired ones. Returns how many are left.
-    fn change(&self, change: impl FnOnce(&mut Table)) -> usize {
+    fn change<T>(&self, change: impl FnOnce(&mut Table) -> T) -> T {
         let mut table = self.table();
-        change(&mut table);
-        table.purge();
+        let result = change(&mut table);
         self.has_any.store(!table.ends.is_empty(), Ordering::Release);
-        table.ends.len()
+        result
     }
 
-    /// Bans a user until this time, in milliseconds on the clock of the bus. Returns the number of
-    /// bans, as the other methods do. With [`BANS_MAX`] bans a new one has no effect: the bus
-    /// accepts no more, so the event is not from a node.
-    pub fn insert(&self, user: Arc<str>, until: u64) -> usize {
+    /// Bans a user until this time, in milliseconds on the clock of the bus. Returns whether that is
+    /// in the future. With [`BANS_MAX`] bans the one that ends first is removed: the bus accepts no
+    /// more, so on its clock that one has ended.
+    pub fn insert(&self, user: Arc<str>, until: u64) -> bool {
         self.change(|table| {
-            table.purge();
-            if table.ends.len() < BANS_MAX || table.ends.contains_key(&user) {
-                table.ends.insert(user, until);
+            if until <= table.now() {
+                table.ends.remove(&user);
+                return false;
             }
+            if table.ends.len() >= BANS_MAX && !table.ends.contains_key(&user) {
+                table.purge();
+            }
+            table.ends.insert(user, until);
+            if table.ends.len() > BANS_MAX {
+                table.remove_first_end();
+            }
+            true
         })
     }
 
     /// Ends the ban of a user.
-    pub fn remove(&self, user: &str) -> usize {
-        self.change(|table| _ = table.ends.remove(user))
+    pub fn remove(&self, user: &str) {
+        self.change(|table| _ = table.ends.remove(user));
     }
 
-    /// Replaces all bans by those of the bus, whose clock showed `now` just before.
-    pub fn replace(&self, now: u64, bans: impl IntoIterator<Item = (Arc<str>, u64)>) -> usize {
+    /// Replaces all bans by those of the bus, whose clock showed `now` just before. The last one of
+    /// a user counts.
+    pub fn replace(&self, now: u64, bans: impl IntoIterator<Item = (Arc<str>, u64)>) {
         self.change(|table| {
             table.clock = Some((Instant::now(), now));
-            table.ends = bans.into_iter().collect();
-        })
+            table.ends.clear();
+            table.ends.extend(bans);
+            table.purge();
+        });
     }
 
     /// Removes expired bans.
-    pub fn purge(&self) -> usize {
-        self.change(|_| ())
+    pub fn purge(&self) {
+        self.change(Table::purge);
+    }
+
+    /// The number of bans. Some may have expired.
+    pub fn len(&self) -> usize {
+        self.table().ends.len()
+    }
+
+    /// The banned users.
+    pub fn users(&self) -> HashSet<Arc<str>> {
+        self.table().ends.keys().cloned().collect()
     }
 
     pub fn is_empty(&self) -> bool {
@@ -123,30 +147,39 @@ mod tests {
         assert_eq!(bans.time_left("alice"), None);
         // The clock of the bus is far behind that of this host.
         let now = 1_000_000;
-        assert_eq!(bans.replace(now, [("alice".into(), now + 60_000), ("bob".into(), now)]), 1);
+        bans.replace(now, [("alice".into(), now + 60_000), ("bob".into(), now)]);
+        assert_eq!(bans.len(), 1);
         let left = bans.time_left("alice").expect("a ban");
         assert!(Duration::from_secs(50) < left && left <= Duration::from_secs(60), "{left:?}");
         assert_eq!(bans.time_left("bob"), None);
-        assert_eq!(bans.insert("bob".into(), now + 120_000), 2);
+        assert!(bans.insert("bob".into(), now + 120_000));
         assert!(bans.time_left("bob") > bans.time_left("alice"));
-        assert_eq!(bans.insert("bob".into(), now - 1), 1, "a shorter ban replaces a longer one");
+        assert!(!bans.insert("bob".into(), now - 1), "a shorter ban replaces a longer one");
         assert!(bans.time_left("bob").is_none() && !bans.is_empty());
-        assert_eq!(bans.remove("alice"), 0);
+        bans.replace(
+            now,
+            [("alice".into(), now), ("bob".into(), now + 9_000), ("alice".into(), now + 9_000)],
+        );
+        assert_eq!(bans.users(), ["alice".into(), "bob".into()].into(), "the last ban of a user counts");
+        bans.remove("bob");
+        bans.remove("alice");
         assert!(bans.time_left("alice").is_none() && bans.is_empty());
     }
 
     #[test]
     fn bans_are_limited_and_listed_in_pages() {
         let (bans, until) = (Bans::default(), system_millis() + 60_000);
-        for number in 0..BANS_MAX + 2 {
-            bans.insert(format!("user{number:05}").into(), until);
+        for number in 0..BANS_MAX as u64 {
+            bans.insert(format!("user{number:05}").into(), until + number);
         }
-        assert_eq!(bans.purge(), BANS_MAX);
-        assert_eq!(bans.insert("user00000".into(), until + 1), BANS_MAX, "one that exists changes");
-        assert!(bans.time_left("user10000").is_none());
-        let page = bans.list(Some("user00001"), 2);
-        assert_eq!(page, [("user00002".into(), until), ("user00003".into(), until)]);
-        assert_eq!(bans.list(None, 1), [("user00000".into(), until + 1)]);
-        assert_eq!(bans.list(Some("user09999"), 1), []);
+        assert!(bans.insert("user00000".into(), until + 60_000), "one that exists changes");
+        assert_eq!(bans.len(), BANS_MAX);
+        assert!(bans.insert("zoe".into(), until + 60_000), "the one that ends first makes room");
+        assert_eq!(bans.len(), BANS_MAX);
+        assert!(bans.time_left("user00001").is_none() && bans.time_left("zoe").is_some());
+        let page = bans.list(Some("user00000"), 2);
+        assert_eq!(page, [("user00002".into(), until + 2), ("user00003".into(), until + 3)]);
+        assert_eq!(bans.list(None, 1), [("user00000".into(), until + 60_000)]);
+        assert_eq!(bans.list(Some("zoe"), 1), []);
     }
 }

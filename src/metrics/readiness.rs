@@ -10,6 +10,7 @@ pub struct Readiness {
     memory_short: AtomicBool,
     bus_problem: Mutex<Option<String>>,
     unavailable_primaries: Mutex<Option<String>>,
+    commands_pending: AtomicBool,
 }
 
 impl Readiness {
@@ -17,6 +18,7 @@ impl Readiness {
     pub fn waiting_for_bus(reason: String) -> Readiness {
         let readiness = Readiness::default();
         readiness.set_bus(Some(reason));
+        readiness.commands_pending.store(true, Ordering::Relaxed);
         readiness
     }
 
@@ -33,6 +35,16 @@ impl Readiness {
     /// What is wrong although the node is ready.
     pub fn unavailable_primaries(&self) -> Option<String> {
         self.unavailable_primaries.lock().expect("nothing panics while holding it").clone()
+    }
+
+    /// The node follows the commands of backends from now on, and knows the bans.
+    pub fn follow_commands(&self) {
+        self.commands_pending.store(false, Ordering::Release);
+    }
+
+    /// Whether it does not do so yet, since it has just started.
+    pub fn are_commands_pending(&self) -> bool {
+        self.commands_pending.load(Ordering::Acquire)
     }
 
     /// Marks the node as stopping. Clients that still come are accepted until the drain starts.

@@ -1,6 +1,6 @@
 //! Commands of backends about the connections of users.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use bytes::BytesMut;
@@ -22,18 +22,17 @@ struct Disconnect {
     channels: Vec<ChannelName>,
 }
 
-/// Commands received one after the other. They are executed together: it takes one look at every
-/// connection, however many users they are about.
+/// Commands of one turn. They are executed together, by one pass over the connections.
 #[derive(Debug, Default)]
 pub(super) struct Commands {
     users: HashMap<Arc<str>, Disconnect>,
-    /// Close the connections of users who are banned.
-    banned: bool,
+    /// Close the connections of these users, who are banned.
+    pub banned: Option<Arc<HashSet<Arc<str>>>>,
 }
 
 impl Commands {
     fn is_empty(&self) -> bool {
-        self.users.is_empty() && !self.banned
+        self.users.is_empty() && self.banned.is_none()
     }
 }
 
@@ -51,26 +50,22 @@ impl Shard {
         }
     }
 
-    pub(super) fn on_disconnect_banned(&mut self) {
-        self.commands.banned = true;
-    }
-
-    /// Executes the commands received, before anything else is handled.
+    /// Executes the commands of this turn, before its sockets are handled and members admitted.
     pub(super) fn run_commands(&mut self) {
         if self.commands.is_empty() {
             return;
         }
         let Commands { users, banned } = std::mem::take(&mut self.commands);
-        let slots: Vec<u32> = self.connections.slots().collect();
-        for slot in slots {
+        for slot in 0..self.connections.end() {
+            let Some(connection) = self.connections.get(slot) else { continue };
             // A connection has its user from the moment when it starts to join. Before that its
             // handshake finds the ban.
-            let user = &*self.connections[slot].client.user;
+            let user = &*connection.client.user;
             if user.is_empty() {
                 continue;
             }
             let disconnect = users.get(user);
-            let is_banned = banned && self.context.handshake.limits.bans.time_left(user).is_some();
+            let is_banned = banned.as_ref().is_some_and(|banned| banned.contains(user));
             let reason = disconnect.and_then(|disconnect| disconnect.all);
             if let Some(reason) = reason.or(is_banned.then_some(CloseReason::Banned)) {
                 self.disconnect(slot, reason);

@@ -160,9 +160,6 @@ impl Shard {
     }
 
     fn handle_message(&mut self, message: ShardMessage) {
-        if !matches!(message, ShardMessage::Bus(BusMessage::Disconnect { .. })) {
-            self.run_commands();
-        }
         match message {
             ShardMessage::Bus(message) => self.on_bus_message(message),
             ShardMessage::Sockets(sockets) => {
@@ -199,7 +196,7 @@ impl Shard {
                 self.on_published(connection, &regarding, result);
             }
             BusMessage::Disconnect { user, channel, reason } => self.on_disconnect(user, channel, reason),
-            BusMessage::DisconnectBanned => self.on_disconnect_banned(),
+            BusMessage::DisconnectBanned(users) => self.commands.banned = Some(users),
         }
     }
 

@@ -4,6 +4,7 @@ use bytes::Bytes;
 
 use super::Shard;
 use super::deferred::Pending;
+use crate::bus::BusError;
 use crate::limits::connections::LimitReached;
 use crate::limits::rate::Decision;
 use crate::protocol::client_frame;
@@ -135,6 +136,10 @@ impl Shard {
                 connection.start_joining(join);
                 match has_channel {
                     true => self.join(slot, Pending::Nothing),
+                    // The bus does not pass on commands to disconnect users yet.
+                    false if self.context.handshake.readiness.are_commands_pending() => {
+                        self.reject_join(slot, &BusError::Unavailable("starting".into()));
+                    }
                     false => self.admit_without_channel(slot),
                 }
                 if matches!(self.connections[slot].state, State::Joining(_)) {

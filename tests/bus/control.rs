@@ -1,11 +1,9 @@
 //! Commands of backends about the connections of users, with two nodes on one Redis.
 
-use std::time::Duration;
-
 use serde_json::{Value, json};
-use tokio::time::sleep;
 
 use crate::common::client::JSON_MODE;
+use crate::common::http::Response;
 use crate::common::redis::free_port;
 use crate::common::{Client, Node, Options, Proxy, Redis, cluster, redis, until};
 
@@ -175,12 +173,30 @@ async fn banned_user_is_refused_until_unbanned() {
 }
 
 #[tokio::test]
+async fn no_handshake_slips_past_a_ban() {
+    let (_redis, a, b) = cluster(&["--shards", "2"]).await;
+    let storm = (0..64).map(|number| {
+        let node = if number % 2 == 0 { &a } else { &b };
+        async move {
+            let options = Options { query: format!("channel=room.{number}"), ..Options::default() };
+            loop {
+                match Client::try_open(node.public, "alice", &options).await {
+                    Ok(client) if number % 4 < 2 => client.leave().await,
+                    Ok(mut client) => expect_close(&mut client, BANNED).await,
+                    Err(error) => return assert!(error.to_string().contains("403"), "{error}"),
+                }
+            }
+        }
+    });
+    let ban = disconnect(&a, "user=alice&ban=1h");
+    tokio::join!(futures_util::future::join_all(storm), ban);
+}
+
+#[tokio::test]
 async fn bans_end_by_themselves() {
     let (redis, a, b) = cluster(&[]).await;
     disconnect(&a, "user=alice&ban=1s").await;
     disconnect(&a, "user=bob&ban=1d").await;
-    until_banned(&b, &["alice", "bob"]).await;
-    until_banned(&b, &["bob"]).await;
     for node in [&a, &b] {
         until_banned(node, &["bob"]).await;
         Client::json(node, "alice", "room.1").await;
@@ -212,7 +228,6 @@ async fn node_that_was_cut_off_executes_what_it_missed() {
     disconnect(&a, "user=bob&ban=1h").await;
     fcall(&redis, "fanfare_disconnect", &["carol", "", "3600"]).await;
     order(&a, "DELETE", "/ban?user=carol").await;
-    sleep(Duration::from_millis(200)).await; // nothing may happen in this time
     for client in &mut clients {
         client.send(r#"{"type":"ping"}"#).await;
         client.next_control("ping").await;
@@ -248,10 +263,123 @@ async fn restarted_node_knows_the_bans() {
     fcall(&redis, "fanfare_disconnect", &["b\"ob é", "", "3600"]).await;
     b.kill();
     let b = Node::on(&redis, &[]).await;
-    until_banned(&b, &["alice", "b\"ob é"]).await;
+    // It knows them before it is ready.
     expect_banned(&b, "alice").await;
     expect_banned(&b, "b%22ob%20%C3%A9").await;
     Client::json(&b, "carol", "room.1").await;
+}
+
+/// Holds back the messages to node `b` and sends it a command, whose answer waits: the command is
+/// stored and `b` has not executed it.
+async fn order_that_waits<'a>(b: &'a Node, a: &Node, proxy: &Proxy) -> impl Future<Output = Response> + 'a {
+    let executed = a.metric("fanfare_commands_total").await;
+    proxy.hold_messages(true);
+    let mut response = Box::pin(b.admin("POST", "/disconnect?user=alice", b""));
+    let stored = until("the command at the other node", || async {
+        (a.metric("fanfare_commands_total").await > executed).then_some(())
+    });
+    tokio::select! {
+        response = &mut response => panic!("{}", response.body),
+        () = stored => {}
+    }
+    response
+}
+
+#[tokio::test]
+async fn order_is_answered_when_it_is_executed() {
+    let redis = Redis::start(&[]).await;
+    let proxy = Proxy::to(redis.port()).await;
+    let a = Node::on(&redis, &[]).await;
+    let b = Node::start(&["--redis", &proxy.url()]).await;
+    let (mut alice, _) = Client::json(&b, "alice", "room.1").await;
+    let mut response = order_that_waits(&b, &a, &proxy).await;
+    proxy.lead_to(free_port());
+    tokio::select! {
+        response = &mut response => panic!("{}", response.body),
+        _ = b.unready() => {}
+    }
+    proxy.hold_messages(false);
+    proxy.lead_to(redis.port());
+    // The next session has the command.
+    let response = response.await;
+    assert_eq!((response.status, b.metric("fanfare_commands_total").await), (200, 1.0), "{}", response.body);
+    expect_close(&mut alice, DISCONNECTED).await;
+}
+
+#[tokio::test]
+async fn order_that_was_lost_is_unknown() {
+    let redis = Redis::start(&[]).await;
+    let proxy = Proxy::to(redis.port()).await;
+    let a = Node::on(&redis, &[]).await;
+    let b = Node::start(&["--redis", &proxy.url()]).await;
+    let (mut alice, _) = Client::json(&b, "alice", "room.1").await;
+    let response = order_that_waits(&b, &a, &proxy).await;
+    // No history holds it any more.
+    redis.client().await.call(&["DEL", &format!("{KEY}:events")]).await;
+    proxy.lead_to(free_port());
+    b.unready().await;
+    proxy.hold_messages(false);
+    proxy.lead_to(redis.port());
+    let response = response.await;
+    assert_eq!((response.status, b.metric("fanfare_commands_total").await), (504, 0.0), "{}", response.body);
+    expect_open(&mut alice, &b, "room.1").await;
+}
+
+#[tokio::test]
+async fn no_client_opens_before_commands_are_followed() {
+    let redis = Redis::start(&[]).await;
+    let proxy = Proxy::to(free_port()).await;
+    let node = Node::start_unready(&["--redis", &proxy.url()]).await;
+    for query in ["channel=", "channel=room.1"] {
+        let options = Options { query: query.into(), subprotocol: Some(JSON_MODE), ..Options::default() };
+        let error = Client::try_open(node.public, "alice", &options).await.err().expect("a rejection");
+        assert!(error.to_string().contains("503"), "{query}: {error}");
+    }
+    proxy.lead_to(redis.port());
+    node.ready().await;
+    let mut alice = Client::open(&node, "alice", "channel=", Some(JSON_MODE)).await;
+    alice.next_control("welcome").await;
+    // An outage later on closes none, so it rejects none either.
+    proxy.lead_to(free_port());
+    node.unready().await;
+    Client::open(&node, "alice", "channel=", Some(JSON_MODE)).await.next_control("welcome").await;
+    proxy.lead_to(redis.port());
+    node.ready().await;
+    disconnect(&node, "user=alice").await;
+    expect_close(&mut alice, DISCONNECTED).await;
+}
+
+#[tokio::test]
+async fn bans_hold_after_the_clock_was_set_back() {
+    let redis = Redis::with_clock().await;
+    let (a, b) = (Node::on(&redis, &[]).await, Node::on(&redis, &[]).await);
+    disconnect(&a, "user=alice&ban=1h").await;
+    redis.set_clock_back().await;
+    disconnect(&a, "user=bob&ban=1h").await;
+    for node in [&a, &b] {
+        until_banned(node, &["alice", "bob"]).await;
+        expect_banned(node, "bob").await;
+    }
+}
+
+#[tokio::test]
+async fn commands_are_kept_for_a_day() {
+    let redis = Redis::start(&[]).await;
+    let node = Node::on(&redis, &["--history-ttl", "1s"]).await;
+    let day = 24 * 60 * 60 * 1000;
+    for command in [false, true] {
+        if command {
+            disconnect(&node, "user=alice").await;
+        }
+        let probes = node.metric("fanfare_bus_round_trip_seconds_count").await;
+        until("a probe", || async {
+            (node.metric("fanfare_bus_round_trip_seconds_count").await > probes).then_some(())
+        })
+        .await;
+        let mut client = redis.client().await;
+        assert!(client.call(&["PTTL", &format!("{KEY}:meta")]).await.int() > day);
+        assert!(!command || client.call(&["PTTL", &format!("{KEY}:events")]).await.int() > day);
+    }
 }
 
 #[tokio::test]
@@ -420,4 +548,35 @@ async fn rights_of_the_docs_suffice() {
         assert!(client.call(&call).await.int() > 0, "{function} {args:?}");
     }
     expect_close(&mut alice, BANNED).await;
+}
+
+#[tokio::test]
+async fn bans_of_other_programs_do_no_harm() {
+    let redis = Redis::start(&[]).await;
+    let mut client = redis.client().await;
+    let bans = &format!("{KEY}:bans");
+    for (end, user) in [("inf", &b"alice"[..]), ("9e15", b"bob"), ("9e15", b"\xff"), ("-inf", b"carol")] {
+        client.call(&[b"ZADD", bans.as_bytes(), end.as_bytes(), user]).await;
+    }
+    let node = Node::on(&redis, &[]).await;
+    expect_banned(&node, "alice").await;
+    disconnect(&node, "user=dave&ban=1h").await;
+    assert_eq!(self::bans(&node).await, ["alice", "bob", "dave"]);
+    assert!(client.call(&["PTTL", bans]).await.int() > 0, "it expires");
+}
+
+#[tokio::test]
+async fn node_follows_commands_once_they_are_readable() {
+    let redis = Redis::start(&[]).await;
+    let meta = format!("{KEY}:meta");
+    redis.client().await.call(&["SET", &meta, "x"]).await;
+    let node = Node::on(&redis, &[]).await;
+    let (mut alice, _) = Client::json(&node, "alice", "room.1").await;
+    assert!(node.log().contains(&meta), "{}", node.log());
+    redis.client().await.call(&["DEL", &meta]).await;
+    // It can't know the commands before.
+    let warned = || async { node.log().contains("commands to disconnect users may be lost").then_some(()) };
+    until("a warning", warned).await;
+    disconnect(&node, "user=alice").await;
+    expect_close(&mut alice, DISCONNECTED).await;
 }

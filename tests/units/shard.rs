@@ -465,21 +465,19 @@ async fn joining_connections_are_disconnected() {
 }
 
 #[tokio::test]
-async fn no_handshake_slips_past_a_ban() {
+async fn loaded_bans_close_connections() {
     let mut shard = Shard::start();
-    // As the bus does: the ban first, then the message to the shards.
     let until = fanfare::limits::bans::system_millis() + 3_600_000;
     shard.0.limits.bans.insert("alice".into(), until);
     let mut client = shard.client(&upgrade()).await;
     assert!(rest(&mut client).await.starts_with("HTTP/1.1 403 "));
-    // Bans that are loaded close what was open before.
     let mut bob = shard.client(&upgrade_of("bob", "a")).await;
     shard.follows().await;
     bob.read_exact(&mut [0; 12]).await.expect("an answer");
     let mut carol = shard.client(&upgrade_of("carol", "a")).await;
     carol.read_exact(&mut [0; 12]).await.expect("an answer");
-    shard.0.limits.bans.insert("bob".into(), until);
-    shard.0.shards.send(0, BusMessage::DisconnectBanned);
+    let banned = Arc::new(["alice".into(), "bob".into()].into());
+    shard.0.shards.send(0, BusMessage::DisconnectBanned(banned));
     assert!(rest(&mut bob).await.ends_with("banned by the application"));
     shard.disconnects("carol", None, CloseReason::Disconnected);
     assert!(rest(&mut carol).await.ends_with("disconnected by the application"));

@@ -44,6 +44,7 @@ pub async fn run(settings: &Settings, context: BusContext) {
     let BusContext { requests: mut receiver, shards, bans, metrics, readiness } = context;
     let executor = Executor::new(bans, shards.clone(), metrics.clone());
     readiness.set_bus(None);
+    readiness.follow_commands();
     let mut requests = Vec::with_capacity(BATCH);
     let mut expiry = tokio::time::interval(EXPIRY_INTERVAL);
     let mut presence = tokio::time::interval(PRESENCE_INTERVAL);

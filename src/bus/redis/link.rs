@@ -260,9 +260,6 @@ impl Bus {
             topology.peers.remove(address);
             topology.look_soon();
         }
-        if self.control_primary() == primary {
-            self.control.end_session();
-        }
         let status = match ["NOPERM", "READONLY"].iter().any(|prefix| error.starts_with(prefix)) {
             true => Status::rejecting(error),
             false => Status::unreachable(error),

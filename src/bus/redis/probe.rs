@@ -165,11 +165,16 @@ impl Bus {
     pub(super) fn on_probe_sent(&mut self, session: SessionId, result: Result<(), CallError>) {
         let Err(error) = result else { return };
         if let CallError::ErrorReply(text) = &error {
-            // The connection works, so a new one would not help.
-            self.primaries[session.primary].probes.last_reply = Some(Instant::now());
-            self.set_status(session.primary, Status::rejecting(text), Some(text));
+            self.on_probe_rejected(session.primary, text);
         }
         self.on_call_error(session, &error);
+    }
+
+    /// Redis rejects a probe, or a call that the first one waits for.
+    pub(super) fn on_probe_rejected(&mut self, primary: usize, error: &str) {
+        // The connection works, so a new one would not help.
+        self.primaries[primary].probes.last_reply = Some(Instant::now());
+        self.set_status(primary, Status::rejecting(error), Some(error));
     }
 
     /// Reads a probe of this node: its number, then a line for each channel.

@@ -9,7 +9,7 @@ use fred::types::{Resp3Frame, Value};
 
 use super::decode;
 use super::publish_queue::{Batch, Item};
-use super::reply::{array, bytes, integer, text};
+use super::reply::{array, bytes, integer};
 use super::settings::RedisSettings;
 use crate::bus::page::Page;
 use crate::protocol::control::Order;
@@ -309,8 +309,8 @@ pub fn order_args(settings: &RedisSettings, known: KnownPosition, order: &Order)
 }
 
 /// The arguments of [`BANS`].
-pub fn bans_args(settings: &RedisSettings, known: KnownPosition) -> Vec<Value> {
-    channel_args(settings, known)
+pub fn bans_args(settings: &RedisSettings) -> Vec<Value> {
+    vec![Value::from_static_str(settings.kind.name())]
 }
 
 /// All bans in Redis at one moment.
@@ -318,22 +318,17 @@ pub fn bans_args(settings: &RedisSettings, known: KnownPosition) -> Vec<Value> {
 pub struct StoredBans {
     /// The clock of Redis, in milliseconds since 1970.
     pub now: u64,
-    /// The position of the control channel.
-    pub base: EventId,
-    pub head: EventId,
     /// Users, and when their bans end.
     pub bans: Vec<(Arc<str>, u64)>,
 }
 
-/// The reply of `bans.lua`.
+/// The reply of `bans.lua`. Pairs that no node has written are skipped, such as a name that is not
+/// UTF-8.
 pub fn parse_bans(frame: &Resp3Frame) -> Option<StoredBans> {
-    let (position, bans) = array(frame)?.split_at_checked(3)?;
-    let position: Vec<u64> = position.iter().map(integer).collect::<Option<_>>()?;
-    let ban = |pair: &[Resp3Frame]| Some((text(&pair[0])?.into(), integer(&pair[1])?));
-    Some(StoredBans {
-        now: position[0],
-        base: EventId(position[1]),
-        head: EventId(position[2]),
-        bans: bans.chunks_exact(2).map(ban).collect::<Option<_>>()?,
-    })
+    let (now, bans) = array(frame)?.split_first()?;
+    let ban = |pair: &[Resp3Frame]| {
+        let user = String::from_utf8(bytes(&pair[0])?.into()).ok()?;
+        Some((user.into(), integer(&pair[1])?))
+    };
+    Some(StoredBans { now: integer(now)?, bans: bans.chunks_exact(2).filter_map(ban).collect() })
 }

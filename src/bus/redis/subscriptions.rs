@@ -202,10 +202,12 @@ impl Bus {
     /// Redis has confirmed all subscriptions up to `ticket`. From here on the channels' positions
     /// can be read.
     pub(super) fn on_subscribed(&mut self, primary: usize, ticket: u64) {
-        // Probes show that the node is ready. Before the first one it follows the control channel.
-        let follows = self.control_primary() != primary || self.control_position().is_some();
-        if self.primaries[primary].link.confirm(ticket) && follows {
-            self.probe_all(primary);
+        if self.primaries[primary].link.confirm(ticket) {
+            if self.control_primary() != primary {
+                self.probe_all(primary);
+            } else if self.control_position().is_some() {
+                self.read_bans();
+            }
         }
         while let Some((ticket, name)) = self.primaries[primary].next_confirmed(ticket) {
             let followed = self.channels.get_mut(&name).and_then(|channel| channel.followed.as_mut());
@@ -409,10 +411,10 @@ impl Bus {
                 for follower in followed.start(page.base, page.head, &mut out) {
                     self.handles.shards.share(name, page.base, page.head, &[], follower);
                 }
-                self.deliver(name, out);
                 if name.is_control() {
-                    self.on_control_started();
+                    self.on_control_started(page.head);
                 }
+                self.deliver(name, out);
             }
             (ReadPurpose::Fill(position), Some(followed)) => {
                 let refreshed = followed.on_page(position, &page, &mut out);

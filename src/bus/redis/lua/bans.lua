@@ -1,19 +1,16 @@
--- Reads all bans, and the position of the control channel at that moment.
+-- Reads all bans.
 -- KEYS[1] P:{@control}: see `channel_of`
--- ARGV:
---    1 kind of Redis: durable, volatile or cluster
---    2 history ttl in ms
---    3 the highest id seen
---    4 the base known
--- Returns {now in ms, base, head, user, end in ms, user, end in ms, ...}.
-local now, name = milliseconds(), channel_of(KEYS, ARGV)
-local epoch = current_epoch(prefix_of(name), ARGV[1], now)
+-- ARGV[1] kind of Redis: durable, volatile or cluster
+-- Returns {now in ms, user, end in ms, user, end in ms, ...}.
+local name = channel_of(KEYS, ARGV)
+is_cluster = ARGV[1] == 'cluster'
 
 return guarded(name, function()
-  local head, base = checked_position(name, epoch, tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4]))
-  local reply = {now, base, head}
+  local now = milliseconds()
+  local reply = {now}
   for i, part in ipairs(redis.call('ZRANGE', bans_key(name, now), 0, -1, 'WITHSCORES')) do
-    reply[#reply + 1] = i % 2 == 1 and part or tonumber(part)
+    -- Other programs may write any number, even infinity.
+    reply[#reply + 1] = i % 2 == 1 and part or math.min(tonumber(part), ID_LIMIT)
   end
   return reply
 end)

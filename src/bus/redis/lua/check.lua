@@ -7,7 +7,7 @@
 local name, probe, settings, kind = unpack(ARGV)
 local meta, events = name .. ':meta', name .. ':events'
 local control = string.match(name, '^(.-):{') .. ':{@control}'
-local bans = control .. ':bans'
+local bans, commands = control .. ':bans', control .. ':events'
 local members = name .. ':members'
 local epoch_key = string.match(name, '^(.-):{') .. ':epoch'
 local needed = {
@@ -29,7 +29,9 @@ local needed = {
   {'EXISTS', name .. ':presence'}, {'TYPE', name .. ':presence'}, {'XADD', name .. ':presence', '*', 'event', 'x'},
   {'XLEN', name .. ':inbox'}, {'MEMORY', 'USAGE', name .. ':inbox'}, {'XADD', name .. ':inbox', '*', 'e', 'x'}, {'PERSIST', name .. ':inbox'}, {'PTTL', meta},
   {'GET', name .. ':key:x'}, {'SET', name .. ':key:x', 'x'},
-  {'SUBSCRIBE', control}, {'PUBLISH', control, 'x'}, {'PEXPIREAT', bans, '1'},
+  {'SUBSCRIBE', control, control .. ':to'}, {'PUBLISH', control, 'x'},
+  {'HSET', control .. ':meta', 'head', '1'}, {'XADD', commands, '*', 'e', 'x'}, {'XRANGE', commands, '-', '+'},
+  {'PEXPIREAT', bans, '1'},
   {'ZADD', bans, '1', 'x'}, {'ZREM', bans, 'x'}, {'ZREMRANGEBYSCORE', bans, '-inf', '1'},
   {'ZSCORE', bans, 'x'}, {'ZCARD', bans}, {'ZRANGE', bans, '0', '-1', 'WITHSCORES'},
   {'TYPE', settings}, {'DEL', settings}, {'HSET', settings, 'x', 'x'}, {'PEXPIRE', settings, '1'},

@@ -7,6 +7,9 @@ local BANS_MAX = 10000
 -- Commands kept for nodes that are cut off meanwhile: 10,000 with ids of common length have about 1 MB.
 local KEPT_COMMANDS, KEPT_BYTES = 10000, 4 * 2 ^ 20
 
+-- Longest ban in milliseconds: a year. protocol/control.rs has the same.
+local BAN_MAX = 365 * 24 * 60 * 60 * 1000
+
 -- The key of the bans, from which expired ones are removed.
 local function bans_key(name, now)
   local bans = name .. ':bans'
@@ -37,12 +40,13 @@ local function order(name, ttl, kind, seen, known, action, user, channel, time)
   elseif channel ~= '' then
     item = item .. ',"channel":"' .. channel .. '"'
   end
-  local settings = {ttl = ttl, history = KEPT_COMMANDS, bytes = KEPT_BYTES}
+  local settings = {ttl = math.max(ttl, CONTROL_TTL), history = KEPT_COMMANDS, bytes = KEPT_BYTES}
   local messages
   head, messages = append(name, head, bytes, kept, {'', 1, item .. ',"id":'}, 1, settings, now, {})
   if action == 'ban' then
     redis.call('ZADD', bans, ends, user)
-    redis.call('PEXPIREAT', bans, redis.call('ZRANGE', bans, -1, -1, 'WITHSCORES')[2])
+    local last = tonumber(redis.call('ZRANGE', bans, -1, -1, 'WITHSCORES')[2])
+    redis.call('PEXPIREAT', bans, show(math.min(last, now + BAN_MAX))) -- other programs may write any number
   elseif action == 'unban' then
     redis.call('ZREM', bans, user)
   end

@@ -123,6 +123,18 @@ local function check_arrived(...)
   end
 end
 
+-- Least expiry of the events of the control channel, in milliseconds: nodes that were cut off for a
+-- day execute the commands that they missed.
+local CONTROL_TTL = 24 * 60 * 60 * 1000
+
+-- The expiry of a channel's `meta`. `unused`: it never had an event.
+local function expiry(name, ttl, unused)
+  if string.sub(name, -10) == '{@control}' then
+    return 2 * math.max(ttl, CONTROL_TTL)
+  end
+  return unused and math.min(UNUSED_TTL, 2 * ttl) or 2 * ttl
+end
+
 -- The channel's head and base. If acknowledged events may be lost (no meta, another epoch, a head
 -- behind what the caller has seen, a base behind the one it knows), the channel gets a new base
 -- above every id that anyone may have seen, and its history is emptied. Also returns the fields
@@ -149,7 +161,7 @@ local function check_epoch(name, epoch, ttl, seen, known, extra)
   redis.call('HSET', meta, 'head', show(new_base), 'base', show(new_base), 'run', epoch)
   -- If there were events, their ids must not be used again, so the key is kept for as long as after
   -- an event.
-  redis.call('PEXPIRE', meta, highest == 0 and math.min(UNUSED_TTL, 2 * ttl) or 2 * ttl)
+  redis.call('PEXPIRE', meta, expiry(name, ttl, highest == 0))
   return new_base, new_base, stored[4], stored[5], stored[6]
 end
 

@@ -234,23 +234,21 @@ local function publish(keys, args)
   return head
 end
 
--- Longest ban in seconds: a year. protocol/control.rs has the same.
-local BAN_MAX = 365 * 86400
-
 -- What a text is that should be a user id, a channel and the seconds of a ban, or nil.
 local function wrong_argument(user, channel, seconds)
   if not is_user_id(user) then
     return 'a user id has 1 to 128 bytes of UTF-8 and no control characters'
   elseif channel ~= '' and (#channel > 128 or not string.find(channel, '^[%w_.:-]+$')) then
     return 'a channel has 1 to 128 of A-Z a-z 0-9 _ . : -'
-  elseif seconds ~= '' and not (string.find(seconds, '^%d+$') and tonumber(seconds) >= 1 and tonumber(seconds) <= BAN_MAX) then
-    return 'a ban is a number of seconds from 1 to ' .. BAN_MAX
+  elseif seconds ~= '' and not (string.find(seconds, '^%d+$') and tonumber(seconds) >= 1
+    and tonumber(seconds) * 1000 <= BAN_MAX) then
+    return 'a ban is a number of seconds from 1 to ' .. BAN_MAX / 1000
   elseif channel ~= '' and seconds ~= '' then
     return 'a ban is for all channels: leave the channel empty, or the seconds out'
   end
 end
 
--- Orders something of all nodes of the prefix in `key`. Returns the id of the command.
+-- Stores a command for the nodes of the prefix in `key`. Returns its id.
 local function order_by(reject, key, action, user, channel, seconds)
   local prefix = string.match(key or '', '^([^{}]+):{@control}$')
   if not prefix then

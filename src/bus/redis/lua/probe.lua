@@ -14,11 +14,9 @@ local epoch = current_epoch(ARGV[3], ARGV[1], milliseconds()) -- even without ch
 
 local function compare(name, seen, known)
   local head, base = checked_position(name, epoch, ttl, tonumber(seen), tonumber(known))
-  local meta, keep = name .. ':meta', 2 * ttl
-  if head == base and redis.call('PTTL', meta) <= UNUSED_TTL then
-    keep = math.min(UNUSED_TTL, keep) -- it has had no event so far
-  end
-  redis.call('PEXPIRE', meta, keep)
+  local meta = name .. ':meta'
+  local unused = head == base and redis.call('PTTL', meta) <= UNUSED_TTL -- it has had no event so far
+  redis.call('PEXPIRE', meta, expiry(name, ttl, unused))
   return show(base) .. ' ' .. show(head)
 end
 
