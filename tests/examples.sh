@@ -8,7 +8,7 @@ home=${CARGO_TARGET_DIR:-target}/examples
 mkdir -p "$home"
 
 # The lists are copied last: they stand for a complete installation.
-lists=(examples/fastapi/requirements.txt examples/python/requirements.txt)
+lists=(examples/fastapi/requirements.txt examples/inbox/requirements.txt examples/python/requirements.txt)
 if ! cat "${lists[@]}" | cmp -s - "$home/requirements.txt"; then
     python3 -m venv --clear --without-pip "$home/python"
     python3 -m pip --disable-pip-version-check --python "$home/python/bin/python" \

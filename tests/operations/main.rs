@@ -15,6 +15,7 @@ mod code_blocks;
 mod doctor;
 mod drain;
 mod examples;
+mod inbox_worker;
 mod observability;
 mod rolling;
 mod start_texts;
