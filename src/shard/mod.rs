@@ -160,6 +160,15 @@ impl Shard {
     }
 
     fn handle_message(&mut self, message: ShardMessage) {
+        // An event after a command must not reach the user, and a list must not have what it closes.
+        if matches!(
+            message,
+            ShardMessage::Bus(BusMessage::Entry { .. })
+                | ShardMessage::ListChannels(_)
+                | ShardMessage::ListConnections(_)
+        ) {
+            self.run_commands();
+        }
         match message {
             ShardMessage::Bus(message) => self.on_bus_message(message),
             ShardMessage::Sockets(sockets) => {
