@@ -5,9 +5,10 @@ use fred::types::{Resp3Frame, Value};
 
 use super::commands::{command, script_args};
 use super::errors::{CallError, ConnectError, MissingRights, is_temporary};
+use super::scripts::{self, number};
 use super::server::{self, Server};
 use super::settings::{Kind, RedisSettings};
-use super::{advice, reply, scripts};
+use super::{advice, reply};
 
 /// Sends a command that must succeed before a session can start.
 pub async fn required(
@@ -66,6 +67,7 @@ pub async fn check_permissions(client: &Client, settings: &RedisSettings) -> Res
     let kind = settings.kind.name().to_owned();
     let mut args: Vec<Value> =
         [channel, settings.probe_topic(0), settings.settings_key(), kind].map(Value::from).into();
+    args.push(number(settings.tracks_presence.into()));
     args.extend(pubsub);
     let args = script_args(Value::from_static_str(scripts::CHECK), &[], args);
     let [forbidden, unavailable] = match command(client, "EVAL", args).await {

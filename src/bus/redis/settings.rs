@@ -41,6 +41,8 @@ pub struct RedisSettings {
     pub history_ttl_ms: u64,
     /// Messages that an inbox holds.
     pub inbox_max: u64,
+    /// There are channels of `--presence`.
+    pub tracks_presence: bool,
     /// Channels that are also Pub/Sub channels of the same name.
     pub pubsub_channels: HashSet<ChannelName>,
     /// Longest event of another program, in bytes.
@@ -100,6 +102,7 @@ impl RedisSettings {
             publish_number_ttl_ms: millis(retries).max(PUBLISH_NUMBER_TTL_MIN_MS),
             max_channels: settings.max_channels.get(),
             queue_bytes_max: settings.bus_memory(),
+            tracks_presence: !settings.presence.is_empty(),
             node: format!("{:016x}{:016x}", random(), random()),
         }
     }

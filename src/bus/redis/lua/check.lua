@@ -1,14 +1,13 @@
 -- Checks what a node needs. P is the prefix, C a channel.
 -- ARGV: 1 a channel P:{C}, 2 the Pub/Sub channel of the node's probes, 3 P:settings, 4 kind of Redis:
--- durable, volatile or cluster, then the --pubsub-channels. It has no KEYS: on a cluster they would
--- be in several slots.
+-- durable, volatile or cluster, 5 whether there is --presence: 1 or 0, then the --pubsub-channels. It
+-- has no KEYS: on a cluster they would be in several slots.
 -- Returns {commands that the user's ACL forbids, commands and INFO fields that this Redis lacks},
 -- as texts.
-local name, probe, settings, kind = unpack(ARGV)
+local name, probe, settings, kind, presence = unpack(ARGV)
 local meta, events = name .. ':meta', name .. ':events'
 local control = string.match(name, '^(.-):{') .. ':{@control}'
 local bans, commands = control .. ':bans', control .. ':events'
-local members = name .. ':members'
 local epoch_key = string.match(name, '^(.-):{') .. ':epoch'
 local needed = {
   {'SUBSCRIBE', name, name .. ':to', name .. ':pubsub', probe},
@@ -22,11 +21,6 @@ local needed = {
   {'XADD', events, '*', 'e', 'x'}, {'XRANGE', events, '-', '+'}, {'XREVRANGE', events, '+', '-'},
   {'XTRIM', events, 'MINID', '1'}, {'PEXPIRE', events, '1'}, {'DEL', events},
   {'HGETALL', meta},
-  {'HGET', members, 'x'}, {'HINCRBY', members, 'x', '1'}, {'HSCAN', members, '0'}, {'HLEN', members},
-  {'HKEYS', members}, {'XRANGE', name .. ':presence', '-', '+'}, {'XREVRANGE', name .. ':presence', '+', '-'},
-  {'SADD', members .. ':x', 'x'}, {'SREM', members .. ':x', 'x'}, {'SPOP', members .. ':x', '1'},
-  {'SCARD', members .. ':x'}, {'HGETALL', name .. ':nodes'}, {'UNLINK', members, name .. ':nodes'},
-  {'EXISTS', name .. ':presence'}, {'TYPE', name .. ':presence'}, {'XADD', name .. ':presence', '*', 'event', 'x'},
   {'XLEN', name .. ':inbox'}, {'MEMORY', 'USAGE', name .. ':inbox'}, {'XADD', name .. ':inbox', '*', 'e', 'x'}, {'PERSIST', name .. ':inbox'}, {'PTTL', meta},
   {'GET', name .. ':key:x'}, {'SET', name .. ':key:x', 'x'},
   {'SUBSCRIBE', control, control .. ':to'}, {'PUBLISH', control, 'x'},
@@ -41,7 +35,18 @@ if kind == 'cluster' then
     needed[#needed + 1] = command
   end
 end
-for i = 5, #ARGV do
+if presence == '1' then
+  local members, set, nodes, stream = name .. ':members', name .. ':members:x', name .. ':nodes', name .. ':presence'
+  for _, command in ipairs({
+    {'HGET', members, 'x'}, {'HINCRBY', members, 'x', '1'}, {'HSCAN', members, '0'}, {'HLEN', members},
+    {'HKEYS', members}, {'SADD', set, 'x'}, {'SREM', set, 'x'}, {'SPOP', set, '1'}, {'SCARD', set},
+    {'HGETALL', nodes}, {'UNLINK', members, set, nodes, stream}, {'EXISTS', members, nodes, stream},
+    {'TYPE', stream}, {'XADD', stream, '*', 'event', 'x'}, {'XRANGE', stream, '-', '+'}, {'XREVRANGE', stream, '+', '-'},
+  }) do
+    needed[#needed + 1] = command
+  end
+end
+for i = 6, #ARGV do
   needed[#needed + 1] = {'SUBSCRIBE', ARGV[i]}
   needed[#needed + 1] = {'PUBLISH', ARGV[i], 'x'}
 end
