@@ -73,7 +73,8 @@ pub enum Request {
     /// Have all nodes execute a command of a backend. Answered with its place in their order, once
     /// the shards of this node have the command.
     Order { order: Order, waiter: OrderWaiter },
-    /// A user has become present on a shard in one form of a channel of `--presence`, or is no more.
+    /// A user's first member on a shard in one form of a channel of `--presence` has joined, or the
+    /// last has left.
     Presence { channel: ChannelName, user: Arc<str>, present: bool },
     /// The shard has its first client that wants to know who is in this channel of `--presence`, or
     /// lost the last one. While it has one, it gets [`BusMessage::Presence`].

@@ -142,7 +142,7 @@ impl Settings {
         self.max_byte_rate.unwrap_or_else(|| BYTE_RATE.max(self.max_message_size as u64))
     }
 
-    /// Whether it is tracked which users are in this channel.
+    /// Whether the users of this channel are tracked.
     pub fn tracks_presence(&self, channel: &ChannelName) -> bool {
         self.presence.iter().any(|pattern| pattern.matches(channel))
     }

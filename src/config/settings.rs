@@ -281,8 +281,8 @@ settings! {
         see: "[Many channels](protocol.md#many-channels)",
     }
 
-    /// Channels, or prefixes of channels, of which it is tracked which users are in them, over all
-    /// nodes. Give all nodes the same ones.
+    /// Channels, or prefixes of channels, whose users are tracked over all nodes. Give all nodes the
+    /// same ones.
     presence: Vec<ChannelPattern> {
         name: "presence",
         value: "NAME|PREFIX*,...",

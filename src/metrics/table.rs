@@ -309,7 +309,7 @@ pub(super) static TABLE: &[Family] = &[
     family(
         "fanfare_presence_users",
         Gauge,
-        "Users that this node has in channels of --presence, those who left less than ten seconds ago among them. A user in two channels counts twice.",
+        "Users that this node has in channels of --presence, including users who left less than ten seconds ago. A user in two channels counts twice.",
         One(|view| view.metrics.bus.presence_users.get().into()),
     ),
     times(

@@ -149,6 +149,34 @@ async fn users_of_a_killed_node_leave() {
     assert_eq!(nodes.int(), 2);
 }
 
+/// Lets time pass for a channel: sets its last use and the deadlines of its nodes back.
+async fn age(redis: &Redis, channel: &str, millis: i64) {
+    let key = format!("fanfare:{{{channel}}}:nodes");
+    let mut client = redis.client().await;
+    let fields = client.call(&["HGETALL", key.as_str()]).await;
+    for pair in fields.list().chunks(2) {
+        let (name, text) = (pair[0].text(), pair[1].text());
+        let time = if name.is_empty() { 2 } else { 0 };
+        let mut words: Vec<String> = text.split(' ').map(str::to_owned).collect();
+        words[time] = (words[time].parse::<i64>().expect("a time") - millis).to_string();
+        client.call(&["HSET", key.as_str(), name, &words.join(" ")]).await;
+    }
+}
+
+#[tokio::test]
+async fn users_of_the_last_node_leave_between_reads() {
+    let (redis, a, b) = cluster(&FLAGS).await;
+    let _alice = Client::plain(&a, "alice", "room").await;
+    expect(&b, "room", &["alice"]).await;
+    a.kill();
+    // The first read can't know whether Redis was away from all nodes.
+    age(&redis, "room", 20_000).await;
+    assert_eq!(users(&b, "room").await, Some(set(&["alice"])));
+    age(&redis, "room", 20_000).await;
+    assert_eq!(users(&b, "room").await, Some(set(&[])));
+    expect_stream(&redis, "room", &["join alice", "leave alice"]).await;
+}
+
 #[tokio::test]
 async fn rolling_restart_changes_nothing() {
     let flags = [&FLAGS[..], &["--drain-timeout", "1s"]].concat();
@@ -272,6 +300,36 @@ losses! {
     ];
     wrong_count_is_corrected: [&["HSET", "fanfare:{room}:members", "bob", "0"]];
     count_that_is_no_number_is_corrected: [&["HSET", "fanfare:{room}:members", "bob", "x"]];
+}
+
+#[tokio::test]
+async fn users_are_whole_or_unknown_after_a_wipe() {
+    let (redis, a, b) = cluster(&FLAGS).await;
+    let _alice = Client::plain(&a, "alice", "room").await;
+    let _bob = Client::plain(&b, "bob", "room").await;
+    expect(&a, "room", &["alice", "bob"]).await;
+    redis.client().await.call(&["FLUSHALL"]).await;
+    assert_eq!(users(&a, "room").await, None);
+    let found = until("the users", || users(&a, "room")).await;
+    assert_eq!(found, set(&["alice", "bob"]));
+    let events = stream(&redis, "room").await;
+    assert!(events.len() == 3 && events[0] == "reset", "{events:?}");
+}
+
+#[tokio::test]
+async fn new_users_after_a_wipe_hide_no_loss() {
+    let (redis, a, b) = cluster(&FLAGS).await;
+    let _alice = Client::plain(&a, "alice", "room").await;
+    expect(&b, "room", &["alice"]).await;
+    a.signal("STOP");
+    redis.client().await.call(&["FLUSHALL"]).await;
+    let _bob = Client::plain(&b, "bob", "room").await;
+    expect(&b, "room", &["bob"]).await;
+    a.signal("CONT");
+    // The other node knows of users: until it has added them, the list is unknown.
+    until("a list that is not whole", || async { users(&b, "room").await.is_none().then_some(()) }).await;
+    expect(&b, "room", &["alice", "bob"]).await;
+    expect_stream(&redis, "room", &["join bob", "reset", "join alice"]).await;
 }
 
 #[tokio::test]

@@ -36,7 +36,7 @@ const FREED_PART: usize = 16;
 /// Time between two searches for expired histories.
 const EXPIRY_INTERVAL: Duration = Duration::from_secs(30);
 
-/// Time between two searches for users who linger no more. Clients get changes of presence as often.
+/// Time between two searches for users whose linger time is over. Clients get changes of presence as often.
 const PRESENCE_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Runs until all senders of requests are dropped.

@@ -22,6 +22,7 @@ pub(super) struct LocalPresence {
     lingering: Lingering,
     /// Channels that have changed since their followers were sent an update.
     changed: HashSet<ChannelName>,
+    user_count: usize,
     /// `--presence-list`
     list_max: usize,
 }
@@ -32,21 +33,28 @@ impl LocalPresence {
             channels: HashMap::new(),
             lingering: Lingering::new(settings),
             changed: HashSet::new(),
+            user_count: 0,
             list_max: settings.presence_list,
         }
     }
 
     /// Number of users, counted once in each channel.
     pub(super) fn users(&self) -> usize {
-        self.channels.values().map(|channel| channel.users.len()).sum()
+        self.user_count
     }
 
-    /// A user has become present on a shard, or is no more.
+    /// A user's first member on a shard has joined, or the last has left.
     pub(super) fn on_user(&mut self, name: ChannelName, user: Arc<str>, present: bool, now: Instant) {
         if present {
-            let channel = self.channels.entry(name.clone()).or_default();
-            channel.users.enter(user);
-            return self.store(&name);
+            let users = &mut self.channels.entry(name.clone()).or_default().users;
+            self.user_count -= users.len();
+            let left = users.enter(user.clone());
+            self.user_count += users.len();
+            self.store(&name);
+            if let Some(left) = left {
+                self.lingering.remove(left, name, user);
+            }
+            return;
         }
         let Some(channel) = self.channels.get_mut(&name) else { return };
         if channel.users.leave(&user, now) {
@@ -57,8 +65,10 @@ impl LocalPresence {
     /// All changes are stored at once: users are absent or in the list.
     fn store(&mut self, name: &ChannelName) {
         let Some(channel) = self.channels.get_mut(name) else { return };
+        self.user_count -= channel.users.len();
         let changes = channel.users.next_changes(usize::MAX);
         channel.users.on_stored(&changes);
+        self.user_count += channel.users.len();
         if !changes.is_empty() && !channel.audience.is_empty() {
             self.changed.insert(name.clone());
         }
@@ -85,7 +95,7 @@ impl LocalPresence {
         }
     }
 
-    /// Removes users who linger no more, and sends what has changed.
+    /// Removes users whose linger time is over, and sends what has changed.
     pub(super) fn on_tick(&mut self, now: Instant, shards: &dyn ShardSender) {
         while let Some((left, name, user)) = self.lingering.pop_due(now) {
             if let Some(channel) = self.channels.get_mut(&name) {
@@ -104,7 +114,6 @@ impl LocalPresence {
             }
         }
         self.channels.shrink_to(2 * self.channels.len());
-        self.lingering.shrink();
     }
 
     pub(super) fn page(&self, name: &ChannelName, after: Option<&str>, limit: usize) -> PresencePage {

@@ -10,7 +10,7 @@ mod view;
 pub use self::audience::Audience;
 pub use self::view::{PresenceUpdate, Snapshot, Update, View};
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Bound;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -22,7 +22,7 @@ use crate::protocol::event::ChannelName;
 pub const LINGER: Duration = Duration::from_secs(10);
 
 /// Users that may linger on a node, however few connections it may have.
-const LINGERING_LEAST: usize = 1000;
+const LINGERING_MIN: usize = 1000;
 
 /// Whether the change of a user is stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,11 +37,11 @@ enum Stored {
 struct NodeUser {
     /// Shards with members of the user, counted once for each form of the channel.
     members: u32,
-    /// When the last member left, until the user lingers no more.
+    /// When the last member left, while the user lingers.
     left: Option<Instant>,
     stored: Stored,
-    /// In the queue of changes.
-    queued: bool,
+    /// The place in the queue of changes.
+    queued: Option<u64>,
 }
 
 impl NodeUser {
@@ -54,7 +54,7 @@ impl NodeUser {
     }
 }
 
-/// A user who is now present, or is no more.
+/// A user who became present or absent.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Change {
     pub user: Arc<str>,
@@ -65,8 +65,8 @@ pub struct Change {
 #[derive(Debug, Default)]
 pub struct NodeUsers {
     users: BTreeMap<Arc<str>, NodeUser>,
-    /// Users with a change to store.
-    queue: VecDeque<Arc<str>>,
+    /// Users with a change to store, in this order.
+    queue: BTreeMap<u64, Arc<str>>,
 }
 
 impl NodeUsers {
@@ -82,37 +82,41 @@ impl NodeUsers {
         !self.queue.is_empty()
     }
 
-    /// A shard has its first member of the user.
-    pub fn enter(&mut self, user: Arc<str>) {
-        let absent = NodeUser { members: 0, left: None, stored: Stored::Absent, queued: false };
+    /// A shard has its first member of the user. Returns since when the user has lingered.
+    pub fn enter(&mut self, user: Arc<str>) -> Option<Instant> {
+        let absent = NodeUser { members: 0, left: None, stored: Stored::Absent, queued: None };
         let entry = self.users.entry(user.clone()).or_insert(absent);
         entry.members += 1;
-        entry.left = None;
+        let left = entry.left.take();
         self.enqueue(&user);
+        left
     }
 
     /// A shard has lost its last member of the user. True if no shard has one: the user lingers from
     /// now on.
     pub fn leave(&mut self, user: &str, now: Instant) -> bool {
-        let Some(entry) = self.users.get_mut(user) else { return false };
-        entry.members = entry.members.saturating_sub(1);
+        let Some(entry) = self.users.get_mut(user).filter(|entry| entry.members > 0) else { return false };
+        entry.members -= 1;
         entry.left = (entry.members == 0).then_some(now);
         entry.members == 0
     }
 
-    /// The user has lingered since `left`, unless there are members again.
+    /// The user has lingered since `left`, unless there are members again. Users whose presence was
+    /// never stored are forgotten.
     pub fn expire(&mut self, user: &Arc<str>, left: Instant) {
         if let Some(entry) = self.users.get_mut(user).filter(|entry| entry.left == Some(left)) {
             entry.left = None;
             self.enqueue(user);
+            self.drop_absent(user);
         }
     }
 
     fn enqueue(&mut self, user: &Arc<str>) {
         let Some(entry) = self.users.get_mut(user) else { return };
-        if !entry.queued && !entry.is_settled() {
-            entry.queued = true;
-            self.queue.push_back(user.clone());
+        if entry.queued.is_none() && !entry.is_settled() {
+            let place = self.queue.last_key_value().map_or(0, |(last, _)| last + 1);
+            entry.queued = Some(place);
+            self.queue.insert(place, user.clone());
         }
     }
 
@@ -121,9 +125,9 @@ impl NodeUsers {
     pub fn next_changes(&mut self, limit: usize) -> Vec<Change> {
         let mut changes = Vec::new();
         while changes.len() < limit {
-            let Some(user) = self.queue.pop_front() else { break };
+            let Some((_, user)) = self.queue.pop_first() else { break };
             let Some(entry) = self.users.get_mut(&user) else { continue };
-            entry.queued = false;
+            entry.queued = None;
             if entry.is_settled() {
                 self.drop_absent(&user);
                 continue;
@@ -155,18 +159,19 @@ impl NodeUsers {
 
     /// Nothing is known to be stored any more: all users are queued.
     pub fn on_lost(&mut self) {
-        for (user, entry) in &mut self.users {
+        self.queue.clear();
+        for (place, (user, entry)) in (0..).zip(&mut self.users) {
             entry.stored = Stored::Unknown;
-            if !entry.queued {
-                entry.queued = true;
-                self.queue.push_back(user.clone());
-            }
+            entry.queued = Some(place);
+            self.queue.insert(place, user.clone());
         }
     }
 
     fn drop_absent(&mut self, user: &Arc<str>) {
-        let is_gone = |entry: &NodeUser| !entry.queued && !entry.is_present() && entry.is_settled();
-        if self.users.get(user).is_some_and(is_gone) {
+        if let Some(entry) = self.users.get(user).filter(|entry| !entry.is_present() && entry.is_settled()) {
+            if let Some(place) = entry.queued {
+                self.queue.remove(&place);
+            }
             self.users.remove(user);
         }
     }
@@ -179,34 +184,37 @@ impl NodeUsers {
     }
 }
 
-/// The users without connections of all channels, in the order in which they stop to linger.
+/// The lingering users of all channels, by the time since when.
 #[derive(Debug)]
 pub struct Lingering {
-    queue: VecDeque<(Instant, ChannelName, Arc<str>)>,
-    /// Clients may come and go under any number of names: with more than this many the oldest stop
-    /// to linger at once.
+    users: BTreeSet<(Instant, ChannelName, Arc<str>)>,
+    /// Clients may come and go under any number of names: with more than this many the linger time
+    /// of the oldest is over at once.
     max: usize,
 }
 
 impl Lingering {
     pub fn new(settings: &Settings) -> Lingering {
-        let max = (settings.connection_limit() as usize).max(LINGERING_LEAST);
-        Lingering { queue: VecDeque::new(), max }
+        // As many as can be present: each connection has a channel and its subscriptions.
+        let each = settings.max_subscriptions.saturating_add(1);
+        let max = (settings.connection_limit() as usize).saturating_mul(each).max(LINGERING_MIN);
+        Lingering { users: BTreeSet::new(), max }
     }
 
     pub fn push(&mut self, left: Instant, channel: ChannelName, user: Arc<str>) {
-        self.queue.push_back((left, channel, user));
+        self.users.insert((left, channel, user));
     }
 
-    /// The next user who lingers no more, with the time since when. They may have come back.
+    /// The user has come back.
+    pub fn remove(&mut self, left: Instant, channel: ChannelName, user: Arc<str>) {
+        self.users.remove(&(left, channel, user));
+    }
+
+    /// The next user whose linger time is over, with the time since when.
     pub fn pop_due(&mut self, now: Instant) -> Option<(Instant, ChannelName, Arc<str>)> {
-        let is_full = self.queue.len() > self.max;
-        self.queue.pop_front_if(|(left, ..)| is_full || now.saturating_duration_since(*left) >= LINGER)
-    }
-
-    /// Frees memory that the queue took while thousands were in it.
-    pub fn shrink(&mut self) {
-        self.queue.shrink_to(2 * self.queue.len());
+        let (left, ..) = self.users.first()?;
+        let is_due = self.users.len() > self.max || now.saturating_duration_since(*left) >= LINGER;
+        is_due.then(|| self.users.pop_first())?
     }
 }
 
@@ -301,8 +309,20 @@ mod tests {
     }
 
     #[test]
+    fn users_who_were_never_stored_are_forgotten() {
+        let (mut users, start) = (NodeUsers::default(), Instant::now());
+        for name in ["bob", "eve", "bob"] {
+            let user: Arc<str> = name.into();
+            users.enter(user.clone());
+            users.leave(&user, start);
+            users.expire(&user, start);
+        }
+        assert!(users.is_empty() && !users.has_changes());
+    }
+
+    #[test]
     fn few_users_linger() {
-        let (mut lingering, start) = (Lingering { queue: VecDeque::new(), max: 2 }, Instant::now());
+        let (mut lingering, start) = (Lingering { users: BTreeSet::new(), max: 2 }, Instant::now());
         let room = ChannelName::parse("room").expect("a name");
         for name in ["a", "b", "c"] {
             lingering.push(start, room.clone(), name.into());

@@ -68,13 +68,14 @@ const CHANNELS_MAX: usize = 250;
 const READS_MAX: usize = 1000;
 
 const UNSETTLED: &str =
-    "it has lost the users of this channel, and all nodes add theirs again: try again in 5 seconds";
+    "Redis lost the users of this channel and nodes are adding them again: try again in 5 seconds";
 
 /// A channel in which this node has users.
 #[derive(Debug, Default)]
 struct TrackedChannel {
     users: NodeUsers,
-    /// The generation in which users of this node are stored. `None`: none are, or nobody knows.
+    /// The generation in which users of this node are stored. `None` before the first reply and after
+    /// a loss.
     generation: Option<u64>,
     /// The changes of the call in flight.
     in_flight: Option<Vec<Change>>,
@@ -135,6 +136,9 @@ pub(super) struct Presence {
     renewals: VecDeque<(Instant, ChannelName)>,
     /// The number of the last call.
     last_number: u64,
+    /// Redis has answered a call with an error: when to make the next.
+    retry: Option<Instant>,
+    user_count: usize,
     /// `--presence-list`
     list_max: usize,
     warnings: WarningLimit,
@@ -148,16 +152,25 @@ impl Presence {
             ready: VecDeque::new(),
             renewals: VecDeque::new(),
             last_number: 0,
+            retry: None,
+            user_count: 0,
             list_max: settings.presence_list,
             warnings: WarningLimit::default(),
         }
     }
 
-    /// A user has become present on a shard, or is no more.
+    /// A user's first member on a shard has joined, or the last has left.
     pub(super) fn on_user(&mut self, name: ChannelName, user: Arc<str>, present: bool) {
         if present {
-            self.channels.entry(name.clone()).or_default().users.enter(user);
-            return self.mark_ready(&name);
+            let users = &mut self.channels.entry(name.clone()).or_default().users;
+            self.user_count -= users.len();
+            let left = users.enter(user.clone());
+            self.user_count += users.len();
+            self.mark_ready(&name);
+            if let Some(left) = left {
+                self.lingering.remove(left, name, user);
+            }
+            return;
         }
         let now = Instant::now();
         let Some(channel) = self.channels.get_mut(&name) else { return };
@@ -169,7 +182,9 @@ impl Presence {
     fn expire(&mut self, now: Instant) {
         while let Some((left, name, user)) = self.lingering.pop_due(now) {
             if let Some(channel) = self.channels.get_mut(&name) {
+                self.user_count -= channel.users.len();
                 channel.users.expire(&user, left);
+                self.user_count += channel.users.len();
                 self.mark_ready(&name);
             }
         }
@@ -219,7 +234,9 @@ impl Presence {
             let Some(name) = self.ready.pop_front() else { break };
             let Some(channel) = self.channels.get_mut(&name) else { continue };
             channel.is_ready = false;
+            self.user_count -= channel.users.len();
             let changes = channel.users.next_changes(left);
+            self.user_count += channel.users.len();
             if changes.is_empty() && channel.users.is_empty() && channel.audience.is_empty() {
                 self.channels.remove(&name);
                 continue;
@@ -258,6 +275,7 @@ impl Presence {
         let Some(channel) = self.channels.get_mut(name) else { return };
         let Some(changes) = channel.in_flight.take() else { return };
         let mut is_due = false;
+        self.user_count -= channel.users.len();
         match reply {
             Reply::Stored { generation, has_more, .. } => {
                 channel.generation = Some(*generation);
@@ -275,6 +293,7 @@ impl Presence {
             }
             Reply::Fault(_) | Reply::Unknown => channel.users.on_unknown(&changes),
         }
+        self.user_count += channel.users.len();
         let interval = if channel.audience.is_empty() { RENEWAL_INTERVAL } else { READ_INTERVAL };
         channel.renewal = Some(now + interval);
         self.renewals.push_back((now + interval, name.clone()));
@@ -305,11 +324,6 @@ impl Presence {
         self.channels.shrink_to(2 * self.channels.len());
         self.ready.shrink_to(2 * self.ready.len());
         self.renewals.shrink_to(2 * self.renewals.len());
-        self.lingering.shrink();
-    }
-
-    fn users(&self) -> usize {
-        self.channels.values().map(|channel| channel.users.len()).sum()
     }
 }
 
@@ -322,7 +336,9 @@ impl Bus {
     /// Makes one call for the channels that need one.
     fn call_presence(&mut self) {
         let open = self.primaries[FIRST].link.session();
-        let Some(session) = open.filter(|_| !self.presence.ready.is_empty()) else { return };
+        let is_ready =
+            !self.presence.ready.is_empty() && self.presence.retry.is_none_or(|at| at <= Instant::now());
+        let Some(session) = open.filter(|_| is_ready) else { return };
         let settings = &self.handles.settings;
         self.presence.last_number += 1;
         let mut args = vec![
@@ -364,15 +380,16 @@ impl Bus {
             self.presence.on_reply(name, &reply, now);
             self.presence.on_read(name, reply, now, &*self.handles.shards);
         }
-        self.handles.metrics.presence_users.set(self.presence.users() as u64);
+        self.handles.metrics.presence_users.set(self.presence.user_count as u64);
         match result {
             Ok(_) => self.call_presence(),
             Err(error) => {
-                if let CallError::ErrorReply(text) = &error
-                    && self.presence.warnings.is_due(now)
-                {
-                    let advice = advice::for_error_reply(text);
-                    tracing::warn!(error = &**text, advice, "presence not stored");
+                if let CallError::ErrorReply(text) = &error {
+                    self.presence.retry = Some(now + RENEWAL_INTERVAL);
+                    if self.presence.warnings.is_due(now) {
+                        let advice = advice::for_error_reply(text);
+                        tracing::warn!(error = &**text, advice, "presence not stored");
+                    }
                 }
                 self.on_call_error(session, &error);
             }
@@ -388,7 +405,7 @@ impl Bus {
         channel: &ChannelName,
         from: Option<String>,
         limit: usize,
-        answer: oneshot::Sender<Result<PresencePage, BusError>>,
+        mut answer: oneshot::Sender<Result<PresencePage, BusError>>,
     ) {
         let (Some(session), None) = (self.primaries[FIRST].link.session(), self.unavailable(FIRST)) else {
             let why =
@@ -397,18 +414,24 @@ impl Bus {
             return;
         };
         let settings = &self.handles.settings;
+        let generation = self.presence.channels.get(channel).and_then(|channel| channel.generation);
         let args = vec![
             Value::from_static_str(settings.kind.name()),
             number(settings.history),
             number(settings.history_ttl_ms),
             Value::from(from.unwrap_or_else(|| "0".into())),
             number(limit as u64),
+            number(generation.unwrap_or(0)),
         ];
         let (commands, reads) = (session.commands(), self.primaries[FIRST].reads.clone());
         let key = settings.channel_key(channel);
         tokio::spawn(async move {
             let _permit = reads.acquire_owned().await;
-            let _ = answer.send(read_page(&commands, &key, args).await);
+            let page = tokio::select! {
+                page = read_page(&commands, &key, args) => page,
+                () = answer.closed() => return,
+            };
+            let _ = answer.send(page);
         });
     }
 }
@@ -457,7 +480,10 @@ async fn read_page(commands: &Commands, key: &str, args: Vec<Value>) -> Result<P
             .run(Script::ReadPresence, key, args.clone())
             .await
             .map_err(|error| BusError::Unavailable(advice::for_call(&error).into()))?;
-        let Some([status, count, next, users @ ..]) = reply::array(&frame) else { break };
+        let unexpected = || BusError::Unavailable("unexpected reply of presence_read.lua".into());
+        let [status, count, next, users @ ..] = reply::array(&frame).unwrap_or_default() else {
+            return Err(unexpected());
+        };
         match (reply::text(status).as_deref(), reply::integer(count), reply::text(next)) {
             (Some("more"), ..) => {}
             (Some("settling"), ..) => return Err(BusError::Unavailable(UNSETTLED.into())),
@@ -465,15 +491,39 @@ async fn read_page(commands: &Commands, key: &str, args: Vec<Value>) -> Result<P
                 let users = users.iter().filter_map(reply::text).map(Into::into).collect();
                 return Ok(PresencePage { users, count, next: Some(next).filter(|next| next != "0") });
             }
-            _ => break,
+            _ => return Err(unexpected()),
         }
     }
-    Err(BusError::Unavailable("unexpected reply of presence_read.lua".into()))
+    Err(BusError::Unavailable("too many users of stopped nodes are being removed: try again".into()))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::Action;
+
+    #[test]
+    fn flapping_user_ends_no_linger_of_others() {
+        let flags = ["--max-connections", "1", "--max-subscriptions", "1"];
+        let Ok(Action::Run(settings)) = Settings::from(flags.map(Into::into), []) else {
+            panic!("good settings")
+        };
+        let mut presence = Presence::new(&settings);
+        let room = ChannelName::parse("room").expect("a name");
+        for name in std::iter::once("bob").chain(["eve"; 2000]) {
+            presence.on_user(room.clone(), name.into(), true);
+            presence.on_user(room.clone(), name.into(), false);
+        }
+        let now = Instant::now();
+        presence.expire(now);
+        let users = &presence.channels[&room].users;
+        assert_eq!(users.present_after(None).map(|user| &**user).collect::<Vec<_>>(), ["bob", "eve"]);
+        assert_eq!(presence.user_count, 2);
+        // Redis is away: users who were never stored are forgotten.
+        presence.expire(now + LINGER);
+        assert_eq!(presence.user_count, 0);
+        assert!(presence.channels[&room].users.is_empty());
+    }
 
     fn parsed(texts: &[&str]) -> Reply {
         parse_reply(&texts.iter().map(|text| text.to_string()).collect::<Vec<_>>())

@@ -6,6 +6,7 @@
 --    3 its ttl in ms
 --    4 cursor: 0, or that of the last reply
 --    5 about how many users
+--    6 the generation in which the node has stored users, or 0
 -- Returns {status, number of users, next cursor (0 at the end), user, user, ...}. The status is "ok",
 -- "more" if users of nodes that are gone are left, or "settling" if nodes add their users again after
 -- a loss.
@@ -14,12 +15,10 @@ local epoch = current_epoch(prefix_of(KEYS[1]), ARGV[1], now)
 local state = new_state(KEYS[1], epoch, now, ARGV[2], ARGV[3])
 
 local function read()
-  local is_whole, has_remains = load_state(state)
-  if not is_whole and not has_remains then
+  if ARGV[6] == '0' and redis.call('EXISTS', state.members, state.nodes) == 0 then
     return {'ok', 0, '0'}
-  elseif not is_whole then
-    start_generation(state, true)
   end
+  load_generation(state, ARGV[6])
   local _, more = sweep(state, SWEEP_USERS)
   save(state)
   if more or now < state.settled then

@@ -72,15 +72,12 @@ end
 
 local function update(state, at, adds, removes)
   local generation, from = ARGV[at + 1], at + 8
-  local is_whole, has_remains = load_state(state)
-  if not is_whole then
-    start_generation(state, has_remains or generation ~= '0')
-  end
+  load_generation(state, generation)
   local set, entry = set_of(state, node), state.entries[node]
   if entry and number < entry.number then
     return {'late ' .. show(entry.number)}
   end
-  if generation ~= '0' and (generation ~= state.generation or not entry or entry.swept) then
+  if generation ~= '0' and (generation ~= state.generation or not entry or entry.mark == SWEPT) then
     save(state)
     return {'lost'}
   end
@@ -104,7 +101,7 @@ local function update(state, at, adds, removes)
       count_down(state, ARGV[i])
     end
   end
-  entry.deadline, entry.number, entry.swept = now + LEASE, number, false
+  entry.deadline, entry.number, entry.mark = now + LEASE, number, CALLED
   write_entry(state, node, entry)
   redis.call('PEXPIRE', set, PRESENCE_TTL)
   local more
@@ -123,6 +120,7 @@ while at <= #ARGV do
   local state = new_state(ARGV[2] .. ':{' .. ARGV[at] .. '}', epoch, now, ARGV[5], ARGV[6])
   local done, result = pcall(update, state, at, adds, removes)
   if not done then
+    budget = 0 -- the function may have removed users
     local failure
     done, failure = pcall(repair, state, result, set_of(state, node))
     result = {done and 'lost' or 'FAULT ' .. error_text(failure)}
