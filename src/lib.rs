@@ -23,9 +23,9 @@
 //! | [`limits`] | connection limits (node, IP, user), bans, message and byte rates, new channels |
 //! | [`feed`] | a channel's recent events in memory, and cursors into them |
 //! | [`ws`] | one connection: handshake, decoder, outbox, subscriptions, progress, replay, writer |
-//! | [`bus`] | ids, history and order of events: [`bus::local`] for one node, [`bus::redis`] for many |
+//! | [`bus`] | ids, history, order of events, presence: [`bus::local`] for one node, [`bus::redis`] for many |
 //! | [`shard`] | event loop, mailbox, channels, joins, fan-out, replay, timers |
-//! | [`admin`] | the admin API: publish, disconnect, history, channels, metrics, stats, health, live view |
+//! | [`admin`] | the admin API: publish, disconnect, history, channels, presence, metrics, stats, health, live view |
 //! | [`node`] | wiring, accept loop, listeners, systemd |
 //! | [`cli`] | `fanfare bench`, `fanfare token`, `fanfare doctor` |
 //!

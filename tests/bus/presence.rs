@@ -1,5 +1,5 @@
-//! Which users are in a channel, over all nodes: without faults nobody is said to come or go who did
-//! not, and after faults every node shows the truth again.
+//! Users in a channel, over all nodes: without faults no join or leave of a user who stayed, and after
+//! faults every node lists the users who are there.
 
 use std::collections::BTreeSet;
 
@@ -36,25 +36,25 @@ async fn users(node: &Node, channel: &str) -> Option<BTreeSet<String>> {
     }
 }
 
-fn set(names: &[&str]) -> BTreeSet<String> {
+fn user_set(names: &[&str]) -> BTreeSet<String> {
     names.iter().map(|name| name.to_string()).collect()
 }
 
 /// Waits until these are the users.
 async fn expect(node: &Node, channel: &str, names: &[&str]) {
-    let expected = set(names);
+    let expected = user_set(names);
     let last = std::sync::Mutex::new(None);
     let what = format!("the users {names:?}");
     until(&what, || async {
         let users = users(node, channel).await;
-        let is_it = users.as_ref() == Some(&expected);
+        let is_expected = users.as_ref() == Some(&expected);
         *last.lock().expect("nothing panics while holding it") = users;
-        is_it.then_some(())
+        is_expected.then_some(())
     })
     .await;
 }
 
-/// What backends read: `join alice`, `leave alice`, `reset`.
+/// The entries of the stream for backends: `join alice`, `leave alice`, `reset`.
 async fn stream(redis: &Redis, channel: &str) -> Vec<String> {
     let entries =
         redis.client().await.call(&["XRANGE", &format!("fanfare:{{{channel}}}:presence"), "-", "+"]).await;
@@ -171,9 +171,9 @@ async fn users_of_the_last_node_leave_between_reads() {
     a.kill();
     // The first read can't know whether Redis was away from all nodes.
     age(&redis, "room", 20_000).await;
-    assert_eq!(users(&b, "room").await, Some(set(&["alice"])));
+    assert_eq!(users(&b, "room").await, Some(user_set(&["alice"])));
     age(&redis, "room", 20_000).await;
-    assert_eq!(users(&b, "room").await, Some(set(&[])));
+    assert_eq!(users(&b, "room").await, Some(user_set(&[])));
     expect_stream(&redis, "room", &["join alice", "leave alice"]).await;
 }
 
@@ -244,7 +244,7 @@ async fn pause_of_redis_changes_nothing() {
     expect_stream(&redis, "room", &["join alice", "join bob", "join carol"]).await;
 }
 
-/// What happens to the keys of a channel, as commands.
+/// Runs commands that damage the keys of a channel, and waits until the users are right again.
 async fn assert_restored_after(commands: &[&[&str]]) {
     let (redis, a, b) = cluster(&FLAGS).await;
     let _alice = [Client::plain(&a, "alice", "room").await, Client::plain(&b, "alice", "room").await];
@@ -311,7 +311,7 @@ async fn users_are_whole_or_unknown_after_a_wipe() {
     redis.client().await.call(&["FLUSHALL"]).await;
     assert_eq!(users(&a, "room").await, None);
     let found = until("the users", || users(&a, "room")).await;
-    assert_eq!(found, set(&["alice", "bob"]));
+    assert_eq!(found, user_set(&["alice", "bob"]));
     let events = stream(&redis, "room").await;
     assert!(events.len() == 3 && events[0] == "reset", "{events:?}");
 }
@@ -369,6 +369,17 @@ async fn failover_with_lost_writes_restores_users() {
     proxy.cut();
     expect(&b, "room", &["alice", "carol"]).await;
     expect(&a, "room", &["alice", "carol"]).await;
+}
+
+#[tokio::test]
+async fn rights_for_presence_are_needed_only_with_it() {
+    let redis = Redis::start(&[]).await;
+    let rights = ["ACL", "SETUSER", "node", "on", ">secret", "~*", "&*", "+@all", "-spop"];
+    assert_eq!(redis.client().await.call(&rights).await.text(), "OK");
+    let url = redis.url().replace("//", "//node:secret@");
+    let _other = Node::start(&["--redis", &url]).await;
+    let node = Node::start_unready(&["--redis", &url, "--presence", "room"]).await;
+    until("the missing right", || async { node.unready().await.contains("SPOP").then_some(()) }).await;
 }
 
 #[tokio::test]
@@ -452,7 +463,7 @@ impl Watcher {
 
     /// Reads until these are the users.
     async fn expect(&mut self, names: &[&str]) {
-        while self.users != Some(set(names)) {
+        while self.users != Some(user_set(names)) {
             self.read().await;
         }
     }
