@@ -50,6 +50,7 @@ const NOT_RUN: &[(&str, &str)] = &[
     ("cargo test", "it runs this test"),
     ("UPDATE_DOCS=1 cargo test --lib docs_have_every_setting", "that test fails where it is needed"),
     ("cargo bench", ".ci/run builds the benchmarks"),
+    ("fanfare --redis redis-cluster://", "tests/bus/redis_cluster.rs starts nodes on a cluster"),
     ("fanfare bench", "cli::bench::arguments reads these commands, protocol::bench loads a node"),
     ("benches/peers/run", "it takes minutes, and servers of other kinds"),
     ("CENTRIFUGO_CLIENT_INSECURE=true", "Centrifugo is in no registry that tests use"),
