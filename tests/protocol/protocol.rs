@@ -304,7 +304,7 @@ async fn json_mode_reports_invalid_frames() {
         (
             r#"{"text":"a","room":"b"}"#,
             json!(null),
-            r#"unknown key "room": the keys are text, data, to, channel, ref, type"#,
+            r#"unknown key "room": the keys are text, data, to, channel, key, ref, type"#,
         ),
         (r#"{"text":1,"ref":13}"#, json!(13), r#""text" must be a string"#),
         // The members in their order, which serde would take for an object.

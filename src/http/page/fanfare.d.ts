@@ -198,10 +198,11 @@ export class Fanfare<E extends object = FanfareEvent> {
   on<K extends keyof FanfareEventMap<E>>(name: K, handler: FanfareEventMap<E>[K]): () => void;
 
   /**
-   * Publishes a text or any JSON value to the channel or to one user. Resolves with the id of the event,
-   * or in a channel that is an inbox with the id of the message (a string); rejects with a {@link FanfareError}. Before the first connection up to 64 messages with 262,144 characters wait
-   * for it. Otherwise nothing is queued, and nothing is sent again: a retry after `offline` is safe, a retry after
-   * `unknown` may publish twice, unless the message has a `key`. With `channel` it publishes there, which needs no subscription.
+   * Publishes a text or any JSON value to the channel or to one user. Resolves with the id of the event, or in a
+   * channel that is an inbox with the id of the message (a string); rejects with a {@link FanfareError}. Before the
+   * first connection up to 64 messages with 262,144 characters wait for it. Otherwise nothing is queued, and nothing is
+   * sent again: a retry after `offline` is safe, a retry after `unknown` may publish twice, unless the message has a
+   * `key`. With `channel` it publishes there, which needs no subscription.
    */
   send(message: string | (Exclude<FanfareMessage, string> & { channel?: string })): Promise<number | string>;
 

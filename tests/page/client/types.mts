@@ -17,7 +17,7 @@ const off: () => void = client.on("message", (event: FanfareEvent, { recovered }
 client.on("state", (change) => change.state === "waiting" && change.delay.toFixed());
 client.on("error", (error: FanfareError | Error) => error.message);
 client.on("gap", ({ lastEventId, from }) => [lastEventId.toFixed(), from === "reset"]);
-const id: number = await client.send("text");
+const id: number | string = await client.send("text"); // a string from an inbox
 for (const message of [{ text: "to all" }, { text: "to one", to: "bob" }, { data: [1], to: "bob" }]) client.send(message);
 
 client.send({ text: "to a channel", channel: "room.1" });
