@@ -233,10 +233,11 @@ impl Shard {
         if writable && connection.socket.is_blocked() {
             self.write_later(slot);
         }
-        match is_put_off {
-            _ if !is_readable => {}
-            true => self.read_later(slot),
-            false => self.on_readable(slot, false),
+        if is_readable {
+            match is_put_off {
+                true => self.read_later(slot),
+                false => self.on_readable(slot, false),
+            }
         }
     }
 

@@ -409,7 +409,7 @@ struct Watcher {
     client: Client,
     users: Option<BTreeSet<String>>,
     count: u64,
-    /// `+alice`, `-alice`: what it was told after the list.
+    /// The joins and leaves after the list: `+alice`, `-alice`.
     changes: Vec<String>,
 }
 

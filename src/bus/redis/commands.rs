@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use fred::clients::Client;
@@ -53,20 +53,24 @@ pub struct Peers {
 }
 
 impl Peers {
+    fn open(&self) -> MutexGuard<'_, HashMap<Arc<str>, Commands>> {
+        self.open.lock().expect("nothing panics while holding it")
+    }
+
     pub fn add(&self, address: Arc<str>, commands: Commands) {
-        self.open.lock().expect("nothing panics while holding it").insert(address, commands);
+        self.open().insert(address, commands);
     }
 
     pub fn remove(&self, address: &str) {
-        self.open.lock().expect("nothing panics while holding it").remove(address);
+        self.open().remove(address);
     }
 
     fn get(&self, address: &str) -> Option<Commands> {
-        self.open.lock().expect("nothing panics while holding it").get(address).cloned()
+        self.open().get(address).cloned()
     }
 
     pub fn all(&self) -> Vec<Commands> {
-        self.open.lock().expect("nothing panics while holding it").values().cloned().collect()
+        self.open().values().cloned().collect()
     }
 
     /// Whether a call was redirected since the last time.

@@ -244,21 +244,15 @@ impl Presence {
             left = left.saturating_sub(changes.len());
             args.extend([Value::from(name.as_str()), number(channel.generation.unwrap_or(0))]);
             let reads = !channel.audience.is_empty() && channel.next_read.is_none_or(|at| at <= now);
-            match &channel.seen {
-                _ if !reads => args.extend([""; 4].map(Value::from)),
-                seen => {
-                    let users = channel.audience.list_max(self.list_max);
-                    left = left.saturating_sub(users / READ_USERS_PER_CHANGE);
-                    let (generation, version) =
-                        seen.as_ref().map_or((0, 0), |seen| (seen.generation, seen.version));
-                    let entry = seen.as_ref().map_or("0-0", |seen| &seen.entry);
-                    args.extend([
-                        number(users as u64),
-                        number(generation),
-                        number(version),
-                        Value::from(entry),
-                    ]);
-                }
+            if reads {
+                let users = channel.audience.list_max(self.list_max);
+                left = left.saturating_sub(users / READ_USERS_PER_CHANGE);
+                let seen = channel.seen.as_ref();
+                let (generation, version, entry) =
+                    seen.map_or((0, 0, "0-0"), |seen| (seen.generation, seen.version, &*seen.entry));
+                args.extend([number(users as u64), number(generation), number(version), Value::from(entry)]);
+            } else {
+                args.extend([""; 4].map(Value::from));
             }
             let adds = changes.iter().filter(|change| change.present);
             let removes = changes.iter().filter(|change| !change.present);
