@@ -11,17 +11,6 @@ const KEY: &str = "fanfare:{@control}";
 const DISCONNECTED: (u16, &str) = (4010, "disconnected by the application");
 const BANNED: (u16, &str) = (4010, "banned by the application");
 
-/// Sends a command to a node, which must accept it. Returns its id.
-async fn order(node: &Node, method: &str, path: &str) -> u64 {
-    let response = node.admin(method, path, b"").await;
-    assert_eq!(response.status, 200, "{method} {path}: {}", response.body);
-    response.json()["id"].as_u64().unwrap_or_else(|| panic!("no id in {}", response.body))
-}
-
-async fn disconnect(node: &Node, query: &str) -> u64 {
-    order(node, "POST", &format!("/disconnect?{query}")).await
-}
-
 /// Calls a function of the control channel. Returns the reply.
 async fn fcall(redis: &Redis, function: &str, args: &[&str]) -> redis::Value {
     let call = [&["FCALL", function, "1", KEY][..], args].concat();
@@ -72,7 +61,7 @@ async fn user_is_disconnected_on_all_nodes() {
         let (mut bob, _) = Client::json(&b, "bob", "room.2").await;
         match by_fcall {
             true => assert!(fcall(&redis, "fanfare_disconnect", &["alice"]).await.int() > 0),
-            false => assert!(disconnect(&a, "user=alice").await > 0),
+            false => assert!(a.disconnect("user=alice").await > 0),
         }
         for alice in &mut alices {
             expect_close(alice, DISCONNECTED).await;
@@ -119,7 +108,7 @@ async fn one_channel_of_many_is_disconnected() {
         let (mut bob, _) = Client::json(&a, "bob", "room.2").await;
         match by_fcall {
             true => assert!(fcall(&redis, "fanfare_disconnect", &["alice", "room.2"]).await.int() > 0),
-            false => assert!(disconnect(&b, "user=alice&channel=room.2").await > 0),
+            false => assert!(b.disconnect("user=alice&channel=room.2").await > 0),
         }
         // A connection whose default channel it is has nothing left to do.
         expect_close(&mut in_room, DISCONNECTED).await;
@@ -150,7 +139,7 @@ async fn banned_user_is_refused_until_unbanned() {
         let mut on_b = Client::plain(&b, "alice", "room.1").await;
         match by_fcall {
             true => assert!(fcall(&redis, "fanfare_disconnect", &["alice", "", "600"]).await.int() > 0),
-            false => assert!(disconnect(&a, "user=alice&ban=10m").await > 0),
+            false => assert!(a.disconnect("user=alice&ban=10m").await > 0),
         }
         expect_close(&mut on_a, BANNED).await;
         expect_close(&mut on_b, BANNED).await;
@@ -162,7 +151,7 @@ async fn banned_user_is_refused_until_unbanned() {
         }
         match by_fcall {
             true => assert!(fcall(&redis, "fanfare_unban", &["alice"]).await.int() > 0),
-            false => assert!(order(&b, "DELETE", "/ban?user=alice").await > 0),
+            false => assert!(b.order("DELETE", "/ban?user=alice").await > 0),
         }
         for node in [&a, &b] {
             until_banned(node, &[]).await;
@@ -188,22 +177,22 @@ async fn no_handshake_slips_past_a_ban() {
             }
         }
     });
-    let ban = disconnect(&a, "user=alice&ban=1h");
+    let ban = a.disconnect("user=alice&ban=1h");
     tokio::join!(futures_util::future::join_all(storm), ban);
 }
 
 #[tokio::test]
 async fn bans_end_by_themselves() {
     let (redis, a, b) = cluster(&[]).await;
-    disconnect(&a, "user=alice&ban=1s").await;
-    disconnect(&a, "user=bob&ban=1d").await;
+    a.disconnect("user=alice&ban=1s").await;
+    a.disconnect("user=bob&ban=1d").await;
     for node in [&a, &b] {
         until_banned(node, &["bob"]).await;
         Client::json(node, "alice", "room.1").await;
         expect_banned(node, "bob").await;
     }
     // The next command removes it from Redis, too.
-    disconnect(&b, "user=carol&ban=1h").await;
+    b.disconnect("user=carol&ban=1h").await;
     let stored = redis.client().await.call(&["ZRANGE", "fanfare:{@control}:bans", "0", "-1"]).await;
     let stored: Vec<_> = stored.list().iter().map(redis::Value::text).collect();
     assert_eq!(stored, ["carol", "bob"]);
@@ -224,10 +213,10 @@ async fn node_that_was_cut_off_executes_what_it_missed() {
     // Orders of this node fail meanwhile, and are certainly not executed.
     let response = b.admin("POST", "/disconnect?user=dave", b"").await;
     assert_eq!((response.status, response.header("retry-after")), (503, Some("1")), "{}", response.body);
-    disconnect(&a, "user=alice").await;
-    disconnect(&a, "user=bob&ban=1h").await;
+    a.disconnect("user=alice").await;
+    a.disconnect("user=bob&ban=1h").await;
     fcall(&redis, "fanfare_disconnect", &["carol", "", "3600"]).await;
-    order(&a, "DELETE", "/ban?user=carol").await;
+    a.order("DELETE", "/ban?user=carol").await;
     for client in &mut clients {
         client.send(r#"{"type":"ping"}"#).await;
         client.next_control("ping").await;
@@ -250,7 +239,7 @@ async fn lost_message_of_a_command_is_noticed() {
     let (mut alice, _) = Client::json(&b, "alice", "room.1").await;
     proxy.drop_message_with(r#""command":"disconnect""#).await;
     // The answer waits until the node has executed it.
-    disconnect(&b, "user=alice").await;
+    b.disconnect("user=alice").await;
     let left = b.admin("GET", "/connections?user=alice", b"").await.json();
     assert_eq!((&left["connections"], proxy.dropped()), (&json!([]), 1));
     expect_close(&mut alice, DISCONNECTED).await;
@@ -259,7 +248,7 @@ async fn lost_message_of_a_command_is_noticed() {
 #[tokio::test]
 async fn restarted_node_knows_the_bans() {
     let (redis, a, b) = cluster(&[]).await;
-    disconnect(&a, "user=alice&ban=1h").await;
+    a.disconnect("user=alice&ban=1h").await;
     fcall(&redis, "fanfare_disconnect", &["b\"ob é", "", "3600"]).await;
     b.kill();
     let b = Node::on(&redis, &[]).await;
@@ -345,7 +334,7 @@ async fn no_client_opens_before_commands_are_followed() {
     Client::open(&node, "alice", "channel=", Some(JSON_MODE)).await.next_control("welcome").await;
     proxy.lead_to(redis.port());
     node.ready().await;
-    disconnect(&node, "user=alice").await;
+    node.disconnect("user=alice").await;
     expect_close(&mut alice, DISCONNECTED).await;
 }
 
@@ -353,9 +342,9 @@ async fn no_client_opens_before_commands_are_followed() {
 async fn bans_hold_after_the_clock_was_set_back() {
     let redis = Redis::with_clock().await;
     let (a, b) = (Node::on(&redis, &[]).await, Node::on(&redis, &[]).await);
-    disconnect(&a, "user=alice&ban=1h").await;
+    a.disconnect("user=alice&ban=1h").await;
     redis.set_clock_back().await;
-    disconnect(&a, "user=bob&ban=1h").await;
+    a.disconnect("user=bob&ban=1h").await;
     for node in [&a, &b] {
         until_banned(node, &["alice", "bob"]).await;
         expect_banned(node, "bob").await;
@@ -369,7 +358,7 @@ async fn commands_are_kept_for_a_day() {
     let day = 24 * 60 * 60 * 1000;
     for command in [false, true] {
         if command {
-            disconnect(&node, "user=alice").await;
+            node.disconnect("user=alice").await;
         }
         let probes = node.metric("fanfare_bus_round_trip_seconds_count").await;
         until("a probe", || async {
@@ -389,11 +378,11 @@ async fn bans_outlive_a_restart_of_redis() {
     proxy.lead_to(redis.port());
     let a = Node::on(&redis, &[]).await;
     let b = Node::start(&["--redis", &proxy.url()]).await;
-    disconnect(&a, "user=alice&ban=1h").await;
+    a.disconnect("user=alice&ban=1h").await;
     let (mut bob, _) = Client::json(&b, "bob", "room.1").await;
     proxy.lead_to(free_port());
     b.unready().await;
-    disconnect(&a, "user=bob&ban=1h").await;
+    a.disconnect("user=bob&ban=1h").await;
     redis.kill();
     a.unready().await;
     redis.up().await;
@@ -426,7 +415,7 @@ async fn expect_reset_or_close(client: &mut Client) {
 #[tokio::test]
 async fn commands_work_after_redis_was_wiped() {
     let (mut redis, a, b) = cluster(&["--shards", "2"]).await;
-    disconnect(&a, "user=alice&ban=1h").await;
+    a.disconnect("user=alice&ban=1h").await;
     until_banned(&b, &["alice"]).await;
     redis.kill();
     a.unready().await;
@@ -438,7 +427,7 @@ async fn commands_work_after_redis_was_wiped() {
         until_banned(node, &[]).await;
     }
     let (mut alice, _) = Client::json(&b, "alice", "room.1").await;
-    disconnect(&a, "user=alice&ban=1h").await;
+    a.disconnect("user=alice&ban=1h").await;
     expect_close(&mut alice, BANNED).await;
     expect_banned(&b, "alice").await;
     // A flush under way, too.
@@ -501,7 +490,7 @@ async fn bans_are_limited_in_number() {
     expect_open(&mut alice, &a, "room.1").await;
     // Expired bans make room.
     client.call(&["ZADD", bans, "1", "user1"]).await;
-    disconnect(&a, "user=alice&ban=1h").await;
+    a.disconnect("user=alice&ban=1h").await;
     expect_close(&mut alice, BANNED).await;
     assert_eq!(client.call(&["ZCARD", bans]).await.int(), 10_000);
 }
@@ -520,7 +509,7 @@ async fn damaged_bans_are_named_in_the_log() {
     let (mut alice, _) = Client::json(&a, "alice", "room.1").await;
     expect_open(&mut alice, &a, "room.1").await;
     redis.client().await.call(&["DEL", "fanfare:{@control}:bans"]).await;
-    disconnect(&a, "user=alice").await;
+    a.disconnect("user=alice").await;
     expect_close(&mut alice, DISCONNECTED).await;
 }
 
@@ -560,7 +549,7 @@ async fn bans_of_other_programs_do_no_harm() {
     }
     let node = Node::on(&redis, &[]).await;
     expect_banned(&node, "alice").await;
-    disconnect(&node, "user=dave&ban=1h").await;
+    node.disconnect("user=dave&ban=1h").await;
     assert_eq!(self::bans(&node).await, ["alice", "bob", "dave"]);
     assert!(client.call(&["PTTL", bans]).await.int() > 0, "it expires");
 }
@@ -577,6 +566,6 @@ async fn node_follows_commands_once_they_are_readable() {
     // It can't know the commands before.
     let warned = || async { node.log().contains("commands to disconnect users may be lost").then_some(()) };
     until("a warning", warned).await;
-    disconnect(&node, "user=alice").await;
+    node.disconnect("user=alice").await;
     expect_close(&mut alice, DISCONNECTED).await;
 }

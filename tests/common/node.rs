@@ -139,8 +139,23 @@ impl Node {
     }
 
     async fn post(&self, path: &str, event: &Value) -> u64 {
-        let response = self.admin("POST", path, event.to_string().as_bytes()).await;
-        assert_eq!(response.status, 200, "{path} {event}: {}", response.body);
+        self.id_of("POST", path, &event.to_string()).await
+    }
+
+    /// Sends a command about the connections of a user, which the node must accept. Returns its id.
+    pub async fn order(&self, method: &str, path: &str) -> u64 {
+        self.id_of(method, path, "").await
+    }
+
+    /// Disconnects a user. Returns the id of the command.
+    pub async fn disconnect(&self, query: &str) -> u64 {
+        self.order("POST", &format!("/disconnect?{query}")).await
+    }
+
+    /// Sends a request that the node must accept. Returns the id in the response.
+    async fn id_of(&self, method: &str, path: &str, body: &str) -> u64 {
+        let response = self.admin(method, path, body.as_bytes()).await;
+        assert_eq!(response.status, 200, "{method} {path} {body}: {}", response.body);
         response.json()["id"].as_u64().unwrap_or_else(|| panic!("no id in {}", response.body))
     }
 

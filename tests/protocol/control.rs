@@ -6,16 +6,6 @@ use crate::common::client::JSON_MODE;
 use crate::common::{Client, Node, Raw, TokenKey, until};
 use crate::rejections::closed;
 
-async fn order(node: &Node, method: &str, path: &str) -> u64 {
-    let response = node.admin(method, path, b"").await;
-    assert_eq!(response.status, 200, "{method} {path}: {}", response.body);
-    response.json()["id"].as_u64().unwrap_or_else(|| panic!("no id in {}", response.body))
-}
-
-async fn disconnect(node: &Node, query: &str) -> u64 {
-    order(node, "POST", &format!("/disconnect?{query}")).await
-}
-
 #[tokio::test]
 async fn user_is_disconnected_from_all_shards() {
     let node = Node::start(&["--shards", "3"]).await;
@@ -26,7 +16,7 @@ async fn user_is_disconnected_from_all_shards() {
     let (mut bob, _) = Client::json(&node, "bob", "room.1").await;
     // An event that was published before is still delivered.
     let before = node.publish("room.1", &json!({"n": 0})).await;
-    let first = disconnect(&node, "user=alice").await;
+    let first = node.disconnect("user=alice").await;
     for (number, alice) in alices.iter_mut().enumerate() {
         if number % 3 == 1 {
             alice.expect_event(before, &json!({"n": 0})).await;
@@ -39,7 +29,7 @@ async fn user_is_disconnected_from_all_shards() {
     let closed = node.metric_of("fanfare_connections_closed_total", r#"reason="disconnected""#).await;
     assert_eq!((closed, node.metric("fanfare_commands_total").await), (7.0, 1.0));
     // Nobody has this name, and the command is executed all the same.
-    assert!(disconnect(&node, "user=nobody").await > first);
+    assert!(node.disconnect("user=nobody").await > first);
     Client::json(&node, "alice", "room.1").await;
 }
 
@@ -53,7 +43,7 @@ async fn full_sockets_are_disconnected() {
     for _ in 0..100 {
         node.publish("room.1", &json!({"text": "x".repeat(60_000)})).await;
     }
-    disconnect(&node, "user=alice").await;
+    node.disconnect("user=alice").await;
     let mut last = None;
     while let Some((opcode, payload)) = raw.next().await {
         last = Some((opcode, payload));
@@ -70,16 +60,16 @@ async fn channel_is_taken_from_its_followers() {
     for _ in 0..2 {
         client.welcome().await;
     }
-    disconnect(&node, "user=alice&channel=room.1").await;
+    node.disconnect("user=alice&channel=room.1").await;
     let unsubscribed = client.next_text().await;
     assert_eq!(unsubscribed, r#"{"type":"unsubscribed","channel":"room.1","reason":"disconnected"}"#);
     node.publish("room.1", &json!({"n": 1})).await;
     let id = node.publish("room.2", &json!({"n": 2})).await;
     client.expect_event(id, &json!({"channel": "room.2", "n": 2})).await;
     // A channel that the user does not follow, or not any more.
-    disconnect(&node, "user=alice&channel=room.1").await;
-    disconnect(&node, "user=alice&channel=room.9").await;
-    disconnect(&node, "user=alice&channel=home").await;
+    node.disconnect("user=alice&channel=room.1").await;
+    node.disconnect("user=alice&channel=room.9").await;
+    node.disconnect("user=alice&channel=home").await;
     assert_eq!(client.expect_close().await, (4010, "disconnected by the application".into()));
 }
 
@@ -91,7 +81,7 @@ async fn banned_users_are_refused_with_reason() {
     let path = format!("/ws/alice?token={token}");
     let mut open = Client::open(&node, "alice", &format!("token={token}"), Some(JSON_MODE)).await;
     open.welcome().await;
-    disconnect(&node, "user=alice&ban=10m").await;
+    node.disconnect("user=alice&ban=10m").await;
     assert_eq!(open.expect_close().await, (4010, "banned by the application".into()));
     // The answer depends on what the client reads, as for other rejections.
     let json = ("Sec-WebSocket-Protocol", "fanfare.v1");
@@ -110,7 +100,7 @@ async fn banned_users_are_refused_with_reason() {
     assert_eq!(node.metric_of("fanfare_connections_closed_total", r#"reason="banned""#).await, 4.0);
     assert_eq!(node.metric_of("fanfare_http_rejections_total", r#"status="403""#).await, 3.0);
     assert!(node.log().contains("banned by the application"), "{}", node.log());
-    order(&node, "DELETE", "/ban?user=alice").await;
+    node.order("DELETE", "/ban?user=alice").await;
     Client::open(&node, "alice", &format!("token={token}"), None).await;
 }
 
@@ -118,9 +108,9 @@ async fn banned_users_are_refused_with_reason() {
 async fn bans_are_listed_in_pages_and_end() {
     let node = Node::start(&[]).await;
     for user in ["carol", "alice", "b%22ob"] {
-        disconnect(&node, &format!("user={user}&ban=1h")).await;
+        node.disconnect(&format!("user={user}&ban=1h")).await;
     }
-    disconnect(&node, "user=dave&ban=1s").await;
+    node.disconnect("user=dave&ban=1s").await;
     let page = node.admin("GET", "/bans?limit=2", b"").await.json();
     let users = |page: &serde_json::Value| -> Vec<String> {
         let bans = page["bans"].as_array().expect("a list");
@@ -227,7 +217,7 @@ async fn connections_of_a_user_are_listed_in_pages() {
     assert_eq!(channels(&listed[2])[1].1, id);
 
     // After the answer none is left on this node.
-    disconnect(&node, "user=alice").await;
+    node.disconnect("user=alice").await;
     let none = json!({"connections": [], "next": null});
     assert_eq!(node.admin("GET", "/connections?user=alice", b"").await.json(), none);
     for (path, part) in [
