@@ -5,13 +5,11 @@ use std::time::Duration;
 
 use serde_json::json;
 use tokio::sync::oneshot;
-use tokio::time::timeout;
 
-use super::{BUS_GRACE, Phase, Shared, acquire_wait_slot, query, reject_pages};
+use super::{STOPPING, Shared, acquire_wait_slot, ask_bus, query, reject_and_log, reject_pages};
 use crate::bus::{OrderError, Request};
 use crate::config::parse_duration;
 use crate::http::{self, Head, Rejection, Response};
-use crate::metrics::rejections::RejectionClass;
 use crate::protocol::control::{BAN_MAX, Order};
 use crate::protocol::event::{EventId, is_user_id};
 
@@ -56,18 +54,12 @@ pub(super) async fn execute(head: &Head<'_>, order: Order, shared: &Shared) -> R
     let id = match send(order, shared).await {
         Ok(id) => id,
         Err(error) => {
-            let text = error.to_string();
             let (status, reason) = match error {
                 OrderError::Rejected(_) => (503, "unavailable"),
                 OrderError::TooManyBans => (409, "bans"),
                 OrderError::Unknown => (504, "unknown"),
             };
-            let class = RejectionClass::new("admin request", reason, status);
-            shared.context.metrics.rejections.record(class, &text);
-            return Err(match status {
-                503 => Rejection::unavailable(text),
-                _ => Rejection::new(status, text),
-            });
+            return Err(reject_and_log(error.to_string(), status, reason, shared));
         }
     };
     Ok(Response::json(200, &format!(r#"{{"id":{id}}}"#)))
@@ -75,18 +67,8 @@ pub(super) async fn execute(head: &Head<'_>, order: Order, shared: &Shared) -> R
 
 async fn send(order: Order, shared: &Shared) -> Result<EventId, OrderError> {
     let (waiter, answer) = oneshot::channel();
-    if shared.context.requests.send(Request::Order { order, waiter }).is_err() {
-        return Err(OrderError::Rejected("this node is stopping".into()));
-    }
-    let time = shared.context.settings.publish_timeout + BUS_GRACE;
-    tokio::select! {
-        biased;
-        answer = timeout(time, answer) => match answer {
-            Ok(Ok(result)) => result,
-            Ok(Err(_)) | Err(_) => Err(OrderError::Unknown),
-        },
-        () = shared.reached(Phase::Ending) => Err(OrderError::Unknown),
-    }
+    let stopping = OrderError::Rejected(STOPPING.into());
+    ask_bus(Request::Order { order, waiter }, answer, stopping, OrderError::Unknown, shared).await
 }
 
 /// A page of the users who are banned, as JSON.

@@ -306,20 +306,24 @@ async fn publish(head: &Head<'_>, body: &[u8], shared: &Shared) -> Result<Respon
     let id = match publish_event(channel, to, key, event, shared).await {
         Ok(id) => id,
         Err(error) => {
-            let text = error.to_string();
             let (status, reason) = match error {
                 PublishError::Rejected(_) | PublishError::Full => (503, "unavailable"),
                 PublishError::Unknown => (504, "unknown"),
             };
-            let class = RejectionClass::new("admin request", reason, status);
-            shared.context.metrics.rejections.record(class, &text);
-            return Err(match status {
-                503 => Rejection::unavailable(text),
-                _ => Rejection::new(status, text),
-            });
+            return Err(reject_and_log(error.to_string(), status, reason, shared));
         }
     };
     Ok(Response::json(200, &format!(r#"{{"id":{id}}}"#)))
+}
+
+/// The rejection of a request that the bus has not executed, which is logged.
+fn reject_and_log(text: String, status: u16, reason: &'static str, shared: &Shared) -> Rejection {
+    let class = RejectionClass::new("admin request", reason, status);
+    shared.context.metrics.rejections.record(class, &text);
+    match status {
+        503 => Rejection::unavailable(text),
+        _ => Rejection::new(status, text),
+    }
 }
 
 /// Rejects requests of pages. Any page open in a browser on this machine could send them, even
@@ -401,16 +405,32 @@ async fn publish_event(
 ) -> Result<PublishedId, PublishError> {
     let (waiter, outcome) = oneshot::channel();
     let publish = Publish { channel, sender: None, to, key, event, answer: Answer::Waiter(waiter) };
-    if shared.context.requests.send(Request::Publish(publish)).is_err() {
-        return Err(PublishError::Rejected("this node is stopping".into()));
+    let stopping = PublishError::Rejected(STOPPING.into());
+    ask_bus(Request::Publish(publish), outcome, stopping, PublishError::Unknown, shared).await
+}
+
+/// Why the bus takes no more requests.
+const STOPPING: &str = "this node is stopping";
+
+/// Sends a request to the bus and waits for its result: `stopping` if the bus takes no more requests,
+/// `unknown` if it has not answered in time, or before the node ends.
+async fn ask_bus<T, E>(
+    request: Request,
+    result: oneshot::Receiver<Result<T, E>>,
+    stopping: E,
+    unknown: E,
+    shared: &Shared,
+) -> Result<T, E> {
+    if shared.context.requests.send(request).is_err() {
+        return Err(stopping);
     }
     let time = shared.context.settings.publish_timeout + BUS_GRACE;
     tokio::select! {
         biased;
-        outcome = timeout(time, outcome) => match outcome {
+        result = timeout(time, result) => match result {
             Ok(Ok(result)) => result,
-            Ok(Err(_)) | Err(_) => Err(PublishError::Unknown),
+            Ok(Err(_)) | Err(_) => Err(unknown),
         },
-        () = shared.reached(Phase::Ending) => Err(PublishError::Unknown),
+        () = shared.reached(Phase::Ending) => Err(unknown),
     }
 }
