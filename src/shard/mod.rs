@@ -160,13 +160,13 @@ impl Shard {
     }
 
     fn handle_message(&mut self, message: ShardMessage) {
-        // An event after a command must not reach the user, and a list must not have what it closes.
-        if matches!(
+        // What comes after a command finds it executed: an event must not reach the user, and a list
+        // must not have what it closes.
+        let is_command = matches!(
             message,
-            ShardMessage::Bus(BusMessage::Entry { .. })
-                | ShardMessage::ListChannels(_)
-                | ShardMessage::ListConnections(_)
-        ) {
+            ShardMessage::Bus(BusMessage::Disconnect { .. } | BusMessage::DisconnectBanned(_))
+        );
+        if !is_command {
             self.run_commands();
         }
         match message {
