@@ -11,9 +11,9 @@ use super::primaries::SessionId;
 use super::publishing::is_certain;
 use super::scripts::{self, StoredBans};
 use super::{Bus, Outcome, advice};
+use crate::bus::OrderWaiter;
 use crate::bus::control::{Executor, OrderError};
 use crate::bus::sequence::Sequence;
-use crate::bus::{BusError, OrderWaiter};
 use crate::limits::bans::BANS_MAX;
 use crate::metrics::WarningLimit;
 use crate::protocol::control::{Command, Order};
@@ -24,7 +24,7 @@ const RETRY_DELAY: Duration = Duration::from_secs(1);
 
 /// The commands that this node has yet to execute or to answer.
 pub(super) struct Control {
-    executor: Executor,
+    pub(super) executor: Executor,
     /// Orders that Redis has stored and that this node has not executed yet.
     waiting: Vec<(EventId, OrderWaiter)>,
     /// This node has executed all commands after this position: here it has started, or missed some.
@@ -119,10 +119,6 @@ impl Control {
             let answer = if is_executed { Ok(id) } else { Err(OrderError::Unknown) };
             let _ = waiter.send(answer); // fails if the task no longer waits
         }
-    }
-
-    pub(super) fn expire_bans(&self) {
-        self.executor.expire_bans();
     }
 }
 
@@ -221,7 +217,7 @@ impl Bus {
         let args = scripts::bans_args(&self.handles.settings);
         tokio::spawn(async move {
             let reply = commands.run(Script::Bans, &key, args).await;
-            let unexpected = || CallError::ErrorReply("unexpected reply of bans.lua".into());
+            let unexpected = || CallError::unexpected_reply("bans.lua");
             let bans = reply.and_then(|frame| scripts::parse_bans(&frame).ok_or_else(unexpected));
             let _ = outcomes.send(Outcome::BansRead(id, bans));
         });
@@ -251,11 +247,12 @@ impl Bus {
     /// the first attempt.
     pub(super) fn order(&mut self, order: &Order, waiter: OrderWaiter) {
         let id = self.primaries.session_id(self.control_primary());
-        let why = self.unavailable(id.primary);
-        let Some(session) = self.primaries[id.primary].link.session().filter(|_| why.is_none()) else {
-            let why = why.unwrap_or_else(|| BusError::Unavailable("reconnecting".into()));
-            let _ = waiter.send(Err(OrderError::Rejected(why.to_string().into())));
-            return;
+        let session = match self.usable_session(id.primary) {
+            Ok(session) => session,
+            Err(why) => {
+                let _ = waiter.send(Err(OrderError::Rejected(why.to_string().into())));
+                return;
+            }
         };
         let name = ChannelName::control();
         let known = self.channels.get(&name).map(|channel| channel.known).unwrap_or_default();
@@ -264,7 +261,7 @@ impl Bus {
         let key = self.handles.settings.channel_key(&name);
         tokio::spawn(async move {
             let reply = commands.run(Script::Order, &key, args).await;
-            let unexpected = || CallError::ErrorReply("unexpected reply of order.lua".into());
+            let unexpected = || CallError::unexpected_reply("order.lua");
             let id = reply.and_then(|frame| super::reply::integer(&frame).ok_or_else(unexpected));
             let _ = outcomes.send(Outcome::Ordered(session, waiter, id.map(EventId)));
         });

@@ -86,6 +86,11 @@ pub enum CallError {
 }
 
 impl CallError {
+    /// A script or command has replied with something else than it does.
+    pub fn unexpected_reply(of: &str) -> CallError {
+        CallError::ErrorReply(format!("unexpected reply of {of}").into())
+    }
+
     pub fn text(&self) -> Arc<str> {
         match self {
             CallError::NoReply(text) | CallError::NoReplyElsewhere(text) | CallError::ErrorReply(text) => {

@@ -104,8 +104,7 @@ impl Bus {
         {
             let at = &self.primaries[primary];
             let Some(session) = at.link.session() else {
-                let why = self.unavailable(primary);
-                let why = why.unwrap_or_else(|| BusError::Unavailable("reconnecting".into()));
+                let why = self.why_no_session(primary);
                 self.fail_page(primary, &channel, position, &why);
                 continue;
             };

@@ -347,7 +347,7 @@ impl Bus {
             self.next_cleanup = now + IDLE / 4;
             self.channels.retain(|_, channel| !channel.is_idle(now));
             self.channels.shrink_to(2 * self.channels.len());
-            self.control.expire_bans();
+            self.control.executor.expire_bans();
             for primary in self.primaries.numbers() {
                 self.primaries[primary].shrink();
             }

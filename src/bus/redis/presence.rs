@@ -401,11 +401,12 @@ impl Bus {
         limit: usize,
         mut answer: oneshot::Sender<Result<PresencePage, BusError>>,
     ) {
-        let (Some(session), None) = (self.primaries[FIRST].link.session(), self.unavailable(FIRST)) else {
-            let why =
-                self.unavailable(FIRST).unwrap_or_else(|| BusError::Unavailable("not connected".into()));
-            let _ = answer.send(Err(why)); // fails if the task no longer waits
-            return;
+        let session = match self.usable_session(FIRST) {
+            Ok(session) => session,
+            Err(why) => {
+                let _ = answer.send(Err(why)); // fails if the task no longer waits
+                return;
+            }
         };
         let settings = &self.handles.settings;
         let generation = self.presence.channels.get(channel).and_then(|channel| channel.generation);

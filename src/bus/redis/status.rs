@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 
 use super::primaries::FIRST;
+use super::session::Session;
 use super::{Bus, advice};
 use crate::bus::BusError;
 
@@ -79,5 +80,16 @@ impl Bus {
     /// Why the channels of a primary are unavailable, if they are.
     pub(super) fn unavailable(&self, primary: usize) -> Option<BusError> {
         self.primaries[primary].link.status().advice().map(|advice| BusError::Unavailable(advice.into()))
+    }
+
+    /// Why there is no session with a primary.
+    pub(super) fn why_no_session(&self, primary: usize) -> BusError {
+        self.unavailable(primary).unwrap_or_else(|| BusError::Unavailable("reconnecting".into()))
+    }
+
+    /// The session with a primary, unless its channels are unavailable.
+    pub(super) fn usable_session(&self, primary: usize) -> Result<&Session, BusError> {
+        let session = self.primaries[primary].link.session().filter(|_| self.unavailable(primary).is_none());
+        session.ok_or_else(|| self.why_no_session(primary))
     }
 }

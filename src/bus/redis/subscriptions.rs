@@ -487,5 +487,5 @@ pub(super) async fn read_page(
             result => break result?,
         }
     };
-    scripts::parse_page(&frame).ok_or_else(|| CallError::ErrorReply("unexpected reply of read.lua".into()))
+    scripts::parse_page(&frame).ok_or_else(|| CallError::unexpected_reply("read.lua"))
 }

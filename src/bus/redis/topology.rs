@@ -98,7 +98,7 @@ async fn ask(client: &Client, host: &str) -> Result<View, CallError> {
     let info = command(client, "CLUSTER", vec!["INFO".into()]).await?;
     let slots = command(client, "CLUSTER", vec!["SLOTS".into()]).await?;
     let view = View::parse(&reply::text(&info).unwrap_or_default(), &slots, host);
-    view.ok_or_else(|| CallError::ErrorReply("unexpected reply of CLUSTER SLOTS".into()))
+    view.ok_or_else(|| CallError::unexpected_reply("CLUSTER SLOTS"))
 }
 
 /// The address of the only server in a configuration.
