@@ -5,24 +5,20 @@
 //! who comes back meanwhile needs none.
 
 mod audience;
+mod tracked;
 mod view;
 
 pub use self::audience::Audience;
+pub use self::tracked::{TrackedChannel, TrackedChannels};
 pub use self::view::{PresenceUpdate, Snapshot, Update, View};
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::ops::Bound;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::config::Settings;
-use crate::protocol::event::ChannelName;
-
 /// How long a user stays present without a connection.
 pub const LINGER: Duration = Duration::from_secs(10);
-
-/// Users that may linger on a node, however few connections it may have.
-const LINGERING_MIN: usize = 1000;
 
 /// Whether the change of a user is stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -184,40 +180,6 @@ impl NodeUsers {
     }
 }
 
-/// The lingering users of all channels, by the time since when.
-#[derive(Debug)]
-pub struct Lingering {
-    users: BTreeSet<(Instant, ChannelName, Arc<str>)>,
-    /// Clients may come and go under any number of names: with more than this many the linger time
-    /// of the oldest is over at once.
-    max: usize,
-}
-
-impl Lingering {
-    pub fn new(settings: &Settings) -> Lingering {
-        // As many as can be present: each connection has a channel and its subscriptions.
-        let each = settings.max_subscriptions.saturating_add(1);
-        let max = (settings.connection_limit() as usize).saturating_mul(each).max(LINGERING_MIN);
-        Lingering { users: BTreeSet::new(), max }
-    }
-
-    pub fn push(&mut self, left: Instant, channel: ChannelName, user: Arc<str>) {
-        self.users.insert((left, channel, user));
-    }
-
-    /// The user has come back.
-    pub fn remove(&mut self, left: Instant, channel: ChannelName, user: Arc<str>) {
-        self.users.remove(&(left, channel, user));
-    }
-
-    /// The next user whose linger time is over, with the time since when.
-    pub fn pop_due(&mut self, now: Instant) -> Option<(Instant, ChannelName, Arc<str>)> {
-        let (left, ..) = self.users.first()?;
-        let is_due = self.users.len() > self.max || now.saturating_duration_since(*left) >= LINGER;
-        is_due.then(|| self.users.pop_first())?
-    }
-}
-
 /// Some of the users in a channel.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PresencePage {
@@ -318,17 +280,5 @@ mod tests {
             users.expire(&user, start);
         }
         assert!(users.is_empty() && !users.has_changes());
-    }
-
-    #[test]
-    fn few_users_linger() {
-        let (mut lingering, start) = (Lingering { users: BTreeSet::new(), max: 2 }, Instant::now());
-        let room = ChannelName::parse("room").expect("a name");
-        for name in ["a", "b", "c"] {
-            lingering.push(start, room.clone(), name.into());
-        }
-        assert_eq!(lingering.pop_due(start).map(|(.., user)| user).as_deref(), Some("a"));
-        assert!(lingering.pop_due(start).is_none());
-        assert!(lingering.pop_due(start + LINGER).is_some());
     }
 }

@@ -4,7 +4,7 @@
 //! most one call in flight; calls are for many channels. A call without a reply is made again with a
 //! new number: what it did is done once, since it adds to sets.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -16,7 +16,7 @@ use super::errors::CallError;
 use super::primaries::{FIRST, SessionId}; // there is no --presence on a cluster
 use super::scripts::number;
 use super::{Bus, Outcome, advice, reply};
-use crate::bus::presence::{Audience, Change, LINGER, Lingering, NodeUsers, Snapshot};
+use crate::bus::presence::{Change, LINGER, Snapshot, TrackedChannel, TrackedChannels};
 use crate::bus::{BusError, Follower, PresencePage, ShardSender};
 use crate::config::Settings;
 use crate::metrics::WarningLimit;
@@ -70,10 +70,9 @@ const READS_MAX: usize = 1000;
 const UNSETTLED: &str =
     "Redis lost the users of this channel and nodes are adding them again: try again in 5 seconds";
 
-/// A channel in which this node has users.
+/// What is kept for a channel.
 #[derive(Debug, Default)]
-struct TrackedChannel {
-    users: NodeUsers,
+struct ChannelCalls {
     /// The generation in which users of this node are stored. `None` before the first reply and after
     /// a loss.
     generation: Option<u64>,
@@ -83,7 +82,6 @@ struct TrackedChannel {
     is_ready: bool,
     /// When the lease is renewed.
     renewal: Option<Instant>,
-    audience: Audience,
     /// Up to where the audience knows who is in the channel; `None`: all must be read.
     seen: Option<SeenPresence>,
     /// When to read again who is in the channel.
@@ -128,8 +126,7 @@ struct PresenceRead {
 
 #[derive(Debug)]
 pub(super) struct Presence {
-    channels: HashMap<ChannelName, TrackedChannel>,
-    lingering: Lingering,
+    channels: TrackedChannels<ChannelCalls>,
     /// Channels with a call to make.
     ready: VecDeque<ChannelName>,
     /// Channels whose lease is renewed later, in this order. Some had another call meanwhile.
@@ -138,7 +135,6 @@ pub(super) struct Presence {
     last_number: u64,
     /// Redis has answered a call with an error: when to make the next.
     retry: Option<Instant>,
-    user_count: usize,
     /// `--presence-list`
     list_max: usize,
     warnings: WarningLimit,
@@ -147,13 +143,11 @@ pub(super) struct Presence {
 impl Presence {
     pub(super) fn new(settings: &Settings) -> Presence {
         Presence {
-            channels: HashMap::new(),
-            lingering: Lingering::new(settings),
+            channels: TrackedChannels::new(settings),
             ready: VecDeque::new(),
             renewals: VecDeque::new(),
             last_number: 0,
             retry: None,
-            user_count: 0,
             list_max: settings.presence_list,
             warnings: WarningLimit::default(),
         }
@@ -162,34 +156,19 @@ impl Presence {
     /// A user's first member on a shard has joined, or the last has left.
     pub(super) fn on_user(&mut self, name: ChannelName, user: Arc<str>, present: bool) {
         if present {
-            let users = &mut self.channels.entry(name.clone()).or_default().users;
-            self.user_count -= users.len();
-            let left = users.enter(user.clone());
-            self.user_count += users.len();
+            self.channels.enter(&name, user);
             self.mark_ready(&name);
-            if let Some(left) = left {
-                self.lingering.remove(left, name, user);
-            }
-            return;
-        }
-        let now = Instant::now();
-        let Some(channel) = self.channels.get_mut(&name) else { return };
-        if channel.users.leave(&user, now) {
-            self.lingering.push(now, name, user);
+        } else {
+            self.channels.leave(name, user, Instant::now());
         }
     }
 
     fn expire(&mut self, now: Instant) {
-        while let Some((left, name, user)) = self.lingering.pop_due(now) {
-            if let Some(channel) = self.channels.get_mut(&name) {
-                self.user_count -= channel.users.len();
-                channel.users.expire(&user, left);
-                self.user_count += channel.users.len();
-                self.mark_ready(&name);
-            }
+        while let Some(name) = self.channels.expire_next(now) {
+            self.mark_ready(&name);
         }
         while let Some((due, name)) = self.renewals.pop_front_if(|(due, _)| *due <= now) {
-            if self.channels.get(&name).is_some_and(|channel| channel.renewal == Some(due)) {
+            if self.channels.get(&name).is_some_and(|channel| channel.state.renewal == Some(due)) {
                 self.mark_due(&name);
             }
         }
@@ -197,7 +176,7 @@ impl Presence {
 
     /// Marks a channel if it has changes.
     fn mark_ready(&mut self, name: &ChannelName) {
-        if self.channels.get(name).is_some_and(|channel| channel.users.has_changes()) {
+        if self.channels.get(name).is_some_and(|channel| channel.users().has_changes()) {
             self.mark_due(name);
         }
     }
@@ -205,8 +184,8 @@ impl Presence {
     /// Marks a channel. One with a call in flight is marked again after it.
     fn mark_due(&mut self, name: &ChannelName) {
         let Some(channel) = self.channels.get_mut(name) else { return };
-        if !channel.is_ready && channel.in_flight.is_none() {
-            channel.is_ready = true;
+        if !channel.state.is_ready && channel.state.in_flight.is_none() {
+            channel.state.is_ready = true;
             self.ready.push_back(name.clone());
         }
     }
@@ -219,9 +198,9 @@ impl Presence {
             }
             return;
         }
-        let channel = self.channels.entry(name.clone()).or_default();
+        let channel = self.channels.get_or_add(name);
         if channel.audience.is_empty() {
-            (channel.seen, channel.next_read) = (None, None);
+            (channel.state.seen, channel.state.next_read) = (None, None);
         }
         channel.audience.add(name, follower, shards);
         self.mark_due(name);
@@ -232,22 +211,20 @@ impl Presence {
         let (mut names, mut left) = (Vec::new(), CHANGES_MAX);
         while names.len() < CHANNELS_MAX && left > 0 {
             let Some(name) = self.ready.pop_front() else { break };
-            let Some(channel) = self.channels.get_mut(&name) else { continue };
-            channel.is_ready = false;
-            self.user_count -= channel.users.len();
-            let changes = channel.users.next_changes(left);
-            self.user_count += channel.users.len();
-            if changes.is_empty() && channel.users.is_empty() && channel.audience.is_empty() {
-                self.channels.remove(&name);
+            let changes = self.channels.change_users(&name, |users| users.next_changes(left));
+            let changes = changes.unwrap_or_default();
+            if changes.is_empty() && self.channels.remove_unused(&name) {
                 continue;
             }
+            let Some(TrackedChannel { audience, state, .. }) = self.channels.get_mut(&name) else { continue };
+            state.is_ready = false;
             left = left.saturating_sub(changes.len());
-            args.extend([Value::from(name.as_str()), number(channel.generation.unwrap_or(0))]);
-            let reads = !channel.audience.is_empty() && channel.next_read.is_none_or(|at| at <= now);
+            args.extend([Value::from(name.as_str()), number(state.generation.unwrap_or(0))]);
+            let reads = !audience.is_empty() && state.next_read.is_none_or(|at| at <= now);
             if reads {
-                let users = channel.audience.list_max(self.list_max);
+                let users = audience.list_max(self.list_max);
                 left = left.saturating_sub(users / READ_USERS_PER_CHANGE);
-                let seen = channel.seen.as_ref();
+                let seen = state.seen.as_ref();
                 let (generation, version, entry) =
                     seen.map_or((0, 0, "0-0"), |seen| (seen.generation, seen.version, &*seen.entry));
                 args.extend([number(users as u64), number(generation), number(version), Value::from(entry)]);
@@ -258,7 +235,7 @@ impl Presence {
             let removes = changes.iter().filter(|change| !change.present);
             args.extend([number(adds.clone().count() as u64), number(removes.clone().count() as u64)]);
             args.extend(adds.chain(removes).map(|change| Value::from(&*change.user)));
-            channel.in_flight = Some(changes);
+            state.in_flight = Some(changes);
             names.push(name);
         }
         names
@@ -267,29 +244,27 @@ impl Presence {
     /// Handles the reply for a channel.
     fn on_reply(&mut self, name: &ChannelName, reply: &Reply, now: Instant) {
         let Some(channel) = self.channels.get_mut(name) else { return };
-        let Some(changes) = channel.in_flight.take() else { return };
+        let Some(changes) = channel.state.in_flight.take() else { return };
+        let interval = if channel.audience.is_empty() { RENEWAL_INTERVAL } else { READ_INTERVAL };
+        channel.state.renewal = Some(now + interval);
         let mut is_due = false;
-        self.user_count -= channel.users.len();
         match reply {
             Reply::Stored { generation, has_more, .. } => {
-                channel.generation = Some(*generation);
-                channel.users.on_stored(&changes);
+                channel.state.generation = Some(*generation);
                 is_due = *has_more;
             }
             Reply::Lost => {
-                channel.generation = None;
-                channel.users.on_lost();
+                channel.state.generation = None;
                 is_due = true;
             }
-            Reply::Late(number) => {
-                channel.users.on_unknown(&changes);
-                self.last_number = self.last_number.max(*number);
-            }
-            Reply::Fault(_) | Reply::Unknown => channel.users.on_unknown(&changes),
+            Reply::Late(number) => self.last_number = self.last_number.max(*number),
+            Reply::Fault(_) | Reply::Unknown => {}
         }
-        self.user_count += channel.users.len();
-        let interval = if channel.audience.is_empty() { RENEWAL_INTERVAL } else { READ_INTERVAL };
-        channel.renewal = Some(now + interval);
+        self.channels.change_users(name, |users| match reply {
+            Reply::Stored { .. } => users.on_stored(&changes),
+            Reply::Lost => users.on_lost(),
+            Reply::Late(_) | Reply::Fault(_) | Reply::Unknown => users.on_unknown(&changes),
+        });
         self.renewals.push_back((now + interval, name.clone()));
         if is_due {
             self.mark_due(name);
@@ -302,9 +277,9 @@ impl Presence {
     fn on_read(&mut self, name: &ChannelName, reply: Reply, now: Instant, shards: &dyn ShardSender) {
         let Reply::Stored { generation, read: Some(read), .. } = reply else { return };
         let Some(channel) = self.channels.get_mut(name) else { return };
-        channel.next_read = Some(now + READ_INTERVAL);
+        channel.state.next_read = Some(now + READ_INTERVAL);
         let is_list = !matches!(read.snapshot, Some(Snapshot::Count(_)));
-        channel.seen = (read.settled && is_list).then_some(SeenPresence {
+        channel.state.seen = (read.settled && is_list).then_some(SeenPresence {
             generation,
             version: read.version,
             entry: read.entry,
@@ -315,7 +290,7 @@ impl Presence {
     }
 
     pub(super) fn shrink(&mut self) {
-        self.channels.shrink_to(2 * self.channels.len());
+        self.channels.shrink();
         self.ready.shrink_to(2 * self.ready.len());
         self.renewals.shrink_to(2 * self.renewals.len());
     }
@@ -374,7 +349,7 @@ impl Bus {
             self.presence.on_reply(name, &reply, now);
             self.presence.on_read(name, reply, now, &*self.handles.shards);
         }
-        self.handles.metrics.presence_users.set(self.presence.user_count as u64);
+        self.handles.metrics.presence_users.set(self.presence.channels.user_count() as u64);
         match result {
             Ok(_) => self.call_presence(),
             Err(error) => {
@@ -409,7 +384,7 @@ impl Bus {
             }
         };
         let settings = &self.handles.settings;
-        let generation = self.presence.channels.get(channel).and_then(|channel| channel.generation);
+        let generation = self.presence.channels.get(channel).and_then(|channel| channel.state.generation);
         let args = vec![
             Value::from_static_str(settings.kind.name()),
             number(settings.history),
@@ -511,13 +486,13 @@ mod tests {
         }
         let now = Instant::now();
         presence.expire(now);
-        let users = &presence.channels[&room].users;
+        let users = presence.channels.get(&room).expect("it has users").users();
         assert_eq!(users.present_after(None).map(|user| &**user).collect::<Vec<_>>(), ["bob", "eve"]);
-        assert_eq!(presence.user_count, 2);
+        assert_eq!(presence.channels.user_count(), 2);
         // Redis is away: users who were never stored are forgotten.
         presence.expire(now + LINGER);
-        assert_eq!(presence.user_count, 0);
-        assert!(presence.channels[&room].users.is_empty());
+        assert_eq!(presence.channels.user_count(), 0);
+        assert!(presence.channels.get(&room).expect("a channel").users().is_empty());
     }
 
     fn parsed(texts: &[&str]) -> Reply {
